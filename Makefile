@@ -1,0 +1,30 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first; nothing but Python 3.11+ and make is needed.
+PYTHON ?= python3
+VIDEOS ?=
+RUN ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	$(BIN)/python scripts/demo.py --config configs/demo.yaml --run $(RUN) $(if $(VIDEOS),--videos "$(VIDEOS)")
+
+test: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

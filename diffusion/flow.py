@@ -1,0 +1,55 @@
+"""Rectified flow: straight paths from clean latents to noise, and the times at which they are learned.
+
+Times t lie in (0, 1); 0 is the clean latent, 1 is noise. Sources: rectified flow (arXiv 2209.03003, eq. 1), logit-normal
+times and the resolution-dependent shift (Stable Diffusion 3, arXiv 2403.03206, sec. 3.1 and eq. 23, with the shift's
+logarithm linear in the number of tokens, as diffusers' schedulers have it).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def interpolate(latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    """Return (1 - t) * latents + t * noise; times are (b,), latents b c t h w."""
+    t = times.view(-1, *(1,) * (latents.ndim - 1))
+    return (1 - t) * latents + t * noise
+
+
+def velocity(latents: Tensor, noise: Tensor) -> Tensor:
+    """Return the velocity d/dt of the path: noise - latents."""
+    return noise - latents
+
+
+def denoised(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tensor:
+    """Return the clean latents that a noisy one and its velocity point to."""
+    return noisy - times.view(-1, *(1,) * (noisy.ndim - 1)) * velocity
+
+
+def token_shift(
+    tokens: int, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
+) -> float:
+    """Return mu, the logarithm of the time shift for a clip of so many tokens.
+
+    More tokens repeat the same content more often, so the same noise hides less of it and times move towards 1. The
+    defaults are those of diffusers' FlowMatchEulerDiscreteScheduler.
+    """
+    return base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
+
+
+def shift_times(times: Tensor, mu: float) -> Tensor:
+    """Move times towards 1 by a factor e^mu in t / (1 - t)."""
+    factor = math.exp(mu)
+    return factor * times / (1 + (factor - 1) * times)
+
+
+def sample_times(count: int, mu: float, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Draw logit-normal times (mean 0, deviation 1), shifted by mu: shape (count,)."""
+    normal = torch.randn(count, generator=generator, device=device)
+    return shift_times(normal.sigmoid(), mu)
+
+
+def guide(with_text: Tensor, without: Tensor, scale: float) -> Tensor:
+    """Return the classifier-free-guided prediction (arXiv 2207.12598, eq. 6); scale 1 is the one with text."""
+    return without + scale * (with_text - without)

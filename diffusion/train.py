@@ -1,0 +1,202 @@
+"""Training a text-to-video transformer on cached latents of one temporal ratio.
+
+A run directory holds one folder per ratio with checkpoints and metrics; assembling a pipeline from what was trained is
+pipelines/assemble.py's matter.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokenizer.geometry import check_frames, check_size, tokens
+from ..training.clips import TrainingStream
+from ..training.config import setting
+from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, make_accelerator, seeded, train
+from ..training.run import open_run
+from .flow import interpolate, sample_times, token_shift, velocity
+from .latents import LatentDataset
+from .text import drop_captions, encode, learn_vocabulary, load_frozen, small_clip, text_widths, tokenize
+from .transformer import ProMAGTransformer3DModel
+
+# Times at which the held-out loss is measured: the middles of five equal parts, before the shift.
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Where text vectors come from."""
+
+    encoder: str | None = setting("a T5, UMT5 or CLIP folder or hub name, kept frozen; null trains a small CLIP along")
+    max_length: int = setting("text tokens; longer captions are cut")
+    vocabulary: int = setting("size of the vocabulary learned from the captions, for the small CLIP")
+    width: int = setting("of the small CLIP")
+    layers: int = setting("of the small CLIP")
+    heads: int = setting("of the small CLIP")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The transformer's shape; see ProMAGTransformer3DModel."""
+
+    patch_size: tuple[int, int, int] = setting("(t, h, w) latent positions per token")
+    num_layers: int = setting("transformer blocks")
+    num_attention_heads: int = setting("heads")
+    attention_head_dim: int = setting("width of a head")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Clips, and how their latents are cached."""
+
+    train: str = setting("clips.jsonl from prepare_clips, or shapes for generated clips")
+    validation: str = setting("the same, for the held-out loss; never trained on")
+    shapes: int = setting("how many generated clips are cached for training")
+    validation_clips: int = setting("how many clips are cached for the held-out loss")
+    frames: int = setting("frames per clip: 1 + ratio*k")
+    size: int = setting("height and width in pixels")
+    cache: str = setting("folder for latent caches; each ratio and split has its own folder in it")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("of cached latents")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """A whole text-to-video training."""
+
+    run: str = setting("run directory")
+    seed: int = setting("decides weights, data order and noise")
+    precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    tokenizer: str = setting("folder of a trained video tokenizer")
+    ratio: int = setting("temporal ratio of the latents")
+    caption_dropout: float = setting("part of the captions replaced by the null caption, for guidance")
+    text: Text = setting("text encoder")
+    model: Model = setting("transformer")
+    data: Data = setting("clips and latents")
+    loop: LoopSettings = setting("optimisation")
+    pace: Pace = setting("logging, validation, checkpoints")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where frames, size, ratio and patch do not fit together."""
+        check_frames(self.data.frames, self.ratio)
+        check_size(self.data.size, self.data.size)
+        tokens(self.data.frames, self.data.size, self.data.size, self.ratio, self.model.patch_size)
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
+
+
+# Keys that may differ when a run is continued: they do not change what is learned.
+MAY_CHANGE = ("run", "pace", "tokenizer", "data.cache")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves: the averaged transformer, its text encoder and text tokenizer, and how it ended."""
+
+    transformer: ProMAGTransformer3DModel
+    text_encoder: Any
+    text_tokenizer: Any
+    fps: float  # median of the training clips
+    outcome: Outcome
+
+
+class FlowObjective(Objective):
+    """Squared error of the velocity at logit-normal times, captions dropped now and then."""
+
+    def __init__(self, transformer: Any, text_encoder: Any, text_tokenizer: Any, ratio: int, caption_dropout: float):
+        super().__init__()
+        self.transformer, self.text_encoder, self.text_tokenizer = transformer, text_encoder, text_tokenizer
+        self.ratio, self.caption_dropout = ratio, caption_dropout
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        """Normalised latents b c t h w, captions and frame rates in `batch` -> loss."""
+        x = batch["latents"]
+        captions = drop_captions(batch["caption"], self.caption_dropout, generator)
+        times = sample_times(len(x), self.mu(x), generator, x.device)
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        return {"loss": self.errors(x, noise, times, captions, batch["fps"]).mean()}
+
+    def errors(self, x: Tensor, noise: Tensor, times: Tensor, captions: list[str], fps: Tensor) -> Tensor:
+        """Return the mean squared velocity error of each clip, (b,)."""
+        text = encode(self.text_encoder, tokenize(self.text_tokenizer, captions))
+        predicted = self.transformer(
+            interpolate(x, noise, times),
+            times * 1000,
+            text.tokens,
+            encoder_attention_mask=text.mask,
+            pooled_projections=text.pooled,
+            temporal_ratio=self.ratio,
+            fps=fps.float(),
+            return_dict=False,
+        )[0]
+        return F.mse_loss(predicted.float(), velocity(x, noise), reduction="none").flatten(1).mean(1)
+
+    def mu(self, x: Tensor) -> float:
+        """Return the time shift for latents of this size."""
+        pt, ph, pw = self.transformer.config["patch_size"]
+        return token_shift(x.shape[2] // pt * (x.shape[3] // ph) * (x.shape[4] // pw))
+
+
+def train_diffusion(config: DiffusionConfig, train_cache: Path, validation_cache: Path) -> Trained:
+    """Train, or continue to train, a transformer on two latent caches.
+
+    Raises UserError for a cache of another ratio, an unsuitable text encoder or run directory.
+    """
+    accelerator = make_accelerator(Path(config.run), config.precision)
+    run = open_run(config.run, config, MAY_CHANGE, write=accelerator.is_main_process)
+    latents, held_out = (LatentDataset(folder, config.ratio) for folder in (train_cache, validation_cache))
+
+    torch.manual_seed(config.seed)
+    if config.text.encoder is None:
+        text_tokenizer = learn_vocabulary(latents.captions, config.text.vocabulary, config.text.max_length)
+        text_encoder = small_clip(text_tokenizer, config.text.width, config.text.layers, config.text.heads)
+    else:
+        text_tokenizer, text_encoder = load_frozen(config.text.encoder, config.text.max_length)
+    width, pooled = text_widths(text_encoder)
+    transformer = ProMAGTransformer3DModel(
+        in_channels=latents.index["shape"][0],
+        patch_size=config.model.patch_size,
+        num_layers=config.model.num_layers,
+        num_attention_heads=config.model.num_attention_heads,
+        attention_head_dim=config.model.attention_head_dim,
+        text_dim=width,
+        pooled_dim=pooled,
+        temporal_ratios=(config.ratio,),
+        latents_mean={str(config.ratio): latents.index["mean"]},
+        latents_std={str(config.ratio): latents.index["std"]},
+    )
+    objective = FlowObjective(transformer, text_encoder, text_tokenizer, config.ratio, config.caption_dropout)
+    count = sum(p.numel() for p in transformer.parameters())
+    accelerator.print(
+        f"{config.ratio}x: {count / 1e6:.2f} M parameters, latents of {len(latents)} clips in {train_cache}"
+    )
+
+    # Validation noise is that of the clip's index, so the held-out loss of two runs or steps differs by the model alone.
+    # Statistics are the training cache's: a model must not see the held-out clips' own.
+    fixed = [held_out.fixed(i) for i in range(len(held_out))]
+    x = torch.stack([f["latents"] for f in fixed]) * held_out.std + held_out.mean
+    x = transformer.normalise(x, config.ratio).to(accelerator.device)
+    noise = torch.stack([torch.randn(x.shape[1:], generator=seeded(0, i)) for i in range(len(x))]).to(x.device)
+    fps, captions = torch.tensor([f["fps"] for f in fixed], device=x.device), [f["caption"] for f in fixed]
+
+    def validate(tracker: Any, step: int) -> Metrics:
+        with accelerator.autocast():
+            losses = [
+                objective.errors(x, noise, torch.full((len(x),), t, device=x.device), captions, fps).mean()
+                for t in VALIDATION_TIMES
+            ]
+        return {"held_out_loss": float(torch.stack(losses).mean())}
+
+    rank, world = accelerator.process_index, accelerator.num_processes
+
+    def open_stream(first: int) -> TrainingStream:
+        return TrainingStream(latents, config.seed, config.loop.batch_size, rank, world, first)
+
+    outcome = train(
+        accelerator, run / f"{config.ratio}x", objective, open_stream, config.loop, config.pace, config.seed, validate
+    )
+    accelerator.end_training()
+    return Trained(transformer.cpu(), text_encoder.cpu(), text_tokenizer, median(latents.fps), outcome)

@@ -1,0 +1,277 @@
+"""A diffusion transformer over video latents, told the temporal ratio and the frame rate.
+
+Shapes: b c t h w latents, N = t*h*w / patch tokens, D width, L text tokens. Sources: DiT with adaLN-zero
+(arXiv 2212.09748, sec. 3.2), one modulation shared by all blocks (adaLN-single, PixArt-alpha, arXiv 2310.00426, sec. 2.3),
+QK normalisation (arXiv 2302.05442, sec. 2.1), rotary positions (arXiv 2104.09864) over time, height and width.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import (
+    PixArtAlphaTextProjection,
+    TimestepEmbedding,
+    Timesteps,
+    apply_rotary_emb,
+    get_1d_rotary_pos_embed,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm, RMSNorm
+from diffusers.utils import apply_lora_scale
+from einops import rearrange
+from torch import Tensor, nn
+
+# Rotary positions count latent frames of this ratio: a 16x latent frame stands four positions after the one before.
+POSITION_RATIO = 4
+
+
+class ProMAGAttnProcessor:
+    """Attention through diffusers' dispatch, so that the backend is a setting."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "ProMAGAttention",
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """B N D and, for cross-attention, B L D and its mask (True is seen) B 1 1 L -> B N D."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q = attn.norm_q(attn.to_q(hidden_states).unflatten(2, (attn.heads, -1)))  # B N heads d
+        k = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)))
+        v = attn.to_v(context).unflatten(2, (attn.heads, -1))
+        if rotary is not None:
+            q, k = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (q, k))  # pyright: ignore[reportArgumentType]
+        out: Any = dispatch_attention_fn(
+            q, k, v, attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[0](out.flatten(2, 3).to(hidden_states.dtype))
+
+
+class ProMAGAttention(nn.Module, AttentionModuleMixin):
+    """Self- or cross-attention with RMS-normalised queries and keys."""
+
+    _default_processor_cls = ProMAGAttnProcessor
+    _available_processors = [ProMAGAttnProcessor]  # noqa: RUF012 (the name and kind that diffusers looks for)
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.norm_q, self.norm_k = RMSNorm(dim // heads, 1e-6), RMSNorm(dim // heads, 1e-6)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Call the processor."""
+        return self.processor(self, hidden_states, **kwargs)
+
+
+class ProMAGTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to text and feed-forward, each gated from zero."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1 = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
+        self.attn1 = ProMAGAttention(dim, heads)
+        self.norm2 = FP32LayerNorm(dim, 1e-6, elementwise_affine=True)
+        self.attn2 = ProMAGAttention(dim, heads)
+        self.norm3 = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
+        self.ff = FeedForward(dim, mult=4, activation_fn="gelu-approximate")
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
+        nn.init.zeros_(self.attn2.to_out[0].weight)  # pyright: ignore[reportArgumentType]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        modulation: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """B N D tokens, B L D text, B 6 D modulation -> B N D."""
+        table = (self.scale_shift_table + modulation.float()).to(hidden_states.dtype)
+        shift1, scale1, gate1, shift3, scale3, gate3 = table.unsqueeze(2).unbind(1)  # each B 1 D
+        h = self.norm1(hidden_states) * (1 + scale1) + shift1
+        hidden_states = hidden_states + gate1 * self.attn1(h, rotary=rotary)
+        h = self.attn2(
+            self.norm2(hidden_states), encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
+        )
+        hidden_states = hidden_states + h
+        h = self.norm3(hidden_states) * (1 + scale3) + shift3
+        return hidden_states + gate3 * self.ff(h)
+
+
+class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+    """Predicts the rectified-flow velocity of a video latent from its noisy version, text, time, ratio and frame rate.
+
+    Args:
+        in_channels: channels of the latent.
+        patch_size: (t, h, w) latent positions that make one token.
+        num_layers: transformer blocks.
+        num_attention_heads: heads; the width is heads times `attention_head_dim`.
+        attention_head_dim: width of a head, a multiple of 2 and at least 6.
+        text_dim: width of the text tokens.
+        pooled_dim: width of a pooled text vector that joins the modulation; 0 for none.
+        temporal_ratios: ratios of the latents it is trained on.
+        latents_mean: per ratio (as text), the mean of each channel over the training latents.
+        latents_std: the same for the standard deviation. The model sees (latent - mean) / std.
+
+    Raises ValueError for settings that do not fit together.
+    """
+
+    __module__ = "promag"
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ProMAGTransformerBlock"]  # noqa: RUF012
+    _repeated_blocks = ["ProMAGTransformerBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "norm"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 8,
+        patch_size: Sequence[int] = (1, 2, 2),
+        num_layers: int = 12,
+        num_attention_heads: int = 6,
+        attention_head_dim: int = 64,
+        text_dim: int = 512,
+        pooled_dim: int = 0,
+        temporal_ratios: Sequence[int] = (4, 8, 16),
+        latents_mean: Mapping[str, Sequence[float]] | None = None,
+        latents_std: Mapping[str, Sequence[float]] | None = None,
+    ):
+        super().__init__()
+        if attention_head_dim % 2 or attention_head_dim < 6:
+            raise ValueError(f"attention_head_dim {attention_head_dim}: an even number of at least 6 is needed")
+        dim = num_attention_heads * attention_head_dim
+        self.patch_embed = nn.Linear(in_channels * math.prod(patch_size), dim)
+        self.text_embed = PixArtAlphaTextProjection(text_dim, dim)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed, self.ratio_embed, self.fps_embed = (TimestepEmbedding(256, dim) for _ in range(3))
+        self.pooled_embed = PixArtAlphaTextProjection(pooled_dim, dim) if pooled_dim else None
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.transformer_blocks = nn.ModuleList(
+            ProMAGTransformerBlock(dim, num_attention_heads) for _ in range(num_layers)
+        )
+        self.norm_out = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
+        self.proj_out = nn.Linear(dim, in_channels * math.prod(patch_size))
+        for layer in (self.modulation[1], self.proj_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.gradient_checkpointing = False
+
+    def normalise(self, latents: Tensor, temporal_ratio: int) -> Tensor:
+        """Turn latents of the tokenizer, b c t h w, into what this model is trained on."""
+        mean, std = self._statistics(latents, temporal_ratio)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor, temporal_ratio: int) -> Tensor:
+        """Invert `normalise`."""
+        mean, std = self._statistics(latents, temporal_ratio)
+        return latents * std + mean
+
+    def _statistics(self, latents: Tensor, temporal_ratio: int) -> list[Tensor]:
+        both = (self.config["latents_mean"], self.config["latents_std"])
+        known = [s for s in (both[0] or {}) if s in (both[1] or {})]
+        if str(temporal_ratio) not in known:
+            have = ", ".join(f"{r}x" for r in known) or "none"
+            raise ValueError(f"temporal ratio {temporal_ratio}: this model has latent statistics for {have}")
+        return [latents.new_tensor(s[str(temporal_ratio)]).view(1, -1, 1, 1, 1) for s in both]
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        temporal_ratio: int | Tensor = 4,
+        fps: float | Tensor = 8.0,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity, noise minus clean latent.
+
+        Args:
+            hidden_states: noisy, normalised latents, b c t h w.
+            timestep: time in [0, 1000], 1000 is pure noise; (b,).
+            encoder_hidden_states: text tokens, b L text_dim.
+            encoder_attention_mask: b L, nonzero where a text token is real.
+            pooled_projections: b pooled_dim, where the model has `pooled_dim`.
+            temporal_ratio: of all the latents.
+            fps: pixel frames per second, one for all or (b,).
+            attention_kwargs: may hold `scale`, the weight of LoRA adapters.
+            return_dict: return an output object instead of a tuple.
+
+        Raises ValueError where the latent is not divisible by the patch, or the pooled vector is missing or unwanted.
+        """
+        b, c, t, h, w = hidden_states.shape
+        pt, ph, pw = self.config["patch_size"]
+        if t % pt or h % ph or w % pw:
+            raise ValueError(f"latent of {t}x{h}x{w} (frames x height x width): not divisible by patch {(pt, ph, pw)}")
+        if (pooled_projections is None) != (self.pooled_embed is None):
+            needs = "none" if self.pooled_embed is None else f"b {self.config['pooled_dim']}"
+            raise ValueError(f"pooled_projections: this model needs {needs}")
+        x = rearrange(hidden_states, "b c (t u) (h p) (w q) -> b (t h w) (c u p q)", u=pt, p=ph, q=pw)
+        x = self.patch_embed(x)
+        text = self.text_embed(encoder_hidden_states)
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
+
+        ratio = torch.as_tensor(temporal_ratio, device=x.device, dtype=torch.float32).expand(b)
+        rate = torch.as_tensor(fps, device=x.device, dtype=torch.float32).expand(b)
+        embedding = self._embed(self.time_embed, timestep.expand(b), x)
+        embedding = embedding + self._embed(self.ratio_embed, 100 * ratio.log2(), x)
+        embedding = embedding + self._embed(self.fps_embed, 100 * rate.log2(), x)
+        if self.pooled_embed is not None:
+            embedding = embedding + self.pooled_embed(pooled_projections)
+        modulation = self.modulation(embedding).unflatten(1, (6, -1))  # b 6 D
+
+        step = float(ratio[0]) / POSITION_RATIO * pt
+        rotary = rotary_positions(self.config["attention_head_dim"], (t // pt, h // ph, w // pw), step, x.device)
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, text, modulation, rotary, mask)
+            else:
+                x = block(x, text, modulation, rotary, mask)
+
+        shift, scale = (self.scale_shift_table + embedding[:, None].float()).to(x.dtype).unsqueeze(2).unbind(1)
+        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
+        sizes = {"t": t // pt, "h": h // ph, "w": w // pw, "u": pt, "p": ph, "q": pw}
+        out = rearrange(x, "b (t h w) (c u p q) -> b c (t u) (h p) (w q)", **sizes)
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)  # pyright: ignore[reportArgumentType]
+
+    def _embed(self, layer: nn.Module, value: Tensor, like: Tensor) -> Tensor:
+        return layer(self.time_proj(value).to(like.dtype))
+
+
+def rotary_positions(
+    head_dim: int, grid: tuple[int, int, int], frame_step: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, each N x head_dim, for a grid of (t, h, w) tokens whose frames lie `frame_step` apart.
+
+    Height and width take a third of the head each (rounded down to even), time the rest.
+    """
+    side = 2 * (head_dim // 6)
+    dims = (head_dim - 2 * side, side, side)
+    steps = (frame_step, 1.0, 1.0)
+    axes = [torch.arange(n, device=device, dtype=torch.float32) * s for n, s in zip(grid, steps, strict=True)]
+    places = torch.meshgrid(*axes, indexing="ij")
+    parts = [
+        get_1d_rotary_pos_embed(d, p.flatten(), use_real=True)  # pyright: ignore[reportArgumentType]
+        for d, p in zip(dims, places, strict=True)
+    ]
+    return torch.cat([cos for cos, _ in parts], 1), torch.cat([sin for _, sin in parts], 1)

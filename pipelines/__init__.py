@@ -1,0 +1,1 @@
+"""What people call: the diffusers pipeline, and reports on what it gives."""

@@ -1,0 +1,104 @@
+"""From clips and a frozen tokenizer to a saved pipeline: cache the latents, train the transformer, put all together."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from ..diffusion.latents import Fingerprint, write_cache
+from ..diffusion.train import DiffusionConfig, Trained, train_diffusion
+from ..tokenizer.autoencoder import AutoencoderKLProMAG
+from ..tokenizer.geometry import check_ratio
+from ..tokenizer.train import load_tokenizer, save_model
+from ..training.clips import open_dataset
+from ..training.config import UserError
+from .text_to_video import ProMAGPipeline
+
+
+def train_pipeline(config: DiffusionConfig) -> Path | None:
+    """Train a text-to-video pipeline as configured and return its folder, None if stopped early.
+
+    What is already there - latents, checkpoints, the finished pipeline - is used again.
+    Raises UserError for unsuitable tokenizers, clips, caches and run directories.
+    """
+    folder = Path(config.run) / "pipeline"
+    vae = load_tokenizer(config.tokenizer)
+    train_cache, validation_cache = (cache_latents(config, split, vae) for split in ("train", "eval"))
+    trained = train_diffusion(config, train_cache, validation_cache)
+    if not trained.outcome.finished:
+        return None
+    if not (folder / "model_index.json").exists():
+        save_model(assemble(config, trained, vae), folder)
+    return folder
+
+
+def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG) -> ProMAGPipeline:
+    """Put a trained transformer and the tokenizer into a pipeline whose defaults are what it was trained on."""
+    return ProMAGPipeline(
+        tokenizer=trained.text_tokenizer,
+        text_encoder=trained.text_encoder,
+        transformer=trained.transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        height=config.data.size,
+        width=config.data.size,
+        num_frames=config.data.frames,
+        fps=trained.fps,
+        temporal_ratio=config.ratio,
+    )
+
+
+def cache_latents(config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG) -> Path:
+    """Cache the latents of one split ("train" or "eval") at the configured ratio and return the cache's folder."""
+    data = config.data
+    try:
+        check_ratio(config.ratio, vae.temporal_ratios)
+    except ValueError as error:
+        raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
+    source, count = (data.train, data.shapes) if split == "train" else (data.validation, data.validation_clips)
+    clips = open_dataset(source, split, data.frames, data.size, count)
+    count = len(clips) if split == "train" else min(count, len(clips))
+    fingerprint = Fingerprint(
+        tokenizer=weights_hash(vae, config.ratio),
+        clips=clips.digest(count),
+        ratio=config.ratio,
+        frames=data.frames,
+        height=data.size,
+        width=data.size,
+        dtype=data.dtype,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return write_cache(
+        Path(data.cache) / f"{split}-{config.ratio}x",
+        fingerprint,
+        count,
+        clips.fixed,
+        encoder(vae, config.ratio, device),
+    )
+
+
+def encoder(vae: AutoencoderKLProMAG, ratio: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return B C T H W -> mean latents b c t h w, under bf16 autocast on `device`."""
+    model: Any = vae.to(device).eval()
+
+    @torch.no_grad()
+    def encode(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return model.encode(x.to(device), ratio).latent_dist.mode().float()
+
+    return encode
+
+
+def weights_hash(vae: AutoencoderKLProMAG, ratio: int) -> str:
+    """Return a hash of the weights that encode at `ratio`: growing further or fine-tuning a decoder keeps it."""
+    used = [vae.encoder, *vae.encoder_growth[: vae.level_of(ratio)]]
+    digest = hashlib.sha256()
+    for module in used:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""What a token budget costs: the time of a training step and of sampling, measured side by side.
+
+Budgets are measured in turns, round after round, so that a slow moment of the machine meets all of them.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+
+from ..diffusion.flow import velocity
+from ..tokenizer.geometry import SPATIAL_RATIO, latent_frames
+from .text_to_video import ProMAGPipeline
+
+Key = TypeVar("Key")
+
+
+def measure_in_turns(calls: Mapping[Key, Callable[[], Any]], rounds: int = 5) -> dict[Key, float]:
+    """Call each of `calls` once to warm up, then `rounds` times in turns; return the median seconds of each."""
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for key, call in calls.items():
+            started = time.perf_counter()
+            call()
+            _wait()
+            times[key].append(time.perf_counter() - started)
+    return {key: median(values) for key, values in times.items()}
+
+
+def train_step(transformer: Any, frames: int, height: int, width: int, ratio: int, batch_size: int) -> Callable[[], None]:
+    """Return a call that does one training step (forward, backward, AdamW, bf16) on random latents and text.
+
+    The weights of `transformer` change: give it a copy.
+    """
+    optimizer = torch.optim.AdamW(transformer.parameters(), 1e-6, fused=True)
+    device, config = transformer.device, transformer.config
+    shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
+    x, noise = torch.randn(2, batch_size, *shape, device=device)
+    text = torch.randn(batch_size, 24, config["text_dim"], device=device)
+    pooled = torch.randn(batch_size, config["pooled_dim"], device=device) if config["pooled_dim"] else None
+
+    def step() -> None:
+        times = torch.full((batch_size,), 500.0, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[0]
+            loss = (predicted.float() - velocity(x, noise)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def sampling(pipe: ProMAGPipeline, prompt: str, steps: int, guidance: float, ratio: int, **size: int) -> Callable[[], Any]:
+    """Return a call that samples one video from text to pixels."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def call() -> Any:
+        return pipe(
+            prompt,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            temporal_ratio=ratio,
+            generator=generator,
+            **size,
+        ).frames
+
+    return call
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,81 @@
+"""Line plots as inline SVG that follows the page's colours, without a plotting library."""
+# ruff: noqa: RUF001 (a minus sign)
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 290, 56, 26, 12, 52  # SVG units: the whole, and the margins
+DASHES = ("none", "7 3", "2 3", "9 3 2 3")  # lines differ in more than their colour
+COLOURS = 6  # the page defines --line0 to --line5
+
+
+def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
+    """Return an SVG with axes, ticks and one line of (x, y) points for each name, and its legend as an HTML list.
+
+    Raises ValueError for a line without points.
+    """
+    for name, points in lines.items():
+        if not points:
+            raise ValueError(f"the line {name!r} has no points to plot; leave it out")
+    xs, ys = zip(*(point for points in lines.values() for point in points), strict=True)
+    left, span = min(xs), (max(xs) - min(xs)) or 1
+    y_ticks = _ticks(min(ys), max(ys), 4)
+    x_ticks = [tick for tick in _ticks(left, left + span, 3) if left <= tick <= left + span]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        right = (x - left) / span
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return round(LEFT + right * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1)
+
+    drawn, legend, told = _axes(x_ticks, y_ticks, place, x_label, y_label), "", []
+    for i, (name, points) in enumerate(lines.items()):
+        colour = f"var(--line{i % COLOURS})"
+        stroke = f'class="line" style="stroke:{colour};stroke-dasharray:{DASHES[i % len(DASHES)]}"'
+        last = f"{points[-1][1]:.2f} at {points[-1][0]:,.0f}"
+        x, y = place(*points[-1])
+        drawn += f'<polyline {stroke} points="{" ".join("{},{}".format(*place(*point)) for point in points)}"/>'
+        drawn += f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{colour}"/>'
+        swatch = f'<svg class="swatch" viewBox="0 0 32 8" aria-hidden="true"><path {stroke} d="M0 4H32"/></svg>'
+        legend += f"<li>{swatch}{escape(name)} <small>{last}</small></li>"
+        told.append(f"{name} ends with {last}")
+    described = escape(f"{y_label} by {x_label}: {'; '.join(told)}")
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{drawn}</svg>'
+    return f'{svg}<ul class="legend">{legend}</ul>'
+
+
+def _axes(
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    place: Callable[[float, float], tuple[float, float]],
+    x_label: str,
+    y_label: str,
+) -> str:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    drawn = ""
+    for tick, text in zip(y_ticks, _texts(y_ticks), strict=True):
+        y = place(x_ticks[0], tick)[1]
+        drawn += f'<path class="grid" d="M{LEFT} {y}H{right}"/>'
+        drawn += f'<text x="{LEFT - 8}" y="{y}" dy="0.35em" text-anchor="end">{text}</text>'
+    for tick, text in zip(x_ticks, _texts(x_ticks), strict=True):
+        x = place(tick, y_ticks[0])[0]
+        drawn += f'<path class="axis" d="M{x} {bottom}v5"/>'
+        drawn += f'<text x="{x}" y="{bottom + 20}" text-anchor="middle">{text}</text>'
+    drawn += f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>'
+    drawn += f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
+    turned = f'transform="translate(14 {(TOP + bottom) / 2}) rotate(-90)"'
+    return drawn + f'<text {turned} text-anchor="middle">{escape(y_label)}</text>'
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Return evenly spaced round numbers that enclose [low, high], at least `count` steps."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = max(m * power for m in (1, 2, 5) if m * power <= span / count)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def _texts(ticks: Sequence[float]) -> list[str]:
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    return [f"{tick:,.{digits}f}".replace("-", "−") for tick in ticks]

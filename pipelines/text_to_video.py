@@ -1,0 +1,281 @@
+"""The text-to-video pipeline, with the conventions of diffusers' video pipelines.
+
+Shapes: B C T H W pixels, b c t h w latents.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils.outputs import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+
+from ..diffusion.flow import guide, token_shift
+from ..diffusion.text import Embedded, encode, tokenize
+from ..diffusion.transformer import ProMAGTransformer3DModel
+from ..tokenizer.autoencoder import AutoencoderKLProMAG
+from ..tokenizer.geometry import check_ratio, check_size, latent_frames, tokens
+
+OUTPUT_TYPES = ("np", "pil", "pt", "latent")
+
+
+@dataclass
+class ProMAGPipelineOutput(BaseOutput):
+    """Videos: (B, T, H, W, 3) in [0, 1] as an array, lists of PIL images, a tensor (B, T, 3, H, W), or latents."""
+
+    frames: Any
+
+
+class ProMAGPipeline(DiffusionPipeline):
+    """Text to video: a text encoder, a transformer over latents of one or several temporal ratios, a grown tokenizer.
+
+    Args:
+        tokenizer: text tokenizer.
+        text_encoder: CLIP or T5 text model.
+        transformer: predicts the velocity of latents.
+        vae: decodes latents to pixels.
+        scheduler: a flow-matching scheduler.
+        height: default height in pixels, what the model was trained on; likewise the next four.
+        width: default width in pixels.
+        num_frames: default frames.
+        fps: default frame rate that the model is told.
+        temporal_ratio: default temporal ratio.
+    """
+
+    __module__ = "promag"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (the name and kind that diffusers looks for)
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        transformer: ProMAGTransformer3DModel,
+        vae: AutoencoderKLProMAG,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        height: int = 64,
+        width: int = 64,
+        num_frames: int = 65,
+        fps: float = 8.0,
+        temporal_ratio: int = 16,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+        )
+        self.register_to_config(
+            height=height, width=width, num_frames=num_frames, fps=fps, temporal_ratio=temporal_ratio
+        )
+        self.video_processor = VideoProcessor(vae_scale_factor=vae.spatial_compression_ratio if vae else 8)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the call under way."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Tell whether the call under way also predicts without text."""
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call under way."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` from a callback to end the denoising early."""
+        return self._interrupt
+
+    def encode_prompt(self, prompts: list[str], max_sequence_length: int | None = None) -> Embedded:
+        """Encode prompts: tokens B L D, mask B L, pooled vectors B D or None."""
+        text = encode(self.text_encoder, tokenize(self.tokenizer, prompts, max_sequence_length))
+        dtype = self.transformer.dtype
+        return Embedded(text.tokens.to(dtype), text.mask, None if text.pooled is None else text.pooled.to(dtype))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 4.0,
+        num_videos_per_prompt: int = 1,
+        temporal_ratio: int | None = None,
+        fps: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Embedded | None = None,
+        negative_prompt_embeds: Embedded | None = None,
+        max_sequence_length: int | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+    ) -> ProMAGPipelineOutput | tuple[Any]:
+        """Sample videos.
+
+        Args:
+            prompt: one text or a list of texts.
+            negative_prompt: what guidance moves away from; the empty text is what was trained as "no caption".
+            height: pixels, a multiple of 8 times the transformer's patch; None is the trained size.
+            width: likewise.
+            num_frames: 1 + temporal_ratio*k; None is the trained count.
+            num_inference_steps: denoising steps, at least 1.
+            guidance_scale: 1 turns guidance off.
+            num_videos_per_prompt: videos of each prompt.
+            temporal_ratio: token budget to sample at, one that the transformer was trained on.
+            fps: frame rate the transformer is told, above 0.
+            generator: of the first noise; one, or one per video.
+            latents: first noise, b c t h w, instead of drawn noise.
+            prompt_embeds: what `encode_prompt` returned, instead of `prompt`.
+            negative_prompt_embeds: the same for `negative_prompt`.
+            max_sequence_length: text tokens; None is the text tokenizer's own.
+            output_type: "np", "pil", "pt" or "latent" (the tokenizer's latents, not normalised).
+            return_dict: return an output object instead of a tuple.
+            attention_kwargs: may hold `scale`, the weight of LoRA adapters.
+            callback_on_step_end: called as (pipe, step, timestep, tensors); may return changed tensors.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets: latents.
+
+        Raises ValueError naming the value got and what is legal.
+        """
+        height, width = height or self.config["height"], width or self.config["width"]
+        num_frames = num_frames or self.config["num_frames"]
+        ratio, fps = temporal_ratio or self.config["temporal_ratio"], fps or self.config["fps"]
+        self._check_inputs(
+            prompt, prompt_embeds, negative_prompt, ratio, num_inference_steps, num_videos_per_prompt, fps, output_type
+        )
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs {sorted(unknown)}: legal are {self._callback_tensor_inputs}"
+            )
+        patch = self.transformer.config["patch_size"]
+        check_size(height, width, self.vae.spatial_compression_ratio * max(patch[1:]))
+        token_count = tokens(num_frames, height, width, ratio, tuple(patch))
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        device = self._execution_device
+
+        text = prompt_embeds or self.encode_prompt(
+            [prompt] if isinstance(prompt, str) else list(prompt or ()), max_sequence_length
+        )
+        text = _repeat(text, num_videos_per_prompt)
+        batch = len(text.tokens)
+        if self.do_classifier_free_guidance:
+            count = batch // num_videos_per_prompt
+            negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
+            null = _repeat(
+                negative_prompt_embeds or self.encode_prompt(negatives, max_sequence_length), num_videos_per_prompt
+            )
+            text = _join(text, null)
+        text = Embedded(*(None if part is None else part.to(device) for part in text))  # pyright: ignore
+
+        shape = (
+            batch,
+            self.transformer.config["in_channels"],
+            latent_frames(num_frames, ratio),
+            height // self.vae.spatial_compression_ratio,
+            width // self.vae.spatial_compression_ratio,
+        )
+        latents = self._first_latents(shape, generator, latents, device)
+        self._set_timesteps(num_inference_steps, device, token_shift(token_count))
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                x = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                predicted = self.transformer(
+                    x.to(self.transformer.dtype),
+                    t.expand(len(x)),
+                    text.tokens,
+                    encoder_attention_mask=text.mask,
+                    pooled_projections=text.pooled,
+                    temporal_ratio=ratio,
+                    fps=fps,
+                    attention_kwargs=attention_kwargs,
+                    return_dict=False,
+                )[0].float()
+                if self.do_classifier_free_guidance:
+                    predicted = guide(*predicted.chunk(2), guidance_scale)
+                latents = self.scheduler.step(predicted, t, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    latents = (callback_on_step_end(self, i, t, given) or {}).get("latents", latents)
+                bar.update()
+
+        latents = self.transformer.denormalise(latents, ratio)
+        if output_type == "latent":
+            frames: Any = latents
+        else:
+            video = self.vae.decode(latents.to(self.vae.dtype), ratio, return_dict=False)[0]
+            frames = self.video_processor.postprocess_video(video.float(), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ProMAGPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _check_inputs(self, prompt, prompt_embeds, negative_prompt, ratio, steps, videos, fps, output_type) -> None:
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("prompt and prompt_embeds: exactly one of them is needed")
+        if prompt is not None and (not isinstance(prompt, str | list) or not prompt and isinstance(prompt, list)):
+            raise ValueError(f"prompt {prompt!r}: a text or a list of texts is needed")
+        if isinstance(negative_prompt, list) and len(negative_prompt) != (
+            len(prompt) if isinstance(prompt, list) else 1
+        ):
+            raise ValueError(f"negative_prompt: {len(negative_prompt)} texts; give one text, or as many as prompts")
+        check_ratio(ratio, self.vae.temporal_ratios)
+        trained = sorted(map(int, self.transformer.config["latents_mean"] or {}))
+        if ratio not in trained:
+            raise ValueError(
+                f"temporal_ratio {ratio}: the transformer was trained at {', '.join(f'{r}x' for r in trained)}"
+            )
+        for name, value in (("num_inference_steps", steps), ("num_videos_per_prompt", videos)):
+            if value < 1:
+                raise ValueError(f"{name} {value}: at least 1 is needed")
+        if fps <= 0:
+            raise ValueError(f"fps {fps}: must be above 0")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+
+    def _first_latents(
+        self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device
+    ) -> Tensor:
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents of shape {tuple(latents.shape)}: {shape} is needed")
+            return latents.to(device, torch.float32)
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"generator: {len(generator)} given; use one, or one for each of the {shape[0]} videos")
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def _set_timesteps(self, steps: int, device: torch.device, mu: float) -> None:
+        """Set flow times from 1 down to 1/steps, shifted for the number of tokens where the scheduler can."""
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        dynamic = {"mu": mu} if self.scheduler.config.get("use_dynamic_shifting") else {}
+        accepts = inspect.signature(self.scheduler.set_timesteps).parameters
+        if "sigmas" in accepts:
+            self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device, **dynamic)
+        else:
+            self.scheduler.set_timesteps(steps, device=device, **dynamic)
+
+
+def _repeat(text: Embedded, times: int) -> Embedded:
+    return Embedded(*(None if part is None else part.repeat_interleave(times, 0) for part in text))  # pyright: ignore
+
+
+def _join(text: Embedded, null: Embedded) -> Embedded:
+    if len(text.tokens) != len(null.tokens):
+        raise ValueError(f"negative prompts: {len(null.tokens)} for {len(text.tokens)} videos; give as many as prompts")
+    pairs = zip(text, null, strict=True)
+    return Embedded(*(None if a is None else torch.cat([a, b]) for a, b in pairs))  # pyright: ignore

@@ -1,0 +1,68 @@
+"""ProMAG: progressively grown video tokenizers and text-to-video diffusion in their latent space.
+
+The public classes are imported on first use, and are known to diffusers: after `import promag`,
+`diffusers.DiffusionPipeline.from_pretrained(folder)` loads a folder that `ProMAGPipeline.save_pretrained` wrote.
+"""
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .diffusion.transformer import ProMAGTransformer3DModel
+    from .pipelines.text_to_video import ProMAGPipeline
+    from .tokenizer.autoencoder import AutoencoderKLProMAG
+
+__all__ = ["AutoencoderKLProMAG", "ProMAGPipeline", "ProMAGTransformer3DModel"]
+__version__ = "0.1.0"
+
+_HOME = {
+    "AutoencoderKLProMAG": ".tokenizer.autoencoder",
+    "ProMAGPipeline": ".pipelines.text_to_video",
+    "ProMAGTransformer3DModel": ".diffusion.transformer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'promag' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def _register(diffusers: Any) -> None:
+    """Add our classes to the names that diffusers imports on demand, as if they lay in `diffusers.promag`."""
+    sys.modules["diffusers.promag"] = sys.modules[__name__]
+    for name in __all__:
+        diffusers._class_to_module[name] = "promag"
+
+
+class _AfterDiffusers:
+    """Import hook that registers our classes once diffusers is imported: importing it here would take seconds."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "diffusers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _register(sys.modules[name])  # diffusers replaces itself by a lazy module
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if "diffusers" in sys.modules:
+    _register(sys.modules["diffusers"])
+else:
+    import importlib.util
+
+    sys.meta_path.insert(0, _AfterDiffusers())

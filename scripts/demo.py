@@ -1,0 +1,404 @@
+"""The whole system at a small size: grow a tokenizer 4x -> 8x -> 16x, train text-to-video at 4x and at 16x, compare.
+
+What an earlier call trained is used again, and what it left unfinished continues.
+"""
+
+import copy
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from promag import ProMAGPipeline
+from promag.diffusion.train import Data as DiffusionData
+from promag.diffusion.train import DiffusionConfig, Text
+from promag.diffusion.train import Model as TransformerModel
+from promag.pipelines.assemble import train_pipeline
+from promag.pipelines.cost import measure_in_turns, sampling, train_step
+from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
+from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
+from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
+from promag.tokenizer.train import Data as TokenizerData
+from promag.tokenizer.train import Model as TokenizerModel
+from promag.tokenizer.train import Stage, TokenizerConfig, load_tokenizer, train_tokenizer
+from promag.training import shapes
+from promag.training import shapes_scorer as scorer
+from promag.training.clips import list_videos, open_dataset, prepare, save_clips
+from promag.training.config import UserError, parse_config, run_main, setting
+from promag.training.loop import LoopSettings, Pace
+from promag.training.run import append_result, provenance
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes and lengths of the demo."""
+
+    run: str = setting("run directory")
+    videos: str | None = setting("folder of real videos, 65 frames or longer; null generates clips")
+    record: str | None = setting("results file that gets a JSON line with the report's figures; null for none")
+    seed: int = setting("decides weights, data order and noise")
+    precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    size: int = setting("height and width in pixels")
+    frames: int = setting("frames that text-to-video is trained on and samples: 1 + 16k")
+    shapes: int = setting("generated clips that are trained on")
+    held_out: float = setting("part of real videos kept for evaluation, at least one")
+    evaluation_clips: int = setting("clips reconstructed for the report's figures")
+    ratios: tuple[int, ...] = setting("temporal ratios at which text-to-video is trained")
+    prompts: int = setting("prompts whose samples are shown")
+    scored: int = setting("generated-clip prompts sampled at each ratio and read by the scorer")
+    sampling_steps: int = setting("denoising steps")
+    guidance: float = setting("classifier-free guidance")
+    tokenizer: TokenizerModel = setting("the tokenizer's base")
+    stages: tuple[Stage, ...] = setting("the tokenizer's levels")
+    text: Text = setting("text encoder")
+    transformer: TransformerModel = setting("text-to-video transformer")
+    caption_dropout: float = setting("part of the captions dropped, for guidance")
+    diffusion: LoopSettings = setting("optimisation of the transformers")
+    pace: Pace = setting("logging, validation, checkpoints")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where ratios and frames do not fit together."""
+        levels = [stage.ratio for stage in self.stages]
+        unknown = [ratio for ratio in self.ratios if ratio not in levels]
+        if unknown or not self.ratios:
+            raise ValueError(f"ratios {self.ratios}: choose among the stages' {', '.join(map(str, levels))}")
+        latent_frames(self.frames, max(levels))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, sample, compare, and print where the report and the videos lie."""
+    config = parse_config(DemoConfig, argv, __doc__ or "")
+    started, run = time.perf_counter(), Path(config.run)
+    clips = index_videos(config, run) if config.videos else ("shapes", "shapes")
+
+    say("1/3 tokenizer: 4x, then grown on top of what is frozen below")
+    tokenizer = train_tokenizer(tokenizer_config(config, run, *clips))
+    if tokenizer is None:
+        return stopped()
+    say(f"2/3 text-to-video at {' and '.join(f'{r}x' for r in config.ratios)}, on the same number of clips seen")
+    pipelines = {}
+    for ratio in config.ratios:
+        folder = train_pipeline(diffusion_config(config, run, ratio, tokenizer, *clips))
+        if folder is None:
+            return stopped()
+        pipelines[ratio] = folder
+    say("3/3 reconstructions, samples and timings")
+    report = make_report(config, run, tokenizer, pipelines, clips[1], started)
+    page = write_report(run, report)
+    if config.record:
+        figures = json.loads((run / "report.json").read_text())
+        append_result(config.record, {"what": "demo", "rows": figures["rows"], "facts": figures["facts"]})
+    say(f"\nreport: {page}\nfigures: {run / 'report.json'}\nvideos: {run / 'videos'}")
+    return 0
+
+
+def say(text: str) -> None:
+    """Print a line at once, also where the output is a file."""
+    print(text, flush=True)
+
+
+def stopped() -> int:
+    """Say that the demo was interrupted, for which 0 is the right exit status."""
+    say("stopped early; the same command continues")
+    return 0
+
+
+def index_videos(config: DemoConfig, run: Path) -> tuple[str, str]:
+    """Index a folder of videos, a part of them held out, and return both indices; an index that is there is kept."""
+    paths = run / "clips" / "train.jsonl", run / "clips" / "eval.jsonl"
+    if all(path.exists() for path in paths):
+        say(f"clips: the indices in {paths[0].parent} are used again")
+        return str(paths[0]), str(paths[1])
+    prepared = prepare(list_videos(config.videos or ""))
+    for path, reason in prepared.quarantined:
+        say(f"left out {path}: {reason}")
+    long = sorted((c for c in prepared.clips if c.frames >= config.frames), key=lambda clip: clip.sha256)
+    short = len(prepared.clips) - len(long)
+    if short:
+        say(f"left out {short} of {len(prepared.clips)} videos that are shorter than {config.frames} frames")
+    if len(long) < 2:
+        raise UserError(
+            f"videos {config.videos}: {len(long)} of {len(prepared.clips)} have {config.frames} frames; at least 2 are needed, "
+            "one to train on and one to evaluate"
+        )
+    held = max(1, round(config.held_out * len(long)))
+    # Ordered by content, so that names and dates do not decide what is held out.
+    for path, part in zip(paths, (long[held:], long[:held]), strict=True):
+        save_clips(path, part)
+    say(f"clips: {len(long) - held} to train on, {held} held out")
+    return str(paths[0]), str(paths[1])
+
+
+def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str) -> TokenizerConfig:
+    """Return the tokenizer training that the demo's settings mean."""
+    return TokenizerConfig(
+        run=str(run / "tokenizer-run"),
+        seed=config.seed,
+        precision=config.precision,
+        init=None,
+        only=None,
+        model=config.tokenizer,
+        data=TokenizerData(
+            train=train,
+            validation=evaluation,
+            shapes=config.shapes,
+            size=config.size,
+            temporal_strides=(1,),
+            validation_clips=8,
+        ),
+        stages=config.stages,
+        pace=config.pace,
+    )
+
+
+def diffusion_config(
+    config: DemoConfig, run: Path, ratio: int, tokenizer: Path, train: str, evaluation: str
+) -> DiffusionConfig:
+    """Return the text-to-video training at one ratio that the demo's settings mean."""
+    return DiffusionConfig(
+        run=str(run / f"video-{ratio}x"),
+        seed=config.seed,
+        precision=config.precision,
+        tokenizer=str(tokenizer),
+        ratio=ratio,
+        caption_dropout=config.caption_dropout,
+        text=config.text,
+        model=config.transformer,
+        data=DiffusionData(
+            train=train,
+            validation=evaluation,
+            shapes=config.shapes,
+            validation_clips=32,
+            frames=config.frames,
+            size=config.size,
+            cache=str(run / "latents"),
+            dtype="bfloat16",
+        ),
+        loop=config.diffusion,
+        pace=config.pace,
+    )
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+
+
+def make_report(
+    config: DemoConfig, run: Path, tokenizer: Path, pipelines: dict[int, Path], evaluation: str, started: float
+) -> Report:
+    """Reconstruct, sample and measure; return all that the report shows."""
+    model = load_tokenizer(tokenizer)
+    source = open_dataset(evaluation, "eval", config.frames, config.size, config.evaluation_clips)
+    items = [source.fixed(i) for i in range(min(config.evaluation_clips, len(source)))]
+    quality = {r: evaluate(model, (item["video"][None] for item in items), r) for r in model.temporal_ratios}
+
+    loaded = {ratio: ProMAGPipeline.from_pretrained(folder) for ratio, folder in pipelines.items()}
+    for pipe in loaded.values():
+        pipe.set_progress_bar_config(disable=True)
+    scenes = scenes_to_score(config) if not config.videos else []
+    prompts = [s.caption() for s in scenes[: config.prompts]] or [item["caption"] for item in items[: config.prompts]]
+    samples = {ratio: sample(pipe, prompts, config, f"{ratio}x prompts") for ratio, pipe in loaded.items()}
+    readings, accuracy = {}, {}
+    for ratio, pipe in loaded.items():
+        if scenes:
+            more = [s.caption() for s in scenes[config.prompts :]]
+            videos = samples[ratio] + sample(pipe, more, config, f"{ratio}x scored", first_seed=config.prompts)
+            readings[ratio] = [scorer.read_scene(video) for video in videos]
+            accuracy[ratio] = accuracies(videos, scenes)
+
+    size = {"frames": config.frames, "height": config.size, "width": config.size}
+    steps = {
+        r: train_step(copy.deepcopy(p.transformer), **size, ratio=r, batch_size=config.diffusion.batch_size)
+        for r, p in loaded.items()
+    }
+    step_seconds = measure_in_turns(steps)
+    calls = {r: sampling(p, prompts[0], config.sampling_steps, config.guidance, r) for r, p in loaded.items()}
+    sampling_seconds = measure_in_turns(calls, rounds=3)
+
+    rows = [
+        budget_row(config, ratio, quality[ratio], step_seconds, sampling_seconds, accuracy, run, bool(scenes))
+        for ratio in model.temporal_ratios
+    ]
+    first = items[0]["video"]
+    values = {r: model.config["latent_channels"] / (SPATIAL_RATIO**2) * latent_frames(config.frames, r) for r in quality}
+    rows = [
+        dataclasses.replace(row, latent_values_per_pixel=values[row.ratio] / first.shape[1]) for row in rows
+    ]
+    return Report(
+        title="ProMAG demo: one tokenizer, three token budgets",
+        summary=summarise(config, quality, step_seconds, sampling_seconds, accuracy),
+        rows=rows,
+        chance=scorer.chance() if scenes else None,
+        reconstructions=[reconstruct(model, i, item) for i, item in enumerate(items[:4])],
+        samples=[
+            SampleClip(
+                prompt=prompt,
+                fps=loaded[config.ratios[0]].config["fps"],
+                by_ratio={ratio: samples[ratio][i] for ratio in loaded},
+                read={r: describe(readings[r][i], samples[r][i], scenes[i]) for r in loaded} if scenes else None,
+            )
+            for i, prompt in enumerate(prompts)
+        ],
+        curves=curves(config, run),
+        facts=facts(config, run, len(items), len(scenes), started),
+    )
+
+
+def scenes_to_score(config: DemoConfig) -> list[Any]:
+    """Draw the prompts: combinations that were trained on, in an order that depends on the seed alone."""
+    rng = np.random.default_rng((config.seed, 7))
+    return [shapes.sample_scene(rng, held_out=False) for _ in range(max(config.prompts, config.scored))]
+
+
+def sample(pipe: Any, prompts: list[str], config: DemoConfig, name: str, first_seed: int = 0) -> list[np.ndarray]:
+    """Sample one video per prompt, eight at a time; video i has its own seed. Returns uint8 (T, H, W, 3) each."""
+    videos: list[np.ndarray] = []
+    started = time.perf_counter()
+    for first in range(0, len(prompts), 8):
+        part = prompts[first : first + 8]
+        generators = [torch.Generator().manual_seed(first_seed + first + i) for i in range(len(part))]
+        frames = pipe(
+            part,
+            num_inference_steps=config.sampling_steps,
+            guidance_scale=config.guidance,
+            generator=generators,
+        ).frames
+        videos += list((frames * 255).round().astype(np.uint8))
+        to_go = (time.perf_counter() - started) / len(videos) * (len(prompts) - len(videos))
+        print(f"\r{name}: {len(videos)}/{len(prompts)} videos, {to_go:.0f} s to go ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return videos
+
+
+def accuracies(videos: list[np.ndarray], scenes: list[Any]) -> dict[str, tuple[float, float, float]]:
+    """Return how often the scorer reads what the prompt said: value and Wilson interval for each part."""
+    scores = [scorer.score(video, scene) for video, scene in zip(videos, scenes, strict=True)]
+    found = {}
+    for part in ("shape", "colour", "motion", "all"):
+        right = sum(bool(getattr(score, part)) for score in scores)
+        found[part] = (right / len(scores), *scorer.wilson_interval(right, len(scores)))
+    return found
+
+
+def describe(reading: Any, video: np.ndarray, scene: Any) -> tuple[str, bool]:
+    """Return what the scorer read in words, and whether it is what was asked for."""
+    said = " ".join(str(part) for part in (reading.colour, reading.shape, reading.motion) if part)
+    if reading.other:
+        said += f", {reading.other[1]} {reading.other[0]}"
+    return said or "nothing readable", bool(scorer.score(video, scene).all)
+
+
+@torch.no_grad()
+def reconstruct(model: Any, index: int, item: dict[str, Any]) -> ReconstructionClip:
+    """Reconstruct one clip at every ratio."""
+    x = item["video"][None]
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = {ratio: model(x, ratio).sample.float() for ratio in model.temporal_ratios}
+    return ReconstructionClip(
+        name=f"clip {index}",
+        caption=item["caption"],
+        fps=float(item["fps"]),
+        original=to_uint8(x)[0].numpy(),
+        by_ratio={ratio: to_uint8(output)[0].numpy() for ratio, output in outputs.items()},
+        psnr={ratio: float(psnr(output, x)) for ratio, output in outputs.items()},
+    )
+
+
+def budget_row(
+    config: DemoConfig, ratio: int, quality: dict[str, float], step_seconds, sampling_seconds, accuracy, run: Path, scored: bool
+) -> BudgetRow:
+    """Return one ratio's figures; what was not measured is said to be so."""
+    missing = {}
+    if ratio not in config.ratios:
+        untrained = f"no text-to-video model was trained at {ratio}x"
+        missing = dict.fromkeys(("train_step_seconds", "sampling_seconds", "train_loss", "accuracy"), untrained)
+    elif not scored:
+        missing = {"accuracy": "real videos have no scorer"}
+    return BudgetRow(
+        ratio=ratio,
+        latent_frames=latent_frames(config.frames, ratio),
+        tokens=tokens(config.frames, config.size, config.size, ratio, config.transformer.patch_size),
+        psnr=quality["psnr"],
+        psnr_std=quality["psnr_std"],
+        psnr_first=quality["psnr_first"],
+        ssim=quality["ssim"],
+        train_step_seconds=step_seconds.get(ratio),
+        sampling_seconds=sampling_seconds.get(ratio),
+        train_loss=last_value(run / f"video-{ratio}x" / f"{ratio}x" / "metrics.jsonl", "loss"),
+        accuracy=accuracy.get(ratio),
+        missing=missing,
+    )
+
+
+def summarise(config: DemoConfig, quality, step_seconds, sampling_seconds, accuracy) -> list[str]:
+    """Return the report's first sentences."""
+    low, high = config.ratios[0], config.ratios[-1]
+    quality_said = ", ".join(f"{values['psnr']:.1f} dB at {ratio}x" for ratio, values in quality.items())
+    said = [f"One checkpoint reconstructs {config.frames} frames of unseen clips with {quality_said}."]
+    if low != high:
+        said.append(
+            f"With {latent_frames(config.frames, high)} instead of {latent_frames(config.frames, low)} latent frames, "
+            f"{high}x text-to-video trains {step_seconds[low] / step_seconds[high]:.1f} times and samples "
+            f"{sampling_seconds[low] / sampling_seconds[high]:.1f} times as fast as {low}x."
+        )
+    for ratio, found in accuracy.items():
+        parts = ", ".join(f"{part} {value:.0%}" for part, (value, _, _) in found.items() if part != "all")
+        said.append(f"After {config.diffusion.steps} steps the {ratio}x model's videos show what the prompt says: {parts}.")
+    return said
+
+
+def curves(config: DemoConfig, run: Path) -> dict[str, list[tuple[float, float]]]:
+    """Return validation curves: PSNR of each stage and held-out loss of each text-to-video model."""
+    found = {}
+    for stage in config.stages:
+        name = f"{stage.ratio}x"
+        found[f"Validation PSNR, dB/{name}"] = points(run / "tokenizer-run" / name / "metrics.jsonl", "psnr")
+    for ratio in config.ratios:
+        found[f"Training loss of text-to-video/{ratio}x"] = points(
+            run / f"video-{ratio}x" / f"{ratio}x" / "metrics.jsonl", "loss"
+        )
+    return {name: values for name, values in found.items() if values}
+
+
+def points(file: Path, key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of one key of a metrics file."""
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [(float(r["step"]), float(r[key])) for r in records if key in r]
+
+
+def last_value(file: Path, key: str) -> float | None:
+    """Return a metric's mean over the last tenth of the log lines, at least one; None without any."""
+    values = [value for _, value in points(file, key)]
+    tail = values[-max(1, len(values) // 10) :]
+    return sum(tail) / len(tail) if tail else None
+
+
+def facts(config: DemoConfig, run: Path, clips: int, scored: int, started: float) -> dict[str, str]:
+    """Return the key-value pairs at the report's end."""
+    known = provenance()
+    trained = [f"{s.ratio}x {s.loop.steps} steps of {s.loop.batch_size} clips of {s.frames} frames" for s in config.stages]
+    said = {
+        "Commit": known["commit"],
+        "Machine": known["machine"],
+        "Versions": ", ".join(f"{k} {v}" for k, v in known["versions"].items()),
+        "Seed": str(config.seed),
+        "This call took": f"{(time.perf_counter() - started) / 60:.1f} minutes",
+        "Clips": f"videos of {config.videos}" if config.videos else f"{config.shapes} generated clips",
+        "Tokenizer training": "; ".join(trained),
+        "Text-to-video training": f"{config.diffusion.steps} steps of {config.diffusion.batch_size} clips at each ratio",
+        "Reconstruction protocol": f"{clips} unseen clips, {config.frames} frames, {config.size}x{config.size}; {PROTOCOL}",
+        "Sampling": f"{config.sampling_steps} steps, guidance {config.guidance}; times are text to pixels for one video",
+        "Train step": f"batch {config.diffusion.batch_size}, forward, backward and AdamW, median of 5 in turns",
+    }
+    if scored:
+        said["Prompt accuracy"] = f"{scored} prompts of trained combinations, one video each; Wilson 95 % intervals"
+    return said
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

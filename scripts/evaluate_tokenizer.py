@@ -1,0 +1,78 @@
+"""Reconstruct clips at every temporal ratio of a tokenizer and report PSNR and SSIM."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from promag.tokenizer.geometry import check_frames, check_size
+from promag.tokenizer.metrics import PROTOCOL, evaluate
+from promag.tokenizer.train import load_tokenizer
+from promag.training.clips import ClipDataset, list_videos, open_dataset, prepare
+from promag.training.config import UserError, run_main
+from promag.training.run import append_result, write_atomically
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print one line per ratio; with --json write them, with --record append them to a results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", help="folder of a tokenizer, or of a pipeline")
+    parser.add_argument("--videos", required=True, help="folder, CSV, JSONL, one video, a clips.jsonl, or shapes")
+    parser.add_argument("--split", help="keep these rows of a CSV")
+    parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is shapes")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
+    parser.add_argument("--note", default="", help="what the recorded line says about the checkpoint")
+    arguments = parser.parse_args(argv)
+
+    model = load_tokenizer(arguments.checkpoint)
+    try:
+        check_frames(arguments.frames, model.temporal_ratios[-1])
+        check_size(arguments.size, arguments.size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if arguments.videos == "shapes":
+        clips = open_dataset("shapes", "eval", arguments.frames, arguments.size, arguments.count)
+    elif _is_index(arguments.videos):
+        clips = open_dataset(arguments.videos, "eval", arguments.frames, arguments.size, arguments.count)
+    else:
+        clips = ClipDataset(
+            prepare(list_videos(arguments.videos, arguments.split)).clips, arguments.frames, arguments.size
+        )
+
+    results = {}
+    for ratio in model.temporal_ratios:
+        started = time.perf_counter()
+        results[ratio] = evaluate(model, (clips.fixed(i)["video"][None] for i in range(len(clips))), ratio)
+        found = "  ".join(f"{key} {value:.4g}" for key, value in results[ratio].items())
+        print(f"{ratio:>3}x  {found}  ({time.perf_counter() - started:.1f} s)")
+    record = {
+        "what": "reconstruction",
+        "note": arguments.note,
+        "videos": Path(arguments.videos).name,
+        "split": arguments.split,
+        "frames": arguments.frames,
+        "size": arguments.size,
+        "protocol": f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}",
+        "ratios": {str(ratio): values for ratio, values in results.items()},
+    }
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(record, indent=1))
+    if arguments.record:
+        append_result(arguments.record, record)
+    return 0
+
+
+def _is_index(path: str) -> bool:
+    """Tell a clip index from a list of files with captions; both may be JSONL."""
+    if Path(path).suffix != ".jsonl" or not Path(path).is_file():
+        return False
+    with open(path) as file:
+        return '"sha256"' in file.readline()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,22 @@
+"""Train a text-to-video transformer in a frozen tokenizer's latent space, at one temporal ratio, into a pipeline.
+
+Latents are cached first, or found in the cache. Start it plainly, with `accelerate launch`, or with torchrun; the same
+command again continues a run.
+"""
+
+from collections.abc import Sequence
+
+from promag.diffusion.train import DiffusionConfig
+from promag.pipelines.assemble import train_pipeline
+from promag.training.config import parse_config, run_main
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as the configuration says and print where the pipeline lies."""
+    folder = train_pipeline(parse_config(DiffusionConfig, argv, __doc__ or ""))
+    print(f"pipeline: {folder}" if folder else "stopped early; the same command continues")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,21 @@
+"""Train a video tokenizer: the 4x base, then each grown level, or one of them.
+
+Start it plainly, with `accelerate launch`, or with torchrun; the same command again continues a run.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from promag.tokenizer.train import TokenizerConfig, train_tokenizer
+from promag.training.config import parse_config, run_main
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as the configuration says and print where the tokenizer lies."""
+    folder = train_tokenizer(parse_config(TokenizerConfig, argv, __doc__ or ""))
+    print(f"tokenizer: {folder}" if folder else "stopped early; the same command continues", file=sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,48 @@
+"""Fixtures shared by all tests: one thread per process, no network, tiny models."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from promag.tokenizer.growth import Growth
+
+torch.set_num_threads(1)
+
+# The smallest autoencoder with every part: 4x8x8 base, one block a width.
+TINY = {
+    "latent_channels": 4,
+    "patch_size": 4,
+    "block_out_channels": (16, 16, 16),
+    "layers_per_block": 1,
+    "strides": ((2, 2), (2, 1)),
+}
+
+
+def make_tokenizer(levels: int = 3, seed: int = 0, settle: float = 0.0, **growth) -> AutoencoderKLProMAG:
+    """Return a tokenizer with so many levels; `settle` moves every weight at random, as training would."""
+    torch.manual_seed(seed)
+    model = AutoencoderKLProMAG(**TINY)
+    for _ in range(levels - 1):
+        model.grow(Growth(**growth))
+    if settle:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * settle)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> AutoencoderKLProMAG:
+    """Three levels whose weights are all away from their initial zeros."""
+    return make_tokenizer(settle=0.05)
+
+
+@pytest.fixture
+def clip() -> torch.Tensor:
+    """1 3 33 16 24: smooth random colours that move."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(1, 3, 9, 3, 4, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, (33, 16, 24), mode="trilinear")

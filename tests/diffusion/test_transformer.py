@@ -1,0 +1,138 @@
+import pytest
+import torch
+from promag import ProMAGTransformer3DModel
+from promag.diffusion.transformer import rotary_positions
+
+SMALL = {
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 8,
+    "pooled_dim": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    statistics = {"latents_mean": {"4": [1.0] * 4, "16": [0.0] * 4}, "latents_std": {"4": [2.0] * 4, "16": [1.0] * 4}}
+    model = ProMAGTransformer3DModel(**SMALL, **statistics)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def inputs(b=2, t=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(b, 4, t, 4, 4, generator=g),
+        "timestep": torch.linspace(100, 900, b),
+        "encoder_hidden_states": torch.randn(b, 5, 8, generator=g),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * b),
+        "pooled_projections": torch.randn(b, 6, generator=g),
+        "temporal_ratio": 16,
+        "fps": torch.linspace(8, 24, b),
+    }
+
+
+@torch.no_grad()
+def test_a_batch_equals_its_members(model):
+    whole = model(**inputs()).sample
+    assert whole.shape == (2, 4, 3, 4, 4)
+    for i in range(2):
+        one = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in inputs().items()}
+        assert torch.allclose(model(**one).sample[0], whole[i], atol=1e-5)
+
+
+@torch.no_grad()
+def test_masked_text_tokens_do_not_matter_and_real_ones_do(model):
+    given = inputs()
+    before = model(**given).sample
+    for place, same in ((slice(3, 5), True), (slice(2, 3), False)):
+        changed = {**given, "encoder_hidden_states": given["encoder_hidden_states"].clone()}
+        changed["encoder_hidden_states"][:, place] += 3
+        assert torch.allclose(model(**changed).sample, before, atol=1e-5) is same
+
+
+@pytest.mark.parametrize("change", [{"temporal_ratio": 4}, {"fps": 30.0}, {"timestep": torch.tensor([5.0, 6.0])}])
+@torch.no_grad()
+def test_it_is_told_ratio_rate_and_time(model, change):
+    assert not torch.allclose(model(**{**inputs(), **change}).sample, model(**inputs()).sample, atol=1e-3)
+
+
+@torch.no_grad()
+def test_pooled_text_matters(model):
+    given = inputs()
+    changed = {**given, "pooled_projections": given["pooled_projections"] + 1}
+    assert not torch.allclose(model(**changed).sample, model(**given).sample, atol=1e-3)
+
+
+def test_an_untrained_model_predicts_zero_and_every_weight_gets_a_gradient():
+    torch.manual_seed(0)
+    model = ProMAGTransformer3DModel(**SMALL)
+    assert model(**inputs()).sample.abs().max() == 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model(**inputs()).sample.square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+def test_gradient_checkpointing_changes_nothing():
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = ProMAGTransformer3DModel(**SMALL)
+        torch.nn.init.normal_(model.proj_out.weight)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(**inputs()).sample.square().mean().backward()
+        grads.append(model.patch_embed.weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    """A 16x latent frame stands four 4x positions after the one before, so equal spans give equal angles."""
+    four = rotary_positions(12, (9, 1, 1), 1.0, torch.device("cpu"))
+    sixteen = rotary_positions(12, (3, 1, 1), 4.0, torch.device("cpu"))
+    for a, b in zip(four, sixteen, strict=True):
+        assert a.shape == (9, 12)
+        assert torch.allclose(a[::4], b)
+
+
+def test_normalising_inverts_and_knows_its_ratios(model):
+    x = torch.randn(1, 4, 2, 2, 2)
+    assert torch.allclose(model.normalise(x, 4), (x - 1) / 2)
+    assert torch.allclose(model.denormalise(model.normalise(x, 4), 4), x, atol=1e-6)
+    with pytest.raises(ValueError, match="temporal ratio 8: this model has latent statistics for 4x, 16x"):
+        model.normalise(x, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": torch.zeros(2, 4, 3, 5, 4)}, "latent of 3x5x4"),
+        ({"pooled_projections": None}, "this model needs b 6"),
+    ],
+)
+def test_illegal_input_is_named(model, change, message):
+    with pytest.raises(ValueError, match=message):
+        model(**{**inputs(), **change})
+
+
+@torch.no_grad()
+def test_saved_and_loaded_gives_the_same(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ProMAGTransformer3DModel.from_pretrained(tmp_path)(**inputs()).sample, model(**inputs()).sample)
+
+
+def test_lora_of_peft_fits(model):
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    adapted = ProMAGTransformer3DModel(**SMALL)
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    trainable = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 2 * 2 * 2  # blocks, attentions, projections, matrices

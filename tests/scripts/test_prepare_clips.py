@@ -1,0 +1,85 @@
+"""The command writes an index, says what it left out, and ends with status 2 and one line on a user's mistake."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from promag.training.clips import load_clips
+from promag.training.config import UserError
+from promag.training.video import REENCODE, write_video
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_clips.py"
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("prepare_clips", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Three videos of 12, 20 and 3 frames, a broken one, and a CSV that puts the last into another split."""
+    rows = ["file,caption,split"]
+    for name, frames, split in (("a", 12, "train"), ("b", 20, "train"), ("c", 3, "eval")):
+        write_video(tmp_path / f"{name}.mp4", np.full((frames, 32, 64, 3), 99, np.uint8), 10)
+        rows.append(f"{name}.mp4,grey {name},{split}")
+    (tmp_path / "d.mp4").write_text("no video")
+    rows.append("d.mp4,broken,eval")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    return tmp_path / "list.csv"
+
+
+def test_an_index_of_one_split(main, table, tmp_path, capsys):
+    out = tmp_path / "out" / "clips.jsonl"
+    assert not main([str(table), "--out", str(out), "--split", "train", "--frames", "5", "--workers", "1"])
+    clips = load_clips(out)
+    assert [(clip.caption, clip.start, clip.frames) for clip in clips] == [
+        *(("grey a", start, 5) for start in (0.0, 0.5)),
+        *(("grey b", start, 5) for start in (0.0, 0.5, 1.0, 1.5)),
+    ]
+    said = capsys.readouterr().out
+    assert f"found 2 videos in {table}, split train" in said
+    assert "quarantined: 0" in said
+    assert "dropped 2 frames" in said
+    assert f"wrote 6 clips, 30 frames, to {out} in " in said
+    assert sorted(path.name for path in out.parent.iterdir()) == ["clips.jsonl"]
+
+
+def test_what_is_left_out_is_named(main, table, tmp_path, capsys):
+    out, quarantine = tmp_path / "clips.jsonl", tmp_path / "clips.jsonl.quarantine.jsonl"
+    main([str(table), "--out", str(out), "--fps", "20", "--frames", "20", "--max-bad", "0.25"])
+    assert [(clip.caption, clip.frames, clip.fps) for clip in load_clips(out)] == [
+        ("grey a", 20, 20),
+        ("grey b", 20, 20),
+    ]
+    said = capsys.readouterr().out
+    assert f"quarantined: 1\n  {tmp_path / 'd.mp4'}: cannot be opened" in said
+    assert REENCODE in said
+    assert f"too short for 20 frames: 1\n  {tmp_path / 'c.mp4'}: 5\n" in said
+    assert f"slower than 20 fps, frames repeat: 2\n  {tmp_path / 'a.mp4'}: 10\n" in said
+    record = json.loads(quarantine.read_text())
+    assert record["path"] == str(tmp_path / "d.mp4")
+    assert "cannot be opened" in record["reason"]
+    main([str(table), "--out", str(out), "--split", "train"])
+    assert not quarantine.exists()
+
+
+def test_too_many_unreadable_videos_leave_no_index(main, table, tmp_path):
+    with pytest.raises(UserError, match=r"1 of 4 videos .* 1\.0%.*d\.mp4: cannot be opened"):
+        main([str(table), "--out", str(tmp_path / "clips.jsonl")])
+    assert not (tmp_path / "clips.jsonl").exists()
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    command = [sys.executable, SCRIPT, tmp_path / "absent", "--out", tmp_path / "clips.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path / 'absent'}: no such file or folder\n"

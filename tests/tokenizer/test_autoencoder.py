@@ -1,0 +1,209 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from promag import AutoencoderKLProMAG
+from promag.tokenizer.autoencoder import parameter_count
+from promag.tokenizer.growth import Growth
+from promag.tokenizer.layers import START
+from tests.conftest import TINY, make_tokenizer
+
+RATIOS = (4, 8, 16)
+
+
+def moments(model, x, ratio):
+    return model.encode(x, ratio).latent_dist.parameters
+
+
+@pytest.mark.parametrize("mixing", ["attention", "concat"])
+def test_birth_law_new_latent_is_the_lower_latent_of_every_second_frame(clip, mixing):
+    model = make_tokenizer(levels=1, settle=0.05)
+    for ratio in (8, 16):
+        model.grow(Growth(mixing=mixing))
+        below = moments(model, clip[:, :, ::2], ratio // 2)
+        assert torch.equal(moments(model, clip, ratio), below)
+        with torch.no_grad():  # the next level must not depend on this one being untrained
+            for parameter in model.encoder_growth[-1].parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+def test_birth_law_of_the_decoder_every_latent_frame_but_the_first_stands_twice():
+    model = make_tokenizer(levels=2)
+    z = torch.randn(1, 4, 3, 2, 2)
+    assert torch.equal(model.lift(z, 8, 4), z[:, :, [0, 1, 1, 2, 2]])
+
+
+def test_without_key_frames_the_new_latent_is_not_the_lower_one(clip):
+    model = make_tokenizer(levels=2, mixing="none")
+    assert (moments(model, clip, 8) - moments(model, clip[:, :, ::2], 4)).abs().max() > 1e-3
+
+
+def test_growing_and_training_a_level_leaves_the_lower_levels_bit_equal(clip):
+    model = make_tokenizer(levels=2, settle=0.05)
+    before = {r: (moments(model, clip, r), model(clip, r).sample) for r in (4, 8)}
+    model.grow(Growth(decoder="finetune"))
+    parameters = model.train_only(16)
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    old = model(clip, 16).sample
+    (old - clip).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model(clip, 16).sample, old)
+    for ratio, (latent, output) in before.items():
+        assert torch.equal(moments(model, clip, ratio), latent)
+        assert torch.equal(model(clip, ratio).sample, output)
+
+
+def test_a_finetuned_decoder_starts_as_the_one_below(clip):
+    frozen, own = make_tokenizer(levels=1, settle=0.05), make_tokenizer(levels=1, settle=0.05)
+    for model, decoder in ((frozen, "frozen"), (own, "finetune")):
+        torch.manual_seed(3)
+        model.grow(Growth(decoder=decoder))
+    assert torch.equal(frozen(clip, 8).sample, own(clip, 8).sample)
+    assert len(own.train_only(8)) == len(frozen.train_only(8)) + len(list(frozen.decoder.parameters()))
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_causality_later_frames_do_not_change_earlier_latents_or_pixels(tokenizer, clip, ratio):
+    changed = clip.clone()
+    changed[:, :, -1] += 1
+    a, b = moments(tokenizer, clip, ratio), moments(tokenizer, changed, ratio)
+    assert torch.equal(a[:, :, :-1], b[:, :, :-1])
+    assert not torch.equal(a[:, :, -1], b[:, :, -1])
+    z = a[:, :4]
+    later = z.clone()
+    later[:, :, -1] += 1
+    x, y = tokenizer.decode(z, ratio).sample, tokenizer.decode(later, ratio).sample
+    assert torch.equal(x[:, :, :-ratio], y[:, :, :-ratio])
+    assert not torch.equal(x[:, :, -1], y[:, :, -1])
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("plan", [(1, 2), (1, 1, 1), (2, 1), (3,)])
+@torch.no_grad()
+def test_chunks_equal_the_whole(tokenizer, ratio, plan):
+    torch.manual_seed(2)
+    x = torch.rand(1, 3, 1 + 2 * ratio, 16, 16) * 2 - 1
+    whole = moments(tokenizer, x, ratio)
+    state, parts, first = START, [], 0
+    for count in plan:
+        frames = ratio * count if first else 1 + ratio * (count - 1)
+        posterior, state = tokenizer.encode_chunk(x[:, :, first : first + frames], state, ratio)
+        parts.append(posterior.parameters)
+        first += frames
+    assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-5)
+
+    z = whole[:, :4]
+    state, parts, first = START, [], 0
+    for count in plan:
+        part, state = tokenizer.decode_chunk(z[:, :, first : first + count], state, ratio)
+        parts.append(part)
+        first += count
+    assert torch.allclose(torch.cat(parts, 2), tokenizer.decode(z, ratio).sample, atol=1e-5)
+
+
+@given(st.sampled_from(RATIOS), st.integers(0, 3), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=12, deadline=None)
+def test_every_legal_shape_comes_back(tokenizer, ratio, more, h, w):
+    x = torch.zeros(1, 3, 1 + ratio * more, 8 * h, 8 * w)
+    with torch.no_grad():
+        z = tokenizer.encode(x, ratio).latent_dist.mode()
+        assert z.shape == (1, 4, 1 + more, h, w)
+        assert tokenizer.decode(z, ratio).sample.shape == x.shape
+
+
+@torch.no_grad()
+def test_slicing_and_several_levels_at_once_change_nothing(tokenizer, clip):
+    x = torch.cat([clip, -clip])
+    whole = [moments(tokenizer, x, r) for r in RATIOS]
+    for got, expected in zip(tokenizer.encode_levels(x, RATIOS), whole, strict=True):
+        assert torch.equal(got.parameters, expected)
+    tokenizer.enable_slicing()
+    sliced = moments(tokenizer, x, 16)
+    tokenizer.disable_slicing()
+    assert torch.allclose(sliced, whole[-1], atol=1e-5)
+
+
+def test_frozen_features_are_computed_once_for_each_frame_rate(tokenizer, clip):
+    seen = []
+    original = tokenizer.encoder.features
+    tokenizer.encoder.features = lambda x, state=None: seen.append(x.shape[2]) or original(x, state)
+    try:
+        tokenizer.encode(clip, 16)
+    finally:
+        del tokenizer.encoder.features
+    assert sorted(seen) == [9, 17, 33]
+
+
+def test_saved_and_loaded_gives_the_same_at_every_level(tokenizer, clip, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoencoderKLProMAG.from_pretrained(tmp_path)
+    assert loaded.temporal_ratios == RATIOS
+    for ratio in RATIOS:
+        assert torch.equal(loaded(clip, ratio).sample, tokenizer(clip, ratio).sample)
+
+
+def test_default_ratio_is_the_highest(tokenizer, clip):
+    assert torch.equal(tokenizer(clip).sample, tokenizer(clip, 16).sample)
+
+
+def test_sampling_a_posterior_follows_its_generator(tokenizer, clip):
+    a, b = (
+        tokenizer(clip, 8, sample_posterior=True, generator=torch.Generator().manual_seed(s)).sample for s in (1, 1)
+    )
+    c = tokenizer(clip, 8, sample_posterior=True, generator=torch.Generator().manual_seed(2)).sample
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ratio", "message"),
+    [
+        ((1, 3, 34, 16, 16), 16, "34 frames: 16x needs"),
+        ((1, 3, 17, 20, 16), 16, "height 20: needs a multiple of 8; use 16 or 24"),
+        ((1, 4, 17, 16, 16), 16, "B 3 T H W is needed"),
+        ((3, 17, 16, 16), 16, "B 3 T H W is needed"),
+        ((1, 3, 17, 16, 16), 32, "temporal ratio 32: this tokenizer has 4x, 8x, 16x"),
+    ],
+)
+def test_illegal_input_is_named(tokenizer, shape, ratio, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(torch.zeros(shape), ratio)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strides": ((2, 2),)}, "1 strides: 3 widths"),
+        ({"patch_size": 2}, "patch_size times spatial strides is 4"),
+        ({"block_out_channels": (16, 24, 16)}, "no multiple"),
+    ],
+)
+def test_illegal_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        AutoencoderKLProMAG(**{**TINY, **change})
+
+
+def test_illegal_growth_is_named():
+    with pytest.raises(ValueError, match="mixing 'sum': use one of attention, concat, none"):
+        Growth(mixing="sum")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="heads 5: must divide"):
+        make_tokenizer(levels=2, heads=5)
+
+
+def test_preset_sizes():
+    """Presets as their files state them; the paper's base has 128 channels with multipliers 1, 2, 2, 4."""
+    from promag.tokenizer.train import TokenizerConfig
+    from promag.training.config import build, load_yaml
+
+    sizes = {}
+    for name in ("tiny", "small", "base"):
+        path = f"configs/tokenizer/{name}.yaml"
+        config = build(TokenizerConfig, load_yaml(path), path)
+        with torch.device("meta"):
+            sizes[name] = parameter_count([AutoencoderKLProMAG(**vars(config.model))]) / 1e6
+        assert [stage.ratio for stage in config.stages] == [4, 8, 16]
+        if name == "base":
+            assert config.model.block_out_channels == (128, 256, 256, 512)
+    assert 2 < sizes["tiny"] < 8
+    assert 30 < sizes["small"] < 60
+    assert sizes["base"] > 100

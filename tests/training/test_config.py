@@ -1,0 +1,130 @@
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from promag.training.config import UserError, build, load_yaml, parse_config, save_yaml, setting
+
+PRESETS = sorted(Path("configs").rglob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = setting("how fast")
+    kind: str = setting("which", default="plain")
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str = setting("what it is called")
+    sizes: tuple[int, ...] = setting("how large")
+    inner: Inner = setting("the rest")
+    stages: tuple[Inner, ...] = setting("several")
+    only: int | None = setting("or none")
+
+
+VALUES = {"name": "a", "sizes": [1, 2], "inner": {"rate": 0.5, "kind": "x"}, "stages": [{"rate": 1.0}], "only": None}
+
+
+@pytest.fixture
+def preset(tmp_path):
+    path = tmp_path / "preset.yaml"
+    save_yaml(path, build(Outer, VALUES, "test"))
+    return path
+
+
+def test_yaml_and_back_is_the_same(preset):
+    config = build(Outer, load_yaml(preset), "test")
+    assert config == Outer("a", (1, 2), Inner(0.5, "x"), (Inner(1.0),), None)
+
+
+def test_dotted_overrides_reach_every_place(preset):
+    argv = ["--config", str(preset), "--inner.rate=0.25", "--stages.0.kind", "y", "--sizes", "[3]", "--only", "7"]
+    config = parse_config(Outer, argv, "")
+    assert config == Outer("a", (3,), Inner(0.25, "x"), (Inner(1.0, "y"),), 7)
+
+
+@given(st.floats(-1e6, 1e6), st.integers(-(10**6), 10**6))
+def test_any_number_survives_the_command_line(rate, only):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "preset.yaml"
+        save_yaml(path, build(Outer, VALUES, "test"))
+        config = parse_config(Outer, ["--config", str(path), f"--inner.rate={rate!r}", f"--only={only}"], "")
+    assert (config.inner.rate, config.only) == (rate, only)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--inner.rat", "1"], r"unknown key inner.rat; legal: kind, rate; did you mean rate\?"),
+        (["--colour", "red"], "unknown key colour; legal: inner, name, only, sizes, stages"),
+        (["--stages.0.rat", "1"], "unknown key stages.0.rat; legal: kind, rate"),
+        (["--stages.3.rate", "1"], "'3' is not an index of a list of 1"),
+        (["--inner.rate", "fast"], r"inner.rate: .* \(got 'fast'\)"),
+        (["--inner.rate"], "option --inner.rate has no value"),
+        (["stray"], "argument 'stray'"),
+    ],
+)
+def test_mistakes_are_named(preset, argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(Outer, ["--config", str(preset), *argv], "")
+
+
+def test_missing_keys_and_files_are_named(tmp_path):
+    incomplete = {k: v for k, v in VALUES.items() if k != "sizes"}
+    with pytest.raises(UserError, match="key sizes is missing"):
+        build(Outer, incomplete, "test")
+    with pytest.raises(UserError, match=r"none\.yaml: No such file"):
+        parse_config(Outer, ["--config", str(tmp_path / "none.yaml")], "")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="holds list"):
+        load_yaml(tmp_path / "list.yaml")
+
+
+def test_help_lists_every_leaf(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(Outer, ["--help"], "What it does.")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "What it does." in text
+    for leaf in (
+        "--name  (str)  what it is called",
+        "--inner.rate  (float)  how fast",
+        "--stages.N.kind",
+        "--only  (int | None)",
+    ):
+        assert leaf in text
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=str)
+def test_presets_are_complete_and_legal(path):
+    """Every preset builds its config and states every key, so that a reader sees all of it in one file."""
+    config = build(_class_of(path), load_yaml(path), str(path))
+    _assert_complete(config, load_yaml(path), str(path))
+
+
+def _class_of(path: Path):
+    from promag.diffusion.train import DiffusionConfig
+    from promag.tokenizer.train import TokenizerConfig
+
+    if path.stem == "demo":
+        from scripts.demo import DemoConfig
+
+        return DemoConfig
+    return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig}[path.parent.name]
+
+
+def _assert_complete(config, values, place):
+    for field in dataclasses.fields(config):
+        assert field.name in values, f"{place} does not state {field.name}"
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _assert_complete(value, values[field.name], f"{place}:{field.name}")
+        elif isinstance(value, tuple):
+            for inner, given_values in zip(value, values[field.name], strict=True):
+                if dataclasses.is_dataclass(inner):
+                    _assert_complete(inner, given_values, f"{place}:{field.name}")

@@ -1,0 +1,1 @@
+"""The causal video tokenizer: frame arithmetic, layers, the autoencoder and its growth, metrics and training."""

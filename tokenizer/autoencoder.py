@@ -1,0 +1,331 @@
+"""The causal video autoencoder: a 4x8x8 base and the levels grown on top of it, all in one model.
+
+Shapes: B C T H W pixels in [-1, 1], b c t h w latents. Base: MAGVIT-v2 (arXiv 2310.05737, sec. 3) with a continuous,
+diagonal-Gaussian latent; growth: ProMAG (arXiv 2501.05442), see growth.py.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from math import prod
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from torch import Tensor, nn
+
+from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio, check_size
+from .growth import DecoderGrowth, EncoderGrowth, Growth
+from .layers import START, CausalConv3d, Chain, Downsample, Head, ResBlock, State, Upsample, is_first
+
+# log-variance at the start of training: little noise, so that the first steps learn to reconstruct
+INITIAL_LOGVAR = -6.0
+
+
+class BaseEncoder(nn.Module):
+    """Pixels to features and moments of the base level."""
+
+    def __init__(self, in_channels: int, latent_channels: int, patch: int, widths: Sequence[int], layers: int, strides):
+        super().__init__()
+        self.patch = patch
+        blocks: list[nn.Module] = [CausalConv3d(in_channels * patch**2, widths[0])]
+        for i, width in enumerate(widths):
+            blocks += [ResBlock(width) for _ in range(layers)]
+            if i < len(strides):
+                blocks.append(Downsample(width, widths[i + 1], *strides[i]))
+        self.body = Chain(blocks)
+        self.head = Head(widths[-1], 2 * latent_channels)
+        nn.init.zeros_(self.head.skip.weight[latent_channels:])
+        nn.init.constant_(self.head.skip.bias[latent_channels:], INITIAL_LOGVAR)  # pyright: ignore
+
+    def features(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B C 1+4N H W -> B D 1+N H/8 W/8."""
+        x = rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=self.patch, q=self.patch)
+        return self.body(x.contiguous(memory_format=torch.channels_last_3d), state)
+
+
+class BaseDecoder(nn.Module):
+    """Latents of the base level to pixels."""
+
+    def __init__(
+        self, out_channels: int, latent_channels: int, patch: int, widths: Sequence[int], layers: int, strides
+    ):
+        super().__init__()
+        self.patch = patch
+        blocks: list[nn.Module] = [CausalConv3d(latent_channels, widths[-1])]
+        for i in reversed(range(len(widths))):
+            blocks += [ResBlock(widths[i]) for _ in range(layers)]
+            if i > 0:
+                blocks.append(Upsample(widths[i], widths[i - 1], *strides[i - 1]))
+        self.body = Chain(blocks)
+        self.head = Head(widths[0], out_channels * patch**2)
+
+    def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B c 1+N h w -> B C 1+4N 8h 8w."""
+        s_body, s_head = state or (state, state)
+        h, s_body = self.body(z.contiguous(memory_format=torch.channels_last_3d), s_body)
+        h, s_head = self.head(h, s_head)
+        x = rearrange(h, "b (c p q) t h w -> b c t (h p) (w q)", p=self.patch, q=self.patch)
+        return x, None if state is None else (s_body, s_head)
+
+
+class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """A causal video autoencoder whose temporal ratio was grown: one checkpoint encodes and decodes at every level.
+
+    Args:
+        in_channels: pixel channels, in [-1, 1].
+        latent_channels: channels of the latent, the same at every level.
+        patch_size: side of the pixel patches that become channels in front.
+        block_out_channels: widths of the base, from fine to coarse.
+        layers_per_block: residual blocks at each width, in the encoder and in the decoder.
+        strides: (time, space) of each down-sampling between two widths.
+        growth: one `Growth` (as a dictionary) for each level above the base; usually left to `grow()`.
+
+    Raises ValueError for settings that do not fit together.
+    """
+
+    # model_index.json records this name: moving this file must not break a saved pipeline
+    __module__ = "promag"
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 8,
+        patch_size: int = 1,
+        block_out_channels: Sequence[int] = (128, 256, 256, 512),
+        layers_per_block: int = 2,
+        strides: Sequence[Sequence[int]] = ((1, 2), (2, 2), (2, 2)),
+        growth: Sequence[dict[str, Any]] = (),
+    ):
+        super().__init__()
+        if len(strides) != len(block_out_channels) - 1:
+            raise ValueError(f"{len(strides)} strides: {len(block_out_channels)} widths need one fewer than widths")
+        if (space := patch_size * prod(s for _, s in strides)) != SPATIAL_RATIO:
+            raise ValueError(f"patch_size times spatial strides is {space}: it must be {SPATIAL_RATIO}")
+        base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides)
+        self.encoder = BaseEncoder(in_channels, *base)
+        self.decoder = BaseDecoder(in_channels, *base)
+        self.base_ratio = prod(t for t, _ in strides)
+        self.encoder_growth = nn.ModuleList()
+        self.decoder_growth = nn.ModuleList()
+        self.finetuned = nn.ModuleDict()  # level -> its own copy of everything that decodes below it
+        self.use_slicing = False
+        for level in growth:
+            self._add_level(Growth(**level))
+
+    # -- levels ------------------------------------------------------------------------------------------------------
+
+    @property
+    def temporal_ratios(self) -> tuple[int, ...]:
+        """The temporal ratios this model encodes at, lowest first."""
+        return tuple(self.base_ratio * 2**i for i in range(1 + len(self.encoder_growth)))
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """The highest temporal ratio, under the name that diffusers uses."""
+        return self.temporal_ratios[-1]
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels per latent position along height and width."""
+        return SPATIAL_RATIO
+
+    def grow(self, growth: Growth | None = None) -> int:
+        """Add a level of twice the temporal ratio and return that ratio.
+
+        With a key-frame path (mixing is not "none") the new level's latent equals, until its first training step, the
+        latent of the level below on every second frame. The levels below are not touched.
+        """
+        growth = growth or Growth()
+        self._add_level(growth)
+        new = (self.encoder_growth[-1], self.decoder_growth[-1], *self._tails(len(self.encoder_growth)))
+        reference = next(self.encoder.parameters())
+        for module in new:
+            module.to(reference.device, reference.dtype).train(self.training)
+        self.register_to_config(growth=[*self.config["growth"], asdict(growth)])
+        return self.temporal_ratios[-1]
+
+    def _add_level(self, growth: Growth) -> None:
+        width, channels = self.config["block_out_channels"][-1], self.config["latent_channels"]
+        level = len(self.encoder_growth) + 1
+        if growth.decoder == "finetune":
+            # A copy, in decoding order: the levels below keep their decoder as it was.
+            self.finetuned[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self._decoding_path(level - 1))
+        self.encoder_growth.append(EncoderGrowth(width, channels, growth))
+        self.decoder_growth.append(DecoderGrowth(width, channels, growth))
+
+    def _tails(self, level: int) -> list[nn.Module]:
+        return [self.finetuned[str(level)]] if str(level) in self.finetuned else []
+
+    def level_of(self, temporal_ratio: int | None) -> int:
+        """Return the level (0 is the base) of a temporal ratio; None is the highest. Raises ValueError if absent."""
+        if temporal_ratio is None:
+            return len(self.encoder_growth)
+        check_ratio(temporal_ratio, self.temporal_ratios)
+        return self.temporal_ratios.index(temporal_ratio)
+
+    def level_modules(self, temporal_ratio: int) -> list[nn.Module]:
+        """Return the modules that belong to one level and to no level below: what its training stage trains."""
+        level = self.level_of(temporal_ratio)
+        if level == 0:
+            return [self.encoder, self.decoder]
+        return [self.encoder_growth[level - 1], self.decoder_growth[level - 1], *self._tails(level)]
+
+    def train_only(self, temporal_ratio: int) -> list[nn.Parameter]:
+        """Freeze everything but one level's own parameters, and return those."""
+        self.requires_grad_(False)
+        for module in self.level_modules(temporal_ratio):
+            module.requires_grad_(True)
+        return [p for p in self.parameters() if p.requires_grad]
+
+    # -- encoding ----------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, x: Tensor, temporal_ratio: int | None = None, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Encode clips or images.
+
+        Args:
+            x: B C 1+r*N H W in [-1, 1]; H and W multiples of 8.
+            temporal_ratio: one of `temporal_ratios`; None is the highest.
+
+        Returns:
+            `AutoencoderKLOutput` whose `latent_dist` is over b c 1+N H/8 W/8.
+        Raises ValueError for an illegal shape or ratio, naming the nearest legal ones.
+        """
+        level = self.level_of(temporal_ratio)
+        self._check_pixels(x)
+        check_frames(x.shape[2], self.temporal_ratios[level])
+        slices = x.split(1) if self.use_slicing else (x,)
+        moments = torch.cat([self._moments(part, [level], None)[0][0] for part in slices])
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def encode_levels(self, x: Tensor, temporal_ratios: Sequence[int]) -> list[DiagonalGaussianDistribution]:
+        """Encode at several ratios at once; what the levels share is computed once. Shapes and errors as in `encode`."""
+        levels = [self.level_of(ratio) for ratio in temporal_ratios]
+        self._check_pixels(x)
+        check_frames(x.shape[2], max(temporal_ratios))
+        return [DiagonalGaussianDistribution(m) for m in self._moments(x, levels, None)[0]]
+
+    def encode_chunk(
+        self, x: Tensor, state: State = START, temporal_ratio: int | None = None
+    ) -> tuple[DiagonalGaussianDistribution, State]:
+        """Encode the next chunk of a stream: 1+r*N frames first (`state=START`), then multiples of r.
+
+        Returns the posterior of the chunk's latent frames and the state for the next call; the chunks together equal
+        `encode` of the whole.
+        """
+        level = self.level_of(temporal_ratio)
+        self._check_pixels(x)
+        (check_frames if is_first(state) else check_chunk)(x.shape[2], self.temporal_ratios[level])
+        (moments,), state = self._moments(x, [level], state)
+        return DiagonalGaussianDistribution(moments), state
+
+    def _moments(self, x: Tensor, levels: Sequence[int], state: State) -> tuple[list[Tensor], State]:
+        """Moments of `x` at each of `levels`; those and the features of each (level, frame rate) are computed once."""
+        old: dict = state if isinstance(state, dict) else {}
+        new: dict = {}
+        known: dict = {}
+
+        def once(kind: str, level: int, rate: int, compute) -> Tensor:
+            key = (kind, level, rate)
+            if key not in known:
+                known[key], new[key] = compute(None if state is None else old.get(key, START))
+            return known[key]
+
+        def features(level: int, rate: int) -> Tensor:
+            if level == 0:
+                # Frame 0 opens the clip; a later chunk starts one frame after a multiple of the rate.
+                picked = x[:, :, (0 if is_first(state) else rate - 1) :: rate]
+                return once("features", 0, rate, lambda s: self.encoder.features(picked, s))
+            growth: Any = self.encoder_growth[level - 1]
+            full = features(level - 1, rate)
+            key = features(level - 1, 2 * rate) if growth.uses_key_frames else None
+            return once("features", level, rate, lambda s: growth.features(full, key, s))
+
+        def moments(level: int, rate: int) -> Tensor:
+            if level == 0:
+                return once("moments", 0, rate, lambda s: self.encoder.head(features(0, rate), s))
+            growth: Any = self.encoder_growth[level - 1]
+            below = moments(level - 1, 2 * rate) if growth.uses_key_frames else None
+            return once("moments", level, rate, lambda s: growth.moments(features(level, rate), below, s))
+
+        return [moments(level, 1) for level in levels], None if state is None else new
+
+    def _check_pixels(self, x: Tensor) -> None:
+        channels = self.config["in_channels"]
+        if x.ndim != 5 or x.shape[1] != channels:
+            raise ValueError(f"input of shape {tuple(x.shape)}: B {channels} T H W is needed")
+        check_size(*x.shape[3:])
+
+    # -- decoding ----------------------------------------------------------------------------------------------------
+
+    def decode(
+        self, z: Tensor, temporal_ratio: int | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Decode latents b c 1+N h w of one level to clips B C 1+r*N 8h 8w, about in [-1, 1]."""
+        level = self.level_of(temporal_ratio)
+        self._check_latents(z)
+        slices = z.split(1) if self.use_slicing else (z,)
+        x = torch.cat([self._decode(part, level, None)[0] for part in slices])
+        return DecoderOutput(sample=x) if return_dict else (x,)
+
+    def decode_chunk(self, z: Tensor, state: State = START, temporal_ratio: int | None = None) -> tuple[Tensor, State]:
+        """Decode the next latent frames of a stream (`state=START` first); the chunks together equal `decode`."""
+        level = self.level_of(temporal_ratio)
+        self._check_latents(z)
+        return self._decode(z, level, state)
+
+    def lift(self, z: Tensor, temporal_ratio: int, to_ratio: int) -> Tensor:
+        """Estimate the latent of a lower ratio from a higher one, without pixels: b c 1+N h w -> b c 1+N*r/r' h w."""
+        level, low = self.level_of(temporal_ratio), self.level_of(to_ratio)
+        if low > level:
+            raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: the target must be the lower ratio")
+        self._check_latents(z)
+        for i in range(level, low, -1):
+            z, _ = self.decoder_growth[i - 1](z)
+        return z
+
+    def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:
+        path = self._decoding_path(level)
+        states = list(state or (state,) * len(path))
+        for i, module in enumerate(path):
+            z, states[i] = module(z, states[i])
+        return z, None if state is None else tuple(states)
+
+    def _decoding_path(self, level: int) -> list[nn.Module]:
+        """The modules from a level's latent down to pixels; a level that fine-tuned what is below it uses its copy."""
+        if level == 0:
+            return [self.decoder]
+        own: Any = self.finetuned[str(level)] if str(level) in self.finetuned else None
+        return [self.decoder_growth[level - 1], *(self._decoding_path(level - 1) if own is None else own)]
+
+    def _check_latents(self, z: Tensor) -> None:
+        channels = self.config["latent_channels"]
+        if z.ndim != 5 or z.shape[1] != channels:
+            raise ValueError(f"latent of shape {tuple(z.shape)}: B {channels} t h w is needed")
+
+    def forward(
+        self,
+        sample: Tensor,
+        temporal_ratio: int | None = None,
+        sample_posterior: bool = False,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode: B C 1+r*N H W in [-1, 1] to the same."""
+        posterior = self.encode(sample, temporal_ratio).latent_dist  # pyright: ignore
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, temporal_ratio, return_dict)
+
+
+def parameter_count(modules: Iterable[nn.Module]) -> int:
+    """Return how many parameters the modules hold."""
+    return sum(p.numel() for module in modules for p in module.parameters())

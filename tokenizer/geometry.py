@@ -1,0 +1,83 @@
+"""Frame and token arithmetic: the one home of every count in the system.
+
+Causal tokenizers code the first frame alone, so at temporal ratio r, 1 + r*N pixel frames <-> 1 + N latent frames.
+"""
+
+from collections.abc import Sequence
+
+SPATIAL_RATIO = 8
+
+
+def latent_frames(frames: int, ratio: int) -> int:
+    """Return the latent frames of `frames` pixel frames at temporal ratio `ratio`; raises ValueError if illegal."""
+    check_frames(frames, ratio)
+    return 1 + (frames - 1) // ratio
+
+
+def pixel_frames(latents: int, ratio: int) -> int:
+    """Return the pixel frames that `latents` latent frames decode to."""
+    if latents < 1:
+        raise ValueError(f"{latents} latent frames: at least 1 is needed")
+    return 1 + (latents - 1) * ratio
+
+
+def nearest_frames(frames: int, ratio: int) -> tuple[int, ...]:
+    """Return the legal frame counts around `frames`: one if it is legal, else the next lower and higher."""
+    if frames < 1:
+        return (1,)
+    below = 1 + (frames - 1) // ratio * ratio
+    return (below,) if below == frames else (below, below + ratio)
+
+
+def check_frames(frames: int, ratio: int) -> None:
+    """Raise ValueError, with the nearest legal counts, unless `frames` is 1 + ratio*N."""
+    legal = nearest_frames(frames, ratio)
+    if legal != (frames,):
+        use = " or ".join(map(str, legal))
+        raise ValueError(f"{frames} frames: {ratio}x needs 1 + {ratio}k; use {use}")
+
+
+def check_chunk(frames: int, ratio: int) -> None:
+    """Raise ValueError unless `frames` can follow an earlier chunk of a stream: a positive multiple of `ratio`."""
+    if frames < ratio or frames % ratio:
+        legal = sorted({max(ratio, frames // ratio * ratio), max(ratio, -(-frames // ratio) * ratio)})
+        use = " or ".join(map(str, legal))
+        raise ValueError(f"{frames} frames in a later chunk: {ratio}x needs a multiple of {ratio}; use {use}")
+
+
+def check_size(height: int, width: int, multiple: int = SPATIAL_RATIO) -> None:
+    """Raise ValueError, with the nearest legal sizes, unless height and width are positive multiples of `multiple`."""
+    for name, value in (("height", height), ("width", width)):
+        if value < multiple or value % multiple:
+            legal = sorted(
+                {max(multiple, value // multiple * multiple), max(multiple, -(-value // multiple) * multiple)}
+            )
+            raise ValueError(f"{name} {value}: needs a multiple of {multiple}; use {' or '.join(map(str, legal))}")
+
+
+def check_ratio(ratio: int, legal: Sequence[int]) -> None:
+    """Raise ValueError unless `ratio` is one of the tokenizer's temporal ratios."""
+    if ratio not in legal:
+        have = ", ".join(f"{r}x" for r in legal)
+        grown = max(legal)
+        hint = f"; grow it to {ratio}x first" if ratio > grown and ratio % grown == 0 else ""
+        raise ValueError(f"temporal ratio {ratio}: this tokenizer has {have}{hint}")
+
+
+def tokens(
+    frames: int,
+    height: int,
+    width: int,
+    ratio: int,
+    patch: tuple[int, int, int] = (1, 2, 2),
+    spatial: int = SPATIAL_RATIO,
+) -> int:
+    """Return how many tokens a diffusion transformer of patch size (t, h, w) sees for one clip.
+
+    A latent side that the patch does not divide raises ValueError.
+    """
+    check_size(height, width, spatial)
+    t, h, w = latent_frames(frames, ratio), height // spatial, width // spatial
+    if t % patch[0] or h % patch[1] or w % patch[2]:
+        raise ValueError(f"latent of {t}x{h}x{w} (frames x height x width): not divisible by patch {patch}")
+    return (t // patch[0]) * (h // patch[1]) * (w // patch[2])

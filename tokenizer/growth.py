@@ -1,0 +1,146 @@
+"""One growth stage r -> 2r on top of a frozen tokenizer of ratio r (ProMAG, arXiv 2501.05442).
+
+Shapes: B C T H W features, b c t h w latents. With 1+2N level-r latent frames on the whole clip and 1+N on its even frames:
+
+    full path        level-r features of x            1+2N frames -> blocks -> causal stride-2 convolution -> 1+N
+    key-frame path   level-r features of x[:, :, ::2]  1+N frames, the same grid
+    mixing           queries from the first, keys and values from the second, then blocks modulated by the second
+    head             moments of the 2r latent = level-r moments of x[:, :, ::2] + a residual that starts at zero
+    decoder          blocks -> temporal depth-to-space -> estimate of the level-r latent of x, 1+2N frames
+
+So at birth the 2r latent equals the level-r latent of the subsampled clip, exactly. The paper's block counts are not
+known to us: those in the presets are our choice.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, is_first
+
+Mixing = Literal["attention", "concat", "none"]
+LowerDecoder = Literal["frozen", "finetune"]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How one level is grown; stored per level in the autoencoder's config."""
+
+    mixing: Mixing = "attention"
+    decoder: LowerDecoder = "frozen"
+    layers: int = 1
+    window: int = 3
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values outside what is legal."""
+        for name, value, legal in (("mixing", self.mixing, Mixing), ("decoder", self.decoder, LowerDecoder)):
+            if value not in get_args(legal):
+                raise ValueError(f"growth {name} {value!r}: use one of {', '.join(get_args(legal))}")
+        for name in ("layers", "window", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"growth {name} {getattr(self, name)}: at least 1 is needed")
+
+
+class CrossLevelAttention(nn.Module):
+    """Queries of the full path look at key-frame features of the same place, in a causal window of frames.
+
+    Each head has a learned bias for each frame of the window; before the first frame stands the first frame again.
+    """
+
+    def __init__(self, channels: int, heads: int, window: int):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"growth heads {heads}: must divide the {channels} channels of the level below")
+        self.heads, self.window = heads, window
+        self.norm_full, self.norm_key = ChannelNorm(channels), ChannelNorm(channels)
+        self.to_q = CausalConv3d(channels, channels, 1)
+        self.to_kv = CausalConv3d(channels, 2 * channels, 1)
+        self.bias = nn.Parameter(torch.zeros(window, heads, 1, 1, 1))
+        self.to_out = CausalConv3d(channels, channels, 1)
+
+    def forward(self, full: Tensor, key: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Two of B C T H W -> the first with what it found added; the state is the last window-1 key frames."""
+        frames, before = full.shape[2], self.window - 1
+        if is_first(state):
+            past = F.pad(key, (0, 0, 0, 0, before, 0), mode="replicate") if before else key
+        else:
+            past = torch.cat([state, key], 2)
+        q = self.to_q(self.norm_full(full))[0].unflatten(1, (self.heads, -1))  # B heads d T H W
+        k, v = self.to_kv(self.norm_key(past))[0].unflatten(1, (2, self.heads, -1)).unbind(1)
+        slots = [slice(i, i + frames) for i in range(self.window)]
+        scores = torch.stack([(q * k[:, :, :, s]).sum(2) for s in slots], 1) * q.shape[2] ** -0.5
+        weights = (scores.float() + self.bias).softmax(1).to(v.dtype)  # B window heads T H W
+        found = torch.stack([weights[:, i, :, None] * v[:, :, :, s] for i, s in enumerate(slots)]).sum(0)
+        tail = None if state is None else past[:, :, past.shape[2] - before :].clone()
+        return full + self.to_out(found.flatten(1, 2))[0], tail
+
+
+class EncoderGrowth(nn.Module):
+    """From level-r features at two frame rates to level-2r features and moments."""
+
+    def __init__(self, channels: int, latent_channels: int, growth: Growth):
+        super().__init__()
+        self.mixing = growth.mixing
+        self.blocks_full = Chain(ResBlock(channels) for _ in range(growth.layers))
+        self.down = Downsample(channels, channels, time=2, space=1)
+        guided = growth.mixing == "attention"
+        if guided:
+            self.mix = CrossLevelAttention(channels, growth.heads, growth.window)
+        elif growth.mixing == "concat":
+            self.mix = CausalConv3d(2 * channels, channels, 1)
+        self.blocks_mixed = nn.ModuleList(
+            ResBlock(channels, guide_channels=channels if guided else 0) for _ in range(growth.layers)
+        )
+        # Without a key-frame path there is no latent to start from, and the head must speak from the first step.
+        self.head = Head(channels, 2 * latent_channels, zero=growth.mixing != "none")
+
+    @property
+    def uses_key_frames(self) -> bool:
+        """Tell whether `features` needs the key-frame path."""
+        return self.mixing != "none"
+
+    def features(self, full: Tensor, key: Tensor | None, state: State = None) -> tuple[Tensor, State]:
+        """B C 1+2N H W and B C 1+N H W -> B C 1+N H W."""
+        s_full, s_down, s_mix, *s_blocks = state or (state,) * (3 + len(self.blocks_mixed))
+        h, s_full = self.blocks_full(full, s_full)
+        h, s_down = self.down(h, s_down)
+        if self.mixing == "attention":
+            h, s_mix = self.mix(h, key, s_mix)
+        elif self.mixing == "concat":
+            h = h + self.mix(torch.cat([h, key], 1))[0]  # pyright: ignore
+        guide = key if self.mixing == "attention" else None
+        for i, block in enumerate(self.blocks_mixed):
+            h, s_blocks[i] = block(h, s_blocks[i], guide)
+        return h, None if state is None else (s_full, s_down, s_mix, *s_blocks)
+
+    def moments(self, features: Tensor, key_moments: Tensor | None, state: State = None) -> tuple[Tensor, State]:
+        """Level-2r features and level-r moments of the even frames -> level-2r moments, b 2c 1+N h w."""
+        residual, state = self.head(features, state)
+        return (residual if key_moments is None else key_moments + residual), state
+
+
+class DecoderGrowth(nn.Module):
+    """From a level-2r latent, 1+N frames, to an estimate of the level-r latent, 1+2N frames."""
+
+    def __init__(self, channels: int, latent_channels: int, growth: Growth):
+        super().__init__()
+        self.conv_in = CausalConv3d(latent_channels, channels)
+        self.blocks_in = Chain(ResBlock(channels) for _ in range(growth.layers))
+        self.up = Upsample(channels, channels, time=2, space=1)
+        self.blocks_out = Chain(ResBlock(channels) for _ in range(growth.layers))
+        self.head = Head(channels, latent_channels, zero=True)
+
+    def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B c 1+N h w -> b c 1+2N h w; at birth every latent frame but the first stands twice."""
+        s = list(state or (state,) * 5)
+        h, s[0] = self.conv_in(z, s[0])
+        h, s[1] = self.blocks_in(h, s[1])
+        h, s[2] = self.up(h, s[2])
+        h, s[3] = self.blocks_out(h, s[3])
+        h, s[4] = self.head(h, s[4])
+        twice = z.repeat_interleave(2, 2)
+        return (twice[:, :, 1:] if is_first(state) else twice) + h, None if state is None else tuple(s)

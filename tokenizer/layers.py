@@ -1,0 +1,186 @@
+"""Causal 3D layers with linear shortcuts, whole or chunk by chunk.
+
+Shapes: B C T H W. Sources: causal convolutions and depth-to-space resampling, MAGVIT-v2 (arXiv 2310.05737, sec. 3);
+averaging and duplicating shortcuts around resampling, DC-AE (arXiv 2410.10733, sec. 3.1).
+
+State: every layer is called as `y, state = layer(x, state)`. `None` means "the whole clip" and comes back as `None`;
+`START` means "the first chunk of a stream"; what a streamed call returns goes into the next one. The first frame stands
+alone: a whole clip or a first chunk has 1 + r*N frames, a later chunk r*N.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+State = Any
+START: State = ()
+
+
+def is_first(state: State) -> bool:
+    """Tell whether a call with this state sees the first frame of the clip."""
+    return state is None or (isinstance(state, tuple) and not state)
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution whose output at a frame sees that frame and earlier ones only.
+
+    Time is padded in front by repeating the first frame, space symmetrically with zeros. A temporal stride s keeps frames
+    0, s, 2s, ..., so 1 + s*N frames become 1 + N.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int | tuple[int, int, int] = 3, stride=(1, 1, 1)):
+        kt, kh, kw = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        super().__init__(channels_in, channels_out, (kt, kh, kw), stride, padding=(0, kh // 2, kw // 2))
+        self.front = kt - 1  # frames repeated before the first one
+        self.kept = kt - stride[0]  # frames that the next chunk's first output still sees
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:  # pyright: ignore
+        """B C T H W -> B C' T' H' W'."""
+        if is_first(state):
+            x = F.pad(x, (0, 0, 0, 0, self.front, 0), mode="replicate") if self.front else x
+        elif self.kept > 0:
+            x = torch.cat([state, x], 2)
+        tail = None if state is None else x[:, :, x.shape[2] - self.kept :].clone() if self.kept > 0 else x[:, :, :0]
+        return super().forward(x), tail
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of each position: no statistics cross time or space."""
+
+    def __init__(self, channels: int, affine: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B C T H W -> the same."""
+        # A channels-last tensor permutes to a contiguous one: the fused kernel then runs at full speed.
+        y = F.layer_norm(x.permute(0, 2, 3, 4, 1), (self.channels,), self.weight, self.bias, 1e-6)
+        return y.permute(0, 4, 1, 2, 3)
+
+
+class ResBlock(nn.Module):
+    """norm - SiLU - conv, twice, plus the input; the second convolution starts at zero.
+
+    With `guide_channels`, both normalisations are scaled and shifted by a guide of the same B T H W.
+    """
+
+    def __init__(self, channels: int, guide_channels: int = 0):
+        super().__init__()
+        self.norm1 = ChannelNorm(channels, affine=not guide_channels)
+        self.conv1 = CausalConv3d(channels, channels)
+        self.norm2 = ChannelNorm(channels, affine=not guide_channels)
+        self.conv2 = CausalConv3d(channels, channels)
+        self.modulation = CausalConv3d(guide_channels, 4 * channels, 1) if guide_channels else None
+        zero_init(self.conv2)
+        if self.modulation is not None:
+            zero_init(self.modulation)
+
+    def forward(self, x: Tensor, state: State = None, guide: Tensor | None = None) -> tuple[Tensor, State]:
+        """B C T H W -> the same."""
+        s1, s2 = state or (state, state)
+        if self.modulation is None:
+            h, s1 = self.conv1(F.silu(self.norm1(x)), s1)
+            h, s2 = self.conv2(F.silu(self.norm2(h)), s2)
+        else:
+            scale1, shift1, scale2, shift2 = self.modulation(guide)[0].chunk(4, 1)
+            h, s1 = self.conv1(F.silu(self.norm1(x) * (1 + scale1) + shift1), s1)
+            h, s2 = self.conv2(F.silu(self.norm2(h) * (1 + scale2) + shift2), s2)
+        return x + h, None if state is None else (s1, s2)
+
+
+class Downsample(nn.Module):
+    """A strided causal convolution beside an averaging shortcut; time by `time`, space by `space` (1 or 2).
+
+    The shortcut gathers the time x space x space neighbours of an output position into channels and averages groups of
+    them; in time these are the frames that end at the kept one, the first frame repeated.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, time: int, space: int):
+        super().__init__()
+        if channels_in * time * space**2 % channels_out:
+            raise ValueError(
+                f"down-sampling {channels_in} -> {channels_out} channels by {time}x{space}x{space}: "
+                f"{channels_in * time * space**2} gathered channels are no multiple of {channels_out}"
+            )
+        self.time, self.space, self.channels_out = time, space, channels_out
+        self.conv = CausalConv3d(channels_in, channels_out, 3, (time, space, space))
+        zero_init(self.conv)
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B C 1+t*N H W -> B C' 1+N H/s W/s."""
+        y = x
+        if is_first(state) and self.time > 1:
+            y = F.pad(x, (0, 0, 0, 0, self.time - 1, 0), mode="replicate")
+        y = rearrange(y, "b c (t u) (h p) (w q) -> b (c u p q) t h w", u=self.time, p=self.space, q=self.space)
+        y = y.unflatten(1, (self.channels_out, -1)).mean(2)
+        h, state = self.conv(x, state)
+        return h + y, state
+
+
+class Upsample(nn.Module):
+    """A causal convolution to depth-to-space beside a duplicating shortcut; time by `time`, space by `space`.
+
+    After a temporal up-sampling the first time-1 frames are dropped at once, so the first frame stays alone.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, time: int, space: int):
+        super().__init__()
+        if channels_out * time * space**2 % channels_in:
+            raise ValueError(
+                f"up-sampling {channels_in} -> {channels_out} channels by {time}x{space}x{space}: "
+                f"{channels_out * time * space**2} spread channels are no multiple of {channels_in}"
+            )
+        self.time, self.space = time, space
+        self.repeats = channels_out * time * space**2 // channels_in
+        self.conv = CausalConv3d(channels_in, channels_out * time * space**2)
+        zero_init(self.conv)
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B C 1+N H W -> B C' 1+t*N H*s W*s."""
+        first = is_first(state)
+        h, state = self.conv(x, state)
+        h = h + x.repeat_interleave(self.repeats, 1)
+        h = rearrange(h, "b (c u p q) t h w -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
+        return (h[:, :, self.time - 1 :] if first else h), state
+
+
+class Head(nn.Module):
+    """norm - SiLU - conv, with a linear skip around it."""
+
+    def __init__(self, channels_in: int, channels_out: int, zero: bool = False):
+        super().__init__()
+        self.norm = ChannelNorm(channels_in)
+        self.conv = CausalConv3d(channels_in, channels_out)
+        self.skip = CausalConv3d(channels_in, channels_out, 1)
+        zero_init(self.conv)
+        if zero:
+            zero_init(self.skip)
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B C T H W -> B C' T H W."""
+        h, state = self.conv(F.silu(self.norm(x)), state)
+        return h + self.skip(x)[0], state
+
+
+class Chain(nn.ModuleList):
+    """Layers called one after the other, their states in a tuple."""
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B C T H W -> what the last layer returns."""
+        states = []
+        for i, layer in enumerate(self):
+            x, s = layer(x, state[i] if state else state)
+            states.append(s)
+        return x, None if state is None else tuple(states)
+
+
+def zero_init(conv: nn.Conv3d) -> None:
+    """Start a layer at zero, so that its shortcut alone speaks."""
+    nn.init.zeros_(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)

@@ -1,0 +1,34 @@
+"""What the tokenizer is trained on.
+
+Shapes: B C T H W pixels in [-1, 1], b c t h w latents. L1 and a small KL as in latent diffusion autoencoders
+(arXiv 2112.10752, sec. 3.1); the KL weight is our choice, the paper's is not known to us.
+"""
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+
+
+def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean absolute error over all pixel values."""
+    return (reconstruction.float() - target.float()).abs().mean()
+
+
+def kl_loss(posterior: DiagonalGaussianDistribution) -> Tensor:
+    """Return the KL divergence from a standard normal, in nats, averaged over latent values."""
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+def latent_loss(estimate: Tensor, target: Tensor) -> Tensor:
+    """Return the squared error of an estimated latent in units of the target's variance per channel."""
+    target = target.detach().float()
+    variance = target.var(dim=(0, 2, 3, 4), keepdim=True).clamp_min(1e-6)
+    return ((estimate.float() - target).square() / variance).mean()
+
+
+def reparametrise(posterior: DiagonalGaussianDistribution, generator: torch.Generator) -> Tensor:
+    """Draw a latent from a posterior with noise from `generator`, on the posterior's device."""
+    mean = posterior.mean
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=torch.float32)
+    return mean + posterior.std * noise.to(mean.dtype)

@@ -1,0 +1,243 @@
+"""Training the tokenizer stage by stage: the base, then each grown level on top of what is frozen below it.
+
+A run directory holds one folder per stage (checkpoints, metrics) and `tokenizer/`, the model with all levels trained so far.
+"""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..training.clips import TrainingStream, open_dataset
+from ..training.config import UserError, setting
+from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, make_accelerator, train
+from ..training.run import open_run, write_atomically
+from .autoencoder import AutoencoderKLProMAG, parameter_count
+from .geometry import check_frames, check_size
+from .growth import Growth
+from .losses import kl_loss, latent_loss, reconstruction_loss, reparametrise
+from .metrics import evaluate, to_uint8
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base level's shape; see AutoencoderKLProMAG."""
+
+    latent_channels: int = setting("channels of the latent at every level")
+    patch_size: int = setting("side of the pixel patches that become channels")
+    block_out_channels: tuple[int, ...] = setting("widths from fine to coarse")
+    layers_per_block: int = setting("residual blocks at each width")
+    strides: tuple[tuple[int, int], ...] = setting("(time, space) of each down-sampling")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and what is looked at."""
+
+    train: str = setting("clips.jsonl from prepare_clips, or shapes for generated clips")
+    validation: str = setting("the same, for validation; never trained on")
+    shapes: int = setting("how many generated clips there are, where shapes are trained on")
+    size: int = setting("height and width in pixels")
+    temporal_strides: tuple[int, ...] = setting("frame steps at which clips are read: 1 is their own rate")
+    validation_clips: int = setting("how many clips each validation reconstructs")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One level and how it is trained."""
+
+    ratio: int = setting("temporal ratio of the level")
+    frames: int = setting("frames per training clip: 1 + ratio*k")
+    growth: Growth | None = setting("how the level is grown; null for the base")
+    latent_steps: int = setting("first steps that regress the lower latent instead of pixels")
+    kl_weight: float = setting("weight of the KL term")
+    loop: LoopSettings = setting("the optimisation")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A whole tokenizer training."""
+
+    run: str = setting("run directory")
+    seed: int = setting("decides weights, data order and noise")
+    precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    init: str | None = setting("a trained tokenizer to grow; null starts with the base")
+    only: int | None = setting("train this ratio's stage alone; null runs all")
+    model: Model = setting("the base level")
+    data: Data = setting("the clips")
+    stages: tuple[Stage, ...] = setting("levels, lowest first")
+    pace: Pace = setting("logging, validation, checkpoints")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where stages, frames and sizes do not fit together."""
+        check_size(self.data.size, self.data.size)
+        ratios = [stage.ratio for stage in self.stages]
+        if not ratios:
+            raise ValueError("stages: at least one is needed")
+        for stage, before in zip(self.stages[1:], ratios, strict=False):
+            if stage.ratio != 2 * before:
+                raise ValueError(f"stages {ratios}: each ratio must be twice the one before")
+        for stage in self.stages:
+            check_frames(stage.frames, stage.ratio)
+        if self.only is not None and self.only not in ratios:
+            raise ValueError(f"only {self.only}: the stages are {', '.join(map(str, ratios))}")
+
+
+# Keys that may differ when a run is continued: they do not change what is learned.
+MAY_CHANGE = ("run", "only", "pace", "data.validation_clips")
+
+
+class StageObjective(Objective):
+    """Pixels: L1 and KL. In the first `latent_steps` of a grown level: the latent of the level below, no decoder run."""
+
+    def __init__(self, model: AutoencoderKLProMAG, stage: Stage):
+        super().__init__()
+        self.model, self.stage = model, stage
+        self.below = model.temporal_ratios[model.level_of(stage.ratio) - 1] if stage.growth else None
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        """B C T H W in batch["video"] -> loss, its parts."""
+        x, ratio = batch["video"], self.stage.ratio
+        if self.below is not None and step < self.stage.latent_steps:
+            posterior, target = self.model.encode_levels(x, (ratio, self.below))
+            z = reparametrise(posterior, generator)
+            fit = latent_loss(self.model.lift(z, ratio, self.below), target.mode())
+            kl = kl_loss(posterior)
+            return {"loss": fit + self.stage.kl_weight * kl, "latent": fit, "kl": kl}
+        posterior = self.model.encode(x, ratio).latent_dist  # pyright: ignore
+        output = self.model.decode(reparametrise(posterior, generator), ratio).sample  # pyright: ignore
+        l1, kl = reconstruction_loss(output, x), kl_loss(posterior)
+        return {"loss": l1 + self.stage.kl_weight * kl, "l1": l1, "kl": kl}
+
+
+def train_tokenizer(config: TokenizerConfig) -> Path | None:
+    """Run the stages that are not finished yet and return the folder of the tokenizer, None if stopped early.
+
+    Raises UserError for a missing or unsuitable checkpoint, clips or run directory.
+    """
+    accelerator = make_accelerator(
+        Path(config.run),
+        config.precision,
+        unused=any(s.growth and s.growth.decoder == "finetune" for s in config.stages),
+    )
+    run = open_run(config.run, config, MAY_CHANGE, write=accelerator.is_main_process)
+    for stage in config.stages:
+        if config.only not in (None, stage.ratio):
+            continue
+        outcome = train_stage(accelerator, run, config, stage)
+        if not outcome.finished:
+            return None
+    accelerator.end_training()
+    return run / "tokenizer"
+
+
+def train_stage(accelerator: Accelerator, run: Path, config: TokenizerConfig, stage: Stage) -> Outcome:
+    """Train one level from the levels below it, found in the run directory or in `config.init`."""
+    folder, done = run / f"{stage.ratio}x", run / f"{stage.ratio}x" / "done.json"
+    if done.exists() and (run / "tokenizer").exists():
+        accelerator.print(f"{stage.ratio}x: already trained in {folder}")
+        return Outcome(stage.loop.steps, 0.0, True, {})
+    data = config.data
+    source = open_dataset(
+        data.train,
+        "train",
+        frames=stage.frames,
+        size=data.size,
+        count=data.shapes,
+        temporal_strides=data.temporal_strides,
+    )
+    fixed = open_dataset(data.validation, "eval", frames=stage.frames, size=data.size, count=data.validation_clips)
+    clips = [fixed.fixed(i)["video"][None] for i in range(min(data.validation_clips, len(fixed)))]
+
+    torch.manual_seed(config.seed * 1000 + stage.ratio)
+    model = _model_for(run, config, stage)
+    model.to(memory_format=torch.channels_last_3d)
+    trained = model.train_only(stage.ratio)
+    accelerator.print(
+        f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
+        f"{parameter_count([model]) / 1e6:.2f} M, {len(source)} clips of {stage.frames} frames at {data.size}x{data.size}"
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+
+    def open_stream(first: int) -> TrainingStream:
+        return TrainingStream(source, config.seed, stage.loop.batch_size, rank, world, first)
+
+    def validate(tracker: Any, step: int) -> Metrics:
+        if tracker is not None:
+            sheet = _sheet(model, clips[:4], stage.ratio)
+            tracker.log_images({f"{stage.ratio}x/reconstruction": sheet}, step, dataformats="NHWC")
+        return evaluate(model, clips, stage.ratio)
+
+    objective = StageObjective(model, stage)
+    outcome = train(accelerator, folder, objective, open_stream, stage.loop, config.pace, config.seed, validate)
+    if outcome.finished and accelerator.is_main_process:
+        save_model(model, run / "tokenizer")
+        write_atomically(done, f'{{"seconds": {outcome.seconds:.1f}, "steps": {outcome.step}}}\n')
+    accelerator.wait_for_everyone()
+    return outcome
+
+
+def _model_for(run: Path, config: TokenizerConfig, stage: Stage) -> AutoencoderKLProMAG:
+    if stage.growth is None:
+        if config.init:
+            raise UserError(
+                f"init {config.init}: stage {stage.ratio}x has no growth, it starts from scratch; drop one of them"
+            )
+        model = AutoencoderKLProMAG(**asdict(config.model))
+        if model.base_ratio != stage.ratio:
+            raise UserError(f"stage {stage.ratio}x without growth: the base's strides make it {model.base_ratio}x")
+        return model
+    place = Path(config.init) if config.init and not (run / "tokenizer").exists() else run / "tokenizer"
+    model = load_tokenizer(place)
+    if model.temporal_ratios[-1] * 2 != stage.ratio:
+        have = ", ".join(f"{r}x" for r in model.temporal_ratios)
+        raise UserError(
+            f"stage {stage.ratio}x: the tokenizer in {place} has {have}; {stage.ratio // 2}x must be its highest"
+        )
+    model.grow(stage.growth)
+    return model
+
+
+def load_tokenizer(folder: str | os.PathLike) -> AutoencoderKLProMAG:
+    """Load a trained tokenizer for inference; raises UserError if the folder does not hold one."""
+    folder = Path(folder)
+    if (folder / "vae" / "config.json").exists():
+        folder = folder / "vae"  # a whole pipeline
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"tokenizer {folder}: no config.json there; give a folder that train_tokenizer.py or a pipeline saved"
+        )
+    try:
+        model = AutoencoderKLProMAG.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"tokenizer {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    assert isinstance(model, AutoencoderKLProMAG)
+    return model.eval()
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Replace `folder` by a saved model in one rename."""
+    aside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for stale in (aside, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    model.save_pretrained(aside)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def _sheet(model: AutoencoderKLProMAG, clips: list[Tensor], ratio: int) -> Any:
+    """Originals above reconstructions, 8 frames across: uint8 1 H W 3, for TensorBoard."""
+    rows = []
+    for clip in clips:
+        output = model(clip.to(model.device), ratio).sample.cpu()
+        picked = torch.linspace(0, clip.shape[2] - 1, 8).round().long()
+        rows += [torch.cat(list(to_uint8(v[:, :, picked])[0]), 1) for v in (clip, output)]
+    return torch.cat(rows, 0)[None].numpy()

@@ -1,0 +1,190 @@
+"""The run directory: resolved configuration, atomic checkpoints, metrics, and the signals that end a run early.
+
+run/config.yaml                 what the run was started with
+run/NAME/step-00001000/         a checkpoint of stage NAME: safetensors and state.json
+run/NAME/metrics.jsonl          one line per logged or validated step
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import UserError, save_yaml, to_plain
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Write a text file aside, flush it to disk and rename it into place."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def save_tensors_atomically(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file aside, flush it to disk and rename it into place."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside)
+    _sync(aside)
+    os.replace(aside, path)
+
+
+def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (), write: bool = True) -> Path:
+    """Make the run directory, or reopen it if it was started with the same configuration.
+
+    `may_change` names dotted keys (or prefixes of them) that do not alter what is learned. Raises UserError naming the
+    keys that differ.
+    """
+    path = Path(path)
+    known = path / "config.yaml"
+    if known.exists():
+        old, new = _flat(yaml.safe_load(known.read_text())), _flat(to_plain(config))
+        differs = [
+            f"{key} is {old.get(key)!r} there, {new.get(key)!r} now"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not any(key == k or key.startswith(k + ".") for k in may_change)
+        ]
+        if differs:
+            raise UserError(f"run {path} was started with other settings ({'; '.join(differs[:4])}): use another --run")
+    elif write:
+        path.mkdir(parents=True, exist_ok=True)
+        save_yaml(known, config)
+    return path
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, inner in items for k, v in _flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
+) -> Path:
+    """Write `folder/step-N` with one safetensors file per group and the JSON `meta`; complete or not there at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name, tensors in groups.items():
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
+        _sync(aside / f"{name}.safetensors")
+    write_atomically(aside / "state.json", json.dumps({"step": step, **meta}))
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(aside, final)
+    _sync(folder)
+    return final
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return the tensor groups and the meta data of a checkpoint folder."""
+    groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return groups, json.loads((path / "state.json").read_text())
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in `folder`, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").exists())
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Delete all but the newest `count` checkpoints."""
+    for old in checkpoints(folder)[:-count]:
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- metrics and signals ---------------------------------------------------------------------------------------------
+
+
+def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run writes them again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(line + "\n" for line in lines))
+
+
+class StopSignal:
+    """Context in which SIGTERM and SIGINT set `received` instead of ending the process; a second SIGINT ends it."""
+
+    def __enter__(self) -> "StopSignal":
+        """Take over both signals."""
+        self.received: str | None = None
+        self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        """Give both signals back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+# -- provenance ------------------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a published figure must carry: commit, machine and versions."""
+    packages = ("torch", "diffusers", "transformers", "accelerate")
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD")
+        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "machine": _machine(),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+    }
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores, {names[0] if names else 'unknown CPU'}"
+
+
+def append_result(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Append a published figure, with its provenance, as one JSON line."""
+    append_metrics(Path(path), {**record, **provenance()})
