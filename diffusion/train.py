@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokenizer.geometry import check_frames, check_size, tokens
-from ..training.clips import TrainingStream
 from ..training.config import setting
+from ..training.datasets import TrainingStream
 from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, make_accelerator, seeded, train
 from ..training.run import open_run
 from .flow import interpolate, sample_times, token_shift, velocity

@@ -14,8 +14,8 @@ from ..diffusion.train import DiffusionConfig, Trained, train_diffusion
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio
 from ..tokenizer.train import load_tokenizer, save_model
-from ..training.clips import open_dataset
 from ..training.config import UserError
+from ..training.datasets import open_dataset
 from .text_to_video import ProMAGPipeline
 
 

@@ -31,7 +31,9 @@ def measure_in_turns(calls: Mapping[Key, Callable[[], Any]], rounds: int = 5) ->
     return {key: median(values) for key, values in times.items()}
 
 
-def train_step(transformer: Any, frames: int, height: int, width: int, ratio: int, batch_size: int) -> Callable[[], None]:
+def train_step(
+    transformer: Any, frames: int, height: int, width: int, ratio: int, batch_size: int
+) -> Callable[[], None]:
     """Return a call that does one training step (forward, backward, AdamW, bf16) on random latents and text.
 
     The weights of `transformer` change: give it a copy.
@@ -46,7 +48,9 @@ def train_step(transformer: Any, frames: int, height: int, width: int, ratio: in
     def step() -> None:
         times = torch.full((batch_size,), 500.0, device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[0]
+            predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[
+                0
+            ]
             loss = (predicted.float() - velocity(x, noise)).square().mean()
         loss.backward()
         optimizer.step()
@@ -55,7 +59,9 @@ def train_step(transformer: Any, frames: int, height: int, width: int, ratio: in
     return step
 
 
-def sampling(pipe: ProMAGPipeline, prompt: str, steps: int, guidance: float, ratio: int, **size: int) -> Callable[[], Any]:
+def sampling(
+    pipe: ProMAGPipeline, prompt: str, steps: int, guidance: float, ratio: int, **size: int
+) -> Callable[[], Any]:
     """Return a call that samples one video from text to pixels."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)

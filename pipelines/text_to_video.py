@@ -228,7 +228,7 @@ class ProMAGPipeline(DiffusionPipeline):
     def _check_inputs(self, prompt, prompt_embeds, negative_prompt, ratio, steps, videos, fps, output_type) -> None:
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("prompt and prompt_embeds: exactly one of them is needed")
-        if prompt is not None and (not isinstance(prompt, str | list) or not prompt and isinstance(prompt, list)):
+        if prompt is not None and (not isinstance(prompt, str | list) or (not prompt and isinstance(prompt, list))):
             raise ValueError(f"prompt {prompt!r}: a text or a list of texts is needed")
         if isinstance(negative_prompt, list) and len(negative_prompt) != (
             len(prompt) if isinstance(prompt, list) else 1

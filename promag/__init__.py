@@ -20,6 +20,8 @@ _HOME = {
     "AutoencoderKLProMAG": ".tokenizer.autoencoder",
     "ProMAGPipeline": ".pipelines.text_to_video",
     "ProMAGTransformer3DModel": ".diffusion.transformer",
+    # diffusers asks the package that a saved class names for the base class by which to load it.
+    "ModelMixin": "diffusers.models.modeling_utils",
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+
 from promag import ProMAGPipeline
 from promag.diffusion.train import Data as DiffusionData
 from promag.diffusion.train import DiffusionConfig, Text
@@ -29,8 +30,9 @@ from promag.tokenizer.train import Model as TokenizerModel
 from promag.tokenizer.train import Stage, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training import shapes
 from promag.training import shapes_scorer as scorer
-from promag.training.clips import list_videos, open_dataset, prepare, save_clips
+from promag.training.clips import list_videos, prepare, save_clips
 from promag.training.config import UserError, parse_config, run_main, setting
+from promag.training.datasets import open_dataset
 from promag.training.loop import LoopSettings, Pace
 from promag.training.run import append_result, provenance
 
@@ -225,10 +227,10 @@ def make_report(
         for ratio in model.temporal_ratios
     ]
     first = items[0]["video"]
-    values = {r: model.config["latent_channels"] / (SPATIAL_RATIO**2) * latent_frames(config.frames, r) for r in quality}
-    rows = [
-        dataclasses.replace(row, latent_values_per_pixel=values[row.ratio] / first.shape[1]) for row in rows
-    ]
+    values = {
+        r: model.config["latent_channels"] / (SPATIAL_RATIO**2) * latent_frames(config.frames, r) for r in quality
+    }
+    rows = [dataclasses.replace(row, latent_values_per_pixel=values[row.ratio] / first.shape[1]) for row in rows]
     return Report(
         title="ProMAG demo: one tokenizer, three token budgets",
         summary=summarise(config, quality, step_seconds, sampling_seconds, accuracy),
@@ -270,7 +272,9 @@ def sample(pipe: Any, prompts: list[str], config: DemoConfig, name: str, first_s
         ).frames
         videos += list((frames * 255).round().astype(np.uint8))
         to_go = (time.perf_counter() - started) / len(videos) * (len(prompts) - len(videos))
-        print(f"\r{name}: {len(videos)}/{len(prompts)} videos, {to_go:.0f} s to go ", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r{name}: {len(videos)}/{len(prompts)} videos, {to_go:.0f} s to go ", end="", file=sys.stderr, flush=True
+        )
     print(file=sys.stderr)
     return videos
 
@@ -310,7 +314,14 @@ def reconstruct(model: Any, index: int, item: dict[str, Any]) -> ReconstructionC
 
 
 def budget_row(
-    config: DemoConfig, ratio: int, quality: dict[str, float], step_seconds, sampling_seconds, accuracy, run: Path, scored: bool
+    config: DemoConfig,
+    ratio: int,
+    quality: dict[str, float],
+    step_seconds,
+    sampling_seconds,
+    accuracy,
+    run: Path,
+    scored: bool,
 ) -> BudgetRow:
     """Return one ratio's figures; what was not measured is said to be so."""
     missing = {}
@@ -348,7 +359,9 @@ def summarise(config: DemoConfig, quality, step_seconds, sampling_seconds, accur
         )
     for ratio, found in accuracy.items():
         parts = ", ".join(f"{part} {value:.0%}" for part, (value, _, _) in found.items() if part != "all")
-        said.append(f"After {config.diffusion.steps} steps the {ratio}x model's videos show what the prompt says: {parts}.")
+        said.append(
+            f"After {config.diffusion.steps} steps the {ratio}x model's videos show what the prompt says: {parts}."
+        )
     return said
 
 
@@ -381,7 +394,9 @@ def last_value(file: Path, key: str) -> float | None:
 def facts(config: DemoConfig, run: Path, clips: int, scored: int, started: float) -> dict[str, str]:
     """Return the key-value pairs at the report's end."""
     known = provenance()
-    trained = [f"{s.ratio}x {s.loop.steps} steps of {s.loop.batch_size} clips of {s.frames} frames" for s in config.stages]
+    trained = [
+        f"{s.ratio}x {s.loop.steps} steps of {s.loop.batch_size} clips of {s.frames} frames" for s in config.stages
+    ]
     said = {
         "Commit": known["commit"],
         "Machine": known["machine"],

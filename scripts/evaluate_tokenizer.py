@@ -9,8 +9,9 @@ from pathlib import Path
 from promag.tokenizer.geometry import check_frames, check_size
 from promag.tokenizer.metrics import PROTOCOL, evaluate
 from promag.tokenizer.train import load_tokenizer
-from promag.training.clips import ClipDataset, list_videos, open_dataset, prepare
+from promag.training.clips import list_videos, prepare
 from promag.training.config import UserError, run_main
+from promag.training.datasets import ClipDataset, open_dataset
 from promag.training.run import append_result, write_atomically
 
 

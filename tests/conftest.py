@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.growth import Growth
 

@@ -119,6 +119,35 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         for level in growth:
             self._add_level(Growth(**level))
 
+    @torch.no_grad()
+    def start_from_means(self) -> None:
+        """Set the linear paths so that training starts from block means: call it once, on an untrained base.
+
+        Every residual branch is zero at the start, so encoder and decoder are linear maps. Their outer layers are solved
+        for: the first latent channels are the colour means of a block, and the decoder paints blocks in these colours.
+        On generated clips this saved about half of the first hundred steps.
+        """
+        colours, latents = self.config["in_channels"], self.config["latent_channels"]
+        into: Any = self.encoder.body[0]
+        out: Any = self.decoder.body[0]
+        for conv in (into, out):  # look at one position alone
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        nn.init.orthogonal_(into.weight[:, :, -1, 1, 1])
+        # Each latent channel fills a run of features: depth-to-space then gives every position in a block the same.
+        width = out.out_channels
+        out.weight[range(width), torch.arange(width) * latents // width, -1, 1, 1] = 1
+        flat = torch.eye(colours).view(colours, colours, 1, 1, 1).expand(-1, -1, 1, SPATIAL_RATIO, SPATIAL_RATIO)
+        seen = self.encoder.features(flat)[0].flatten(1).T  # D x colours
+        self.encoder.head.skip.weight[:colours, :, 0, 0, 0] = torch.linalg.pinv(seen)
+        units = torch.eye(latents).view(latents, latents, 1, 1, 1)
+        spread = self.decoder.body(units)[0][:, :, 0, 0, 0].T  # widths[0] x latents, the same at every position
+        painted = torch.zeros(self.decoder.head.skip.out_channels, latents)
+        painted.view(colours, -1, latents)[range(colours), :, range(colours)] = 1  # output channels are (colour, p, q)
+        self.decoder.head.skip.weight[:, :, 0, 0, 0] = painted @ torch.linalg.pinv(spread)
+        for head, count in ((self.encoder.head, latents), (self.decoder.head, None)):
+            nn.init.zeros_(head.skip.bias[:count])  # pyright: ignore
+
     # -- levels ------------------------------------------------------------------------------------------------------
 
     @property

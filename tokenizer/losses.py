@@ -14,6 +14,15 @@ def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
     return (reconstruction.float() - target.float()).abs().mean()
 
 
+def squared_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error over all pixel values.
+
+    Beside L1 it makes large errors count: L1 alone is content to paint a small, strongly coloured object in the colour of
+    what surrounds it, and took three times as many steps to learn colours on generated clips.
+    """
+    return (reconstruction.float() - target.float()).square().mean()
+
+
 def kl_loss(posterior: DiagonalGaussianDistribution) -> Tensor:
     """Return the KL divergence from a standard normal, in nats, averaged over latent values."""
     mean, logvar = posterior.mean.float(), posterior.logvar.float()

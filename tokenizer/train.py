@@ -13,14 +13,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..training.clips import TrainingStream, open_dataset
 from ..training.config import UserError, setting
+from ..training.datasets import TrainingStream, open_dataset
 from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, make_accelerator, train
 from ..training.run import open_run, write_atomically
 from .autoencoder import AutoencoderKLProMAG, parameter_count
 from .geometry import check_frames, check_size
 from .growth import Growth
-from .losses import kl_loss, latent_loss, reconstruction_loss, reparametrise
+from .losses import kl_loss, latent_loss, reconstruction_loss, reparametrise, squared_loss
 from .metrics import evaluate, to_uint8
 
 
@@ -55,6 +55,7 @@ class Stage:
     frames: int = setting("frames per training clip: 1 + ratio*k")
     growth: Growth | None = setting("how the level is grown; null for the base")
     latent_steps: int = setting("first steps that regress the lower latent instead of pixels")
+    squared_weight: float = setting("weight of the squared error beside L1, whose weight is 1")
     kl_weight: float = setting("weight of the KL term")
     loop: LoopSettings = setting("the optimisation")
 
@@ -93,7 +94,7 @@ MAY_CHANGE = ("run", "only", "pace", "data.validation_clips")
 
 
 class StageObjective(Objective):
-    """Pixels: L1 and KL. In the first `latent_steps` of a grown level: the latent of the level below, no decoder run."""
+    """Pixels: L1, squared error and KL. In the first `latent_steps` of a grown level: the latent of the level below, no decoder run."""
 
     def __init__(self, model: AutoencoderKLProMAG, stage: Stage):
         super().__init__()
@@ -111,8 +112,9 @@ class StageObjective(Objective):
             return {"loss": fit + self.stage.kl_weight * kl, "latent": fit, "kl": kl}
         posterior = self.model.encode(x, ratio).latent_dist  # pyright: ignore
         output = self.model.decode(reparametrise(posterior, generator), ratio).sample  # pyright: ignore
-        l1, kl = reconstruction_loss(output, x), kl_loss(posterior)
-        return {"loss": l1 + self.stage.kl_weight * kl, "l1": l1, "kl": kl}
+        l1, squared, kl = reconstruction_loss(output, x), squared_loss(output, x), kl_loss(posterior)
+        loss = l1 + self.stage.squared_weight * squared + self.stage.kl_weight * kl
+        return {"loss": loss, "l1": l1, "squared": squared, "kl": kl}
 
 
 def train_tokenizer(config: TokenizerConfig) -> Path | None:
@@ -191,6 +193,7 @@ def _model_for(run: Path, config: TokenizerConfig, stage: Stage) -> AutoencoderK
         model = AutoencoderKLProMAG(**asdict(config.model))
         if model.base_ratio != stage.ratio:
             raise UserError(f"stage {stage.ratio}x without growth: the base's strides make it {model.base_ratio}x")
+        model.start_from_means()
         return model
     place = Path(config.init) if config.init and not (run / "tokenizer").exists() else run / "tokenizer"
     model = load_tokenizer(place)

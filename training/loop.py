@@ -6,6 +6,7 @@ and repeats an uninterrupted one bit for bit (on a CPU).
 
 import hashlib
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -149,7 +150,9 @@ def train(
         cut_metrics(metrics_file, first)
 
     last = settings.steps if pace.stop_after is None else min(settings.steps, first + pace.stop_after)
-    loader = DataLoader(open_stream(first), batch_size=None, num_workers=pace.workers)
+    loader = DataLoader(
+        open_stream(first), batch_size=None, num_workers=pace.workers, worker_init_fn=_leave_signals_to_the_parent
+    )
     batches = iter(loader) if first < last else iter(())
     bar = tqdm(
         initial=first,
@@ -296,6 +299,12 @@ def _check_finite(record: Metrics, name: str, step: int) -> None:
         raise FloatingPointError(
             f"{name}: {', '.join(bad)} not finite by step {step}; lower learning_rate or raise warmup"
         )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C and schedulers signal the whole process group: a worker that died of it would break the save.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _shut_down(batches: Iterator) -> None:

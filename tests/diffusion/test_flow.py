@@ -5,6 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promag.diffusion.flow import denoised, guide, interpolate, sample_times, shift_times, token_shift, velocity
 
 

@@ -2,6 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+
 from promag.diffusion.text import (
     drop_captions,
     encode,
@@ -12,7 +14,6 @@ from promag.diffusion.text import (
     tokenize,
 )
 from promag.training.config import UserError
-from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 CAPTIONS = [f"a {c} {s} moves {d}" for c in ("red", "blue") for s in ("disc", "square") for d in ("left", "right")]
 

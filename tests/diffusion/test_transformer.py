@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from promag import ProMAGTransformer3DModel
 from promag.diffusion.transformer import rotary_positions
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from promag import AutoencoderKLProMAG
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.growth import Growth
@@ -31,6 +32,19 @@ def test_birth_law_of_the_decoder_every_latent_frame_but_the_first_stands_twice(
     model = make_tokenizer(levels=2)
     z = torch.randn(1, 4, 3, 2, 2)
     assert torch.equal(model.lift(z, 8, 4), z[:, :, [0, 1, 1, 2, 2]])
+
+
+@pytest.mark.parametrize(("patch", "widths", "strides"), [(4, (16, 16, 16), ((2, 2), (2, 1))), (1, (16, 16, 32, 32), ((1, 2), (2, 2), (2, 2)))])
+@torch.no_grad()
+def test_a_base_can_start_from_block_means(patch, widths, strides):
+    torch.manual_seed(0)
+    shape = {"patch_size": patch, "block_out_channels": widths, "strides": strides}
+    model = AutoencoderKLProMAG(**{**TINY, **shape})
+    model.start_from_means()
+    flat = torch.tensor([0.5, -0.25, 0.75]).view(1, 3, 1, 1, 1).expand(1, 3, 5, 16, 24)
+    latent = model.encode(flat).latent_dist.mode()
+    assert torch.allclose(latent[:, :3], flat[:, :, :2, :2, :3], atol=1e-5)
+    assert torch.allclose(model.decode(latent).sample, flat, atol=1e-5)
 
 
 def test_without_key_frames_the_new_latent_is_not_the_lower_one(clip):

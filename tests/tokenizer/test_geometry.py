@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promag.tokenizer.geometry import (
     check_chunk,
     check_frames,

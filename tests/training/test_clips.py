@@ -11,19 +11,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from promag.training.clips import (
-    Clip,
-    ClipDataset,
-    ShapesDataset,
-    TrainingStream,
-    caption_from_name,
-    list_videos,
-    load_clips,
-    open_dataset,
-    prepare,
-    save_clips,
-)
+from promag.training import shapes
+from promag.training.clips import Clip, caption_from_name, list_videos, load_clips, prepare, save_clips
 from promag.training.config import UserError
+from promag.training.datasets import ClipDataset, ShapesDataset, TrainingStream, open_dataset
 from promag.training.video import UnreadableVideo, write_video
 
 STEP = 6  # grey levels from one frame of a counting video to the next
@@ -423,39 +414,54 @@ def test_an_unreadable_video_ends_training_and_is_named(clips, tmp_path, workers
 
 
 def test_shapes_have_the_interface_of_clips():
-    dataset = ShapesDataset("train", 4, frames=3, size=32, temporal_strides=(1, 2))
+    dataset = ShapesDataset("train", 4, frames=3, size=32)
     assert (len(dataset), dataset.skipped) == (4, 0)
-    item = dataset.item(np.random.default_rng(0))
-    assert item.keys() == {"video", "caption", "clip", "start", "stride", "fps"}
-    assert item["video"].shape == (3, 3, 32, 32)
-    assert -1 <= item["video"].min() < item["video"].max() <= 1
-    assert item["caption"]
-    assert item["clip"] in range(4)
-    assert torch.equal(dataset.fixed(2)["video"], dataset.fixed(2)["video"])
-    assert not torch.equal(dataset.fixed(2)["video"], dataset.fixed(3)["video"])
-    other = ShapesDataset("eval", 4, frames=3, size=32)
-    assert not torch.equal(dataset.fixed(2)["video"], other.fixed(2)["video"])
-    batch = TrainingStream(dataset, 0, 2, 0, 1).batch(0)
-    assert batch["video"].shape == (2, 3, 3, 32, 32)
+    items = [dataset.item(np.random.default_rng(seed)) for seed in range(20)]
+    assert {item["clip"] for item in items} == {0, 1, 2, 3}
+    pixels, scene = shapes.clip(items[0]["clip"], "train", frames=3, size=32)
+    assert torch.equal(items[0]["video"], torch.from_numpy(pixels).permute(3, 0, 1, 2) / 127.5 - 1)
+    expected = {"caption": scene.caption(), "start": 0, "stride": 1, "fps": shapes.FPS}
+    assert {key: items[0][key] for key in expected} == expected
+    again = dataset.fixed(items[0]["clip"])
+    assert again.keys() == items[0].keys()
+    assert torch.equal(again["video"], items[0]["video"])
+    assert not torch.equal(dataset.fixed(2)["video"], ShapesDataset("eval", 4, frames=3, size=32).fixed(2)["video"])
+    assert TrainingStream(dataset, 0, 2, 0, 1).batch(0)["video"].shape == (2, 3, 3, 32, 32)
     with pytest.raises(IndexError, match="legal are 0 to 3"):
         dataset.fixed(4)
 
 
-def test_strided_shapes_move_faster():
-    whole = ShapesDataset("train", 1, frames=9, size=32).fixed(0)["video"]
-    strided = ShapesDataset("train", 1, frames=5, size=32, temporal_strides=(2,)).item(np.random.default_rng(0))
-    assert torch.equal(strided["video"], whole[:, ::2])
-    assert strided["stride"] == 2
-
-
-def test_opening(clips, tmp_path):
+def test_opening_an_index(clips, tmp_path):
     save_clips(tmp_path / "clips.jsonl", clips)
     found = open_dataset(tmp_path / "clips.jsonl", "train", frames=6, size=16, count=1, temporal_strides=(1, 2))
-    assert (type(found), len(found), found.strides) == (ClipDataset, 2, (1, 2))
-    assert len(open_dataset("shapes", "eval", frames=5, size=32, count=3)) == 3
+    assert isinstance(found, ClipDataset)
+    assert (len(found), found.strides) == (2, (1, 2))
     for source, message in (("videos", "give shapes, or a .jsonl"), (tmp_path / "gone.jsonl", "cannot be read")):
         with pytest.raises(UserError, match=message):
             open_dataset(source, "train", frames=5, size=32, count=3)
-    for size, count, message in (((32, 64), 3, "square"), (32, 0, "count 0")):
-        with pytest.raises(UserError, match=message):
-            open_dataset("shapes", "train", frames=5, size=size, count=count)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "test"}, "split 'test'"),
+        ({"count": 0}, "count 0"),
+        ({"size": 8}, "8x8"),
+        ({"temporal_strides": (1, 2)}, r"temporal_strides \[1, 2\]"),
+        ({"flip": True}, "flip True"),
+    ],
+)
+def test_opening_shapes(change, message):
+    options = {"split": "eval", "frames": 5, "size": (32, 48), "count": 3}
+    found = open_dataset("shapes", **options)
+    assert (len(found), found.fixed(0)["video"].shape) == (3, (3, 5, 32, 48))
+    with pytest.raises(UserError, match=message):
+        open_dataset("shapes", **{**options, **change})
+
+
+def test_digests_follow_the_content_and_not_the_place(clips, tmp_path):
+    moved = dataclasses.replace(clips[0], path=str(tmp_path / "a.mp4"))
+    renamed = dataclasses.replace(clips[0], caption="another")
+    digests = [ClipDataset([clip, clips[1]], 3, 16).digest(1) for clip in (clips[0], moved, renamed)]
+    assert digests[0] == digests[1] != digests[2]
+    assert ClipDataset(clips, 3, 16).digest(1) == digests[0] != ClipDataset(clips, 3, 16).digest(2)

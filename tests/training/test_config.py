@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promag.training.config import UserError, build, load_yaml, parse_config, save_yaml, setting
 
 PRESETS = sorted(Path("configs").rglob("*.yaml"))

@@ -5,7 +5,19 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from promag.training.shapes import COLOURS, MOTIONS, SHAPES, Scene, clip, is_held_out, legal_scenes, parse_caption, render, sample_scene
+
+from promag.training.shapes import (
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    clip,
+    is_held_out,
+    legal_scenes,
+    parse_caption,
+    render,
+    sample_scene,
+)
 from promag.training.shapes_scorer import Reading, chance, read_scene, score, wilson_interval
 
 single_scenes = st.sampled_from(list(legal_scenes()))
@@ -58,8 +70,12 @@ def test_held_out_combinations_are_spread_and_never_trained_on():
 
 
 def test_a_crossing_is_held_out_with_either_object():
-    out = next(Scene(s, c, "crosses", (s, "red" if c != "red" else "blue")) for s in SHAPES for c in COLOURS
-               if is_held_out(Scene(s, c, "crosses", (s, "red" if c != "red" else "blue"))))
+    out = next(
+        Scene(s, c, "crosses", (s, "red" if c != "red" else "blue"))
+        for s in SHAPES
+        for c in COLOURS
+        if is_held_out(Scene(s, c, "crosses", (s, "red" if c != "red" else "blue")))
+    )
     swapped = Scene(out.other[0], out.other[1], "crosses", (out.shape, out.colour))
     assert is_held_out(swapped)
 
@@ -81,7 +97,7 @@ def test_the_scorer_reads_what_a_weak_autoencoder_leaves():
 
 def degrade(video, rng):
     """Blur by one pixel, a sixth less colour, noise."""
-    kernel = np.exp(-np.arange(-3, 4) ** 2 / 2)
+    kernel = np.exp(-(np.arange(-3, 4) ** 2) / 2)
     pixels = video.astype(np.float32)
     for axis in (1, 2):
         pixels = sum(k * np.roll(pixels, i - 3, axis) for i, k in enumerate(kernel / kernel.sum()))

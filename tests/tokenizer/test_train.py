@@ -1,0 +1,109 @@
+"""The stages on generated clips at the smallest size."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from promag.tokenizer.train import Data, Model, Stage, TokenizerConfig, load_tokenizer, train_tokenizer
+from promag.tokenizer.growth import Growth
+from promag.training.config import UserError
+from promag.training.loop import LoopSettings, Pace
+from tests.conftest import TINY
+
+LOOP = LoopSettings(steps=4, batch_size=1, learning_rate=1e-3, warmup=1, schedule="cosine", weight_decay=0, clip_norm=1, ema_decay=0.9)
+PACE = Pace(log_every=1, validate_every=4, save_every=50, keep_last=1, workers=0, stop_after=None)
+
+
+def stage(ratio, frames, growth=None, latent_steps=0):
+    return Stage(ratio, frames, growth, latent_steps, 1.0, 1e-6, LOOP)
+
+
+def make_config(run, **change):
+    config = TokenizerConfig(
+        run=str(run),
+        seed=0,
+        precision="no",
+        init=None,
+        only=None,
+        model=Model(**TINY),
+        data=Data("shapes", "shapes", 8, 32, (1,), 2),
+        stages=(stage(4, 5), stage(8, 9, Growth(), 2), stage(16, 17, Growth(decoder="finetune"))),
+        pace=PACE,
+    )
+    return dataclasses.replace(config, **change)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    assert train_tokenizer(make_config(run)) == run / "tokenizer"
+    return run
+
+
+def records(run, ratio):
+    return [json.loads(line) for line in (run / f"{ratio}x" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stages_follow_each_other_into_one_checkpoint(trained):
+    model = load_tokenizer(trained / "tokenizer")
+    assert model.temporal_ratios == (4, 8, 16)
+    for ratio in (4, 8, 16):
+        steps = [r for r in records(trained, ratio) if "loss" in r]
+        assert [r["step"] for r in steps] == [1, 2, 3, 4]
+        assert [r["psnr"] for r in records(trained, ratio) if "psnr" in r]
+    assert ["latent" in r for r in records(trained, 8) if "loss" in r] == [True, True, False, False]
+
+
+def test_interrupted_and_continued_is_bit_for_bit_the_same(trained, tmp_path):
+    half = dataclasses.replace(PACE, stop_after=2)
+    for _ in range(6):
+        folder = train_tokenizer(make_config(tmp_path, pace=half))
+    assert folder == tmp_path / "tokenizer"
+    a, b = (load_tokenizer(run / "tokenizer").state_dict() for run in (trained, tmp_path))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_one_stage_alone_leaves_the_lower_levels_bit_equal(trained, tmp_path):
+    before = load_tokenizer(trained / "tokenizer")
+    growing = make_config(tmp_path, init=str(trained / "tokenizer"), only=32, stages=(stage(32, 33, Growth()),))
+    train_tokenizer(growing)
+    after = load_tokenizer(tmp_path / "tokenizer")
+    assert after.temporal_ratios == (4, 8, 16, 32)
+    new = after.state_dict()
+    assert all(torch.equal(value, new[key]) for key, value in before.state_dict().items())
+
+
+def test_a_finished_run_is_not_trained_again(trained, capsys):
+    weights = (trained / "tokenizer" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    train_tokenizer(make_config(trained))
+    assert "4x: already trained" in capsys.readouterr().out
+    assert (trained / "tokenizer" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_tensorboard_holds_curves_and_pictures(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = EventAccumulator(str(next((trained / "tensorboard").glob("events*")).parent)).Reload().Tags()
+    assert {"4x/loss", "8x/latent", "16x/psnr"} <= set(tags["scalars"])
+    assert "16x/reconstruction" in tags["images"]
+
+
+def test_mistakes_are_named(trained, tmp_path):
+    with pytest.raises(UserError, match="was started with other settings"):
+        train_tokenizer(make_config(trained, seed=1))
+    with pytest.raises(UserError, match=r"stage 32x: the tokenizer in .* has 4x; 16x must be its highest"):
+        base = make_config(tmp_path / "a", stages=(stage(4, 5),))
+        train_tokenizer(base)
+        train_tokenizer(make_config(tmp_path / "b", init=str(tmp_path / "a" / "tokenizer"), stages=(stage(32, 33, Growth()),)))
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(UserError, match="stage 8x without growth: the base's strides make it 4x"):
+        train_tokenizer(make_config(tmp_path / "c", stages=(stage(8, 9),)))
+    with pytest.raises(ValueError, match=r"stages \[4, 16\]: each ratio must be twice"):
+        make_config(tmp_path, stages=(stage(4, 5), stage(16, 17, Growth())))
+    with pytest.raises(ValueError, match="6 frames: 4x needs"):
+        make_config(tmp_path, stages=(stage(4, 6),))
+    with pytest.raises(ValueError, match="only 64: the stages are 4, 8, 16"):
+        make_config(tmp_path, only=64)

@@ -1,0 +1,207 @@
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from promag.training.config import UserError
+from promag.training.datasets import TrainingStream
+from promag.training.loop import LoopSettings, Objective, Pace, make_accelerator, seeded, train
+from promag.training.run import (
+    append_metrics,
+    checkpoints,
+    cut_metrics,
+    load_checkpoint,
+    open_run,
+    save_checkpoint,
+    write_atomically,
+)
+
+SETTINGS = LoopSettings(
+    steps=4,
+    batch_size=2,
+    learning_rate=0.05,
+    warmup=2,
+    schedule="cosine",
+    weight_decay=0.1,
+    clip_norm=1.0,
+    ema_decay=0.9,
+)
+PACE = Pace(log_every=1, validate_every=2, save_every=2, keep_last=2, workers=0, stop_after=None)
+
+
+class Numbers:
+    """Rows of random numbers."""
+
+    def __len__(self):
+        return 10
+
+    def item(self, rng: np.random.Generator):
+        return {"x": torch.from_numpy(rng.standard_normal(3).astype(np.float32)), "caption": "row"}
+
+
+class Noisy(Objective):
+    """A regression whose loss uses the step's noise, so that a resumed run shows whether noise is repeated."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.frozen = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+
+    def forward(self, batch, generator, step):
+        noise = torch.randn(batch["x"].shape, generator=generator)
+        loss = (self.layer(batch["x"] + noise) - self.frozen(batch["x"])).square().mean()
+        return {"loss": loss, "step": torch.tensor(float(step))}
+
+
+def run(folder, pace=PACE, settings=SETTINGS, objective=None, validate=None, workers=0):
+    objective = objective or Noisy()
+    accelerator = make_accelerator(folder, "no")
+
+    def open_stream(first):
+        return TrainingStream(Numbers(), 3, settings.batch_size, 0, 1, first)
+
+    outcome = train(accelerator, folder / "stage", objective, open_stream, settings, pace, 3, validate)
+    accelerator.end_training()
+    return outcome, objective
+
+
+def tensors(folder):
+    groups, _ = load_checkpoint(checkpoints(folder / "stage")[-1])
+    return {f"{g}/{k}": v for g, part in groups.items() for k, v in part.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_steps_resume_two_steps_equal_four_bit_for_bit(tmp_path, workers):
+    whole, a = run(tmp_path / "whole")
+    pace = Pace(log_every=1, validate_every=2, save_every=50, keep_last=2, workers=workers, stop_after=2)
+    first, _ = run(tmp_path / "parts", pace)
+    assert (first.step, first.finished) == (2, False)
+    second, b = run(tmp_path / "parts", pace)
+    assert (second.step, second.finished, whole.finished) == (4, True, True)
+    left, right = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[k], right[k]) for k in left)
+    assert torch.equal(a.layer.weight, b.layer.weight)
+
+    def losses(name):
+        lines = (tmp_path / name / "stage" / "metrics.jsonl").read_text().splitlines()
+        return [(r["step"], r["loss"]) for r in map(json.loads, lines) if "loss" in r]
+
+    assert losses("whole") == losses("parts")
+    assert [step for step, _ in losses("whole")] == [1, 2, 3, 4]
+
+
+def test_the_averaged_weights_are_left_in_the_model_and_validated(tmp_path):
+    seen = []
+    objective = Noisy()
+
+    def validate(tracker, step):
+        seen.append((step, objective.layer.weight.clone()))
+        return {"psnr": 1.0}
+
+    outcome, _ = run(tmp_path, objective=objective, validate=validate)
+    assert [step for step, _ in seen] == [2, 4]
+    assert outcome.metrics == {"psnr": 1.0}
+    saved = tensors(tmp_path)
+    assert torch.equal(objective.layer.weight, saved["ema/layer.weight"])
+    assert torch.equal(seen[-1][1], saved["ema/layer.weight"])
+    assert not torch.equal(saved["ema/layer.weight"], saved["weights/layer.weight"])
+
+
+def test_only_what_is_trained_moves_and_is_saved(tmp_path):
+    before = Noisy()
+    _, after = run(tmp_path)
+    assert torch.equal(before.frozen.weight, after.frozen.weight)
+    assert not torch.equal(before.layer.weight, after.layer.weight)
+    assert {k for k in tensors(tmp_path) if "frozen" in k} == set()
+
+
+def test_sigterm_saves_and_ends_in_order(tmp_path):
+    class Terminated(Noisy):
+        def forward(self, batch, generator, step):
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(batch, generator, step)
+
+    before = signal.getsignal(signal.SIGTERM)
+    outcome, _ = run(tmp_path, objective=Terminated())
+    assert (outcome.step, outcome.finished) == (2, False)
+    assert [p.name for p in checkpoints(tmp_path / "stage")] == ["step-00000002"]
+    assert signal.getsignal(signal.SIGTERM) == before
+    again, _ = run(tmp_path)
+    assert again.step == 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_by_name(tmp_path):
+    class Broken(Noisy):
+        def forward(self, batch, generator, step):
+            return {"loss": super().forward(batch, generator, step)["loss"] * float("nan")}
+
+    with pytest.raises(FloatingPointError, match="loss, gradient_norm not finite by step 1"):
+        run(tmp_path, objective=Broken())
+
+
+def test_rates_warm_up_and_fall_to_a_twentieth():
+    settings = LoopSettings(100, 1, 1.0, 10, "cosine", 0, 1, 0.9)
+    rates = [settings.rate_at(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
+    assert rates[100] == pytest.approx(0.05)
+    assert LoopSettings(100, 1, 1.0, 10, "constant", 0, 1, 0.9).rate_at(99) == 1.0
+
+
+def test_seeds_depend_on_every_number():
+    draws = {torch.randn(1, generator=seeded(*n)).item() for n in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}
+    assert len(draws) == 4
+    assert torch.randn(1, generator=seeded(0, 1)).item() == torch.randn(1, generator=seeded(0, 1)).item()
+
+
+def test_checkpoints_are_whole_or_absent(tmp_path):
+    save_checkpoint(tmp_path, 5, {"weights": {"a": torch.ones(2)}}, {"seconds": 1.5})
+    (tmp_path / "step-00000006").mkdir()  # as if an interrupted copy had left it
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005"]
+    groups, meta = load_checkpoint(checkpoints(tmp_path)[0])
+    assert torch.equal(groups["weights"]["a"], torch.ones(2))
+    assert meta == {"step": 5, "seconds": 1.5}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_metrics_after_a_checkpoint_are_cut(tmp_path):
+    for step in range(5):
+        append_metrics(tmp_path / "m.jsonl", {"step": step})
+    cut_metrics(tmp_path / "m.jsonl", 2)
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_run_keeps_its_settings(tmp_path):
+    open_run(tmp_path / "r", SETTINGS)
+    open_run(tmp_path / "r", SETTINGS)
+    import dataclasses
+
+    changed = dataclasses.replace(SETTINGS, steps=9, learning_rate=1.0)
+    with pytest.raises(UserError, match=r"learning_rate is 0.05 there, 1.0 now; steps is 4 there, 9 now"):
+        open_run(tmp_path / "r", changed)
+    open_run(tmp_path / "r", changed, may_change=("steps", "learning_rate"))
+
+
+def test_write_atomically_leaves_nothing_else(tmp_path):
+    write_atomically(tmp_path / "a.txt", "one")
+    write_atomically(tmp_path / "a.txt", "two")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "two"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"steps": 0}, "steps 0"), ({"learning_rate": 0}, "learning_rate 0"), ({"ema_decay": 1.0}, "ema_decay 1.0")],
+)
+def test_illegal_settings_are_named(change, message):
+    import dataclasses
+
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SETTINGS, **change)
