@@ -48,9 +48,7 @@ class Fingerprint:
             if other.get(key) != value
         ]
         if differs:
-            raise UserError(
-                f"latent cache {place}: was made from {', '.join(differs)}; delete it or name another folder"
-            )
+            raise UserError(f"latent cache {place}: was made from {', '.join(differs)}; delete it or name another folder")
 
 
 def write_cache(
@@ -141,9 +139,7 @@ class LatentDataset(Dataset):
     def __init__(self, folder: str | Path, ratio: int | None = None):
         folder = Path(folder)
         if not (folder / "index.json").exists():
-            raise UserError(
-                f"latent cache {folder}: no index.json there; write it with cache_latents.py, or let it finish"
-            )
+            raise UserError(f"latent cache {folder}: no index.json there; write it with cache_latents.py, or let it finish")
         self.index = json.loads((folder / "index.json").read_text())
         self.ratio = self.index["fingerprint"]["ratio"]
         if ratio not in (None, self.ratio):

@@ -170,9 +170,7 @@ def train_diffusion(config: DiffusionConfig, train_cache: Path, validation_cache
     )
     objective = FlowObjective(transformer, text_encoder, text_tokenizer, config.ratio, config.caption_dropout)
     count = sum(p.numel() for p in transformer.parameters())
-    accelerator.print(
-        f"{config.ratio}x: {count / 1e6:.2f} M parameters, latents of {len(latents)} clips in {train_cache}"
-    )
+    accelerator.print(f"{config.ratio}x: {count / 1e6:.2f} M parameters, latents of {len(latents)} clips in {train_cache}")
 
     # Validation noise is that of the clip's index, so the held-out loss of two runs or steps differs by the model alone.
     # Statistics are the training cache's: a model must not see the held-out clips' own.

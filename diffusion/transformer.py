@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 # Rotary positions count latent frames of this ratio: a 16x latent frame stands four positions after the one before.
 POSITION_RATIO = 4
+PLACE_WIDTH = 8  # sines and cosines of each axis: four octaves
 
 
 class ProMAGAttnProcessor:
@@ -106,9 +107,7 @@ class ProMAGTransformerBlock(nn.Module):
         shift1, scale1, gate1, shift3, scale3, gate3 = table.unsqueeze(2).unbind(1)  # each B 1 D
         h = self.norm1(hidden_states) * (1 + scale1) + shift1
         hidden_states = hidden_states + gate1 * self.attn1(h, rotary=rotary)
-        h = self.attn2(
-            self.norm2(hidden_states), encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
-        )
+        h = self.attn2(self.norm2(hidden_states), encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
         hidden_states = hidden_states + h
         h = self.norm3(hidden_states) * (1 + scale3) + shift3
         return hidden_states + gate3 * self.ff(h)
@@ -157,14 +156,13 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
             raise ValueError(f"attention_head_dim {attention_head_dim}: an even number of at least 6 is needed")
         dim = num_attention_heads * attention_head_dim
         self.patch_embed = nn.Linear(in_channels * math.prod(patch_size), dim)
+        self.place_embed = nn.Linear(3 * PLACE_WIDTH, dim)
         self.text_embed = PixArtAlphaTextProjection(text_dim, dim)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed, self.ratio_embed, self.fps_embed = (TimestepEmbedding(256, dim) for _ in range(3))
         self.pooled_embed = PixArtAlphaTextProjection(pooled_dim, dim) if pooled_dim else None
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.transformer_blocks = nn.ModuleList(
-            ProMAGTransformerBlock(dim, num_attention_heads) for _ in range(num_layers)
-        )
+        self.transformer_blocks = nn.ModuleList(ProMAGTransformerBlock(dim, num_attention_heads) for _ in range(num_layers))
         self.norm_out = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
         self.proj_out = nn.Linear(dim, in_channels * math.prod(patch_size))
@@ -219,7 +217,7 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
 
         Raises ValueError where the latent is not divisible by the patch, or the pooled vector is missing or unwanted.
         """
-        b, c, t, h, w = hidden_states.shape
+        b, _, t, h, w = hidden_states.shape
         pt, ph, pw = self.config["patch_size"]
         if t % pt or h % ph or w % pw:
             raise ValueError(f"latent of {t}x{h}x{w} (frames x height x width): not divisible by patch {(pt, ph, pw)}")
@@ -227,7 +225,9 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
             needs = "none" if self.pooled_embed is None else f"b {self.config['pooled_dim']}"
             raise ValueError(f"pooled_projections: this model needs {needs}")
         x = rearrange(hidden_states, "b c (t u) (h p) (w q) -> b (t h w) (c u p q)", u=pt, p=ph, q=pw)
-        x = self.patch_embed(x)
+        step = float(torch.as_tensor(temporal_ratio).flatten()[0]) / POSITION_RATIO * pt
+        grid = (t // pt, h // ph, w // pw)
+        x = self.patch_embed(x) + self.place_embed(place_features(grid, step, x.device).to(x.dtype))
         text = self.text_embed(encoder_hidden_states)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
 
@@ -240,8 +240,7 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
             embedding = embedding + self.pooled_embed(pooled_projections)
         modulation = self.modulation(embedding).unflatten(1, (6, -1))  # b 6 D
 
-        step = float(ratio[0]) / POSITION_RATIO * pt
-        rotary = rotary_positions(self.config["attention_head_dim"], (t // pt, h // ph, w // pw), step, x.device)
+        rotary = rotary_positions(self.config["attention_head_dim"], grid, step, x.device)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, text, modulation, rotary, mask)
@@ -256,6 +255,23 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
 
     def _embed(self, layer: nn.Module, value: Tensor, like: Tensor) -> Tensor:
         return layer(self.time_proj(value).to(like.dtype))
+
+
+def place_features(grid: tuple[int, int, int], frame_step: float, device: torch.device) -> Tensor:
+    """Return sines and cosines of where each token stands, N x 3*PLACE_WIDTH, for a grid of (t, h, w) tokens.
+
+    Rotary positions tell attention how far apart two tokens are; these tell a token where it is. Height and width count
+    from the picture's middle in parts of its longer side, so a larger picture has the same range.
+    """
+    t, h, w = grid
+    time = torch.arange(t, device=device) * frame_step / 16  # the base's wavelengths are then 16 latent frames and less
+    rows, columns = ((torch.arange(n, device=device) + 0.5 - n / 2) / max(h, w) for n in (h, w))
+    octaves = 2 ** torch.arange(PLACE_WIDTH // 2, device=device) * math.pi
+    parts = []
+    for place in torch.meshgrid(time, rows, columns, indexing="ij"):
+        angles = place.flatten()[:, None] * octaves
+        parts += [angles.sin(), angles.cos()]
+    return torch.cat(parts, 1)
 
 
 def rotary_positions(

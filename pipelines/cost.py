@@ -31,9 +31,7 @@ def measure_in_turns(calls: Mapping[Key, Callable[[], Any]], rounds: int = 5) ->
     return {key: median(values) for key, values in times.items()}
 
 
-def train_step(
-    transformer: Any, frames: int, height: int, width: int, ratio: int, batch_size: int
-) -> Callable[[], None]:
+def train_step(transformer: Any, frames: int, height: int, width: int, ratio: int, batch_size: int) -> Callable[[], None]:
     """Return a call that does one training step (forward, backward, AdamW, bf16) on random latents and text.
 
     The weights of `transformer` change: give it a copy.
@@ -48,9 +46,7 @@ def train_step(
     def step() -> None:
         times = torch.full((batch_size,), 500.0, device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[
-                0
-            ]
+            predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[0]
             loss = (predicted.float() - velocity(x, noise)).square().mean()
         loss.backward()
         optimizer.step()
@@ -59,16 +55,33 @@ def train_step(
     return step
 
 
+def denoising(transformer: Any, frames: int, height: int, width: int, ratio: int, steps: int) -> Callable[[], None]:
+    """Return a call that denoises one random latent with guidance (two predictions a step), text and pixels aside."""
+    device, config = transformer.device, transformer.config
+    shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
+    x, text = torch.randn(2, *shape, device=device), torch.randn(2, 24, config["text_dim"], device=device)
+    pooled = torch.randn(2, config["pooled_dim"], device=device) if config["pooled_dim"] else None
+
+    @torch.no_grad()
+    def call() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            for step in range(steps):
+                times = torch.full((2,), 1000 * (1 - step / steps), device=device)
+                transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)
+
+    return call
+
+
 def sampling(
-    pipe: ProMAGPipeline, prompt: str, steps: int, guidance: float, ratio: int, **size: int
+    pipe: ProMAGPipeline, prompts: list[str], steps: int, guidance: float, ratio: int, **size: int
 ) -> Callable[[], Any]:
-    """Return a call that samples one video from text to pixels."""
+    """Return a call that samples one video for each prompt, in one batch, from text to pixels."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
 
     def call() -> Any:
         return pipe(
-            prompt,
+            prompts,
             num_inference_steps=steps,
             guidance_scale=guidance,
             temporal_ratio=ratio,

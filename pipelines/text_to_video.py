@@ -69,9 +69,7 @@ class ProMAGPipeline(DiffusionPipeline):
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
         )
-        self.register_to_config(
-            height=height, width=width, num_frames=num_frames, fps=fps, temporal_ratio=temporal_ratio
-        )
+        self.register_to_config(height=height, width=width, num_frames=num_frames, fps=fps, temporal_ratio=temporal_ratio)
         self.video_processor = VideoProcessor(vae_scale_factor=vae.spatial_compression_ratio if vae else 8)
 
     @property
@@ -158,9 +156,7 @@ class ProMAGPipeline(DiffusionPipeline):
         )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs {sorted(unknown)}: legal are {self._callback_tensor_inputs}"
-            )
+            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: legal are {self._callback_tensor_inputs}")
         patch = self.transformer.config["patch_size"]
         check_size(height, width, self.vae.spatial_compression_ratio * max(patch[1:]))
         token_count = tokens(num_frames, height, width, ratio, tuple(patch))
@@ -175,9 +171,7 @@ class ProMAGPipeline(DiffusionPipeline):
         if self.do_classifier_free_guidance:
             count = batch // num_videos_per_prompt
             negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
-            null = _repeat(
-                negative_prompt_embeds or self.encode_prompt(negatives, max_sequence_length), num_videos_per_prompt
-            )
+            null = _repeat(negative_prompt_embeds or self.encode_prompt(negatives, max_sequence_length), num_videos_per_prompt)
             text = _join(text, null)
         text = Embedded(*(None if part is None else part.to(device) for part in text))  # pyright: ignore
 
@@ -230,16 +224,12 @@ class ProMAGPipeline(DiffusionPipeline):
             raise ValueError("prompt and prompt_embeds: exactly one of them is needed")
         if prompt is not None and (not isinstance(prompt, str | list) or (not prompt and isinstance(prompt, list))):
             raise ValueError(f"prompt {prompt!r}: a text or a list of texts is needed")
-        if isinstance(negative_prompt, list) and len(negative_prompt) != (
-            len(prompt) if isinstance(prompt, list) else 1
-        ):
+        if isinstance(negative_prompt, list) and len(negative_prompt) != (len(prompt) if isinstance(prompt, list) else 1):
             raise ValueError(f"negative_prompt: {len(negative_prompt)} texts; give one text, or as many as prompts")
         check_ratio(ratio, self.vae.temporal_ratios)
         trained = sorted(map(int, self.transformer.config["latents_mean"] or {}))
         if ratio not in trained:
-            raise ValueError(
-                f"temporal_ratio {ratio}: the transformer was trained at {', '.join(f'{r}x' for r in trained)}"
-            )
+            raise ValueError(f"temporal_ratio {ratio}: the transformer was trained at {', '.join(f'{r}x' for r in trained)}")
         for name, value in (("num_inference_steps", steps), ("num_videos_per_prompt", videos)):
             if value < 1:
                 raise ValueError(f"{name} {value}: at least 1 is needed")
@@ -248,9 +238,7 @@ class ProMAGPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
 
-    def _first_latents(
-        self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device
-    ) -> Tensor:
+    def _first_latents(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
         if latents is not None:
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents of shape {tuple(latents.shape)}: {shape} is needed")

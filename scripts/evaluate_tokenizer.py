@@ -40,9 +40,7 @@ def main(argv: Sequence[str]) -> int:
     elif _is_index(arguments.videos):
         clips = open_dataset(arguments.videos, "eval", arguments.frames, arguments.size, arguments.count)
     else:
-        clips = ClipDataset(
-            prepare(list_videos(arguments.videos, arguments.split)).clips, arguments.frames, arguments.size
-        )
+        clips = ClipDataset(prepare(list_videos(arguments.videos, arguments.split)).clips, arguments.frames, arguments.size)
 
     results = {}
     for ratio in model.temporal_ratios:

@@ -19,9 +19,7 @@ from promag.training.video import REENCODE
 def main(argv: Sequence[str]) -> None:
     """Run the command; raises UserError for mistakes and for too many unreadable videos."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "videos", metavar="VIDEOS", help="a folder, a video, or a CSV or JSONL file with file and caption"
-    )
+    parser.add_argument("videos", metavar="VIDEOS", help="a folder, a video, or a CSV or JSONL file with file and caption")
     parser.add_argument("--out", metavar="FILE.jsonl", required=True, help="the index to write")
     parser.add_argument("--fps", type=float, help="rate of the clips; default: that of each video")
     parser.add_argument("--frames", type=int, help="cut windows of so many frames; default: one clip a video")
@@ -32,9 +30,7 @@ def main(argv: Sequence[str]) -> None:
 
     started = time.perf_counter()
     videos = list_videos(arguments.videos, arguments.split)
-    print(
-        f"found {len(videos)} videos in {arguments.videos}" + (f", split {arguments.split}" if arguments.split else "")
-    )
+    print(f"found {len(videos)} videos in {arguments.videos}" + (f", split {arguments.split}" if arguments.split else ""))
     prepared = prepare(videos, arguments.fps, arguments.frames, arguments.max_bad, arguments.workers)
     save_clips(arguments.out, prepared.clips)
     _report_quarantine(Path(f"{arguments.out}.quarantine.jsonl"), prepared.quarantined)
@@ -42,9 +38,7 @@ def main(argv: Sequence[str]) -> None:
         _list(f"too short for {arguments.frames} frames", (f"{path}: {frames}" for path, frames in prepared.too_short))
         print(f"dropped {prepared.dropped_frames} frames behind the last whole clips")
     if arguments.fps:
-        _list(
-            f"slower than {arguments.fps:g} fps, frames repeat", (f"{path}: {fps:g}" for path, fps in prepared.slower)
-        )
+        _list(f"slower than {arguments.fps:g} fps, frames repeat", (f"{path}: {fps:g}" for path, fps in prepared.slower))
     frames = sum(clip.frames for clip in prepared.clips)
     seconds = time.perf_counter() - started
     print(f"wrote {len(prepared.clips)} clips, {frames} frames, to {arguments.out} in {seconds:.1f} s")

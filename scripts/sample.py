@@ -30,9 +30,7 @@ def main(argv: Sequence[str]) -> int:
     from promag import ProMAGPipeline
 
     if not (Path(arguments.pipeline) / "model_index.json").exists():
-        raise UserError(
-            f"pipeline {arguments.pipeline}: no model_index.json there; give a folder of train_diffusion.py"
-        )
+        raise UserError(f"pipeline {arguments.pipeline}: no model_index.json there; give a folder of train_diffusion.py")
     if arguments.out.suffix != ".mp4":
         raise UserError(f"--out {arguments.out}: an .mp4 file is needed")
     pipe = ProMAGPipeline.from_pretrained(arguments.pipeline)

@@ -42,17 +42,11 @@ def test_packages_import_only_what_lies_below_them(path):
 def test_diffusion_takes_frame_arithmetic_alone_from_the_tokenizer():
     for path in sorted((ROOT / "diffusion").glob("*.py")):
         taken = {n for n in imports(path) if n.startswith("promag.tokenizer")}
-        assert all(name in ("promag.tokenizer",) or name.startswith("promag.tokenizer.geometry") for name in taken), (
-            path
-        )
+        assert all(name in ("promag.tokenizer",) or name.startswith("promag.tokenizer.geometry") for name in taken), path
 
 
 def test_only_the_video_module_imports_a_decoder():
-    users = [
-        p
-        for p in [*FILES, *(ROOT / "scripts").glob("*.py")]
-        if {"av", "decord"} & {n.split(".")[0] for n in imports(p)}
-    ]
+    users = [p for p in [*FILES, *(ROOT / "scripts").glob("*.py")] if {"av", "decord"} & {n.split(".")[0] for n in imports(p)}]
     assert [p.name for p in users] == ["video.py"]
 
 

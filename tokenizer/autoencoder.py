@@ -51,9 +51,7 @@ class BaseEncoder(nn.Module):
 class BaseDecoder(nn.Module):
     """Latents of the base level to pixels."""
 
-    def __init__(
-        self, out_channels: int, latent_channels: int, patch: int, widths: Sequence[int], layers: int, strides
-    ):
+    def __init__(self, out_channels: int, latent_channels: int, patch: int, widths: Sequence[int], layers: int, strides):
         super().__init__()
         self.patch = patch
         blocks: list[nn.Module] = [CausalConv3d(latent_channels, widths[-1])]
@@ -296,9 +294,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # -- decoding ----------------------------------------------------------------------------------------------------
 
-    def decode(
-        self, z: Tensor, temporal_ratio: int | None = None, return_dict: bool = True
-    ) -> DecoderOutput | tuple[Tensor]:
+    def decode(self, z: Tensor, temporal_ratio: int | None = None, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Decode latents b c 1+N h w of one level to clips B C 1+r*N 8h 8w, about in [-1, 1]."""
         level = self.level_of(temporal_ratio)
         self._check_latents(z)
@@ -333,7 +329,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         """The modules from a level's latent down to pixels; a level that fine-tuned what is below it uses its copy."""
         if level == 0:
             return [self.decoder]
-        own: Any = self.finetuned[str(level)] if str(level) in self.finetuned else None
+        own: Any = dict(self.finetuned).get(str(level))
         return [self.decoder_growth[level - 1], *(self._decoding_path(level - 1) if own is None else own)]
 
     def _check_latents(self, z: Tensor) -> None:

@@ -49,9 +49,7 @@ def check_size(height: int, width: int, multiple: int = SPATIAL_RATIO) -> None:
     """Raise ValueError, with the nearest legal sizes, unless height and width are positive multiples of `multiple`."""
     for name, value in (("height", height), ("width", width)):
         if value < multiple or value % multiple:
-            legal = sorted(
-                {max(multiple, value // multiple * multiple), max(multiple, -(-value // multiple) * multiple)}
-            )
+            legal = sorted({max(multiple, value // multiple * multiple), max(multiple, -(-value // multiple) * multiple)})
             raise ValueError(f"{name} {value}: needs a multiple of {multiple}; use {' or '.join(map(str, legal))}")
 
 

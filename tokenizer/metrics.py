@@ -31,9 +31,7 @@ def _unit(x: Tensor) -> Tensor:
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Return the PSNR of each clip in dB, over all its pixels: shape (B,)."""
     _check_pair(reconstruction, target)
-    return peak_signal_noise_ratio(
-        _unit(reconstruction), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3, 4)
-    )
+    return peak_signal_noise_ratio(_unit(reconstruction), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3, 4))
 
 
 def psnr_per_frame(reconstruction: Tensor, target: Tensor) -> Tensor:
@@ -55,9 +53,7 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
 
 def _check_pair(reconstruction: Tensor, target: Tensor) -> None:
     if reconstruction.shape != target.shape or target.ndim != 5:
-        raise ValueError(
-            f"shapes {tuple(reconstruction.shape)} and {tuple(target.shape)}: two equal B C T H W are needed"
-        )
+        raise ValueError(f"shapes {tuple(reconstruction.shape)} and {tuple(target.shape)}: two equal B C T H W are needed")
 
 
 @torch.no_grad()

@@ -94,7 +94,10 @@ MAY_CHANGE = ("run", "only", "pace", "data.validation_clips")
 
 
 class StageObjective(Objective):
-    """Pixels: L1, squared error and KL. In the first `latent_steps` of a grown level: the latent of the level below, no decoder run."""
+    """L1, squared error and KL; in the first `latent_steps` of a grown level the fit of the lower latent instead.
+
+    Those steps run no decoder, which makes them several times cheaper.
+    """
 
     def __init__(self, model: AutoencoderKLProMAG, stage: Stage):
         super().__init__()
@@ -187,9 +190,7 @@ def train_stage(accelerator: Accelerator, run: Path, config: TokenizerConfig, st
 def _model_for(run: Path, config: TokenizerConfig, stage: Stage) -> AutoencoderKLProMAG:
     if stage.growth is None:
         if config.init:
-            raise UserError(
-                f"init {config.init}: stage {stage.ratio}x has no growth, it starts from scratch; drop one of them"
-            )
+            raise UserError(f"init {config.init}: stage {stage.ratio}x has no growth, it starts from scratch; drop one of them")
         model = AutoencoderKLProMAG(**asdict(config.model))
         if model.base_ratio != stage.ratio:
             raise UserError(f"stage {stage.ratio}x without growth: the base's strides make it {model.base_ratio}x")
@@ -199,9 +200,7 @@ def _model_for(run: Path, config: TokenizerConfig, stage: Stage) -> AutoencoderK
     model = load_tokenizer(place)
     if model.temporal_ratios[-1] * 2 != stage.ratio:
         have = ", ".join(f"{r}x" for r in model.temporal_ratios)
-        raise UserError(
-            f"stage {stage.ratio}x: the tokenizer in {place} has {have}; {stage.ratio // 2}x must be its highest"
-        )
+        raise UserError(f"stage {stage.ratio}x: the tokenizer in {place} has {have}; {stage.ratio // 2}x must be its highest")
     model.grow(stage.growth)
     return model
 
@@ -212,9 +211,7 @@ def load_tokenizer(folder: str | os.PathLike) -> AutoencoderKLProMAG:
     if (folder / "vae" / "config.json").exists():
         folder = folder / "vae"  # a whole pipeline
     if not (folder / "config.json").exists():
-        raise UserError(
-            f"tokenizer {folder}: no config.json there; give a folder that train_tokenizer.py or a pipeline saved"
-        )
+        raise UserError(f"tokenizer {folder}: no config.json there; give a folder that train_tokenizer.py or a pipeline saved")
     try:
         model = AutoencoderKLProMAG.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:

@@ -133,9 +133,7 @@ def _select(table: Path, rows: list[dict[str, Any]], split: str | None) -> list[
         rows = [row for row in rows if row.get("split") == split]
         if not rows:
             raise UserError(f"{table}: no row has split {split!r}; splits there: {', '.join(splits)}")
-    bad = [
-        row for row in rows if not (row["file"] and isinstance(row["file"], str) and isinstance(row["caption"], str))
-    ]
+    bad = [row for row in rows if not (row["file"] and isinstance(row["file"], str) and isinstance(row["caption"], str))]
     if bad:
         raise UserError(f"{table}: {len(bad)} rows lack a file or a caption, the first is {bad[0]}")
     videos = [(os.path.normpath(table.parent / row["file"]), row["caption"].strip()) for row in rows]

@@ -200,11 +200,7 @@ def _describe(cls: Any, prefix: str = "") -> list[str]:
             index = "" if inner[0] is hint or type(None) in typing.get_args(hint) else ".N"
             lines += _describe(inner[0], f"{prefix}{field.name}{index}.")
         else:
-            kind = (
-                hint.__name__
-                if isinstance(hint, type) and not typing.get_args(hint)
-                else str(hint).replace("typing.", "")
-            )
+            kind = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
             lines.append(f"  --{prefix}{field.name}  ({kind})  {field.metadata.get('help', '')}".rstrip())
     return lines
 

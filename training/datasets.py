@@ -121,9 +121,7 @@ class ClipDataset(Dataset):
         # size itself; that saves a quarter at 720p and nothing at 256p, and its scaler aliases at the edges.
         return F.interpolate(video, new, mode="bilinear", antialias=True)
 
-    def _item(
-        self, index: int, start: int, stride: int, video: Tensor, top: int, left: int, mirror: bool
-    ) -> dict[str, Any]:
+    def _item(self, index: int, start: int, stride: int, video: Tensor, top: int, left: int, mirror: bool) -> dict[str, Any]:
         height, width = self.size
         video = video[:, :, top : top + height, left : left + width]
         return {

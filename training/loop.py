@@ -201,9 +201,7 @@ def train(
                 metrics = _validate(validate, tracker, step, objective, ema, parameters)
                 _write(accelerator, metrics_file, name, step, {**metrics, "train_seconds": seconds + before - started})
                 if accelerator.is_main_process:
-                    bar.write(
-                        f"{name} step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), sys.stderr
-                    )
+                    bar.write(f"{name} step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), sys.stderr)
                 pause = time.perf_counter() - before
                 started, since = started + pause, since + pause
             if step % pace.save_every == 0 and step < last:
@@ -229,9 +227,7 @@ def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] |
     return groups["ema"], meta
 
 
-def _resume(
-    folder: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMAModel
-) -> tuple[int, float]:
+def _resume(folder: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMAModel) -> tuple[int, float]:
     found = checkpoints(folder)
     if not found:
         return 0, 0.0
@@ -242,9 +238,12 @@ def _resume(
             shadow.copy_(groups["ema"][name])
     ema.optimization_step = meta["step"]
     state: dict[int, dict[str, Tensor]] = {}
+    index = {name: i for i, name in enumerate(named)}
     for key, value in groups["optimizer"].items():
         name, _, slot = key.rpartition("/")
-        state.setdefault(list(named).index(name), {})[slot] = value
+        # The fused optimiser walks weights and moments in memory order: both must have the weights' layout.
+        like = named[name] if value.shape == named[name].shape else value
+        state.setdefault(index[name], {})[slot] = torch.empty_like(like, dtype=value.dtype).copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta["step"], meta["seconds"]
 
@@ -262,9 +261,7 @@ def _save(accelerator, folder: Path, step: int, seconds: float, named, optimizer
     accelerator.wait_for_everyone()
 
 
-def _validate(
-    validate, tracker, step: int, objective: nn.Module, ema: EMAModel, parameters: list[nn.Parameter]
-) -> Metrics:
+def _validate(validate, tracker, step: int, objective: nn.Module, ema: EMAModel, parameters: list[nn.Parameter]) -> Metrics:
     ema.store(parameters)
     ema.copy_to(parameters)
     objective.eval()
@@ -296,9 +293,7 @@ def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
 def _check_finite(record: Metrics, name: str, step: int) -> None:
     bad = [key for key, value in record.items() if not math.isfinite(value)]
     if bad:
-        raise FloatingPointError(
-            f"{name}: {', '.join(bad)} not finite by step {step}; lower learning_rate or raise warmup"
-        )
+        raise FloatingPointError(f"{name}: {', '.join(bad)} not finite by step {step}; lower learning_rate or raise warmup")
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -77,9 +77,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
-) -> Path:
+def save_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
     """Write `folder/step-N` with one safetensors file per group and the JSON `meta`; complete or not there at all."""
     folder.mkdir(parents=True, exist_ok=True)
     final, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.{os.getpid()}"
@@ -165,8 +163,7 @@ def provenance() -> dict[str, Any]:
     """Return what a published figure must carry: commit, machine and versions."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
         "machine": _machine(),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
     }
@@ -181,8 +178,9 @@ def _git(*arguments: str) -> str:
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores, {names[0] if names else 'unknown CPU'}"
+    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in facts.splitlines() if line.startswith("model name")]
+    return f"{os.cpu_count()} cores, {names[0] if names else 'unknown CPU'}"
 
 
 def append_result(path: str | os.PathLike, record: Mapping[str, Any]) -> None:

@@ -4,16 +4,16 @@ Without a dataset the system trains and tests on these; shapes_scorer.py reads s
 video, so that prompt accuracy is a number. Pixels are uint8 (T, H, W, 3); a clip spans its whole motion at any length.
 """
 
-import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-FPS = 16.0
+FPS = 16.0  # at which a clip is shown
 SHAPES = ("disc", "square", "triangle", "plus")
-# Hues 60 degrees apart; backgrounds stay below a saturation of 0.15, objects above 0.6.
+# Hues about 60 degrees apart; backgrounds stay below a saturation of 0.15, objects above 0.7.
 COLOURS = {
     "red": (0.92, 0.16, 0.14),
     "yellow": (0.93, 0.88, 0.12),
@@ -31,6 +31,7 @@ MOTIONS = (
     "turns counterclockwise",
     "bounces from side to side",
     "bounces up and down",
+    "circles",
     "grows",
     "shrinks",
     "crosses",
@@ -82,58 +83,63 @@ def parse_caption(text: str) -> Scene:
 
 
 def legal_scenes() -> Iterator[Scene]:
-    """Yield every scene of one object."""
-    for shape in SHAPES:
-        for colour in COLOURS:
-            for motion in MOTIONS[:-1]:
-                if not (shape == "disc" and motion.startswith("turns")):
-                    yield Scene(shape, colour, motion)
+    """Yield every scene; a crossing in both orders, for it is the second object that passes in front."""
+    objects = list(itertools.product(SHAPES, COLOURS))
+    for (shape, colour), motion in itertools.product(objects, MOTIONS):
+        if motion == "crosses":
+            yield from (Scene(shape, colour, motion, other) for other in objects if other[1] != colour)
+        elif not (shape == "disc" and motion.startswith("turns")):
+            yield Scene(shape, colour, motion)
 
 
 def is_held_out(scene: Scene) -> bool:
     """Tell whether a combination of shape, colour and motion is never trained on: about one in ten.
 
-    A crossing is held out if either of its objects is, with that motion.
+    The combinations are spread like the cells of a Latin square: what is held out is always a triple, and each two of
+    its three parts are trained on together. A crossing is held out if either of its objects is, with that motion.
     """
     objects = [(scene.shape, scene.colour), *([scene.other] if scene.other else [])]
-    keys = (f"{shape} {colour} {scene.motion}".encode() for shape, colour in objects)
-    return any(hashlib.sha256(key).digest()[0] % 10 == 3 for key in keys)
+    motion = MOTIONS.index(scene.motion)
+    return any((2 * SHAPES.index(s) + 3 * list(COLOURS).index(c) + motion) % 10 == 3 for s, c in objects)
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool | None = False) -> Scene:
-    """Draw a scene, motions equally often; `held_out` True or False keeps to that part, None draws from all."""
+    """Draw a scene, motions about equally often; `held_out` True or False keeps to that part, None draws from all."""
     while True:
         motion = MOTIONS[rng.integers(len(MOTIONS))]
-        shape, second = (SHAPES[i] for i in rng.integers(len(SHAPES), size=2))
-        first_colour, second_colour = (tuple(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
-        if motion.startswith("turns") and shape == "disc":
-            continue
-        scene = Scene(shape, first_colour, motion, (second, second_colour) if motion == "crosses" else None)
+        first, second = (SHAPES[i] for i in rng.integers(len(SHAPES), size=2))
+        while motion.startswith("turns") and first == "disc":
+            first = SHAPES[rng.integers(len(SHAPES))]
+        colour, second_colour = (tuple(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
+        scene = Scene(first, colour, motion, (second, second_colour) if motion == "crosses" else None)
         if held_out is None or is_held_out(scene) == held_out:
             return scene
 
 
 def clip(seed: int, split: str, frames: int = 65, size: int | tuple[int, int] = 64) -> tuple[np.ndarray, Scene]:
-    """Return clip `seed` of a split: pixels and scene, decided by the arguments alone.
+    """Return clip `seed` (0 or more) of a split: pixels, uint8 (T, H, W, 3), and scene, decided by the arguments alone.
 
-    Splits draw from different streams; only "held_out" shows held-out combinations, and nothing else.
+    Splits draw from different streams; only "held_out" shows held-out combinations, and nothing else. Raises ValueError
+    for an unknown split, a negative seed, and as `render` does.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: use one of {', '.join(SPLITS)}")
+    if seed < 0:
+        raise ValueError(f"seed {seed}: use 0 or more")
     rng = np.random.default_rng((SPLITS[split], seed))
     scene = sample_scene(rng, held_out=split == "held_out")
     return render(scene, rng, frames, size), scene
 
 
 # -- rendering -------------------------------------------------------------------------------------------------------
+# Lengths are in parts of the picture's short side, x to the right, y down; `span` is the picture's (width, height).
 
 
-def render(
-    scene: Scene, rng: np.random.Generator | int, frames: int = 65, size: int | tuple[int, int] = 64
-) -> np.ndarray:
-    """Render a scene: uint8 (T, H, W, 3).
+def render(scene: Scene, rng: np.random.Generator | int, frames: int = 65, size: int | tuple[int, int] = 64) -> np.ndarray:
+    """Render a scene at `size`, a side or (height, width): uint8 (T, H, W, 3).
 
-    Places, sizes, speeds and textures come from `rng`. Raises ValueError for fewer than 2 frames or sides below 32.
+    Places, sizes, speeds and textures come from `rng`, a generator or a seed. The motion spans the clip, whatever its
+    length. Raises ValueError for fewer than 2 frames or sides below 32.
     """
     rng = np.random.default_rng(rng)
     height, width = (size, size) if isinstance(size, int) else size
@@ -141,84 +147,98 @@ def render(
         raise ValueError(f"{frames} frames of {height}x{width}: at least 2 frames and 32 pixels a side are needed")
     side = min(height, width)
     time = np.linspace(0, 1, frames)
-    y, x = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
-    x, y = (x / side).astype(np.float32), (y / side).astype(np.float32)  # the short side is 1
+    x, y = ((np.arange(n) + 0.5) / side for n in (width, height))  # pixel centres
     span = np.array([width / side, height / side])
 
     video = _background(rng, x, y, time)
     objects = [(scene.shape, scene.colour), *([scene.other] if scene.other else [])]
-    paths = _cross(rng, time) if scene.other else [_path(rng, scene.motion, time)]
-    for (shape, colour), (place, radius, angle) in zip(objects, paths, strict=True):
-        _paint(video, rng, shape, colour, place * span, radius, angle, x, y, side)
+    paths = _cross(rng, time, span) if scene.other else [_path(rng, scene.motion, time, span)]
+    for (shape, colour), path in zip(objects, paths, strict=True):
+        _paint(video, rng, shape, colour, path, x, y)
     return (video * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def _background(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """Slowly panning smooth noise of low saturation: (T, H, W, 3)."""
+    """Slowly panning smooth noise of low saturation: float32 (T, H, W, 3)."""
     base = rng.uniform(0.3, 0.6)
-    tint = 1 + rng.uniform(-0.04, 0.04, 3)
+    tint = 1 + rng.uniform(-0.05, 0.05, 3)
     pan = rng.uniform(-0.12, 0.12, 2)
-    texture = np.zeros((len(time), *x.shape), np.float32)
+    waves, weights = [], []
     for _ in range(4):
-        fx, fy = rng.uniform(-2.5, 2.5, 2) * 2 * np.pi
-        drift = (fx * pan[0] + fy * pan[1]) * time + rng.uniform(0, 2 * np.pi)
-        texture += np.sin(fx * x + fy * y + drift[:, None, None].astype(np.float32))
-    grey = base * (1 + 0.11 * texture)
-    return grey[..., None] * tint.astype(np.float32)
+        fx, fy = rng.uniform(-2, 2, 2) * 2 * np.pi
+        phase = fx * x + fy * y[:, None]  # H W
+        drift = (fx * pan[0] + fy * pan[1]) * time + rng.uniform(0, 2 * np.pi)  # T
+        # sin(phase + drift) as a sum of products: only (T + H W) sines, not T H W
+        waves += [np.sin(phase), np.cos(phase)]
+        weights += [np.cos(drift), np.sin(drift)]
+    texture = np.einsum("kt,khw->thw", np.array(weights, np.float32), np.array(waves, np.float32))
+    return (base * (1 + 0.09 * texture))[..., None] * tint.astype(np.float32)
 
 
-def _path(rng: np.random.Generator, motion: str, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centre (T, 2) in parts of the picture, radius (T,) in parts of its short side, and angle (T,) of one object."""
+Path = tuple[np.ndarray, np.ndarray, np.ndarray]  # centre (T, 2), radius (T,), angle (T,) in radians, clockwise
+
+
+def _path(rng: np.random.Generator, motion: str, time: np.ndarray, span: np.ndarray) -> Path:
+    """Return the path of a lone object."""
     still = np.ones_like(time)
-    radius, angle = rng.uniform(0.15, 0.185) * still, rng.uniform(-0.15, 0.15) * still
-    place = np.stack([rng.uniform(0.38, 0.62) * still, rng.uniform(0.38, 0.62) * still], 1)
-    start, end = rng.uniform(0.21, 0.28), rng.uniform(0.72, 0.79)
+    radius, angle = rng.uniform(0.16, 0.195) * still, rng.uniform(-0.15, 0.15) * still
+    place = still[:, None] * span * rng.uniform(0.36, 0.64, 2)
+    start, end = rng.uniform(0.22, 0.29), rng.uniform(0.71, 0.78)
     along = start + (end - start) * time
     if motion in ("moves left", "moves right"):
-        place[:, 0] = along if motion == "moves right" else 1 - along
+        place[:, 0] = span[0] * (along if motion == "moves right" else 1 - along)
     elif motion in ("moves up", "moves down"):
-        place[:, 1] = along if motion == "moves down" else 1 - along
+        place[:, 1] = span[1] * (along if motion == "moves down" else 1 - along)
     elif motion.startswith("turns"):
         turned = np.deg2rad(rng.uniform(150, 220)) * time
-        angle = angle + (turned if motion == "turns clockwise" else -turned)  # y points down
+        angle = angle + (turned if motion == "turns clockwise" else -turned)
     elif motion.startswith("bounces"):
         there_and_back = start + (end - start) * (1 - np.abs(2 * time - 1))
-        if rng.integers(2):
-            there_and_back = 1 - there_and_back
-        place[:, 0 if motion == "bounces from side to side" else 1] = there_and_back
+        axis = 0 if motion == "bounces from side to side" else 1
+        place[:, axis] = span[axis] * (there_and_back if rng.integers(2) else 1 - there_and_back)
+    elif motion == "circles":
+        radius = rng.uniform(0.15, 0.175) * still
+        turn = rng.uniform(0, 2 * np.pi) + rng.choice((-2, 2)) * np.pi * time
+        centre = span / 2 + rng.uniform(-0.04, 0.04, 2)
+        place = centre + rng.uniform(0.19, 0.24) * np.stack([np.cos(turn), np.sin(turn)], 1)
     else:  # grows, shrinks
         grown = rng.uniform(0.09, 0.105) + rng.uniform(0.12, 0.14) * time
         radius = grown if motion == "grows" else grown[::-1]
     return place, radius, angle
 
 
-def _cross(rng: np.random.Generator, time: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Paths of two objects that swap sides and meet in the middle; the second one passes in front."""
+def _cross(rng: np.random.Generator, time: np.ndarray, span: np.ndarray) -> list[Path]:
+    """Return the paths of two objects that swap sides; the second one passes in front and hides the first."""
     axis = rng.integers(2)
+    level = rng.uniform(0.4, 0.6)
+    forwards = bool(rng.integers(2))
     paths = []
-    for direction in (1, -1) if rng.integers(2) else (-1, 1):
-        place = np.empty((len(time), 2))
+    for forward in (forwards, not forwards):
         start, end = rng.uniform(0.2, 0.25), rng.uniform(0.75, 0.8)
         along = start + (end - start) * time
-        place[:, axis] = along if direction > 0 else 1 - along
-        place[:, 1 - axis] = rng.uniform(0.42, 0.58)
+        place = np.empty((len(time), 2))
+        place[:, axis] = span[axis] * (along if forward else 1 - along)
+        place[:, 1 - axis] = span[1 - axis] * level + rng.uniform(-0.04, 0.04)
         still = np.ones_like(time)
-        paths.append((place, rng.uniform(0.14, 0.17) * still, rng.uniform(-0.15, 0.15) * still))
+        paths.append((place, rng.uniform(0.145, 0.175) * still, rng.uniform(-0.15, 0.15) * still))
     return paths
 
 
-def _paint(video, rng, shape, colour, place, radius, angle, x, y, side) -> None:
+def _paint(
+    video: np.ndarray, rng: np.random.Generator, shape: str, colour: str, path: Path, x: np.ndarray, y: np.ndarray
+) -> None:
     """Blend one object into `video` with a one-pixel soft edge; its stripes move and turn with it."""
-    dx = x - place[:, 0, None, None].astype(np.float32)
-    dy = y - place[:, 1, None, None].astype(np.float32)
-    cos, sin = np.cos(angle).astype(np.float32)[:, None, None], np.sin(angle).astype(np.float32)[:, None, None]
-    scale = radius.astype(np.float32)[:, None, None]
+    place, radius, angle = path
+    dx, dy = x - place[:, :1], y - place[:, 1:]  # T W, T H
+    reach = 1.25 * radius[:, None] + (x[1] - x[0])  # no shape is wider, its soft edge included
+    t, row, column = np.nonzero((np.abs(dy) < reach)[:, :, None] & (np.abs(dx) < reach)[:, None])  # pixels near it
+    dx, dy, cos, sin, scale = dx[t, column], dy[t, row], np.cos(angle)[t], np.sin(angle)[t], radius[t]
     u, v = (cos * dx + sin * dy) / scale, (cos * dy - sin * dx) / scale  # the object's own axes
-    cover = np.clip(0.5 - distance(shape, u, v) * scale * side, 0, 1)[..., None]
+    cover = np.clip(0.5 - distance(shape, u, v) * scale / (x[1] - x[0]), 0, 1)[:, None]
     heading, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
-    stripes = 1 + 0.16 * np.sin(4.5 * (np.cos(heading) * u + np.sin(heading) * v) + phase)
-    painted = stripes[..., None].astype(np.float32) * np.array(COLOURS[colour], np.float32)
-    video += cover * (np.minimum(painted, 1) - video)
+    stripes = 0.87 + 0.19 * np.sin(5 * (np.cos(heading) * u + np.sin(heading) * v) + phase)
+    painted = np.minimum(stripes[:, None] * COLOURS[colour], 1)
+    video[t, row, column] += cover * (painted - video[t, row, column])
 
 
 def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -226,10 +246,10 @@ def distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "disc":
         return np.hypot(u, v) - 0.95
     if shape == "square":
-        return np.maximum(np.abs(u), np.abs(v)) - 0.82
+        return np.maximum(np.abs(u), np.abs(v)) - 0.86
     if shape == "triangle":
         sides = (np.deg2rad(a) for a in (90, 210, 330))
-        return np.maximum.reduce([np.cos(a) * u + np.sin(a) * v for a in sides]) - 0.56
+        return np.maximum.reduce([np.cos(a) * u + np.sin(a) * v for a in sides]) - 0.58
     wide = np.maximum(np.abs(u) - 1.05, np.abs(v) - 0.36)
     tall = np.maximum(np.abs(u) - 0.36, np.abs(v) - 1.05)
     return np.minimum(wide, tall)

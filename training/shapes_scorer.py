@@ -6,14 +6,16 @@ of place, area and angle their motion. Nothing is fitted to data: prototypes com
 
 import functools
 from dataclasses import dataclass
-from math import sqrt
+from math import log, sqrt
 
 import numpy as np
 
-from .shapes import COLOURS, MOTIONS, SHAPES, Scene, distance
+from .shapes import COLOURS, SHAPES, Scene, distance, legal_scenes
 
-SATURATED = 0.38  # of the brightest channel; backgrounds lie below 0.15, painted objects above 0.6
-SMALLEST = 0.012  # part of the picture an object covers at least
+SATURATED = 0.38  # of the brightest channel; backgrounds lie below 0.15, painted objects above 0.7
+SMALLEST, LARGEST = 0.012, 0.35  # area of an object in squares of the picture's short side; painted ones reach 0.18
+COMPACT = 0.5  # second radial moment over area: 0.16 for a disc, 0.2 for the widest shape, above 1 for scattered noise
+STEADY = 0.9  # correlation of a track with the path that a motion's name promises
 
 
 @dataclass(frozen=True)
@@ -42,32 +44,33 @@ class Score:
 
 @dataclass(frozen=True)
 class Track:
-    """One object over time; arrays over the frames in which it is seen."""
+    """One object over time; arrays over the n frames in which it is seen, lengths in parts of the short side."""
 
     colour: str
     seen: np.ndarray  # frame numbers
-    place: np.ndarray  # (n, 2) centroid as x, y in parts of the short side
-    area: np.ndarray  # part of the short side squared
-    moment3: np.ndarray  # complex angular moments of the silhouette, magnitude 0 to 1
-    moment4: np.ndarray
-    spread: np.ndarray  # second radial moment over squared area, 1 / 2 pi for a disc
+    place: np.ndarray  # centroid as a complex number, x to the right, imaginary part down
+    area: np.ndarray
+    third: np.ndarray  # complex angular moments of the silhouette, magnitude 0 to 1
+    fourth: np.ndarray
+    spread: np.ndarray  # second radial moment over area, 1 / 2 pi for a disc
 
 
 def read_scene(video: np.ndarray) -> Reading:
     """Read a video, uint8 (T, H, W, 3); raises ValueError for another layout."""
-    tracks = _tracks(video)
+    if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8:
+        raise ValueError(f"video of shape {video.shape} and type {video.dtype}: uint8 (T, H, W, 3) is needed")
+    tracks, last = _tracks(video), len(video) - 1
     if not tracks:
         return Reading()
-    frames = len(video)
     first = tracks[0]
-    if len(tracks) > 1:
-        second = tracks[1]
-        # Silhouettes are whole only while the objects are apart.
-        apart = [np.isin(t.seen, np.r_[: frames // 4 + 1, frames - frames // 4 - 1 : frames]) for t in (first, second)]
-        motion = "crosses" if _crosses(first, second, frames) else None
-        return Reading(_shape(first, apart[0]), first.colour, motion, (_shape(second, apart[1]), second.colour))
-    shape = _shape(first, np.ones(len(first.seen), bool))
-    return Reading(shape, first.colour, _motion(first, shape, frames))
+    if len(tracks) == 1:
+        shape = _shape(first, np.ones(len(first.seen), bool))
+        return Reading(shape, first.colour, _motion(first, shape, last))
+    second = tracks[1]
+    # Silhouettes are whole only while the objects are apart.
+    shapes = [_shape(track, np.abs(track.seen - last / 2) > last / 3) for track in tracks]
+    motion = "crosses" if _cross(first, second, last) else None
+    return Reading(shapes[0], first.colour, motion, (shapes[1], second.colour))
 
 
 def score(video: np.ndarray, scene: Scene) -> Score:
@@ -84,9 +87,13 @@ def score(video: np.ndarray, scene: Scene) -> Score:
 
 
 def chance() -> dict[str, float]:
-    """Return how often a uniform guess is right about a scene of one object: part by part, and all of it."""
-    single = {"shape": 1 / len(SHAPES), "colour": 1 / len(COLOURS), "motion": 1 / len(MOTIONS)}
-    return {**single, "all": single["shape"] * single["colour"] * single["motion"]}
+    """Return how often a uniform guess is right about a scene of one object.
+
+    Part by part, the guess is one of its values in such scenes; for all of it, one of the scenes.
+    """
+    scenes = [scene for scene in legal_scenes() if not scene.other]
+    parts = {part: 1 / len({getattr(scene, part) for scene in scenes}) for part in ("shape", "colour", "motion")}
+    return {**parts, "all": 1 / len(scenes)}
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -95,55 +102,58 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
         raise ValueError(f"{successes} successes of {n}: 0 <= successes <= n and n >= 1 are needed")
     p = successes / n
     centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    # In exact arithmetic low <= p <= high; the comparison with p takes rounding out at 0 and n successes.
+    return max(0.0, min(p, (centre - half) / (1 + z * z / n))), min(1.0, max(p, (centre + half) / (1 + z * z / n)))
 
 
 # -- from pixels to tracks -------------------------------------------------------------------------------------------
 
 
 def _tracks(video: np.ndarray) -> list[Track]:
-    """Return the tracks of the one or two colours that cover most, if they are seen in most frames."""
-    if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8:
-        raise ValueError(f"video of shape {video.shape} and type {video.dtype}: uint8 (T, H, W, 3) is needed")
-    pixels = video.astype(np.float32) / 255
-    high, low = pixels.max(3), pixels.min(3)
-    chroma = high - low
-    solid = (chroma > SATURATED * high) & (high > 0.25)
-    names = list(COLOURS)
-    hues = np.array([_hue(np.array(COLOURS[name])) for name in names])
-    nearest = np.abs(np.angle(np.exp(1j * (_hue(pixels)[..., None] - hues)))).argmin(-1)
-    frames, height, width = solid.shape
+    """Return the tracks of the one or two colours that cover most, if they are compact and seen in most frames."""
+    frames, height, width, _ = video.shape
     side = min(height, width)
-    y, x = np.meshgrid((np.arange(height) + 0.5) / side, (np.arange(width) + 0.5) / side, indexing="ij")
+    red, green, blue = np.moveaxis(video, 3, 0)
+    high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+    chroma = high - low
+    t, row, column = np.nonzero((chroma > SATURATED * high.astype(np.float32)) & (high > 64))
+    z = (column + 0.5 + 1j * (row + 0.5)) / side
+    chroma = chroma[t, row, column]
+    hues = _hue(np.array(list(COLOURS.values())))
+    apart = np.abs(_hue(video[t, row, column].astype(np.float64))[:, None] - hues)
+    nearest = np.minimum(apart, 2 * np.pi - apart).argmin(1)
     found = []
-    for i, name in enumerate(names):
-        # Squared chroma keeps the greyish rim, where a blurred edge meets the background, from widening the silhouette.
-        weight = np.where(solid & (nearest == i), np.minimum(chroma / 0.45, 1) ** 2, 0)
-        area = weight.sum((1, 2)) / side**2
-        seen = np.flatnonzero(area > SMALLEST)
-        if len(seen) < 0.6 * frames:
+    for i, name in enumerate(COLOURS):
+        mine = nearest == i
+        if mine.sum() < SMALLEST * side**2:
             continue
-        found.append(_track(name, seen, weight[seen], area[seen], x, y))
+        # Weights below 1 keep the greyish rim, where a blurred edge meets the background, from widening the silhouette;
+        # a dark stripe has 0.64 of a bright one's chroma.
+        weight = np.minimum(chroma[mine] / (0.65 * np.quantile(chroma[mine], 0.9)), 1) ** 2
+        track = _track(name, t[mine], z[mine], weight, frames, 1 / side**2)
+        if len(track.seen) >= 0.6 * frames and np.median(track.spread) < COMPACT and np.median(track.area) < LARGEST:
+            found.append(track)
     found.sort(key=lambda track: -track.area.mean())
-    return [t for t in found[:2] if t.area.mean() > 0.25 * found[0].area.mean()]
+    return [track for track in found[:2] if track.area.mean() > 0.25 * found[0].area.mean()]
 
 
-def _track(name: str, seen: np.ndarray, weight: np.ndarray, area: np.ndarray, x: np.ndarray, y: np.ndarray) -> Track:
-    total = weight.sum((1, 2))
-    place = np.stack([(weight * x).sum((1, 2)), (weight * y).sum((1, 2))], 1) / total[:, None]
-    z = (x - place[:, 0, None, None]) + 1j * (y - place[:, 1, None, None])
-    third, fourth, spread = _moments(weight, z)
-    return Track(name, seen, place, area, third, fourth, spread)
+def _track(name: str, t: np.ndarray, z: np.ndarray, weight: np.ndarray, frames: int, cell: float) -> Track:
+    """Measure an object's silhouettes from its pixels: frame, place and weight of each, `cell` the area of one."""
+    area = np.bincount(t, weight, frames) * cell
+    seen = np.flatnonzero(area > SMALLEST)
+    kept = area[t] > SMALLEST
+    t, z, weight = np.searchsorted(seen, t[kept]), z[kept], weight[kept]
+    total = np.bincount(t, weight, len(seen))
 
+    def mean(values: np.ndarray) -> np.ndarray:  # over each frame's pixels
+        real, imaginary = (np.bincount(t, weight * part, len(seen)) for part in (np.real(values), np.imag(values)))
+        return (real + 1j * imaginary) / total
 
-def _moments(weight: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Angular moments of order 3 and 4, each over its radial moment, and the second moment over squared area."""
-    r2 = np.abs(z) ** 2
-    third = (weight * z**3).sum((1, 2)) / (weight * r2**1.5).sum((1, 2))
-    fourth = (weight * z**4).sum((1, 2)) / (weight * r2**2).sum((1, 2))
-    cell = 1.0 if z.shape[2] < 2 else np.abs(z[0, 0, 1] - z[0, 0, 0]) ** 2
-    spread = (weight * r2).sum((1, 2)) / (weight.sum((1, 2)) ** 2 * cell)
-    return third, fourth, spread
+    place = mean(z)
+    z = z - place[t]
+    r = np.abs(z)
+    third, fourth = mean(z**3) / mean(r**3), mean(z**4) / mean(r**4)
+    return Track(name, seen, place, area[seen], third, fourth, np.real(mean(r**2)) / area[seen])
 
 
 def _hue(rgb: np.ndarray) -> np.ndarray:
@@ -157,19 +167,18 @@ def _hue(rgb: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _prototypes() -> dict[str, np.ndarray]:
-    """Return each shape's (|third|, |fourth|, spread) from its formula, on a fine grid."""
+    """Return each shape's features from its formula, on a fine grid."""
     axis = np.linspace(-1.4, 1.4, 281)
     u, v = np.meshgrid(axis, axis)
     found = {}
     for shape in SHAPES:
-        weight = (distance(shape, u, v) < 0).astype(np.float64)[None]
-        place = (weight[0] * u).sum() / weight.sum(), (weight[0] * v).sum() / weight.sum()
-        third, fourth, spread = _moments(weight, ((u - place[0]) + 1j * (v - place[1]))[None])
-        found[shape] = _features(np.abs(third), np.abs(fourth), spread)
+        z = (u + 1j * v)[distance(shape, u, v) < 0]
+        found[shape] = _features(_track(shape, np.zeros(len(z), int), z, np.ones(len(z)), 1, (axis[1] - axis[0]) ** 2))
     return found
 
 
-def _features(third: np.ndarray, fourth: np.ndarray, spread: np.ndarray) -> np.ndarray:
+def _features(track: Track, use: np.ndarray | slice = slice(None)) -> np.ndarray:
+    third, fourth, spread = np.abs(track.third[use]), np.abs(track.fourth[use]), track.spread[use]
     # The spread of real silhouettes differs by a few hundredths, the moments by a few tenths: the factor levels them.
     return np.array([np.median(third), np.median(fourth), 8 * (np.median(spread) - 1 / (2 * np.pi))])
 
@@ -178,53 +187,59 @@ def _shape(track: Track, use: np.ndarray) -> str | None:
     """Return the nearest prototype's name, None without frames or far from all."""
     if not use.any():
         return None
-    features = _features(np.abs(track.moment3[use]), np.abs(track.moment4[use]), track.spread[use])
+    features = _features(track, use)
     far = {shape: float(np.linalg.norm(features - proto)) for shape, proto in _prototypes().items()}
     best = min(far, key=lambda shape: far[shape])
     return best if far[best] < 0.35 else None
 
 
-def _ends(values: np.ndarray, seen: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return means over what was seen in the first and in the last eighth, None if either is missing."""
-    early, late = seen < max(1, frames / 8), seen >= frames - max(1, frames / 8)
-    return (values[early].mean(0), values[late].mean(0)) if early.any() and late.any() else None
+def _fit(of: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """Return slope and correlation of values as a linear function of `of`."""
+    a, b = of - of.mean(), values - values.mean()
+    across, along, up = a @ a, a @ b, b @ b
+    if across == 0 or up == 0:
+        return 0.0, 0.0
+    return float(along / across), float(along / sqrt(across * up))
 
 
-def _motion(track: Track, shape: str | None, frames: int) -> str | None:
-    places, areas = _ends(track.place, track.seen, frames), _ends(track.area, track.seen, frames)
-    if places is None or areas is None:
+def _motion(track: Track, shape: str | None, last: int) -> str | None:
+    """Name a lone object's motion over the frames 0 to `last`, None for a standstill or a path like none."""
+    if track.seen[0] > last / 8 or track.seen[-1] < last * 7 / 8:
         return None
-    shift, reach = places[1] - places[0], np.ptp(track.place, axis=0)
-    axis = int(reach.argmax())
-    ratio = areas[1] / areas[0]
-    if reach[axis] > 0.22:  # it travels
-        if reach[1 - axis] > 0.6 * reach[axis]:
-            return None
-        if abs(shift[axis]) > 0.7 * reach[axis]:
-            return (("moves left", "moves right"), ("moves up", "moves down"))[axis][int(shift[axis] > 0)]
-        middle = np.abs(track.seen - (frames - 1) / 2) < frames / 8
-        if abs(shift[axis]) < 0.4 * reach[axis] and middle.any():
-            out = track.place[middle, axis].mean() - (places[0][axis] + places[1][axis]) / 2
-            if abs(out) > 0.5 * reach[axis]:
-                return ("bounces from side to side", "bounces up and down")[axis]
-        return None
-    if ratio > 1.8:
-        return "grows"
-    if ratio < 1 / 1.8:
-        return "shrinks"
-    order = {"triangle": 3, "square": 4, "plus": 4}.get(shape or "")
-    if order and len(track.seen) == track.seen[-1] - track.seen[0] + 1:
-        phase = np.unwrap(np.angle(track.moment3 if order == 3 else track.moment4)) / order
-        turned = np.rad2deg(phase[-1] - phase[0])
-        if abs(turned) > 70:
+    time, place = track.seen / max(last, 1), track.place
+    reach = np.ptp(np.real(place)), np.ptp(np.imag(place))
+    if max(reach) > 0.22:
+        if min(reach) > 0.6 * max(reach):
+            centred = place - place.mean()
+            turns = [abs(np.vdot(np.exp(2j * np.pi * way * time), centred)) for way in (-1, 1)]
+            return "circles" if max(turns) > STEADY * sqrt(len(time)) * np.linalg.norm(centred) else None
+        axis = int(reach[1] > reach[0])
+        along = np.imag(place) if axis else np.real(place)
+        shift, steady = _fit(time, along)
+        if abs(steady) > STEADY:
+            return (("moves left", "moves right"), ("moves up", "moves down"))[axis][int(shift > 0)]
+        _, steady = _fit(np.abs(2 * time - 1), along)
+        return ("bounces from side to side", "bounces up and down")[axis] if abs(steady) > STEADY else None
+    growth, steady = _fit(time, np.log(track.area))
+    if abs(growth) > log(1.8) and abs(steady) > STEADY:
+        return "grows" if growth > 0 else "shrinks"
+    order = {"triangle": 3, "square": 4, "plus": 4}.get(shape or "")  # of a shape's rotational symmetry
+    if order:
+        turned, steady = _fit(time, np.unwrap(np.angle(track.third if order == 3 else track.fourth)) / order)
+        if abs(turned) > np.deg2rad(70) and abs(steady) > 0.95:
             return "turns clockwise" if turned > 0 else "turns counterclockwise"  # y points down
     return None
 
 
-def _crosses(first: Track, second: Track, frames: int) -> bool:
-    ends = [_ends(track.place, track.seen, frames) for track in (first, second)]
-    if ends[0] is None or ends[1] is None:
+def _cross(first: Track, second: Track, last: int) -> bool:
+    """Tell whether two objects run against each other along one axis and meet."""
+    _, mine, yours = np.intersect1d(first.seen, second.seen, return_indices=True)
+    if len(mine) < 2 or np.abs(first.place[mine] - second.place[yours]).min() > 0.3:
         return False
-    a, b = (end[1] - end[0] for end in ends)
-    axis = int(np.abs(a).argmax())
-    return bool(a[axis] * b[axis] < 0 and min(abs(a[axis]), abs(b[axis])) > 0.25)
+    a, b = (
+        [_fit(track.seen / max(last, 1), part) for part in (np.real(track.place), np.imag(track.place))]
+        for track in (first, second)
+    )
+    axis = int(abs(a[1][0]) > abs(a[0][0]))
+    (shift, steady), (back, steady_back) = a[axis], b[axis]
+    return shift * back < 0 and min(abs(shift), abs(back)) > 0.25 and min(abs(steady), abs(steady_back)) > STEADY

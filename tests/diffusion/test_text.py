@@ -84,8 +84,6 @@ def test_frozen_encoders_by_path(small, tmp_path):
 def test_unsuitable_encoders_are_named(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_frozen(tmp_path / "nothing", 10)
-    BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
-        tmp_path
-    )
+    BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a bert model; legal are clip, clip_text_model, t5, umt5"):
         load_frozen(tmp_path, 10)

@@ -59,9 +59,7 @@ def solid(colour, frames=5, size=32):
 
 def reconstruction(**changes):
     by_ratio = {r: solid(COLOURS[r]) for r in (16, 4, 8)}
-    clip = ReconstructionClip(
-        "clip-1", "a red square", 8.0, solid(COLOURS["original"]), by_ratio, {4: 24.314, 16: 22.9}
-    )
+    clip = ReconstructionClip("clip-1", "a red square", 8.0, solid(COLOURS["original"]), by_ratio, {4: 24.314, 16: 22.9})
     return dataclasses.replace(clip, **changes)
 
 

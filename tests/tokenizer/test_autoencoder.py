@@ -34,7 +34,9 @@ def test_birth_law_of_the_decoder_every_latent_frame_but_the_first_stands_twice(
     assert torch.equal(model.lift(z, 8, 4), z[:, :, [0, 1, 1, 2, 2]])
 
 
-@pytest.mark.parametrize(("patch", "widths", "strides"), [(4, (16, 16, 16), ((2, 2), (2, 1))), (1, (16, 16, 32, 32), ((1, 2), (2, 2), (2, 2)))])
+@pytest.mark.parametrize(
+    ("patch", "widths", "strides"), [(4, (16, 16, 16), ((2, 2), (2, 1))), (1, (16, 16, 32, 32), ((1, 2), (2, 2), (2, 2)))]
+)
 @torch.no_grad()
 def test_a_base_can_start_from_block_means(patch, widths, strides):
     torch.manual_seed(0)
@@ -161,9 +163,7 @@ def test_default_ratio_is_the_highest(tokenizer, clip):
 
 
 def test_sampling_a_posterior_follows_its_generator(tokenizer, clip):
-    a, b = (
-        tokenizer(clip, 8, sample_posterior=True, generator=torch.Generator().manual_seed(s)).sample for s in (1, 1)
-    )
+    a, b = (tokenizer(clip, 8, sample_posterior=True, generator=torch.Generator().manual_seed(s)).sample for s in (1, 1))
     c = tokenizer(clip, 8, sample_posterior=True, generator=torch.Generator().manual_seed(2)).sample
     assert torch.equal(a, b)
     assert not torch.equal(a, c)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
 from promag.tokenizer.losses import kl_loss, latent_loss, reconstruction_loss, reparametrise, squared_loss
 
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from promag.tokenizer.metrics import evaluate, from_uint8, psnr, psnr_per_frame, ssim, to_uint8
 from tests.conftest import make_tokenizer
 

@@ -5,13 +5,16 @@ import json
 
 import pytest
 import torch
-from promag.tokenizer.train import Data, Model, Stage, TokenizerConfig, load_tokenizer, train_tokenizer
+
 from promag.tokenizer.growth import Growth
+from promag.tokenizer.train import Data, Model, Stage, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training.config import UserError
 from promag.training.loop import LoopSettings, Pace
 from tests.conftest import TINY
 
-LOOP = LoopSettings(steps=4, batch_size=1, learning_rate=1e-3, warmup=1, schedule="cosine", weight_decay=0, clip_norm=1, ema_decay=0.9)
+LOOP = LoopSettings(
+    steps=4, batch_size=1, learning_rate=1e-3, warmup=1, schedule="cosine", weight_decay=0, clip_norm=1, ema_decay=0.9
+)
 PACE = Pace(log_every=1, validate_every=4, save_every=50, keep_last=1, workers=0, stop_after=None)
 
 
@@ -93,10 +96,10 @@ def test_tensorboard_holds_curves_and_pictures(trained):
 def test_mistakes_are_named(trained, tmp_path):
     with pytest.raises(UserError, match="was started with other settings"):
         train_tokenizer(make_config(trained, seed=1))
+    train_tokenizer(make_config(tmp_path / "a", stages=(stage(4, 5),)))
+    too_high = make_config(tmp_path / "b", init=str(tmp_path / "a" / "tokenizer"), stages=(stage(32, 33, Growth()),))
     with pytest.raises(UserError, match=r"stage 32x: the tokenizer in .* has 4x; 16x must be its highest"):
-        base = make_config(tmp_path / "a", stages=(stage(4, 5),))
-        train_tokenizer(base)
-        train_tokenizer(make_config(tmp_path / "b", init=str(tmp_path / "a" / "tokenizer"), stages=(stage(32, 33, Growth()),)))
+        train_tokenizer(too_high)
     with pytest.raises(UserError, match=r"no config\.json there"):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(UserError, match="stage 8x without growth: the base's strides make it 4x"):

@@ -69,9 +69,7 @@ def test_caption_from_name(name, caption):
 
 def test_a_folder_is_searched_and_captioned_from_names(folder):
     names = ["a_grey-wall_01.mp4", "more/b.mp4", "short.mp4"]
-    assert list_videos(folder) == list(
-        zip([str(folder / n) for n in names], ["a grey wall", "b", "short"], strict=True)
-    )
+    assert list_videos(folder) == list(zip([str(folder / n) for n in names], ["a grey wall", "b", "short"], strict=True))
     assert list_videos(folder / "more" / "b.mp4") == [(str(folder / "more" / "b.mp4"), "b")]
 
 
@@ -79,9 +77,7 @@ def test_a_folder_with_captions(folder, tmp_path, caplog):
     shutil.copytree(folder, tmp_path / "v")
     (tmp_path / "v" / ".b.mp4").write_text("a hidden file")
     (tmp_path / "v" / "sizes.csv").write_text("file,size\nshort.mp4,3\n")
-    (tmp_path / "v" / "text.csv").write_text(
-        'split,file,caption\ntrain,more/b.mp4,"Grey, then white."\neval,short.mp4,S\n'
-    )
+    (tmp_path / "v" / "text.csv").write_text('split,file,caption\ntrain,more/b.mp4,"Grey, then white."\neval,short.mp4,S\n')
     found = {path.rsplit("/", 1)[1]: caption for path, caption in list_videos(tmp_path / "v")}
     assert found == {"a_grey-wall_01.mp4": "a grey wall", "b.mp4": "Grey, then white.", "short.mp4": "S"}
     assert "1 videos have no row in" in caplog.text
@@ -349,8 +345,7 @@ def taken(stream, steps, workers=0):
 def same(one, other):
     assert one.keys() == other.keys()
     assert all(
-        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
-        for key, value in one.items()
+        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key] for key, value in one.items()
     )
 
 

@@ -273,9 +273,7 @@ def test_the_picked_frame_is_the_nearest(gaps, parts):
 @given(fps=RATES, tick=st.sampled_from([1 / 90_000, 1 / 12_800]), keep=st.integers(2, 6))
 def test_a_divided_rate_takes_every_nth_frame(fps, tick, keep):
     stamps = np.round(np.arange(120) / fps / tick) * tick
-    np.testing.assert_array_equal(
-        pick_by_time(stamps, np.arange(120 // keep) * keep / fps), np.arange(120 // keep) * keep
-    )
+    np.testing.assert_array_equal(pick_by_time(stamps, np.arange(120 // keep) * keep / fps), np.arange(120 // keep) * keep)
 
 
 @given(fps=RATES, noise=st.floats(-0.005, 0.005))

@@ -1,0 +1,79 @@
+"""Measure what a token budget costs a text-to-video transformer: a training step and the denoising of one video.
+
+Weights are untrained: cost does not depend on them. Budgets are measured in turns; speedups are against 4x.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promag import ProMAGTransformer3DModel
+from promag.diffusion.train import DiffusionConfig
+from promag.pipelines.cost import denoising, measure_in_turns, train_step
+from promag.tokenizer.geometry import latent_frames, tokens
+from promag.training.config import parse_config, run_main
+from promag.training.run import append_result
+
+RATIOS = (4, 8, 16)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a table; with --record append it as a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--frames", type=int, default=65, help="pixel frames of a clip")
+    parser.add_argument("--batch", type=int, default=8, help="clips in a training step")
+    parser.add_argument("--steps", type=int, default=16, help="denoising steps, each with and without text")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements; the median counts")
+    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
+    arguments, rest = parser.parse_known_args(argv)
+    config = parse_config(DiffusionConfig, rest, __doc__ or "")
+
+    size = {"frames": arguments.frames, "height": config.data.size, "width": config.data.size}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {r: _transformer(config).to(device) for r in RATIOS}
+    steps = {r: train_step(models[r], **size, ratio=r, batch_size=arguments.batch) for r in RATIOS}
+    trained = measure_in_turns(steps, arguments.rounds)
+    calls = {r: denoising(models[r].eval(), **size, ratio=r, steps=arguments.steps) for r in RATIOS}
+    denoised = measure_in_turns(calls, arguments.rounds)
+
+    rows: list[dict[str, Any]] = []
+    for ratio in RATIOS:
+        row = {
+            "ratio": ratio,
+            "latent_frames": latent_frames(arguments.frames, ratio),
+            "tokens": tokens(**size, ratio=ratio, patch=config.model.patch_size),
+            "train_step_seconds": trained[ratio],
+            "train_step_speedup": trained[RATIOS[0]] / trained[ratio],
+            "denoise_seconds": denoised[ratio],
+            "denoise_speedup": denoised[RATIOS[0]] / denoised[ratio],
+        }
+        rows.append(row)
+        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    if arguments.record:
+        count = sum(p.numel() for p in models[4].parameters())
+        protocol = (
+            f"bf16 autocast, train step of batch {arguments.batch} (forward, backward, AdamW), {arguments.steps} denoising "
+            f"steps of one video with guidance, without decoding; medians of {arguments.rounds} rounds in turns"
+        )
+        record = {"what": "cost", **size, "parameters": count, "protocol": protocol, "rows": rows}
+        append_result(arguments.record, record)
+    return 0
+
+
+def _transformer(config: DiffusionConfig) -> ProMAGTransformer3DModel:
+    torch.manual_seed(config.seed)
+    return ProMAGTransformer3DModel(
+        patch_size=config.model.patch_size,
+        num_layers=config.model.num_layers,
+        num_attention_heads=config.model.num_attention_heads,
+        attention_head_dim=config.model.attention_head_dim,
+        text_dim=config.text.width,
+        pooled_dim=config.text.width,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

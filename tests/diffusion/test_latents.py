@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from promag.diffusion.latents import Fingerprint, LatentDataset, write_cache
+from promag.training.config import UserError
+
+PRINT = Fingerprint("tokenizer", "clips", 16, 17, 8, 8, "float32")
+
+
+def read(index):
+    generator = torch.Generator().manual_seed(index)
+    return {"video": torch.randn(3, 17, 8, 8, generator=generator), "caption": f"clip {index}", "fps": 8.0 + index}
+
+
+def encode(x):
+    return torch.cat([x, x[:, :1] * 3 + 1], 1)[:, :, :2, ::8, ::8]
+
+
+def make(folder, count=7, fingerprint=PRINT, encode=encode):
+    return write_cache(folder, fingerprint, count, read, encode, shard_size=3, batch_size=2)
+
+
+def test_every_clip_is_there_once_in_order(tmp_path):
+    data = LatentDataset(make(tmp_path))
+    assert len(data) == 7
+    for i in range(7):
+        item = data.fixed(i)
+        assert item["caption"] == f"clip {i}"
+        assert item["fps"] == 8.0 + i
+        raw = item["latents"] * data.std + data.mean
+        assert torch.allclose(raw, encode(read(i)["video"][None])[0], atol=1e-5)
+    with pytest.raises(IndexError, match="clip 7: legal are 0 to 6"):
+        data.fixed(7)
+
+
+@given(st.integers(2, 9))
+@settings(max_examples=5, deadline=None)
+def test_latents_are_normalised_per_channel(tmp_path_factory, count):
+    data = LatentDataset(make(tmp_path_factory.mktemp("cache"), count))
+    x = torch.stack([data.fixed(i)["latents"] for i in range(count)])
+    assert x.mean((0, 2, 3, 4)).abs().max() < 1e-5
+    assert torch.allclose(x.std((0, 2, 3, 4), correction=0), torch.ones(4), atol=1e-4)
+
+
+def test_an_interrupted_cache_continues_without_losing_or_doubling(tmp_path):
+    calls = []
+
+    def dies(x):
+        calls.append(len(x))
+        if sum(calls) > 4:
+            raise KeyboardInterrupt
+        return encode(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "a", encode=dies)
+    assert [p.name for p in (tmp_path / "a").glob("shard*")] == ["shard-00000.safetensors"]
+    with pytest.raises(UserError, match=r"no index\.json"):
+        LatentDataset(tmp_path / "a")
+    encoded = []
+    make(tmp_path / "a", encode=lambda x: encoded.append(len(x)) or encode(x))
+    assert sum(encoded) == 4  # the first three were kept
+    make(tmp_path / "b")
+    a, b = LatentDataset(tmp_path / "a"), LatentDataset(tmp_path / "b")
+    assert a.index == b.index
+    assert all(torch.equal(a.fixed(i)["latents"], b.fixed(i)["latents"]) for i in range(7))
+
+
+def test_a_whole_cache_is_not_written_again(tmp_path):
+    make(tmp_path)
+    make(tmp_path, encode=None)  # would fail if called
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "x"}, "was made from another tokenizer; delete it"),
+        ({"clips": "x"}, "was made from other clips"),
+        ({"ratio": 8}, "was made from ratio 16 instead of 8"),
+        ({"dtype": "bfloat16", "frames": 33}, "was made from frames 17 instead of 33, dtype float32 instead of bfloat16"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_by_name(tmp_path, change, message):
+    import dataclasses
+
+    make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, fingerprint=dataclasses.replace(PRINT, **change))
+
+
+def test_another_ratio_is_refused_when_read(tmp_path):
+    with pytest.raises(UserError, match="holds 16x latents, 8x is asked for"):
+        LatentDataset(make(tmp_path), ratio=8)
+    assert json.loads((tmp_path / "fingerprint.json").read_text())["ratio"] == 16

@@ -1,0 +1,168 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+import promag
+from promag import ProMAGPipeline, ProMAGTransformer3DModel
+from promag.diffusion.text import learn_vocabulary, small_clip
+from tests.conftest import make_tokenizer
+
+PROMPTS = ["a red disc moves left", "a blue square grows"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    vocabulary = learn_vocabulary(PROMPTS, 300, max_length=10)
+    statistics = {str(r): [0.5] * 4 for r in (4, 16)}
+    transformer = ProMAGTransformer3DModel(
+        in_channels=4,
+        patch_size=(1, 1, 1),
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        text_dim=16,
+        pooled_dim=16,
+        latents_mean=statistics,
+        latents_std=statistics,
+    )
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    pipe = ProMAGPipeline(
+        vocabulary,
+        small_clip(vocabulary, width=16, layers=1, heads=2),
+        transformer,
+        make_tokenizer(settle=0.05),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        height=16,
+        width=24,
+        num_frames=17,
+        fps=8.0,
+        temporal_ratio=16,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seed(n=0):
+    return torch.Generator().manual_seed(n)
+
+
+def call(pipe, prompt=PROMPTS[0], **arguments):
+    return pipe(prompt, **{"num_inference_steps": 2, "generator": seed(), **arguments}).frames
+
+
+def test_defaults_are_what_it_was_trained_on_and_values_are_colours(pipe):
+    frames = call(pipe)
+    assert frames.shape == (1, 17, 16, 24, 3)
+    assert frames.min() >= 0
+    assert frames.max() <= 1
+
+
+@pytest.mark.parametrize(("ratio", "frames"), [(4, 33), (16, 33), (4, 1), (16, 1)])
+def test_budgets_and_lengths(pipe, ratio, frames):
+    assert call(pipe, num_frames=frames, temporal_ratio=ratio).shape == (1, frames, 16, 24, 3)
+    latents = call(pipe, num_frames=frames, temporal_ratio=ratio, output_type="latent")
+    assert latents.shape == (1, 4, 1 + (frames - 1) // ratio, 2, 3)
+
+
+def test_output_types_show_the_same_video(pipe):
+    array, tensor, pictures = (call(pipe, output_type=t) for t in ("np", "pt", "pil"))
+    assert np.allclose(array, tensor.permute(0, 1, 3, 4, 2).numpy(), atol=1e-6)
+    assert np.abs(np.stack([np.asarray(p) for p in pictures[0]]) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
+
+
+def test_the_same_generator_gives_the_same_video(pipe):
+    assert np.array_equal(call(pipe), call(pipe))
+    assert not np.array_equal(call(pipe), call(pipe, generator=seed(1)))
+
+
+def test_a_batch_equals_its_prompts_one_by_one(pipe):
+    batch = call(pipe, PROMPTS, generator=[seed(0), seed(1)])
+    for i, prompt in enumerate(PROMPTS):
+        assert np.allclose(batch[i], call(pipe, prompt, generator=seed(i))[0], atol=1e-4)
+
+
+def test_saved_and_loaded_gives_the_same_video_through_the_stock_class_too(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["vae"] == ["promag", "AutoencoderKLProMAG"]
+    assert index["transformer"] == ["promag", "ProMAGTransformer3DModel"]
+    expected = call(pipe)
+    for cls in (ProMAGPipeline, DiffusionPipeline):
+        loaded = cls.from_pretrained(tmp_path)
+        assert type(loaded) is promag.ProMAGPipeline
+        loaded.set_progress_bar_config(disable=True)
+        assert np.array_equal(call(loaded), expected)
+        assert loaded.config["num_frames"] == 17
+
+
+def test_guidance_of_one_ignores_the_negative_prompt_and_others_do_not(pipe):
+    alone = call(pipe, guidance_scale=1)
+    assert np.array_equal(alone, call(pipe, guidance_scale=1, negative_prompt="a blue square"))
+    assert not np.array_equal(call(pipe), call(pipe, negative_prompt="a blue square"))
+    assert not np.array_equal(call(pipe), alone)
+
+
+def test_prompt_embeds_replace_the_prompt(pipe):
+    text, null = pipe.encode_prompt([PROMPTS[0]]), pipe.encode_prompt([""])
+    assert np.array_equal(call(pipe, None, prompt_embeds=text, negative_prompt_embeds=null), call(pipe))
+
+
+def test_several_videos_for_a_prompt(pipe):
+    frames = call(pipe, PROMPTS, num_videos_per_prompt=2, generator=[seed(n) for n in range(4)])
+    assert np.allclose(frames[3], call(pipe, PROMPTS[1], generator=seed(3))[0], atol=1e-4)
+
+
+def test_given_latents_are_the_first_noise(pipe):
+    noise = torch.randn(1, 4, 2, 2, 3, generator=seed())
+    assert np.array_equal(call(pipe, latents=noise, generator=None), call(pipe))
+
+
+def test_callbacks_see_every_step_may_change_latents_and_stop(pipe):
+    seen = []
+
+    def watch(p, step, time, tensors):
+        seen.append((step, float(time), tensors["latents"].shape))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = call(pipe, callback_on_step_end=watch, output_type="latent")
+    assert [step for step, _, _ in seen] == [0, 1]
+    assert seen[0][1] == 1000
+    assert torch.equal(latents, torch.full_like(latents, 0.5))  # zeros, denormalised
+
+    def stop(p, step, time, tensors):
+        p._interrupt = True
+        seen.append(step)
+        return {}
+
+    seen.clear()
+    call(pipe, callback_on_step_end=stop, num_inference_steps=5)
+    assert seen == [0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_frames": 20}, r"20 frames: 16x needs 1 \+ 16k; use 17 or 33"),
+        ({"height": 20}, "height 20: needs a multiple of 8; use 16 or 24"),
+        ({"temporal_ratio": 8}, "temporal_ratio 8: the transformer was trained at 4x, 16x"),
+        ({"temporal_ratio": 32}, "temporal ratio 32: this tokenizer has 4x, 8x, 16x"),
+        ({"num_inference_steps": 0}, "num_inference_steps 0"),
+        ({"output_type": "gif"}, "output_type 'gif': use one of np, pil, pt, latent"),
+        ({"prompt": None}, "exactly one of them"),
+        ({"prompt": 5}, "prompt 5"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 texts"),
+        ({"generator": [seed(0), seed(1)]}, "generator: 2 given"),
+        ({"latents": torch.zeros(1, 4, 3, 2, 3)}, r"\(1, 4, 2, 2, 3\) is needed"),
+        ({"fps": -1.0}, "fps -1.0"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "legal are"),
+    ],
+)
+def test_mistakes_are_named(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe, **arguments)

@@ -1,0 +1,84 @@
+"""One smallest demo run, whose tokenizer and pipelines the tests of the other scripts use."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from promag.training.config import load_yaml
+from promag.training.shapes import clip
+from promag.training.video import write_video
+
+TINY_MODEL = {
+    "latent_channels": 4,
+    "patch_size": 4,
+    "block_out_channels": [16, 16, 16],
+    "layers_per_block": 1,
+    "strides": [[2, 2], [2, 1]],
+}
+
+
+def overrides(values: dict, prefix: str = "") -> list[str]:
+    """Turn nested values into --dotted.name=value arguments."""
+    import json
+
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += overrides(value, f"{prefix}{key}.")
+        else:
+            found.append(f"--{prefix}{key}={json.dumps(value)}")
+    return found
+
+
+LOOP = {"steps": 2, "batch_size": 1, "warmup": 1}
+SMALLEST = overrides(
+    {
+        "precision": "no",
+        "size": 32,
+        "frames": 17,
+        "shapes": 4,
+        "evaluation_clips": 2,
+        "prompts": 2,
+        "scored": 3,
+        "sampling_steps": 2,
+        "tokenizer": TINY_MODEL,
+        "text": {"width": 16, "layers": 1, "heads": 2},
+        "transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
+        "diffusion": LOOP,
+        "stages": {
+            "0": {"frames": 5, "loop": LOOP},
+            "1": {"frames": 9, "latent_steps": 1, "loop": LOOP},
+            "2": {"frames": 17, "latent_steps": 1, "loop": LOOP},
+        },
+        "pace": {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0},
+    }
+)
+DEMO = ["--config", "configs/demo.yaml", *SMALLEST]
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory) -> Path:
+    from scripts.demo import main
+
+    run = tmp_path_factory.mktemp("demo")
+    torch.set_num_threads(1)
+    assert main([*DEMO, "--run", str(run), "--record", str(run / "results.jsonl")]) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def video_folder(tmp_path_factory) -> Path:
+    """Four short real files with captions beside them."""
+    folder = tmp_path_factory.mktemp("videos")
+    lines = ["file,caption,split"]
+    for i in range(4):
+        pixels, scene = clip(i, "eval", 20, 64)
+        write_video(folder / f"v{i}.mp4", pixels, 10)
+        lines.append(f"v{i}.mp4,{scene.caption()},{'train' if i else 'eval'}")
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def preset(name: str) -> dict:
+    return load_yaml(f"configs/{name}.yaml")

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from promag.training.config import UserError
+from scripts.demo import main
+from tests.scripts.conftest import DEMO
+
+
+def test_it_leaves_a_report_figures_and_videos(demo_run):
+    page = (demo_run / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    figures = json.loads((demo_run / "report.json").read_text())
+    rows = {row["ratio"]: row for row in figures["rows"]}
+    assert [rows[r]["latent_frames"] for r in (4, 8, 16)] == [5, 3, 2]
+    assert [rows[r]["tokens"] for r in (4, 8, 16)] == [20, 12, 8]
+    assert all(5 < rows[r]["psnr"] < 60 for r in (4, 8, 16))
+    assert all(rows[r]["train_step_seconds"] > 0 and rows[r]["sampling_seconds"] > 0 for r in (4, 16))
+    assert rows[8]["train_step_seconds"] is None
+    assert set(rows[16]["accuracy"]) == {"shape", "colour", "motion", "all"}
+    assert len(list((demo_run / "videos").glob("sample-*.mp4"))) == 2
+    recorded = json.loads((demo_run / "results.jsonl").read_text())
+    assert recorded["rows"] == figures["rows"]
+    assert {"commit", "machine", "versions"} <= recorded.keys()
+
+
+def test_a_second_call_uses_what_is_trained_and_says_so(demo_run, capsys):
+    weights = demo_run / "video-16x" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert main([*DEMO, "--run", str(demo_run)]) == 0
+    said = capsys.readouterr().out
+    assert "4x: already trained" in said
+    assert "continues at step 2 of 2" in said
+    assert weights.stat().st_mtime_ns == before
+    assert f"report: {demo_run / 'report.html'}" in said
+
+
+def test_real_videos_train_without_a_scorer(video_folder, tmp_path):
+    assert main([*DEMO, "--run", str(tmp_path), "--videos", str(video_folder)]) == 0
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["chance"] is None
+    assert figures["rows"][0]["accuracy"] is None
+    assert "real videos have no scorer" in (tmp_path / "report.html").read_text()
+    held = (tmp_path / "clips" / "eval.jsonl").read_text().splitlines()
+    trained = (tmp_path / "clips" / "train.jsonl").read_text().splitlines()
+    assert (len(held), len(trained)) == (1, 3)
+    assert not {json.loads(x)["sha256"] for x in held} & {json.loads(x)["sha256"] for x in trained}
+
+
+def test_mistakes_are_named(video_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no such file or folder"):
+        main([*DEMO, "--run", str(tmp_path / "a"), "--videos", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="holds no video"):
+        main([*DEMO, "--run", str(tmp_path / "a"), "--videos", str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="0 of 4 have 33 frames; at least 2 are needed"):
+        main([*DEMO, "--run", str(tmp_path / "a"), "--videos", str(video_folder), "--frames", "33"])
+    with pytest.raises(UserError, match=r"ratios \(4, 5\): choose among the stages' 4, 8, 16"):
+        main([*DEMO, "--run", str(tmp_path / "a"), "--ratios", "[4, 5]"])
+    with pytest.raises(UserError, match=r"20 frames: 16x needs 1 \+ 16k; use 17 or 33"):
+        main([*DEMO, "--run", str(tmp_path / "a"), "--frames", "20"])

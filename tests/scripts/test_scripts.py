@@ -1,0 +1,165 @@
+"""Every other script at its smallest size, on the demo's tokenizer and pipelines, and its user's mistakes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from promag.training.config import UserError
+from promag.training.video import decode_strictly, read_frames
+from scripts import benchmark, cache_latents, evaluate_tokenizer, sample, train_diffusion, train_tokenizer
+from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
+
+PACE = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
+
+
+def tokenizer_arguments(run, **data):
+    data = {"train": "shapes", "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], **data}
+    stages = {str(i): {"frames": 1 + 4 * 2**i, "latent_steps": 0, "loop": LOOP} for i in range(3)}
+    values = {"run": str(run), "precision": "no", "model": TINY_MODEL, "data": data, "stages": stages, "pace": PACE}
+    return ["--config", "configs/tokenizer/tiny.yaml", *overrides(values)]
+
+
+def diffusion_arguments(run, tokenizer, **change):
+    values = {
+        "run": str(run),
+        "tokenizer": str(tokenizer),
+        "precision": "no",
+        "text": {"width": 16, "layers": 1, "heads": 2},
+        "model": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
+        "data": {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "cache": str(run / "latents")},
+        "loop": LOOP,
+        "pace": PACE,
+        **change,
+    }
+    return ["--config", "configs/diffusion/tiny.yaml", *overrides(values)]
+
+
+def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
+    from scripts import prepare_clips
+
+    for split in ("train", "eval"):
+        prepare_clips.main([str(video_folder), "--split", split, "--out", str(tmp_path / f"{split}.jsonl")])
+    clips = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "eval.jsonl")}
+    train_tokenizer.main(tokenizer_arguments(tmp_path / "run", **clips, temporal_strides=[1, 2]))
+    assert f"tokenizer: {tmp_path / 'run' / 'tokenizer'}" in capsys.readouterr().out
+    evaluate_tokenizer.main(
+        [str(tmp_path / "run" / "tokenizer"), "--videos", str(video_folder), "--frames", "17", "--size", "32"]
+    )
+    assert len([line for line in capsys.readouterr().out.splitlines() if "psnr" in line]) == 3
+
+
+def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
+    arguments = [str(demo_run / "tokenizer-run" / "tokenizer"), "--videos", "shapes", "--count", "2", "--frames", "17"]
+    out, record = tmp_path / "out.json", tmp_path / "results.jsonl"
+    evaluate_tokenizer.main([*arguments, "--size", "32", "--json", str(out), "--record", str(record)])
+    found = json.loads(out.read_text())["ratios"]
+    report = json.loads((demo_run / "report.json").read_text())["rows"]
+    for row in report:
+        assert found[str(row["ratio"])]["psnr"] == pytest.approx(row["psnr"], abs=1e-4)
+    assert json.loads(record.read_text())["ratios"] == found
+
+
+def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
+    tokenizer = demo_run / "tokenizer-run" / "tokenizer"
+    arguments = diffusion_arguments(tmp_path, tokenizer, ratio=8)
+    cache_latents.main(arguments)
+    assert json.loads((tmp_path / "latents" / "train-8x" / "index.json").read_text())["shape"] == [4, 3, 4, 4]
+    train_diffusion.main(arguments)
+    assert f"pipeline: {tmp_path / 'pipeline'}" in capsys.readouterr().out
+    config = json.loads((tmp_path / "pipeline" / "transformer" / "config.json").read_text())
+    assert list(config["latents_mean"]) == ["8"]
+    lines = [json.loads(x) for x in (tmp_path / "8x" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "loss" in r] == [1, 2]
+    assert [r["step"] for r in lines if "held_out_loss" in r] == [2]
+
+
+def test_interrupted_diffusion_is_bit_for_bit_the_same(demo_run, tmp_path):
+    from safetensors.torch import load_file
+
+    tokenizer, loop = demo_run / "tokenizer-run" / "tokenizer", {**LOOP, "steps": 4}
+    train_diffusion.main(diffusion_arguments(tmp_path / "whole", tokenizer, loop=loop))
+    for _ in range(2):
+        train_diffusion.main(diffusion_arguments(tmp_path / "parts", tokenizer, loop=loop, pace={**PACE, "stop_after": 2}))
+    for part in ("transformer/diffusion_pytorch_model", "text_encoder/model"):
+        a, b = (load_file(tmp_path / run / "pipeline" / f"{part}.safetensors") for run in ("whole", "parts"))
+        assert all((a[k] == b[k]).all() for k in a)
+
+
+def test_sample_writes_what_the_pipeline_gives(demo_run, tmp_path, capsys):
+    pipeline = str(demo_run / "video-16x" / "pipeline")
+    prompts = ["--prompt", "a red disc grows", "--prompt", "a blue plus moves up"]
+    sample.main([pipeline, *prompts, "--num-frames", "33", "--steps", "2", "--out", str(tmp_path / "v.mp4")])
+    for i in range(2):
+        facts = decode_strictly(tmp_path / f"v-0{i}.mp4")
+        assert (facts.frames, facts.height, facts.width, facts.fps) == (33, 32, 32, 16)
+    first = read_frames(tmp_path / "v-00.mp4", range(33))
+    sample.main([pipeline, *prompts[:2], "--num-frames", "33", "--steps", "2", "--out", str(tmp_path / "again.mp4")])
+    assert np.array_equal(first, read_frames(tmp_path / "again.mp4", range(33)))
+
+
+def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
+    out = tmp_path / "cost.jsonl"
+    values = overrides({"transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}})
+    benchmark.main(
+        ["--config", "configs/diffusion/tiny.yaml", "--record", str(out), "--rounds", "1", "--batch", "1", "--frames", "17"]
+        + [v.replace("transformer.", "model.") for v in values]
+    )
+    line = json.loads(out.read_text())
+    assert [row["tokens"] for row in line["rows"]] == [5 * 16, 3 * 16, 2 * 16]
+    assert line["rows"][0]["train_step_speedup"] == 1
+    assert all(row["train_step_seconds"] > 0 and row["denoise_seconds"] > 0 for row in line["rows"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 32, "data": {"frames": 33}}, "temporal ratio 32: this tokenizer has 4x, 8x, 16x"),
+        ({"data": {"frames": 20}}, "20 frames: 16x needs"),
+        ({"data": {"size": 40, "frames": 17}}, "not divisible by patch"),
+        ({"tokenizer": "nowhere"}, "tokenizer nowhere: no config.json"),
+        ({"modle": 1}, "unknown key modle"),
+        ({"text": {"encoder": "nowhere"}}, "text encoder nowhere: cannot be loaded"),
+        ({"data": {"train": "nowhere.jsonl", "frames": 17}}, "nowhere.jsonl"),
+    ],
+)
+def test_diffusion_mistakes_are_named(demo_run, tmp_path, change, message):
+    base = diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer")
+    with pytest.raises(UserError, match=message):
+        train_diffusion.main([*base, *overrides(change)])
+
+
+def test_a_cache_of_another_tokenizer_is_refused(demo_run, tmp_path):
+    cache = overrides({"data": {"cache": str(demo_run / "latents")}})
+    arguments = diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer")
+    with pytest.raises(UserError, match="was made from other clips"):
+        cache_latents.main([*arguments, *cache])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_tokenizer", ["--config", "none.yaml"], "config none.yaml: No such file or directory"),
+        ("sample", ["nowhere", "--prompt", "a", "--out", "a.mp4"], "pipeline nowhere: no model_index.json there"),
+        ("evaluate_tokenizer", ["nowhere", "--videos", "shapes"], "tokenizer nowhere: no config.json there"),
+        ("prepare_clips", ["nowhere", "--out", "clips.jsonl"], "nowhere: no such file or folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(script, arguments, message):
+    done = subprocess.run([sys.executable, f"scripts/{script}.py", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sample_and_evaluate_name_illegal_sizes(demo_run, tmp_path):
+    pipeline = str(demo_run / "video-16x" / "pipeline")
+    with pytest.raises(UserError, match=r"20 frames: 16x needs 1 \+ 16k"):
+        sample.main([pipeline, "--prompt", "a", "--num-frames", "20", "--out", str(tmp_path / "v.mp4")])
+    with pytest.raises(UserError, match=r"an \.mp4 file is needed"):
+        sample.main([pipeline, "--prompt", "a", "--out", str(tmp_path / "v.gif")])
+    with pytest.raises(UserError, match="60 frames: 16x needs"):
+        evaluate_tokenizer.main([pipeline, "--videos", "shapes", "--frames", "60"])
