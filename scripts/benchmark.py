@@ -33,7 +33,9 @@ def main(argv: Sequence[str]) -> int:
 
     size = {"frames": arguments.frames, "height": config.data.size, "width": config.data.size}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {r: _transformer(config).to(device) for r in RATIOS}
+    models: dict[int, Any] = {r: _transformer(config) for r in RATIOS}
+    for model in models.values():
+        model.to(device)
     steps = {r: train_step(models[r], **size, ratio=r, batch_size=arguments.batch) for r in RATIOS}
     trained = measure_in_turns(steps, arguments.rounds)
     calls = {r: denoising(models[r].eval(), **size, ratio=r, steps=arguments.steps) for r in RATIOS}

@@ -320,10 +320,11 @@ def budget_row(
     scored: bool,
 ) -> BudgetRow:
     """Return one ratio's figures; what was not measured is said to be so."""
-    missing = {}
+    missing: dict[str, str] = {}
     if ratio not in config.ratios:
         untrained = f"no text-to-video model was trained at {ratio}x"
-        missing = dict.fromkeys(("train_step_seconds", "sampling_seconds", "train_loss", "accuracy"), untrained)
+        for name in ("train_step_seconds", "sampling_seconds", "train_loss", "accuracy"):
+            missing[name] = untrained
     elif not scored:
         missing = {"accuracy": "real videos have no scorer"}
     return BudgetRow(

@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"pipeline {arguments.pipeline}: no model_index.json there; give a folder of train_diffusion.py")
     if arguments.out.suffix != ".mp4":
         raise UserError(f"--out {arguments.out}: an .mp4 file is needed")
-    pipe = ProMAGPipeline.from_pretrained(arguments.pipeline)
+    pipe: Any = ProMAGPipeline.from_pretrained(arguments.pipeline)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     for i, prompt in enumerate(arguments.prompt):
         started = time.perf_counter()
