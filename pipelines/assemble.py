@@ -16,6 +16,7 @@ from ..tokenizer.geometry import check_ratio
 from ..tokenizer.train import load_tokenizer, save_model
 from ..training.config import UserError
 from ..training.datasets import open_dataset
+from ..training.loop import main_process_first
 from .text_to_video import ProMAGPipeline
 
 
@@ -27,12 +28,14 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     """
     folder = Path(config.run) / "pipeline"
     vae = load_tokenizer(config.tokenizer)
-    train_cache, validation_cache = (cache_latents(config, split, vae) for split in ("train", "eval"))
+    with main_process_first():
+        train_cache, validation_cache = (cache_latents(config, split, vae) for split in ("train", "eval"))
     trained = train_diffusion(config, train_cache, validation_cache)
     if not trained.outcome.finished:
         return None
-    if not (folder / "model_index.json").exists():
-        save_model(assemble(config, trained, vae), folder)
+    with main_process_first() as main:
+        if main and not (folder / "model_index.json").exists():
+            save_model(assemble(config, trained, vae), folder)
     return folder
 
 

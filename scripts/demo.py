@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from promag.diffusion.train import Data as DiffusionData
 from promag.diffusion.train import DiffusionConfig, Text
 from promag.diffusion.train import Model as TransformerModel
 from promag.pipelines.assemble import train_pipeline
+from promag.pipelines.contact_sheet import write_contact_sheet
 from promag.pipelines.cost import measure_in_turns, sampling, train_step
 from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
@@ -93,16 +94,24 @@ def main(argv: Sequence[str]) -> int:
     say("3/3 reconstructions, samples and timings")
     report = make_report(config, run, tokenizer, pipelines, clips[1], started)
     page = write_report(run, report)
+    shown = [(clip.caption, {"original": clip.original, **by_name(clip.by_ratio)}) for clip in report.reconstructions]
+    write_contact_sheet(run / "reconstructions.png", shown)
+    write_contact_sheet(run / "samples.png", [(clip.prompt, by_name(clip.by_ratio)) for clip in report.samples])
     if config.record:
         figures = json.loads((run / "report.json").read_text())
         append_result(config.record, {"what": "demo", "rows": figures["rows"], "facts": figures["facts"]})
-    say(f"\nreport: {page}\nfigures: {run / 'report.json'}\nvideos: {run / 'videos'}")
+    say(f"\nreport: {page}\nfigures: {run / 'report.json'}\nvideos: {run / 'videos'}, frames in *.png beside them")
     return 0
 
 
 def say(text: str) -> None:
     """Print a line at once, also where the output is a file."""
     print(text, flush=True)
+
+
+def by_name(videos: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
+    """Name the videos of each ratio as people write it."""
+    return {f"{ratio}x": video for ratio, video in videos.items()}
 
 
 def stopped() -> int:

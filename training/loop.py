@@ -4,6 +4,7 @@ The data of step s depends on (seed, rank, s) alone and so does all noise, so a 
 and repeats an uninterrupted one bit for bit (on a CPU).
 """
 
+import contextlib
 import hashlib
 import math
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import ProjectConfiguration, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -99,6 +100,14 @@ def make_accelerator(run: Path, precision: Literal["bf16", "no"], unused: bool =
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[bool]:
+    """Let the main process do the block while the others wait, then let them do it; yields whether this is the main one."""
+    state = PartialState()
+    with state.main_process_first():
+        yield state.is_main_process
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -1,0 +1,57 @@
+"""A PNG of frames side by side: for readers without a player, and for looking at what was trained.
+
+Videos are uint8 (T, H, W, 3).
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+LABEL = 44  # pixels left of the frames
+TITLE = 16  # pixels above each clip
+PAPER, INK = (250, 250, 250), (40, 40, 40)
+
+
+def write_contact_sheet(
+    path: str | os.PathLike, clips: Sequence[tuple[str, Mapping[str, np.ndarray]]], frames: int = 8, scale: int = 1
+) -> Path:
+    """Draw each clip as a title and one line of frames per labelled video; return the path.
+
+    Args:
+        path: PNG to write.
+        clips: (title, {label: video}) in order; the videos of a clip have one shape.
+        frames: pictures per line, evenly over the clip, first and last among them.
+        scale: by how much pixels are enlarged.
+
+    Raises ValueError without clips, or where videos of one clip differ in shape.
+    """
+    if not clips:
+        raise ValueError("no clips to draw: at least 1 is needed")
+    blocks = [_block(title, videos, frames, scale) for title, videos in clips]
+    sheet = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), PAPER)
+    top = 0
+    for block in blocks:
+        sheet.paste(block, (0, top))
+        top += block.height
+    sheet.save(path, optimize=True)
+    return Path(path)
+
+
+def _block(title: str, videos: Mapping[str, np.ndarray], frames: int, scale: int) -> Image.Image:
+    shapes = {video.shape for video in videos.values()}
+    if len(shapes) != 1:
+        raise ValueError(f"videos of {title!r} have shapes {sorted(shapes)}: one shape is needed")
+    count, height, width, _ = shapes.pop()
+    picked = np.linspace(0, count - 1, frames).round().astype(int)
+    block = Image.new("RGB", (LABEL + frames * width * scale, TITLE + len(videos) * height * scale), PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((4, 2), title, fill=INK)
+    for i, (label, video) in enumerate(videos.items()):
+        top = TITLE + i * height * scale
+        draw.text((4, top + height * scale // 2 - 6), label, fill=INK)
+        line = Image.fromarray(np.concatenate(list(video[picked]), 1))
+        block.paste(line.resize((line.width * scale, line.height * scale), Image.Resampling.NEAREST), (LABEL, top))
+    return block
