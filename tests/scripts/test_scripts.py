@@ -76,6 +76,26 @@ def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
     assert [r["step"] for r in lines if "held_out_loss" in r] == [2]
 
 
+def test_a_frozen_text_encoder_by_path(demo_run, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import T5Config, T5EncoderModel
+
+    from promag import ProMAGPipeline
+    from promag.diffusion.text import learn_vocabulary
+
+    vocabulary = learn_vocabulary(["a red disc"], 300)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    for part in (t5, vocabulary):
+        part.save_pretrained(tmp_path / "t5")
+    text = {"encoder": str(tmp_path / "t5"), "max_length": 8, "width": 16, "layers": 1, "heads": 2}
+    train_diffusion.main(diffusion_arguments(tmp_path / "run", demo_run / "tokenizer-run" / "tokenizer", text=text))
+    kept = load_file(tmp_path / "run" / "pipeline" / "text_encoder" / "model.safetensors")
+    assert all((kept[k] == v).all() for k, v in t5.state_dict().items() if k in kept)
+    pipe = ProMAGPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipe.text_encoder) is T5EncoderModel
+    assert pipe("a red disc", num_inference_steps=1).frames.shape == (1, 17, 32, 32, 3)
+
+
 def test_interrupted_diffusion_is_bit_for_bit_the_same(demo_run, tmp_path):
     from safetensors.torch import load_file
 
