@@ -16,7 +16,7 @@ from torch import Tensor
 from ..tokenizer.geometry import check_frames, check_size, tokens
 from ..training.config import setting
 from ..training.datasets import TrainingStream
-from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, make_accelerator, seeded, train
+from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, seeded, train
 from ..training.run import open_run
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latents import LatentDataset
@@ -196,5 +196,5 @@ def train_diffusion(config: DiffusionConfig, train_cache: Path, validation_cache
     outcome = train(
         accelerator, run / f"{config.ratio}x", objective, open_stream, config.loop, config.pace, config.seed, validate
     )
-    accelerator.end_training()
+    close_trackers(accelerator)
     return Trained(transformer.cpu(), text_encoder.cpu(), text_tokenizer, median(latents.fps), outcome)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..training.config import UserError, setting
 from ..training.datasets import TrainingStream, open_dataset
-from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, make_accelerator, train
+from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
 from ..training.run import open_run, write_atomically
 from .autoencoder import AutoencoderKLProMAG, parameter_count
 from .geometry import check_frames, check_size
@@ -137,7 +137,7 @@ def train_tokenizer(config: TokenizerConfig) -> Path | None:
         outcome = train_stage(accelerator, run, config, stage)
         if not outcome.finished:
             return None
-    accelerator.end_training()
+    close_trackers(accelerator)
     return run / "tokenizer"
 
 

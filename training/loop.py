@@ -102,6 +102,12 @@ def make_accelerator(run: Path, precision: Literal["bf16", "no"], unused: bool =
     )
 
 
+def close_trackers(accelerator: Accelerator) -> None:
+    """Finish what TensorBoard writes. The processes stay connected: what follows a training may still need them."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 @contextlib.contextmanager
 def main_process_first() -> Iterator[bool]:
     """Let the main process do the block while the others wait, then let them do it; yields whether this is the main one."""

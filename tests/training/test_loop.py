@@ -9,7 +9,7 @@ from torch import nn
 
 from promag.training.config import UserError
 from promag.training.datasets import TrainingStream
-from promag.training.loop import LoopSettings, Objective, Pace, make_accelerator, seeded, train
+from promag.training.loop import LoopSettings, Objective, Pace, close_trackers, make_accelerator, seeded, train
 from promag.training.run import (
     append_metrics,
     checkpoints,
@@ -68,7 +68,7 @@ def run(folder, pace=PACE, settings=SETTINGS, objective=None, validate=None, wor
         return TrainingStream(Numbers(), 3, settings.batch_size, 0, 1, first)
 
     outcome = train(accelerator, folder / "stage", objective, open_stream, settings, pace, 3, validate)
-    accelerator.end_training()
+    close_trackers(accelerator)
     return outcome, objective
 
 
