@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, send_to_device
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -111,7 +111,8 @@ def close_trackers(accelerator: Accelerator) -> None:
 @contextlib.contextmanager
 def main_process_first() -> Iterator[bool]:
     """Let the main process do the block while the others wait, then let them do it; yields whether this is the main one."""
-    state = PartialState()
+    # Before any Accelerator, this alone decides whether processes on CPUs find each other.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
         yield state.is_main_process
 

@@ -166,7 +166,8 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf)}
+        # Without x264's macroblock tree: on small pictures it made different files of the same frames.
+        stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
         for name, value in colour.items():
             setattr(stream.codec_context, name, value)
         for pixels in frames:
