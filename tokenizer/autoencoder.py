@@ -123,7 +123,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Every residual branch is zero at the start, so encoder and decoder are linear maps. Their outer layers are solved
         for: the first latent channels are the colour means of a block, and the decoder paints blocks in these colours.
-        On generated clips this saved about half of the first hundred steps.
+        The first hundred steps then refine a picture that is already there.
         """
         colours, latents = self.config["in_channels"], self.config["latent_channels"]
         into: Any = self.encoder.body[0]

@@ -18,7 +18,7 @@ def squared_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared error over all pixel values.
 
     Beside L1 it makes large errors count: L1 alone is content to paint a small, strongly coloured object in the colour of
-    what surrounds it, and took three times as many steps to learn colours on generated clips.
+    what surrounds it.
     """
     return (reconstruction.float() - target.float()).square().mean()
 
