@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint setup clean
 
 demo: setup
-	$(BIN)/python scripts/demo.py --config configs/demo.yaml --run $(RUN) $(if $(VIDEOS),--videos "$(VIDEOS)")
+	$(BIN)/python scripts/demo.py --config configs/demo.yaml --output_dir $(RUN) $(if $(VIDEOS),--videos "$(VIDEOS)")
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2

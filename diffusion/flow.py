@@ -1,14 +1,15 @@
 """Rectified flow: straight paths from clean latents to noise, and the times at which they are learned.
 
 Times t lie in (0, 1); 0 is the clean latent, 1 is noise. Sources: rectified flow (arXiv 2209.03003, eq. 1), logit-normal
-times and the resolution-dependent shift (Stable Diffusion 3, arXiv 2403.03206, sec. 3.1 and eq. 23, with the shift's
-logarithm linear in the number of tokens, as diffusers' schedulers have it).
+times and the resolution-dependent shift (Stable Diffusion 3, arXiv 2403.03206, sec. 3.1 and eq. 23).
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+BASE_TOKENS = 256  # at which a model's time shift is stated
 
 
 def interpolate(latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -27,15 +28,13 @@ def denoised(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tensor:
     return noisy - times.view(-1, *(1,) * (noisy.ndim - 1)) * velocity
 
 
-def token_shift(
-    tokens: int, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
-) -> float:
-    """Return mu, the logarithm of the time shift for a clip of so many tokens.
+def token_shift(tokens: int, shift: float) -> float:
+    """Return mu, the logarithm of the time shift for a clip of so many tokens; `shift` is the factor at 256 tokens.
 
-    More tokens repeat the same content more often, so the same noise hides less of it and times move towards 1. The
-    defaults are those of diffusers' FlowMatchEulerDiscreteScheduler.
+    More tokens repeat the same content more often, so the same noise hides less of it and times move towards 1: the
+    factor grows with the square root of the tokens (Stable Diffusion 3, eq. 23, counts pixels where this counts tokens).
     """
-    return base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
+    return math.log(shift) + 0.5 * math.log(tokens / BASE_TOKENS)
 
 
 def shift_times(times: Tensor, mu: float) -> Tensor:

@@ -23,7 +23,7 @@ from .latents import LatentDataset
 from .text import drop_captions, encode, learn_vocabulary, load_frozen, small_clip, text_widths, tokenize
 from .transformer import ProMAGTransformer3DModel
 
-# Times at which the held-out loss is measured: the middles of five equal parts, before the shift.
+# Times at which the held-out loss is measured, the same for every shift: the middles of five equal parts of (0, 1).
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -67,12 +67,13 @@ class Data:
 class DiffusionConfig:
     """A whole text-to-video training."""
 
-    run: str = setting("run directory")
+    output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
     tokenizer: str = setting("folder of a trained video tokenizer")
     ratio: int = setting("temporal ratio of the latents")
     caption_dropout: float = setting("part of the captions replaced by the null caption, for guidance")
+    shift: float = setting("of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
     text: Text = setting("text encoder")
     model: Model = setting("transformer")
     data: Data = setting("clips and latents")
@@ -86,10 +87,12 @@ class DiffusionConfig:
         tokens(self.data.frames, self.data.size, self.data.size, self.ratio, self.model.patch_size)
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
+        if self.shift <= 0:
+            raise ValueError(f"shift {self.shift}: must be above 0")
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("run", "pace", "tokenizer", "data.cache")
+MAY_CHANGE = ("output_dir", "pace", "tokenizer", "data.cache")
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,10 @@ class Trained:
 class FlowObjective(Objective):
     """Squared error of the velocity at logit-normal times, captions dropped now and then."""
 
-    def __init__(self, transformer: Any, text_encoder: Any, text_tokenizer: Any, ratio: int, caption_dropout: float):
+    def __init__(self, transformer: Any, text_encoder: Any, text_tokenizer: Any, config: DiffusionConfig):
         super().__init__()
         self.transformer, self.text_encoder, self.text_tokenizer = transformer, text_encoder, text_tokenizer
-        self.ratio, self.caption_dropout = ratio, caption_dropout
+        self.ratio, self.caption_dropout, self.shift = config.ratio, config.caption_dropout, config.shift
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """Normalised latents b c t h w, captions and frame rates in `batch` -> loss."""
@@ -137,7 +140,7 @@ class FlowObjective(Objective):
     def mu(self, x: Tensor) -> float:
         """Return the time shift for latents of this size."""
         pt, ph, pw = self.transformer.config["patch_size"]
-        return token_shift(x.shape[2] // pt * (x.shape[3] // ph) * (x.shape[4] // pw))
+        return token_shift(x.shape[2] // pt * (x.shape[3] // ph) * (x.shape[4] // pw), self.shift)
 
 
 def train_diffusion(config: DiffusionConfig, train_cache: Path, validation_cache: Path) -> Trained:
@@ -145,8 +148,8 @@ def train_diffusion(config: DiffusionConfig, train_cache: Path, validation_cache
 
     Raises UserError for a cache of another ratio, an unsuitable text encoder or run directory.
     """
-    accelerator = make_accelerator(Path(config.run), config.precision)
-    run = open_run(config.run, config, MAY_CHANGE, write=accelerator.is_main_process)
+    accelerator = make_accelerator(Path(config.output_dir), config.precision)
+    run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     latents, held_out = (LatentDataset(folder, config.ratio) for folder in (train_cache, validation_cache))
 
     torch.manual_seed(config.seed)
@@ -168,7 +171,7 @@ def train_diffusion(config: DiffusionConfig, train_cache: Path, validation_cache
         latents_mean={str(config.ratio): latents.index["mean"]},
         latents_std={str(config.ratio): latents.index["std"]},
     )
-    objective = FlowObjective(transformer, text_encoder, text_tokenizer, config.ratio, config.caption_dropout)
+    objective = FlowObjective(transformer, text_encoder, text_tokenizer, config)
     count = sum(p.numel() for p in transformer.parameters())
     accelerator.print(f"{config.ratio}x: {count / 1e6:.2f} M parameters, latents of {len(latents)} clips in {train_cache}")
 

@@ -26,7 +26,7 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     What is already there - latents, checkpoints, the finished pipeline - is used again.
     Raises UserError for unsuitable tokenizers, clips, caches and run directories.
     """
-    folder = Path(config.run) / "pipeline"
+    folder = Path(config.output_dir) / "pipeline"
     vae = load_tokenizer(config.tokenizer)
     with main_process_first():
         train_cache, validation_cache = (cache_latents(config, split, vae) for split in ("train", "eval"))
@@ -46,7 +46,7 @@ def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG
         text_encoder=trained.text_encoder,
         transformer=trained.transformer,
         vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift, use_dynamic_shifting=True),
         height=config.data.size,
         width=config.data.size,
         num_frames=config.data.frames,

@@ -55,18 +55,24 @@ def train_step(transformer: Any, frames: int, height: int, width: int, ratio: in
     return step
 
 
-def denoising(transformer: Any, frames: int, height: int, width: int, ratio: int, steps: int) -> Callable[[], None]:
-    """Return a call that denoises one random latent with guidance (two predictions a step), text and pixels aside."""
+def denoising(
+    transformer: Any, frames: int, height: int, width: int, ratio: int, steps: int, videos: int = 1
+) -> Callable[[], None]:
+    """Return a call that denoises random latents of `videos` videos at once: bf16, text encoding and decoding aside.
+
+    Each step predicts with and without text, as guidance needs.
+    """
     device, config = transformer.device, transformer.config
     shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
-    x, text = torch.randn(2, *shape, device=device), torch.randn(2, 24, config["text_dim"], device=device)
-    pooled = torch.randn(2, config["pooled_dim"], device=device) if config["pooled_dim"] else None
+    x = torch.randn(2 * videos, *shape, device=device)
+    text = torch.randn(2 * videos, 24, config["text_dim"], device=device)
+    pooled = torch.randn(2 * videos, config["pooled_dim"], device=device) if config["pooled_dim"] else None
 
     @torch.no_grad()
     def call() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             for step in range(steps):
-                times = torch.full((2,), 1000 * (1 - step / steps), device=device)
+                times = torch.full((2 * videos,), 1000 * (1 - step / steps), device=device)
                 transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)
 
     return call
@@ -75,19 +81,20 @@ def denoising(transformer: Any, frames: int, height: int, width: int, ratio: int
 def sampling(
     pipe: ProMAGPipeline, prompts: list[str], steps: int, guidance: float, ratio: int, **size: int
 ) -> Callable[[], Any]:
-    """Return a call that samples one video for each prompt, in one batch, from text to pixels."""
+    """Return a call that samples one video for each prompt, in one batch, from text to pixels, in bf16."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
 
     def call() -> Any:
-        return pipe(
-            prompts,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            temporal_ratio=ratio,
-            generator=generator,
-            **size,
-        ).frames
+        with torch.autocast(pipe.device.type, torch.bfloat16):
+            return pipe(
+                prompts,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                temporal_ratio=ratio,
+                generator=generator,
+                **size,
+            ).frames
 
     return call
 

@@ -183,7 +183,7 @@ class ProMAGPipeline(DiffusionPipeline):
             width // self.vae.spatial_compression_ratio,
         )
         latents = self._first_latents(shape, generator, latents, device)
-        self._set_timesteps(num_inference_steps, device, token_shift(token_count))
+        self._set_timesteps(num_inference_steps, device, token_count)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -247,10 +247,11 @@ class ProMAGPipeline(DiffusionPipeline):
             raise ValueError(f"generator: {len(generator)} given; use one, or one for each of the {shape[0]} videos")
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-    def _set_timesteps(self, steps: int, device: torch.device, mu: float) -> None:
+    def _set_timesteps(self, steps: int, device: torch.device, token_count: int) -> None:
         """Set flow times from 1 down to 1/steps, shifted for the number of tokens where the scheduler can."""
         sigmas = np.linspace(1.0, 1 / steps, steps)
-        dynamic = {"mu": mu} if self.scheduler.config.get("use_dynamic_shifting") else {}
+        known = self.scheduler.config
+        dynamic = {"mu": token_shift(token_count, known["shift"])} if known.get("use_dynamic_shifting") else {}
         accepts = inspect.signature(self.scheduler.set_timesteps).parameters
         if "sigmas" in accepts:
             self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device, **dynamic)

@@ -6,7 +6,6 @@ What an earlier call trained is used again, and what it left unfinished continue
 import copy
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +21,17 @@ from promag.diffusion.train import DiffusionConfig, Text
 from promag.diffusion.train import Model as TransformerModel
 from promag.pipelines.assemble import train_pipeline
 from promag.pipelines.contact_sheet import write_contact_sheet
-from promag.pipelines.cost import measure_in_turns, sampling, train_step
+from promag.pipelines.cost import denoising, measure_in_turns, sampling, train_step
+from promag.pipelines.prompt_accuracy import accuracies, sample_videos, scenes_to_score
 from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
 from promag.tokenizer.train import Data as TokenizerData
 from promag.tokenizer.train import Model as TokenizerModel
 from promag.tokenizer.train import Stage, TokenizerConfig, load_tokenizer, train_tokenizer
-from promag.training import shapes
 from promag.training import shapes_scorer as scorer
 from promag.training.clips import list_videos, prepare, save_clips
-from promag.training.config import UserError, parse_config, run_main, setting
+from promag.training.config import UserError, parse_config, run_main, setting, to_plain
 from promag.training.datasets import open_dataset
 from promag.training.loop import LoopSettings, Pace
 from promag.training.run import append_result, provenance
@@ -42,7 +41,7 @@ from promag.training.run import append_result, provenance
 class DemoConfig:
     """Sizes and lengths of the demo."""
 
-    run: str = setting("run directory")
+    output_dir: str = setting("run directory")
     videos: str | None = setting("folder of real videos, 65 frames or longer; null generates clips")
     record: str | None = setting("results file that gets a JSON line with the report's figures; null for none")
     seed: int = setting("decides weights, data order and noise")
@@ -62,6 +61,7 @@ class DemoConfig:
     text: Text = setting("text encoder")
     transformer: TransformerModel = setting("text-to-video transformer")
     caption_dropout: float = setting("part of the captions dropped, for guidance")
+    shift: float = setting("of times towards noise, at 256 tokens")
     diffusion: LoopSettings = setting("optimisation of the transformers")
     pace: Pace = setting("logging, validation, checkpoints")
 
@@ -77,7 +77,7 @@ class DemoConfig:
 def main(argv: Sequence[str]) -> int:
     """Train, sample, compare, and print where the report and the videos lie."""
     config = parse_config(DemoConfig, argv, __doc__ or "")
-    started, run = time.perf_counter(), Path(config.run)
+    started, run = time.perf_counter(), Path(config.output_dir)
     clips = index_videos(config, run) if config.videos else ("shapes", "shapes")
 
     say("1/3 tokenizer: 4x, then grown on top of what is frozen below")
@@ -99,7 +99,9 @@ def main(argv: Sequence[str]) -> int:
     write_contact_sheet(run / "samples.png", [(clip.prompt, by_name(clip.by_ratio)) for clip in report.samples])
     if config.record:
         figures = json.loads((run / "report.json").read_text())
-        append_result(config.record, {"what": "demo", "rows": figures["rows"], "facts": figures["facts"]})
+        seconds = round(time.perf_counter() - started)
+        record = {"what": "demo", "seed": config.seed, "seconds": seconds, "config": to_plain(config)}
+        append_result(config.record, {**record, "rows": figures["rows"], "facts": figures["facts"]})
     say(f"\nreport: {page}\nfigures: {run / 'report.json'}\nvideos: {run / 'videos'}, frames in *.png beside them")
     return 0
 
@@ -149,7 +151,7 @@ def index_videos(config: DemoConfig, run: Path) -> tuple[str, str]:
 def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str) -> TokenizerConfig:
     """Return the tokenizer training that the demo's settings mean."""
     return TokenizerConfig(
-        run=str(run / "tokenizer-run"),
+        output_dir=str(run / "tokenizer-run"),
         seed=config.seed,
         precision=config.precision,
         init=None,
@@ -173,12 +175,13 @@ def diffusion_config(
 ) -> DiffusionConfig:
     """Return the text-to-video training at one ratio that the demo's settings mean."""
     return DiffusionConfig(
-        run=str(run / f"video-{ratio}x"),
+        output_dir=str(run / f"video-{ratio}x"),
         seed=config.seed,
         precision=config.precision,
         tokenizer=str(tokenizer),
         ratio=ratio,
         caption_dropout=config.caption_dropout,
+        shift=config.shift,
         text=config.text,
         model=config.transformer,
         data=DiffusionData(
@@ -211,28 +214,21 @@ def make_report(
     loaded = {ratio: ProMAGPipeline.from_pretrained(folder) for ratio, folder in pipelines.items()}
     for pipe in loaded.values():
         pipe.set_progress_bar_config(disable=True)
-    scenes = scenes_to_score(config) if not config.videos else []
+    scenes = scenes_to_score(max(config.prompts, config.scored), config.seed) if not config.videos else []
     prompts = [s.caption() for s in scenes[: config.prompts]] or [item["caption"] for item in items[: config.prompts]]
-    samples = {ratio: sample(pipe, prompts, config, f"{ratio}x prompts") for ratio, pipe in loaded.items()}
+    how = {"steps": config.sampling_steps, "guidance": config.guidance, "precision": config.precision}
+    samples = {ratio: sample_videos(pipe, prompts, **how, name=f"{ratio}x prompts") for ratio, pipe in loaded.items()}
     readings, accuracy = {}, {}
     for ratio, pipe in loaded.items():
         if scenes:
             more = [s.caption() for s in scenes[config.prompts :]]
-            videos = samples[ratio] + sample(pipe, more, config, f"{ratio}x scored", first_seed=config.prompts)
+            videos = samples[ratio] + sample_videos(pipe, more, **how, first_seed=config.prompts, name=f"{ratio}x scored")
             readings[ratio] = [scorer.read_scene(video) for video in videos]
             accuracy[ratio] = accuracies(videos, scenes)
 
-    size = {"frames": config.frames, "height": config.size, "width": config.size}
-    steps = {
-        r: train_step(copy.deepcopy(p.transformer), **size, ratio=r, batch_size=config.diffusion.batch_size)
-        for r, p in loaded.items()
-    }
-    step_seconds = measure_in_turns(steps)
-    calls = {r: sampling(p, prompts, config.sampling_steps, config.guidance, r) for r, p in loaded.items()}
-    sampling_seconds = {r: seconds / len(prompts) for r, seconds in measure_in_turns(calls, rounds=3).items()}
-
+    times = measure(config, loaded, prompts)
     rows = [
-        budget_row(config, ratio, quality[ratio], step_seconds, sampling_seconds, accuracy, run, bool(scenes))
+        budget_row(config, ratio, quality[ratio], times, accuracy.get(ratio), run, bool(scenes))
         for ratio in model.temporal_ratios
     ]
     first = items[0]["video"]
@@ -240,7 +236,7 @@ def make_report(
     rows = [dataclasses.replace(row, latent_values_per_pixel=values[row.ratio] / first.shape[1]) for row in rows]
     return Report(
         title="ProMAG demo: one tokenizer, three token budgets",
-        summary=summarise(config, quality, step_seconds, sampling_seconds, accuracy),
+        summary=summarise(config, quality, times, accuracy),
         rows=rows,
         chance=scorer.chance() if scenes else None,
         reconstructions=[reconstruct(model, i, item) for i, item in enumerate(items[:4])],
@@ -258,40 +254,20 @@ def make_report(
     )
 
 
-def scenes_to_score(config: DemoConfig) -> list[Any]:
-    """Draw the prompts: combinations that were trained on, in an order that depends on the seed alone."""
-    rng = np.random.default_rng((config.seed, 7))
-    return [shapes.sample_scene(rng, held_out=False) for _ in range(max(config.prompts, config.scored))]
-
-
-def sample(pipe: Any, prompts: list[str], config: DemoConfig, name: str, first_seed: int = 0) -> list[np.ndarray]:
-    """Sample one video per prompt, eight at a time; video i has its own seed. Returns uint8 (T, H, W, 3) each."""
-    videos: list[np.ndarray] = []
-    started = time.perf_counter()
-    for first in range(0, len(prompts), 8):
-        part = prompts[first : first + 8]
-        generators = [torch.Generator().manual_seed(first_seed + first + i) for i in range(len(part))]
-        frames = pipe(
-            part,
-            num_inference_steps=config.sampling_steps,
-            guidance_scale=config.guidance,
-            generator=generators,
-        ).frames
-        videos += list((frames * 255).round().astype(np.uint8))
-        to_go = (time.perf_counter() - started) / len(videos) * (len(prompts) - len(videos))
-        print(f"\r{name}: {len(videos)}/{len(prompts)} videos, {to_go:.0f} s to go ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return videos
-
-
-def accuracies(videos: list[np.ndarray], scenes: list[Any]) -> dict[str, tuple[float, float, float]]:
-    """Return how often the scorer reads what the prompt said: value and Wilson interval for each part."""
-    scores = [scorer.score(video, scene) for video, scene in zip(videos, scenes, strict=True)]
-    found = {}
-    for part in ("shape", "colour", "motion", "all"):
-        right = sum(bool(getattr(score, part)) for score in scores)
-        found[part] = (right / len(scores), *scorer.wilson_interval(right, len(scores)))
-    return found
+def measure(config: DemoConfig, pipelines: Mapping[int, Any], prompts: list[str]) -> dict[str, dict[int, float]]:
+    """Measure each ratio's train step, the denoising alone and whole sampling, per video; seconds by name and ratio."""
+    size = {"frames": config.frames, "height": config.size, "width": config.size}
+    batch, steps, count = config.diffusion.batch_size, config.sampling_steps, len(prompts)
+    training, denoised, sampled = {}, {}, {}
+    for ratio, pipe in pipelines.items():
+        training[ratio] = train_step(copy.deepcopy(pipe.transformer), **size, ratio=ratio, batch_size=batch)
+        denoised[ratio] = denoising(pipe.transformer, **size, ratio=ratio, steps=steps, videos=count)
+        sampled[ratio] = sampling(pipe, prompts, steps, config.guidance, ratio)
+    return {
+        "train_step_seconds": measure_in_turns(training),
+        "denoising_seconds": {r: s / count for r, s in measure_in_turns(denoised).items()},
+        "sampling_seconds": {r: s / count for r, s in measure_in_turns(sampled, rounds=3).items()},
+    }
 
 
 def describe(reading: Any, video: np.ndarray, scene: Any) -> tuple[str, bool]:
@@ -322,18 +298,15 @@ def budget_row(
     config: DemoConfig,
     ratio: int,
     quality: dict[str, float],
-    step_seconds,
-    sampling_seconds,
-    accuracy,
+    times: Mapping[str, Mapping[int, float]],
+    accuracy: dict[str, tuple[float, float, float]] | None,
     run: Path,
     scored: bool,
 ) -> BudgetRow:
     """Return one ratio's figures; what was not measured is said to be so."""
     missing: dict[str, str] = {}
     if ratio not in config.ratios:
-        untrained = f"no text-to-video model was trained at {ratio}x"
-        for name in ("train_step_seconds", "sampling_seconds", "train_loss", "accuracy"):
-            missing[name] = untrained
+        missing = dict.fromkeys((*times, "train_loss", "accuracy"), f"no text-to-video model was trained at {ratio}x")
     elif not scored:
         missing = {"accuracy": "real videos have no scorer"}
     return BudgetRow(
@@ -344,24 +317,27 @@ def budget_row(
         psnr_std=quality["psnr_std"],
         psnr_first=quality["psnr_first"],
         ssim=quality["ssim"],
-        train_step_seconds=step_seconds.get(ratio),
-        sampling_seconds=sampling_seconds.get(ratio),
+        train_step_seconds=times["train_step_seconds"].get(ratio),
+        denoising_seconds=times["denoising_seconds"].get(ratio),
+        sampling_seconds=times["sampling_seconds"].get(ratio),
         train_loss=last_value(run / f"video-{ratio}x" / f"{ratio}x" / "metrics.jsonl", "loss"),
-        accuracy=accuracy.get(ratio),
+        accuracy=accuracy,
         missing=missing,
     )
 
 
-def summarise(config: DemoConfig, quality, step_seconds, sampling_seconds, accuracy) -> list[str]:
+def summarise(config: DemoConfig, quality, times: Mapping[str, Mapping[int, float]], accuracy) -> list[str]:
     """Return the report's first sentences."""
     low, high = config.ratios[0], config.ratios[-1]
     quality_said = ", ".join(f"{values['psnr']:.1f} dB at {ratio}x" for ratio, values in quality.items())
     said = [f"One checkpoint reconstructs {config.frames} frames of unseen clips with {quality_said}."]
     if low != high:
+        faster = {name: seconds[low] / seconds[high] for name, seconds in times.items()}
         said.append(
             f"With {latent_frames(config.frames, high)} instead of {latent_frames(config.frames, low)} latent frames, "
-            f"{high}x text-to-video trains {step_seconds[low] / step_seconds[high]:.1f} times and samples "
-            f"{sampling_seconds[low] / sampling_seconds[high]:.1f} times as fast as {low}x."
+            f"{high}x text-to-video trains {faster['train_step_seconds']:.1f} times, denoises "
+            f"{faster['denoising_seconds']:.1f} times and samples, decoding included, "
+            f"{faster['sampling_seconds']:.1f} times as fast as {low}x."
         )
     for ratio, found in accuracy.items():
         parts = ", ".join(f"{part} {value:.0%}" for part, (value, _, _) in found.items() if part != "all")
@@ -410,8 +386,8 @@ def facts(config: DemoConfig, run: Path, clips: int, scored: int, started: float
         "Text-to-video training": f"{config.diffusion.steps} steps of {config.diffusion.batch_size} clips at each ratio",
         "Reconstruction protocol": f"{clips} unseen clips, {config.frames} frames, {config.size}x{config.size}; {PROTOCOL}",
         "Sampling": (
-            f"{config.sampling_steps} steps, guidance {config.guidance}; text to pixels, seconds per video in a batch of "
-            f"{config.prompts} prompts"
+            f"{config.sampling_steps} steps, guidance {config.guidance}, bf16; seconds per video in a batch of "
+            f"{config.prompts} prompts: the transformer alone, and from text to pixels"
         ),
         "Train step": f"batch {config.diffusion.batch_size}, forward, backward and AdamW, median of 5 in turns",
     }

@@ -5,12 +5,13 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from promag.tokenizer.geometry import check_frames, check_size
 from promag.tokenizer.metrics import PROTOCOL, evaluate
 from promag.tokenizer.train import load_tokenizer
 from promag.training.clips import list_videos, prepare
-from promag.training.config import UserError, run_main
+from promag.training.config import UserError, load_yaml, run_main
 from promag.training.datasets import ClipDataset, open_dataset
 from promag.training.run import append_result, write_atomically
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     record = {
         "what": "reconstruction",
         "note": arguments.note,
+        "training": trained_by(arguments.checkpoint),
         "videos": Path(arguments.videos).name,
         "split": arguments.split,
         "frames": arguments.frames,
@@ -63,6 +65,15 @@ def main(argv: Sequence[str]) -> int:
     if arguments.record:
         append_result(arguments.record, record)
     return 0
+
+
+def trained_by(checkpoint: str) -> dict[str, Any] | None:
+    """Return seed, and steps and seconds of each stage, of the training that the checkpoint lies in; None if in none."""
+    run = Path(checkpoint).parent
+    if not (run / "config.yaml").exists():
+        return None
+    stages = {done.parent.name: json.loads(done.read_text()) for done in sorted(run.glob("*/done.json"))}
+    return {"seed": load_yaml(str(run / "config.yaml")).get("seed"), "stages": stages}
 
 
 def _is_index(path: str) -> bool:

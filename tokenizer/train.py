@@ -64,7 +64,7 @@ class Stage:
 class TokenizerConfig:
     """A whole tokenizer training."""
 
-    run: str = setting("run directory")
+    output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
     init: str | None = setting("a trained tokenizer to grow; null starts with the base")
@@ -90,7 +90,7 @@ class TokenizerConfig:
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("run", "only", "pace", "data.validation_clips")
+MAY_CHANGE = ("output_dir", "only", "pace", "data.validation_clips")
 
 
 class StageObjective(Objective):
@@ -126,11 +126,11 @@ def train_tokenizer(config: TokenizerConfig) -> Path | None:
     Raises UserError for a missing or unsuitable checkpoint, clips or run directory.
     """
     accelerator = make_accelerator(
-        Path(config.run),
+        Path(config.output_dir),
         config.precision,
         unused=any(s.growth and s.growth.decoder == "finetune" for s in config.stages),
     )
-    run = open_run(config.run, config, MAY_CHANGE, write=accelerator.is_main_process)
+    run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     for stage in config.stages:
         if config.only not in (None, stage.ratio):
             continue

@@ -60,7 +60,7 @@ def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (
             if old.get(key) != new.get(key) and not any(key == k or key.startswith(k + ".") for k in may_change)
         ]
         if differs:
-            raise UserError(f"run {path} was started with other settings ({'; '.join(differs[:4])}): use another --run")
+            raise UserError(f"run {path} was started with other settings ({'; '.join(differs[:4])}): use another --output_dir")
     elif write:
         path.mkdir(parents=True, exist_ok=True)
         save_yaml(known, config)

@@ -27,17 +27,17 @@ def test_the_shift_multiplies_the_odds(time, mu):
     assert torch.isclose(shifted / (1 - shifted), math.exp(mu) * t / (1 - t), rtol=1e-9)
 
 
-@given(st.integers(1, 10000))
-def test_shift_is_what_the_scheduler_applies(tokens):
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    mu = token_shift(tokens)
+@given(st.integers(1, 10000), st.floats(0.5, 12))
+def test_shift_is_what_the_scheduler_applies(tokens, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=True)
+    mu = token_shift(tokens, scheduler.config["shift"])
     scheduler.set_timesteps(sigmas=[0.8, 0.4], mu=mu)
     assert torch.allclose(scheduler.sigmas[:2], shift_times(torch.tensor([0.8, 0.4]), mu), atol=1e-5)
 
 
-def test_shift_at_the_schedulers_own_ends():
-    assert token_shift(256) == pytest.approx(0.5)
-    assert token_shift(4096) == pytest.approx(1.15)
+def test_four_times_the_tokens_double_the_shift():
+    assert math.exp(token_shift(256, 3.0)) == pytest.approx(3)
+    assert math.exp(token_shift(1024, 3.0)) == pytest.approx(6)
 
 
 def test_times_are_logit_normal_and_repeatable():

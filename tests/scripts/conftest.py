@@ -63,7 +63,7 @@ def demo_run(tmp_path_factory) -> Path:
 
     run = tmp_path_factory.mktemp("demo")
     torch.set_num_threads(1)
-    assert main([*DEMO, "--run", str(run), "--record", str(run / "results.jsonl")]) == 0
+    assert main([*DEMO, "--output_dir", str(run), "--record", str(run / "results.jsonl")]) == 0
     return run
 
 

@@ -18,13 +18,13 @@ PACE = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
 def tokenizer_arguments(run, **data):
     data = {"train": "shapes", "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], **data}
     stages = {str(i): {"frames": 1 + 4 * 2**i, "latent_steps": 0, "loop": LOOP} for i in range(3)}
-    values = {"run": str(run), "precision": "no", "model": TINY_MODEL, "data": data, "stages": stages, "pace": PACE}
+    values = {"output_dir": str(run), "precision": "no", "model": TINY_MODEL, "data": data, "stages": stages, "pace": PACE}
     return ["--config", "configs/tokenizer/tiny.yaml", *overrides(values)]
 
 
 def diffusion_arguments(run, tokenizer, **change):
     values = {
-        "run": str(run),
+        "output_dir": str(run),
         "tokenizer": str(tokenizer),
         "precision": "no",
         "text": {"width": 16, "layers": 1, "heads": 2},
@@ -59,7 +59,10 @@ def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     report = json.loads((demo_run / "report.json").read_text())["rows"]
     for row in report:
         assert found[str(row["ratio"])]["psnr"] == pytest.approx(row["psnr"], abs=1e-4)
-    assert json.loads(record.read_text())["ratios"] == found
+    recorded = json.loads(record.read_text())
+    assert recorded["ratios"] == found
+    assert recorded["training"]["seed"] == 0
+    assert {name: stage["steps"] for name, stage in recorded["training"]["stages"].items()} == {"4x": 2, "8x": 2, "16x": 2}
 
 
 def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):

@@ -16,7 +16,6 @@ def torchrun(script: str, arguments: list[str]) -> None:
         "--standalone",
         "--nproc_per_node",
         "2",
-        "--",
         f"scripts/{script}.py",
     ]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)

@@ -24,7 +24,7 @@ def stage(ratio, frames, growth=None, latent_steps=0):
 
 def make_config(run, **change):
     config = TokenizerConfig(
-        run=str(run),
+        output_dir=str(run),
         seed=0,
         precision="no",
         init=None,
