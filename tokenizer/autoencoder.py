@@ -5,6 +5,7 @@ diagonal-Gaussian latent; growth: ProMAG (arXiv 2501.05442), see growth.py.
 """
 
 import copy
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from math import prod
@@ -29,18 +30,27 @@ INITIAL_LOGVAR = -6.0
 class BaseEncoder(nn.Module):
     """Pixels to features and moments of the base level."""
 
-    def __init__(self, in_channels: int, latent_channels: int, patch: int, widths: Sequence[int], layers: int, strides):
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        patch: int,
+        widths: Sequence[int],
+        layers: int,
+        strides: Sequence[Sequence[int]],
+        shortcuts: bool,
+    ):
         super().__init__()
         self.patch = patch
         blocks: list[nn.Module] = [CausalConv3d(in_channels * patch**2, widths[0])]
         for i, width in enumerate(widths):
-            blocks += [ResBlock(width) for _ in range(layers)]
+            blocks += [ResBlock(width, zero=shortcuts) for _ in range(layers)]
             if i < len(strides):
-                blocks.append(Downsample(width, widths[i + 1], *strides[i]))
+                time, space = strides[i]
+                blocks.append(Downsample(width, widths[i + 1], time, space, shortcuts))
         self.body = Chain(blocks)
-        self.head = Head(widths[-1], 2 * latent_channels)
-        nn.init.zeros_(self.head.skip.weight[latent_channels:])
-        nn.init.constant_(self.head.skip.bias[latent_channels:], INITIAL_LOGVAR)  # pyright: ignore
+        self.head = Head(widths[-1], 2 * latent_channels, shortcut=shortcuts)
+        self.head.start_at(slice(latent_channels, None), INITIAL_LOGVAR)
 
     def features(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+4N H W -> B D 1+N H/8 W/8."""
@@ -51,16 +61,26 @@ class BaseEncoder(nn.Module):
 class BaseDecoder(nn.Module):
     """Latents of the base level to pixels."""
 
-    def __init__(self, out_channels: int, latent_channels: int, patch: int, widths: Sequence[int], layers: int, strides):
+    def __init__(
+        self,
+        out_channels: int,
+        latent_channels: int,
+        patch: int,
+        widths: Sequence[int],
+        layers: int,
+        strides: Sequence[Sequence[int]],
+        shortcuts: bool,
+    ):
         super().__init__()
         self.patch = patch
         blocks: list[nn.Module] = [CausalConv3d(latent_channels, widths[-1])]
         for i in reversed(range(len(widths))):
-            blocks += [ResBlock(widths[i]) for _ in range(layers)]
+            blocks += [ResBlock(widths[i], zero=shortcuts) for _ in range(layers)]
             if i > 0:
-                blocks.append(Upsample(widths[i], widths[i - 1], *strides[i - 1]))
+                time, space = strides[i - 1]
+                blocks.append(Upsample(widths[i], widths[i - 1], time, space, shortcuts))
         self.body = Chain(blocks)
-        self.head = Head(widths[0], out_channels * patch**2)
+        self.head = Head(widths[0], out_channels * patch**2, shortcut=shortcuts)
 
     def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B c 1+N h w -> B C 1+4N 8h 8w."""
@@ -81,6 +101,8 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         block_out_channels: widths of the base, from fine to coarse.
         layers_per_block: residual blocks at each width, in the encoder and in the decoder.
         strides: (time, space) of each down-sampling between two widths.
+        linear_shortcuts: averaging and duplicating shortcuts around resampling and linear skips around the heads; without
+            them the base has MAGVIT-v2's blocks alone.
         growth: one `Growth` (as a dictionary) for each level above the base; usually left to `grow()`.
 
     Raises ValueError for settings that do not fit together.
@@ -99,6 +121,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (128, 256, 256, 512),
         layers_per_block: int = 2,
         strides: Sequence[Sequence[int]] = ((1, 2), (2, 2), (2, 2)),
+        linear_shortcuts: bool = True,
         growth: Sequence[dict[str, Any]] = (),
     ):
         super().__init__()
@@ -106,7 +129,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"{len(strides)} strides: {len(block_out_channels)} widths need one fewer than widths")
         if (space := patch_size * prod(s for _, s in strides)) != SPATIAL_RATIO:
             raise ValueError(f"patch_size times spatial strides is {space}: it must be {SPATIAL_RATIO}")
-        base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides)
+        base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides, linear_shortcuts)
         self.encoder = BaseEncoder(in_channels, *base)
         self.decoder = BaseDecoder(in_channels, *base)
         self.base_ratio = prod(t for t, _ in strides)
@@ -123,8 +146,10 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Every residual branch is zero at the start, so encoder and decoder are linear maps. Their outer layers are solved
         for: the first latent channels are the colour means of a block, and the decoder paints blocks in these colours.
-        The first hundred steps then refine a picture that is already there.
+        The first hundred steps then refine a picture that is already there. Raises ValueError without linear shortcuts.
         """
+        if not self.config["linear_shortcuts"]:
+            raise ValueError("start_from_means: this model has no linear shortcuts, so no linear paths to set")
         colours, latents = self.config["in_channels"], self.config["latent_channels"]
         into: Any = self.encoder.body[0]
         out: Any = self.decoder.body[0]
@@ -137,14 +162,15 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         out.weight[range(width), torch.arange(width) * latents // width, -1, 1, 1] = 1
         flat = torch.eye(colours).view(colours, colours, 1, 1, 1).expand(-1, -1, 1, SPATIAL_RATIO, SPATIAL_RATIO)
         seen = self.encoder.features(flat)[0].flatten(1).T  # D x colours
-        self.encoder.head.skip.weight[:colours, :, 0, 0, 0] = torch.linalg.pinv(seen)
+        skips: Any = self.encoder.head.skip, self.decoder.head.skip
+        skips[0].weight[:colours, :, 0, 0, 0] = torch.linalg.pinv(seen)
         units = torch.eye(latents).view(latents, latents, 1, 1, 1)
         spread = self.decoder.body(units)[0][:, :, 0, 0, 0].T  # widths[0] x latents, the same at every position
-        painted = torch.zeros(self.decoder.head.skip.out_channels, latents)
+        painted = torch.zeros(skips[1].out_channels, latents)
         painted.view(colours, -1, latents)[range(colours), :, range(colours)] = 1  # output channels are (colour, p, q)
-        self.decoder.head.skip.weight[:, :, 0, 0, 0] = painted @ torch.linalg.pinv(spread)
-        for head, count in ((self.encoder.head, latents), (self.decoder.head, None)):
-            nn.init.zeros_(head.skip.bias[:count])  # pyright: ignore
+        skips[1].weight[:, :, 0, 0, 0] = painted @ torch.linalg.pinv(spread)
+        for skip, count in zip(skips, (latents, None), strict=True):
+            nn.init.zeros_(skip.bias[:count])
 
     # -- levels ------------------------------------------------------------------------------------------------------
 
@@ -166,11 +192,15 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
     def grow(self, growth: Growth | None = None) -> int:
         """Add a level of twice the temporal ratio and return that ratio.
 
-        With a key-frame path (mixing is not "none") the new level's latent equals, until its first training step, the
-        latent of the level below on every second frame. The levels below are not touched.
+        With a key-frame path (mixing is not "none") and `birth`, the new level's latent equals, until its first training
+        step, the latent of the level below on every second frame; else its head starts as the base's, whose latent the
+        averaging shortcuts then blur in time. The levels below are not touched.
         """
         growth = growth or Growth()
         self._add_level(growth)
+        newest: Any = self.encoder_growth[-1]
+        if not newest.adds_to_key_latent and self.config["linear_shortcuts"]:
+            newest.head.load_state_dict(self.encoder.head.state_dict())
         new = (self.encoder_growth[-1], self.decoder_growth[-1], *self._tails(len(self.encoder_growth)))
         reference = next(self.encoder.parameters())
         for module in new:
@@ -183,7 +213,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         level = len(self.encoder_growth) + 1
         if growth.decoder == "finetune":
             # A copy, in decoding order: the levels below keep their decoder as it was.
-            self.finetuned[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self._decoding_path(level - 1))
+            self.finetuned[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.decoding_path(level - 1))
         self.encoder_growth.append(EncoderGrowth(width, channels, growth))
         self.decoder_growth.append(DecoderGrowth(width, channels, growth))
 
@@ -204,10 +234,10 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
             return [self.encoder, self.decoder]
         return [self.encoder_growth[level - 1], self.decoder_growth[level - 1], *self._tails(level)]
 
-    def train_only(self, temporal_ratio: int) -> list[nn.Parameter]:
-        """Freeze everything but one level's own parameters, and return those."""
+    def train_only(self, *temporal_ratios: int) -> list[nn.Parameter]:
+        """Freeze everything but the parameters of some levels, and return those."""
         self.requires_grad_(False)
-        for module in self.level_modules(temporal_ratio):
+        for module in itertools.chain.from_iterable(self.level_modules(ratio) for ratio in temporal_ratios):
             module.requires_grad_(True)
         return [p for p in self.parameters() if p.requires_grad]
 
@@ -281,7 +311,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
             if level == 0:
                 return once("moments", 0, rate, lambda s: self.encoder.head(features(0, rate), s))
             growth: Any = self.encoder_growth[level - 1]
-            below = moments(level - 1, 2 * rate) if growth.uses_key_frames else None
+            below = moments(level - 1, 2 * rate) if growth.adds_to_key_latent else None
             return once("moments", level, rate, lambda s: growth.moments(features(level, rate), below, s))
 
         return [moments(level, 1) for level in levels], None if state is None else new
@@ -319,18 +349,18 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         return z
 
     def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:
-        path = self._decoding_path(level)
+        path = self.decoding_path(level)
         states = list(state or (state,) * len(path))
         for i, module in enumerate(path):
             z, states[i] = module(z, states[i])
         return z, None if state is None else tuple(states)
 
-    def _decoding_path(self, level: int) -> list[nn.Module]:
+    def decoding_path(self, level: int) -> list[nn.Module]:
         """The modules from a level's latent down to pixels; a level that fine-tuned what is below it uses its copy."""
         if level == 0:
             return [self.decoder]
         own: Any = dict(self.finetuned).get(str(level))
-        return [self.decoder_growth[level - 1], *(self._decoding_path(level - 1) if own is None else own)]
+        return [self.decoder_growth[level - 1], *(self.decoding_path(level - 1) if own is None else own)]
 
     def _check_latents(self, z: Tensor) -> None:
         channels = self.config["latent_channels"]

@@ -30,6 +30,7 @@ class Growth:
     """How one level is grown; stored per level in the autoencoder's config."""
 
     mixing: Mixing = "attention"
+    birth: bool = True  # the new latent starts as the key frames' latent; False lets the head speak alone
     decoder: LowerDecoder = "frozen"
     layers: int = 1
     window: int = 3
@@ -95,8 +96,9 @@ class EncoderGrowth(nn.Module):
         self.blocks_mixed = nn.ModuleList(
             ResBlock(channels, guide_channels=channels if guided else 0) for _ in range(growth.layers)
         )
-        # Without a key-frame path there is no latent to start from, and the head must speak from the first step.
-        self.head = Head(channels, 2 * latent_channels, zero=growth.mixing != "none")
+        # Without a key-frame latent to start from, the head must speak from the first step.
+        self.adds_to_key_latent = growth.birth and growth.mixing != "none"
+        self.head = Head(channels, 2 * latent_channels, zero=self.adds_to_key_latent)
 
     @property
     def uses_key_frames(self) -> bool:

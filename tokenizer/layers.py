@@ -64,19 +64,20 @@ class ChannelNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm - SiLU - conv, twice, plus the input; the second convolution starts at zero.
+    """norm - SiLU - conv, twice, plus the input; the second convolution starts at zero, unless `zero` is False.
 
     With `guide_channels`, both normalisations are scaled and shifted by a guide of the same B T H W.
     """
 
-    def __init__(self, channels: int, guide_channels: int = 0):
+    def __init__(self, channels: int, guide_channels: int = 0, zero: bool = True):
         super().__init__()
         self.norm1 = ChannelNorm(channels, affine=not guide_channels)
         self.conv1 = CausalConv3d(channels, channels)
         self.norm2 = ChannelNorm(channels, affine=not guide_channels)
         self.conv2 = CausalConv3d(channels, channels)
         self.modulation = CausalConv3d(guide_channels, 4 * channels, 1) if guide_channels else None
-        zero_init(self.conv2)
+        if zero:
+            zero_init(self.conv2)
         if self.modulation is not None:
             zero_init(self.modulation)
 
@@ -97,22 +98,26 @@ class Downsample(nn.Module):
     """A strided causal convolution beside an averaging shortcut; time by `time`, space by `space` (1 or 2).
 
     The shortcut gathers the time x space x space neighbours of an output position into channels and averages groups of
-    them; in time these are the frames that end at the kept one, the first frame repeated.
+    them; in time these are the frames that end at the kept one, the first frame repeated. Without `shortcut` there is the
+    convolution alone.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, time: int, space: int):
+    def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True):
         super().__init__()
-        if channels_in * time * space**2 % channels_out:
+        if shortcut and channels_in * time * space**2 % channels_out:
             raise ValueError(
                 f"down-sampling {channels_in} -> {channels_out} channels by {time}x{space}x{space}: "
                 f"{channels_in * time * space**2} gathered channels are no multiple of {channels_out}"
             )
-        self.time, self.space, self.channels_out = time, space, channels_out
+        self.time, self.space, self.channels_out, self.shortcut = time, space, channels_out, shortcut
         self.conv = CausalConv3d(channels_in, channels_out, 3, (time, space, space))
-        zero_init(self.conv)
+        if shortcut:
+            zero_init(self.conv)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+t*N H W -> B C' 1+N H/s W/s."""
+        if not self.shortcut:
+            return self.conv(x, state)
         y = x
         if is_first(state) and self.time > 1:
             y = F.pad(x, (0, 0, 0, 0, self.time - 1, 0), mode="replicate")
@@ -125,46 +130,57 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """A causal convolution to depth-to-space beside a duplicating shortcut; time by `time`, space by `space`.
 
-    After a temporal up-sampling the first time-1 frames are dropped at once, so the first frame stays alone.
+    After a temporal up-sampling the first time-1 frames are dropped at once, so the first frame stays alone. Without
+    `shortcut` there is the convolution alone.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, time: int, space: int):
+    def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True):
         super().__init__()
-        if channels_out * time * space**2 % channels_in:
+        if shortcut and channels_out * time * space**2 % channels_in:
             raise ValueError(
                 f"up-sampling {channels_in} -> {channels_out} channels by {time}x{space}x{space}: "
                 f"{channels_out * time * space**2} spread channels are no multiple of {channels_in}"
             )
         self.time, self.space = time, space
-        self.repeats = channels_out * time * space**2 // channels_in
+        self.repeats = channels_out * time * space**2 // channels_in if shortcut else 0
         self.conv = CausalConv3d(channels_in, channels_out * time * space**2)
-        zero_init(self.conv)
+        if shortcut:
+            zero_init(self.conv)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+N H W -> B C' 1+t*N H*s W*s."""
         first = is_first(state)
         h, state = self.conv(x, state)
-        h = h + x.repeat_interleave(self.repeats, 1)
+        if self.repeats:
+            h = h + x.repeat_interleave(self.repeats, 1)
         h = rearrange(h, "b (c u p q) t h w -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
         return (h[:, :, self.time - 1 :] if first else h), state
 
 
 class Head(nn.Module):
-    """norm - SiLU - conv, with a linear skip around it."""
+    """norm - SiLU - conv, with a linear skip around it unless `shortcut` is False; all zero at first with `zero`."""
 
-    def __init__(self, channels_in: int, channels_out: int, zero: bool = False):
+    def __init__(self, channels_in: int, channels_out: int, zero: bool = False, shortcut: bool = True):
         super().__init__()
         self.norm = ChannelNorm(channels_in)
         self.conv = CausalConv3d(channels_in, channels_out)
-        self.skip = CausalConv3d(channels_in, channels_out, 1)
-        zero_init(self.conv)
-        if zero:
+        self.skip = CausalConv3d(channels_in, channels_out, 1) if shortcut else None
+        if shortcut or zero:
+            zero_init(self.conv)
+        if zero and self.skip is not None:
             zero_init(self.skip)
+
+    @torch.no_grad()
+    def start_at(self, channels: slice, value: float) -> None:
+        """Let some output channels start at one value everywhere."""
+        spoken = self.conv if self.skip is None else self.skip
+        spoken.weight[channels] = 0
+        spoken.bias[channels] = value  # pyright: ignore[reportOptionalSubscript]
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C T H W -> B C' T H W."""
         h, state = self.conv(F.silu(self.norm(x)), state)
-        return h + self.skip(x)[0], state
+        return h if self.skip is None else h + self.skip(x)[0], state
 
 
 class Chain(nn.ModuleList):

@@ -3,14 +3,20 @@
 Shapes: B C T H W in [-1, 1]. Values are clamped to that range and rounded to 8 bits first: what a viewer would see.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 
+MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, five scales
+MS_SSIM_SIDES = (11, 22, 44, 99, 176)  # smallest picture for each scale: its windows of 11 pixels must fit
 PROTOCOL = "8-bit RGB; PSNR over all pixels of a clip, SSIM per frame (11x11 Gaussian); means over clips"
 
 
@@ -51,6 +57,65 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     return values.unflatten(0, (target.shape[0], target.shape[2])).mean(1)
 
 
+def ms_ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Return the multi-scale SSIM of each clip, averaged over its frames: shape (B,).
+
+    Five scales from 176 pixels a side on; a smaller picture has the first ones that its size allows, their weights
+    normalised to sum to 1. Raises ValueError below 11 pixels.
+    """
+    _check_pair(reconstruction, target)
+    scales = ms_ssim_scales(*target.shape[3:])
+    if not scales:
+        raise ValueError(f"ms_ssim of {target.shape[3]}x{target.shape[4]}: sides of at least {MS_SSIM_SIDES[0]} are needed")
+    betas = MS_SSIM_BETAS[:scales]
+    a, b = (rearrange(_unit(x), "b c t h w -> (b t) c h w") for x in (reconstruction, target))
+    values = multiscale_structural_similarity_index_measure(
+        a, b, data_range=1.0, reduction="none", betas=tuple(beta / sum(betas) for beta in betas)
+    )
+    return values.unflatten(0, (target.shape[0], target.shape[2])).mean(1)
+
+
+def ms_ssim_scales(height: int, width: int) -> int:
+    """Return how many scales of MS-SSIM a picture allows, 0 to 5."""
+    return sum(min(height, width) >= side for side in MS_SSIM_SIDES)
+
+
+def flicker(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Return how much frame-to-frame changes differ from the target's, in 8-bit grey levels: shape (B,).
+
+    0 for equal clips and for one frame alone. A still error does not count, one that comes and goes does.
+    """
+    _check_pair(reconstruction, target)
+    if target.shape[2] == 1:
+        return target.new_zeros(len(target), dtype=torch.float32)
+    change = _unit(reconstruction).diff(dim=2) - _unit(target).diff(dim=2)
+    return 255 * change.abs().mean((1, 2, 3, 4))
+
+
+def motion(clip: Tensor) -> Tensor:
+    """Return the mean absolute change from frame to frame in 8-bit grey levels: shape (B,)."""
+    if clip.shape[2] == 1:
+        return clip.new_zeros(len(clip), dtype=torch.float32)
+    return 255 * _unit(clip).diff(dim=2).abs().mean((1, 2, 3, 4))
+
+
+def high_frequency_energy(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Return the energy above half the Nyquist frequency as a fraction of the target's: shape (B,).
+
+    Below 1 is blur, above 1 is noise or ringing. Luminance (BT.601), every frame, spatial frequencies of at least 0.25
+    cycles per pixel along either axis.
+    """
+    _check_pair(reconstruction, target)
+    weights = target.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32).view(1, 3, 1, 1, 1)
+    energies = []
+    for x in (reconstruction, target):
+        spectrum = torch.fft.rfft2((_unit(x) * weights).sum(1)).abs().square()  # B T H W/2+1
+        rows = torch.fft.fftfreq(x.shape[3], device=x.device).abs()[:, None] >= 0.25
+        columns = torch.fft.rfftfreq(x.shape[4], device=x.device)[None] >= 0.25
+        energies.append((spectrum * (rows | columns)).sum((1, 2, 3)))
+    return energies[0] / energies[1].clamp_min(1e-12)
+
+
 def _check_pair(reconstruction: Tensor, target: Tensor) -> None:
     if reconstruction.shape != target.shape or target.ndim != 5:
         raise ValueError(f"shapes {tuple(reconstruction.shape)} and {tuple(target.shape)}: two equal B C T H W are needed")
@@ -63,14 +128,66 @@ def evaluate(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> dict[s
     Keys: psnr, psnr_std, psnr_first (first frame), ssim, clips.
     """
     values: dict[str, list[float]] = {"psnr": [], "psnr_first": [], "ssim": []}
+    for clip, output in _reconstructions(model, clips, temporal_ratio):
+        values["psnr"] += psnr(output, clip).tolist()
+        values["psnr_first"] += psnr(output[:, :, :1], clip[:, :, :1]).tolist()
+        values["ssim"] += ssim(output, clip).tolist()
+    means = {key: sum(v) / len(v) for key, v in values.items()}
+    return {**means, "psnr_std": float(torch.tensor(values["psnr"]).std(correction=0)), "clips": len(values["psnr"])}
+
+
+@torch.no_grad()
+def evaluate_fully(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> dict[str, Any]:
+    """Reconstruct as `evaluate` does and return every metric that needs no weights of another network.
+
+    Beside the keys of `evaluate`: ms_ssim; flicker; high_frequency; psnr_key and psnr_between (means of per-frame PSNR over
+    frames 0, r, 2r, ... and over the others); psnr_every_2nd and psnr_every_4th (frames 0, 2, 4, ... and 0, 4, 8, ...,
+    whatever the ratio); psnr_per_frame, a list; psnr_low_motion, psnr_mid_motion and psnr_top_motion (terciles of the clips
+    by `motion`, from 3 clips on); and per_clip with psnr and motion of each.
+    """
+    rows: list[dict[str, float]] = []
+    frames: list[Tensor] = []
+    for clip, output in _reconstructions(model, clips, temporal_ratio):
+        per_frame = psnr_per_frame(output, clip)[0]
+        key = torch.arange(clip.shape[2]) % temporal_ratio == 0
+        row = {
+            "psnr": psnr(output, clip),
+            "psnr_first": per_frame[0],
+            "ssim": ssim(output, clip),
+            "flicker": flicker(output, clip),
+            "high_frequency": high_frequency_energy(output, clip),
+            "psnr_key": per_frame[key].mean(),
+            "psnr_every_2nd": per_frame[::2].mean(),
+            "psnr_every_4th": per_frame[::4].mean(),
+            "motion": motion(clip),
+        }
+        if ms_ssim_scales(*clip.shape[3:]):
+            row["ms_ssim"] = ms_ssim(output, clip)
+        if not key.all():
+            row["psnr_between"] = per_frame[~key].mean()
+        rows.append({name: float(value) for name, value in row.items()})
+        frames.append(per_frame.cpu())
+    found: dict[str, Any] = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    values = [row["psnr"] for row in rows]
+    found |= {"psnr_std": float(torch.tensor(values).std(correction=0)), "clips": len(rows)}
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["motion"])
+    if third := len(rows) // 3:
+        parts = {"low": order[:third], "mid": order[third:-third], "top": order[-third:]}
+        found |= {f"psnr_{name}_motion": sum(values[i] for i in part) / len(part) for name, part in parts.items()}
+    if len({len(f) for f in frames}) == 1:
+        found["psnr_per_frame"] = torch.stack(frames).mean(0).tolist()
+    found["per_clip"] = [{"psnr": row["psnr"], "motion": row["motion"]} for row in rows]
+    return found
+
+
+def _reconstructions(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each clip and its reconstruction, under bf16 autocast where the weights are float32."""
+    count = 0
     for clip in clips:
         clip = clip.to(model.device)
         with torch.autocast(clip.device.type, torch.bfloat16, enabled=model.dtype == torch.float32):
             output = model(clip, temporal_ratio).sample
-        values["psnr"] += psnr(output, clip).tolist()
-        values["psnr_first"] += psnr(output[:, :, :1], clip[:, :, :1]).tolist()
-        values["ssim"] += ssim(output, clip).tolist()
-    if not values["psnr"]:
+        yield clip, output
+        count += 1
+    if not count:
         raise ValueError("no clips to evaluate: at least 1 is needed")
-    means = {key: sum(v) / len(v) for key, v in values.items()}
-    return {**means, "psnr_std": float(torch.tensor(values["psnr"]).std(correction=0)), "clips": len(values["psnr"])}

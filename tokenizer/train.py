@@ -5,6 +5,7 @@ A run directory holds one folder per stage (checkpoints, metrics) and `tokenizer
 
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ class Model:
     block_out_channels: tuple[int, ...] = setting("widths from fine to coarse")
     layers_per_block: int = setting("residual blocks at each width")
     strides: tuple[tuple[int, int], ...] = setting("(time, space) of each down-sampling")
+    linear_shortcuts: bool = setting("averaging and duplicating shortcuts around resampling; false for plain blocks")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Stage:
 
     ratio: int = setting("temporal ratio of the level")
     frames: int = setting("frames per training clip: 1 + ratio*k")
-    growth: Growth | None = setting("how the level is grown; null for the base")
+    growth: Growth | None = setting("how the level, and any between it and the one below, is grown; null for the base")
+    trains: Literal["new", "all"] = setting("the levels that the stage adds, or every weight of the model")
     latent_steps: int = setting("first steps that regress the lower latent instead of pixels")
     squared_weight: float = setting("weight of the squared error beside L1, whose weight is 1")
     kl_weight: float = setting("weight of the KL term")
@@ -69,7 +72,7 @@ class TokenizerConfig:
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
     init: str | None = setting("a trained tokenizer to grow; null starts with the base")
     only: int | None = setting("train this ratio's stage alone; null runs all")
-    model: Model = setting("the base level")
+    model: Model | None = setting("the base level; null where `init` has it")
     data: Data = setting("the clips")
     stages: tuple[Stage, ...] = setting("levels, lowest first")
     pace: Pace = setting("logging, validation, checkpoints")
@@ -81,8 +84,8 @@ class TokenizerConfig:
         if not ratios:
             raise ValueError("stages: at least one is needed")
         for stage, before in zip(self.stages[1:], ratios, strict=False):
-            if stage.ratio != 2 * before:
-                raise ValueError(f"stages {ratios}: each ratio must be twice the one before")
+            if stage.ratio not in (2 * before, 4 * before, 8 * before):
+                raise ValueError(f"stages {ratios}: each ratio must be 2, 4 or 8 times the one before")
         for stage in self.stages:
             check_frames(stage.frames, stage.ratio)
         if self.only is not None and self.only not in ratios:
@@ -120,28 +123,35 @@ class StageObjective(Objective):
         return {"loss": loss, "l1": l1, "squared": squared, "kl": kl}
 
 
-def train_tokenizer(config: TokenizerConfig) -> Path | None:
+def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = None) -> Path | None:
     """Run the stages that are not finished yet and return the folder of the tokenizer, None if stopped early.
 
+    `build` makes the base instead of `config.model`: another autoencoder behind AutoencoderKLProMAG's interface.
     Raises UserError for a missing or unsuitable checkpoint, clips or run directory.
     """
     accelerator = make_accelerator(
         Path(config.output_dir),
         config.precision,
-        unused=any(s.growth and s.growth.decoder == "finetune" for s in config.stages),
+        unused=any(s.trains == "all" or (s.growth and s.growth.decoder == "finetune") for s in config.stages),
     )
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     for stage in config.stages:
         if config.only not in (None, stage.ratio):
             continue
-        outcome = train_stage(accelerator, run, config, stage)
+        outcome = train_stage(accelerator, run, config, stage, build)
         if not outcome.finished:
             return None
     close_trackers(accelerator)
     return run / "tokenizer"
 
 
-def train_stage(accelerator: Accelerator, run: Path, config: TokenizerConfig, stage: Stage) -> Outcome:
+def train_stage(
+    accelerator: Accelerator,
+    run: Path,
+    config: TokenizerConfig,
+    stage: Stage,
+    build: Callable[[], Any] | None = None,
+) -> Outcome:
     """Train one level from the levels below it, found in the run directory or in `config.init`."""
     folder, done = run / f"{stage.ratio}x", run / f"{stage.ratio}x" / "done.json"
     if done.exists() and (run / "tokenizer").exists():
@@ -160,9 +170,11 @@ def train_stage(accelerator: Accelerator, run: Path, config: TokenizerConfig, st
     clips = [fixed.fixed(i)["video"][None] for i in range(min(data.validation_clips, len(fixed)))]
 
     torch.manual_seed(config.seed * 1000 + stage.ratio)
-    model = _model_for(run, config, stage)
-    model.to(memory_format=torch.channels_last_3d)
-    trained = model.train_only(stage.ratio)
+    model, added = _model_for(run, config, stage, build)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+    trained = model.train_only(*(added if stage.trains == "new" else model.temporal_ratios))
     accelerator.print(
         f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
         f"{parameter_count([model]) / 1e6:.2f} M, {len(source)} clips of {stage.frames} frames at {data.size}x{data.size}"
@@ -187,22 +199,31 @@ def train_stage(accelerator: Accelerator, run: Path, config: TokenizerConfig, st
     return outcome
 
 
-def _model_for(run: Path, config: TokenizerConfig, stage: Stage) -> AutoencoderKLProMAG:
+def _model_for(
+    run: Path, config: TokenizerConfig, stage: Stage, build: Callable[[], Any] | None
+) -> tuple[AutoencoderKLProMAG, Sequence[int]]:
+    """Return the model that a stage trains and the ratios that the stage adds to it."""
     if stage.growth is None:
         if config.init:
             raise UserError(f"init {config.init}: stage {stage.ratio}x has no growth, it starts from scratch; drop one of them")
-        model = AutoencoderKLProMAG(**asdict(config.model))
-        if model.base_ratio != stage.ratio:
-            raise UserError(f"stage {stage.ratio}x without growth: the base's strides make it {model.base_ratio}x")
-        model.start_from_means()
-        return model
+        if build is None and config.model is None:
+            raise UserError(f"model null: stage {stage.ratio}x starts from scratch and needs a model")
+        model: Any = build() if build else AutoencoderKLProMAG(**asdict(config.model))  # pyright: ignore
+        if model.temporal_ratios[0] != stage.ratio:
+            raise UserError(f"stage {stage.ratio}x without growth: the base's strides make it {model.temporal_ratios[0]}x")
+        if config.model and config.model.linear_shortcuts:
+            model.start_from_means()
+        return model, model.temporal_ratios
     place = Path(config.init) if config.init and not (run / "tokenizer").exists() else run / "tokenizer"
     model = load_tokenizer(place)
-    if model.temporal_ratios[-1] * 2 != stage.ratio:
-        have = ", ".join(f"{r}x" for r in model.temporal_ratios)
-        raise UserError(f"stage {stage.ratio}x: the tokenizer in {place} has {have}; {stage.ratio // 2}x must be its highest")
-    model.grow(stage.growth)
-    return model
+    have, highest = len(model.temporal_ratios), model.temporal_ratios[-1]
+    if stage.ratio not in (2 * highest, 4 * highest, 8 * highest):
+        known = ", ".join(f"{r}x" for r in model.temporal_ratios)
+        can = ", ".join(f"{highest * k}x" for k in (2, 4, 8))
+        raise UserError(f"stage {stage.ratio}x: the tokenizer in {place} has {known}; one stage grows it to one of {can}")
+    while model.temporal_ratios[-1] < stage.ratio:
+        model.grow(stage.growth)
+    return model, model.temporal_ratios[have:]
 
 
 def load_tokenizer(folder: str | os.PathLike) -> AutoencoderKLProMAG:

@@ -57,7 +57,7 @@ def parse_config(cls: type[Config], argv: Sequence[str], description: str) -> Co
     )
     parser.add_argument("--config", metavar="FILE.yaml", required=True, help="a complete preset, see configs/")
     arguments, rest = parser.parse_known_args(argv)
-    values = load_yaml(arguments.config)
+    values = _plain(load_yaml(arguments.config))  # what YAML shares by an anchor becomes each place's own
     for name, value in _pair_options(rest):
         _override(values, name, value)
     return build(cls, values, arguments.config)

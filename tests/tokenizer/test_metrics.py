@@ -3,7 +3,20 @@ import math
 import pytest
 import torch
 
-from promag.tokenizer.metrics import evaluate, from_uint8, psnr, psnr_per_frame, ssim, to_uint8
+from promag.tokenizer.metrics import (
+    evaluate,
+    evaluate_fully,
+    flicker,
+    from_uint8,
+    high_frequency_energy,
+    motion,
+    ms_ssim,
+    ms_ssim_scales,
+    psnr,
+    psnr_per_frame,
+    ssim,
+    to_uint8,
+)
 from tests.conftest import make_tokenizer
 
 
@@ -62,3 +75,78 @@ def test_evaluate_is_the_mean_over_clips(clip):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="two equal B C T H W"):
         psnr(torch.zeros(1, 3, 2, 8, 8), torch.zeros(1, 3, 3, 8, 8))
+
+
+def test_flicker_counts_what_comes_and_goes_and_no_still_error():
+    x = torch.rand(1, 3, 1, 8, 8).expand(1, 3, 5, 8, 8) * 1.6 - 0.8
+    assert flicker(x + 20 / 127.5 * 0.5, x).item() == pytest.approx(0, abs=1e-3)
+    blinking = x.clone()
+    blinking[:, :, 2] += 10 / 127.5  # ten grey levels in one of five frames: two of four changes
+    assert flicker(blinking, x).item() == pytest.approx(5, abs=0.3)
+    assert flicker(x[:, :, :1] + 0.1, x[:, :, :1]).item() == 0
+
+
+def test_motion_is_the_mean_change_in_grey_levels():
+    x = torch.zeros(2, 3, 3, 8, 8)
+    x[1, :, 1:] += 30 / 127.5
+    assert motion(x).tolist() == pytest.approx([0, 15], abs=0.3)
+
+
+def test_high_frequency_energy_of_blur_noise_and_itself():
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 2, 32, 32) - 0.5
+    blurred = torch.nn.functional.avg_pool3d(x, (1, 3, 3), 1, (0, 1, 1))
+    assert high_frequency_energy(x, x).item() == pytest.approx(1)
+    assert high_frequency_energy(blurred, x).item() < 0.3
+    assert high_frequency_energy(x * 1.5, x).item() == pytest.approx(2.25, rel=0.02)
+    smooth = torch.linspace(0, 6.28, 33)[:-1].sin().expand(1, 3, 1, 32, 32) * 0.5  # one wave: nothing to lose
+    assert high_frequency_energy(x[:, :, :1] * 0.1 + smooth, x[:, :, :1]).item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_ms_ssim_by_size():
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 2, 48, 48) * 2 - 1
+    assert ms_ssim(x, x).item() == pytest.approx(1)
+    worse = [ms_ssim(x + s * torch.randn_like(x), x).item() for s in (0.1, 0.5)]
+    assert 1 > worse[0] > worse[1]
+    assert [ms_ssim_scales(side, 200) for side in (10, 11, 43, 44, 64, 128, 176)] == [0, 1, 2, 3, 3, 4, 5]
+    for side in (11, 22, 44, 99, 176):  # what the count promises, the metric can do
+        y = torch.zeros(1, 3, 1, side, side)
+        assert ms_ssim(y, y).item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="sides of at least 11"):
+        ms_ssim(x[..., :8, :8], x[..., :8, :8])
+
+
+class Rigged(torch.nn.Module):
+    """Gives frames k with k % 4 != 0 back with an error that grows with the clip's index."""
+
+    device, dtype = torch.device("cpu"), torch.float64
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x, ratio):
+        self.calls += 1
+        y = x.clone()
+        y[:, :, torch.arange(x.shape[2]) % 4 != 0] += 0.02 * self.calls
+        return type("Output", (), {"sample": y})
+
+
+def test_evaluate_fully_tells_phases_and_motion_apart():
+    torch.manual_seed(0)
+    still = torch.rand(1, 3, 1, 16, 16) - 0.5
+    clips = [still + m * torch.linspace(0, 1, 9).view(1, 1, 9, 1, 1) for m in (0.3, 0.1, 0.2)]  # middle, least, most but one
+    found = evaluate_fully(Rigged(), clips, 4)
+    assert found["psnr_key"] > 80
+    assert found["psnr_every_4th"] > 80
+    assert found["psnr_between"] < 45
+    singles = [c["psnr"] for c in found["per_clip"]]
+    assert singles[0] > singles[1] > singles[2]
+    assert (found["psnr_top_motion"], found["psnr_mid_motion"], found["psnr_low_motion"]) == pytest.approx(
+        (singles[0], singles[2], singles[1])
+    )
+    assert [value > 80 for value in found["psnr_per_frame"]] == [i % 4 == 0 for i in range(9)]
+    basic = evaluate(Rigged(), clips, 4)
+    assert {key: found[key] for key in basic} == pytest.approx(basic)
+    assert "psnr_top_motion" not in evaluate_fully(Rigged(), clips[:2], 4)

@@ -18,8 +18,8 @@ LOOP = LoopSettings(
 PACE = Pace(log_every=1, validate_every=4, save_every=50, keep_last=1, workers=0, stop_after=None)
 
 
-def stage(ratio, frames, growth=None, latent_steps=0):
-    return Stage(ratio, frames, growth, latent_steps, 1.0, 1e-6, LOOP)
+def stage(ratio, frames, growth=None, latent_steps=0, trains="new"):
+    return Stage(ratio, frames, growth, trains, latent_steps, 1.0, 1e-6, LOOP)
 
 
 def make_config(run, **change):
@@ -97,16 +97,34 @@ def test_mistakes_are_named(trained, tmp_path):
     with pytest.raises(UserError, match="was started with other settings"):
         train_tokenizer(make_config(trained, seed=1))
     train_tokenizer(make_config(tmp_path / "a", stages=(stage(4, 5),)))
-    too_high = make_config(tmp_path / "b", init=str(tmp_path / "a" / "tokenizer"), stages=(stage(32, 33, Growth()),))
-    with pytest.raises(UserError, match=r"stage 32x: the tokenizer in .* has 4x; 16x must be its highest"):
+    too_high = make_config(tmp_path / "b", init=str(tmp_path / "a" / "tokenizer"), stages=(stage(64, 65, Growth()),))
+    with pytest.raises(UserError, match=r"stage 64x: the tokenizer in .* has 4x; one stage grows it to one of 8x, 16x, 32x"):
         train_tokenizer(too_high)
     with pytest.raises(UserError, match=r"no config\.json there"):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(UserError, match="stage 8x without growth: the base's strides make it 4x"):
         train_tokenizer(make_config(tmp_path / "c", stages=(stage(8, 9),)))
-    with pytest.raises(ValueError, match=r"stages \[4, 16\]: each ratio must be twice"):
-        make_config(tmp_path, stages=(stage(4, 5), stage(16, 17, Growth())))
+    with pytest.raises(ValueError, match=r"stages \[4, 12\]: each ratio must be 2, 4 or 8 times"):
+        make_config(tmp_path, stages=(stage(4, 5), stage(12, 13, Growth())))
     with pytest.raises(ValueError, match="6 frames: 4x needs"):
         make_config(tmp_path, stages=(stage(4, 6),))
     with pytest.raises(ValueError, match="only 64: the stages are 4, 8, 16"):
         make_config(tmp_path, only=64)
+
+
+def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path):
+    first = make_config(tmp_path / "base", stages=(stage(4, 5),))
+    train_tokenizer(first)
+    base = load_tokenizer(tmp_path / "base" / "tokenizer").state_dict()
+    for trains in ("new", "all"):
+        warm = stage(16, 17, Growth(mixing="none"), trains=trains)
+        train_tokenizer(make_config(tmp_path / trains, init=str(tmp_path / "base" / "tokenizer"), stages=(warm,)))
+        model = load_tokenizer(tmp_path / trains / "tokenizer")
+        assert model.temporal_ratios == (4, 8, 16)
+        new = model.state_dict()
+        kept = all(torch.equal(value, new[key]) for key, value in base.items())
+        assert kept == (trains == "new")
+        fresh = load_tokenizer(tmp_path / "base" / "tokenizer")
+        for _ in range(2):
+            fresh.grow(Growth(mixing="none"))
+        assert any(not torch.equal(v, new[k]) for k, v in fresh.state_dict().items() if k.startswith("decoder_growth.0"))
