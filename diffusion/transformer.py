@@ -50,8 +50,8 @@ class ProMAGAttnProcessor:
     ) -> Tensor:
         """B N D and, for cross-attention, B L D and its mask (True is seen) B 1 1 L -> B N D."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q = attn.norm_q(attn.to_q(hidden_states).unflatten(2, (attn.heads, -1)))  # B N heads d
-        k = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)))
+        q: Any = attn.norm_q(attn.to_q(hidden_states).unflatten(2, (attn.heads, -1)))  # B N heads d
+        k: Any = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)))
         v = attn.to_v(context).unflatten(2, (attn.heads, -1))
         if rotary is not None:
             q, k = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (q, k))  # pyright: ignore[reportArgumentType]
@@ -73,11 +73,12 @@ class ProMAGAttention(nn.Module, AttentionModuleMixin):
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.norm_q, self.norm_k = RMSNorm(dim // heads, 1e-6), RMSNorm(dim // heads, 1e-6)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.set_processor(self._default_processor_cls())
+        self.set_processor(self._default_processor_cls())  # pyright: ignore[reportArgumentType]
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Call the processor."""
-        return self.processor(self, hidden_states, **kwargs)
+        processor: Any = self.processor
+        return processor(self, hidden_states, **kwargs)
 
 
 class ProMAGTransformerBlock(nn.Module):
@@ -167,8 +168,8 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
         self.proj_out = nn.Linear(dim, in_channels * math.prod(patch_size))
         for layer in (self.modulation[1], self.proj_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
         self.gradient_checkpointing = False
 
     def normalise(self, latents: Tensor, temporal_ratio: int) -> Tensor:
@@ -243,7 +244,8 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         rotary = rotary_positions(self.config["attention_head_dim"], grid, step, x.device)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, text, modulation, rotary, mask)
+                checkpoint: Any = self._gradient_checkpointing_func
+                x = checkpoint(block, x, text, modulation, rotary, mask)
             else:
                 x = block(x, text, modulation, rotary, mask)
 

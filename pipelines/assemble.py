@@ -86,7 +86,8 @@ def cache_latents(config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG)
 
 def encoder(vae: AutoencoderKLProMAG, ratio: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Return B C T H W -> mean latents b c t h w, under bf16 autocast on `device`."""
-    model: Any = vae.to(device).eval()
+    model: Any = vae
+    model.to(device).eval()
 
     @torch.no_grad()
     def encode(x: Tensor) -> Tensor:

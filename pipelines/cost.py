@@ -12,7 +12,6 @@ import torch
 
 from ..diffusion.flow import velocity
 from ..tokenizer.geometry import SPATIAL_RATIO, latent_frames
-from .text_to_video import ProMAGPipeline
 
 Key = TypeVar("Key")
 
@@ -78,9 +77,7 @@ def denoising(
     return call
 
 
-def sampling(
-    pipe: ProMAGPipeline, prompts: list[str], steps: int, guidance: float, ratio: int, **size: int
-) -> Callable[[], Any]:
+def sampling(pipe: Any, prompts: list[str], steps: int, guidance: float, ratio: int, **size: int) -> Callable[[], Any]:
     """Return a call that samples one video for each prompt, in one batch, from text to pixels, in bf16."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)

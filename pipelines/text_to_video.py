@@ -148,9 +148,10 @@ class ProMAGPipeline(DiffusionPipeline):
 
         Raises ValueError naming the value got and what is legal.
         """
-        height, width = height or self.config["height"], width or self.config["width"]
-        num_frames = num_frames or self.config["num_frames"]
-        ratio, fps = temporal_ratio or self.config["temporal_ratio"], fps or self.config["fps"]
+        known: Any = self.config
+        height, width = int(height or known["height"]), int(width or known["width"])
+        num_frames = int(num_frames or known["num_frames"])
+        ratio, fps = temporal_ratio or known["temporal_ratio"], fps or known["fps"]
         self._check_inputs(
             prompt, prompt_embeds, negative_prompt, ratio, num_inference_steps, num_videos_per_prompt, fps, output_type
         )
@@ -182,18 +183,19 @@ class ProMAGPipeline(DiffusionPipeline):
             height // self.vae.spatial_compression_ratio,
             width // self.vae.spatial_compression_ratio,
         )
-        latents = self._first_latents(shape, generator, latents, device)
+        x = self._first_latents(shape, generator, latents, device)
         self._set_timesteps(num_inference_steps, device, token_count)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=len(timesteps)) as bar:
+        progress: Any = self.progress_bar  # its decorator hides its arguments from type checkers
+        with progress(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     break
-                x = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                doubled = torch.cat([x] * 2) if self.do_classifier_free_guidance else x
                 predicted = self.transformer(
-                    x.to(self.transformer.dtype),
-                    t.expand(len(x)),
+                    doubled.to(self.transformer.dtype),
+                    t.expand(len(doubled)),
                     text.tokens,
                     encoder_attention_mask=text.mask,
                     pooled_projections=text.pooled,
@@ -204,17 +206,17 @@ class ProMAGPipeline(DiffusionPipeline):
                 )[0].float()
                 if self.do_classifier_free_guidance:
                     predicted = guide(*predicted.chunk(2), guidance_scale)
-                latents = self.scheduler.step(predicted, t, latents, return_dict=False)[0]
+                x = self.scheduler.step(predicted, t, x, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    latents = (callback_on_step_end(self, i, t, given) or {}).get("latents", latents)
+                    given = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    x = (callback_on_step_end(self, i, t, given) or {}).get("latents", x)
                 bar.update()
 
-        latents = self.transformer.denormalise(latents, ratio)
+        x = self.transformer.denormalise(x, ratio)
         if output_type == "latent":
-            frames: Any = latents
+            frames: Any = x
         else:
-            video = self.vae.decode(latents.to(self.vae.dtype), ratio, return_dict=False)[0]
+            video = self.vae.decode(x.to(self.vae.dtype), ratio, return_dict=False)[0]
             frames = self.video_processor.postprocess_video(video.float(), output_type=output_type)
         self.maybe_free_model_hooks()
         return ProMAGPipelineOutput(frames=frames) if return_dict else (frames,)
@@ -250,7 +252,7 @@ class ProMAGPipeline(DiffusionPipeline):
     def _set_timesteps(self, steps: int, device: torch.device, token_count: int) -> None:
         """Set flow times from 1 down to 1/steps, shifted for the number of tokens where the scheduler can."""
         sigmas = np.linspace(1.0, 1 / steps, steps)
-        known = self.scheduler.config
+        known: Any = self.scheduler.config
         dynamic = {"mu": token_shift(token_count, known["shift"])} if known.get("use_dynamic_shifting") else {}
         accepts = inspect.signature(self.scheduler.set_timesteps).parameters
         if "sigmas" in accepts:

@@ -1,4 +1,4 @@
-"""Reconstruct clips at every temporal ratio of a tokenizer and report PSNR and SSIM."""
+"""Reconstruct clips at every temporal ratio of a tokenizer and report how close they come."""
 
 import argparse
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from promag.tokenizer.geometry import check_frames, check_size
-from promag.tokenizer.metrics import PROTOCOL, evaluate
+from promag.tokenizer.metrics import PROTOCOL, evaluate_fully
+from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
 from promag.training.clips import list_videos, prepare
 from promag.training.config import UserError, load_yaml, run_main
@@ -25,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is shapes")
+    parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
+    parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
     parser.add_argument("--note", default="", help="what the recorded line says about the checkpoint")
@@ -43,12 +46,19 @@ def main(argv: Sequence[str]) -> int:
     else:
         clips = ClipDataset(prepare(list_videos(arguments.videos, arguments.split)).clips, arguments.frames, arguments.size)
 
+    lpips = LPIPS.load(arguments.lpips) if arguments.lpips else None
+    features = VideoFeatures(arguments.fvd) if arguments.fvd else None
     results = {}
     for ratio in model.temporal_ratios:
         started = time.perf_counter()
-        results[ratio] = evaluate(model, (clips.fixed(i)["video"][None] for i in range(len(clips))), ratio)
-        found = "  ".join(f"{key} {value:.4g}" for key, value in results[ratio].items())
+        videos = (clips.fixed(i)["video"][None] for i in range(len(clips)))
+        results[ratio] = evaluate_fully(model, videos, ratio, lpips, features)
+        figures = {key: value for key, value in results[ratio].items() if isinstance(value, int | float)}
+        found = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
         print(f"{ratio:>3}x  {found}  ({time.perf_counter() - started:.1f} s)")
+    absent = [name for name in ("lpips", "fvd") if getattr(arguments, name) is None]
+    if absent:
+        print(f"not measured for want of weights: {', '.join(absent)}")
     record = {
         "what": "reconstruction",
         "note": arguments.note,

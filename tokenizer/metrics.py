@@ -3,7 +3,7 @@
 Shapes: B C T H W in [-1, 1]. Values are clamped to that range and rounded to 8 bits first: what a viewer would see.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
+
+from .perceptual import frechet_distance
 
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, five scales
 MS_SSIM_SIDES = (11, 22, 44, 99, 176)  # smallest picture for each scale: its windows of 11 pixels must fit
@@ -137,8 +139,21 @@ def evaluate(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> dict[s
 
 
 @torch.no_grad()
-def evaluate_fully(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> dict[str, Any]:
-    """Reconstruct as `evaluate` does and return every metric that needs no weights of another network.
+def evaluate_fully(
+    model: Any,
+    clips: Iterable[Tensor],
+    temporal_ratio: int,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    """Reconstruct as `evaluate` does and return every metric.
+
+    Args:
+        model: encodes and decodes.
+        clips: each 1 C T H W.
+        temporal_ratio: one of the model's.
+        lpips: an `LPIPS`, for the key lpips, which is None without.
+        features: a `VideoFeatures`, for the key fvd, which is None without and with fewer than 2 clips.
 
     Beside the keys of `evaluate`: ms_ssim; flicker; high_frequency; psnr_key and psnr_between (means of per-frame PSNR over
     frames 0, r, 2r, ... and over the others); psnr_every_2nd and psnr_every_4th (frames 0, 2, 4, ... and 0, 4, 8, ...,
@@ -147,6 +162,7 @@ def evaluate_fully(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> 
     """
     rows: list[dict[str, float]] = []
     frames: list[Tensor] = []
+    seen: tuple[list[Tensor], list[Tensor]] = ([], [])
     for clip, output in _reconstructions(model, clips, temporal_ratio):
         per_frame = psnr_per_frame(output, clip)[0]
         key = torch.arange(clip.shape[2]) % temporal_ratio == 0
@@ -165,9 +181,17 @@ def evaluate_fully(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> 
             row["ms_ssim"] = ms_ssim(output, clip)
         if not key.all():
             row["psnr_between"] = per_frame[~key].mean()
+        if lpips:
+            row["lpips"] = lpips(from_uint8(to_uint8(output)), clip)
+        if features:
+            for kept, video in zip(seen, (clip, output), strict=True):
+                kept.append(features(from_uint8(to_uint8(video))))
         rows.append({name: float(value) for name, value in row.items()})
         frames.append(per_frame.cpu())
     found: dict[str, Any] = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    found["lpips"] = found.get("lpips")
+    enough = features and len(rows) > 1
+    found["fvd"] = frechet_distance(torch.cat(seen[0]), torch.cat(seen[1])) if enough else None
     values = [row["psnr"] for row in rows]
     found |= {"psnr_std": float(torch.tensor(values).std(correction=0)), "clips": len(rows)}
     order = sorted(range(len(rows)), key=lambda i: rows[i]["motion"])

@@ -12,17 +12,19 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..training.config import UserError, setting
 from ..training.datasets import TrainingStream, open_dataset
 from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
 from ..training.run import open_run, write_atomically
 from .autoencoder import AutoencoderKLProMAG, parameter_count
+from .discriminator import Adversarial, AdversarialLoss
 from .geometry import check_frames, check_size
 from .growth import Growth
 from .losses import kl_loss, latent_loss, reconstruction_loss, reparametrise, squared_loss
 from .metrics import evaluate, to_uint8
+from .perceptual import LPIPS
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,20 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Perceptual:
+    """LPIPS as a loss."""
+
+    path: str = setting("folder with the weights of vgg16 and of lpips")
+    weight: float = setting("of the loss")
+    frames: int = setting("frames of each clip that are compared, drawn anew at each step")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that cannot be meant."""
+        if self.weight <= 0 or self.frames < 1:
+            raise ValueError(f"perceptual weight {self.weight}, frames {self.frames}: a weight above 0 and 1 frame are needed")
+
+
+@dataclass(frozen=True)
 class Stage:
     """One level and how it is trained."""
 
@@ -60,6 +76,8 @@ class Stage:
     latent_steps: int = setting("first steps that regress the lower latent instead of pixels")
     squared_weight: float = setting("weight of the squared error beside L1, whose weight is 1")
     kl_weight: float = setting("weight of the KL term")
+    perceptual: Perceptual | None = setting("LPIPS beside the pixel losses; null for none")
+    adversarial: Adversarial | None = setting("a discriminator, switched on late; null for none")
     loop: LoopSettings = setting("the optimisation")
 
 
@@ -97,30 +115,46 @@ MAY_CHANGE = ("output_dir", "only", "pace", "data.validation_clips")
 
 
 class StageObjective(Objective):
-    """L1, squared error and KL; in the first `latent_steps` of a grown level the fit of the lower latent instead.
+    """L1, squared error and KL, LPIPS and a discriminator where the stage has them.
 
-    Those steps run no decoder, which makes them several times cheaper.
+    In the first `latent_steps` of a grown level the fit of the lower latent instead: those steps run no decoder, which makes
+    them several times cheaper.
     """
 
     def __init__(self, model: AutoencoderKLProMAG, stage: Stage):
         super().__init__()
         self.model, self.stage = model, stage
         self.below = model.temporal_ratios[model.level_of(stage.ratio) - 1] if stage.growth else None
+        self.lpips = LPIPS.load(stage.perceptual.path) if stage.perceptual else None
+        self.adversary = AdversarialLoss(stage.adversarial) if stage.adversarial else None
+
+    def clipped_apart(self) -> list[nn.Module]:
+        """Return the discriminator, whose gradients must not shrink the autoencoder's."""
+        return [self.adversary] if self.adversary else []
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """B C T H W in batch["video"] -> loss, its parts."""
-        x, ratio = batch["video"], self.stage.ratio
-        if self.below is not None and step < self.stage.latent_steps:
-            posterior, target = self.model.encode_levels(x, (ratio, self.below))
+        x, stage = batch["video"], self.stage
+        if self.below is not None and step < stage.latent_steps:
+            posterior, target = self.model.encode_levels(x, (stage.ratio, self.below))
             z = reparametrise(posterior, generator)
-            fit = latent_loss(self.model.lift(z, ratio, self.below), target.mode())
+            fit = latent_loss(self.model.lift(z, stage.ratio, self.below), target.mode())
             kl = kl_loss(posterior)
-            return {"loss": fit + self.stage.kl_weight * kl, "latent": fit, "kl": kl}
-        posterior = self.model.encode(x, ratio).latent_dist  # pyright: ignore
-        output = self.model.decode(reparametrise(posterior, generator), ratio).sample  # pyright: ignore
-        l1, squared, kl = reconstruction_loss(output, x), squared_loss(output, x), kl_loss(posterior)
-        loss = l1 + self.stage.squared_weight * squared + self.stage.kl_weight * kl
-        return {"loss": loss, "l1": l1, "squared": squared, "kl": kl}
+            return {"loss": fit + stage.kl_weight * kl, "latent": fit, "kl": kl}
+        posterior = self.model.encode(x, stage.ratio).latent_dist  # pyright: ignore
+        output = self.model.decode(reparametrise(posterior, generator), stage.ratio).sample  # pyright: ignore
+        parts = {"l1": reconstruction_loss(output, x), "squared": squared_loss(output, x)}
+        loss = parts["l1"] + stage.squared_weight * parts["squared"]
+        if self.lpips and stage.perceptual:
+            picked = torch.randperm(x.shape[2], generator=generator, device=x.device)[: stage.perceptual.frames]
+            parts["lpips"] = self.lpips(output[:, :, picked], x[:, :, picked]).mean()
+            loss = loss + stage.perceptual.weight * parts["lpips"]
+        if self.adversary and stage.adversarial and step >= stage.adversarial.start:
+            judged = self.adversary(output, x, loss, step)
+            loss = loss + judged["generator"] + judged["discriminator"]
+            parts |= judged
+        parts["kl"] = kl_loss(posterior)
+        return {"loss": loss + stage.kl_weight * parts["kl"], **parts}
 
 
 def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = None) -> Path | None:
@@ -132,7 +166,7 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     accelerator = make_accelerator(
         Path(config.output_dir),
         config.precision,
-        unused=any(s.trains == "all" or (s.growth and s.growth.decoder == "finetune") for s in config.stages),
+        unused=any(s.trains == "all" or s.adversarial or (s.growth and s.growth.decoder == "finetune") for s in config.stages),
     )
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     for stage in config.stages:
@@ -172,8 +206,8 @@ def train_stage(
     torch.manual_seed(config.seed * 1000 + stage.ratio)
     model, added = _model_for(run, config, stage, build)
     for module in model.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     trained = model.train_only(*(added if stage.trains == "new" else model.temporal_ratios))
     accelerator.print(
         f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "

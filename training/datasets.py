@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -174,6 +174,14 @@ class ShapesDataset(Dataset):
         return hashlib.sha256(f"shapes {self.split} {count} ".encode() + pixels.tobytes()).hexdigest()
 
 
+class Drawn(Protocol):
+    """What a stream draws from."""
+
+    def item(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Return one element, decided by `rng` alone."""
+        ...
+
+
 class TrainingStream(IterableDataset):
     """An endless stream of batches for one rank, from `first_step` on; the batch of a step depends on nothing else.
 
@@ -184,7 +192,7 @@ class TrainingStream(IterableDataset):
 
     def __init__(
         self,
-        dataset: "ClipDataset | ShapesDataset",
+        dataset: Drawn,
         seed: int,
         batch_size: int,
         rank: int,

@@ -87,6 +87,10 @@ class Outcome:
 class Objective(nn.Module):
     """What is minimised: called with a batch and a generator, returns a dictionary of scalars, `loss` among them."""
 
+    def clipped_apart(self) -> list[nn.Module]:
+        """Return modules whose gradients are clipped by a norm of their own, each apart from all else."""
+        return []
+
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """Return the losses of one batch."""
         raise TypeError("an Objective defines forward")
@@ -151,12 +155,16 @@ def train(
     name = folder.name
     named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     parameters = list(named.values())
+    apart = [[p for p in module.parameters() if p.requires_grad] for module in objective.clipped_apart()]
+    theirs = {id(p) for group in apart for p in group}
+    together = [p for p in parameters if id(p) not in theirs]
     optimizer = torch.optim.AdamW(
         parameters, settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
     )
     objective.to(accelerator.device)
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
-    first, seconds = _resume(folder, named, optimizer, ema)
+    buffers = dict(objective.named_buffers())
+    first, seconds = _resume(folder, named, buffers, optimizer, ema)
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
@@ -192,7 +200,9 @@ def train(
             with accelerator.autocast():
                 losses = wrapped(batch, generator, step)
             accelerator.backward(losses["loss"])
-            norm = accelerator.clip_grad_norm_(parameters, settings.clip_norm)
+            norm = accelerator.clip_grad_norm_(together, settings.clip_norm)
+            for group in apart:
+                accelerator.clip_grad_norm_(group, settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             ema.step(parameters)
@@ -221,12 +231,12 @@ def train(
                 pause = time.perf_counter() - before
                 started, since = started + pause, since + pause
             if step % pace.save_every == 0 and step < last:
-                _save(accelerator, folder, step, seconds + time.perf_counter() - started, named, optimizer, ema, pace)
+                _save(accelerator, folder, step, seconds + time.perf_counter() - started, named, buffers, optimizer, ema, pace)
     bar.close()
     seconds += time.perf_counter() - started
     _shut_down(batches)
     if step > first:
-        _save(accelerator, folder, step, seconds, named, optimizer, ema, pace)
+        _save(accelerator, folder, step, seconds, named, buffers, optimizer, ema, pace)
     if stop.received:
         accelerator.print(f"{name}: {stop.received} received, saved at step {step} of {settings.steps}")
     ema.copy_to(parameters)
@@ -243,7 +253,13 @@ def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] |
     return groups["ema"], meta
 
 
-def _resume(folder: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMAModel) -> tuple[int, float]:
+def _resume(
+    folder: Path,
+    named: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel,
+) -> tuple[int, float]:
     found = checkpoints(folder)
     if not found:
         return 0, 0.0
@@ -252,6 +268,8 @@ def _resume(folder: Path, named: dict[str, nn.Parameter], optimizer: torch.optim
         for (name, parameter), shadow in zip(named.items(), ema.shadow_params, strict=True):
             parameter.copy_(groups["weights"][name])
             shadow.copy_(groups["ema"][name])
+        for name, buffer in buffers.items():
+            buffer.copy_(groups["buffers"][name])
     ema.optimization_step = meta["step"]
     state: dict[int, dict[str, Tensor]] = {}
     index = {name: i for i, name in enumerate(named)}
@@ -264,13 +282,14 @@ def _resume(folder: Path, named: dict[str, nn.Parameter], optimizer: torch.optim
     return meta["step"], meta["seconds"]
 
 
-def _save(accelerator, folder: Path, step: int, seconds: float, named, optimizer, ema: EMAModel, pace: Pace) -> None:
+def _save(accelerator, folder: Path, step: int, seconds: float, named, buffers, optimizer, ema: EMAModel, pace: Pace) -> None:
     if accelerator.is_main_process:
         slots = optimizer.state_dict()["state"]
         groups = {
             "weights": dict(named),
             "ema": dict(zip(named, ema.shadow_params, strict=True)),
             "optimizer": {f"{n}/{k}": v for i, n in enumerate(named) for k, v in slots.get(i, {}).items()},
+            "buffers": buffers,
         }
         save_checkpoint(folder, step, groups, {"seconds": seconds})
         keep_last(folder, pace.keep_last)
@@ -303,7 +322,8 @@ def _open_tracker(accelerator: Accelerator, name: str) -> Any:
 def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")
+    return bool(total.item())
 
 
 def _check_finite(record: Metrics, name: str, step: int) -> None:

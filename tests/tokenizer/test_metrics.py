@@ -150,3 +150,13 @@ def test_evaluate_fully_tells_phases_and_motion_apart():
     basic = evaluate(Rigged(), clips, 4)
     assert {key: found[key] for key in basic} == pytest.approx(basic)
     assert "psnr_top_motion" not in evaluate_fully(Rigged(), clips[:2], 4)
+    assert found["lpips"] is None
+    assert found["fvd"] is None
+
+
+def test_weights_by_path_add_their_metrics():
+    torch.manual_seed(0)
+    clips = [torch.rand(1, 3, 5, 16, 16) - 0.5 for _ in range(3)]
+    found = evaluate_fully(Rigged(), clips, 4, lambda a, b: (a - b).abs().mean((1, 2, 3, 4)), lambda x: x.mean((2, 3, 4)))
+    assert found["lpips"] == pytest.approx(0.04 * 3 / 5, rel=0.1)  # 0.02, 0.04, 0.06 in three of five frames
+    assert found["fvd"] > 0

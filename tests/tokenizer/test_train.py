@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
+from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import Data, Model, Stage, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training.config import UserError
 from promag.training.loop import LoopSettings, Pace
+from promag.training.run import load_checkpoint
 from tests.conftest import TINY
 
 LOOP = LoopSettings(
@@ -18,8 +20,8 @@ LOOP = LoopSettings(
 PACE = Pace(log_every=1, validate_every=4, save_every=50, keep_last=1, workers=0, stop_after=None)
 
 
-def stage(ratio, frames, growth=None, latent_steps=0, trains="new"):
-    return Stage(ratio, frames, growth, trains, latent_steps, 1.0, 1e-6, LOOP)
+def stage(ratio, frames, growth=None, latent_steps=0, trains="new", adversarial=None):
+    return Stage(ratio, frames, growth, trains, latent_steps, 1.0, 1e-6, None, adversarial, LOOP)
 
 
 def make_config(run, **change):
@@ -128,3 +130,20 @@ def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path
         for _ in range(2):
             fresh.grow(Growth(mixing="none"))
         assert any(not torch.equal(v, new[k]) for k, v in fresh.state_dict().items() if k.startswith("decoder_growth.0"))
+
+
+def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
+    adversarial = Adversarial(0.1, 2, "hinge", width=4, layers=1, lecam_weight=0.1, penalty_weight=1.0, penalty_every=1)
+    stages = (stage(4, 5, adversarial=adversarial),)
+    train_tokenizer(make_config(tmp_path / "whole", stages=stages))
+    half = dataclasses.replace(PACE, stop_after=3)  # the averages of LeCam cross the interruption
+    for _ in range(2):
+        train_tokenizer(make_config(tmp_path / "parts", stages=stages, pace=half))
+    steps = [r for r in records(tmp_path / "whole", 4) if "loss" in r]
+    assert ["generator" in r for r in steps] == [False, False, True, True]
+    ends = [load_checkpoint(tmp_path / run / "4x" / "step-00000004")[0] for run in ("whole", "parts")]
+    for group in ("weights", "buffers", "optimizer"):
+        assert ends[0][group].keys() == ends[1][group].keys()
+        assert all(torch.equal(value, ends[1][group][key]) for key, value in ends[0][group].items())
+    assert any("discriminator" in key for key in ends[0]["weights"])
+    assert ends[0]["buffers"]["adversary.averages"].abs().max() > 0

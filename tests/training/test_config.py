@@ -111,12 +111,12 @@ def test_presets_are_complete_and_legal(path):
 def _class_of(path: Path):
     from promag.diffusion.train import DiffusionConfig
     from promag.tokenizer.train import TokenizerConfig
+    from scripts.claim import ClaimConfig
+    from scripts.demo import DemoConfig
 
     if path.stem == "demo":
-        from scripts.demo import DemoConfig
-
         return DemoConfig
-    return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig}[path.parent.name]
+    return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig, "claim": ClaimConfig}[path.parent.name]
 
 
 def _assert_complete(config, values, place):
