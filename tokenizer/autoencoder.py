@@ -6,7 +6,7 @@ diagonal-Gaussian latent; growth: ProMAG (arXiv 2501.05442), see growth.py.
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from math import prod
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from einops import rearrange
 from torch import Tensor, nn
 
 from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio, check_size
 from .growth import DecoderGrowth, EncoderGrowth, Growth
 from .layers import START, CausalConv3d, Chain, Downsample, Head, ResBlock, State, Upsample, is_first
+from .tiling import Tiling
 
 # log-variance at the start of training: little noise, so that the first steps learn to reconstruct
 INITIAL_LOGVAR = -6.0
@@ -136,7 +137,8 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.encoder_growth = nn.ModuleList()
         self.decoder_growth = nn.ModuleList()
         self.finetuned = nn.ModuleDict()  # level -> its own copy of everything that decodes below it
-        self.use_slicing = False
+        self.use_slicing = self.use_tiling = False
+        self.tiling = Tiling()
         for level in growth:
             self._add_level(Growth(**level))
 
@@ -171,6 +173,39 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         skips[1].weight[:, :, 0, 0, 0] = painted @ torch.linalg.pinv(spread)
         for skip, count in zip(skips, (latents, None), strict=True):
             nn.init.zeros_(skip.bias[:count])
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Encode and decode pictures larger than a tile tile by tile; sizes in pixels, None keeps what was set before.
+
+        Raises ValueError for sizes that are no multiples of 8 and for a stride above the tile.
+        """
+        old = self.tiling
+        self.tiling = Tiling(
+            tile_sample_min_height or old.height,
+            tile_sample_min_width or old.width,
+            tile_sample_stride_height or old.stride_height,
+            tile_sample_stride_width or old.stride_width,
+        )
+        self.use_tiling = True
+
+    def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
+        """Give what encodes and what decodes a floating-point type each; inputs are converted, outputs are of that type."""
+        for part in (self.encoder, self.encoder_growth):
+            part.to(encode)
+        for part in (self.decoder, self.decoder_growth, self.finetuned):
+            part.to(decode)
+
+    def _in_parts(self, x: Tensor, tiled: Callable[..., Tensor], call: Callable[[Tensor], Tensor]) -> Tensor:
+        slices = x.split(1) if self.use_slicing else (x,)
+        return torch.cat([tiled(part, call) if self.use_tiling else call(part) for part in slices])
 
     # -- levels ------------------------------------------------------------------------------------------------------
 
@@ -259,8 +294,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         level = self.level_of(temporal_ratio)
         self._check_pixels(x)
         check_frames(x.shape[2], self.temporal_ratios[level])
-        slices = x.split(1) if self.use_slicing else (x,)
-        moments = torch.cat([self._moments(part, [level], None)[0][0] for part in slices])
+        moments = self._in_parts(x, self.tiling.encode, lambda part: self._moments(part, [level], None)[0][0])
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -287,6 +321,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _moments(self, x: Tensor, levels: Sequence[int], state: State) -> tuple[list[Tensor], State]:
         """Moments of `x` at each of `levels`; those and the features of each (level, frame rate) are computed once."""
+        x = self._as(self.encoder, x)
         old: dict = state if isinstance(state, dict) else {}
         new: dict = {}
         known: dict = {}
@@ -328,8 +363,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Decode latents b c 1+N h w of one level to clips B C 1+r*N 8h 8w, about in [-1, 1]."""
         level = self.level_of(temporal_ratio)
         self._check_latents(z)
-        slices = z.split(1) if self.use_slicing else (z,)
-        x = torch.cat([self._decode(part, level, None)[0] for part in slices])
+        x = self._in_parts(z, self.tiling.decode, lambda part: self._decode(part, level, None)[0])
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def decode_chunk(self, z: Tensor, state: State = START, temporal_ratio: int | None = None) -> tuple[Tensor, State]:
@@ -350,6 +384,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:
         path = self.decoding_path(level)
+        z = self._as(path[0], z)
         states = list(state or (state,) * len(path))
         for i, module in enumerate(path):
             z, states[i] = module(z, states[i])
@@ -361,6 +396,10 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
             return [self.decoder]
         own: Any = dict(self.finetuned).get(str(level))
         return [self.decoder_growth[level - 1], *(self.decoding_path(level - 1) if own is None else own)]
+
+    def _as(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Convert an input to a module's type; under autocast the context decides instead."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(get_parameter_dtype(module))
 
     def _check_latents(self, z: Tensor) -> None:
         channels = self.config["latent_channels"]

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import tempfile
@@ -150,30 +151,36 @@ def pick_by_time(timestamps: np.ndarray, times: np.ndarray | Sequence[float]) ->
     return np.where(past <= (0.5 + TIE) * gaps[after - 1], after - 1, after)
 
 
-def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: int = 18) -> None:
+def write_video(path: str | os.PathLike, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18) -> None:
     """Write uint8 `frames` (T, H, W, 3), H and W even, as an H.264 mp4 that appears at `path` only when whole.
 
-    `crf` is x264's constant quality, from 1 (best) to 51; 0 would be a profile that browsers do not play. Raises
-    ValueError for frames of another kind or size, a rate that is not positive and another crf.
+    `frames` may come in chunks: an iterable of such arrays, which is never held whole. `crf` is x264's constant quality,
+    from 1 (best) to 51; 0 would be a profile that browsers do not play. Raises ValueError for frames of another kind or
+    size, a rate that is not positive and another crf.
     """
     import av
 
-    _check_writable(frames, fps, crf)
+    chunks: Iterator[Any] = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    first: Any = next(chunks, np.empty(0))
+    _check_writable(first, fps, crf)
     # Tagged BT.709, limited range: players guess the matrix of untagged files from their size, and colours shift.
     colour = {"colorspace": 1, "color_primaries": 1, "color_trc": 1, "color_range": 1}
     faststart = {"movflags": "faststart"}
     with written_whole(path) as aside, av.open(aside, "w", format="mp4", options=faststart) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = first.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # Without x264's macroblock tree: on small pictures it made different files of the same frames.
         stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
         for name, value in colour.items():
             setattr(stream.codec_context, name, value)
-        for pixels in frames:
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            yuv = rgb.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            container.mux(stream.encode(yuv))
+        for chunk in itertools.chain([first], chunks):
+            if chunk.shape[1:] != first.shape[1:] or chunk.dtype != first.dtype:
+                raise ValueError(f"a chunk of {chunk.dtype} {chunk.shape} after one of {first.dtype} {first.shape}")
+            for pixels in chunk:
+                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                yuv = rgb.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+                container.mux(stream.encode(yuv))
         container.mux(stream.encode())
 
 

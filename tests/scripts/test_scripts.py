@@ -9,7 +9,7 @@ import pytest
 
 from promag.training.config import UserError
 from promag.training.video import decode_strictly, read_frames
-from scripts import benchmark, cache_latents, evaluate_tokenizer, sample, train_diffusion, train_tokenizer
+from scripts import benchmark, cache_latents, evaluate_tokenizer, reconstruct, sample, train_diffusion, train_tokenizer
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
 
 PACE = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
@@ -63,6 +63,30 @@ def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     assert recorded["ratios"] == found
     assert recorded["training"]["seed"] == 0
     assert {name: stage["steps"] for name, stage in recorded["training"]["stages"].items()} == {"4x": 2, "8x": 2, "16x": 2}
+
+
+def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder, tmp_path, capsys):
+    tokenizer = str(demo_run / "tokenizer-run" / "tokenizer")
+    found = []
+    for chunk in ("16", "32"):
+        out = tmp_path / f"{chunk}.mp4"
+        reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--chunk", chunk])
+        facts = decode_strictly(out)
+        assert (facts.frames, facts.height, facts.width, facts.fps) == (20, 64, 4 * 64 + 3 * 4, 10)
+        found.append([line.split("dB")[0] for line in capsys.readouterr().out.splitlines() if "psnr" in line])
+    assert found[0] == found[1]
+    assert [line.split()[0] for line in found[0]] == ["4x", "8x", "16x"]
+    original = read_frames(video_folder / "v0.mp4", range(20)).astype(int)
+    shown = read_frames(tmp_path / "16.mp4", range(20))[:, :, :64].astype(int)
+    assert np.abs(shown - original).mean() < 6  # H.264 twice
+    reconstruct.main(
+        [tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--ratios", "4", "--frames", "3", "--tile", "32"]
+    )
+    assert decode_strictly(out).frames == 3
+    with pytest.raises(UserError, match="chunk of 24 frames: 16x needs"):
+        reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--chunk", "24"])
+    with pytest.raises(UserError, match="temporal ratio 5: this tokenizer has 4x"):
+        reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--ratios", "5"])
 
 
 def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):

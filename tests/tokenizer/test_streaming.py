@@ -1,0 +1,151 @@
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from hypothesis import given
+from hypothesis import strategies as st
+
+from promag.tokenizer.layers import START
+from promag.tokenizer.streaming import Padding, chunk_plan, crop_clip, pad_clip, reconstruct, reconstruct_stream
+from promag.tokenizer.tiling import Tiling, tile_starts
+from tests.conftest import make_tokenizer
+
+RATIOS = (4, 8, 16)
+
+
+@given(st.integers(1, 70), st.integers(1, 20), st.integers(1, 20), st.sampled_from(RATIOS))
+def test_padding_repeats_the_end_and_is_taken_away_again(frames, height, width, ratio):
+    x = torch.rand(1, 1, frames, height, width)
+    padded, padding = pad_clip(x, ratio)
+    assert (padded.shape[2] - 1) % ratio == padded.shape[3] % 8 == padded.shape[4] % 8 == 0
+    assert (padding.frames, padding.rows, padding.columns) < (ratio, 8, 8)
+    assert torch.equal(crop_clip(padded, padding), x)
+    assert torch.equal(padded[:, :, frames - 1 :, :height, :width], x[:, :, -1:].expand(-1, -1, padding.frames + 1, -1, -1))
+
+
+@given(st.integers(0, 40), st.sampled_from(RATIOS), st.integers(1, 6))
+def test_chunks_add_up_and_are_legal(count, ratio, size):
+    frames = 1 + ratio * count
+    plan = chunk_plan(frames, ratio, ratio * size)
+    assert sum(plan) == frames
+    assert (plan[0] - 1) % ratio == 0
+    assert all(part % ratio == 0 and 0 < part <= ratio * size for part in plan[1:])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 33, 40])
+@torch.no_grad()
+def test_any_length_and_size_whole_or_in_chunks(tokenizer, frames):
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, frames, 19, 16) * 2 - 1
+    for ratio in RATIOS:
+        whole, parts = reconstruct(tokenizer, x, ratio), reconstruct(tokenizer, x, ratio, chunk=16)
+        assert whole.sample.shape == x.shape
+        assert whole.padding == parts.padding == Padding(-(frames - 1) % ratio, 5, 0)
+        assert (whole.sample - parts.sample).abs().max() < 1e-4
+        assert torch.equal(whole.sample, crop_clip(tokenizer(pad_clip(x, ratio)[0], ratio).sample, whole.padding))
+
+
+@torch.no_grad()
+def test_a_chunk_plan_does_not_change_a_stream(tokenizer):
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 33, 16, 16) * 2 - 1
+    for ratio in RATIOS:
+        whole = tokenizer(x, ratio).sample
+        for plan in ([1, 16, 16], [1, 32], [17, 16], [33]):
+            streamed = torch.cat(list(reconstruct_stream(tokenizer, x.split(plan, 2), ratio)), 2)
+            assert (streamed - whole).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_state_survives_hooks(clip):
+    plain, hooked = make_tokenizer(settle=0.05), make_tokenizer(settle=0.05)
+    for module in hooked.modules():
+        if not list(module.children()):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    results = []
+    for model in (plain, hooked):
+        state, parts = START, []
+        for chunk in clip.split([17, 16], 2):
+            posterior, state = model.encode_chunk(chunk, state, 16)
+            parts.append(posterior.mode())
+        results.append(torch.cat(parts, 2))
+    assert torch.equal(*results)
+    cast = make_tokenizer(settle=0.05)
+    cast.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    streamed = torch.cat(list(reconstruct_stream(cast, clip.split([17, 16], 2), 16)), 2)
+    assert (streamed - cast(clip, 16).sample).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_stays_finite_and_close(clip, dtype):
+    exact, half = make_tokenizer(settle=0.05), make_tokenizer(settle=0.05).to(dtype)
+    for ratio in RATIOS:
+        output = half(clip, ratio).sample
+        assert output.dtype == dtype
+        assert torch.isfinite(output).all()
+        reference = exact(clip, ratio).sample
+        assert (output.float() - reference).square().mean() < 2e-3 * reference.square().mean()
+
+
+@torch.no_grad()
+def test_encoding_and_decoding_may_differ_in_type(clip):
+    model = make_tokenizer(settle=0.05)
+    whole = model(clip, 16).sample
+    model.set_dtypes(encode=torch.bfloat16, decode=torch.float32)
+    posterior = model.encode(clip, 16).latent_dist
+    assert posterior.mode().dtype == torch.bfloat16
+    output = model.decode(posterior.mode(), 16).sample
+    assert output.dtype == torch.float32
+    assert (output - whole).square().mean() < 1e-2 * whole.square().mean()
+
+
+@given(st.integers(1, 500), st.integers(1, 100), st.data())
+def test_tiles_cover_every_position(size, tile, data):
+    stride = data.draw(st.integers(1, tile))
+    covered = {p for start in tile_starts(size, tile, stride) for p in range(start, start + tile)}
+    assert set(range(size)) <= covered
+    assert all(start + tile <= max(size, tile) for start in tile_starts(size, tile, stride))
+
+
+def test_tiling_of_a_local_function_is_exact_and_blends_at_seams():
+    x = torch.rand(1, 1, 2, 80, 104)
+    tiling = Tiling(40, 48, 24, 32)
+
+    def shrink(part):
+        return torch.nn.functional.avg_pool3d(part, (1, 8, 8))
+
+    assert torch.allclose(tiling.encode(x, shrink), shrink(x), atol=1e-6)
+    z = torch.rand(1, 1, 2, 10, 13)
+    grow = torch.nn.Upsample(scale_factor=(1, 8, 8))
+    assert torch.allclose(tiling.decode(z, grow), grow(z), atol=1e-6)
+    counted = iter(range(100))
+    blended = tiling.decode(z[..., :5, :8], lambda part: torch.full_like(grow(part), next(counted)))
+    row = blended[0, 0, 0, 0]
+    assert row[:8].unique().tolist() == [0]  # the first tile alone, then a line up to the second one
+    assert row[-16:].unique().tolist() == [1]
+    assert bool((row.diff() >= 0).all() and row.diff().max() < 0.1)
+
+
+@torch.no_grad()
+def test_tiling_is_a_switch(tokenizer):
+    x = torch.rand(1, 3, 17, 48, 64) * 2 - 1
+    whole = tokenizer(x, 16).sample
+    tokenizer.enable_tiling(32, 32, 16, 16)
+    tiled = tokenizer(x, 16).sample
+    small = tokenizer(x[..., :32, :32], 16).sample
+    tokenizer.disable_tiling()
+    assert tiled.shape == whole.shape
+    assert not torch.equal(tiled, whole)
+    assert torch.equal(small, tokenizer(x[..., :32, :32], 16).sample)
+    tokenizer.tiling = Tiling()
+
+
+def test_illegal_sizes_are_named(tokenizer):
+    with pytest.raises(ValueError, match="chunk of 24 frames: 16x needs a positive multiple of 16"):
+        reconstruct(tokenizer, torch.zeros(1, 3, 33, 16, 16), 16, chunk=24)
+    with pytest.raises(ValueError, match="height 20: needs a multiple of 8"):
+        tokenizer.enable_tiling(20, 32)
+    with pytest.raises(ValueError, match="tiles of width 32 every 40"):
+        Tiling(32, 32, 32, 40)
+    with pytest.raises(ValueError, match="at least one frame"):
+        pad_clip(torch.zeros(1, 3, 0, 8, 8), 4)

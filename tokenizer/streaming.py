@@ -1,0 +1,89 @@
+"""Clips of any length and size: padded to what a level takes, in chunks if asked, cropped back, with what was padded told.
+
+Shapes: B C T H W in [-1, 1]. Chunked results equal those of the whole clip; memory depends on the chunk, not the length.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import SPATIAL_RATIO
+from .layers import START
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What was added behind a clip: frames that repeat the last one, rows and columns that repeat the last ones."""
+
+    frames: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """A clip as the tokenizer gives it back, of the size it came in, and what was padded on the way."""
+
+    sample: Tensor
+    padding: Padding
+
+
+def pad_clip(x: Tensor, temporal_ratio: int) -> tuple[Tensor, Padding]:
+    """Repeat the last frame up to 1 + r*N frames and the last row and column up to multiples of 8."""
+    if x.ndim != 5 or not x.shape[2]:
+        raise ValueError(f"input of shape {tuple(x.shape)}: B C T H W with at least one frame is needed")
+    frames = -(x.shape[2] - 1) % temporal_ratio
+    rows, columns = (-side % SPATIAL_RATIO for side in x.shape[3:])
+    if frames or rows or columns:
+        x = F.pad(x, (0, columns, 0, rows, 0, frames), mode="replicate")
+    return x, Padding(frames, rows, columns)
+
+
+def crop_clip(x: Tensor, padding: Padding) -> Tensor:
+    """Take away what `pad_clip` added."""
+    t, h, w = (size - cut for size, cut in zip(x.shape[2:], (padding.frames, padding.rows, padding.columns), strict=True))
+    return x[:, :, :t, :h, :w]
+
+
+def chunk_plan(frames: int, temporal_ratio: int, chunk: int) -> list[int]:
+    """Return the frames of each chunk of a clip of 1 + r*N frames: 1 + about `chunk`, then about `chunk` each.
+
+    Raises ValueError for a chunk that is no positive multiple of the ratio.
+    """
+    if chunk < temporal_ratio or chunk % temporal_ratio:
+        raise ValueError(f"chunk of {chunk} frames: {temporal_ratio}x needs a positive multiple of {temporal_ratio}")
+    plan, left = [min(frames, 1 + chunk)], frames - 1 - chunk
+    while left > 0:
+        plan.append(min(chunk, left))
+        left -= chunk
+    return plan
+
+
+@torch.no_grad()
+def reconstruct_stream(model: Any, chunks: Iterable[Tensor], temporal_ratio: int | None = None) -> Iterator[Tensor]:
+    """Yield the reconstruction of each chunk of a stream as it comes: 1 + r*N frames first, then multiples of r."""
+    encoding, decoding = START, START
+    for chunk in chunks:
+        posterior, encoding = model.encode_chunk(chunk, encoding, temporal_ratio)
+        sample, decoding = model.decode_chunk(posterior.mode(), decoding, temporal_ratio)
+        yield sample
+
+
+@torch.no_grad()
+def reconstruct(model: Any, x: Tensor, temporal_ratio: int | None = None, chunk: int | None = None) -> Reconstruction:
+    """Encode and decode a clip or image of any frame count and size at one ratio, from the posterior's mean.
+
+    With `chunk`, a multiple of the ratio, so many frames are in work at a time; the result is the same.
+    """
+    ratio = temporal_ratio or model.temporal_ratios[-1]
+    padded, padding = pad_clip(x, ratio)
+    if chunk is None:
+        sample = model(padded, ratio).sample
+    else:
+        parts = padded.split(chunk_plan(padded.shape[2], ratio, chunk), 2)
+        sample = torch.cat(list(reconstruct_stream(model, parts, ratio)), 2)
+    return Reconstruction(crop_clip(sample, padding), padding)
