@@ -97,7 +97,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     Args:
         in_channels: pixel channels, in [-1, 1].
-        latent_channels: channels of the latent, the same at every level.
+        latent_channels: channels of the latent, the same at every level but twice as many at dual ones.
         patch_size: side of the pixel patches that become channels in front.
         block_out_channels: widths of the base, from fine to coarse.
         layers_per_block: residual blocks at each width, in the encoder and in the decoder.
@@ -134,6 +134,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.encoder = BaseEncoder(in_channels, *base)
         self.decoder = BaseDecoder(in_channels, *base)
         self.base_ratio = prod(t for t, _ in strides)
+        self.level_channels = [latent_channels]  # of each level's latent, lowest first
         self.encoder_growth = nn.ModuleList()
         self.decoder_growth = nn.ModuleList()
         self.finetuned = nn.ModuleDict()  # level -> its own copy of everything that decodes below it
@@ -249,8 +250,12 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         if growth.decoder == "finetune":
             # A copy, in decoding order: the levels below keep their decoder as it was.
             self.finetuned[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.decoding_path(level - 1))
+        lower, upper = self.level_channels[-1], channels * (2 if growth.latent == "dual" else 1)
+        if upper < lower:
+            raise ValueError("growth latent 'mixed' on a dual level: its channels would not hold the level below")
+        self.level_channels.append(upper)
         self.encoder_growth.append(EncoderGrowth(width, channels, growth))
-        self.decoder_growth.append(DecoderGrowth(width, channels, growth))
+        self.decoder_growth.append(DecoderGrowth(width, upper, lower, growth))
 
     def _tails(self, level: int) -> list[nn.Module]:
         return [self.finetuned[str(level)]] if str(level) in self.finetuned else []
@@ -362,14 +367,14 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode(self, z: Tensor, temporal_ratio: int | None = None, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Decode latents b c 1+N h w of one level to clips B C 1+r*N 8h 8w, about in [-1, 1]."""
         level = self.level_of(temporal_ratio)
-        self._check_latents(z)
+        self._check_latents(z, level)
         x = self._in_parts(z, self.tiling.decode, lambda part: self._decode(part, level, None)[0])
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     def decode_chunk(self, z: Tensor, state: State = START, temporal_ratio: int | None = None) -> tuple[Tensor, State]:
         """Decode the next latent frames of a stream (`state=START` first); the chunks together equal `decode`."""
         level = self.level_of(temporal_ratio)
-        self._check_latents(z)
+        self._check_latents(z, level)
         return self._decode(z, level, state)
 
     def lift(self, z: Tensor, temporal_ratio: int, to_ratio: int) -> Tensor:
@@ -377,7 +382,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         level, low = self.level_of(temporal_ratio), self.level_of(to_ratio)
         if low > level:
             raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: the target must be the lower ratio")
-        self._check_latents(z)
+        self._check_latents(z, level)
         for i in range(level, low, -1):
             z, _ = self.decoder_growth[i - 1](z)
         return z
@@ -401,8 +406,8 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Convert an input to a module's type; under autocast the context decides instead."""
         return x if torch.is_autocast_enabled(x.device.type) else x.to(get_parameter_dtype(module))
 
-    def _check_latents(self, z: Tensor) -> None:
-        channels = self.config["latent_channels"]
+    def _check_latents(self, z: Tensor, level: int) -> None:
+        channels = self.level_channels[level]
         if z.ndim != 5 or z.shape[1] != channels:
             raise ValueError(f"latent of shape {tuple(z.shape)}: B {channels} t h w is needed")
 

@@ -8,8 +8,9 @@ Shapes: B C T H W features, b c t h w latents. With 1+2N level-r latent frames o
     head             moments of the 2r latent = level-r moments of x[:, :, ::2] + a residual that starts at zero
     decoder          blocks -> temporal depth-to-space -> estimate of the level-r latent of x, 1+2N frames
 
-So at birth the 2r latent equals the level-r latent of the subsampled clip, exactly. The paper's block counts are not
-known to us: those in the presets are our choice.
+So at birth the 2r latent equals the level-r latent of the subsampled clip, exactly. A dual latent keeps that key-frame
+latent as it is, frozen, beside as many channels of residual. The paper's block counts are not known to us: those in the
+presets are our choice.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from .layers import CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock
 
 Mixing = Literal["attention", "concat", "none"]
 LowerDecoder = Literal["frozen", "finetune"]
+Latent = Literal["mixed", "dual"]
+
+RESIDUAL_LOGVAR = -6.0  # of the residual half of a dual latent at the start: little noise
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Growth:
 
     mixing: Mixing = "attention"
     birth: bool = True  # the new latent starts as the key frames' latent; False lets the head speak alone
+    latent: Latent = "mixed"  # dual: the key frames' latent stays as it is, beside as many channels of residual
     decoder: LowerDecoder = "frozen"
     layers: int = 1
     window: int = 3
@@ -38,12 +43,15 @@ class Growth:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values outside what is legal."""
-        for name, value, legal in (("mixing", self.mixing, Mixing), ("decoder", self.decoder, LowerDecoder)):
+        kinds = (("mixing", self.mixing, Mixing), ("decoder", self.decoder, LowerDecoder), ("latent", self.latent, Latent))
+        for name, value, legal in kinds:
             if value not in get_args(legal):
                 raise ValueError(f"growth {name} {value!r}: use one of {', '.join(get_args(legal))}")
         for name in ("layers", "window", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"growth {name} {getattr(self, name)}: at least 1 is needed")
+        if self.latent == "dual" and (self.mixing == "none" or not self.birth):
+            raise ValueError(f"growth latent 'dual' with mixing {self.mixing!r}, birth {self.birth}: needs a key-frame latent")
 
 
 class CrossLevelAttention(nn.Module):
@@ -81,7 +89,7 @@ class CrossLevelAttention(nn.Module):
 
 
 class EncoderGrowth(nn.Module):
-    """From level-r features at two frame rates to level-2r features and moments."""
+    """From level-r features at two frame rates to level-2r features and moments; `latent_channels` are the base's."""
 
     def __init__(self, channels: int, latent_channels: int, growth: Growth):
         super().__init__()
@@ -99,6 +107,9 @@ class EncoderGrowth(nn.Module):
         # Without a key-frame latent to start from, the head must speak from the first step.
         self.adds_to_key_latent = growth.birth and growth.mixing != "none"
         self.head = Head(channels, 2 * latent_channels, zero=self.adds_to_key_latent)
+        self.dual, self.latent_channels = growth.latent == "dual", latent_channels
+        if self.dual:
+            self.head.start_at(slice(latent_channels, None), RESIDUAL_LOGVAR)
 
     @property
     def uses_key_frames(self) -> bool:
@@ -122,27 +133,33 @@ class EncoderGrowth(nn.Module):
     def moments(self, features: Tensor, key_moments: Tensor | None, state: State = None) -> tuple[Tensor, State]:
         """Level-2r features and level-r moments of the even frames -> level-2r moments, b 2c 1+N h w."""
         residual, state = self.head(features, state)
-        return (residual if key_moments is None else key_moments + residual), state
+        if key_moments is None:
+            return residual, state
+        if not self.dual:
+            return key_moments + residual, state
+        halves = zip(key_moments.chunk(2, 1), residual.chunk(2, 1), strict=True)  # means, then log-variances
+        return torch.cat([part for key, own in halves for part in (key[:, : self.latent_channels], own)], 1), state
 
 
 class DecoderGrowth(nn.Module):
-    """From a level-2r latent, 1+N frames, to an estimate of the level-r latent, 1+2N frames."""
+    """From a level-2r latent, 1+N frames, to an estimate of the level-r latent, 1+2N frames, of as many or fewer channels."""
 
-    def __init__(self, channels: int, latent_channels: int, growth: Growth):
+    def __init__(self, channels: int, latent_channels: int, lower_channels: int, growth: Growth):
         super().__init__()
+        self.lower_channels = lower_channels
         self.conv_in = CausalConv3d(latent_channels, channels)
         self.blocks_in = Chain(ResBlock(channels) for _ in range(growth.layers))
         self.up = Upsample(channels, channels, time=2, space=1)
         self.blocks_out = Chain(ResBlock(channels) for _ in range(growth.layers))
-        self.head = Head(channels, latent_channels, zero=True)
+        self.head = Head(channels, lower_channels, zero=True)
 
     def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """B c 1+N h w -> b c 1+2N h w; at birth every latent frame but the first stands twice."""
+        """b c 1+N h w -> b c' 1+2N h w; at birth every latent frame but the first stands twice."""
         s = list(state or (state,) * 5)
         h, s[0] = self.conv_in(z, s[0])
         h, s[1] = self.blocks_in(h, s[1])
         h, s[2] = self.up(h, s[2])
         h, s[3] = self.blocks_out(h, s[3])
         h, s[4] = self.head(h, s[4])
-        twice = z.repeat_interleave(2, 2)
+        twice = z[:, : self.lower_channels].repeat_interleave(2, 2)
         return (twice[:, :, 1:] if is_first(state) else twice) + h, None if state is None else tuple(s)

@@ -49,6 +49,30 @@ def test_a_base_can_start_from_block_means(patch, widths, strides):
     assert torch.allclose(model.decode(latent).sample, flat, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_dual_latent_keeps_the_key_frames_latent_for_good(clip):
+    model = make_tokenizer(levels=1, settle=0.05)
+    for _ in range(2):
+        model.grow(Growth(latent="dual"))
+    z = torch.randn(1, 8, 3, 2, 2)
+    assert torch.equal(model.lift(z, 16, 4), z[:, :4, [0, 1, 1, 1, 1, 2, 2, 2, 2]])  # at birth
+    for parameter in (*model.encoder_growth.parameters(), *model.decoder_growth.parameters()):
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    for ratio in (8, 16):
+        mean, logvar = moments(model, clip, ratio).chunk(2, 1)
+        assert mean.shape[1] == logvar.shape[1] == 8
+        base_mean, base_logvar = moments(model, clip[:, :, :: ratio // 4], 4).chunk(2, 1)
+        assert torch.equal(mean[:, :4], base_mean)
+        assert torch.equal(logvar[:, :4], base_logvar)
+        assert mean[:, 4:].abs().max() > 0.01
+        assert model(clip, ratio).sample.shape == clip.shape
+    assert model.level_channels == [4, 8, 8]
+    with pytest.raises(ValueError, match="B 8 t h w is needed"):
+        model.decode(torch.zeros(1, 4, 3, 2, 2), 8)
+    with pytest.raises(ValueError, match="'mixed' on a dual level"):
+        model.grow(Growth())
+
+
 def test_without_key_frames_the_new_latent_is_not_the_lower_one(clip):
     model = make_tokenizer(levels=2, mixing="none")
     assert (moments(model, clip, 8) - moments(model, clip[:, :, ::2], 4)).abs().max() > 1e-3
@@ -200,6 +224,8 @@ def test_illegal_settings_are_named(change, message):
 def test_illegal_growth_is_named():
     with pytest.raises(ValueError, match="mixing 'sum': use one of attention, concat, none"):
         Growth(mixing="sum")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="latent 'dual' with mixing 'none', birth True: needs a key-frame latent"):
+        Growth(mixing="none", latent="dual")
     with pytest.raises(ValueError, match="heads 5: must divide"):
         make_tokenizer(levels=2, heads=5)
 

@@ -55,6 +55,30 @@ def test_a_chunk_plan_does_not_change_a_stream(tokenizer):
             assert (streamed - whole).abs().max() < 1e-4
 
 
+def held(state):
+    """Return the bytes of storage that a state keeps alive."""
+    if isinstance(state, torch.Tensor):
+        return {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes()}
+    values = state.values() if isinstance(state, dict) else state or ()
+    return {k: v for value in values for k, v in held(value).items()}
+
+
+@torch.no_grad()
+def test_memory_held_does_not_grow_with_the_stream_or_the_chunk(tokenizer):
+    def sizes(frames):
+        encoding, decoding, found = START, START, []
+        for i in range(4):
+            chunk = torch.zeros(1, 3, frames + (i == 0), 16, 16)
+            posterior, encoding = tokenizer.encode_chunk(chunk, encoding, 16)
+            _, decoding = tokenizer.decode_chunk(posterior.mode(), decoding, 16)
+            found.append(sum(held(encoding).values()) + sum(held(decoding).values()))
+        return found
+
+    short, long = sizes(16), sizes(64)
+    assert short[1] == short[2] == short[3] > 0
+    assert long[1:] == short[1:]
+
+
 @torch.no_grad()
 def test_state_survives_hooks(clip):
     plain, hooked = make_tokenizer(settle=0.05), make_tokenizer(settle=0.05)
