@@ -1,10 +1,15 @@
 """The experiment at its smallest size, and its presets."""
 
+import dataclasses
 import json
 
 import pytest
+import torch
 import yaml
 
+from promag import AutoencoderKLProMAG
+from promag.tokenizer.autoencoder import parameter_count
+from promag.tokenizer.peers import build_peer
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, parse_config
 from scripts import claim
@@ -131,16 +136,38 @@ def test_mistakes_are_named(config):
         claim.main(["--config", str(config), *overrides({"arms": {"3": {"base": "base"}}})])
 
 
-@pytest.mark.parametrize("name", ["cpu"])
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_every_way_to_16x_takes_the_same_steps(name):
     path = f"configs/claim/{name}.yaml"
     config = parse_config(claim.ClaimConfig, ["--config", path], "")
     arms = {arm.name: arm for arm in config.arms}
     assert load_yaml(path)["arms"][0]["name"] == "base"
     totals = {}
+    assert set(arms) == {arm.name for arm in parse_config(claim.ClaimConfig, ["--config", "configs/claim/cpu.yaml"], "").arms}
     for name in arms:
         chain = [stage for part in claim._lineage(arms, name) for stage in arms[part].stages]
         if chain[-1].ratio == 16:
             totals[name] = sum(stage.loop.steps for stage in chain)
     assert {"progressive", "direct", "direct_plain", "warm"} <= totals.keys()
     assert len(set(totals.values())) == 1
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_parameters_of_the_ways_to_16x_agree(name):
+    config = parse_config(claim.ClaimConfig, ["--config", f"configs/claim/{name}.yaml"], "")
+    arms = {arm.name: arm for arm in config.arms}
+    counts = {}
+    with torch.device("meta"):
+        for way in ("progressive", "direct", "direct_plain", "warm"):
+            chain = [arms[part] for part in claim._lineage(arms, way)]
+            model = AutoencoderKLProMAG(**dataclasses.asdict(chain[0].model))
+            for stage in (stage for arm in chain for stage in arm.stages if stage.growth):
+                while model.temporal_ratios[-1] < stage.ratio:
+                    model.grow(stage.growth)
+            counts[way] = claim._used_parameters(model, 16)
+        counts |= {"base": parameter_count([AutoencoderKLProMAG(**dataclasses.asdict(arms["base"].model))])}
+        peer = arms["peer_wan"].peer
+        counts["peer"] = parameter_count([build_peer(peer.name, peer.config)])
+    for way in ("direct", "direct_plain", "warm"):
+        assert counts[way] == pytest.approx(counts["progressive"], rel=0.05)
+    assert counts["peer"] == pytest.approx(counts["base"], rel=0.05)
