@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -129,14 +129,18 @@ def _statistics(folder: Path, shards: int) -> tuple[list[float], list[float], li
     return mean.tolist(), std.tolist(), shape
 
 
+Scale = Literal["channel", "global"]
+
+
 class LatentDataset(Dataset):
     """Normalised latents of a whole cache, sampled like any clip source.
 
-    An item is a dictionary: latents (float32 c t h w, zero mean and unit deviation per channel over the cache), caption,
-    fps, clip (index). Raises UserError for a folder that holds no whole cache, or one of another ratio.
+    An item is a dictionary: latents (float32 c t h w), caption, fps, clip (index). Latents have zero mean over the cache in
+    each channel, and unit deviation: of each channel with scale "channel", over all channels with "global". Raises
+    UserError for a folder that holds no whole cache, or one of another ratio.
     """
 
-    def __init__(self, folder: str | Path, ratio: int | None = None):
+    def __init__(self, folder: str | Path, ratio: int | None = None, scale: Scale = "channel"):
         folder = Path(folder)
         if not (folder / "index.json").exists():
             raise UserError(f"latent cache {folder}: no index.json there; write it with cache_latents.py, or let it finish")
@@ -149,6 +153,8 @@ class LatentDataset(Dataset):
         self.captions = [c for shard in self.shards for c in json.loads(shard.metadata()["captions"])]
         self.fps = [r for shard in self.shards for r in json.loads(shard.metadata()["fps"])]
         self.mean, self.std = (torch.tensor(self.index[k]).view(-1, 1, 1, 1) for k in ("mean", "std"))
+        if scale == "global":
+            self.std = self.std.square().mean().sqrt().expand_as(self.std)
 
     def __len__(self) -> int:
         """Count the clips."""

@@ -19,7 +19,7 @@ from ..training.datasets import TrainingStream
 from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, seeded, train
 from ..training.run import open_run
 from .flow import interpolate, sample_times, token_shift, velocity
-from .latents import LatentDataset
+from .latents import LatentDataset, Scale
 from .text import drop_captions, encode, learn_vocabulary, load_frozen, small_clip, text_widths, tokenize
 from .transformer import ProMAGTransformer3DModel
 
@@ -47,6 +47,7 @@ class Model:
     num_layers: int = setting("transformer blocks")
     num_attention_heads: int = setting("heads")
     attention_head_dim: int = setting("width of a head")
+    local_convolution: bool = setting("whether each block begins with a depthwise convolution over neighbouring tokens")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Data:
     size: int = setting("height and width in pixels")
     cache: str = setting("folder for latent caches; each ratio and split has its own folder in it")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of cached latents")
+    scale: Scale = setting("channel: every latent channel weighs alike; global: strong channels weigh more, as they show more")
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def train_diffusion(config: DiffusionConfig, train_cache: Path, validation_cache
     """
     accelerator = make_accelerator(Path(config.output_dir), config.precision)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
-    latents, held_out = (LatentDataset(folder, config.ratio) for folder in (train_cache, validation_cache))
+    latents, held_out = (LatentDataset(cache, config.ratio, config.data.scale) for cache in (train_cache, validation_cache))
 
     torch.manual_seed(config.seed)
     if config.text.encoder is None:
@@ -168,8 +170,9 @@ def train_diffusion(config: DiffusionConfig, train_cache: Path, validation_cache
         text_dim=width,
         pooled_dim=pooled,
         temporal_ratios=(config.ratio,),
-        latents_mean={str(config.ratio): latents.index["mean"]},
-        latents_std={str(config.ratio): latents.index["std"]},
+        local_convolution=config.model.local_convolution,
+        latents_mean={str(config.ratio): latents.mean.flatten().tolist()},
+        latents_std={str(config.ratio): latents.std.flatten().tolist()},
     )
     objective = FlowObjective(transformer, text_encoder, text_tokenizer, config)
     count = sum(p.numel() for p in transformer.parameters())

@@ -31,11 +31,19 @@ from torch import Tensor, nn
 
 # Rotary positions count latent frames of this ratio: a 16x latent frame stands four positions after the one before.
 POSITION_RATIO = 4
+PLAIN_SCORES = 2**20  # queries times keys up to which a CPU holds all scores of a head
+# Wavelengths reach from 2 pi to 2 pi times this. Latents have tens of positions along a side, not thousands: with the
+# 10,000 of language models most dimensions would hardly turn (RoPE for vision, arXiv 2403.13298, sec. 3.2, has 100).
+ROPE_THETA = 100.0
 PLACE_WIDTH = 8  # sines and cosines of each axis: four octaves
 
 
 class ProMAGAttnProcessor:
-    """Attention through diffusers' dispatch, so that the backend is a setting."""
+    """Attention through diffusers' dispatch, so that the backend is a setting; on a CPU without a choice, plain products.
+
+    PyTorch's fused kernel for CPUs is made for long sequences without gradients: with those of small video latents its
+    backward pass takes two to five times as long as the products written out.
+    """
 
     _attention_backend = None
     _parallel_config = None
@@ -55,10 +63,22 @@ class ProMAGAttnProcessor:
         v = attn.to_v(context).unflatten(2, (attn.heads, -1))
         if rotary is not None:
             q, k = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (q, k))  # pyright: ignore[reportArgumentType]
-        out: Any = dispatch_attention_fn(
-            q, k, v, attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        if q.device.type == "cpu" and self._attention_backend is None and q.shape[1] * k.shape[1] <= PLAIN_SCORES:
+            out: Any = plain_attention(q, k, v, attention_mask)
+        else:
+            out = dispatch_attention_fn(
+                q, k, v, attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
         return attn.to_out[0](out.flatten(2, 3).to(hidden_states.dtype))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend by two matrix products with a softmax between: B N heads d, twice B L heads d, mask B 1 1 L -> B N heads d."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1, torch.float32).to(v.dtype) @ v).transpose(1, 2)
 
 
 class ProMAGAttention(nn.Module, AttentionModuleMixin):
@@ -82,10 +102,17 @@ class ProMAGAttention(nn.Module, AttentionModuleMixin):
 
 
 class ProMAGTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to text and feed-forward, each gated from zero."""
+    """Self-attention, cross-attention to text and feed-forward, each gated from zero.
 
-    def __init__(self, dim: int, heads: int):
+    With `local_convolution`, tokens first add what a depthwise 3x3x3 convolution sees around them.
+    """
+
+    def __init__(self, dim: int, heads: int, local_convolution: bool):
         super().__init__()
+        self.local = nn.Conv3d(dim, dim, 3, padding=1, groups=dim) if local_convolution else None
+        if self.local is not None:
+            nn.init.normal_(self.local.weight, std=0.05)
+            nn.init.zeros_(self.local.bias)  # pyright: ignore[reportArgumentType]
         self.norm1 = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.attn1 = ProMAGAttention(dim, heads)
         self.norm2 = FP32LayerNorm(dim, 1e-6, elementwise_affine=True)
@@ -102,8 +129,12 @@ class ProMAGTransformerBlock(nn.Module):
         modulation: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
+        grid: tuple[int, int, int],
     ) -> Tensor:
-        """B N D tokens, B L D text, B 6 D modulation -> B N D."""
+        """B N D tokens of a (t, h, w) grid, B L D text, B 6 D modulation -> B N D."""
+        if self.local is not None:
+            placed = hidden_states.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last_3d)
+            hidden_states = hidden_states + self.local(placed).flatten(2).transpose(1, 2)
         table = (self.scale_shift_table + modulation.float()).to(hidden_states.dtype)
         shift1, scale1, gate1, shift3, scale3, gate3 = table.unsqueeze(2).unbind(1)  # each B 1 D
         h = self.norm1(hidden_states) * (1 + scale1) + shift1
@@ -126,6 +157,8 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         text_dim: width of the text tokens.
         pooled_dim: width of a pooled text vector that joins the modulation; 0 for none.
         temporal_ratios: ratios of the latents it is trained on.
+        local_convolution: whether each block begins with a depthwise convolution over neighbouring tokens (conditional
+            positional encoding, arXiv 2102.10882): a model that sees few clips learns compact objects much sooner with it.
         latents_mean: per ratio (as text), the mean of each channel over the training latents.
         latents_std: the same for the standard deviation. The model sees (latent - mean) / std.
 
@@ -149,6 +182,7 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         text_dim: int = 512,
         pooled_dim: int = 0,
         temporal_ratios: Sequence[int] = (4, 8, 16),
+        local_convolution: bool = False,
         latents_mean: Mapping[str, Sequence[float]] | None = None,
         latents_std: Mapping[str, Sequence[float]] | None = None,
     ):
@@ -163,7 +197,9 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         self.time_embed, self.ratio_embed, self.fps_embed = (TimestepEmbedding(256, dim) for _ in range(3))
         self.pooled_embed = PixArtAlphaTextProjection(pooled_dim, dim) if pooled_dim else None
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.transformer_blocks = nn.ModuleList(ProMAGTransformerBlock(dim, num_attention_heads) for _ in range(num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            ProMAGTransformerBlock(dim, num_attention_heads, local_convolution) for _ in range(num_layers)
+        )
         self.norm_out = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
         self.proj_out = nn.Linear(dim, in_channels * math.prod(patch_size))
@@ -245,9 +281,9 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 checkpoint: Any = self._gradient_checkpointing_func
-                x = checkpoint(block, x, text, modulation, rotary, mask)
+                x = checkpoint(block, x, text, modulation, rotary, mask, grid)
             else:
-                x = block(x, text, modulation, rotary, mask)
+                x = block(x, text, modulation, rotary, mask, grid)
 
         shift, scale = (self.scale_shift_table + embedding[:, None].float()).to(x.dtype).unsqueeze(2).unbind(1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
@@ -289,7 +325,7 @@ def rotary_positions(
     axes = [torch.arange(n, device=device, dtype=torch.float32) * s for n, s in zip(grid, steps, strict=True)]
     places = torch.meshgrid(*axes, indexing="ij")
     parts = [
-        get_1d_rotary_pos_embed(d, p.flatten(), use_real=True)  # pyright: ignore[reportArgumentType]
+        get_1d_rotary_pos_embed(d, p.flatten(), theta=ROPE_THETA, use_real=True)  # pyright: ignore[reportArgumentType]
         for d, p in zip(dims, places, strict=True)
     ]
     return torch.cat([cos for cos, _ in parts], 1), torch.cat([sin for _, sin in parts], 1)

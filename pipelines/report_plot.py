@@ -71,7 +71,8 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     """Return evenly spaced round numbers that enclose [low, high], at least `count` steps."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / count))
-    step = max(m * power for m in (1, 2, 5) if m * power <= span / count)
+    # The logarithm of 0.3 / 3 is that of 0.1, though the quotient is a little less.
+    step = max(m * power for m in (1, 2, 5) if m * power <= span / count * (1 + 1e-9))
     first, last = math.floor(low / step), math.ceil(high / step)
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 

@@ -74,6 +74,7 @@ def _transformer(config: DiffusionConfig) -> ProMAGTransformer3DModel:
         num_layers=config.model.num_layers,
         num_attention_heads=config.model.num_attention_heads,
         attention_head_dim=config.model.attention_head_dim,
+        local_convolution=config.model.local_convolution,
         text_dim=config.text.width,
         pooled_dim=config.text.width,
     )

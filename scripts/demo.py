@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from promag import ProMAGPipeline
+from promag.diffusion.latents import Scale
 from promag.diffusion.train import Data as DiffusionData
 from promag.diffusion.train import DiffusionConfig, Text
 from promag.diffusion.train import Model as TransformerModel
@@ -62,6 +63,7 @@ class DemoConfig:
     transformer: TransformerModel = setting("text-to-video transformer")
     caption_dropout: float = setting("part of the captions dropped, for guidance")
     shift: float = setting("of times towards noise, at 256 tokens")
+    latent_scale: Scale = setting("whether latent channels are scaled each or all alike")
     diffusion: LoopSettings = setting("optimisation of the transformers")
     pace: Pace = setting("logging, validation, checkpoints")
 
@@ -193,6 +195,7 @@ def diffusion_config(
             size=config.size,
             cache=str(run / "latents"),
             dtype="bfloat16",
+            scale=config.latent_scale,
         ),
         loop=config.diffusion,
         pace=config.pace,

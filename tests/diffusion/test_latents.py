@@ -46,6 +46,17 @@ def test_latents_are_normalised_per_channel(tmp_path_factory, count):
     assert torch.allclose(x.std((0, 2, 3, 4), correction=0), torch.ones(4), atol=1e-4)
 
 
+def test_one_scale_for_all_channels_keeps_their_proportions(tmp_path):
+    data = LatentDataset(make(tmp_path), scale="global")
+    x = torch.stack([data.fixed(i)["latents"] for i in range(7)])
+    assert x.mean((0, 2, 3, 4)).abs().max() < 1e-5
+    deviations = x.std((0, 2, 3, 4), correction=0)
+    assert deviations.square().mean().item() == pytest.approx(1, abs=1e-4)
+    assert (deviations[3] / deviations[0]).item() == pytest.approx(3, rel=1e-3)  # the fourth channel is three times the first
+    raw = x[0] * data.std + data.mean
+    assert torch.allclose(raw, encode(read(0)["video"][None])[0], atol=1e-5)
+
+
 def test_an_interrupted_cache_continues_without_losing_or_doubling(tmp_path):
     calls = []
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from promag import ProMAGTransformer3DModel
-from promag.diffusion.transformer import rotary_positions
+from promag.diffusion import transformer
+from promag.diffusion.transformer import plain_attention, rotary_positions
 
 SMALL = {
     "in_channels": 4,
@@ -137,3 +138,48 @@ def test_lora_of_peft_fits(model):
     adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
     trainable = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * 2 * 2  # blocks, attentions, projections, matrices
+
+
+def test_plain_attention_is_scaled_dot_product_attention():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 7, 3, 8), torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 8)
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[1, ..., 3:] = False
+    for given in (None, mask):
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=given).transpose(1, 2)
+        assert torch.allclose(plain_attention(q, k, v, given), expected, atol=1e-6)
+
+
+def test_a_chosen_backend_is_used_and_changes_nothing(model, monkeypatch):
+    plain = model(**inputs()).sample
+    calls = []
+    dispatch = transformer.dispatch_attention_fn
+    monkeypatch.setattr(transformer, "dispatch_attention_fn", lambda *a, **k: calls.append(1) or dispatch(*a, **k))
+    assert torch.equal(model(**inputs()).sample, plain)
+    assert not calls
+    try:
+        model.set_attention_backend("native")
+        assert torch.allclose(model(**inputs()).sample, plain, atol=1e-5)
+        assert calls
+    finally:
+        model.reset_attention_backend()
+    assert torch.equal(model(**inputs()).sample, plain)
+
+
+def test_a_local_convolution_is_a_part_of_each_block():
+    torch.manual_seed(0)
+    plain, local = (ProMAGTransformer3DModel(**SMALL, local_convolution=on) for on in (False, True))
+    counts = [sum(p.numel() for p in m.parameters()) for m in (plain, local)]
+    assert counts[1] - counts[0] == 2 * 24 * (27 + 1)
+    block = local.transformer_blocks[0]
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+        block.local.weight[:, 0, 1, 1, 2] = 1  # look one token to the right
+    x = torch.randn(1, 2 * 3 * 4, 24)
+    rotary = rotary_positions(12, (2, 3, 4), 1.0, x.device)
+    y = block(x, torch.zeros(1, 2, 24), torch.zeros(1, 6, 24), rotary, None, (2, 3, 4))
+    seen = (y - x).view(1, 2, 3, 4, 24)
+    assert torch.allclose(seen[:, :, :, :-1], x.view(1, 2, 3, 4, 24)[:, :, :, 1:], atol=1e-6)
+    assert seen[:, :, :, -1].abs().max() == 0

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
@@ -317,6 +317,7 @@ def test_lines_are_drawn_to_scale():
     assert ticks == ["10", "12", "14", "16", "18", "20", "0", "200", "400", "600", "800", "1,000", "step", "dB"]
 
 
+@example(0.0, 0.3, 3)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(3, 5))
 def test_ticks_are_round_even_and_enclose(low, span, count):
     high = low + span
