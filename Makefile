@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first; nothing but Python 3.11+ and make is needed.
 PYTHON ?= python3
 VIDEOS ?=
+RECORD ?=
 RUN ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint setup clean
 
 demo: setup
-	$(BIN)/python scripts/demo.py --config configs/demo.yaml --output_dir $(RUN) $(if $(VIDEOS),--videos "$(VIDEOS)")
+	$(BIN)/python scripts/demo.py --config configs/demo.yaml --output_dir $(RUN) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(RECORD),--record "$(RECORD)")
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2

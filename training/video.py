@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import math
 import os
 import re
 import tempfile
@@ -31,6 +32,7 @@ from .config import UserError
 # decord has been seen to hang in get_batch for ever (dmlc/decord#269), and so may a network disk. A read takes
 # milliseconds to a few seconds; after a minute it will not end.
 READ_TIMEOUT = 60.0  # seconds
+WAIT = 0.5  # seconds: longest single wait for a decoder
 
 # Times closer than this part of a frame interval to the middle of two frames count as the middle, where the earlier
 # frame is taken. Above the rounding of decord's float32 times (0.25 ms after one hour), far below a frame.
@@ -359,6 +361,8 @@ def _within(timeout: float, path: str | os.PathLike, action: Callable[[], Result
 
     # A daemon: a decoder that never returns must not keep the process from ending.
     threading.Thread(target=work, daemon=True).start()
-    if not concurrent.futures.wait([future], timeout).done:
+    # Counted in short waits: the time that this process is stopped or asleep is not the decoder's.
+    slices = max(1, math.ceil(timeout / WAIT))
+    if not any(concurrent.futures.wait([future], timeout / slices).done for _ in range(slices)):
         raise UnreadableVideo(path, f"no answer within {timeout:g} s: the decoder hangs or the disk is too slow")
     return future.result()
