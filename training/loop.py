@@ -187,7 +187,7 @@ def train(
         file=sys.stderr,
     )
     step = first
-    with StopSignal() as stop:
+    with StopSignal() as stop, _shut_down_after(batches):
         objective.train()
         sums: dict[str, Tensor] = {}
         since = started = time.perf_counter()
@@ -234,7 +234,6 @@ def train(
                 _save(accelerator, folder, step, seconds + time.perf_counter() - started, named, buffers, optimizer, ema, pace)
     bar.close()
     seconds += time.perf_counter() - started
-    _shut_down(batches)
     if step > first:
         _save(accelerator, folder, step, seconds, named, buffers, optimizer, ema, pace)
     if stop.received:
@@ -338,8 +337,12 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _shut_down(batches: Iterator) -> None:
-    # Worker processes left running would outlive a stage of a run with several stages.
-    close = getattr(batches, "_shutdown_workers", None)
-    if close:
-        close()
+@contextlib.contextmanager
+def _shut_down_after(batches: Iterator) -> Iterator[None]:
+    """End the worker processes after the block, also after an exception: they ignore signals and would be waited for."""
+    try:
+        yield
+    finally:
+        close = getattr(batches, "_shutdown_workers", None)
+        if close:
+            close()
