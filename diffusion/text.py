@@ -73,7 +73,10 @@ def small_clip(tokenizer: Any, width: int = 128, layers: int = 2, heads: int = 4
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return CLIPTextModel(config)
+    model = CLIPTextModel(config)
+    # Beside layers that write at a scale near one, words at the deviation of 0.02 that large models start with are lost.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
+    return model
 
 
 def load_frozen(path: str | os.PathLike, max_length: int) -> tuple[Any, Any]:

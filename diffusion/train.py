@@ -37,6 +37,12 @@ class Text:
     width: int = setting("of the small CLIP")
     layers: int = setting("of the small CLIP")
     heads: int = setting("of the small CLIP")
+    learning_rate: float = setting("peak rate of the small CLIP: at the transformer's, captions may become all alike to it")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a rate that would not train."""
+        if self.learning_rate <= 0:
+            raise ValueError(f"text learning_rate {self.learning_rate}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,16 @@ class FlowObjective(Objective):
         super().__init__()
         self.transformer, self.text_encoder, self.text_tokenizer = transformer, text_encoder, text_tokenizer
         self.ratio, self.caption_dropout, self.shift = config.ratio, config.caption_dropout, config.shift
+        self.text_rate_factor = config.text.learning_rate / config.loop.learning_rate
+
+    def rate_factors(self) -> list[tuple[torch.nn.Module, float]]:
+        """Slow the text model down: at the transformer's rate what all captions share drowns what tells them apart."""
+        return [(self.text_encoder, self.text_rate_factor)]
+
+    def matrices(self) -> list[torch.nn.Parameter]:
+        """Return the weights of the blocks' linear layers."""
+        layers = [m for m in self.transformer.transformer_blocks.modules() if isinstance(m, torch.nn.Linear)]
+        return [layer.weight for layer in layers]
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """Normalised latents b c t h w, captions and frame rates in `batch` -> loss."""

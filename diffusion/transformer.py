@@ -7,6 +7,7 @@ QK normalisation (arXiv 2302.05442, sec. 2.1), rotary positions (arXiv 2104.0986
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -134,7 +135,10 @@ class ProMAGTransformerBlock(nn.Module):
         """B N D tokens of a (t, h, w) grid, B L D text, B 6 D modulation -> B N D."""
         if self.local is not None:
             placed = hidden_states.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last_3d)
-            hidden_states = hidden_states + self.local(placed).flatten(2).transpose(1, 2)
+            # CPUs have no good bf16 kernel for depthwise convolutions: in float32 this one is three times as fast.
+            with torch.autocast("cpu", enabled=False) if placed.device.type == "cpu" else nullcontext():
+                near = self.local(placed.to(self.local.weight.dtype))
+            hidden_states = hidden_states + near.to(hidden_states.dtype).flatten(2).transpose(1, 2)
         table = (self.scale_shift_table + modulation.float()).to(hidden_states.dtype)
         shift1, scale1, gate1, shift3, scale3, gate3 = table.unsqueeze(2).unbind(1)  # each B 1 D
         h = self.norm1(hidden_states) * (1 + scale1) + shift1

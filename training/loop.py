@@ -6,6 +6,7 @@ and repeats an uninterrupted one bit for bit (on a CPU).
 
 import contextlib
 import hashlib
+import itertools
 import math
 import signal
 import sys
@@ -28,6 +29,8 @@ from .run import StopSignal, append_metrics, checkpoints, cut_metrics, keep_last
 
 Metrics = Mapping[str, float]
 
+NEWTON_SCHULZ_STEPS = 4  # of Muon: one fewer than its authors', a fifth cheaper; singular values end a little less alike
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -41,14 +44,16 @@ class LoopSettings:
     weight_decay: float = setting("decoupled, as in AdamW")
     clip_norm: float = setting("largest gradient norm")
     ema_decay: float = setting("highest decay of the averaged weights")
+    muon: float | None = setting("peak rate of Muon, which then trains the matrices inside transformer blocks; null: AdamW")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate {self.learning_rate}: must be above 0")
+        for name in ("learning_rate", "muon"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} {value}: must be above 0")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay {self.ema_decay}: must be in [0, 1)")
 
@@ -89,6 +94,14 @@ class Objective(nn.Module):
 
     def clipped_apart(self) -> list[nn.Module]:
         """Return modules whose gradients are clipped by a norm of their own, each apart from all else."""
+        return []
+
+    def rate_factors(self) -> list[tuple[nn.Module, float]]:
+        """Return modules that learn at another rate than the rest, each with its factor."""
+        return []
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Return the matrices that Muon may train: those that map hidden features to hidden features."""
         return []
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -158,16 +171,14 @@ def train(
     apart = [[p for p in module.parameters() if p.requires_grad] for module in objective.clipped_apart()]
     theirs = {id(p) for group in apart for p in group}
     together = [p for p in parameters if id(p) not in theirs]
-    optimizer = torch.optim.AdamW(
-        parameters, settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
-    )
+    optimizers = _optimizers(objective, settings)
     objective.to(accelerator.device)
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
     buffers = dict(objective.named_buffers())
-    first, seconds = _resume(folder, named, buffers, optimizer, ema)
+    first, seconds = _resume(folder, named, buffers, optimizers, ema)
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    wrapped, *prepared = accelerator.prepare(objective, *optimizers)
     tracker = _open_tracker(accelerator, name)
     metrics_file, metrics = folder / "metrics.jsonl", {}
     if accelerator.is_main_process:
@@ -194,8 +205,8 @@ def train(
         since_step = first
         while step < last and not _any_rank(accelerator, stop.received is not None):
             batch = send_to_device(next(batches), accelerator.device)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate_at(step)
+            for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in prepared):
+                group["lr"] = settings.rate_at(step) * group["factor"]
             generator = seeded(seed, accelerator.process_index, step, device=accelerator.device)
             with accelerator.autocast():
                 losses = wrapped(batch, generator, step)
@@ -203,8 +214,9 @@ def train(
             norm = accelerator.clip_grad_norm_(together, settings.clip_norm)
             for group in apart:
                 accelerator.clip_grad_norm_(group, settings.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in prepared:
+                optimizer.step()
+                optimizer.zero_grad()
             ema.step(parameters)
             step += 1
             bar.update()
@@ -231,11 +243,11 @@ def train(
                 pause = time.perf_counter() - before
                 started, since = started + pause, since + pause
             if step % pace.save_every == 0 and step < last:
-                _save(accelerator, folder, step, seconds + time.perf_counter() - started, named, buffers, optimizer, ema, pace)
+                _save(accelerator, folder, step, seconds + time.perf_counter() - started, named, buffers, optimizers, ema, pace)
     bar.close()
     seconds += time.perf_counter() - started
     if step > first:
-        _save(accelerator, folder, step, seconds, named, buffers, optimizer, ema, pace)
+        _save(accelerator, folder, step, seconds, named, buffers, optimizers, ema, pace)
     if stop.received:
         accelerator.print(f"{name}: {stop.received} received, saved at step {step} of {settings.steps}")
     ema.copy_to(parameters)
@@ -252,11 +264,40 @@ def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] |
     return groups["ema"], meta
 
 
+def _optimizers(objective: Objective, settings: LoopSettings) -> list[torch.optim.Optimizer]:
+    """Return AdamW and, where asked for, Muon (Jordan et al. 2024; torch.optim.Muon) for the objective's matrices.
+
+    A group's `factor` is its learning rate over the schedule's.
+    """
+    factors = {id(p): factor for module, factor in objective.rate_factors() for p in module.parameters()}
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    matrices = [] if settings.muon is None else [p for p in objective.matrices() if p.requires_grad]
+    if settings.muon is not None and not matrices:
+        raise ValueError(f"muon {settings.muon}: nothing here has matrices that Muon may train; set it to null")
+    theirs = {id(p) for p in matrices}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in trained:
+        if id(parameter) not in theirs:
+            groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+    rate, decay = settings.learning_rate, settings.weight_decay
+    adamw = torch.optim.AdamW(
+        [{"params": group, "factor": factor} for factor, group in groups.items()],
+        rate,
+        betas=(0.9, 0.99),
+        weight_decay=decay,
+        fused=True,
+    )
+    if not matrices or settings.muon is None:
+        return [adamw]
+    group = {"params": matrices, "factor": settings.muon / rate}
+    return [adamw, torch.optim.Muon([group], settings.muon, weight_decay=decay, ns_steps=NEWTON_SCHULZ_STEPS)]
+
+
 def _resume(
     folder: Path,
     named: dict[str, nn.Parameter],
     buffers: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     ema: EMAModel,
 ) -> tuple[int, float]:
     found = checkpoints(folder)
@@ -270,24 +311,31 @@ def _resume(
         for name, buffer in buffers.items():
             buffer.copy_(groups["buffers"][name])
     ema.optimization_step = meta["step"]
-    state: dict[int, dict[str, Tensor]] = {}
-    index = {name: i for i, name in enumerate(named)}
+    slots: dict[str, dict[str, Tensor]] = {}
     for key, value in groups["optimizer"].items():
         name, _, slot = key.rpartition("/")
         # The fused optimiser walks weights and moments in memory order: both must have the weights' layout.
         like = named[name] if value.shape == named[name].shape else value
-        state.setdefault(index[name], {})[slot] = torch.empty_like(like, dtype=value.dtype).copy_(value)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        slots.setdefault(name, {})[slot] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+    names = {id(p): name for name, p in named.items()}
+    for optimizer in optimizers:
+        state = {i: slots[names[id(p)]] for i, p in enumerate(_held(optimizer)) if names[id(p)] in slots}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta["step"], meta["seconds"]
 
 
-def _save(accelerator, folder: Path, step: int, seconds: float, named, buffers, optimizer, ema: EMAModel, pace: Pace) -> None:
+def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return an optimiser's parameters in the order in which its state numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _save(accelerator, folder: Path, step: int, seconds: float, named, buffers, optimizers, ema: EMAModel, pace: Pace) -> None:
     if accelerator.is_main_process:
-        slots = optimizer.state_dict()["state"]
+        slots = {id(p): optimizer.state.get(p, {}) for optimizer in optimizers for p in _held(optimizer)}
         groups = {
             "weights": dict(named),
             "ema": dict(zip(named, ema.shadow_params, strict=True)),
-            "optimizer": {f"{n}/{k}": v for i, n in enumerate(named) for k, v in slots.get(i, {}).items()},
+            "optimizer": {f"{n}/{k}": v for n, p in named.items() for k, v in slots[id(p)].items()},
             "buffers": buffers,
         }
         save_checkpoint(folder, step, groups, {"seconds": seconds})

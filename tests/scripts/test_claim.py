@@ -17,7 +17,7 @@ from tests.scripts.conftest import TINY_MODEL, load_yaml, overrides
 
 LOOP = {
     "steps": 2, "batch_size": 1, "learning_rate": 1e-3, "warmup": 1, "schedule": "cosine",
-    "weight_decay": 0, "clip_norm": 1, "ema_decay": 0.9,
+    "weight_decay": 0, "clip_norm": 1, "ema_decay": 0.9, "muon": None,
 }  # fmt: skip
 MODEL = {**TINY_MODEL, "linear_shortcuts": True}
 

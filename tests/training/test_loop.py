@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ SETTINGS = LoopSettings(
     weight_decay=0.1,
     clip_norm=1.0,
     ema_decay=0.9,
+    muon=None,
 )
 PACE = Pace(log_every=1, validate_every=2, save_every=2, keep_last=2, workers=0, stop_after=None)
 
@@ -59,6 +61,12 @@ class Noisy(Objective):
         loss = (self.layer(given) - self.frozen(batch["x"])).square().mean()
         return {"loss": loss, "at": torch.tensor(float(step))}
 
+    def rate_factors(self):
+        return [(self.conv, 0.25)]
+
+    def matrices(self):
+        return [self.layer.weight]
+
 
 def run(folder, pace=PACE, settings=SETTINGS, objective=None, validate=None, workers=0):
     objective = objective or Noisy()
@@ -77,13 +85,14 @@ def tensors(folder):
     return {f"{g}/{k}": v for g, part in groups.items() for k, v in part.items()}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_two_steps_resume_two_steps_equal_four_bit_for_bit(tmp_path, workers):
-    whole, a = run(tmp_path / "whole")
+@pytest.mark.parametrize(("workers", "muon"), [(0, None), (1, None), (0, 0.02)])
+def test_two_steps_resume_two_steps_equal_four_bit_for_bit(tmp_path, workers, muon):
+    settings = dataclasses.replace(SETTINGS, muon=muon)
+    whole, a = run(tmp_path / "whole", settings=settings)
     pace = Pace(log_every=1, validate_every=2, save_every=50, keep_last=2, workers=workers, stop_after=2)
-    first, _ = run(tmp_path / "parts", pace)
+    first, _ = run(tmp_path / "parts", pace, settings)
     assert (first.step, first.finished) == (2, False)
-    second, b = run(tmp_path / "parts", pace)
+    second, b = run(tmp_path / "parts", pace, settings)
     assert (second.step, second.finished, whole.finished) == (4, True, True)
     left, right = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert left.keys() == right.keys()
@@ -123,6 +132,44 @@ def test_only_what_is_trained_moves_and_is_saved(tmp_path):
     assert {k for k in tensors(tmp_path) if "frozen" in k} == set()
 
 
+def test_a_module_learns_at_its_own_rate(tmp_path):
+    """AdamW's first step moves every weight by the learning rate, whatever the gradient; the conv's is a quarter."""
+    settings = dataclasses.replace(SETTINGS, steps=1, warmup=1, weight_decay=0.0)
+    before = Noisy()
+    run(tmp_path, settings=settings)
+    after = tensors(tmp_path)
+    for name, rate in (("layer.weight", 0.05), ("conv.weight", 0.0125)):
+        moved = (after[f"weights/{name}"] - before.get_parameter(name).detach()).abs()
+        assert float(moved.max()) == pytest.approx(rate, rel=1e-3)
+        assert float(moved.median()) == pytest.approx(rate, rel=1e-2)
+
+
+def test_muon_moves_matrices_by_orthogonal_steps(tmp_path):
+    """Its first step has singular values near its rate, all of them; AdamW still trains the rest at its own rate."""
+    settings = dataclasses.replace(SETTINGS, steps=1, batch_size=8, warmup=1, weight_decay=0.0, muon=0.02)
+    before = Noisy()
+    run(tmp_path, settings=settings)
+    after = tensors(tmp_path)
+    moved = after["weights/layer.weight"] - before.layer.weight.detach()
+    values = torch.linalg.svdvals(moved)
+    assert values.max() < 1.3 * 0.02
+    assert values.min() > 0.3 * 0.02
+    bias = (after["weights/layer.bias"] - before.layer.bias.detach()).abs()
+    assert float(bias.max()) == pytest.approx(0.05, rel=1e-3)
+    assert {k for k in after if k.startswith("optimizer/layer.weight")} == {"optimizer/layer.weight/momentum_buffer"}
+
+
+def test_muon_without_matrices_is_refused(tmp_path):
+    class Without(Noisy):
+        def matrices(self):
+            return []
+
+    with pytest.raises(ValueError, match=r"muon 0\.02: nothing here has matrices"):
+        run(tmp_path, settings=dataclasses.replace(SETTINGS, muon=0.02), objective=Without())
+    with pytest.raises(ValueError, match="muon -1: must be above 0"):
+        dataclasses.replace(SETTINGS, muon=-1)
+
+
 def test_sigterm_saves_and_ends_in_order(tmp_path):
     class Terminated(Noisy):
         def forward(self, batch, generator, step):
@@ -149,13 +196,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(tmp_path):
 
 
 def test_rates_warm_up_and_fall_to_a_twentieth():
-    settings = LoopSettings(100, 1, 1.0, 10, "cosine", 0, 1, 0.9)
+    settings = LoopSettings(100, 1, 1.0, 10, "cosine", 0, 1, 0.9, None)
     rates = [settings.rate_at(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
     assert rates[100] == pytest.approx(0.05)
-    assert LoopSettings(100, 1, 1.0, 10, "constant", 0, 1, 0.9).rate_at(99) == 1.0
+    assert LoopSettings(100, 1, 1.0, 10, "constant", 0, 1, 0.9, None).rate_at(99) == 1.0
 
 
 def test_seeds_depend_on_every_number():
