@@ -8,6 +8,7 @@ Shapes: b c t h w. Latents are the posterior's mean, not normalised; LatentDatas
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,60 +52,82 @@ class Fingerprint:
             raise UserError(f"latent cache {place}: was made from {', '.join(differs)}; delete it or name another folder")
 
 
-def write_cache(
-    folder: Path,
-    fingerprint: Fingerprint,
+def write_caches(
+    caches: Mapping[Path, Fingerprint],
     count: int,
     read: Callable[[int], Mapping[str, Any]],
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor, Sequence[int]], Sequence[Tensor]],
     shard_size: int = 64,
     batch_size: int = 8,
-) -> Path:
-    """Encode clips 0 to count - 1 that are not cached yet; return `folder`.
+) -> list[Path]:
+    """Encode clips 0 to count - 1, at several ratios at once, where they are not cached yet; return the folders.
 
     Args:
-        folder: of the cache; an interrupted one continues at the first missing shard.
-        fingerprint: of what is cached; a folder that holds something else raises UserError.
+        caches: folder of each cache, and what it is to hold. An interrupted one continues at the first missing shard; a
+            folder that holds something else raises UserError.
         count: clips in all.
         read: returns clip i as a mapping with video (C T H W), caption and fps.
-        encode: B C T H W -> b c t h w.
+        encode: B C T H W and ratios -> b c t h w for each of those ratios.
         shard_size: clips per file.
         batch_size: clips per call of `encode`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / "fingerprint.json"
-    if mark.exists():
-        fingerprint.check(json.loads(mark.read_text()), folder)
-    else:
-        write_atomically(mark, json.dumps(asdict(fingerprint)))
-    if (folder / "index.json").exists():
-        return folder
-    firsts = range(0, count, shard_size)
-    missing = [i for i in range(len(firsts)) if not _shard(folder, i).exists()]
-    bar = tqdm(total=count, desc=f"latents {fingerprint.ratio}x", unit="clip", mininterval=2)
-    bar.update(count - sum(min(shard_size, count - firsts[i]) for i in missing))
-    for i in missing:
-        latents, captions, rates = [], [], []
-        indices = range(firsts[i], min(firsts[i] + shard_size, count))
-        for batch in _batches(indices, batch_size):
-            clips = [read(index) for index in batch]
-            latents.append(encode(torch.stack([clip["video"] for clip in clips])).to(DTYPES[fingerprint.dtype]).cpu())
-            captions += [str(clip["caption"]) for clip in clips]
-            rates += [float(clip["fps"]) for clip in clips]
-            bar.update(len(batch))
-        aside = folder / f".shard-{i:05d}"
-        header = {"captions": json.dumps(captions), "fps": json.dumps(rates)}
-        save_file({"latents": torch.cat(latents).contiguous()}, aside, metadata=header)
-        aside.rename(_shard(folder, i))
+    for folder, fingerprint in caches.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / "fingerprint.json"
+        if mark.exists():
+            fingerprint.check(json.loads(mark.read_text()), folder)
+        else:
+            write_atomically(mark, json.dumps(asdict(fingerprint)))
+    unfinished = {folder: fingerprint for folder, fingerprint in caches.items() if not (folder / "index.json").exists()}
+    if not unfinished:
+        return list(caches)
+    shards = math.ceil(count / shard_size)
+    wanted = {i: [folder for folder in unfinished if not _shard(folder, i).exists()] for i in range(shards)}
+    ratios = " and ".join(f"{fingerprint.ratio}x" for fingerprint in unfinished.values())
+    bar = tqdm(total=count, desc=f"latents {ratios}", unit="clip", mininterval=2)
+    for i, folders in wanted.items():
+        clips = range(i * shard_size, min((i + 1) * shard_size, count))
+        if folders:
+            _write_shards(i, {folder: caches[folder] for folder in folders}, clips, read, encode, batch_size, bar)
+        else:
+            bar.update(len(clips))
     bar.close()
-    mean, std, shape = _statistics(folder, len(firsts))
-    index = {
-        **{"fingerprint": asdict(fingerprint), "clips": count, "shards": len(firsts), "shard_size": shard_size},
-        **{"shape": shape, "mean": mean, "std": std},
-    }
-    write_atomically(folder / "index.json", json.dumps(index, indent=1))
-    return folder
+    for folder, fingerprint in unfinished.items():
+        mean, std, shape = _statistics(folder, shards)
+        index = {
+            **{"fingerprint": asdict(fingerprint), "clips": count, "shards": shards, "shard_size": shard_size},
+            **{"shape": shape, "mean": mean, "std": std},
+        }
+        write_atomically(folder / "index.json", json.dumps(index, indent=1))
+    return list(caches)
+
+
+def _write_shards(
+    number: int,
+    caches: Mapping[Path, Fingerprint],
+    indices: Sequence[int],
+    read: Callable[[int], Mapping[str, Any]],
+    encode: Callable[[Tensor, Sequence[int]], Sequence[Tensor]],
+    batch_size: int,
+    bar: tqdm,
+) -> None:
+    """Write one shard of each cache; what encoding at several ratios shares is computed once."""
+    ratios = [fingerprint.ratio for fingerprint in caches.values()]
+    latents: dict[Path, list[Tensor]] = {folder: [] for folder in caches}
+    captions, rates = [], []
+    for batch in _batches(indices, batch_size):
+        clips = [read(index) for index in batch]
+        encoded = encode(torch.stack([clip["video"] for clip in clips]), ratios)
+        for (folder, fingerprint), z in zip(caches.items(), encoded, strict=True):
+            latents[folder].append(z.to(DTYPES[fingerprint.dtype]).cpu())
+        captions += [str(clip["caption"]) for clip in clips]
+        rates += [float(clip["fps"]) for clip in clips]
+        bar.update(len(batch))
+    header = {"captions": json.dumps(captions), "fps": json.dumps(rates)}
+    for folder, parts in latents.items():
+        aside = folder / f".shard-{number:05d}"
+        save_file({"latents": torch.cat(parts).contiguous()}, aside, metadata=header)
+        aside.rename(_shard(folder, number))
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

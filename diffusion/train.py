@@ -129,8 +129,8 @@ class FlowObjective(Objective):
 
     def matrices(self) -> list[torch.nn.Parameter]:
         """Return the weights of the blocks' linear layers."""
-        layers = [m for m in self.transformer.transformer_blocks.modules() if isinstance(m, torch.nn.Linear)]
-        return [layer.weight for layer in layers]
+        layers = (m for m in self.transformer.transformer_blocks.modules() if isinstance(m, torch.nn.Linear))
+        return [parameter for layer in layers for parameter in layer.parameters() if parameter.ndim == 2]
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """Normalised latents b c t h w, captions and frame rates in `batch` -> loss."""

@@ -137,7 +137,7 @@ class ProMAGTransformerBlock(nn.Module):
             placed = hidden_states.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last_3d)
             # CPUs have no good bf16 kernel for depthwise convolutions: in float32 this one is three times as fast.
             with torch.autocast("cpu", enabled=False) if placed.device.type == "cpu" else nullcontext():
-                near = self.local(placed.to(self.local.weight.dtype))
+                near = self.local(placed.to(next(self.local.parameters()).dtype))
             hidden_states = hidden_states + near.to(hidden_states.dtype).flatten(2).transpose(1, 2)
         table = (self.scale_shift_table + modulation.float()).to(hidden_states.dtype)
         shift1, scale1, gate1, shift3, scale3, gate3 = table.unsqueeze(2).unbind(1)  # each B 1 D

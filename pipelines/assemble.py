@@ -1,7 +1,7 @@
 """From clips and a frozen tokenizer to a saved pipeline: cache the latents, train the transformer, put all together."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..diffusion.latents import Fingerprint, write_cache
+from ..diffusion.latents import Fingerprint, write_caches
 from ..diffusion.train import DiffusionConfig, Trained, train_diffusion
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio
@@ -29,7 +29,7 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     folder = Path(config.output_dir) / "pipeline"
     vae = load_tokenizer(config.tokenizer)
     with main_process_first():
-        train_cache, validation_cache = (cache_latents(config, split, vae) for split in ("train", "eval"))
+        (train_cache,), (validation_cache,) = (cache_latents(config, split, vae) for split in ("train", "eval"))
     trained = train_diffusion(config, train_cache, validation_cache)
     if not trained.outcome.finished:
         return None
@@ -55,44 +55,47 @@ def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG
     )
 
 
-def cache_latents(config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG) -> Path:
-    """Cache the latents of one split ("train" or "eval") at the configured ratio and return the cache's folder."""
-    data = config.data
+def cache_latents(
+    config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG, ratios: Sequence[int] | None = None
+) -> list[Path]:
+    """Cache the latents of one split ("train" or "eval") and return the caches' folders.
+
+    They are encoded at the configured ratio, or at `ratios`, several of which cost little more than the highest alone.
+    """
+    data, ratios = config.data, ratios or (config.ratio,)
     try:
-        check_ratio(config.ratio, vae.temporal_ratios)
+        for ratio in ratios:
+            check_ratio(ratio, vae.temporal_ratios)
     except ValueError as error:
         raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
     source, count = (data.train, data.shapes) if split == "train" else (data.validation, data.validation_clips)
     clips = open_dataset(source, split, data.frames, data.size, count)
     count = len(clips) if split == "train" else min(count, len(clips))
-    fingerprint = Fingerprint(
-        tokenizer=weights_hash(vae, config.ratio),
-        clips=clips.digest(count),
-        ratio=config.ratio,
-        frames=data.frames,
-        height=data.size,
-        width=data.size,
-        dtype=data.dtype,
-    )
+    caches = {
+        Path(data.cache) / f"{split}-{ratio}x": Fingerprint(
+            tokenizer=weights_hash(vae, ratio),
+            clips=clips.digest(count),
+            ratio=ratio,
+            frames=data.frames,
+            height=data.size,
+            width=data.size,
+            dtype=data.dtype,
+        )
+        for ratio in ratios
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return write_cache(
-        Path(data.cache) / f"{split}-{config.ratio}x",
-        fingerprint,
-        count,
-        clips.fixed,
-        encoder(vae, config.ratio, device),
-    )
+    return write_caches(caches, count, clips.fixed, encoder(vae, device))
 
 
-def encoder(vae: AutoencoderKLProMAG, ratio: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return B C T H W -> mean latents b c t h w, under bf16 autocast on `device`."""
+def encoder(vae: AutoencoderKLProMAG, device: torch.device) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
+    """Return B C T H W and ratios -> mean latents b c t h w at each of them, under bf16 autocast on `device`."""
     model: Any = vae
     model.to(device).eval()
 
     @torch.no_grad()
-    def encode(x: Tensor) -> Tensor:
+    def encode(x: Tensor, ratios: Sequence[int]) -> list[Tensor]:
         with torch.autocast(device.type, torch.bfloat16):
-            return model.encode(x.to(device), ratio).latent_dist.mode().float()
+            return [posterior.mode().float() for posterior in model.encode_levels(x.to(device), ratios)]
 
     return encode
 

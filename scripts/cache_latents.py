@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse_config(DiffusionConfig, argv, __doc__ or "")
     vae = load_tokenizer(config.tokenizer)
     for split in ("train", "eval"):
-        print(f"{split}: {cache_latents(config, split, vae)}")
+        print(f"{split}: {', '.join(map(str, cache_latents(config, split, vae)))}")
     return 0
 
 

@@ -20,7 +20,7 @@ from promag.diffusion.latents import Scale
 from promag.diffusion.train import Data as DiffusionData
 from promag.diffusion.train import DiffusionConfig, Text
 from promag.diffusion.train import Model as TransformerModel
-from promag.pipelines.assemble import train_pipeline
+from promag.pipelines.assemble import cache_latents, train_pipeline
 from promag.pipelines.contact_sheet import write_contact_sheet
 from promag.pipelines.cost import denoising, measure_in_turns, sampling, train_step
 from promag.pipelines.prompt_accuracy import accuracies, sample_videos, scenes_to_score
@@ -87,9 +87,12 @@ def main(argv: Sequence[str]) -> int:
     if tokenizer is None:
         return stopped()
     say(f"2/3 text-to-video at {' and '.join(f'{r}x' for r in config.ratios)}, on the same number of clips seen")
+    trainings = {ratio: diffusion_config(config, run, ratio, tokenizer, *clips) for ratio in config.ratios}
+    for split in ("train", "eval"):  # all ratios in one pass over the clips; the trainings find them cached
+        cache_latents(trainings[config.ratios[0]], split, load_tokenizer(tokenizer), config.ratios)
     pipelines = {}
-    for ratio in config.ratios:
-        folder = train_pipeline(diffusion_config(config, run, ratio, tokenizer, *clips))
+    for ratio, training in trainings.items():
+        folder = train_pipeline(training)
         if folder is None:
             return stopped()
         pipelines[ratio] = folder
@@ -198,7 +201,7 @@ def diffusion_config(
             scale=config.latent_scale,
         ),
         loop=config.diffusion,
-        pace=config.pace,
+        pace=dataclasses.replace(config.pace, workers=0),  # cached latents are read in a millisecond
     )
 
 

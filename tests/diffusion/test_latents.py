@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promag.diffusion.latents import Fingerprint, LatentDataset, write_cache
+from promag.diffusion.latents import Fingerprint, LatentDataset, write_caches
 from promag.training.config import UserError
 
 PRINT = Fingerprint("tokenizer", "clips", 16, 17, 8, 8, "float32")
@@ -16,12 +16,16 @@ def read(index):
     return {"video": torch.randn(3, 17, 8, 8, generator=generator), "caption": f"clip {index}", "fps": 8.0 + index}
 
 
-def encode(x):
-    return torch.cat([x, x[:, :1] * 3 + 1], 1)[:, :, :2, ::8, ::8]
+def encode(x, ratios=(16,)):
+    return [latent(x, 2 + (r != 16)) for r in ratios]
+
+
+def latent(x, frames=2):
+    return torch.cat([x, x[:, :1] * 3 + 1], 1)[:, :, :frames, ::8, ::8]
 
 
 def make(folder, count=7, fingerprint=PRINT, encode=encode):
-    return write_cache(folder, fingerprint, count, read, encode, shard_size=3, batch_size=2)
+    return write_caches({folder: fingerprint}, count, read, encode, shard_size=3, batch_size=2)[0]
 
 
 def test_every_clip_is_there_once_in_order(tmp_path):
@@ -32,7 +36,7 @@ def test_every_clip_is_there_once_in_order(tmp_path):
         assert item["caption"] == f"clip {i}"
         assert item["fps"] == 8.0 + i
         raw = item["latents"] * data.std + data.mean
-        assert torch.allclose(raw, encode(read(i)["video"][None])[0], atol=1e-5)
+        assert torch.allclose(raw, latent(read(i)["video"][None])[0], atol=1e-5)
     with pytest.raises(IndexError, match="clip 7: legal are 0 to 6"):
         data.fixed(7)
 
@@ -54,17 +58,17 @@ def test_one_scale_for_all_channels_keeps_their_proportions(tmp_path):
     assert deviations.square().mean().item() == pytest.approx(1, abs=1e-4)
     assert (deviations[3] / deviations[0]).item() == pytest.approx(3, rel=1e-3)  # the fourth channel is three times the first
     raw = x[0] * data.std + data.mean
-    assert torch.allclose(raw, encode(read(0)["video"][None])[0], atol=1e-5)
+    assert torch.allclose(raw, latent(read(0)["video"][None])[0], atol=1e-5)
 
 
 def test_an_interrupted_cache_continues_without_losing_or_doubling(tmp_path):
     calls = []
 
-    def dies(x):
+    def dies(x, ratios):
         calls.append(len(x))
         if sum(calls) > 4:
             raise KeyboardInterrupt
-        return encode(x)
+        return encode(x, ratios)
 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "a", encode=dies)
@@ -72,12 +76,37 @@ def test_an_interrupted_cache_continues_without_losing_or_doubling(tmp_path):
     with pytest.raises(UserError, match=r"no index\.json"):
         LatentDataset(tmp_path / "a")
     encoded = []
-    make(tmp_path / "a", encode=lambda x: encoded.append(len(x)) or encode(x))
+    make(tmp_path / "a", encode=lambda x, ratios: encoded.append(len(x)) or encode(x, ratios))
     assert sum(encoded) == 4  # the first three were kept
     make(tmp_path / "b")
     a, b = LatentDataset(tmp_path / "a"), LatentDataset(tmp_path / "b")
     assert a.index == b.index
     assert all(torch.equal(a.fixed(i)["latents"], b.fixed(i)["latents"]) for i in range(7))
+
+
+def test_several_ratios_share_a_pass_and_equal_their_own(tmp_path):
+    """What is missing is encoded at the missing ratios alone; each cache is what it would be by itself."""
+    low = Fingerprint("tokenizer", "clips", 8, 17, 8, 8, "float32")
+    alone = {16: make(tmp_path / "16-alone"), 8: make(tmp_path / "8-alone", fingerprint=low)}
+    calls = []
+
+    def counting(x, ratios):
+        calls.append((len(x), tuple(ratios)))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(x, ratios)
+
+    both = {tmp_path / "16": PRINT, tmp_path / "8": low}
+    with pytest.raises(KeyboardInterrupt):
+        write_caches(both, 7, read, counting, shard_size=3, batch_size=2)
+    (tmp_path / "8" / "shard-00000.safetensors").unlink()
+    assert write_caches(both, 7, read, counting, shard_size=3, batch_size=2) == [tmp_path / "16", tmp_path / "8"]
+    # Two batches and the one that was cut off; then shard 0 of 8x alone, the other two of both.
+    assert calls[3:] == [(2, (8,)), (1, (8,)), (2, (16, 8)), (1, (16, 8)), (1, (16, 8))]
+    for ratio, place in alone.items():
+        a, b = LatentDataset(place), LatentDataset(tmp_path / str(ratio))
+        assert a.index == b.index
+        assert all(torch.equal(a.fixed(i)["latents"], b.fixed(i)["latents"]) for i in range(7))
 
 
 def test_a_whole_cache_is_not_written_again(tmp_path):

@@ -15,7 +15,15 @@ from promag.training.run import load_checkpoint
 from tests.conftest import TINY
 
 LOOP = LoopSettings(
-    steps=4, batch_size=1, learning_rate=1e-3, warmup=1, schedule="cosine", weight_decay=0, clip_norm=1, ema_decay=0.9, muon=None
+    steps=4,
+    batch_size=1,
+    learning_rate=1e-3,
+    warmup=1,
+    schedule="cosine",
+    weight_decay=0,
+    clip_norm=1,
+    ema_decay=0.9,
+    muon=None,
 )
 PACE = Pace(log_every=1, validate_every=4, save_every=50, keep_last=1, workers=0, stop_after=None)
 
