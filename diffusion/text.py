@@ -75,7 +75,8 @@ def small_clip(tokenizer: Any, width: int = 128, layers: int = 2, heads: int = 4
     )
     model = CLIPTextModel(config)
     # Beside layers that write at a scale near one, words at the deviation of 0.02 that large models start with are lost.
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
+    words: Any = model.get_input_embeddings()
+    torch.nn.init.normal_(words.weight, std=1.0)
     return model
 
 
