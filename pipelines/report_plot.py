@@ -8,6 +8,13 @@ from html import escape
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 290, 56, 26, 12, 52  # SVG units: the whole, and the margins
 DASHES = ("none", "7 3", "2 3", "9 3 2 3")  # lines differ in more than their colour
 COLOURS = 6  # the page defines --line0 to --line5
+# The page's colours again, for plots that stand alone.
+FILE_STYLE = (
+    ":root{--line0:#0068b5;--line1:#c94f00;--line2:#008060;--line3:#a2448e;--line4:#7a6a00;--line5:#555a60;--ink:#1c1d1f;"
+    "--rule:#dddcd6}@media(prefers-color-scheme:dark){:root{--line0:#5fb0f5;--line1:#ff9a4d;--line2:#4cc9a4;--line3:#e19ad2;"
+    "--line4:#d8c65a;--line5:#b5bac0;--ink:#e7e7e4;--rule:#363a40}}text{font:12px system-ui,sans-serif;fill:var(--ink)}"
+    ".line{fill:none;stroke-width:2}.grid{stroke:var(--rule);fill:none}.axis{stroke:var(--ink);fill:none}"
+)
 
 
 def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
@@ -15,6 +22,29 @@ def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, 
 
     Raises ValueError for a line without points.
     """
+    drawn, described = _draw(lines, x_label, y_label)
+    legend = ""
+    for i, (name, points) in enumerate(lines.items()):
+        swatch = f'<svg class="swatch" viewBox="0 0 32 8" aria-hidden="true"><path {_stroke(i)} d="M0 4H32"/></svg>'
+        legend += f"<li>{swatch}{escape(name)} <small>{_last(points)}</small></li>"
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(described)}">{drawn}</svg>'
+    return f'{svg}<ul class="legend">{legend}</ul>'
+
+
+def plot_file(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
+    """Return the same plot as the text of an SVG file that stands alone, legend and colours (light and dark) included."""
+    drawn, described = _draw(lines, x_label, y_label)
+    for i, (name, points) in enumerate(lines.items()):
+        y = HEIGHT + 18 * i + 4
+        drawn += f'<path {_stroke(i)} d="M{LEFT} {y}h32"/><text x="{LEFT + 42}" y="{y}" dy="0.35em">'
+        drawn += f"{escape(name)}: {_last(points)}</text>"
+    height = HEIGHT + 18 * len(lines) + 8
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
+    return f"{opening}><title>{escape(described)}</title><style>{FILE_STYLE}</style>{drawn}</svg>\n"
+
+
+def _draw(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> tuple[str, str]:
+    """Return axes and lines as SVG elements, and what they show in words."""
     for name, points in lines.items():
         if not points:
             raise ValueError(f"the line {name!r} has no points to plot; leave it out")
@@ -28,20 +58,25 @@ def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, 
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return round(LEFT + right * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1)
 
-    drawn, legend, told = _axes(x_ticks, y_ticks, place, x_label, y_label), "", []
+    drawn, told = _axes(x_ticks, y_ticks, place, x_label, y_label), []
     for i, (name, points) in enumerate(lines.items()):
-        colour = f"var(--line{i % COLOURS})"
-        stroke = f'class="line" style="stroke:{colour};stroke-dasharray:{DASHES[i % len(DASHES)]}"'
-        last = f"{points[-1][1]:.2f} at {points[-1][0]:,.0f}"
         x, y = place(*points[-1])
-        drawn += f'<polyline {stroke} points="{" ".join("{},{}".format(*place(*point)) for point in points)}"/>'
-        drawn += f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{colour}"/>'
-        swatch = f'<svg class="swatch" viewBox="0 0 32 8" aria-hidden="true"><path {stroke} d="M0 4H32"/></svg>'
-        legend += f"<li>{swatch}{escape(name)} <small>{last}</small></li>"
-        told.append(f"{name} ends with {last}")
-    described = escape(f"{y_label} by {x_label}: {'; '.join(told)}")
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{drawn}</svg>'
-    return f'{svg}<ul class="legend">{legend}</ul>'
+        drawn += f'<polyline {_stroke(i)} points="{" ".join("{},{}".format(*place(*point)) for point in points)}"/>'
+        drawn += f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{_colour(i)}"/>'
+        told.append(f"{name} ends with {_last(points)}")
+    return drawn, f"{y_label} by {x_label}: {'; '.join(told)}"
+
+
+def _colour(line: int) -> str:
+    return f"var(--line{line % COLOURS})"
+
+
+def _stroke(line: int) -> str:
+    return f'class="line" style="stroke:{_colour(line)};stroke-dasharray:{DASHES[line % len(DASHES)]}"'
+
+
+def _last(points: Sequence[tuple[float, float]]) -> str:
+    return f"{points[-1][1]:.2f} at {points[-1][0]:,.0f}"
 
 
 def _axes(

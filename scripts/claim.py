@@ -5,17 +5,17 @@ again, an unfinished one continues; `--only "[progressive]"` runs some arms and 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from promag.pipelines.claim_figures import table
 from promag.tokenizer.autoencoder import parameter_count
-from promag.tokenizer.metrics import PROTOCOL, evaluate_fully
+from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.peers import build_peer, load_peer
 from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training.config import parse_config, run_main, setting
@@ -23,21 +23,7 @@ from promag.training.datasets import open_dataset
 from promag.training.loop import Pace, seeded
 from promag.training.run import append_result, write_atomically
 
-# Figures of the printed table: name, heading, digits after the point.
-COLUMNS = (
-    ("psnr", "PSNR", 2),
-    ("psnr_top_motion", "top motion", 2),
-    ("psnr_key", "key frames", 2),
-    ("psnr_between", "in between", 2),
-    ("ssim", "SSIM", 3),
-    ("flicker", "flicker", 2),
-    ("high_frequency", "high freq.", 2),
-    ("params", "M params", 2),
-    ("steps", "steps", 0),
-    ("flops", "PFLOP", 2),
-    ("seconds", "minutes", 0),
-)
-UNITS = {"params": 1e6, "flops": 1e15, "seconds": 60}
+COSTS = ("steps", "clips_seen", "frames_seen", "seconds", "flops")
 
 
 @dataclass(frozen=True)
@@ -152,9 +138,13 @@ def score_arm(config: ClaimConfig, arms: Mapping[str, Arm], arm: Arm, seed: int,
     source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
     count = len(source) if Path(config.data.validation).suffix == ".jsonl" else config.data.validation_clips
     clips = [source.fixed(i)["video"][None] for i in range(count)]
+    inherited = [
+        _cost(config, arms[name], seed, stage) for name in _lineage(arms, arm.name)[:-1] for stage in arms[name].stages
+    ]
+    own = [_cost(config, arm, seed, stage) for stage in arm.stages]
     rows = []
     for i, stage in enumerate(arm.stages):
-        spent = _spent(config, arms, arm, seed, upto=i)
+        spent = _total(inherited + own[: i + 1])
         row = {
             "what": "claim",
             "arm": arm.name,
@@ -165,7 +155,11 @@ def score_arm(config: ClaimConfig, arms: Mapping[str, Arm], arm: Arm, seed: int,
             "size": config.data.size,
             "params": _used_parameters(model, stage.ratio),
             **spent,
+            # What of it went into this stage alone, and what into the arms that this one starts from.
+            "stage": own[i],
+            "inherited": _total(inherited),
             **evaluate_fully(model, clips, stage.ratio),
+            "lift": evaluate_lift(model, clips, stage.ratio),
             "curve": _curve(config, arm, seed, stage, spent),
             "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}",
         }
@@ -205,19 +199,21 @@ def _idle_heads(model: Any, level: int, heads: Sequence[Any]) -> list[Any]:
     return [heads[i] for i in range(level) if i not in used]
 
 
-def _spent(config: ClaimConfig, arms: Mapping[str, Arm], arm: Arm, seed: int, upto: int) -> dict[str, Any]:
-    """Sum steps, clips, frames, seconds and FLOPs of all stages that led to stage `upto`; seconds are this machine's."""
-    total: dict[str, Any] = {"steps": 0, "clips_seen": 0, "frames_seen": 0, "seconds": 0.0, "flops": 0.0}
-    for name in _lineage(arms, arm.name):
-        folder, last = run_folder(config, name, seed), name == arm.name
-        for stage in arms[name].stages[: upto + 1 if last else None]:
-            clips = stage.loop.steps * stage.loop.batch_size
-            total["steps"] += stage.loop.steps
-            total["clips_seen"] += clips
-            total["frames_seen"] += clips * stage.frames
-            total["seconds"] += json.loads((folder / f"{stage.ratio}x" / "done.json").read_text())["seconds"]
-            total["flops"] += _stage_flops(config, arms[name], seed, stage)
-    return total
+def _cost(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> dict[str, float]:
+    """Return steps, clips, frames, seconds and FLOPs of one stage's training; seconds are this machine's."""
+    clips = stage.loop.steps * stage.loop.batch_size
+    done = run_folder(config, arm.name, seed) / f"{stage.ratio}x" / "done.json"
+    return {
+        "steps": stage.loop.steps,
+        "clips_seen": clips,
+        "frames_seen": clips * stage.frames,
+        "seconds": json.loads(done.read_text())["seconds"],
+        "flops": _stage_flops(config, arm, seed, stage),
+    }
+
+
+def _total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: sum(cost[key] for cost in costs) for key in COSTS}
 
 
 def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> float:
@@ -260,25 +256,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     return [_rounded(inner) for inner in value] if isinstance(value, list) else value
-
-
-# -- the table -------------------------------------------------------------------------------------------------------
-
-
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a Markdown table of means over seeds, one line for each arm and ratio."""
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["arm"], row["ratio"]), []).append(row)
-    lines = ["| arm | ratio | seeds | " + " | ".join(heading for _, heading, _ in COLUMNS) + " |"]
-    lines.append("| --- " * (3 + len(COLUMNS)) + "|")
-    for (arm, ratio), group in groups.items():
-        cells = []
-        for name, _, digits in COLUMNS:
-            values = [row[name] / UNITS.get(name, 1) for row in group if name in row]
-            cells.append(f"{mean(values):.{digits}f}" if values else "-")
-        lines.append(f"| {arm} | {ratio}x | {len(group)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

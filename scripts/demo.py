@@ -271,7 +271,7 @@ def measure(config: DemoConfig, pipelines: Mapping[int, Any], prompts: list[str]
         sampled[ratio] = sampling(pipe, prompts, steps, config.guidance, ratio)
     return {
         "train_step_seconds": measure_in_turns(training),
-        "denoising_seconds": {r: s / count for r, s in measure_in_turns(denoised).items()},
+        "denoising_seconds": {r: s / count for r, s in measure_in_turns(denoised, rounds=3).items()},
         "sampling_seconds": {r: s / count for r, s in measure_in_turns(sampled, rounds=3).items()},
     }
 

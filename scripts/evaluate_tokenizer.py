@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from promag.tokenizer.geometry import check_frames, check_size
-from promag.tokenizer.metrics import PROTOCOL, evaluate_fully
+from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
 from promag.training.clips import list_videos, prepare
@@ -53,9 +53,12 @@ def main(argv: Sequence[str]) -> int:
         started = time.perf_counter()
         videos = (clips.fixed(i)["video"][None] for i in range(len(clips)))
         results[ratio] = evaluate_fully(model, videos, ratio, lpips, features)
+        results[ratio]["lift"] = evaluate_lift(model, (clips.fixed(i)["video"][None] for i in range(len(clips))), ratio)
         figures = {key: value for key, value in results[ratio].items() if isinstance(value, int | float)}
         found = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
         print(f"{ratio:>3}x  {found}  ({time.perf_counter() - started:.1f} s)")
+        for low, lifted in results[ratio]["lift"].items():
+            print(f"      lifted to {low}x  latent error {lifted['latent_error']:.4g}  psnr {lifted['psnr']:.4g}")
     absent = [name for name in ("lpips", "fvd") if getattr(arguments, name) is None]
     if absent:
         print(f"not measured for want of weights: {', '.join(absent)}")

@@ -15,6 +15,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+from .losses import latent_loss
 from .perceptual import frechet_distance
 
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, five scales
@@ -202,6 +203,29 @@ def evaluate_fully(
         found["psnr_per_frame"] = torch.stack(frames).mean(0).tolist()
     found["per_clip"] = [{"psnr": row["psnr"], "motion": row["motion"]} for row in rows]
     return found
+
+
+@torch.no_grad()
+def evaluate_lift(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> dict[str, dict[str, float]]:
+    """Lift latents of one ratio to estimates of every lower one, without pixels; return by ratio (as text) means over clips.
+
+    Keys: latent_error, the squared error of the estimate in units of the true latent's variance in each channel (1 is what
+    its mean alone would give); psnr, after that ratio's own decoder. Empty for a model's lowest ratio.
+    """
+    lower = [ratio for ratio in model.temporal_ratios if ratio < temporal_ratio]
+    found: dict[int, list[tuple[float, float]]] = {ratio: [] for ratio in lower}
+    for clip in clips if lower else ():
+        clip = clip.to(model.device)
+        with torch.autocast(clip.device.type, torch.bfloat16, enabled=model.dtype == torch.float32):
+            z, *true = (posterior.mode() for posterior in model.encode_levels(clip, (temporal_ratio, *lower)))
+            for ratio, target in zip(lower, true, strict=True):
+                estimate = model.lift(z, temporal_ratio, ratio)
+                output = model.decode(estimate, ratio).sample
+                found[ratio].append((float(latent_loss(estimate, target)), float(psnr(output, clip))))
+    return {
+        str(ratio): {name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(("latent_error", "psnr"))}
+        for ratio, rows in found.items()
+    }
 
 
 def _reconstructions(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> Iterator[tuple[Tensor, Tensor]]:

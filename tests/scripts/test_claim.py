@@ -12,7 +12,7 @@ from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.peers import build_peer
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, parse_config
-from scripts import claim
+from scripts import claim, claim_report
 from tests.scripts.conftest import TINY_MODEL, load_yaml, overrides
 
 LOOP = {
@@ -125,6 +125,29 @@ def test_a_second_call_trains_and_records_nothing_and_prints_the_table(lines, co
     warm = next(line for line in lines if line["arm"] == "warm")
     assert f"{warm['psnr']:.2f}" in row
     assert "| base | 4x | 2 |" in said
+
+
+def test_costs_are_told_by_stage_and_by_what_was_inherited(lines):
+    by_arm = {(r["arm"], r["ratio"]): r for r in lines if r["seed"] == 0}
+    base, eight, sixteen = (by_arm[key] for key in (("base", 4), ("progressive", 8), ("progressive", 16)))
+    assert base["inherited"]["steps"] == base["inherited"]["flops"] == 0
+    assert sixteen["inherited"] == {key: base[key] for key in sixteen["inherited"]}
+    assert sixteen["flops"] == pytest.approx(base["flops"] + eight["stage"]["flops"] + sixteen["stage"]["flops"], rel=1e-5)
+    assert eight["lift"].keys() == {"4"}
+    assert sixteen["lift"].keys() == {"4", "8"}
+    # The frozen decoder goes through the same estimates, so decoding them is decoding the latent itself.
+    assert sixteen["lift"]["4"]["psnr"] == pytest.approx(sixteen["psnr"], abs=1e-3)
+    assert base["lift"] == by_arm["plain", 4]["lift"] == by_arm["peer", 4]["lift"] == {}
+
+
+def test_the_report_draws_what_was_recorded(lines, config, tmp_path, capsys):
+    claim_report.main([str(config.parent / "claim.jsonl"), "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    progressive, warm = (next(r for r in lines if r["arm"] == arm and r["ratio"] == 16) for arm in ("progressive", "warm"))
+    assert f"| warm | 0 | {progressive['psnr'] - warm['psnr']:+.3f} |" in said
+    assert "| base, every 4th frame | 4x | 2 |" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"claim-{x}.svg" for x in ("compute-grown", "compute", "steps")]
+    assert "progressive: " in (tmp_path / "claim-steps.svg").read_text()
 
 
 def test_mistakes_are_named(config):

@@ -6,6 +6,7 @@ import torch
 from promag.tokenizer.metrics import (
     evaluate,
     evaluate_fully,
+    evaluate_lift,
     flicker,
     from_uint8,
     high_frequency_energy,
@@ -160,3 +161,31 @@ def test_weights_by_path_add_their_metrics():
     found = evaluate_fully(Rigged(), clips, 4, lambda a, b: (a - b).abs().mean((1, 2, 3, 4)), lambda x: x.mean((2, 3, 4)))
     assert found["lpips"] == pytest.approx(0.04 * 3 / 5, rel=0.1)  # 0.02, 0.04, 0.06 in three of five frames
     assert found["fvd"] > 0
+
+
+class Doubling(torch.nn.Module):
+    """Latents are the clip's every-rth frames; lifting repeats each but the first, so it is right on still clips alone."""
+
+    device, dtype, temporal_ratios = torch.device("cpu"), torch.float64, (4, 8)
+
+    def encode_levels(self, x, ratios):
+        return [type("Posterior", (), {"mode": staticmethod(lambda r=r: x[:, :, ::r])}) for r in ratios]
+
+    def lift(self, z, ratio, low):
+        return z.repeat_interleave(ratio // low, 2)[:, :, ratio // low - 1 :]
+
+    def decode(self, z, ratio):
+        return type("Output", (), {"sample": z.repeat_interleave(ratio, 2)[:, :, ratio - 1 :]})
+
+
+def test_lift_is_compared_with_the_lower_latent_itself():
+    torch.manual_seed(0)
+    still = (torch.rand(1, 3, 1, 16, 16) - 0.5).expand(-1, -1, 17, -1, -1)
+    found = evaluate_lift(Doubling(), [still], 8)
+    assert found.keys() == {"4"}
+    assert found["4"]["latent_error"] == 0
+    assert found["4"]["psnr"] > 80
+    # Frames 4 and 12 of noise are estimated by frames 8 and 16: two of five wrong, twice the variance each.
+    noise = torch.randn(1, 3, 17, 64, 64) * 0.2
+    assert evaluate_lift(Doubling(), [noise, noise], 8)["4"]["latent_error"] == pytest.approx(2 * 2 / 5, rel=0.03)
+    assert evaluate_lift(Doubling(), [still], 4) == {}

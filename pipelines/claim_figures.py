@@ -1,0 +1,99 @@
+"""Figures of the experiment (scripts/claim.py) from its recorded lines: the table, what growth gains, and the curves."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ..training.config import UserError
+
+Row = Mapping[str, Any]
+# Figures of the printed table: name, heading, digits after the point.
+COLUMNS = (
+    ("psnr", "PSNR", 2),
+    ("psnr_top_motion", "top motion", 2),
+    ("psnr_key", "key frames", 2),
+    ("psnr_between", "in between", 2),
+    ("ssim", "SSIM", 3),
+    ("flicker", "flicker", 2),
+    ("high_frequency", "high freq.", 2),
+    ("params", "M params", 2),
+    ("steps", "steps", 0),
+    ("flops", "PFLOP", 2),
+    ("seconds", "minutes", 0),
+)
+UNITS = {"params": 1e6, "flops": 1e15, "seconds": 60}
+RATIO = 16  # at which the ways are compared
+OURS = "progressive"
+# What is compared at 16x: metric, its unit.
+DIFFERENCES = (("psnr", "dB"), ("psnr_top_motion", "dB"), ("psnr_key", "dB"), ("psnr_between", "dB"), ("ssim", ""))
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of means over seeds, one line for each arm and ratio."""
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["ratio"]), []).append(row)
+    lines = ["| arm | ratio | seeds | " + " | ".join(heading for _, heading, _ in COLUMNS) + " |"]
+    lines.append("| --- " * (3 + len(COLUMNS)) + "|")
+    for (arm, ratio), group in groups.items():
+        cells = []
+        for name, _, digits in COLUMNS:
+            values = [row[name] / UNITS.get(name, 1) for row in group if name in row]
+            cells.append(f"{mean(values):.{digits}f}" if values else "-")
+        lines.append(f"| {arm} | {ratio}x | {len(group)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def read(path: Path) -> list[Row]:
+    """Return the newest line of each arm, seed and ratio, in the order in which they first appear."""
+    if not path.is_file():
+        raise UserError(f"results {path}: no such file; claim.py --record FILE writes one")
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+    newest = {(r["arm"], r["seed"], r["ratio"]): r for r in lines if r.get("what") == "claim"}
+    if not newest:
+        raise UserError(f"results {path}: none of its {len(lines)} lines is one of claim.py's")
+    return list(newest.values())
+
+
+def gains(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of growth minus each other way to 16x, on the seeds that both were trained with."""
+    by_arm: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row["ratio"] == RATIO:
+            by_arm.setdefault(row["arm"], {})[row["seed"]] = row
+    ours = by_arm.pop(OURS, {})
+    heads = [f"{name} {unit}".strip() for name, unit in DIFFERENCES]
+    lines = ["| " + " | ".join([f"{OURS} minus", "seeds", *heads, "compute"]) + " |", "| --- " * (3 + len(heads)) + "|"]
+    for arm, theirs in by_arm.items():
+        seeds = sorted(ours.keys() & theirs.keys())
+        if seeds:
+            cells = [f"{mean(ours[s][name] - theirs[s][name] for s in seeds):+.3f}" for name, _ in DIFFERENCES]
+            compute = mean(ours[s]["flops"] / theirs[s]["flops"] for s in seeds)
+            lines.append("| " + " | ".join([arm, ", ".join(map(str, seeds)), *cells, f"{compute:.2f}x"]) + " |")
+    return "\n".join(lines)
+
+
+def curves(rows: Sequence[Row]) -> dict[str, tuple[dict[str, list[tuple[float, float]]], str]]:
+    """Return, by name of a plot, its lines (validation PSNR of each way at 16x, first seed) and the label of its x axis."""
+    steps, compute, without = {}, {}, {}
+    chosen: dict[str, Row] = {}
+    for row in rows:
+        if row["ratio"] == RATIO and row["curve"]:
+            chosen.setdefault(row["arm"], row)
+    for arm, row in chosen.items():
+        stage, before = row["stage"], row["flops"] - row["stage"]["flops"]
+        first = row["steps"] - stage["steps"]
+        points = [(step, before + (step - first) / stage["steps"] * stage["flops"], psnr) for step, _, psnr in row["curve"]]
+        inherited = row["inherited"]["flops"]
+        steps[arm] = [(step, psnr) for step, _, psnr in points]
+        compute[arm] = [(flops / 1e15, psnr) for _, flops, psnr in points]
+        without[arm] = [((flops - inherited) / 1e15, psnr) for _, flops, psnr in points]
+    if not chosen:
+        return {}
+    return {
+        "steps": (steps, "steps from scratch"),
+        "compute": (compute, "PFLOP from scratch"),
+        "compute-grown": (without, "PFLOP beyond the 4x model"),
+    }
