@@ -48,7 +48,9 @@ def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
     evaluate_tokenizer.main(
         [str(tmp_path / "run" / "tokenizer"), "--videos", str(video_folder), "--frames", "17", "--size", "32"]
     )
-    assert len([line for line in capsys.readouterr().out.splitlines() if "psnr" in line]) == 3
+    said = [line for line in capsys.readouterr().out.splitlines() if "psnr" in line]
+    assert [line.split()[0] for line in said if "lifted" not in line] == ["4x", "8x", "16x"]
+    assert [line.split()[2] for line in said if "lifted" in line] == ["4x", "4x", "8x"]
 
 
 def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
