@@ -9,7 +9,7 @@ import pytest
 
 from promag.training.config import UserError
 from promag.training.video import decode_strictly, read_frames
-from scripts import benchmark, cache_latents, evaluate_tokenizer, reconstruct, sample, train_diffusion, train_tokenizer
+from scripts import benchmark, cache_latents, evaluate_tokenizer, reconstruct, sample, soak, train_diffusion, train_tokenizer
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
 
 PACE = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
@@ -89,6 +89,22 @@ def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder
         reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--chunk", "24"])
     with pytest.raises(UserError, match="temporal ratio 5: this tokenizer has 4x"):
         reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--ratios", "5"])
+
+
+def test_soak_measures_memory_and_tiles(demo_run, video_folder, tmp_path):
+    tokenizer, record = str(demo_run / "tokenizer-run" / "tokenizer"), tmp_path / "soak.jsonl"
+    few = ["--ratios", "16", "--lengths", "17", "129", "--size", "32", "--chunk", "16"]
+    tiles = ["--video", str(video_folder / "v0.mp4"), "--frames", "5", "--tile", "32"]
+    assert soak.main([tokenizer, *few, *tiles, "--record", str(record)]) == 0
+    (row,) = json.loads(record.read_text())["rows"]
+    short, long = (row["peak_bytes"][key] for key in ("17", "129"))
+    assert 2**26 < short < 2**33
+    assert long < 1.1 * short
+    assert 20 < row["tiled_psnr"] < 100
+    with pytest.raises(UserError, match="64x64: is no larger than a tile of 64"):
+        soak.main([tokenizer, *few, *tiles[:-1], "64"])
+    with pytest.raises(UserError, match="chunk of 24 frames: 16x needs"):
+        soak.main([tokenizer, "--ratios", "16", "--chunk", "24"])
 
 
 def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
