@@ -76,7 +76,8 @@ def _stroke(line: int) -> str:
 
 
 def _last(points: Sequence[tuple[float, float]]) -> str:
-    return f"{points[-1][1]:.2f} at {points[-1][0]:,.0f}"
+    x, y = points[-1]
+    return f"{y:.2f} at {x:,.0f}" if abs(x) >= 100 else f"{y:.2f} at {x:.3g}"
 
 
 def _axes(

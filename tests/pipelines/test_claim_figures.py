@@ -67,13 +67,13 @@ def test_the_newest_line_counts_and_other_lines_do_not(tmp_path):
 
 
 def test_a_plot_file_stands_alone():
-    lines = {"a < b": [(0.0, 1.0), (10.0, 3.0)], "second": [(0.0, 2.0), (5.0, 2.5)]}
+    lines = {"a < b": [(0.0, 1.0), (10.0, 3.0)], "second": [(0.0, 2.0), (0.375, 2.5)], "third": [(4321.0, 7.0)]}
     root = ElementTree.fromstring(plot_file(lines, "steps", "PSNR, dB"))
     tag = "{http://www.w3.org/2000/svg}"
     assert root.tag == f"{tag}svg"
-    assert len(root.findall(f"{tag}polyline")) == 2
+    assert len(root.findall(f"{tag}polyline")) == 3
     texts = [text.text for text in root.iter(f"{tag}text")]
-    assert {"steps", "PSNR, dB", "a < b: 3.00 at 10", "second: 2.50 at 5"} <= set(texts)
+    assert {"steps", "PSNR, dB", "a < b: 3.00 at 10", "second: 2.50 at 0.375", "third: 7.00 at 4,321"} <= set(texts)
     bottom = float(root.attrib["viewBox"].split()[3])
     assert max(float(text.attrib["y"]) for text in root.iter(f"{tag}text") if "y" in text.attrib) < bottom
     used = set(re.findall(r"var\(--(\w+)\)", ElementTree.tostring(root, "unicode")))
