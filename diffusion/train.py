@@ -114,6 +114,12 @@ class Trained:
     outcome: Outcome
 
 
+def hidden_matrices(transformer: ProMAGTransformer3DModel) -> list[torch.nn.Parameter]:
+    """Return the weights of the linear layers in a transformer's blocks: what Muon trains."""
+    layers = (m for m in transformer.transformer_blocks.modules() if isinstance(m, torch.nn.Linear))
+    return [parameter for layer in layers for parameter in layer.parameters() if parameter.ndim == 2]
+
+
 class FlowObjective(Objective):
     """Squared error of the velocity at logit-normal times, captions dropped now and then."""
 
@@ -129,8 +135,7 @@ class FlowObjective(Objective):
 
     def matrices(self) -> list[torch.nn.Parameter]:
         """Return the weights of the blocks' linear layers."""
-        layers = (m for m in self.transformer.transformer_blocks.modules() if isinstance(m, torch.nn.Linear))
-        return [parameter for layer in layers for parameter in layer.parameters() if parameter.ndim == 2]
+        return hidden_matrices(self.transformer)
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """Normalised latents b c t h w, captions and frame rates in `batch` -> loss."""

@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 import torch
 
 from ..diffusion.flow import velocity
+from ..diffusion.train import hidden_matrices
+from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.geometry import SPATIAL_RATIO, latent_frames
+from ..training.loop import LoopSettings, Objective, make_optimizers
 
 Key = TypeVar("Key")
 
@@ -30,12 +33,27 @@ def measure_in_turns(calls: Mapping[Key, Callable[[], Any]], rounds: int = 5) ->
     return {key: median(values) for key, values in times.items()}
 
 
-def train_step(transformer: Any, frames: int, height: int, width: int, ratio: int, batch_size: int) -> Callable[[], None]:
-    """Return a call that does one training step (forward, backward, AdamW, bf16) on random latents and text.
+class TransformerAlone(Objective):
+    """A transformer without its text model: the same optimisers, random text."""
 
-    The weights of `transformer` change: give it a copy.
+    def __init__(self, transformer: ProMAGTransformer3DModel):
+        super().__init__()
+        self.transformer = transformer
+
+    def matrices(self) -> list[torch.nn.Parameter]:
+        """Return what Muon trains."""
+        return hidden_matrices(self.transformer)
+
+
+def train_step(
+    transformer: Any, frames: int, height: int, width: int, ratio: int, batch_size: int, loop: LoopSettings | None
+) -> Callable[[], None]:
+    """Return a call that does one training step (bf16) on random latents and text, with the optimisers of `loop`.
+
+    With `loop` None it ends with the gradients: forward and backward alone. The weights of `transformer` change: give it
+    a copy.
     """
-    optimizer = torch.optim.AdamW(transformer.parameters(), 1e-6, fused=True)
+    optimizers = make_optimizers(TransformerAlone(transformer), loop) if loop else []
     device, config = transformer.device, transformer.config
     shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
     x, noise = torch.randn(2, batch_size, *shape, device=device)
@@ -48,8 +66,9 @@ def train_step(transformer: Any, frames: int, height: int, width: int, ratio: in
             predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[0]
             loss = (predicted.float() - velocity(x, noise)).square().mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        transformer.zero_grad()
 
     return step
 

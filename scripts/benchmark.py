@@ -1,4 +1,4 @@
-"""Measure what a token budget costs a text-to-video transformer: a training step and denoising.
+"""Measure what a token budget costs a text-to-video transformer: gradients, a whole training step, and denoising.
 
 Weights are untrained: cost does not depend on them. Budgets are measured in turns; speedups are against 4x.
 """
@@ -37,8 +37,13 @@ def main(argv: Sequence[str]) -> int:
     models: dict[int, Any] = {r: _transformer(config) for r in RATIOS}
     for model in models.values():
         model.to(device)
-    steps = {r: train_step(models[r], **size, ratio=r, batch_size=arguments.batch) for r in RATIOS}
-    trained = measure_in_turns(steps, arguments.rounds)
+    gradients, trained = (
+        measure_in_turns(
+            {r: train_step(models[r], **size, ratio=r, batch_size=arguments.batch, loop=loop) for r in RATIOS},
+            arguments.rounds,
+        )
+        for loop in (None, config.loop)
+    )
     calls = {r: denoising(models[r].eval(), **size, ratio=r, steps=arguments.steps, videos=arguments.videos) for r in RATIOS}
     denoised = measure_in_turns(calls, arguments.rounds)
 
@@ -48,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
             "ratio": ratio,
             "latent_frames": latent_frames(arguments.frames, ratio),
             "tokens": tokens(**size, ratio=ratio, patch=config.model.patch_size),
+            "gradient_seconds": gradients[ratio],
+            "gradient_speedup": gradients[RATIOS[0]] / gradients[ratio],
             "train_step_seconds": trained[ratio],
             "train_step_speedup": trained[RATIOS[0]] / trained[ratio],
             "denoise_seconds": denoised[ratio] / arguments.videos,
@@ -57,10 +64,11 @@ def main(argv: Sequence[str]) -> int:
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
     if arguments.record:
         count = sum(p.numel() for p in models[4].parameters())
+        optimizers = "AdamW" if config.loop.muon is None else "Muon for the blocks' matrices, AdamW for the rest"
         protocol = (
-            f"bf16 autocast, train step of batch {arguments.batch} (forward, backward, AdamW), {arguments.steps} denoising "
-            f"steps of {arguments.videos} videos at once with guidance, without decoding, seconds per video; medians of "
-            f"{arguments.rounds} rounds in turns"
+            f"bf16 autocast, batch {arguments.batch}: gradients (forward, backward) and train step (with {optimizers}); "
+            f"{arguments.steps} denoising steps of {arguments.videos} videos at once with guidance, without decoding, "
+            f"seconds per video; medians of {arguments.rounds} rounds in turns"
         )
         record = {"what": "cost", "seed": config.seed, **size, "parameters": count, "protocol": protocol, "rows": rows}
         append_result(arguments.record, record)

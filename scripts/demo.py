@@ -88,8 +88,9 @@ def main(argv: Sequence[str]) -> int:
         return stopped()
     say(f"2/3 text-to-video at {' and '.join(f'{r}x' for r in config.ratios)}, on the same number of clips seen")
     trainings = {ratio: diffusion_config(config, run, ratio, tokenizer, *clips) for ratio in config.ratios}
+    vae = load_tokenizer(tokenizer)
     for split in ("train", "eval"):  # all ratios in one pass over the clips; the trainings find them cached
-        cache_latents(trainings[config.ratios[0]], split, load_tokenizer(tokenizer), config.ratios)
+        cache_latents(trainings[config.ratios[0]], split, vae, config.ratios)
     pipelines = {}
     for ratio, training in trainings.items():
         folder = train_pipeline(training)
@@ -105,7 +106,8 @@ def main(argv: Sequence[str]) -> int:
     if config.record:
         figures = json.loads((run / "report.json").read_text())
         seconds = round(time.perf_counter() - started)
-        record = {"what": "demo", "seed": config.seed, "seconds": seconds, "config": to_plain(config)}
+        settings = to_plain(dataclasses.replace(config, record=None))  # where it is recorded is no setting of the run
+        record = {"what": "demo", "seed": config.seed, "seconds": seconds, "config": settings}
         append_result(config.record, {**record, "rows": figures["rows"], "facts": figures["facts"]})
     say(f"\nreport: {page}\nfigures: {run / 'report.json'}\nvideos: {run / 'videos'}, frames in *.png beside them")
     return 0
@@ -266,7 +268,8 @@ def measure(config: DemoConfig, pipelines: Mapping[int, Any], prompts: list[str]
     batch, steps, count = config.diffusion.batch_size, config.sampling_steps, len(prompts)
     training, denoised, sampled = {}, {}, {}
     for ratio, pipe in pipelines.items():
-        training[ratio] = train_step(copy.deepcopy(pipe.transformer), **size, ratio=ratio, batch_size=batch)
+        own = copy.deepcopy(pipe.transformer)
+        training[ratio] = train_step(own, **size, ratio=ratio, batch_size=batch, loop=config.diffusion)
         denoised[ratio] = denoising(pipe.transformer, **size, ratio=ratio, steps=steps, videos=count)
         sampled[ratio] = sampling(pipe, prompts, steps, config.guidance, ratio)
     return {
@@ -380,6 +383,7 @@ def last_value(file: Path, key: str) -> float | None:
 def facts(config: DemoConfig, run: Path, clips: int, scored: int, started: float) -> dict[str, str]:
     """Return the key-value pairs at the report's end."""
     known = provenance()
+    optimizers = "AdamW" if config.diffusion.muon is None else "Muon with AdamW"
     trained = [f"{s.ratio}x {s.loop.steps} steps of {s.loop.batch_size} clips of {s.frames} frames" for s in config.stages]
     said = {
         "Commit": known["commit"],
@@ -395,7 +399,7 @@ def facts(config: DemoConfig, run: Path, clips: int, scored: int, started: float
             f"{config.sampling_steps} steps, guidance {config.guidance}, bf16; seconds per video in a batch of "
             f"{config.prompts} prompts: the transformer alone, and from text to pixels"
         ),
-        "Train step": f"batch {config.diffusion.batch_size}, forward, backward and AdamW, median of 5 in turns",
+        "Train step": f"batch {config.diffusion.batch_size}, forward, backward and {optimizers}, median of 5 in turns",
     }
     if scored:
         said["Prompt accuracy"] = f"{scored} prompts of trained combinations, one video each; Wilson 95 % intervals"

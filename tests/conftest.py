@@ -9,6 +9,7 @@ import torch
 
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.growth import Growth
+from promag.training.loop import LoopSettings
 
 torch.set_num_threads(1)
 
@@ -21,6 +22,12 @@ TINY = {
     "strides": ((2, 2), (2, 1)),
     "linear_shortcuts": True,
 }
+
+
+def loop_settings(**changes) -> LoopSettings:
+    """Return the settings of a training of four steps, some of them changed."""
+    values = {"steps": 4, "batch_size": 1, "learning_rate": 1e-3, "warmup": 1, "schedule": "cosine"}
+    return LoopSettings(**{**values, "weight_decay": 0.0, "clip_norm": 1.0, "ema_decay": 0.9, "muon": None, **changes})
 
 
 def make_tokenizer(levels: int = 3, seed: int = 0, settle: float = 0.0, **growth) -> AutoencoderKLProMAG:

@@ -92,6 +92,29 @@ class BaseDecoder(nn.Module):
         return x, None if state is None else (s_body, s_head)
 
 
+class _Encoding:
+    """One call of the encoder: its pixels, what was computed of them, and the stream's state before and after."""
+
+    def __init__(self, x: Tensor, state: State):
+        self.x, self.before = x, state
+        self.known: dict[tuple[str, int, int], Tensor] = {}
+        self.state: State = None if state is None else {}
+
+    def frames(self, rate: int) -> Tensor:
+        """Return every rate-th frame: frame 0 opens a clip; a later chunk starts one frame after a multiple of the rate."""
+        return self.x[:, :, (0 if is_first(self.before) else rate - 1) :: rate]
+
+    def once(self, kind: str, level: int, rate: int, compute: Callable[[State], tuple[Tensor, State]]) -> Tensor:
+        """Return what `compute` returned for this kind, level and frame rate, calling it the first time."""
+        key = (kind, level, rate)
+        if key not in self.known:
+            before = self.before.get(key, START) if isinstance(self.before, dict) else self.before
+            self.known[key], after = compute(before)
+            if self.state is not None:
+                self.state[key] = after
+        return self.known[key]
+
+
 class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
     """A causal video autoencoder whose temporal ratio was grown: one checkpoint encodes and decodes at every level.
 
@@ -326,35 +349,24 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _moments(self, x: Tensor, levels: Sequence[int], state: State) -> tuple[list[Tensor], State]:
         """Moments of `x` at each of `levels`; those and the features of each (level, frame rate) are computed once."""
-        x = self._as(self.encoder, x)
-        old: dict = state if isinstance(state, dict) else {}
-        new: dict = {}
-        known: dict = {}
+        call = _Encoding(self._as(self.encoder, x), state)
+        return [self._moments_at(level, 1, call) for level in levels], call.state
 
-        def once(kind: str, level: int, rate: int, compute) -> Tensor:
-            key = (kind, level, rate)
-            if key not in known:
-                known[key], new[key] = compute(None if state is None else old.get(key, START))
-            return known[key]
+    def _features_at(self, level: int, rate: int, call: "_Encoding") -> Tensor:
+        if level == 0:
+            return call.once("features", 0, rate, lambda s: self.encoder.features(call.frames(rate), s))
+        growth: Any = self.encoder_growth[level - 1]
+        full = self._features_at(level - 1, rate, call)
+        key = self._features_at(level - 1, 2 * rate, call) if growth.uses_key_frames else None
+        return call.once("features", level, rate, lambda s: growth.features(full, key, s))
 
-        def features(level: int, rate: int) -> Tensor:
-            if level == 0:
-                # Frame 0 opens the clip; a later chunk starts one frame after a multiple of the rate.
-                picked = x[:, :, (0 if is_first(state) else rate - 1) :: rate]
-                return once("features", 0, rate, lambda s: self.encoder.features(picked, s))
-            growth: Any = self.encoder_growth[level - 1]
-            full = features(level - 1, rate)
-            key = features(level - 1, 2 * rate) if growth.uses_key_frames else None
-            return once("features", level, rate, lambda s: growth.features(full, key, s))
-
-        def moments(level: int, rate: int) -> Tensor:
-            if level == 0:
-                return once("moments", 0, rate, lambda s: self.encoder.head(features(0, rate), s))
-            growth: Any = self.encoder_growth[level - 1]
-            below = moments(level - 1, 2 * rate) if growth.adds_to_key_latent else None
-            return once("moments", level, rate, lambda s: growth.moments(features(level, rate), below, s))
-
-        return [moments(level, 1) for level in levels], None if state is None else new
+    def _moments_at(self, level: int, rate: int, call: "_Encoding") -> Tensor:
+        features = self._features_at(level, rate, call)
+        if level == 0:
+            return call.once("moments", 0, rate, lambda s: self.encoder.head(features, s))
+        growth: Any = self.encoder_growth[level - 1]
+        below = self._moments_at(level - 1, 2 * rate, call) if growth.adds_to_key_latent else None
+        return call.once("moments", level, rate, lambda s: growth.moments(features, below, s))
 
     def _check_pixels(self, x: Tensor) -> None:
         channels = self.config["in_channels"]

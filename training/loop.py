@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from .config import setting
+from .config import UserError, setting
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, keep_last, load_checkpoint, save_checkpoint
 
 Metrics = Mapping[str, float]
@@ -171,7 +171,7 @@ def train(
     apart = [[p for p in module.parameters() if p.requires_grad] for module in objective.clipped_apart()]
     theirs = {id(p) for group in apart for p in group}
     together = [p for p in parameters if id(p) not in theirs]
-    optimizers = _optimizers(objective, settings)
+    optimizers = make_optimizers(objective, settings)
     objective.to(accelerator.device)
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
     buffers = dict(objective.named_buffers())
@@ -264,33 +264,34 @@ def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] |
     return groups["ema"], meta
 
 
-def _optimizers(objective: Objective, settings: LoopSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(objective: Objective, settings: LoopSettings) -> list[torch.optim.Optimizer]:
     """Return AdamW and, where asked for, Muon (Jordan et al. 2024; torch.optim.Muon) for the objective's matrices.
 
-    A group's `factor` is its learning rate over the schedule's.
+    A group's `factor` is its learning rate over the schedule's. Raises UserError where Muon has nothing to train.
     """
     factors = {id(p): factor for module, factor in objective.rate_factors() for p in module.parameters()}
-    trained = [p for p in objective.parameters() if p.requires_grad]
     matrices = [] if settings.muon is None else [p for p in objective.matrices() if p.requires_grad]
     if settings.muon is not None and not matrices:
-        raise ValueError(f"muon {settings.muon}: nothing here has matrices that Muon may train; set it to null")
+        raise UserError(f"muon {settings.muon}: nothing here has matrices that Muon may train; set it to null")
     theirs = {id(p) for p in matrices}
     groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in trained:
-        if id(parameter) not in theirs:
+    for parameter in objective.parameters():
+        if parameter.requires_grad and id(parameter) not in theirs:
             groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
-    rate, decay = settings.learning_rate, settings.weight_decay
-    adamw = torch.optim.AdamW(
-        [{"params": group, "factor": factor} for factor, group in groups.items()],
-        rate,
-        betas=(0.9, 0.99),
-        weight_decay=decay,
-        fused=True,
-    )
-    if not matrices or settings.muon is None:
-        return [adamw]
-    group = {"params": matrices, "factor": settings.muon / rate}
-    return [adamw, torch.optim.Muon([group], settings.muon, weight_decay=decay, ns_steps=NEWTON_SCHULZ_STEPS)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [{"params": group, "factor": factor} for factor, group in groups.items()],
+            settings.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+    ]
+    if settings.muon is not None:
+        group = {"params": matrices, "factor": settings.muon / settings.learning_rate}
+        muon = torch.optim.Muon([group], settings.muon, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS)
+        optimizers.append(muon)
+    return optimizers
 
 
 def _resume(

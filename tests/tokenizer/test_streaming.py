@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -77,6 +79,21 @@ def test_memory_held_does_not_grow_with_the_stream_or_the_chunk(tokenizer):
     short, long = sizes(16), sizes(64)
     assert short[1] == short[2] == short[3] > 0
     assert long[1:] == short[1:]
+
+
+@torch.no_grad()
+def test_encoding_leaves_no_features_to_the_garbage_collector(tokenizer):
+    """Reference cycles would hold every feature map until Python happens to look for cycles: memory would creep up."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        for _ in range(3):
+            tokenizer.encode(torch.zeros(1, 3, 17, 16, 16), 16)
+            tokenizer.encode_chunk(torch.zeros(1, 3, 17, 16, 16), START, 16)
+        assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= before
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

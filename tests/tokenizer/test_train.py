@@ -10,21 +10,11 @@ from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import Data, Model, Stage, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training.config import UserError
-from promag.training.loop import LoopSettings, Pace
+from promag.training.loop import Pace
 from promag.training.run import load_checkpoint
-from tests.conftest import TINY
+from tests.conftest import TINY, loop_settings
 
-LOOP = LoopSettings(
-    steps=4,
-    batch_size=1,
-    learning_rate=1e-3,
-    warmup=1,
-    schedule="cosine",
-    weight_decay=0,
-    clip_norm=1,
-    ema_decay=0.9,
-    muon=None,
-)
+LOOP = loop_settings()
 PACE = Pace(log_every=1, validate_every=4, save_every=50, keep_last=1, workers=0, stop_after=None)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from promag.training.config import UserError
 from promag.training.datasets import TrainingStream
-from promag.training.loop import LoopSettings, Objective, Pace, close_trackers, make_accelerator, seeded, train
+from promag.training.loop import Objective, Pace, close_trackers, make_accelerator, seeded, train
 from promag.training.run import (
     append_metrics,
     checkpoints,
@@ -20,18 +20,9 @@ from promag.training.run import (
     save_checkpoint,
     write_atomically,
 )
+from tests.conftest import loop_settings
 
-SETTINGS = LoopSettings(
-    steps=4,
-    batch_size=2,
-    learning_rate=0.05,
-    warmup=2,
-    schedule="cosine",
-    weight_decay=0.1,
-    clip_norm=1.0,
-    ema_decay=0.9,
-    muon=None,
-)
+SETTINGS = loop_settings(batch_size=2, learning_rate=0.05, warmup=2, weight_decay=0.1)
 PACE = Pace(log_every=1, validate_every=2, save_every=2, keep_last=2, workers=0, stop_after=None)
 
 
@@ -164,7 +155,7 @@ def test_muon_without_matrices_is_refused(tmp_path):
         def matrices(self):
             return []
 
-    with pytest.raises(ValueError, match=r"muon 0\.02: nothing here has matrices"):
+    with pytest.raises(UserError, match=r"muon 0\.02: nothing here has matrices"):
         run(tmp_path, settings=dataclasses.replace(SETTINGS, muon=0.02), objective=Without())
     with pytest.raises(ValueError, match="muon -1: must be above 0"):
         dataclasses.replace(SETTINGS, muon=-1)
@@ -196,13 +187,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(tmp_path):
 
 
 def test_rates_warm_up_and_fall_to_a_twentieth():
-    settings = LoopSettings(100, 1, 1.0, 10, "cosine", 0, 1, 0.9, None)
+    settings = loop_settings(steps=100, learning_rate=1.0, warmup=10)
     rates = [settings.rate_at(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
     assert rates[100] == pytest.approx(0.05)
-    assert LoopSettings(100, 1, 1.0, 10, "constant", 0, 1, 0.9, None).rate_at(99) == 1.0
+    assert dataclasses.replace(settings, schedule="constant").rate_at(99) == 1.0
 
 
 def test_seeds_depend_on_every_number():
