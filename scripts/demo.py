@@ -195,7 +195,7 @@ def diffusion_config(
             train=train,
             validation=evaluation,
             shapes=config.shapes,
-            validation_clips=32,
+            validation_clips=16,
             frames=config.frames,
             size=config.size,
             cache=str(run / "latents"),
