@@ -304,6 +304,20 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
             module.requires_grad_(True)
         return [p for p in self.parameters() if p.requires_grad]
 
+    def hidden_kernels(self) -> list[nn.Parameter]:
+        """Return the convolution kernels that map hidden features to hidden features, not those at pixels and latents."""
+        ends: list[nn.Module] = []
+        for module in self.modules():
+            if isinstance(module, (BaseEncoder, BaseDecoder)):
+                ends += [module.body[0], module.head]
+            elif isinstance(module, EncoderGrowth):
+                ends.append(module.head)
+            elif isinstance(module, DecoderGrowth):
+                ends += [module.conv_in, module.head]
+        excluded = {id(p) for end in ends for p in end.parameters()}
+        convolutions = (m for m in self.modules() if isinstance(m, nn.Conv3d))
+        return [p for m in convolutions for p in m.parameters() if p.ndim > 1 and id(p) not in excluded]
+
     # -- encoding ----------------------------------------------------------------------------------------------------
 
     def encode(

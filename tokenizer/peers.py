@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from .geometry import check_frames, check_ratio
 
+# What diffusers' video autoencoders call their convolutions at pixels and latents.
+ENDS = {"conv_in", "conv_out", "quant_conv", "post_quant_conv"}
+
 
 class PeerAutoencoder(nn.Module):
     """A causal video autoencoder of diffusers with one temporal ratio: 1 + ratio*N frames to 1 + N latent frames.
@@ -50,6 +53,12 @@ class PeerAutoencoder(nn.Module):
             check_ratio(ratio, self.temporal_ratios)
         self.requires_grad_(True)
         return list(self.parameters())
+
+    def hidden_kernels(self) -> list[nn.Parameter]:
+        """Return the 2D and 3D kernels that map hidden features to hidden features, not those at pixels and latents."""
+        convolutions = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+        hidden = (m for name, m in convolutions if ENDS.isdisjoint(name.split(".")))
+        return [p for m in hidden for p in m.parameters() if p.ndim > 1]
 
     def encode(self, x: Tensor, temporal_ratio: int | None = None) -> AutoencoderKLOutput:
         """B C 1+r*N H W in [-1, 1] -> the posterior over b c 1+N h w."""

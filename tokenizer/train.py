@@ -132,6 +132,10 @@ class StageObjective(Objective):
         """Return the discriminator, whose gradients must not shrink the autoencoder's."""
         return [self.adversary] if self.adversary else []
 
+    def matrices(self) -> list[nn.Parameter]:
+        """Return the kernels between hidden features: neither those at pixels and latents nor the discriminator's."""
+        return self.model.hidden_kernels()
+
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """B C T H W in batch["video"] -> loss, its parts."""
         x, stage = batch["video"], self.stage

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from .config import UserError, setting
+from .muon import Muon
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, keep_last, load_checkpoint, save_checkpoint
 
 Metrics = Mapping[str, float]
@@ -44,7 +45,7 @@ class LoopSettings:
     weight_decay: float = setting("decoupled, as in AdamW")
     clip_norm: float = setting("largest gradient norm")
     ema_decay: float = setting("highest decay of the averaged weights")
-    muon: float | None = setting("peak rate of Muon, which then trains the matrices inside transformer blocks; null: AdamW")
+    muon: float | None = setting("peak rate of Muon for hidden matrices and convolution kernels; null: AdamW for these too")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""
@@ -101,7 +102,7 @@ class Objective(nn.Module):
         return []
 
     def matrices(self) -> list[nn.Parameter]:
-        """Return the matrices that Muon may train: those that map hidden features to hidden features."""
+        """Return the weights that Muon may train: matrices and kernels that map hidden features to hidden features."""
         return []
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -171,8 +172,8 @@ def train(
     apart = [[p for p in module.parameters() if p.requires_grad] for module in objective.clipped_apart()]
     theirs = {id(p) for group in apart for p in group}
     together = [p for p in parameters if id(p) not in theirs]
-    optimizers = make_optimizers(objective, settings)
     objective.to(accelerator.device)
+    optimizers = make_optimizers(objective, settings)
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
     buffers = dict(objective.named_buffers())
     first, seconds = _resume(folder, named, buffers, optimizers, ema)
@@ -265,7 +266,7 @@ def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] |
 
 
 def make_optimizers(objective: Objective, settings: LoopSettings) -> list[torch.optim.Optimizer]:
-    """Return AdamW and, where asked for, Muon (Jordan et al. 2024; torch.optim.Muon) for the objective's matrices.
+    """Return AdamW and, where asked for, Muon for the objective's matrices; to be called where the weights will stay.
 
     A group's `factor` is its learning rate over the schedule's. Raises UserError where Muon has nothing to train.
     """
@@ -288,8 +289,8 @@ def make_optimizers(objective: Objective, settings: LoopSettings) -> list[torch.
         )
     ]
     if settings.muon is not None:
-        group = {"params": matrices, "factor": settings.muon / settings.learning_rate}
-        muon = torch.optim.Muon([group], settings.muon, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS)
+        muon = Muon(matrices, lr=settings.muon, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS)
+        muon.param_groups[0]["factor"] = settings.muon / settings.learning_rate
         optimizers.append(muon)
     return optimizers
 
@@ -320,19 +321,20 @@ def _resume(
         slots.setdefault(name, {})[slot] = torch.empty_like(like, dtype=value.dtype).copy_(value)
     names = {id(p): name for name, p in named.items()}
     for optimizer in optimizers:
-        state = {i: slots[names[id(p)]] for i, p in enumerate(_held(optimizer)) if names[id(p)] in slots}
+        state = {i: slots[names[id(p)]] for i, (p, _) in enumerate(_held(optimizer)) if names[id(p)] in slots}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta["step"], meta["seconds"]
 
 
-def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return an optimiser's parameters in the order in which its state numbers them."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _held(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Return the weights that an optimiser trains, in the order in which its state numbers them, and the state's keys."""
+    keys = [p for group in optimizer.param_groups for p in group["params"]]
+    return list(zip(optimizer.weights if isinstance(optimizer, Muon) else keys, keys, strict=True))
 
 
 def _save(accelerator, folder: Path, step: int, seconds: float, named, buffers, optimizers, ema: EMAModel, pace: Pace) -> None:
     if accelerator.is_main_process:
-        slots = {id(p): optimizer.state.get(p, {}) for optimizer in optimizers for p in _held(optimizer)}
+        slots = {id(p): optimizer.state.get(key, {}) for optimizer in optimizers for p, key in _held(optimizer)}
         groups = {
             "weights": dict(named),
             "ema": dict(zip(named, ema.shadow_params, strict=True)),

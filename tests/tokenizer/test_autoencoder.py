@@ -230,6 +230,20 @@ def test_illegal_growth_is_named():
         make_tokenizer(levels=2, heads=5)
 
 
+def test_hidden_kernels_are_all_but_those_at_pixels_and_latents():
+    model = AutoencoderKLProMAG(**TINY)
+    model.grow()
+    model.grow(Growth(decoder="finetune"))
+    hidden = {id(p) for p in model.hidden_kernels()}
+    at_ends = {n for n, p in model.named_parameters() if n.endswith("weight") and p.ndim == 5 and id(p) not in hidden}
+    skips = [f"{part}.{kind}.weight" for part in ("encoder.head", "decoder.head") for kind in ("conv", "skip")]
+    grown = [f"encoder_growth.{i}.head.{kind}.weight" for i in (0, 1) for kind in ("conv", "skip")]
+    lifts = [f"decoder_growth.{i}.{name}.weight" for i in (0, 1) for name in ("conv_in", "head.conv", "head.skip")]
+    own = [f"finetuned.2.0.{name}.weight" for name in ("conv_in", "head.conv", "head.skip")]
+    own += [f"finetuned.2.1.{name}.weight" for name in ("body.0", "head.conv", "head.skip")]
+    assert at_ends == {*skips, *grown, *lifts, *own, "encoder.body.0.weight", "decoder.body.0.weight"}
+
+
 def test_preset_sizes():
     """Presets as their files state them; the paper's base has 128 channels with multipliers 1, 2, 2, 4."""
     from promag.tokenizer.train import TokenizerConfig

@@ -29,6 +29,15 @@ def test_every_weight_of_a_peer_learns():
     assert without == []
 
 
+def test_hidden_kernels_of_a_peer_are_all_but_those_at_pixels_and_latents():
+    peer = build_peer("AutoencoderKLWan", WAN)
+    hidden = {id(p) for p in peer.hidden_kernels()}
+    ends = [f"{side}.conv_{end}" for side in ("encoder", "decoder") for end in ("in", "out")]
+    ends += ["quant_conv", "post_quant_conv"]
+    at_ends = {name for name, p in peer.model.named_parameters() if name.endswith("weight") and id(p) not in hidden}
+    assert at_ends == {f"{end}.weight" for end in ends}
+
+
 @pytest.mark.parametrize("name", ["AutoencoderKLNothing", "UNet2DModel"])
 def test_an_unknown_peer_is_named(name):
     with pytest.raises(ValueError, match=f"peer '{name}': diffusers .* has no autoencoder of that name"):

@@ -14,7 +14,7 @@ from promag.training.loop import Pace
 from promag.training.run import load_checkpoint
 from tests.conftest import TINY, loop_settings
 
-LOOP = loop_settings()
+LOOP = loop_settings(muon=0.01)
 PACE = Pace(log_every=1, validate_every=4, save_every=50, keep_last=1, workers=0, stop_after=None)
 
 

@@ -56,7 +56,7 @@ class Noisy(Objective):
         return [(self.conv, 0.25)]
 
     def matrices(self):
-        return [self.layer.weight]
+        return [self.layer.weight, self.conv.weight]
 
 
 def run(folder, pace=PACE, settings=SETTINGS, objective=None, validate=None, workers=0):

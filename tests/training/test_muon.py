@@ -1,0 +1,40 @@
+import pytest
+import torch
+from torch import nn
+
+from promag.training.muon import Muon
+
+OPTIONS = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 5}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_kernel_is_trained_as_the_matrix_of_its_outputs_by_all_else(layout):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 3, 2, 3, 3), torch.randn(2, 4, 3, 2, 3, 3)
+    kernel = nn.Parameter(start.clone().to(memory_format=layout))
+    matrix = nn.Parameter(start.flatten(1).clone())
+    ours, reference = Muon([kernel], **OPTIONS), torch.optim.Muon([matrix], **OPTIONS)
+    for gradient in gradients:
+        kernel.grad, matrix.grad = gradient.clone(), gradient.flatten(1)
+        ours.step()
+        reference.step()
+    # Newton-Schulz runs in bfloat16, where another order of columns rounds otherwise.
+    assert torch.allclose(kernel.flatten(1), matrix, atol=2e-3)
+    assert (kernel - start).abs().max() > 0.02
+    ours.zero_grad()
+    assert kernel.grad is None
+
+
+def test_a_matrix_is_trained_as_by_torch():
+    torch.manual_seed(0)
+    a, b = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    a.grad = torch.randn(5, 3)
+    b.grad = a.grad.clone()
+    Muon([a], **OPTIONS).step()
+    torch.optim.Muon([b], **OPTIONS).step()
+    assert torch.equal(a, b)
+
+
+def test_a_weight_without_a_matrix_view_is_refused():
+    with pytest.raises(ValueError, match=r"weight of shape \(4, 3, 2, 2\), strides .*: no matrix view"):
+        Muon([nn.Parameter(torch.randn(4, 2, 3, 2).transpose(1, 2))], **OPTIONS)
