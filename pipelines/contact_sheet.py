@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-LABEL = 44  # pixels left of the frames
+LABEL = 44  # pixels left of the frames, more where a label is wider
 TITLE = 16  # pixels above each clip
+_FONT = ImageFont.load_default()
 PAPER, INK = (250, 250, 250), (40, 40, 40)
 
 
@@ -30,7 +31,8 @@ def write_contact_sheet(
     """
     if not clips:
         raise ValueError("no clips to draw: at least 1 is needed")
-    blocks = [_block(title, videos, frames, scale) for title, videos in clips]
+    left = max(LABEL, *(int(_FONT.getlength(label)) + 10 for _, videos in clips for label in videos))
+    blocks = [_block(title, videos, frames, scale, left) for title, videos in clips]
     sheet = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), PAPER)
     top = 0
     for block in blocks:
@@ -40,18 +42,18 @@ def write_contact_sheet(
     return Path(path)
 
 
-def _block(title: str, videos: Mapping[str, np.ndarray], frames: int, scale: int) -> Image.Image:
+def _block(title: str, videos: Mapping[str, np.ndarray], frames: int, scale: int, left: int) -> Image.Image:
     shapes = {video.shape for video in videos.values()}
     if len(shapes) != 1:
         raise ValueError(f"videos of {title!r} have shapes {sorted(shapes)}: one shape is needed")
     count, height, width, _ = shapes.pop()
     picked = np.linspace(0, count - 1, frames).round().astype(int)
-    block = Image.new("RGB", (LABEL + frames * width * scale, TITLE + len(videos) * height * scale), PAPER)
+    block = Image.new("RGB", (left + frames * width * scale, TITLE + len(videos) * height * scale), PAPER)
     draw = ImageDraw.Draw(block)
-    draw.text((4, 2), title, fill=INK)
+    draw.text((4, 2), title, fill=INK, font=_FONT)
     for i, (label, video) in enumerate(videos.items()):
         top = TITLE + i * height * scale
-        draw.text((4, top + height * scale // 2 - 6), label, fill=INK)
+        draw.text((4, top + height * scale // 2 - 6), label, fill=INK, font=_FONT)
         line = Image.fromarray(np.concatenate(list(video[picked]), 1))
-        block.paste(line.resize((line.width * scale, line.height * scale), Image.Resampling.NEAREST), (LABEL, top))
+        block.paste(line.resize((line.width * scale, line.height * scale), Image.Resampling.NEAREST), (left, top))
     return block

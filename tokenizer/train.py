@@ -71,7 +71,9 @@ class Stage:
 
     ratio: int = setting("temporal ratio of the level")
     frames: int = setting("frames per training clip: 1 + ratio*k")
-    growth: Growth | None = setting("how the level, and any between it and the one below, is grown; null for the base")
+    growth: Growth | None = setting(
+        "how the level, and any between it and the one below, is grown; null for one that needs no growing"
+    )
     trains: Literal["new", "all"] = setting("the levels that the stage adds, or every weight of the model")
     latent_steps: int = setting("first steps that regress the lower latent instead of pixels")
     squared_weight: float = setting("weight of the squared error beside L1, whose weight is 1")
@@ -88,7 +90,7 @@ class TokenizerConfig:
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
-    init: str | None = setting("a trained tokenizer to grow; null starts with the base")
+    init: str | None = setting("a trained tokenizer to grow, or to train its highest level further; null starts anew")
     only: int | None = setting("train this ratio's stage alone; null runs all")
     model: Model | None = setting("the base level; null where `init` has it")
     data: Data = setting("the clips")
@@ -243,7 +245,7 @@ def _model_for(
     """Return the model that a stage trains and the ratios that the stage adds to it."""
     if stage.growth is None:
         if config.init:
-            raise UserError(f"init {config.init}: stage {stage.ratio}x has no growth, it starts from scratch; drop one of them")
+            return _continued(Path(config.init), stage), (stage.ratio,)
         if build is None and config.model is None:
             raise UserError(f"model null: stage {stage.ratio}x starts from scratch and needs a model")
         model: Any = build() if build else AutoencoderKLProMAG(**asdict(config.model))  # pyright: ignore
@@ -262,6 +264,17 @@ def _model_for(
     while model.temporal_ratios[-1] < stage.ratio:
         model.grow(stage.growth)
     return model, model.temporal_ratios[have:]
+
+
+def _continued(place: Path, stage: Stage) -> AutoencoderKLProMAG:
+    """Load a tokenizer whose highest level is to be trained further: levels above would no longer fit a changed one."""
+    model = load_tokenizer(place)
+    if stage.ratio != model.temporal_ratios[-1]:
+        known = ", ".join(f"{r}x" for r in model.temporal_ratios)
+        raise UserError(
+            f"stage {stage.ratio}x without growth: of {place} ({known}) the highest level alone can be trained further"
+        )
+    return model
 
 
 def load_tokenizer(folder: str | os.PathLike) -> AutoencoderKLProMAG:

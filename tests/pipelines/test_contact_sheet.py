@@ -14,6 +14,16 @@ def test_frames_stand_where_they_should(tmp_path):
     assert pixels[TITLE::8, LABEL::12, 0].tolist() == [[0, 40, 80], [100, 140, 180]]
 
 
+def test_a_long_label_gets_the_room_it_needs(tmp_path):
+    clip = {"an original that has a long name": np.zeros((3, 4, 6, 3), np.uint8)}
+    pixels = np.asarray(Image.open(write_contact_sheet(tmp_path / "a.png", [("one", clip)], frames=3, scale=8)))
+    frames = (pixels == 0).all(2).any(0)
+    left = int(frames.argmax())
+    assert left > 3 * LABEL
+    assert frames[left:].all()
+    assert len(frames) - left == 3 * 6 * 8
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="no clips"):
         write_contact_sheet(tmp_path / "a.png", [])

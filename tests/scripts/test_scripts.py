@@ -9,7 +9,18 @@ import pytest
 
 from promag.training.config import UserError
 from promag.training.video import decode_strictly, read_frames
-from scripts import benchmark, cache_latents, evaluate_tokenizer, reconstruct, sample, soak, train_diffusion, train_tokenizer
+from scripts import (
+    benchmark,
+    cache_latents,
+    compare_tokenizers,
+    evaluate_tokenizer,
+    plot_training,
+    reconstruct,
+    sample,
+    soak,
+    train_diffusion,
+    train_tokenizer,
+)
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
 
 PACE = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
@@ -65,6 +76,45 @@ def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     assert recorded["ratios"] == found
     assert recorded["training"]["seed"] == 0
     assert {name: stage["steps"] for name, stage in recorded["training"]["stages"].items()} == {"4x": 2, "8x": 2, "16x": 2}
+
+
+def test_compare_tokenizers_draws_the_clips_with_most_motion(demo_run, tmp_path, capsys):
+    tokenizer, out = demo_run / "tokenizer-run" / "tokenizer", tmp_path / "sheet.png"
+    arguments = [f"low={tokenizer}:4", f"high={tokenizer}:16", "--out", str(out), "--frames", "17", "--size", "32"]
+    compare_tokenizers.main([*arguments, "--videos", "shapes"])
+    said = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("dB")]
+    assert [line[2] for line in said] == ["low", "high"] * 3
+    clips = [line[1] for line in said[::2]]
+    assert len(set(clips)) == 3
+    compare_tokenizers.main([*arguments, "--videos", "shapes", "--clips", clips[1], "--across", "3"])
+    again = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("dB")]
+    assert again == said[2:4]
+    for change, message in (
+        ([f"a={tokenizer}"], "NAME=CHECKPOINT:RATIO is needed"),
+        ([f"a={tokenizer}:12"], "temporal ratio 12: this tokenizer has 4x, 8x, 16x"),
+        ([f"a={tokenizer}:16", "--clips", "64"], "--clips 64: there are 0 to 63"),
+        ([f"a={tokenizer}:16", "--out", "sheet.jpg"], r"sheet\.jpg: a \.png file is needed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare_tokenizers.main(["--out", str(out), "--frames", "17", "--size", "32", "--videos", "shapes", *change])
+
+
+def test_plot_training_draws_what_was_logged(demo_run, tmp_path):
+    stage, out = demo_run / "tokenizer-run" / "4x", tmp_path / "curve.svg"
+    logged = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in logged if "loss" in record]
+    plot_training.main([f"ours={stage}", "--keys", "loss", "--out", str(out)])
+    assert f"ours: {losses[-1]:.2f} at 2" in out.read_text()
+    plot_training.main([f"ours={stage}", "--keys", "loss", "l1", "--out", str(out), "--mean-over", "2"])
+    assert f"ours loss: {sum(losses) / 2:.2f} at 2" in out.read_text()
+    assert "ours l1: " in out.read_text()
+    for stages, keys, message in (
+        ("ours", "loss", "ours: NAME=FOLDER is needed"),
+        (f"ours={tmp_path}", "loss", r"no metrics\.jsonl there"),
+        (f"ours={stage}", "lpips", "no figure 'lpips'; there are clips, gradient_norm, "),
+    ):
+        with pytest.raises(UserError, match=message):
+            plot_training.main([stages, "--keys", keys, "--out", str(out)])
 
 
 def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder, tmp_path, capsys):

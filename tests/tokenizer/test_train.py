@@ -78,6 +78,17 @@ def test_one_stage_alone_leaves_the_lower_levels_bit_equal(trained, tmp_path):
     assert all(torch.equal(value, new[key]) for key, value in before.state_dict().items())
 
 
+def test_the_highest_level_is_trained_further(trained, tmp_path):
+    before = load_tokenizer(trained / "tokenizer").state_dict()
+    init = str(trained / "tokenizer")
+    train_tokenizer(make_config(tmp_path / "a", init=init, stages=(stage(16, 17),)))
+    after = load_tokenizer(tmp_path / "a" / "tokenizer").state_dict()
+    changed = {key.split(".")[0] + "." + key.split(".")[1] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"encoder_growth.1", "decoder_growth.1", "finetuned.2"}
+    with pytest.raises(UserError, match=r"stage 8x without growth: of .* \(4x, 8x, 16x\) the highest level alone"):
+        train_tokenizer(make_config(tmp_path / "b", init=init, stages=(stage(8, 9),)))
+
+
 def test_a_finished_run_is_not_trained_again(trained, capsys):
     weights = (trained / "tokenizer" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     train_tokenizer(make_config(trained))
