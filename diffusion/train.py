@@ -5,6 +5,7 @@ pipelines/assemble.py's matter.
 """
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -16,8 +17,11 @@ from torch import Tensor
 from ..tokenizer.geometry import check_frames, check_size, tokens
 from ..training.config import setting
 from ..training.datasets import TrainingStream
-from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, seeded, train
+from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, seeded, train
+from ..training.optimizers import LoopSettings
 from ..training.run import open_run
+from ..training.throughput import Work
+from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latents import LatentDataset, Scale
 from .text import drop_captions, encode, learn_vocabulary, load_frozen, small_clip, text_widths, tokenize
@@ -136,6 +140,12 @@ class FlowObjective(Objective):
     def matrices(self) -> list[torch.nn.Parameter]:
         """Return the weights of the blocks' linear layers."""
         return hidden_matrices(self.transformer)
+
+    def work(self, batch: dict[str, Any]) -> Work:
+        """Return the transformer's tokens and FLOPs; those of the text model are left out."""
+        x, config = batch["latents"], self.transformer.config
+        count = prod(x.shape[2:]) // prod(config["patch_size"])
+        return Work(len(x) * count, training_flops(config, count, self.text_tokenizer.model_max_length, len(x)))
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """Normalised latents b c t h w, captions and frame rates in `batch` -> loss."""

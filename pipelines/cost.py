@@ -14,7 +14,8 @@ from ..diffusion.flow import velocity
 from ..diffusion.train import hidden_matrices
 from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.geometry import SPATIAL_RATIO, latent_frames
-from ..training.loop import LoopSettings, Objective, make_optimizers
+from ..training.loop import Objective
+from ..training.optimizers import LoopSettings, make_optimizers
 
 Key = TypeVar("Key")
 

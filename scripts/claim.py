@@ -201,7 +201,7 @@ def _idle_heads(model: Any, level: int, heads: Sequence[Any]) -> list[Any]:
 
 def _cost(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> dict[str, float]:
     """Return steps, clips, frames, seconds and FLOPs of one stage's training; seconds are this machine's."""
-    clips = stage.loop.steps * stage.loop.batch_size
+    clips = stage.loop.steps * stage.loop.batch_size * stage.loop.accumulate
     done = run_folder(config, arm.name, seed) / f"{stage.ratio}x" / "done.json"
     return {
         "steps": stage.loop.steps,
@@ -233,7 +233,7 @@ def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> floa
         if count:
             with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
                 objective({"video": video}, seeded(0), step)["loss"].backward()
-            total += counter.get_total_flops() * count * stage.loop.batch_size
+            total += counter.get_total_flops() * count * stage.loop.batch_size * stage.loop.accumulate
     return total
 
 

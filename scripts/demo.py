@@ -34,7 +34,8 @@ from promag.training import shapes_scorer as scorer
 from promag.training.clips import list_videos, prepare, save_clips
 from promag.training.config import UserError, parse_config, run_main, setting, to_plain
 from promag.training.datasets import open_dataset
-from promag.training.loop import LoopSettings, Pace
+from promag.training.loop import Pace
+from promag.training.optimizers import LoopSettings
 from promag.training.run import append_result, provenance
 
 

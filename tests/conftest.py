@@ -9,7 +9,8 @@ import torch
 
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.growth import Growth
-from promag.training.loop import LoopSettings
+from promag.training.loop import Pace
+from promag.training.optimizers import LoopSettings
 
 torch.set_num_threads(1)
 
@@ -26,8 +27,15 @@ TINY = {
 
 def loop_settings(**changes) -> LoopSettings:
     """Return the settings of a training of four steps, some of them changed."""
-    values = {"steps": 4, "batch_size": 1, "learning_rate": 1e-3, "warmup": 1, "schedule": "cosine"}
-    return LoopSettings(**{**values, "weight_decay": 0.0, "clip_norm": 1.0, "ema_decay": 0.9, "muon": None, **changes})
+    values = {"steps": 4, "batch_size": 1, "accumulate": 1, "learning_rate": 1e-3, "warmup": 1, "schedule": "cosine"}
+    values |= {"weight_decay": 0.0, "clip_norm": 1.0, "ema_decay": 0.9, "max_skipped": 0, "muon": None}
+    return LoopSettings(**{**values, **changes})
+
+
+def loop_pace(**changes) -> Pace:
+    """Return the pace of such a training: every step is logged, every second validated and saved."""
+    values = {"log_every": 1, "validate_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None, "workers": 0}
+    return Pace(**{**values, "stop_after": None, "peak_tflops": 1.0, **changes})
 
 
 def make_tokenizer(levels: int = 3, seed: int = 0, settle: float = 0.0, **growth) -> AutoencoderKLProMAG:

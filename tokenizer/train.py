@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..training.config import UserError, setting
 from ..training.datasets import TrainingStream, open_dataset
-from ..training.loop import LoopSettings, Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
+from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
+from ..training.optimizers import LoopSettings
 from ..training.run import open_run, write_atomically
 from .autoencoder import AutoencoderKLProMAG, parameter_count
 from .discriminator import Adversarial, AdversarialLoss

@@ -7,10 +7,8 @@ and repeats an uninterrupted one bit for bit (on a CPU).
 import contextlib
 import hashlib
 import itertools
-import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,48 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from .config import UserError, setting
-from .muon import Muon
-from .run import StopSignal, append_metrics, checkpoints, cut_metrics, keep_last, load_checkpoint, save_checkpoint
+from .config import setting
+from .optimizers import LoopSettings, held_by, make_optimizers
+from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
+from .throughput import Meter, Work
 
 Metrics = Mapping[str, float]
-
-NEWTON_SCHULZ_STEPS = 4  # of Muon: one fewer than its authors', a fifth cheaper; singular values end a little less alike
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How one stage is optimised and how often it speaks."""
-
-    steps: int = setting("optimiser steps of the stage")
-    batch_size: int = setting("clips per process and step")
-    learning_rate: float = setting("peak of the schedule")
-    warmup: int = setting("steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = setting("after the warm-up: down to 5 % of the peak, or constant")
-    weight_decay: float = setting("decoupled, as in AdamW")
-    clip_norm: float = setting("largest gradient norm")
-    ema_decay: float = setting("highest decay of the averaged weights")
-    muon: float | None = setting("peak rate of Muon for hidden matrices and convolution kernels; null: AdamW for these too")
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a setting that cannot be meant."""
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
-        for name in ("learning_rate", "muon"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} {value}: must be above 0")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay {self.ema_decay}: must be in [0, 1)")
-
-    def rate_at(self, step: int) -> float:
-        """Return the learning rate of step 0, 1, ..."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.learning_rate
-        along = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (0.05 + 0.95 * (1 + math.cos(math.pi * along)) / 2)
 
 
 @dataclass(frozen=True)
@@ -75,9 +37,21 @@ class Pace:
     log_every: int = setting("steps between two log lines")
     validate_every: int = setting("steps between two validations")
     save_every: int = setting("steps between two checkpoints")
-    keep_last: int = setting("checkpoints kept of each stage")
+    keep_last: int = setting("newest checkpoints kept of each stage")
+    keep_every: int | None = setting("checkpoints at multiples of so many steps are kept for good; null keeps none of them")
     workers: int = setting("data loading processes; 0 loads in the training process")
     stop_after: int | None = setting("save and end this call after so many steps; null runs to the end")
+    peak_tflops: float | None = setting("what the device is said to do in TFLOP/s, for MFU; null measures a matrix product")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a setting that cannot be meant."""
+        for name in ("log_every", "validate_every", "save_every", "keep_last", "keep_every", "stop_after"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value}: at least 1 is needed")
+        if self.workers < 0:
+            raise ValueError(f"workers {self.workers}: must not be negative")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops {self.peak_tflops}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -104,6 +78,10 @@ class Objective(nn.Module):
     def matrices(self) -> list[nn.Parameter]:
         """Return the weights that Muon may train: matrices and kernels that map hidden features to hidden features."""
         return []
+
+    def work(self, batch: dict[str, Any]) -> Work | None:
+        """Return what a batch asks of the model, for the throughput in the log; None where it is not counted."""
+        return None
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """Return the losses of one batch."""
@@ -163,8 +141,9 @@ def train(
         seed: all noise of step s comes from (seed, rank, s).
         validate: called with the TensorBoard tracker and the step, under the averaged weights; returns metrics.
 
-    A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished.
-    Raises FloatingPointError on a loss that is not finite.
+    A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished. A step whose
+    loss or gradients are not finite is named, counted and skipped. Raises FloatingPointError where `max_skipped` such steps
+    in a row are not enough.
     """
     name = folder.name
     named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
@@ -175,8 +154,9 @@ def train(
     objective.to(accelerator.device)
     optimizers = make_optimizers(objective, settings)
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
-    buffers = dict(objective.named_buffers())
-    first, seconds = _resume(folder, named, buffers, optimizers, ema)
+    state = _State(named, dict(objective.named_buffers()), optimizers, ema)
+    state.resume(folder)
+    first = step = state.step
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
     wrapped, *prepared = accelerator.prepare(objective, *optimizers)
@@ -187,7 +167,10 @@ def train(
 
     last = settings.steps if pace.stop_after is None else min(settings.steps, first + pace.stop_after)
     loader = DataLoader(
-        open_stream(first), batch_size=None, num_workers=pace.workers, worker_init_fn=_leave_signals_to_the_parent
+        open_stream(first * settings.accumulate),
+        batch_size=None,
+        num_workers=pace.workers,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     batches = iter(loader) if first < last else iter(())
     bar = tqdm(
@@ -198,62 +181,77 @@ def train(
         mininterval=2,
         file=sys.stderr,
     )
-    step = first
+    bf16 = accelerator.mixed_precision == "bf16"
+    meter = Meter(settings.batch_size, accelerator.num_processes, accelerator.device, bf16, pace.peak_tflops)
     with StopSignal() as stop, _shut_down_after(batches):
         objective.train()
-        sums: dict[str, Tensor] = {}
-        since = started = time.perf_counter()
-        since_step = first
-        while step < last and not _any_rank(accelerator, stop.received is not None):
-            batch = send_to_device(next(batches), accelerator.device)
+        meter.start()
+        stopping = False
+        while step < last and not stopping:
             for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in prepared):
                 group["lr"] = settings.rate_at(step) * group["factor"]
-            generator = seeded(seed, accelerator.process_index, step, device=accelerator.device)
-            with accelerator.autocast():
-                losses = wrapped(batch, generator, step)
-            accelerator.backward(losses["loss"])
-            norm = accelerator.clip_grad_norm_(together, settings.clip_norm)
-            for group in apart:
-                accelerator.clip_grad_norm_(group, settings.clip_norm)
+            losses: dict[str, Any] = {}
+            untouched = state.copy_of_buffers()
+            for part in range(settings.accumulate):
+                batch: Any = send_to_device(next(batches), accelerator.device)
+                generator = seeded(
+                    seed, accelerator.process_index, step * settings.accumulate + part, device=accelerator.device
+                )
+                summing = part < settings.accumulate - 1  # gradients cross processes once a step
+                with accelerator.no_sync(wrapped) if summing else contextlib.nullcontext():
+                    with accelerator.autocast():
+                        found = wrapped(batch, generator, step)
+                    accelerator.backward(found["loss"] / settings.accumulate)
+                for key, value in found.items():
+                    losses[key] = losses.get(key, 0) + value.detach().float() / settings.accumulate
+                meter.count(objective.work(batch))
+            losses["gradient_norm"] = accelerator.clip_grad_norm_(together, settings.clip_norm)
+            others: list[Any] = [accelerator.clip_grad_norm_(group, settings.clip_norm) for group in apart]
+            bad = _not_finite({**losses, **{f"gradient norm {i + 2}": norm for i, norm in enumerate(others)}})
+            skipping, stopping = _any_rank(accelerator, bool(bad), stop.received is not None)
+            if skipping:
+                state.skip(untouched)
+                what = f"{name} step {step + 1}: {', '.join(bad) or 'a figure on another rank'} not finite"
+                if state.skipped_in_a_row > settings.max_skipped:
+                    bar.close()
+                    raise FloatingPointError(f"{what}, {state.skipped_in_a_row} in a row; lower learning_rate or raise warmup")
+                if accelerator.is_main_process:
+                    bar.write(f"{what}, skipped ({state.skipped} in all)", sys.stderr)
+            else:
+                state.skipped_in_a_row = 0
+                for optimizer in prepared:
+                    optimizer.step()
+                ema.step(parameters)
+                meter.add(losses)
             for optimizer in prepared:
-                optimizer.step()
                 optimizer.zero_grad()
-            ema.step(parameters)
-            step += 1
+            step = state.step = step + 1
             bar.update()
 
-            for key, value in {**losses, "gradient_norm": norm}.items():
-                sums[key] = sums.get(key, 0) + value.detach().float()
             if step % pace.log_every == 0 or step == last:
-                now = time.perf_counter()
-                record = {k: float(v) / (step - since_step) for k, v in sums.items()}
-                _check_finite(record, name, step)
-                record["samples_per_second"] = (
-                    (step - since_step) * settings.batch_size * accelerator.num_processes / (now - since)
-                )
-                record["learning_rate"] = settings.rate_at(step - 1)
+                record = meter.read()
+                record |= {"learning_rate": settings.rate_at(step - 1), "skipped": state.skipped}
                 _write(accelerator, metrics_file, name, step, record)
-                bar.set_postfix({k: f"{record[k]:.4g}" for k in losses})
-                sums, since, since_step = {}, now, step
+                bar.set_postfix({k: f"{record[k]:.4g}" for k in losses if k in record})
             if validate and (step % pace.validate_every == 0 or step == settings.steps):
-                before = time.perf_counter()
-                metrics = _validate(validate, tracker, step, objective, ema, parameters)
-                _write(accelerator, metrics_file, name, step, {**metrics, "train_seconds": seconds + before - started})
-                if accelerator.is_main_process:
-                    bar.write(f"{name} step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), sys.stderr)
-                pause = time.perf_counter() - before
-                started, since = started + pause, since + pause
+                seconds = state.seconds + meter.seconds()
+                with meter.pause():
+                    metrics = _validate(validate, tracker, step, objective, ema, parameters)
+                    _write(accelerator, metrics_file, name, step, {**metrics, "train_seconds": seconds})
+                    if accelerator.is_main_process:
+                        said = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+                        bar.write(f"{name} step {step}: {said}", sys.stderr)
             if step % pace.save_every == 0 and step < last:
-                _save(accelerator, folder, step, seconds + time.perf_counter() - started, named, buffers, optimizers, ema, pace)
+                _save(accelerator, folder, state, meter.seconds(), pace)
     bar.close()
-    seconds += time.perf_counter() - started
+    seconds = meter.seconds()
     if step > first:
-        _save(accelerator, folder, step, seconds, named, buffers, optimizers, ema, pace)
+        _save(accelerator, folder, state, seconds, pace)
     if stop.received:
         accelerator.print(f"{name}: {stop.received} received, saved at step {step} of {settings.steps}")
     ema.copy_to(parameters)
     objective.eval()
-    return Outcome(step, seconds, step >= settings.steps, metrics)
+    return Outcome(step, state.seconds + seconds, step >= settings.steps, metrics)
 
 
 def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -265,84 +263,74 @@ def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] |
     return groups["ema"], meta
 
 
-def make_optimizers(objective: Objective, settings: LoopSettings) -> list[torch.optim.Optimizer]:
-    """Return AdamW and, where asked for, Muon for the objective's matrices; to be called where the weights will stay.
+class _State:
+    """What a checkpoint holds: weights, their averages, optimiser moments, buffers; step, seconds and skipped steps."""
 
-    A group's `factor` is its learning rate over the schedule's. Raises UserError where Muon has nothing to train.
-    """
-    factors = {id(p): factor for module, factor in objective.rate_factors() for p in module.parameters()}
-    matrices = [] if settings.muon is None else [p for p in objective.matrices() if p.requires_grad]
-    if settings.muon is not None and not matrices:
-        raise UserError(f"muon {settings.muon}: nothing here has matrices that Muon may train; set it to null")
-    theirs = {id(p) for p in matrices}
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in objective.parameters():
-        if parameter.requires_grad and id(parameter) not in theirs:
-            groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [{"params": group, "factor": factor} for factor, group in groups.items()],
-            settings.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-    ]
-    if settings.muon is not None:
-        muon = Muon(matrices, lr=settings.muon, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS)
-        muon.param_groups[0]["factor"] = settings.muon / settings.learning_rate
-        optimizers.append(muon)
-    return optimizers
+    def __init__(
+        self,
+        named: dict[str, nn.Parameter],
+        buffers: dict[str, Tensor],
+        optimizers: list[torch.optim.Optimizer],
+        ema: EMAModel,
+    ):
+        self.named, self.buffers, self.optimizers, self.ema = named, buffers, optimizers, ema
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.seconds = 0.0  # of the calls before this one
 
+    def copy_of_buffers(self) -> dict[str, Tensor]:
+        """Copy what a forward pass may change: moving averages, for example."""
+        return {name: buffer.clone() for name, buffer in self.buffers.items() if buffer.is_floating_point()}
 
-def _resume(
-    folder: Path,
-    named: dict[str, nn.Parameter],
-    buffers: dict[str, Tensor],
-    optimizers: list[torch.optim.Optimizer],
-    ema: EMAModel,
-) -> tuple[int, float]:
-    found = checkpoints(folder)
-    if not found:
-        return 0, 0.0
-    groups, meta = load_checkpoint(found[-1])
-    with torch.no_grad():
-        for (name, parameter), shadow in zip(named.items(), ema.shadow_params, strict=True):
-            parameter.copy_(groups["weights"][name])
-            shadow.copy_(groups["ema"][name])
-        for name, buffer in buffers.items():
-            buffer.copy_(groups["buffers"][name])
-    ema.optimization_step = meta["step"]
-    slots: dict[str, dict[str, Tensor]] = {}
-    for key, value in groups["optimizer"].items():
-        name, _, slot = key.rpartition("/")
-        # The fused optimiser walks weights and moments in memory order: both must have the weights' layout.
-        like = named[name] if value.shape == named[name].shape else value
-        slots.setdefault(name, {})[slot] = torch.empty_like(like, dtype=value.dtype).copy_(value)
-    names = {id(p): name for name, p in named.items()}
-    for optimizer in optimizers:
-        state = {i: slots[names[id(p)]] for i, (p, _) in enumerate(_held(optimizer)) if names[id(p)] in slots}
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return meta["step"], meta["seconds"]
+    def skip(self, untouched: Mapping[str, Tensor]) -> None:
+        """Count a step that is to change nothing, and give the buffers back what they held before."""
+        for name, value in untouched.items():
+            self.buffers[name].copy_(value)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
 
+    def resume(self, folder: Path) -> None:
+        """Read the newest checkpoint, if there is one."""
+        found = checkpoints(folder)
+        if not found:
+            return
+        groups, meta = load_checkpoint(found[-1])
+        with torch.no_grad():
+            for (name, parameter), shadow in zip(self.named.items(), self.ema.shadow_params, strict=True):
+                parameter.copy_(groups["weights"][name])
+                shadow.copy_(groups["ema"][name])
+            for name, buffer in self.buffers.items():
+                buffer.copy_(groups["buffers"][name])
+        slots: dict[str, dict[str, Tensor]] = {}
+        for key, value in groups["optimizer"].items():
+            name, _, slot = key.rpartition("/")
+            # The fused optimiser walks weights and moments in memory order: both must have the weights' layout.
+            like = self.named[name] if value.shape == self.named[name].shape else value
+            slots.setdefault(name, {})[slot] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+        names = {id(p): name for name, p in self.named.items()}
+        for optimizer in self.optimizers:
+            moments = {i: slots[names[id(p)]] for i, (p, _) in enumerate(held_by(optimizer)) if names[id(p)] in slots}
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.step, self.seconds = meta["step"], meta["seconds"]
+        self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
+        self.ema.optimization_step = self.step - self.skipped
 
-def _held(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Return the weights that an optimiser trains, in the order in which its state numbers them, and the state's keys."""
-    keys = [p for group in optimizer.param_groups for p in group["params"]]
-    return list(zip(optimizer.weights if isinstance(optimizer, Muon) else keys, keys, strict=True))
-
-
-def _save(accelerator, folder: Path, step: int, seconds: float, named, buffers, optimizers, ema: EMAModel, pace: Pace) -> None:
-    if accelerator.is_main_process:
-        slots = {id(p): optimizer.state.get(key, {}) for optimizer in optimizers for p, key in _held(optimizer)}
+    def save(self, folder: Path, seconds: float) -> None:
+        """Write a checkpoint; `seconds` are those of this call."""
+        slots = {id(p): optimizer.state.get(key, {}) for optimizer in self.optimizers for p, key in held_by(optimizer)}
         groups = {
-            "weights": dict(named),
-            "ema": dict(zip(named, ema.shadow_params, strict=True)),
-            "optimizer": {f"{n}/{k}": v for n, p in named.items() for k, v in slots[id(p)].items()},
-            "buffers": buffers,
+            "weights": dict(self.named),
+            "ema": dict(zip(self.named, self.ema.shadow_params, strict=True)),
+            "optimizer": {f"{n}/{k}": v for n, p in self.named.items() for k, v in slots[id(p)].items()},
+            "buffers": self.buffers,
         }
-        save_checkpoint(folder, step, groups, {"seconds": seconds})
-        keep_last(folder, pace.keep_last)
+        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        save_checkpoint(folder, self.step, groups, {"seconds": self.seconds + seconds, **counts})
+
+
+def _save(accelerator: Accelerator, folder: Path, state: _State, seconds: float, pace: Pace) -> None:
+    if accelerator.is_main_process:
+        state.save(folder, seconds)
+        thin_out(folder, pace.keep_last, pace.keep_every)
     accelerator.wait_for_everyone()
 
 
@@ -369,17 +357,18 @@ def _open_tracker(accelerator: Accelerator, name: str) -> Any:
     return accelerator.get_tracker("tensorboard") if accelerator.is_main_process else None
 
 
-def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
+def _any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Return for each flag whether it is set on any rank."""
     if accelerator.num_processes == 1:
-        return flag
-    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")
-    return bool(total.item())
+        return list(flags)
+    total: Any = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum")
+    return (total > 0).tolist()
 
 
-def _check_finite(record: Metrics, name: str, step: int) -> None:
-    bad = [key for key, value in record.items() if not math.isfinite(value)]
-    if bad:
-        raise FloatingPointError(f"{name}: {', '.join(bad)} not finite by step {step}; lower learning_rate or raise warmup")
+def _not_finite(figures: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of figures that are not finite, asking the device once."""
+    finite = torch.stack([torch.isfinite(value).all() for value in figures.values()]).tolist()
+    return [name for name, good in zip(figures, finite, strict=True) if not good]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -105,10 +105,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").exists())
 
 
-def keep_last(folder: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints."""
-    for old in checkpoints(folder)[:-count]:
-        shutil.rmtree(old)
+def thin_out(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Delete all checkpoints but the newest `keep_last` and those at multiples of `keep_every` steps."""
+    for old in checkpoints(folder)[:-keep_last]:
+        if keep_every is None or int(old.name.removeprefix("step-")) % keep_every:
+            shutil.rmtree(old)
 
 
 def _sync(path: Path) -> None:

@@ -16,8 +16,8 @@ from scripts import claim, claim_report
 from tests.scripts.conftest import TINY_MODEL, load_yaml, overrides
 
 LOOP = {
-    "steps": 2, "batch_size": 1, "learning_rate": 1e-3, "warmup": 1, "schedule": "cosine",
-    "weight_decay": 0, "clip_norm": 1, "ema_decay": 0.9, "muon": None,
+    "steps": 2, "batch_size": 1, "accumulate": 1, "learning_rate": 1e-3, "warmup": 1, "schedule": "cosine",
+    "weight_decay": 0, "clip_norm": 1, "ema_decay": 0.9, "max_skipped": 0, "muon": None,
 }  # fmt: skip
 MODEL = {**TINY_MODEL, "linear_shortcuts": True}
 
@@ -55,7 +55,10 @@ def config(tmp_path_factory):
         "data": {
             "train": "shapes", "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], "validation_clips": 3,
         },
-        "pace": {"log_every": 1, "validate_every": 2, "save_every": 50, "keep_last": 1, "workers": 0, "stop_after": None},
+        "pace": {
+            "log_every": 1, "validate_every": 2, "save_every": 50, "keep_last": 1, "keep_every": None, "workers": 0,
+            "stop_after": None, "peak_tflops": None,
+        },
         "arms": ARMS,
     }  # fmt: skip
     path = folder / "claim.yaml"

@@ -10,12 +10,11 @@ from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import Data, Model, Stage, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training.config import UserError
-from promag.training.loop import Pace
 from promag.training.run import load_checkpoint
-from tests.conftest import TINY, loop_settings
+from tests.conftest import TINY, loop_pace, loop_settings
 
 LOOP = loop_settings(muon=0.01)
-PACE = Pace(log_every=1, validate_every=4, save_every=50, keep_last=1, workers=0, stop_after=None)
+PACE = loop_pace(validate_every=4, save_every=50, keep_last=1)
 
 
 def stage(ratio, frames, growth=None, latent_steps=0, trains="new", adversarial=None):

@@ -10,7 +10,7 @@ from torch import nn
 
 from promag.training.config import UserError
 from promag.training.datasets import TrainingStream
-from promag.training.loop import Objective, Pace, close_trackers, make_accelerator, seeded, train
+from promag.training.loop import Objective, close_trackers, make_accelerator, seeded, train
 from promag.training.run import (
     append_metrics,
     checkpoints,
@@ -18,12 +18,14 @@ from promag.training.run import (
     load_checkpoint,
     open_run,
     save_checkpoint,
+    thin_out,
     write_atomically,
 )
-from tests.conftest import loop_settings
+from promag.training.throughput import Work
+from tests.conftest import loop_pace, loop_settings
 
 SETTINGS = loop_settings(batch_size=2, learning_rate=0.05, warmup=2, weight_decay=0.1)
-PACE = Pace(log_every=1, validate_every=2, save_every=2, keep_last=2, workers=0, stop_after=None)
+PACE = loop_pace()
 
 
 class Numbers:
@@ -80,7 +82,7 @@ def tensors(folder):
 def test_two_steps_resume_two_steps_equal_four_bit_for_bit(tmp_path, workers, muon):
     settings = dataclasses.replace(SETTINGS, muon=muon)
     whole, a = run(tmp_path / "whole", settings=settings)
-    pace = Pace(log_every=1, validate_every=2, save_every=50, keep_last=2, workers=workers, stop_after=2)
+    pace = loop_pace(save_every=50, workers=workers, stop_after=2)
     first, _ = run(tmp_path / "parts", pace, settings)
     assert (first.step, first.finished) == (2, False)
     second, b = run(tmp_path / "parts", pace, settings)
@@ -177,13 +179,102 @@ def test_sigterm_saves_and_ends_in_order(tmp_path):
     assert again.step == 4
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_by_name(tmp_path):
-    class Broken(Noisy):
-        def forward(self, batch, generator, step):
-            return {"loss": super().forward(batch, generator, step)["loss"] * float("nan")}
+class Sick(Noisy):
+    """Its loss is not a number at some steps; it keeps a moving average that such a step would spoil."""
 
-    with pytest.raises(FloatingPointError, match="loss, gradient_norm not finite by step 1"):
-        run(tmp_path, objective=Broken())
+    def __init__(self, *steps):
+        super().__init__()
+        self.steps = steps
+        self.register_buffer("average", torch.zeros(1))
+
+    def forward(self, batch, generator, step):
+        losses = super().forward(batch, generator, step)
+        sick = float("nan") if step in self.steps else 1.0
+        self.average.lerp_(losses["loss"].detach() * sick, 0.5)
+        return {**losses, "loss": losses["loss"] * sick}
+
+
+def test_a_step_that_is_not_finite_is_named_counted_and_skipped(tmp_path, capsys):
+    settings, pace = dataclasses.replace(SETTINGS, max_skipped=1), loop_pace(save_every=1, keep_last=9)
+    outcome, _ = run(tmp_path, pace, settings, Sick(1))
+    assert outcome.finished
+    assert "stage step 2: loss, gradient_norm not finite, skipped (1 in all)" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "samples_per_second" in line]
+    assert [line["skipped"] for line in logged] == [0, 1, 1, 1]
+    assert ["loss" in line for line in logged] == [True, False, True, True]
+    saved = [load_checkpoint(path)[0] for path in checkpoints(tmp_path / "stage")]
+    for group in ("weights", "ema", "optimizer", "buffers"):
+        assert all(torch.equal(value, saved[1][group][key]) for key, value in saved[0][group].items())
+    assert not torch.equal(saved[2]["weights"]["layer.weight"], saved[1]["weights"]["layer.weight"])
+    assert saved[3]["buffers"]["average"].isfinite().all()
+
+
+def test_skipped_steps_resume_bit_for_bit(tmp_path):
+    settings = dataclasses.replace(SETTINGS, max_skipped=2)
+    run(tmp_path / "whole", settings=settings, objective=Sick(1, 2))
+    for _ in range(2):
+        run(tmp_path / "parts", loop_pace(stop_after=2), settings, Sick(1, 2))
+    left, right = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert all(torch.equal(left[k], right[k]) for k in left)
+    assert load_checkpoint(checkpoints(tmp_path / "parts" / "stage")[-1])[1]["skipped"] == 2
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 1: loss, gradient_norm not finite, 1 in a row; lower learning_rate"):
+        run(tmp_path / "a", objective=Sick(0))
+    settings = dataclasses.replace(SETTINGS, max_skipped=1)
+    assert run(tmp_path / "b", settings=settings, objective=Sick(0, 2))[0].finished
+    pace = loop_pace(stop_after=1)  # what was skipped before an interruption counts
+    run(tmp_path / "c", pace, settings, Sick(0, 1))
+    with pytest.raises(FloatingPointError, match=r"step 2: .* 2 in a row"):
+        run(tmp_path / "c", pace, settings, Sick(0, 1))
+
+
+def test_accumulated_gradients_are_the_mean_of_those_of_the_batches(tmp_path):
+    settings = dataclasses.replace(SETTINGS, steps=1, accumulate=3, clip_norm=1e9)
+    run(tmp_path, settings=settings)
+    objective = Noisy()
+    stream = TrainingStream(Numbers(), 3, settings.batch_size, 0, 1)
+    losses = [objective(stream.batch(part), seeded(3, 0, part), 0)["loss"] for part in range(3)]
+    (sum(losses) / 3).backward()
+    norm = torch.stack([p.grad.norm() for p in objective.parameters() if p.grad is not None]).norm()
+    (line,) = (json.loads(line) for line in (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines())
+    assert line["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert line["loss"] == pytest.approx(float(sum(losses).detach()) / 3, rel=1e-5)
+
+
+def test_accumulating_runs_resume_bit_for_bit(tmp_path):
+    settings = dataclasses.replace(SETTINGS, accumulate=2)
+    run(tmp_path / "whole", settings=settings)
+    for _ in range(2):
+        run(tmp_path / "parts", loop_pace(stop_after=2, workers=1), settings)
+    left, right = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_throughput_follows_from_work_and_a_stated_peak(tmp_path):
+    class Counted(Noisy):
+        def work(self, batch):
+            return Work(7 * len(batch["x"]), 3e6)
+
+    settings = dataclasses.replace(SETTINGS, accumulate=2)
+    run(tmp_path, loop_pace(peak_tflops=0.5), settings, Counted())
+    lines = [json.loads(line) for line in (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        assert line["tokens_per_second"] == pytest.approx(7 * line["samples_per_second"])
+        assert line["tflops"] == pytest.approx(1.5e-6 * line["samples_per_second"])  # 3 MFLOP for a batch of two
+        assert line["mfu"] == pytest.approx(line["tflops"] / 0.5)
+
+
+def test_illegal_paces_are_named():
+    for name, value in (("log_every", 0), ("keep_every", 0), ("stop_after", 0), ("workers", -1), ("peak_tflops", 0.0)):
+        with pytest.raises(ValueError, match=f"{name} {value}: "):
+            loop_pace(**{name: value})
+    for name, value in (("accumulate", 0), ("max_skipped", -1)):
+        with pytest.raises(ValueError, match=f"{name} {value}: "):
+            loop_settings(**{name: value})
 
 
 def test_rates_warm_up_and_fall_to_a_twentieth():
@@ -194,6 +285,8 @@ def test_rates_warm_up_and_fall_to_a_twentieth():
     assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
     assert rates[100] == pytest.approx(0.05)
     assert dataclasses.replace(settings, schedule="constant").rate_at(99) == 1.0
+    linear = dataclasses.replace(settings, schedule="linear")
+    assert [linear.rate_at(step) for step in (9, 10, 55, 100)] == pytest.approx([1.0, 1.0, 0.05 + 0.95 / 2, 0.05])
 
 
 def test_seeds_depend_on_every_number():
@@ -210,6 +303,15 @@ def test_checkpoints_are_whole_or_absent(tmp_path):
     assert torch.equal(groups["weights"]["a"], torch.ones(2))
     assert meta == {"step": 5, "seconds": 1.5}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
+    for step in range(2, 14, 2):
+        save_checkpoint(tmp_path, step, {"weights": {"a": torch.ones(1)}}, {})
+    thin_out(tmp_path, keep_last=1, keep_every=4)
+    assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [4, 8, 12]
+    thin_out(tmp_path, keep_last=2)
+    assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [8, 12]
 
 
 def test_metrics_after_a_checkpoint_are_cut(tmp_path):

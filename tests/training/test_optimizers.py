@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from promag.training.muon import Muon
+from promag.training.optimizers import Muon
 
 OPTIONS = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 5}
 

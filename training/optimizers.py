@@ -1,0 +1,142 @@
+"""How one stage is optimised: settings, learning rates, and the optimisers: AdamW, with Muon beside it where asked for."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .config import UserError, setting
+
+if TYPE_CHECKING:
+    from .loop import Objective
+
+NEWTON_SCHULZ_STEPS = 4  # of Muon: one fewer than its authors', a fifth cheaper; singular values end a little less alike
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How one stage is optimised and how often it speaks."""
+
+    steps: int = setting("optimiser steps of the stage")
+    batch_size: int = setting("clips per process and batch")
+    accumulate: int = setting("batches of which one step averages the gradients")
+    learning_rate: float = setting("peak of the schedule")
+    warmup: int = setting("steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = setting("after the warm-up: down to 5 % of the peak, or constant")
+    weight_decay: float = setting("decoupled, as in AdamW")
+    clip_norm: float = setting("largest gradient norm")
+    ema_decay: float = setting("highest decay of the averaged weights")
+    max_skipped: int = setting(
+        "steps in a row with a loss or gradient that is not finite before training ends; each is skipped"
+    )
+    muon: float | None = setting("peak rate of Muon for hidden matrices and convolution kernels; null: AdamW for these too")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a setting that cannot be meant."""
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
+        if self.max_skipped < 0:
+            raise ValueError(f"max_skipped {self.max_skipped}: must not be negative")
+        for name in ("learning_rate", "muon"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} {value}: must be above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay {self.ema_decay}: must be in [0, 1)")
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of step 0, 1, ..."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        along = (step - self.warmup) / max(1, self.steps - self.warmup)
+        left = 1 - along if self.schedule == "linear" else (1 + math.cos(math.pi * along)) / 2
+        return self.learning_rate * (0.05 + 0.95 * left)
+
+
+def make_optimizers(objective: "Objective", settings: LoopSettings) -> list[torch.optim.Optimizer]:
+    """Return AdamW and, where asked for, Muon for the objective's matrices; to be called where the weights will stay.
+
+    A group's `factor` is its learning rate over the schedule's. Raises UserError where Muon has nothing to train.
+    """
+    factors = {id(p): factor for module, factor in objective.rate_factors() for p in module.parameters()}
+    matrices = [] if settings.muon is None else [p for p in objective.matrices() if p.requires_grad]
+    if settings.muon is not None and not matrices:
+        raise UserError(f"muon {settings.muon}: nothing here has matrices that Muon may train; set it to null")
+    theirs = {id(p) for p in matrices}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in objective.parameters():
+        if parameter.requires_grad and id(parameter) not in theirs:
+            groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [{"params": group, "factor": factor} for factor, group in groups.items()],
+            settings.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+    ]
+    if settings.muon is not None:
+        muon = Muon(matrices, lr=settings.muon, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS)
+        muon.param_groups[0]["factor"] = settings.muon / settings.learning_rate
+        optimizers.append(muon)
+    return optimizers
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Return the weights that an optimiser trains, in the order in which its state numbers them, and the state's keys."""
+    keys = [p for group in optimizer.param_groups for p in group["params"]]
+    return list(zip(optimizer.weights if isinstance(optimizer, Muon) else keys, keys, strict=True))
+
+
+class Muon(torch.optim.Muon):
+    """Orthogonalised momentum (Jordan et al. 2024) by torch.optim.Muon, which takes matrices alone.
+
+    Args:
+        weights: at least two axes, outputs first, in the memory layout and on the device where they will stay.
+        options: those of torch.optim.Muon.
+
+    `weights` are trained in place. The optimiser's own parameters are their matrix views, in the same order, and its state
+    has the shape of those.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter], **options: Any):
+        self.weights = list(weights)
+        views = [nn.Parameter(_matrix(weight.data, weight)) for weight in self.weights]
+        for view, weight in zip(views, self.weights, strict=True):
+            if view.data_ptr() != weight.data_ptr():
+                raise ValueError(
+                    f"weight of shape {tuple(weight.shape)}, strides {weight.stride()}: no matrix view of it exists"
+                )
+        super().__init__(views, **options)
+
+    @property
+    def _views(self) -> list[nn.Parameter]:
+        return self.param_groups[0]["params"]
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step with the gradients that the weights hold now."""
+        for view, weight in zip(self._views, self.weights, strict=True):
+            view.grad = None if weight.grad is None else _matrix(weight.grad, weight)
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the weights, or set them to zero."""
+        super().zero_grad()
+        for weight in self.weights:
+            if set_to_none:
+                weight.grad = None
+            elif weight.grad is not None:
+                weight.grad.zero_()
+
+
+def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return out x rest of a tensor shaped like `weight`, whose memory order decides the order of columns."""
+    if weight.ndim > 2 and not weight.is_contiguous():
+        tensor = tensor.movedim(1, -1)  # channels last
+    return tensor.flatten(1)
