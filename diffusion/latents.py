@@ -158,8 +158,8 @@ Scale = Literal["channel", "global"]
 class LatentDataset(Dataset):
     """Normalised latents of a whole cache, sampled like any clip source.
 
-    An item is a dictionary: latents (float32 c t h w), caption, fps, clip (index). Latents have zero mean over the cache in
-    each channel, and unit deviation: of each channel with scale "channel", over all channels with "global". Raises
+    An item is a dictionary: latents (float32 c t h w), ratio, caption, fps, clip (index). Latents have zero mean over the
+    cache in each channel, and unit deviation: of each channel with scale "channel", over all channels with "global". Raises
     UserError for a folder that holds no whole cache, or one of another ratio.
     """
 
@@ -193,4 +193,4 @@ class LatentDataset(Dataset):
             raise IndexError(f"clip {index}: legal are 0 to {len(self) - 1}")
         shard, place = divmod(index, self.index["shard_size"])
         latents = (self.shards[shard].get_slice("latents")[place].float() - self.mean) / self.std
-        return {"latents": latents, "caption": self.captions[index], "fps": self.fps[index], "clip": index}
+        return {"latents": latents, "ratio": self.ratio, "caption": self.captions[index], "fps": self.fps[index], "clip": index}

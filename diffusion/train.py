@@ -1,9 +1,10 @@
-"""Training a text-to-video transformer on cached latents of one temporal ratio.
+"""Training a text-to-video transformer on cached latents of one temporal ratio, or of several by turns.
 
-A run directory holds one folder per ratio with checkpoints and metrics; assembling a pipeline from what was trained is
+A run directory holds a folder (16x, or 4x-8x-16x) with checkpoints and metrics; assembling a pipeline from what was trained is
 pipelines/assemble.py's matter.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokenizer.geometry import check_frames, check_size, tokens
-from ..training.config import setting
-from ..training.datasets import TrainingStream
+from ..training.config import UserError, setting
+from ..training.datasets import Mixture, TrainingStream
 from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, seeded, train
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run
@@ -76,6 +77,19 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """One temporal ratio that the model learns to generate at."""
+
+    ratio: int = setting("temporal ratio of the latents")
+    share: float = setting("part of the batches, among the shares of all budgets")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a share that would never be drawn."""
+        if self.share <= 0:
+            raise ValueError(f"budget {self.ratio}x, share {self.share}: must be above 0")
+
+
+@dataclass(frozen=True)
 class DiffusionConfig:
     """A whole text-to-video training."""
 
@@ -83,7 +97,9 @@ class DiffusionConfig:
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
     tokenizer: str = setting("folder of a trained video tokenizer")
-    ratio: int = setting("temporal ratio of the latents")
+    budgets: tuple[Budget, ...] = setting(
+        "temporal ratios that one model is trained at; pipelines sample at the first by default"
+    )
     caption_dropout: float = setting("part of the captions replaced by the null caption, for guidance")
     shift: float = setting("of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
     text: Text = setting("text encoder")
@@ -94,13 +110,26 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError where frames, size, ratio and patch do not fit together."""
-        check_frames(self.data.frames, self.ratio)
+        if not self.budgets or len(set(self.ratios)) < len(self.budgets):
+            raise ValueError(f"budgets {list(self.ratios)}: one or more ratios are needed, each of them once")
         check_size(self.data.size, self.data.size)
-        tokens(self.data.frames, self.data.size, self.data.size, self.ratio, self.model.patch_size)
+        for ratio in self.ratios:
+            check_frames(self.data.frames, ratio)
+            tokens(self.data.frames, self.data.size, self.data.size, ratio, self.model.patch_size)
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
         if self.shift <= 0:
             raise ValueError(f"shift {self.shift}: must be above 0")
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """The temporal ratios of the budgets."""
+        return tuple(budget.ratio for budget in self.budgets)
+
+    @property
+    def stage(self) -> str:
+        """The name of the training's folder in the run directory: 16x, or 4x-8x-16x."""
+        return "-".join(f"{ratio}x" for ratio in self.ratios)
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
@@ -130,7 +159,7 @@ class FlowObjective(Objective):
     def __init__(self, transformer: Any, text_encoder: Any, text_tokenizer: Any, config: DiffusionConfig):
         super().__init__()
         self.transformer, self.text_encoder, self.text_tokenizer = transformer, text_encoder, text_tokenizer
-        self.ratio, self.caption_dropout, self.shift = config.ratio, config.caption_dropout, config.shift
+        self.caption_dropout, self.shift = config.caption_dropout, config.shift
         self.text_rate_factor = config.text.learning_rate / config.loop.learning_rate
 
     def rate_factors(self) -> list[tuple[torch.nn.Module, float]]:
@@ -148,14 +177,14 @@ class FlowObjective(Objective):
         return Work(len(x) * count, training_flops(config, count, self.text_tokenizer.model_max_length, len(x)))
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
-        """Normalised latents b c t h w, captions and frame rates in `batch` -> loss."""
+        """Normalised latents b c t h w of one ratio, captions and frame rates in `batch` -> loss."""
         x = batch["latents"]
         captions = drop_captions(batch["caption"], self.caption_dropout, generator)
         times = sample_times(len(x), self.mu(x), generator, x.device)
         noise = torch.randn(x.shape, generator=generator, device=x.device)
-        return {"loss": self.errors(x, noise, times, captions, batch["fps"]).mean()}
+        return {"loss": self.errors(x, noise, times, captions, batch["fps"], int(batch["ratio"][0])).mean()}
 
-    def errors(self, x: Tensor, noise: Tensor, times: Tensor, captions: list[str], fps: Tensor) -> Tensor:
+    def errors(self, x: Tensor, noise: Tensor, times: Tensor, captions: list[str], fps: Tensor, ratio: int) -> Tensor:
         """Return the mean squared velocity error of each clip, (b,)."""
         text = encode(self.text_encoder, tokenize(self.text_tokenizer, captions))
         predicted = self.transformer(
@@ -164,7 +193,7 @@ class FlowObjective(Objective):
             text.tokens,
             encoder_attention_mask=text.mask,
             pooled_projections=text.pooled,
-            temporal_ratio=self.ratio,
+            temporal_ratio=ratio,
             fps=fps.float(),
             return_dict=False,
         )[0]
@@ -176,62 +205,80 @@ class FlowObjective(Objective):
         return token_shift(x.shape[2] // pt * (x.shape[3] // ph) * (x.shape[4] // pw), self.shift)
 
 
-def train_diffusion(config: DiffusionConfig, train_cache: Path, validation_cache: Path) -> Trained:
-    """Train, or continue to train, a transformer on two latent caches.
+class HeldOut:
+    """Held-out clips at fixed times with fixed noise, so that the losses of two runs or steps differ by the model alone.
+
+    The noise is that of a clip's index. Latents are normalised with the training clips' statistics: a model must not see the
+    held-out clips' own.
+    """
+
+    def __init__(self, held_out: LatentDataset, transformer: ProMAGTransformer3DModel, device: torch.device):
+        fixed = [held_out.fixed(i) for i in range(len(held_out))]
+        x = torch.stack([f["latents"] for f in fixed]) * held_out.std + held_out.mean
+        self.ratio = held_out.ratio
+        self.x = transformer.normalise(x, self.ratio).to(device)
+        self.noise = torch.stack([torch.randn(x.shape[1:], generator=seeded(0, i)) for i in range(len(x))]).to(device)
+        self.fps = torch.tensor([f["fps"] for f in fixed], device=device)
+        self.captions = [f["caption"] for f in fixed]
+
+    def loss(self, objective: FlowObjective) -> float:
+        """Return the mean over clips and times."""
+        times = [torch.full((len(self.x),), t, device=self.x.device) for t in VALIDATION_TIMES]
+        losses = [objective.errors(self.x, self.noise, t, self.captions, self.fps, self.ratio).mean() for t in times]
+        return float(torch.stack(losses).mean())
+
+
+def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], validation_caches: Sequence[Path]) -> Trained:
+    """Train, or continue to train, a transformer on two latent caches for each budget, in the budgets' order.
 
     Raises UserError for a cache of another ratio, an unsuitable text encoder or run directory.
     """
     accelerator = make_accelerator(Path(config.output_dir), config.precision)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
-    latents, held_out = (LatentDataset(cache, config.ratio, config.data.scale) for cache in (train_cache, validation_cache))
+    latents, held_out = (
+        [LatentDataset(cache, ratio, config.data.scale) for cache, ratio in zip(caches, config.ratios, strict=True)]
+        for caches in (train_caches, validation_caches)
+    )
 
     torch.manual_seed(config.seed)
     if config.text.encoder is None:
-        text_tokenizer = learn_vocabulary(latents.captions, config.text.vocabulary, config.text.max_length)
+        text_tokenizer = learn_vocabulary(latents[0].captions, config.text.vocabulary, config.text.max_length)
         text_encoder = small_clip(text_tokenizer, config.text.width, config.text.layers, config.text.heads)
     else:
         text_tokenizer, text_encoder = load_frozen(config.text.encoder, config.text.max_length)
     width, pooled = text_widths(text_encoder)
+    channels = {part.index["shape"][0] for part in latents}
+    if len(channels) > 1:
+        raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
     transformer = ProMAGTransformer3DModel(
-        in_channels=latents.index["shape"][0],
+        in_channels=channels.pop(),
         patch_size=config.model.patch_size,
         num_layers=config.model.num_layers,
         num_attention_heads=config.model.num_attention_heads,
         attention_head_dim=config.model.attention_head_dim,
         text_dim=width,
         pooled_dim=pooled,
-        temporal_ratios=(config.ratio,),
+        temporal_ratios=config.ratios,
         local_convolution=config.model.local_convolution,
-        latents_mean={str(config.ratio): latents.mean.flatten().tolist()},
-        latents_std={str(config.ratio): latents.std.flatten().tolist()},
+        latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
+        latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
     )
     objective = FlowObjective(transformer, text_encoder, text_tokenizer, config)
     count = sum(p.numel() for p in transformer.parameters())
-    accelerator.print(f"{config.ratio}x: {count / 1e6:.2f} M parameters, latents of {len(latents)} clips in {train_cache}")
-
-    # Validation noise is that of the clip's index, so the held-out loss of two runs or steps differs by the model alone.
-    # Statistics are the training cache's: a model must not see the held-out clips' own.
-    fixed = [held_out.fixed(i) for i in range(len(held_out))]
-    x = torch.stack([f["latents"] for f in fixed]) * held_out.std + held_out.mean
-    x = transformer.normalise(x, config.ratio).to(accelerator.device)
-    noise = torch.stack([torch.randn(x.shape[1:], generator=seeded(0, i)) for i in range(len(x))]).to(x.device)
-    fps, captions = torch.tensor([f["fps"] for f in fixed], device=x.device), [f["caption"] for f in fixed]
+    accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters, latents of {len(latents[0])} clips")
+    checks = [HeldOut(part, transformer, accelerator.device) for part in held_out]
 
     def validate(tracker: Any, step: int) -> Metrics:
         with accelerator.autocast():
-            losses = [
-                objective.errors(x, noise, torch.full((len(x),), t, device=x.device), captions, fps).mean()
-                for t in VALIDATION_TIMES
-            ]
-        return {"held_out_loss": float(torch.stack(losses).mean())}
+            losses = {f"held_out_loss_{check.ratio}x": check.loss(objective) for check in checks}
+        return {"held_out_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
 
     rank, world = accelerator.process_index, accelerator.num_processes
+    source = Mixture(latents, [budget.share for budget in config.budgets]) if len(latents) > 1 else latents[0]
 
     def open_stream(first: int) -> TrainingStream:
-        return TrainingStream(latents, config.seed, config.loop.batch_size, rank, world, first)
+        return TrainingStream(source, config.seed, config.loop.batch_size, rank, world, first)
 
-    outcome = train(
-        accelerator, run / f"{config.ratio}x", objective, open_stream, config.loop, config.pace, config.seed, validate
-    )
+    outcome = train(accelerator, run / config.stage, objective, open_stream, config.loop, config.pace, config.seed, validate)
     close_trackers(accelerator)
-    return Trained(transformer.cpu(), text_encoder.cpu(), text_tokenizer, median(latents.fps), outcome)
+    return Trained(transformer.cpu(), text_encoder.cpu(), text_tokenizer, median(latents[0].fps), outcome)

@@ -29,8 +29,8 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     folder = Path(config.output_dir) / "pipeline"
     vae = load_tokenizer(config.tokenizer)
     with main_process_first():
-        (train_cache,), (validation_cache,) = (cache_latents(config, split, vae) for split in ("train", "eval"))
-    trained = train_diffusion(config, train_cache, validation_cache)
+        train_caches, validation_caches = (cache_latents(config, split, vae) for split in ("train", "eval"))
+    trained = train_diffusion(config, train_caches, validation_caches)
     if not trained.outcome.finished:
         return None
     with main_process_first() as main:
@@ -51,7 +51,7 @@ def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG
         width=config.data.size,
         num_frames=config.data.frames,
         fps=trained.fps,
-        temporal_ratio=config.ratio,
+        temporal_ratio=config.ratios[0],
     )
 
 
@@ -60,9 +60,9 @@ def cache_latents(
 ) -> list[Path]:
     """Cache the latents of one split ("train" or "eval") and return the caches' folders.
 
-    They are encoded at the configured ratio, or at `ratios`, several of which cost little more than the highest alone.
+    They are encoded at the budgets' ratios, or at `ratios`; several cost little more than the highest alone.
     """
-    data, ratios = config.data, ratios or (config.ratio,)
+    data, ratios = config.data, ratios or config.ratios
     try:
         for ratio in ratios:
             check_ratio(ratio, vae.temporal_ratios)

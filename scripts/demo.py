@@ -17,8 +17,8 @@ import torch
 
 from promag import ProMAGPipeline
 from promag.diffusion.latents import Scale
+from promag.diffusion.train import Budget, DiffusionConfig, Text
 from promag.diffusion.train import Data as DiffusionData
-from promag.diffusion.train import DiffusionConfig, Text
 from promag.diffusion.train import Model as TransformerModel
 from promag.pipelines.assemble import cache_latents, train_pipeline
 from promag.pipelines.contact_sheet import write_contact_sheet
@@ -187,7 +187,7 @@ def diffusion_config(
         seed=config.seed,
         precision=config.precision,
         tokenizer=str(tokenizer),
-        ratio=ratio,
+        budgets=(Budget(ratio, 1.0),),
         caption_dropout=config.caption_dropout,
         shift=config.shift,
         text=config.text,

@@ -34,6 +34,8 @@ from .video import (
 
 logger = logging.getLogger(__name__)
 
+MIXTURE_STREAM = 2**31  # in place of a rank: which dataset a step draws from is drawn apart from its elements
+
 
 class ClipDataset(Dataset):
     """Windows of `frames` frames, resized and cropped to `size`, of the clips that are long enough.
@@ -182,6 +184,23 @@ class Drawn(Protocol):
         ...
 
 
+class Mixture:
+    """Several datasets of which each batch draws from one, at random by their shares; every rank from the same one.
+
+    Raises ValueError for shares that are not positive or not as many as the datasets.
+    """
+
+    def __init__(self, datasets: Sequence[Drawn], shares: Sequence[float]):
+        if len(datasets) != len(shares) or not datasets or min(shares) <= 0:
+            raise ValueError(f"{len(datasets)} datasets with shares {list(shares)}: one share above 0 for each is needed")
+        self.datasets, self.shares = list(datasets), np.asarray(shares, float) / sum(shares)
+
+    def choose(self, seed: int, step: int) -> Drawn:
+        """Return the dataset of a step."""
+        rng = np.random.default_rng((seed, step, MIXTURE_STREAM))
+        return self.datasets[int(rng.choice(len(self.datasets), p=self.shares))]
+
+
 class TrainingStream(IterableDataset):
     """An endless stream of batches for one rank, from `first_step` on; the batch of a step depends on nothing else.
 
@@ -192,7 +211,7 @@ class TrainingStream(IterableDataset):
 
     def __init__(
         self,
-        dataset: Drawn,
+        dataset: Drawn | Mixture,
         seed: int,
         batch_size: int,
         rank: int,
@@ -217,8 +236,11 @@ class TrainingStream(IterableDataset):
 
     def batch(self, step: int) -> dict[str, Any]:
         """Return the batch of one step."""
+        dataset = self.dataset
+        if isinstance(dataset, Mixture):
+            dataset = dataset.choose(self.seed, step)
         rngs = (np.random.default_rng((self.seed, step, self.rank, b)) for b in range(self.batch_size))
-        items = [self.dataset.item(rng) for rng in rngs]
+        items = [dataset.item(rng) for rng in rngs]
         return {"step": step, **{key: _collate([item[key] for item in items]) for key in items[0]}}
 
 

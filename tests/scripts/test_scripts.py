@@ -159,7 +159,7 @@ def test_soak_measures_memory_and_tiles(demo_run, video_folder, tmp_path):
 
 def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
     tokenizer = demo_run / "tokenizer-run" / "tokenizer"
-    arguments = diffusion_arguments(tmp_path, tokenizer, ratio=8)
+    arguments = diffusion_arguments(tmp_path, tokenizer, budgets=[{"ratio": 8, "share": 1}])
     cache_latents.main(arguments)
     assert json.loads((tmp_path / "latents" / "train-8x" / "index.json").read_text())["shape"] == [4, 3, 4, 4]
     train_diffusion.main(arguments)
@@ -169,6 +169,27 @@ def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
     lines = [json.loads(x) for x in (tmp_path / "8x" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == [1, 2]
     assert [r["step"] for r in lines if "held_out_loss" in r] == [2]
+
+
+def test_one_model_is_trained_at_several_budgets_and_samples_at_each(demo_run, tmp_path):
+    from promag import ProMAGPipeline
+
+    tokenizer, loop = demo_run / "tokenizer-run" / "tokenizer", {**LOOP, "steps": 6}
+    budgets = [{"ratio": ratio, "share": share} for ratio, share in ((16, 2), (4, 1), (8, 1))]
+    train_diffusion.main(diffusion_arguments(tmp_path, tokenizer, loop=loop, budgets=budgets))
+    lines = [json.loads(x) for x in (tmp_path / "16x-4x-8x" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "held_out_loss" in line][-1]
+    apart = [last[f"held_out_loss_{ratio}x"] for ratio in (4, 8, 16)]
+    assert last["held_out_loss"] == pytest.approx(sum(apart) / 3)
+    tokens = {round(line["tokens_per_second"] / line["samples_per_second"]) for line in lines if "loss" in line}
+    assert tokens <= {2 * 4, 3 * 4, 5 * 4}
+    assert len(tokens) > 1
+    pipe = ProMAGPipeline.from_pretrained(tmp_path / "pipeline")
+    assert list(pipe.transformer.config["temporal_ratios"]) == [16, 4, 8]
+    frames = {r: pipe("a red disc", num_inference_steps=1, temporal_ratio=r).frames for r in (None, 16, 8, 4)}
+    assert all(video.shape == (1, 17, 32, 32, 3) for video in frames.values())
+    latents = {r: pipe("a", num_inference_steps=1, temporal_ratio=r, output_type="latent").frames for r in (16, 8, 4)}
+    assert [x.shape[2] for x in latents.values()] == [2, 3, 5]
 
 
 def test_a_frozen_text_encoder_by_path(demo_run, tmp_path):
@@ -231,7 +252,9 @@ def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ratio": 32, "data": {"frames": 33}}, "temporal ratio 32: this tokenizer has 4x, 8x, 16x"),
+        ({"budgets": [{"ratio": 32, "share": 1}], "data": {"frames": 33}}, "temporal ratio 32: this tokenizer has 4x, 8x, 16x"),
+        ({"budgets": [{"ratio": 8, "share": 1}, {"ratio": 8, "share": 2}]}, r"budgets \[8, 8\]: one or more ratios"),
+        ({"budgets": [{"ratio": 8, "share": 0}]}, r"budget 8x, share 0\.0: must be above 0"),
         ({"data": {"frames": 20}}, "20 frames: 16x needs"),
         ({"data": {"size": 40, "frames": 17}}, "not divisible by patch"),
         ({"tokenizer": "nowhere"}, "tokenizer nowhere: no config.json"),

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from promag.training import shapes
 from promag.training.clips import prepare, save_clips
 from promag.training.config import UserError
-from promag.training.datasets import ClipDataset, ShapesDataset, TrainingStream, open_dataset
+from promag.training.datasets import ClipDataset, Mixture, ShapesDataset, TrainingStream, open_dataset
 from promag.training.video import UnreadableVideo, write_video
 from tests.training.conftest import numbers
 
@@ -231,3 +231,35 @@ def test_digests_follow_the_content_and_not_the_place(clips, tmp_path):
     digests = [ClipDataset([clip, clips[1]], 3, 16).digest(1) for clip in (clips[0], moved, renamed)]
     assert digests[0] == digests[1] != digests[2]
     assert ClipDataset(clips, 3, 16).digest(1) == digests[0] != ClipDataset(clips, 3, 16).digest(2)
+
+
+class Named:
+    """Tells which dataset an element is from."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def item(self, rng):
+        return {"name": self.name, "number": int(rng.integers(1000))}
+
+
+def test_a_mixture_draws_each_batch_from_one_dataset_by_its_share():
+    mixture = Mixture([Named("a"), Named("b")], [3, 1])
+    streams = [TrainingStream(mixture, 7, 2, rank, 2) for rank in (0, 1)]
+    batches = [[stream.batch(step) for step in range(400)] for stream in streams]
+    names = [[batch["name"] for batch in rank] for rank in batches]
+    assert names[0] == names[1]  # ranks do equal work
+    assert all(len(set(batch)) == 1 for batch in names[0])
+    assert sum(batch[0] == "a" for batch in names[0]) == pytest.approx(300, abs=35)  # four deviations
+    assert not torch.equal(batches[0][0]["number"], batches[1][0]["number"])
+    resumed = iter(TrainingStream(mixture, 7, 2, 0, 2, first_step=5))
+    assert next(resumed)["name"] == names[0][5]
+    # The elements are those of a stream without a mixture.
+    alone = TrainingStream(Named("a"), 7, 2, 0, 2).batch(3)
+    assert torch.equal(alone["number"], batches[0][3]["number"])
+
+
+@pytest.mark.parametrize("shares", [[1.0], [1.0, 0.0], [1.0, -1.0]])
+def test_illegal_shares_are_named(shares):
+    with pytest.raises(ValueError, match=r"2 datasets with shares .*: one share above 0 for each"):
+        Mixture([Named("a"), Named("b")], shares)
