@@ -18,7 +18,7 @@ NEWTON_SCHULZ_STEPS = 4  # of Muon: one fewer than its authors', a fifth cheaper
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How one stage is optimised and how often it speaks."""
+    """How one stage is optimised."""
 
     steps: int = setting("optimiser steps of the stage")
     batch_size: int = setting("clips per process and batch")
@@ -122,6 +122,10 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> Any:
         """Take one step with the gradients that the weights hold now."""
         for view, weight in zip(self._views, self.weights, strict=True):
+            if view.data_ptr() != weight.data_ptr():
+                raise RuntimeError(
+                    f"weight of shape {tuple(weight.shape)} lies elsewhere now: build the optimiser after moving it"
+                )
             view.grad = None if weight.grad is None else _matrix(weight.grad, weight)
         return super().step(closure)
 

@@ -38,3 +38,12 @@ def test_a_matrix_is_trained_as_by_torch():
 def test_a_weight_without_a_matrix_view_is_refused():
     with pytest.raises(ValueError, match=r"weight of shape \(4, 3, 2, 2\), strides .*: no matrix view"):
         Muon([nn.Parameter(torch.randn(4, 2, 3, 2).transpose(1, 2))], **OPTIONS)
+
+
+def test_a_weight_that_was_moved_is_not_silently_left_untrained():
+    weight = nn.Parameter(torch.ones(5, 3))
+    optimizer = Muon([weight], **OPTIONS)
+    weight.data = weight.data.clone()
+    weight.grad = torch.randn(5, 3)
+    with pytest.raises(RuntimeError, match=r"weight of shape \(5, 3\) lies elsewhere now"):
+        optimizer.step()
