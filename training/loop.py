@@ -151,15 +151,15 @@ def train(
     apart = [[p for p in module.parameters() if p.requires_grad] for module in objective.clipped_apart()]
     theirs = {id(p) for group in apart for p in group}
     together = [p for p in parameters if id(p) not in theirs]
-    objective.to(accelerator.device)
-    optimizers = make_optimizers(objective, settings)
+    wrapped = accelerator.prepare(objective.to(accelerator.device))
+    optimizers = make_optimizers(objective, settings)  # for several processes the line before lays weights out anew
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
     state = _State(named, dict(objective.named_buffers()), optimizers, ema)
     state.resume(folder)
     first = step = state.step
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
-    wrapped, *prepared = accelerator.prepare(objective, *optimizers)
+    prepared = [accelerator.prepare(optimizer) for optimizer in optimizers]
     tracker = _open_tracker(accelerator, name)
     metrics_file, metrics = folder / "metrics.jsonl", {}
     if accelerator.is_main_process:
