@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from .config import setting
-from .optimizers import LoopSettings, held_by, make_optimizers
+from .optimizers import LoopSettings, from_saved, held_by, make_optimizers, to_saved
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
 from .throughput import Meter, Work
 
@@ -303,12 +303,14 @@ class _State:
         slots: dict[str, dict[str, Tensor]] = {}
         for key, value in groups["optimizer"].items():
             name, _, slot = key.rpartition("/")
-            # The fused optimiser walks weights and moments in memory order: both must have the weights' layout.
-            like = self.named[name] if value.shape == self.named[name].shape else value
-            slots.setdefault(name, {})[slot] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            slots.setdefault(name, {})[slot] = value
         names = {id(p): name for name, p in self.named.items()}
         for optimizer in self.optimizers:
-            moments = {i: slots[names[id(p)]] for i, (p, _) in enumerate(held_by(optimizer)) if names[id(p)] in slots}
+            moments = {
+                i: {slot: from_saved(optimizer, value, p) for slot, value in slots.get(names[id(p)], {}).items()}
+                for i, (p, _) in enumerate(held_by(optimizer))
+            }
+            moments = {i: slot for i, slot in moments.items() if slot}
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         self.step, self.seconds = meta["step"], meta["seconds"]
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
@@ -316,7 +318,11 @@ class _State:
 
     def save(self, folder: Path, seconds: float) -> None:
         """Write a checkpoint; `seconds` are those of this call."""
-        slots = {id(p): optimizer.state.get(key, {}) for optimizer in self.optimizers for p, key in held_by(optimizer)}
+        slots = {
+            id(p): {slot: to_saved(optimizer, value, p) for slot, value in optimizer.state.get(key, {}).items()}
+            for optimizer in self.optimizers
+            for p, key in held_by(optimizer)
+        }
         groups = {
             "weights": dict(self.named),
             "ema": dict(zip(self.named, self.ema.shadow_params, strict=True)),

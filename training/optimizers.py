@@ -94,6 +94,22 @@ def held_by(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Par
     return list(zip(optimizer.weights if isinstance(optimizer, Muon) else keys, keys, strict=True))
 
 
+def to_saved(optimizer: torch.optim.Optimizer, value: Tensor, weight: Tensor) -> Tensor:
+    """Return a moment as checkpoints hold it: shaped like its weight, whatever the weight's memory layout."""
+    if not isinstance(optimizer, Muon) or not _channels_last(weight):
+        return value.view_as(weight) if value.numel() == weight.numel() else value
+    return value.unflatten(1, (*weight.shape[2:], weight.shape[1])).movedim(-1, 1)
+
+
+def from_saved(optimizer: torch.optim.Optimizer, value: Tensor, weight: Tensor) -> Tensor:
+    """Invert `to_saved` for a weight of perhaps another layout."""
+    if value.shape != weight.shape:
+        return value
+    # The fused AdamW walks weights and moments in memory order: both must have the weights' layout.
+    laid_out = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+    return _matrix(laid_out, weight).clone() if isinstance(optimizer, Muon) else laid_out
+
+
 class Muon(torch.optim.Muon):
     """Orthogonalised momentum (Jordan et al. 2024) by torch.optim.Muon, which takes matrices alone.
 
@@ -141,6 +157,8 @@ class Muon(torch.optim.Muon):
 
 def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:
     """Return out x rest of a tensor shaped like `weight`, whose memory order decides the order of columns."""
-    if weight.ndim > 2 and not weight.is_contiguous():
-        tensor = tensor.movedim(1, -1)  # channels last
-    return tensor.flatten(1)
+    return (tensor.movedim(1, -1) if _channels_last(weight) else tensor).flatten(1)
+
+
+def _channels_last(weight: Tensor) -> bool:
+    return weight.ndim > 2 and not weight.is_contiguous()

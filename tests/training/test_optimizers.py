@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from promag.training.optimizers import Muon
+from promag.training.optimizers import Muon, from_saved, to_saved
 
 OPTIONS = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 5}
 
@@ -47,3 +47,20 @@ def test_a_weight_that_was_moved_is_not_silently_left_untrained():
     weight.grad = torch.randn(5, 3)
     with pytest.raises(RuntimeError, match=r"weight of shape \(5, 3\) lies elsewhere now"):
         optimizer.step()
+
+
+def test_momentum_is_saved_in_the_weights_shape_whatever_the_layout():
+    torch.manual_seed(0)
+    start, gradient = torch.randn(4, 3, 2, 3, 3), torch.randn(4, 3, 2, 3, 3)
+    layouts = (torch.contiguous_format, torch.channels_last_3d)
+    kernels = [nn.Parameter(start.clone().to(memory_format=layout)) for layout in layouts]
+    optimizers = [Muon([kernel], **OPTIONS) for kernel in kernels]
+    for kernel, optimizer in zip(kernels, optimizers, strict=True):
+        kernel.grad = gradient.clone()
+        optimizer.step()
+    moments = [next(iter(optimizer.state.values()))["momentum_buffer"] for optimizer in optimizers]
+    saved = [to_saved(*three) for three in zip(optimizers, moments, kernels, strict=True)]
+    assert torch.equal(saved[0], saved[1])
+    assert saved[0].shape == start.shape
+    for value in saved:
+        assert all(torch.equal(from_saved(o, value, k), m) for o, k, m in zip(optimizers, kernels, moments, strict=True))
