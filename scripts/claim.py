@@ -184,19 +184,18 @@ def _used_parameters(model: Any, ratio: int) -> int:
     if not hasattr(model, "level_of"):
         return parameter_count([model])
     level = model.level_of(ratio)
-    heads = [model.encoder.head, *(growth.head for growth in model.encoder_growth[:level])]
-    return parameter_count([model.encoder, *model.encoder_growth[:level], *model.decoding_path(level)]) - sum(
-        parameter_count([head]) for head in _idle_heads(model, level, heads)
-    )
+    encoders = model.encoding_path(level)
+    return parameter_count([*encoders, *model.decoding_path(level)]) - parameter_count(_idle_heads(encoders))
 
 
-def _idle_heads(model: Any, level: int, heads: Sequence[Any]) -> list[Any]:
-    """Return the heads below `level` that nothing reads: those below a level that starts from no key-frame latent."""
-    used = {level}
-    for i in range(level, 0, -1):
-        if i in used and model.encoder_growth[i - 1].adds_to_key_latent:
+def _idle_heads(encoders: Sequence[Any]) -> list[Any]:
+    """Return the heads below the highest level that nothing reads: those below one that starts from no key-frame latent."""
+    top = len(encoders) - 1
+    used = {top}
+    for i in range(top, 0, -1):
+        if i in used and encoders[i].adds_to_key_latent:
             used.add(i - 1)
-    return [heads[i] for i in range(level) if i not in used]
+    return [encoders[i].head for i in range(top) if i not in used]
 
 
 def _cost(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> dict[str, float]:

@@ -97,16 +97,16 @@ class _Encoding:
 
     def __init__(self, x: Tensor, state: State):
         self.x, self.before = x, state
-        self.known: dict[tuple[str, int, int], Tensor] = {}
+        self.known: dict[tuple[str, tuple[int, int, int]], Tensor] = {}
         self.state: State = None if state is None else {}
 
     def frames(self, rate: int) -> Tensor:
         """Return every rate-th frame: frame 0 opens a clip; a later chunk starts one frame after a multiple of the rate."""
         return self.x[:, :, (0 if is_first(self.before) else rate - 1) :: rate]
 
-    def once(self, kind: str, level: int, rate: int, compute: Callable[[State], tuple[Tensor, State]]) -> Tensor:
-        """Return what `compute` returned for this kind, level and frame rate, calling it the first time."""
-        key = (kind, level, rate)
+    def once(self, kind: str, place: tuple[int, int, int], compute: Callable[[State], tuple[Tensor, State]]) -> Tensor:
+        """Return what `compute` returned for this kind, owner, level and frame rate, calling it the first time."""
+        key = (kind, place)
         if key not in self.known:
             before = self.before.get(key, START) if isinstance(self.before, dict) else self.before
             self.known[key], after = compute(before)
@@ -160,7 +160,8 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.level_channels = [latent_channels]  # of each level's latent, lowest first
         self.encoder_growth = nn.ModuleList()
         self.decoder_growth = nn.ModuleList()
-        self.finetuned = nn.ModuleDict()  # level -> its own copy of everything that decodes below it
+        # level -> its own copy of everything below it that encodes, or decodes, in the order in which it is called
+        self.own_encoders, self.own_decoders = nn.ModuleDict(), nn.ModuleDict()
         self.use_slicing = self.use_tiling = False
         self.tiling = Tiling()
         for level in growth:
@@ -222,9 +223,9 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
         """Give what encodes and what decodes a floating-point type each; inputs are converted, outputs are of that type."""
-        for part in (self.encoder, self.encoder_growth):
+        for part in (self.encoder, self.encoder_growth, self.own_encoders):
             part.to(encode)
-        for part in (self.decoder, self.decoder_growth, self.finetuned):
+        for part in (self.decoder, self.decoder_growth, self.own_decoders):
             part.to(decode)
 
     def _in_parts(self, x: Tensor, tiled: Callable[..., Tensor], call: Callable[[Tensor], Tensor]) -> Tensor:
@@ -260,9 +261,8 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         newest: Any = self.encoder_growth[-1]
         if not newest.adds_to_key_latent and self.config["linear_shortcuts"]:
             newest.head.load_state_dict(self.encoder.head.state_dict())
-        new = (self.encoder_growth[-1], self.decoder_growth[-1], *self._tails(len(self.encoder_growth)))
         reference = next(self.encoder.parameters())
-        for module in new:
+        for module in self.level_modules(self.temporal_ratios[-1]):
             module.to(reference.device, reference.dtype).train(self.training)
         self.register_to_config(growth=[*self.config["growth"], asdict(growth)])
         return self.temporal_ratios[-1]
@@ -270,18 +270,17 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _add_level(self, growth: Growth) -> None:
         width, channels = self.config["block_out_channels"][-1], self.config["latent_channels"]
         level = len(self.encoder_growth) + 1
+        # Copies: the levels below keep what they have as it was.
+        if growth.encoder == "finetune":
+            self.own_encoders[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.encoding_path(level - 1))
         if growth.decoder == "finetune":
-            # A copy, in decoding order: the levels below keep their decoder as it was.
-            self.finetuned[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.decoding_path(level - 1))
+            self.own_decoders[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.decoding_path(level - 1))
         lower, upper = self.level_channels[-1], channels * (2 if growth.latent == "dual" else 1)
         if upper < lower:
             raise ValueError("growth latent 'mixed' on a dual level: its channels would not hold the level below")
         self.level_channels.append(upper)
         self.encoder_growth.append(EncoderGrowth(width, channels, growth))
         self.decoder_growth.append(DecoderGrowth(width, upper, lower, growth))
-
-    def _tails(self, level: int) -> list[nn.Module]:
-        return [self.finetuned[str(level)]] if str(level) in self.finetuned else []
 
     def level_of(self, temporal_ratio: int | None) -> int:
         """Return the level (0 is the base) of a temporal ratio; None is the highest. Raises ValueError if absent."""
@@ -295,7 +294,8 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         level = self.level_of(temporal_ratio)
         if level == 0:
             return [self.encoder, self.decoder]
-        return [self.encoder_growth[level - 1], self.decoder_growth[level - 1], *self._tails(level)]
+        copies = [own[str(level)] for own in (self.own_encoders, self.own_decoders) if str(level) in own]
+        return [self.encoder_growth[level - 1], self.decoder_growth[level - 1], *copies]
 
     def train_only(self, *temporal_ratios: int) -> list[nn.Parameter]:
         """Freeze everything but the parameters of some levels, and return those."""
@@ -364,23 +364,35 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _moments(self, x: Tensor, levels: Sequence[int], state: State) -> tuple[list[Tensor], State]:
         """Moments of `x` at each of `levels`; those and the features of each (level, frame rate) are computed once."""
         call = _Encoding(self._as(self.encoder, x), state)
-        return [self._moments_at(level, 1, call) for level in levels], call.state
+        return [self._moments_at(level, level, 1, call) for level in levels], call.state
 
-    def _features_at(self, level: int, rate: int, call: "_Encoding") -> Tensor:
-        if level == 0:
-            return call.once("features", 0, rate, lambda s: self.encoder.features(call.frames(rate), s))
-        growth: Any = self.encoder_growth[level - 1]
-        full = self._features_at(level - 1, rate, call)
-        key = self._features_at(level - 1, 2 * rate, call) if growth.uses_key_frames else None
-        return call.once("features", level, rate, lambda s: growth.features(full, key, s))
+    def encoding_path(self, level: int) -> list[nn.Module]:
+        """The modules from pixels up to a level's latent; a level that fine-tuned what is below it uses its copy."""
+        return [self._encoder_at(i, level)[1] for i in range(level + 1)]
 
-    def _moments_at(self, level: int, rate: int, call: "_Encoding") -> Tensor:
-        features = self._features_at(level, rate, call)
+    def _encoder_at(self, level: int, top: int) -> tuple[int, Any]:
+        """Return whose copy of a level's encoder is used on the way up to the level `top` (0: the shared one), and it."""
+        for owner in range(top, level, -1):
+            if str(owner) in self.own_encoders:
+                copies: Any = self.own_encoders[str(owner)]
+                return owner, copies[level]
+        return 0, self.encoder_growth[level - 1] if level else self.encoder
+
+    def _features_at(self, level: int, top: int, rate: int, call: "_Encoding") -> Tensor:
+        owner, encoder = self._encoder_at(level, top)
         if level == 0:
-            return call.once("moments", 0, rate, lambda s: self.encoder.head(features, s))
-        growth: Any = self.encoder_growth[level - 1]
-        below = self._moments_at(level - 1, 2 * rate, call) if growth.adds_to_key_latent else None
-        return call.once("moments", level, rate, lambda s: growth.moments(features, below, s))
+            return call.once("features", (owner, 0, rate), lambda s: encoder.features(call.frames(rate), s))
+        full = self._features_at(level - 1, top, rate, call)
+        key = self._features_at(level - 1, top, 2 * rate, call) if encoder.uses_key_frames else None
+        return call.once("features", (owner, level, rate), lambda s: encoder.features(full, key, s))
+
+    def _moments_at(self, level: int, top: int, rate: int, call: "_Encoding") -> Tensor:
+        owner, encoder = self._encoder_at(level, top)
+        features = self._features_at(level, top, rate, call)
+        if level == 0:
+            return call.once("moments", (owner, 0, rate), lambda s: encoder.head(features, s))
+        below = self._moments_at(level - 1, top, 2 * rate, call) if encoder.adds_to_key_latent else None
+        return call.once("moments", (owner, level, rate), lambda s: encoder.moments(features, below, s))
 
     def _check_pixels(self, x: Tensor) -> None:
         channels = self.config["in_channels"]
@@ -425,7 +437,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         """The modules from a level's latent down to pixels; a level that fine-tuned what is below it uses its copy."""
         if level == 0:
             return [self.decoder]
-        own: Any = dict(self.finetuned).get(str(level))
+        own: Any = dict(self.own_decoders).get(str(level))
         return [self.decoder_growth[level - 1], *(self.decoding_path(level - 1) if own is None else own)]
 
     def _as(self, module: nn.Module, x: Tensor) -> Tensor:

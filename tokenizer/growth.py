@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .layers import CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, is_first
 
 Mixing = Literal["attention", "concat", "none"]
-LowerDecoder = Literal["frozen", "finetune"]
+Lower = Literal["frozen", "finetune"]
 Latent = Literal["mixed", "dual"]
 
 RESIDUAL_LOGVAR = -6.0  # of the residual half of a dual latent at the start: little noise
@@ -36,16 +36,16 @@ class Growth:
     mixing: Mixing = "attention"
     birth: bool = True  # the new latent starts as the key frames' latent; False lets the head speak alone
     latent: Latent = "mixed"  # dual: the key frames' latent stays as it is, beside as many channels of residual
-    decoder: LowerDecoder = "frozen"
+    encoder: Lower = "frozen"  # finetune: the level trains its own copy of everything that encodes below it
+    decoder: Lower = "frozen"  # finetune: the same of everything that decodes below it
     layers: int = 1
     window: int = 3
     heads: int = 4
 
     def __post_init__(self) -> None:
         """Raise ValueError for values outside what is legal."""
-        kinds = (("mixing", self.mixing, Mixing), ("decoder", self.decoder, LowerDecoder), ("latent", self.latent, Latent))
-        for name, value, legal in kinds:
-            if value not in get_args(legal):
+        for name, legal in (("mixing", Mixing), ("latent", Latent), ("encoder", Lower), ("decoder", Lower)):
+            if (value := getattr(self, name)) not in get_args(legal):
                 raise ValueError(f"growth {name} {value!r}: use one of {', '.join(get_args(legal))}")
         for name in ("layers", "window", "heads"):
             if getattr(self, name) < 1:

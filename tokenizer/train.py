@@ -173,7 +173,7 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     accelerator = make_accelerator(
         Path(config.output_dir),
         config.precision,
-        unused=any(s.trains == "all" or s.adversarial or (s.growth and s.growth.decoder == "finetune") for s in config.stages),
+        unused=any(_leaves_unused(stage) for stage in config.stages),
     )
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     for stage in config.stages:
@@ -184,6 +184,12 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
             return None
     close_trackers(accelerator)
     return run / "tokenizer"
+
+
+def _leaves_unused(stage: Stage) -> bool:
+    """Tell whether some step of a stage leaves weights that it trains without a gradient."""
+    copies = stage.growth and "finetune" in (stage.growth.encoder, stage.growth.decoder)
+    return bool(stage.trains == "all" or stage.adversarial or copies)
 
 
 def train_stage(

@@ -78,14 +78,17 @@ def test_without_key_frames_the_new_latent_is_not_the_lower_one(clip):
     assert (moments(model, clip, 8) - moments(model, clip[:, :, ::2], 4)).abs().max() > 1e-3
 
 
-def test_growing_and_training_a_level_leaves_the_lower_levels_bit_equal(clip):
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_growing_and_training_a_level_leaves_the_lower_levels_bit_equal(clip, part):
     model = make_tokenizer(levels=2, settle=0.05)
     before = {r: (moments(model, clip, r), model(clip, r).sample) for r in (4, 8)}
-    model.grow(Growth(decoder="finetune"))
+    model.grow(Growth(**{part: "finetune"}))
     parameters = model.train_only(16)
     optimizer = torch.optim.SGD(parameters, 0.1)
     old = model(clip, 16).sample
     (old - clip).square().mean().backward()
+    used = [p for p in parameters if p.grad is not None]
+    assert {id(p) for p in model.level_modules(16)[-1].parameters()} & {id(p) for p in used}
     optimizer.step()
     assert not torch.equal(model(clip, 16).sample, old)
     for ratio, (latent, output) in before.items():
@@ -93,13 +96,40 @@ def test_growing_and_training_a_level_leaves_the_lower_levels_bit_equal(clip):
         assert torch.equal(model(clip, ratio).sample, output)
 
 
-def test_a_finetuned_decoder_starts_as_the_one_below(clip):
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_finetuned_copy_starts_as_what_is_below(clip, part):
     frozen, own = make_tokenizer(levels=1, settle=0.05), make_tokenizer(levels=1, settle=0.05)
-    for model, decoder in ((frozen, "frozen"), (own, "finetune")):
+    for model, lower in ((frozen, "frozen"), (own, "finetune")):
         torch.manual_seed(3)
-        model.grow(Growth(decoder=decoder))
+        model.grow(Growth(**{part: lower}))
     assert torch.equal(frozen(clip, 8).sample, own(clip, 8).sample)
-    assert len(own.train_only(8)) == len(frozen.train_only(8)) + len(list(frozen.decoder.parameters()))
+    assert torch.equal(moments(own, clip, 8), moments(own, clip[:, :, ::2], 4))  # the law at birth
+    copied = getattr(frozen, part)
+    assert len(own.train_only(8)) == len(frozen.train_only(8)) + len(list(copied.parameters()))
+
+
+@torch.no_grad()
+def test_a_level_encodes_through_the_nearest_copy_above_and_chunks_equal_the_whole():
+    """Shared base, 8x with a copy, 16x on the 8x level's copy, 32x with a copy of its own of all three."""
+    model = AutoencoderKLProMAG(**TINY)
+    for encoder in ("finetune", "frozen", "finetune"):
+        model.grow(Growth(encoder=encoder))
+    first, last = model.own_encoders["1"], model.own_encoders["3"]
+    assert model.encoding_path(0) == [model.encoder]
+    assert model.encoding_path(2) == [first[0], *model.encoder_growth[:2]]
+    assert model.encoding_path(3) == [*last, model.encoder_growth[2]]
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    x = torch.rand(1, 3, 65, 16, 16) * 2 - 1
+    for ratio in model.temporal_ratios:
+        state, parts = START, []
+        for chunk in (x[:, :, :33], x[:, :, 33:]):
+            posterior, state = model.encode_chunk(chunk, state, ratio)
+            parts.append(posterior.mode())
+        assert (torch.cat(parts, 2) - moments(model, x, ratio).chunk(2, 1)[0]).abs().max() < 1e-4
+    together = [d.parameters for d in model.encode_levels(x, model.temporal_ratios)]  # no level's features for another's
+    for ratio, z in zip(model.temporal_ratios, together, strict=True):
+        assert torch.equal(z, moments(model, x, ratio))
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -239,8 +269,8 @@ def test_hidden_kernels_are_all_but_those_at_pixels_and_latents():
     skips = [f"{part}.{kind}.weight" for part in ("encoder.head", "decoder.head") for kind in ("conv", "skip")]
     grown = [f"encoder_growth.{i}.head.{kind}.weight" for i in (0, 1) for kind in ("conv", "skip")]
     lifts = [f"decoder_growth.{i}.{name}.weight" for i in (0, 1) for name in ("conv_in", "head.conv", "head.skip")]
-    own = [f"finetuned.2.0.{name}.weight" for name in ("conv_in", "head.conv", "head.skip")]
-    own += [f"finetuned.2.1.{name}.weight" for name in ("body.0", "head.conv", "head.skip")]
+    own = [f"own_decoders.2.0.{name}.weight" for name in ("conv_in", "head.conv", "head.skip")]
+    own += [f"own_decoders.2.1.{name}.weight" for name in ("body.0", "head.conv", "head.skip")]
     assert at_ends == {*skips, *grown, *lifts, *own, "encoder.body.0.weight", "decoder.body.0.weight"}
 
 
