@@ -25,6 +25,7 @@ class Adversarial:
 
     weight: float = setting("of the generator's loss, times the adaptive weight")
     start: int = setting("first step of the stage with a discriminator")
+    learning_rate: float = setting("the discriminator's, at the peak of the stage's schedule")
     kind: Literal["hinge", "non_saturating"] = setting("loss of both sides")
     width: int = setting("channels of the discriminator's first layer")
     layers: int = setting("down-samplings of the discriminator")
@@ -37,6 +38,8 @@ class Adversarial:
         for name in ("weight", "start", "lecam_weight", "penalty_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"adversarial {name} {getattr(self, name)}: must not be negative")
+        if self.learning_rate <= 0:
+            raise ValueError(f"adversarial learning_rate {self.learning_rate}: must be above 0")
         for name in ("width", "layers", "penalty_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"adversarial {name} {getattr(self, name)}: at least 1 is needed")

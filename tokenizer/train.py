@@ -135,6 +135,11 @@ class StageObjective(Objective):
         """Return the discriminator, whose gradients must not shrink the autoencoder's."""
         return [self.adversary] if self.adversary else []
 
+    def rate_factors(self) -> list[tuple[nn.Module, float]]:
+        """Give the discriminator its own learning rate."""
+        settings = self.stage.adversarial
+        return [(self.adversary, settings.learning_rate / self.stage.loop.learning_rate)] if self.adversary and settings else []
+
     def matrices(self) -> list[nn.Parameter]:
         """Return the kernels between hidden features: neither those at pixels and latents nor the discriminator's."""
         return self.model.hidden_kernels()

@@ -16,7 +16,15 @@ from promag.tokenizer.discriminator import (
 )
 
 SETTINGS = Adversarial(
-    weight=0.5, start=0, kind="hinge", width=4, layers=2, lecam_weight=0.1, penalty_weight=1.0, penalty_every=2
+    weight=0.5,
+    start=0,
+    learning_rate=1e-3,
+    kind="hinge",
+    width=4,
+    layers=2,
+    lecam_weight=0.1,
+    penalty_weight=1.0,
+    penalty_every=2,
 )
 
 

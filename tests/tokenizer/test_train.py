@@ -8,10 +8,11 @@ import torch
 
 from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
-from promag.tokenizer.train import Data, Model, Stage, TokenizerConfig, load_tokenizer, train_tokenizer
+from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training.config import UserError
+from promag.training.optimizers import make_optimizers
 from promag.training.run import load_checkpoint
-from tests.conftest import TINY, loop_pace, loop_settings
+from tests.conftest import TINY, loop_pace, loop_settings, make_tokenizer
 
 LOOP = loop_settings(muon=0.01)
 PACE = loop_pace(validate_every=4, save_every=50, keep_last=1)
@@ -141,7 +142,7 @@ def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path
 
 
 def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
-    adversarial = Adversarial(0.1, 2, "hinge", width=4, layers=1, lecam_weight=0.1, penalty_weight=1.0, penalty_every=1)
+    adversarial = Adversarial(0.1, 2, 2e-3, "hinge", width=4, layers=1, lecam_weight=0.1, penalty_weight=1.0, penalty_every=1)
     stages = (stage(4, 5, adversarial=adversarial),)
     train_tokenizer(make_config(tmp_path / "whole", stages=stages))
     half = dataclasses.replace(PACE, stop_after=3)  # the averages of LeCam cross the interruption
@@ -155,3 +156,13 @@ def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
         assert all(torch.equal(value, ends[1][group][key]) for key, value in ends[0][group].items())
     assert any("discriminator" in key for key in ends[0]["weights"])
     assert ends[0]["buffers"]["adversary.averages"].abs().max() > 0
+
+
+def test_the_discriminator_learns_at_its_own_rate():
+    adversarial = Adversarial(0.1, 2, 4e-3, "hinge", width=4, layers=1, lecam_weight=0, penalty_weight=0, penalty_every=1)
+    objective = StageObjective(make_tokenizer(levels=1), stage(4, 5, adversarial=adversarial))
+    (adam,) = make_optimizers(objective, loop_settings(learning_rate=1e-3))
+    factors = {id(p): group["factor"] for group in adam.param_groups for p in group["params"]}
+    assert objective.adversary is not None
+    assert {factors[id(p)] for p in objective.adversary.parameters()} == {4.0}
+    assert {factors[id(p)] for p in objective.model.parameters()} == {1.0}
