@@ -294,8 +294,16 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
         level = self.level_of(temporal_ratio)
         if level == 0:
             return [self.encoder, self.decoder]
-        copies = [own[str(level)] for own in (self.own_encoders, self.own_decoders) if str(level) in own]
-        return [self.encoder_growth[level - 1], self.decoder_growth[level - 1], *copies]
+        return [self.encoder_growth[level - 1], self.decoder_growth[level - 1], *self._copies(level)]
+
+    def inherited_modules(self, added: Sequence[int]) -> list[nn.Module]:
+        """Return the modules that are not new when the levels of some ratios are: the other levels, and copies of these."""
+        others = [self.level_modules(ratio) for ratio in self.temporal_ratios if ratio not in added]
+        copies = [self._copies(self.level_of(ratio)) for ratio in added]
+        return list(itertools.chain(*others, *copies))
+
+    def _copies(self, level: int) -> list[nn.Module]:
+        return [own[str(level)] for own in (self.own_encoders, self.own_decoders) if str(level) in own]
 
     def train_only(self, *temporal_ratios: int) -> list[nn.Parameter]:
         """Freeze everything but the parameters of some levels, and return those."""

@@ -76,12 +76,20 @@ class Stage:
         "how the level, and any between it and the one below, is grown; null for one that needs no growing"
     )
     trains: Literal["new", "all"] = setting("the levels that the stage adds, or every weight of the model")
+    inherited_rate: float = setting(
+        "learning rate of what a stage trains but starts from the levels below, over that of the rest"
+    )
     latent_steps: int = setting("first steps that regress the lower latent instead of pixels")
     squared_weight: float = setting("weight of the squared error beside L1, whose weight is 1")
     kl_weight: float = setting("weight of the KL term")
     perceptual: Perceptual | None = setting("LPIPS beside the pixel losses; null for none")
     adversarial: Adversarial | None = setting("a discriminator, switched on late; null for none")
     loop: LoopSettings = setting("the optimisation")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a setting that cannot be meant."""
+        if self.inherited_rate <= 0:
+            raise ValueError(f"inherited_rate {self.inherited_rate}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -124,9 +132,9 @@ class StageObjective(Objective):
     them several times cheaper.
     """
 
-    def __init__(self, model: AutoencoderKLProMAG, stage: Stage):
+    def __init__(self, model: AutoencoderKLProMAG, stage: Stage, inherited: Sequence[nn.Module] = ()):
         super().__init__()
-        self.model, self.stage = model, stage
+        self.model, self.stage, self.inherited = model, stage, tuple(inherited)  # a tuple: they are registered in the model
         self.below = model.temporal_ratios[model.level_of(stage.ratio) - 1] if stage.growth else None
         self.lpips = LPIPS.load(stage.perceptual.path) if stage.perceptual else None
         self.adversary = AdversarialLoss(stage.adversarial) if stage.adversarial else None
@@ -136,9 +144,11 @@ class StageObjective(Objective):
         return [self.adversary] if self.adversary else []
 
     def rate_factors(self) -> list[tuple[nn.Module, float]]:
-        """Give the discriminator its own learning rate."""
-        settings = self.stage.adversarial
-        return [(self.adversary, settings.learning_rate / self.stage.loop.learning_rate)] if self.adversary and settings else []
+        """Give what was trained before, and the discriminator, learning rates of their own."""
+        factors = [(module, self.stage.inherited_rate) for module in self.inherited]
+        if self.adversary and (settings := self.stage.adversarial):
+            factors.append((self.adversary, settings.learning_rate / self.stage.loop.learning_rate))
+        return factors
 
     def matrices(self) -> list[nn.Parameter]:
         """Return the kernels between hidden features: neither those at pixels and latents nor the discriminator's."""
@@ -242,7 +252,7 @@ def train_stage(
             tracker.log_images({f"{stage.ratio}x/reconstruction": sheet}, step, dataformats="NHWC")
         return evaluate(model, clips, stage.ratio)
 
-    objective = StageObjective(model, stage)
+    objective = StageObjective(model, stage, model.inherited_modules(added))
     outcome = train(accelerator, folder, objective, open_stream, stage.loop, config.pace, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
         save_model(model, run / "tokenizer")

@@ -68,13 +68,10 @@ def make_optimizers(objective: "Objective", settings: LoopSettings) -> list[torc
     if settings.muon is not None and not matrices:
         raise UserError(f"muon {settings.muon}: nothing here has matrices that Muon may train; set it to null")
     theirs = {id(p) for p in matrices}
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in objective.parameters():
-        if parameter.requires_grad and id(parameter) not in theirs:
-            groups.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+    rest = [p for p in objective.parameters() if p.requires_grad and id(p) not in theirs]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [{"params": group, "factor": factor} for factor, group in groups.items()],
+            _groups(rest, factors, 1.0),
             settings.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=settings.weight_decay,
@@ -82,10 +79,17 @@ def make_optimizers(objective: "Objective", settings: LoopSettings) -> list[torc
         )
     ]
     if settings.muon is not None:
-        muon = Muon(matrices, lr=settings.muon, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS)
-        muon.param_groups[0]["factor"] = settings.muon / settings.learning_rate
-        optimizers.append(muon)
+        groups = _groups(matrices, factors, settings.muon / settings.learning_rate)
+        optimizers.append(Muon(groups, lr=settings.muon, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS))
     return optimizers
+
+
+def _groups(weights: Iterable[nn.Parameter], factors: dict[int, float], rate: float) -> list[dict[str, Any]]:
+    """Gather weights of one factor each; `rate` is what a weight without a factor of its own has."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for weight in weights:
+        found.setdefault(rate * factors.get(id(weight), 1.0), []).append(weight)
+    return [{"params": group, "factor": factor} for factor, group in found.items()]
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -114,26 +118,30 @@ class Muon(torch.optim.Muon):
     """Orthogonalised momentum (Jordan et al. 2024) by torch.optim.Muon, which takes matrices alone.
 
     Args:
-        weights: at least two axes, outputs first, in the memory layout and on the device where they will stay.
+        weights: at least two axes, outputs first, in the memory layout and on the device where they will stay; or groups
+            of them, as torch's optimisers take.
         options: those of torch.optim.Muon.
 
     `weights` are trained in place. The optimiser's own parameters are their matrix views, in the same order, and its state
     has the shape of those.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], **options: Any):
-        self.weights = list(weights)
+    def __init__(self, weights: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **options: Any):
+        given: list[Any] = list(weights)
+        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        self.weights: list[nn.Parameter] = [weight for group in groups for weight in group["params"]]
         views = [nn.Parameter(_matrix(weight.data, weight)) for weight in self.weights]
         for view, weight in zip(views, self.weights, strict=True):
             if view.data_ptr() != weight.data_ptr():
                 raise ValueError(
                     f"weight of shape {tuple(weight.shape)}, strides {weight.stride()}: no matrix view of it exists"
                 )
-        super().__init__(views, **options)
+        rest = iter(views)
+        super().__init__([{**group, "params": [next(rest) for _ in group["params"]]} for group in groups], **options)
 
     @property
     def _views(self) -> list[nn.Parameter]:
-        return self.param_groups[0]["params"]
+        return [view for group in self.param_groups for view in group["params"]]
 
     def step(self, closure: Any = None) -> Any:
         """Take one step with the gradients that the weights hold now."""

@@ -10,7 +10,7 @@ from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training.config import UserError
-from promag.training.optimizers import make_optimizers
+from promag.training.optimizers import held_by, make_optimizers
 from promag.training.run import load_checkpoint
 from tests.conftest import TINY, loop_pace, loop_settings, make_tokenizer
 
@@ -19,7 +19,7 @@ PACE = loop_pace(validate_every=4, save_every=50, keep_last=1)
 
 
 def stage(ratio, frames, growth=None, latent_steps=0, trains="new", adversarial=None):
-    return Stage(ratio, frames, growth, trains, latent_steps, 1.0, 1e-6, None, adversarial, LOOP)
+    return Stage(ratio, frames, growth, trains, 0.5, latent_steps, 1.0, 1e-6, None, adversarial, LOOP)
 
 
 def make_config(run, **change):
@@ -156,6 +156,25 @@ def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
         assert all(torch.equal(value, ends[1][group][key]) for key, value in ends[0][group].items())
     assert any("discriminator" in key for key in ends[0]["weights"])
     assert ends[0]["buffers"]["adversary.averages"].abs().max() > 0
+
+
+def test_what_is_inherited_learns_at_its_own_rate():
+    model = make_tokenizer(levels=2)
+    model.grow(Growth(encoder="finetune"))
+    model.train_only(16)
+    objective = StageObjective(model, stage(16, 17, Growth()), model.inherited_modules([16]))
+    adam, muon = make_optimizers(objective, loop_settings(learning_rate=1e-3, muon=4e-3))
+    for optimizer, factor in ((adam, 1.0), (muon, 4.0)):
+        factors = {id(w): None for w, _ in held_by(optimizer)}
+        for (weight, view), group in ((pair, g) for pair in held_by(optimizer) for g in optimizer.param_groups):
+            if any(view is p for p in group["params"]):
+                factors[id(weight)] = group["factor"]
+        copied = {id(p) for p in model.own_encoders.parameters()}
+        assert {f for i, f in factors.items() if i in copied} == {factor / 2}
+        assert {f for i, f in factors.items() if i not in copied} == {factor}
+    names = {id(p): n for n, p in model.named_parameters()}
+    trained = {names[id(w)].split(".")[0] for optimizer in (adam, muon) for w, _ in held_by(optimizer)}
+    assert trained == {"encoder_growth", "decoder_growth", "own_encoders"}
 
 
 def test_the_discriminator_learns_at_its_own_rate():
