@@ -158,8 +158,8 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         num_layers: transformer blocks.
         num_attention_heads: heads; the width is heads times `attention_head_dim`.
         attention_head_dim: width of a head, a multiple of 2 and at least 6.
-        text_dim: width of the text tokens.
-        pooled_dim: width of a pooled text vector that joins the modulation; 0 for none.
+        text_dim: width of the text tokens; of several text encoders, a width for each.
+        pooled_dim: width of a pooled text vector that joins the modulation, or of several in a row; 0 for none.
         temporal_ratios: ratios of the latents it is trained on.
         local_convolution: whether each block begins with a depthwise convolution over neighbouring tokens (conditional
             positional encoding, arXiv 2102.10882): a model that sees few clips learns compact objects much sooner with it.
@@ -183,7 +183,7 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         num_layers: int = 12,
         num_attention_heads: int = 6,
         attention_head_dim: int = 64,
-        text_dim: int = 512,
+        text_dim: int | Sequence[int] = 512,
         pooled_dim: int = 0,
         temporal_ratios: Sequence[int] = (4, 8, 16),
         local_convolution: bool = False,
@@ -196,7 +196,7 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         dim = num_attention_heads * attention_head_dim
         self.patch_embed = nn.Linear(in_channels * math.prod(patch_size), dim)
         self.place_embed = nn.Linear(3 * PLACE_WIDTH, dim)
-        self.text_embed = PixArtAlphaTextProjection(text_dim, dim)
+        self.text_embeds = nn.ModuleList(PixArtAlphaTextProjection(width, dim) for width in self.text_dims)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed, self.ratio_embed, self.fps_embed = (TimestepEmbedding(256, dim) for _ in range(3))
         self.pooled_embed = PixArtAlphaTextProjection(pooled_dim, dim) if pooled_dim else None
@@ -211,6 +211,12 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
         self.gradient_checkpointing = False
+
+    @property
+    def text_dims(self) -> list[int]:
+        """The width of the tokens of each text encoder."""
+        width = self.config["text_dim"]
+        return [width] if isinstance(width, int) else list(width)
 
     def normalise(self, latents: Tensor, temporal_ratio: int) -> Tensor:
         """Turn latents of the tokenizer, b c t h w, into what this model is trained on."""
@@ -235,8 +241,8 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | Sequence[Tensor],
+        encoder_attention_mask: Tensor | Sequence[Tensor] | None = None,
         pooled_projections: Tensor | None = None,
         temporal_ratio: int | Tensor = 4,
         fps: float | Tensor = 8.0,
@@ -248,15 +254,16 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         Args:
             hidden_states: noisy, normalised latents, b c t h w.
             timestep: time in [0, 1000], 1000 is pure noise; (b,).
-            encoder_hidden_states: text tokens, b L text_dim.
-            encoder_attention_mask: b L, nonzero where a text token is real.
+            encoder_hidden_states: text tokens, b L text_dim; a sequence of them from several text encoders.
+            encoder_attention_mask: b L, nonzero where a text token is real; a sequence likewise.
             pooled_projections: b pooled_dim, where the model has `pooled_dim`.
             temporal_ratio: of all the latents.
             fps: pixel frames per second, one for all or (b,).
             attention_kwargs: may hold `scale`, the weight of LoRA adapters.
             return_dict: return an output object instead of a tuple.
 
-        Raises ValueError where the latent is not divisible by the patch, or the pooled vector is missing or unwanted.
+        Raises ValueError where the latent is not divisible by the patch, the pooled vector is missing or unwanted, or the text
+        is not of as many encoders as the model's.
         """
         b, _, t, h, w = hidden_states.shape
         pt, ph, pw = self.config["patch_size"]
@@ -269,8 +276,7 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         step = float(torch.as_tensor(temporal_ratio).flatten()[0]) / POSITION_RATIO * pt
         grid = (t // pt, h // ph, w // pw)
         x = self.patch_embed(x) + self.place_embed(place_features(grid, step, x.device).to(x.dtype))
-        text = self.text_embed(encoder_hidden_states)
-        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
+        text, mask = self._embed_text(encoder_hidden_states, encoder_attention_mask)
 
         ratio = torch.as_tensor(temporal_ratio, device=x.device, dtype=torch.float32).expand(b)
         rate = torch.as_tensor(fps, device=x.device, dtype=torch.float32).expand(b)
@@ -294,6 +300,15 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         sizes = {"t": t // pt, "h": h // ph, "w": w // pw, "u": pt, "p": ph, "q": pw}
         out = rearrange(x, "b (t h w) (c u p q) -> b c (t u) (h p) (w q)", **sizes)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)  # pyright: ignore[reportArgumentType]
+
+    def _embed_text(self, tokens: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
+        """Project the tokens of each encoder and join them: b L D, and the mask of all b 1 1 L (True is seen)."""
+        tokens = [tokens] if isinstance(tokens, Tensor) else tokens
+        masks = [mask] if isinstance(mask, Tensor) else mask or []
+        if len(tokens) != len(self.text_embeds) or (masks and len(masks) != len(tokens)):
+            raise ValueError(f"text of {len(tokens)} encoders, {len(masks)} masks: this model needs {len(self.text_embeds)}")
+        text = torch.cat([embed(part) for embed, part in zip(self.text_embeds, tokens, strict=True)], 1)
+        return text, torch.cat([part.bool() for part in masks], 1)[:, None, None, :] if masks else None
 
     def _embed(self, layer: nn.Module, value: Tensor, like: Tensor) -> Tensor:
         return layer(self.time_proj(value).to(like.dtype))

@@ -4,7 +4,7 @@ Shapes: B C T H W pixels, b c t h w latents.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from ..diffusion.flow import guide, token_shift
-from ..diffusion.text import Embedded, encode, tokenize
+from ..diffusion.text import NULL_CAPTION, Embedded, encode, side_by_side, tokenize
 from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio, check_size, latent_frames, tokens
@@ -33,14 +33,18 @@ class ProMAGPipelineOutput(BaseOutput):
 
 
 class ProMAGPipeline(DiffusionPipeline):
-    """Text to video: a text encoder, a transformer over latents of one or several temporal ratios, a grown tokenizer.
+    """Text to video: text encoders, a transformer over latents of one or several temporal ratios, a grown tokenizer.
 
     Args:
         tokenizer: text tokenizer.
-        text_encoder: CLIP or T5 text model.
+        text_encoder: CLIP, T5, UMT5 or OpenCLIP text model.
         transformer: predicts the velocity of latents.
         vae: decodes latents to pixels.
         scheduler: a flow-matching scheduler.
+        tokenizer_2: text tokenizer of a second text encoder, where the transformer was trained with one.
+        text_encoder_2: second text encoder.
+        tokenizer_3: text tokenizer of a third text encoder.
+        text_encoder_3: third text encoder.
         height: default height in pixels, what the model was trained on; likewise the next four.
         width: default width in pixels.
         num_frames: default frames.
@@ -49,7 +53,8 @@ class ProMAGPipeline(DiffusionPipeline):
     """
 
     __module__ = "promag"
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
+    _optional_components = ["tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (the name and kind that diffusers looks for)
 
     def __init__(
@@ -59,6 +64,10 @@ class ProMAGPipeline(DiffusionPipeline):
         transformer: ProMAGTransformer3DModel,
         vae: AutoencoderKLProMAG,
         scheduler: FlowMatchEulerDiscreteScheduler,
+        tokenizer_2: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_3: Any = None,
+        text_encoder_3: Any = None,
         height: int = 64,
         width: int = 64,
         num_frames: int = 65,
@@ -68,6 +77,9 @@ class ProMAGPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+        )
+        self.register_modules(
+            tokenizer_2=tokenizer_2, text_encoder_2=text_encoder_2, tokenizer_3=tokenizer_3, text_encoder_3=text_encoder_3
         )
         self.register_to_config(height=height, width=width, num_frames=num_frames, fps=fps, temporal_ratio=temporal_ratio)
         self.video_processor = VideoProcessor(vae_scale_factor=vae.spatial_compression_ratio if vae else 8)
@@ -92,17 +104,29 @@ class ProMAGPipeline(DiffusionPipeline):
         """Set `pipe._interrupt = True` from a callback to end the denoising early."""
         return self._interrupt
 
-    def encode_prompt(self, prompts: list[str], max_sequence_length: int | None = None) -> Embedded:
-        """Encode prompts: tokens B L D, mask B L, pooled vectors B D or None."""
-        text = encode(self.text_encoder, tokenize(self.tokenizer, prompts, max_sequence_length))
-        dtype = self.transformer.dtype
-        return Embedded(text.tokens.to(dtype), text.mask, None if text.pooled is None else text.pooled.to(dtype))
+    def encode_prompt(self, prompts: list[str], max_sequence_length: int | Sequence[int] | None = None) -> Embedded:
+        """Encode prompts by every text encoder, side by side; see Embedded.
+
+        Raises ValueError for more text tokens than an encoder takes, or not as many lengths as encoders.
+        """
+        pairs = [(getattr(self, f"tokenizer{n}"), getattr(self, f"text_encoder{n}")) for n in ("", "_2", "_3")]
+        pairs = [pair for pair in pairs if None not in pair]
+        given = max_sequence_length
+        lengths = [given] * len(pairs) if given is None or isinstance(given, int) else list(given)
+        if len(lengths) != len(pairs):
+            raise ValueError(f"max_sequence_length {lengths}: give one number, or one for each of {len(pairs)} text encoders")
+        parts = [
+            encode(encoder, tokenize(tokenizer, prompts, length))
+            for (tokenizer, encoder), length in zip(pairs, lengths, strict=True)
+        ]
+        text, dtype = side_by_side(parts), self.transformer.dtype
+        return text.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] = NULL_CAPTION,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -115,7 +139,7 @@ class ProMAGPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Embedded | None = None,
         negative_prompt_embeds: Embedded | None = None,
-        max_sequence_length: int | None = None,
+        max_sequence_length: int | Sequence[int] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -139,7 +163,7 @@ class ProMAGPipeline(DiffusionPipeline):
             latents: first noise, b c t h w, instead of drawn noise.
             prompt_embeds: what `encode_prompt` returned, instead of `prompt`.
             negative_prompt_embeds: the same for `negative_prompt`.
-            max_sequence_length: text tokens; None is the text tokenizer's own.
+            max_sequence_length: text tokens, of every text encoder or of each; None is the text tokenizers' own.
             output_type: "np", "pil", "pt" or "latent" (the tokenizer's latents, not normalised).
             return_dict: return an output object instead of a tuple.
             attention_kwargs: may hold `scale`, the weight of LoRA adapters.
@@ -168,13 +192,13 @@ class ProMAGPipeline(DiffusionPipeline):
             [prompt] if isinstance(prompt, str) else list(prompt or ()), max_sequence_length
         )
         text = _repeat(text, num_videos_per_prompt)
-        batch = len(text.tokens)
+        batch = len(text.tokens[0])
         if self.do_classifier_free_guidance:
             count = batch // num_videos_per_prompt
             negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
             null = _repeat(negative_prompt_embeds or self.encode_prompt(negatives, max_sequence_length), num_videos_per_prompt)
             text = _join(text, null)
-        text = Embedded(*(None if part is None else part.to(device) for part in text))  # pyright: ignore
+        text = text.map(lambda x: x.to(device))
 
         shape = (
             batch,
@@ -197,7 +221,7 @@ class ProMAGPipeline(DiffusionPipeline):
                     doubled.to(self.transformer.dtype),
                     t.expand(len(doubled)),
                     text.tokens,
-                    encoder_attention_mask=text.mask,
+                    encoder_attention_mask=text.masks,
                     pooled_projections=text.pooled,
                     temporal_ratio=ratio,
                     fps=fps,
@@ -262,11 +286,10 @@ class ProMAGPipeline(DiffusionPipeline):
 
 
 def _repeat(text: Embedded, times: int) -> Embedded:
-    return Embedded(*(None if part is None else part.repeat_interleave(times, 0) for part in text))  # pyright: ignore
+    return text.map(lambda x: x.repeat_interleave(times, 0))
 
 
 def _join(text: Embedded, null: Embedded) -> Embedded:
-    if len(text.tokens) != len(null.tokens):
-        raise ValueError(f"negative prompts: {len(null.tokens)} for {len(text.tokens)} videos; give as many as prompts")
-    pairs = zip(text, null, strict=True)
-    return Embedded(*(None if a is None else torch.cat([a, b]) for a, b in pairs))  # pyright: ignore
+    if len(text.tokens[0]) != len(null.tokens[0]):
+        raise ValueError(f"negative prompts: {len(null.tokens[0])} for {len(text.tokens[0])} videos; give as many as prompts")
+    return text.merge(null, lambda a, b: torch.cat([a, b]))

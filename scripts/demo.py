@@ -60,7 +60,7 @@ class DemoConfig:
     guidance: float = setting("classifier-free guidance")
     tokenizer: TokenizerModel = setting("the tokenizer's base")
     stages: tuple[Stage, ...] = setting("the tokenizer's levels")
-    text: Text = setting("text encoder")
+    text: Text = setting("text encoders")
     transformer: TransformerModel = setting("text-to-video transformer")
     caption_dropout: float = setting("part of the captions dropped, for guidance")
     shift: float = setting("of times towards noise, at 256 tokens")
@@ -201,6 +201,7 @@ def diffusion_config(
             size=config.size,
             cache=str(run / "latents"),
             dtype="bfloat16",
+            shard_size=64,
             scale=config.latent_scale,
         ),
         loop=config.diffusion,

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env, send_to_device
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -28,6 +28,7 @@ from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_chec
 from .throughput import Meter, Work
 
 Metrics = Mapping[str, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,33 @@ def close_trackers(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
+def processes() -> PartialState:
+    """Return this process's place among those started together: its index, their number, its device, waiting for all."""
+    # Before any Accelerator, this alone decides whether processes on CPUs find each other.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 @contextlib.contextmanager
 def main_process_first() -> Iterator[bool]:
     """Let the main process do the block while the others wait, then let them do it; yields whether this is the main one."""
-    # Before any Accelerator, this alone decides whether processes on CPUs find each other.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = processes()
     with state.main_process_first():
         yield state.is_main_process
+
+
+def told_by_main(find: Callable[[], T]) -> T:
+    """Return, on every process, what `find` returns on the main one, or raise there and everywhere what it raises."""
+    state = processes()
+    found: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            found[0] = find()
+        except Exception as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:

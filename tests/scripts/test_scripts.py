@@ -40,12 +40,28 @@ def diffusion_arguments(run, tokenizer, **change):
         "precision": "no",
         "text": {"width": 16, "layers": 1, "heads": 2},
         "model": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
-        "data": {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "cache": str(run / "latents")},
+        "data": {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "cache": str(run / "latents"), "shard_size": 1},
         "loop": LOOP,
         "pace": PACE,
         **change,
     }
     return ["--config", "configs/diffusion/tiny.yaml", *overrides(values)]
+
+
+def encoder(model, max_length=8, weights=None):
+    return {"model": str(model), "weights": weights, "max_length": max_length}
+
+
+def write_t5(folder):
+    from transformers import T5Config, T5EncoderModel
+
+    from promag.diffusion.text import learn_vocabulary
+
+    vocabulary = learn_vocabulary(["a red disc"], 300)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=12, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    for part in (t5, vocabulary):
+        part.save_pretrained(folder)
+    return t5
 
 
 def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
@@ -194,22 +210,50 @@ def test_one_model_is_trained_at_several_budgets_and_samples_at_each(demo_run, t
 
 def test_a_frozen_text_encoder_by_path(demo_run, tmp_path):
     from safetensors.torch import load_file
-    from transformers import T5Config, T5EncoderModel
+    from transformers import T5EncoderModel
 
     from promag import ProMAGPipeline
-    from promag.diffusion.text import learn_vocabulary
 
-    vocabulary = learn_vocabulary(["a red disc"], 300)
-    t5 = T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
-    for part in (t5, vocabulary):
-        part.save_pretrained(tmp_path / "t5")
-    text = {"encoder": str(tmp_path / "t5"), "max_length": 8, "width": 16, "layers": 1, "heads": 2}
+    t5 = write_t5(tmp_path / "t5")
+    text = {"encoders": [encoder(tmp_path / "t5")]}
     train_diffusion.main(diffusion_arguments(tmp_path / "run", demo_run / "tokenizer-run" / "tokenizer", text=text))
     kept = load_file(tmp_path / "run" / "pipeline" / "text_encoder" / "model.safetensors")
     assert all((kept[k] == v).all() for k, v in t5.state_dict().items() if k in kept)
     pipe = ProMAGPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert type(pipe.text_encoder) is T5EncoderModel
+    assert pipe.text_encoder_2 is None
     assert pipe("a red disc", num_inference_steps=1).frames.shape == (1, 17, 32, 32, 3)
+
+
+def test_three_text_encoders_at_once(demo_run, tmp_path):
+    """A frozen T5 from its cache, the small CLIP trained along, and a frozen OpenCLIP tower, into one pipeline."""
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    from promag import OpenCLIPTextModel, ProMAGPipeline
+    from tests.diffusion.test_text import OPEN_CLIP, write_openclip
+
+    write_t5(tmp_path / "t5")
+    tower = write_openclip(tmp_path / "open", OPEN_CLIP)
+    encoders = [encoder(tmp_path / "t5"), encoder("small", 12), encoder(f"open_clip:local-dir:{tower}", 14)]
+    arguments = diffusion_arguments(
+        tmp_path / "run",
+        demo_run / "tokenizer-run" / "tokenizer",
+        text={"encoders": encoders, "width": 16, "layers": 1, "heads": 2},
+    )
+    cache_latents.main(arguments)
+    train_diffusion.main(arguments)
+    pipe = ProMAGPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    kinds = [type(part) for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)]
+    assert kinds == [T5EncoderModel, CLIPTextModel, OpenCLIPTextModel]
+    assert pipe.transformer.config["text_dim"] == [12, 16, 16]
+    assert pipe.transformer.config["pooled_dim"] == 16 + 24
+    assert [part.shape for part in pipe.encode_prompt(["a red disc"]).tokens] == [(1, 8, 12), (1, 12, 16), (1, 14, 16)]
+    assert pipe("a red disc", num_inference_steps=1).frames.shape == (1, 17, 32, 32, 3)
+    cached = {path.name for path in (tmp_path / "run" / "latents").iterdir()}
+    assert cached == {f"{split}-{what}" for split in ("train", "eval") for what in ("16x", "text-1", "text-3")}
+    changed = overrides({"text": {"encoders": [encoders[2], *encoders[1:]]}})
+    with pytest.raises(UserError, match="train-text-1: was made from another text encoder"):
+        cache_latents.main([*arguments, *changed])
 
 
 def test_interrupted_diffusion_is_bit_for_bit_the_same(demo_run, tmp_path):
@@ -259,7 +303,9 @@ def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
         ({"data": {"size": 40, "frames": 17}}, "not divisible by patch"),
         ({"tokenizer": "nowhere"}, "tokenizer nowhere: no config.json"),
         ({"modle": 1}, "unknown key modle"),
-        ({"text": {"encoder": "nowhere"}}, "text encoder nowhere: cannot be loaded"),
+        ({"text": {"encoders": [encoder("nowhere")]}}, "text encoder nowhere: cannot be loaded"),
+        ({"text": {"encoders": [encoder("small"), encoder("small")]}}, "the small one at most once"),
+        ({"text": {"encoders": []}}, r"text encoders \[\]: one to three are needed"),
         ({"data": {"train": "nowhere.jsonl", "frames": 17}}, "nowhere.jsonl"),
     ],
 )
