@@ -11,6 +11,7 @@ from promag.training.config import UserError
 from promag.training.video import decode_strictly, read_frames
 from scripts import (
     benchmark,
+    benchmark_cache,
     cache_latents,
     compare_tokenizers,
     evaluate_tokenizer,
@@ -291,6 +292,18 @@ def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
     assert [row["tokens"] for row in line["rows"]] == [5 * 16, 3 * 16, 2 * 16]
     assert line["rows"][0]["train_step_speedup"] == 1
     assert all(row["train_step_seconds"] > 0 and row["denoise_seconds"] > 0 for row in line["rows"])
+
+
+def test_benchmark_cache_records_its_parts(demo_run, tmp_path, capsys):
+    out, budgets = tmp_path / "training.jsonl", [{"ratio": 16, "share": 1}, {"ratio": 4, "share": 1}]
+    arguments = diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", budgets=budgets)
+    benchmark_cache.main([*arguments, "--clips", "8", "--rounds", "1", "--record", str(out)])
+    line = json.loads(out.read_text())
+    rates = [line[f"{part}_frames_per_second"] for part in ("decode", "encode", "cache")]
+    assert min(rates) > 10
+    assert line["cache_against_slower_part"] == pytest.approx(rates[2] / min(rates[:2]))
+    assert line["cache_against_both_in_turn"] == pytest.approx(rates[2] * (1 / rates[0] + 1 / rates[1]))
+    assert str(tmp_path) not in out.read_text()
 
 
 @pytest.mark.parametrize(
