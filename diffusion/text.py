@@ -149,7 +149,8 @@ def _load_transformers(path: str) -> tuple[Any, Any]:
 
 def hash_text_encoder(tokenizer: Any, encoder: Any) -> str:
     """Return a hash of a text encoder's weights and of what its tokenizer does."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # those that work on bytes have none
+    rules = json.loads(backend.to_str()) if backend else {"vocabulary": tokenizer.get_vocab()}
     for key in ("padding", "truncation"):  # left over from its last call
         rules.pop(key, None)
     return hashlib.sha256((hash_weights([encoder]) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()

@@ -107,10 +107,12 @@ class ProMAGPipeline(DiffusionPipeline):
     def encode_prompt(self, prompts: list[str], max_sequence_length: int | Sequence[int] | None = None) -> Embedded:
         """Encode prompts by every text encoder, side by side; see Embedded.
 
-        Raises ValueError for more text tokens than an encoder takes, or not as many lengths as encoders.
+        Raises ValueError for more text tokens than an encoder takes, not as many lengths as encoders, and without encoders.
         """
         pairs = [(getattr(self, f"tokenizer{n}"), getattr(self, f"text_encoder{n}")) for n in ("", "_2", "_3")]
         pairs = [pair for pair in pairs if None not in pair]
+        if not pairs:
+            raise ValueError("no text encoder is loaded: give prompt_embeds, and negative_prompt_embeds or guidance_scale 1")
         given = max_sequence_length
         lengths = [given] * len(pairs) if given is None or isinstance(given, int) else list(given)
         if len(lengths) != len(pairs):

@@ -5,7 +5,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertModel, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    ByT5Tokenizer,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from promag import ProMAGTransformer3DModel
 from promag.diffusion.text import (
@@ -85,6 +95,7 @@ def test_captions_are_dropped_at_the_stated_rate():
 # -- frozen encoders -------------------------------------------------------------------------------------------------
 
 TINY_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+TINY_PICTURES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 OPEN_CLIP = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
@@ -100,11 +111,13 @@ def folders(small, tmp_path_factory):
     models = {
         "t5": T5EncoderModel(T5Config(vocab_size=len(vocabulary), **TINY_T5)),
         "umt5": UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), **TINY_T5)),
+        "byt5": T5EncoderModel(T5Config(vocab_size=384, **TINY_T5)),
         "clip": clip,
+        "whole_clip": CLIPModel(CLIPConfig(text_config=clip.config, vision_config=TINY_PICTURES, projection_dim=16)),
     }
     for name, model in models.items():
         model.save_pretrained(place / name)
-        vocabulary.save_pretrained(place / name)
+        (ByT5Tokenizer() if name == "byt5" else vocabulary).save_pretrained(place / name)
     names = {name: str(place / name) for name in models}
     for name, change in {"open_clip": {}, "bidirectional": {"no_causal_mask": True, "pool_type": "last"}}.items():
         config = {**OPEN_CLIP, "text_cfg": {**OPEN_CLIP["text_cfg"], **change}}
@@ -120,8 +133,8 @@ def write_openclip(folder, config):
     return folder
 
 
-KINDS = ["t5", "umt5", "clip", "open_clip", "bidirectional"]
-WIDTHS = {"t5": (16, 0), "umt5": (16, 0), "clip": (16, 16), "open_clip": (16, 24), "bidirectional": (16, 24)}
+KINDS = ["t5", "umt5", "clip", "whole_clip", "open_clip", "bidirectional"]
+WIDTHS = dict.fromkeys(KINDS[:2], (16, 0)) | dict.fromkeys(KINDS[2:4], (16, 16)) | dict.fromkeys(KINDS[4:], (16, 24))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,8 +218,9 @@ def _named_config(folder):
 
 
 def test_a_hash_tells_encoders_and_tokenizers_apart_and_calls_do_not_change_it(folders, small):
-    hashes = [hash_text_encoder(*load_frozen(folders[kind], None, 10)) for kind in KINDS]
-    assert len(set(hashes)) == len(KINDS)
+    kinds = ["t5", "umt5", "byt5", "clip", "open_clip", "bidirectional"]  # byt5: a tokenizer without a vocabulary
+    hashes = [hash_text_encoder(*load_frozen(folders[kind], None, 10)) for kind in kinds]
+    assert len(set(hashes)) == len(kinds)
     vocabulary, model = load_frozen(folders["t5"], None, 10)
     tokenize(vocabulary, CAPTIONS, 7)
     assert hash_text_encoder(vocabulary, model) == hashes[0]

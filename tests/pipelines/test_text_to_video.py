@@ -114,6 +114,16 @@ def test_prompt_embeds_replace_the_prompt(pipe):
     assert np.array_equal(call(pipe, None, prompt_embeds=text, negative_prompt_embeds=null), call(pipe))
 
 
+def test_a_pipeline_without_text_encoders_takes_embeds(pipe):
+    text, null = pipe.encode_prompt([PROMPTS[0]]), pipe.encode_prompt([""])
+    parts = {**pipe.components, "text_encoder": None, "tokenizer": None}
+    bare = ProMAGPipeline(**parts, height=16, width=24, num_frames=17, fps=8.0, temporal_ratio=16)
+    bare.set_progress_bar_config(disable=True)
+    assert np.array_equal(call(bare, None, prompt_embeds=text, negative_prompt_embeds=null), call(pipe))
+    with pytest.raises(ValueError, match="no text encoder is loaded: give prompt_embeds"):
+        call(bare, None, prompt_embeds=text)
+
+
 def test_several_videos_for_a_prompt(pipe):
     frames = call(pipe, PROMPTS, num_videos_per_prompt=2, generator=[seed(n) for n in range(4)])
     assert np.allclose(frames[3], call(pipe, PROMPTS[1], generator=seed(3))[0], atol=1e-4)

@@ -299,10 +299,10 @@ def test_benchmark_cache_records_its_parts(demo_run, tmp_path, capsys):
     arguments = diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", budgets=budgets)
     benchmark_cache.main([*arguments, "--clips", "8", "--rounds", "1", "--record", str(out)])
     line = json.loads(out.read_text())
-    rates = [line[f"{part}_frames_per_second"] for part in ("decode", "encode", "cache")]
-    assert min(rates) > 10
-    assert line["cache_against_slower_part"] == pytest.approx(rates[2] / min(rates[:2]))
-    assert line["cache_against_both_in_turn"] == pytest.approx(rates[2] * (1 / rates[0] + 1 / rates[1]))
+    for clock in ("second", "cpu_second"):
+        decode, encode, cache = (line[f"{part}_frames_per_{clock}"] for part in ("decode", "encode", "cache"))
+        assert min(decode, encode, cache) > 10
+        assert line[f"cache_against_both_in_turn_{clock}"] == pytest.approx(cache * (1 / decode + 1 / encode))
     assert str(tmp_path) not in out.read_text()
 
 
