@@ -134,7 +134,7 @@ def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:
     return Embedded(output.last_hidden_state, mask, pooled)
 
 
-def drop_captions(captions: Sequence[str], probability: float, generator: torch.Generator) -> list[str]:
+def drop_captions(captions: Sequence[str], probability: float, generators: Sequence[torch.Generator]) -> list[str]:
     """Replace captions by the null caption, the empty text, which guidance uses too."""
-    draws = torch.rand(len(captions), generator=generator, device=generator.device).tolist()
+    draws = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).tolist()
     return ["" if draw < probability else caption for draw, caption in zip(draws, captions, strict=True)]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..tokenizer.geometry import check_frames, check_size, tokens
@@ -176,12 +177,12 @@ class FlowObjective(Objective):
         count = prod(x.shape[2:]) // prod(config["patch_size"])
         return Work(len(x) * count, training_flops(config, count, self.text_tokenizer.model_max_length, len(x)))
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """Normalised latents b c t h w of one ratio, captions and frame rates in `batch` -> loss."""
         x = batch["latents"]
-        captions = drop_captions(batch["caption"], self.caption_dropout, generator)
-        times = sample_times(len(x), self.mu(x), generator, x.device)
-        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        captions = drop_captions(batch["caption"], self.caption_dropout, generators)
+        times = sample_times(self.mu(x), generators, x.device)
+        noise = randn_tensor(x.shape, generators, x.device)
         return {"loss": self.errors(x, noise, times, captions, batch["fps"], int(batch["ratio"][0])).mean()}
 
     def errors(self, x: Tensor, noise: Tensor, times: Tensor, captions: list[str], fps: Tensor, ratio: int) -> Tensor:

@@ -231,7 +231,7 @@ def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> floa
     for step, count in ((0, latent), (stage.latent_steps, stage.loop.steps - latent)):
         if count:
             with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-                objective({"video": video}, seeded(0), step)["loss"].backward()
+                objective({"video": video}, [seeded(0)], step)["loss"].backward()
             total += counter.get_total_flops() * count * stage.loop.batch_size * stage.loop.accumulate
     return total
 

@@ -139,22 +139,24 @@ class StageObjective(Objective):
         """Return the kernels between hidden features: neither those at pixels and latents nor the discriminator's."""
         return self.model.hidden_kernels()
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """B C T H W in batch["video"] -> loss, its parts."""
         x, stage = batch["video"], self.stage
         if self.below is not None and step < stage.latent_steps:
             posterior, target = self.model.encode_levels(x, (stage.ratio, self.below))
-            z = reparametrise(posterior, generator)
+            z = reparametrise(posterior, generators)
             fit = latent_loss(self.model.lift(z, stage.ratio, self.below), target.mode())
             kl = kl_loss(posterior)
             return {"loss": fit + stage.kl_weight * kl, "latent": fit, "kl": kl}
         posterior = self.model.encode(x, stage.ratio).latent_dist  # pyright: ignore
-        output = self.model.decode(reparametrise(posterior, generator), stage.ratio).sample  # pyright: ignore
+        output = self.model.decode(reparametrise(posterior, generators), stage.ratio).sample  # pyright: ignore
         parts = {"l1": reconstruction_loss(output, x), "squared": squared_loss(output, x)}
         loss = parts["l1"] + stage.squared_weight * parts["squared"]
         if self.lpips and stage.perceptual:
-            picked = torch.randperm(x.shape[2], generator=generator, device=x.device)[: stage.perceptual.frames]
-            parts["lpips"] = self.lpips(output[:, :, picked], x[:, :, picked]).mean()
+            orders = (torch.randperm(x.shape[2], generator=g, device=x.device) for g in generators)
+            picked = torch.stack(list(orders))[:, : stage.perceptual.frames]
+            few = (video[torch.arange(len(x))[:, None], :, picked].transpose(1, 2) for video in (output, x))
+            parts["lpips"] = self.lpips(*few).mean()
             loss = loss + stage.perceptual.weight * parts["lpips"]
         if self.adversary and stage.adversarial and step >= stage.adversarial.start:
             judged = self.adversary(output, x, loss, step)

@@ -71,10 +71,10 @@ def test_words_tell_captions_apart_from_the_start():
 
 
 def test_captions_are_dropped_at_the_stated_rate():
-    dropped = drop_captions(["x"] * 5000, 0.2, torch.Generator().manual_seed(0))
+    dropped = drop_captions(["x"] * 5000, 0.2, [torch.Generator().manual_seed(0)] * 5000)
     assert set(dropped) == {"", "x"}
     assert dropped.count("") / 5000 == pytest.approx(0.2, abs=0.02)
-    assert drop_captions(["x"] * 50, 0.0, torch.Generator()) == ["x"] * 50
+    assert drop_captions(["x"] * 50, 0.0, [torch.Generator()] * 50) == ["x"] * 50
 
 
 def test_frozen_encoders_by_path(small, tmp_path):
