@@ -14,8 +14,8 @@ BASE_TOKENS = 256  # at which a model's time shift is stated
 
 
 def interpolate(latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    """Return (1 - t) * latents + t * noise; times are (b,), latents b c t h w."""
-    t = times.view(-1, *(1,) * (latents.ndim - 1))
+    """Return (1 - t) * latents + t * noise; latents b c t h w, times (b,) or, one for each frame, b t."""
+    t = times[:, None, :, None, None] if times.ndim == 2 else times.view(-1, *(1,) * (latents.ndim - 1))
     return (1 - t) * latents + t * noise
 
 

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..tokenizer.geometry import check_frames, check_size, tokens
+from ..tokenizer.geometry import check_frames, check_size, latent_frames, tokens
 from ..training.config import UserError, setting
 from ..training.datasets import Mixture, TrainingStream
 from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, seeded, train
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run
 from ..training.throughput import Work
+from .condition import Condition, draw_given, frame_times, mean_over_made
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latents import LatentDataset, Scale
@@ -103,6 +104,7 @@ class DiffusionConfig:
     )
     caption_dropout: float = setting("part of the captions replaced by the null caption, for guidance")
     shift: float = setting("of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
+    condition: Condition = setting("given first frames, for image-to-video and continuation")
     text: Text = setting("text encoder")
     model: Model = setting("transformer")
     data: Data = setting("clips and latents")
@@ -117,6 +119,11 @@ class DiffusionConfig:
         for ratio in self.ratios:
             check_frames(self.data.frames, ratio)
             tokens(self.data.frames, self.data.size, self.data.size, ratio, self.model.patch_size)
+        if self.condition.probability and self.model.patch_size[0] > 1:
+            raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
+        fewest = min(latent_frames(self.data.frames, ratio) for ratio in self.ratios)
+        if self.condition.given >= fewest:
+            raise ValueError(f"condition frames {self.condition.frames}: clips have {fewest} latent frames, one must be left")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
         if self.shift <= 0:
@@ -155,12 +162,12 @@ def hidden_matrices(transformer: ProMAGTransformer3DModel) -> list[torch.nn.Para
 
 
 class FlowObjective(Objective):
-    """Squared error of the velocity at logit-normal times, captions dropped now and then."""
+    """Squared error of the velocity at logit-normal times, captions dropped and first frames given now and then."""
 
     def __init__(self, transformer: Any, text_encoder: Any, text_tokenizer: Any, config: DiffusionConfig):
         super().__init__()
         self.transformer, self.text_encoder, self.text_tokenizer = transformer, text_encoder, text_tokenizer
-        self.caption_dropout, self.shift = config.caption_dropout, config.shift
+        self.caption_dropout, self.shift, self.condition = config.caption_dropout, config.shift, config.condition
         self.text_rate_factor = config.text.learning_rate / config.loop.learning_rate
 
     def rate_factors(self) -> list[tuple[torch.nn.Module, float]]:
@@ -183,10 +190,21 @@ class FlowObjective(Objective):
         captions = drop_captions(batch["caption"], self.caption_dropout, generators)
         times = sample_times(self.mu(x), generators, x.device)
         noise = randn_tensor(x.shape, generators, x.device)
-        return {"loss": self.errors(x, noise, times, captions, batch["fps"], int(batch["ratio"][0])).mean()}
+        given = draw_given(self.condition, x.shape[2], generators)
+        return {"loss": self.errors(x, noise, times, captions, batch["fps"], int(batch["ratio"][0]), given).mean()}
 
-    def errors(self, x: Tensor, noise: Tensor, times: Tensor, captions: list[str], fps: Tensor, ratio: int) -> Tensor:
-        """Return the mean squared velocity error of each clip, (b,)."""
+    def errors(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        captions: list[str],
+        fps: Tensor,
+        ratio: int,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean squared velocity error of each clip, (b,), over the frames that are not given (b t)."""
+        times = times if given is None else frame_times(times, given)
         text = encode(self.text_encoder, tokenize(self.text_tokenizer, captions))
         predicted = self.transformer(
             interpolate(x, noise, times),
@@ -198,7 +216,8 @@ class FlowObjective(Objective):
             fps=fps.float(),
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted.float(), velocity(x, noise), reduction="none").flatten(1).mean(1)
+        errors = F.mse_loss(predicted.float(), velocity(x, noise), reduction="none")
+        return errors.flatten(1).mean(1) if given is None else mean_over_made(errors, given)
 
     def mu(self, x: Tensor) -> float:
         """Return the time shift for latents of this size."""
@@ -222,10 +241,11 @@ class HeldOut:
         self.fps = torch.tensor([f["fps"] for f in fixed], device=device)
         self.captions = [f["caption"] for f in fixed]
 
-    def loss(self, objective: FlowObjective) -> float:
-        """Return the mean over clips and times."""
+    def loss(self, objective: FlowObjective, first_given: bool = False) -> float:
+        """Return the mean over clips and times, of all frames or with the first latent frame given."""
         times = [torch.full((len(self.x),), t, device=self.x.device) for t in VALIDATION_TIMES]
-        losses = [objective.errors(self.x, self.noise, t, self.captions, self.fps, self.ratio).mean() for t in times]
+        given = torch.arange(self.x.shape[2], device=self.x.device).expand(len(self.x), -1) < 1 if first_given else None
+        losses = [objective.errors(self.x, self.noise, t, self.captions, self.fps, self.ratio, given).mean() for t in times]
         return float(torch.stack(losses).mean())
 
 
@@ -260,6 +280,7 @@ def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], valid
         text_dim=width,
         pooled_dim=pooled,
         temporal_ratios=config.ratios,
+        condition_frames=config.condition.given,
         local_convolution=config.model.local_convolution,
         latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
         latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
@@ -272,7 +293,9 @@ def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], valid
     def validate(tracker: Any, step: int) -> Metrics:
         with accelerator.autocast():
             losses = {f"held_out_loss_{check.ratio}x": check.loss(objective) for check in checks}
-        return {"held_out_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
+            given = [check.loss(objective, first_given=True) for check in checks] if config.condition.given else []
+        losses = {"held_out_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
+        return losses | ({"held_out_loss_first_given": sum(given) / len(given)} if given else {})
 
     rank, world = accelerator.process_index, accelerator.num_processes
     source = Mixture(latents, [budget.share for budget in config.budgets]) if len(latents) > 1 else latents[0]
