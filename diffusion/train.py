@@ -98,6 +98,7 @@ class DiffusionConfig:
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
     tokenizer: str = setting("folder of a trained video tokenizer")
     budgets: tuple[Budget, ...] = setting(
         "temporal ratios that one model is trained at; pipelines sample at the first by default"
@@ -141,7 +142,7 @@ class DiffusionConfig:
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("output_dir", "pace", "tokenizer", "data.cache")
+MAY_CHANGE = ("output_dir", "pace", "gradient_checkpointing", "tokenizer", "data.cache")
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,8 @@ def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], valid
         latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
         latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
     )
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     objective = FlowObjective(transformer, text_encoder, text_tokenizer, config)
     count = sum(p.numel() for p in transformer.parameters())
     accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters, latents of {len(latents[0])} clips")

@@ -135,7 +135,7 @@ class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # model_index.json records this name: moving this file must not break a saved pipeline
     __module__ = "promag"
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(

@@ -91,6 +91,7 @@ class TokenizerConfig:
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
     init: str | None = setting("a trained tokenizer to grow, or to train its highest level further; null starts anew")
     only: int | None = setting("train this ratio's stage alone; null runs all")
     model: Model | None = setting("the base level; null where `init` has it")
@@ -114,7 +115,7 @@ class TokenizerConfig:
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("output_dir", "only", "pace", "data.validation_clips")
+MAY_CHANGE = ("output_dir", "only", "pace", "gradient_checkpointing", "data.validation_clips")
 
 
 class StageObjective(Objective):
@@ -228,6 +229,8 @@ def train_stage(
         f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
         f"{parameter_count([model]) / 1e6:.2f} M, {len(source)} clips of {stage.frames} frames at {data.size}x{data.size}"
     )
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def open_stream(first: int) -> TrainingStream:
