@@ -23,6 +23,7 @@ from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, m
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run
 from ..training.throughput import Work
+from .attention import choose_attention
 from .condition import Condition, draw_given, frame_times, mean_over_made
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
@@ -98,6 +99,7 @@ class DiffusionConfig:
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    attention: str = setting("auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used")
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
     tokenizer: str = setting("folder of a trained video tokenizer")
     budgets: tuple[Budget, ...] = setting(
@@ -142,7 +144,7 @@ class DiffusionConfig:
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("output_dir", "pace", "gradient_checkpointing", "tokenizer", "data.cache")
+MAY_CHANGE = ("output_dir", "pace", "attention", "gradient_checkpointing", "tokenizer", "data.cache")
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,8 @@ def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], valid
         latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
         latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
     )
+    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    accelerator.print(f"attention: {choose_attention(transformer, config.attention, accelerator.device, compute)}")
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     objective = FlowObjective(transformer, text_encoder, text_tokenizer, config)

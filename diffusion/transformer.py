@@ -67,6 +67,7 @@ class ProMAGAttnProcessor:
         if q.device.type == "cpu" and self._attention_backend is None and q.shape[1] * k.shape[1] <= PLAIN_SCORES:
             out: Any = plain_attention(q, k, v, attention_mask)
         else:
+            q, k = q.to(v.dtype), k.to(v.dtype)  # the norms' float32 weights widen them under autocast; kernels want one type
             out = dispatch_attention_fn(
                 q, k, v, attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
             )

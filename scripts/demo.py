@@ -189,6 +189,7 @@ def diffusion_config(
         output_dir=str(run / f"video-{ratio}x"),
         seed=config.seed,
         precision=config.precision,
+        attention="auto",
         gradient_checkpointing=False,
         tokenizer=str(tokenizer),
         budgets=(Budget(ratio, 1.0),),

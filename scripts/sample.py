@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from promag.diffusion.attention import choose_attention
 from promag.training.config import UserError, run_main
 from promag.training.video import frame_times, pick_by_time, read_frames, write_video
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise; the next prompts count on")
     parser.add_argument("--fps", type=float, help="frame rate told to the model and written; left out: as trained")
+    parser.add_argument("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")
     opening.add_argument("--video", type=Path, help="clip to continue from its last frames; scaled and cropped likewise")
@@ -41,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out {arguments.out}: an .mp4 file is needed")
     pipe: Any = ProMAGPipeline.from_pretrained(arguments.pipeline)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
     size = (arguments.width or pipe.config["width"], arguments.height or pipe.config["height"])
     fps = arguments.fps or pipe.config["fps"]
     given: dict[str, Any] = {}

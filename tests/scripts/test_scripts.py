@@ -279,6 +279,7 @@ def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
         ({"data": {"size": 40, "frames": 17}}, "not divisible by patch"),
         ({"tokenizer": "nowhere"}, "tokenizer nowhere: no config.json"),
         ({"modle": 1}, "unknown key modle"),
+        ({"attention": "flash"}, "flash does not work on cpu"),
         ({"text": {"encoder": "nowhere"}}, "text encoder nowhere: cannot be loaded"),
         ({"data": {"train": "nowhere.jsonl", "frames": 17}}, "nowhere.jsonl"),
     ],
