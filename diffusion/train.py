@@ -5,7 +5,7 @@ pipelines/assemble.py's matter.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,8 @@ from .condition import Condition, draw_given, frame_times, mean_over_made
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latents import LatentDataset, Scale
+from .lora import Lora, add_lora
+from .start import load_transformer, take_up
 from .text import drop_captions, encode, learn_vocabulary, load_frozen, small_clip, text_widths, tokenize
 from .transformer import ProMAGTransformer3DModel
 
@@ -102,6 +104,10 @@ class DiffusionConfig:
     attention: str = setting("auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used")
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
     tokenizer: str = setting("folder of a trained video tokenizer")
+    init: str | None = setting(
+        "a trained pipeline to train further, its text encoder too where text.encoder is null; null starts anew"
+    )
+    lora: Lora | None = setting("train adapters on the transformer of `init` alone; null trains all weights")
     budgets: tuple[Budget, ...] = setting(
         "temporal ratios that one model is trained at; pipelines sample at the first by default"
     )
@@ -109,7 +115,7 @@ class DiffusionConfig:
     shift: float = setting("of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
     condition: Condition = setting("given first frames, for image-to-video and continuation")
     text: Text = setting("text encoder")
-    model: Model = setting("transformer")
+    model: Model | None = setting("transformer; null where `init` has it")
     data: Data = setting("clips and latents")
     loop: LoopSettings = setting("optimisation")
     pace: Pace = setting("logging, validation, checkpoints")
@@ -121,8 +127,15 @@ class DiffusionConfig:
         check_size(self.data.size, self.data.size)
         for ratio in self.ratios:
             check_frames(self.data.frames, ratio)
-            tokens(self.data.frames, self.data.size, self.data.size, ratio, self.model.patch_size)
-        if self.condition.probability and self.model.patch_size[0] > 1:
+            if self.model:
+                tokens(self.data.frames, self.data.size, self.data.size, ratio, self.model.patch_size)
+        if (self.model is None) != (self.init is not None):
+            raise ValueError(
+                f"init {self.init}, model {'null' if self.model is None else 'given'}: exactly one of both is needed"
+            )
+        if self.lora and self.init is None:
+            raise ValueError("lora: adapters need a trained transformer; name one with init")
+        if self.condition.probability and self.model and self.model.patch_size[0] > 1:
             raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
         fewest = min(latent_frames(self.data.frames, ratio) for ratio in self.ratios)
         if self.condition.given >= fewest:
@@ -151,7 +164,7 @@ MAY_CHANGE = ("output_dir", "pace", "attention", "gradient_checkpointing", "toke
 class Trained:
     """What a training leaves: the averaged transformer, its text encoder and text tokenizer, and how it ended."""
 
-    transformer: ProMAGTransformer3DModel
+    transformer: ProMAGTransformer3DModel  # with the adapters of a training with lora
     text_encoder: Any
     text_tokenizer: Any
     fps: float  # median of the training clips
@@ -252,6 +265,23 @@ class HeldOut:
         return float(torch.stack(losses).mean())
 
 
+def new_transformer(
+    config: DiffusionConfig, latents: Sequence[LatentDataset], text_dim: int, pooled_dim: int
+) -> ProMAGTransformer3DModel:
+    """Return an untrained transformer for these latents, whose statistics it keeps."""
+    assert config.model is not None
+    return ProMAGTransformer3DModel(
+        **asdict(config.model),
+        in_channels=latents[0].index["shape"][0],
+        text_dim=text_dim,
+        pooled_dim=pooled_dim,
+        temporal_ratios=config.ratios,
+        condition_frames=config.condition.given,
+        latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
+        latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
+    )
+
+
 def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], validation_caches: Sequence[Path]) -> Trained:
     """Train, or continue to train, a transformer on two latent caches for each budget, in the budgets' order.
 
@@ -265,7 +295,10 @@ def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], valid
     )
 
     torch.manual_seed(config.seed)
-    if config.text.encoder is None:
+    if config.init and config.text.encoder is None:
+        text_tokenizer, text_encoder = load_frozen(config.init, config.text.max_length)
+        text_encoder.requires_grad_(config.lora is None)
+    elif config.text.encoder is None:
         text_tokenizer = learn_vocabulary(latents[0].captions, config.text.vocabulary, config.text.max_length)
         text_encoder = small_clip(text_tokenizer, config.text.width, config.text.layers, config.text.heads)
     else:
@@ -274,27 +307,20 @@ def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], valid
     channels = {part.index["shape"][0] for part in latents}
     if len(channels) > 1:
         raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
-    transformer = ProMAGTransformer3DModel(
-        in_channels=channels.pop(),
-        patch_size=config.model.patch_size,
-        num_layers=config.model.num_layers,
-        num_attention_heads=config.model.num_attention_heads,
-        attention_head_dim=config.model.attention_head_dim,
-        text_dim=width,
-        pooled_dim=pooled,
-        temporal_ratios=config.ratios,
-        condition_frames=config.condition.given,
-        local_convolution=config.model.local_convolution,
-        latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
-        latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
-    )
+    if config.init:
+        transformer = load_transformer(config.init)
+        take_up(transformer, latents, (width, pooled), config.condition.given, frozen=config.lora is not None)
+    else:
+        transformer = new_transformer(config, latents, width, pooled)
+    if config.lora:
+        add_lora(transformer, config.lora)
     compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
     accelerator.print(f"attention: {choose_attention(transformer, config.attention, accelerator.device, compute)}")
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     objective = FlowObjective(transformer, text_encoder, text_tokenizer, config)
-    count = sum(p.numel() for p in transformer.parameters())
-    accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters, latents of {len(latents[0])} clips")
+    count = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters trained, latents of {len(latents[0])} clips")
     checks = [HeldOut(part, transformer, accelerator.device) for part in held_out]
 
     def validate(tracker: Any, step: int) -> Metrics:

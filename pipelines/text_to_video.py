@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -34,7 +35,8 @@ class ProMAGPipelineOutput(BaseOutput):
     frames: Any
 
 
-class ProMAGPipeline(DiffusionPipeline):
+# Of Sana the mixin has the name alone: it is diffusers' loader for pipelines with one transformer and no LoRA elsewhere.
+class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     """Text to video: a text encoder, a transformer over latents of one or several temporal ratios, a grown tokenizer.
 
     Args:

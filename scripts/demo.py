@@ -192,6 +192,8 @@ def diffusion_config(
         attention="auto",
         gradient_checkpointing=False,
         tokenizer=str(tokenizer),
+        init=None,
+        lora=None,
         budgets=(Budget(ratio, 1.0),),
         caption_dropout=config.caption_dropout,
         shift=config.shift,
