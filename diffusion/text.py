@@ -106,20 +106,21 @@ def small_clip(tokenizer: Any, width: int = 128, layers: int = 2, heads: int = 4
     return model
 
 
-def load_frozen(model: str, weights: str | None, max_length: int) -> tuple[Any, Any]:
+def load_frozen(model: str, weights: str | None, max_length: int, number: int = 1) -> tuple[Any, Any]:
     """Load a text encoder and its tokenizer, frozen.
 
     Args:
         model: a folder or hub name of a T5, UMT5 or CLIP model of transformers, or open_clip:NAME.
         weights: of an OpenCLIP model, by tag or file; None for models of transformers.
         max_length: text tokens; longer captions are cut.
+        number: which of its text encoders, where `model` is a pipeline's folder.
 
     Raises UserError when nothing can be loaded there, it is another kind of model, or it has fewer positions than `max_length`.
     """
     if model.startswith(OPEN_CLIP):
         tokenizer, encoder = load_openclip(model.removeprefix(OPEN_CLIP), weights)
     elif weights is None:
-        tokenizer, encoder = _load_transformers(model)
+        tokenizer, encoder = _load_transformers(model, number)
     else:
         raise UserError(f"text encoder {model}, weights {weights}: weights are named for {OPEN_CLIP} models alone; use null")
     try:
@@ -130,9 +131,9 @@ def load_frozen(model: str, weights: str | None, max_length: int) -> tuple[Any, 
     return tokenizer, encoder.requires_grad_(False).eval()
 
 
-def _load_transformers(path: str) -> tuple[Any, Any]:
-    folder = Path(path)
-    place: dict[str, Any] = {"text_encoder": folder / "text_encoder", "tokenizer": folder / "tokenizer"}
+def _load_transformers(path: str, number: int) -> tuple[Any, Any]:
+    suffix = "" if number == 1 else f"_{number}"
+    place: dict[str, Any] = {name: Path(path) / f"{name}{suffix}" for name in ("text_encoder", "tokenizer")}
     if not place["text_encoder"].is_dir():  # not a pipeline's folder: model and tokenizer lie side by side
         place = dict.fromkeys(place, path)
     try:
@@ -202,6 +203,7 @@ def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:
     return Embedded((output.last_hidden_state,), (mask,), getattr(output, "pooler_output", None))
 
 
-def draw_dropped(count: int, probability: float, generator: torch.Generator) -> list[bool]:
-    """Draw which captions of a batch the null caption replaces."""
-    return [draw < probability for draw in torch.rand(count, generator=generator, device=generator.device).tolist()]
+def draw_dropped(probability: float, generators: Sequence[torch.Generator]) -> list[bool]:
+    """Draw which captions of a batch the null caption replaces, each by a generator of its own."""
+    draws = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).tolist()
+    return [draw < probability for draw in draws]

@@ -5,27 +5,32 @@ pipelines/assemble.py's matter.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..tokenizer.geometry import check_frames, check_size, tokens
+from ..tokenizer.geometry import check_frames, check_size, latent_frames, tokens
 from ..training.config import UserError, setting
 from ..training.datasets import Mixture, TrainingStream
 from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, seeded, train
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run
 from ..training.throughput import Work
+from .attention import choose_attention
+from .condition import Condition, draw_given, frame_times, mean_over_made
 from .embeddings import CaptionEncoder, EmbeddingCache
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latents import LatentDataset, Scale
-from .text import Embedded, draw_dropped, learn_vocabulary, small_clip
+from .lora import Lora, add_lora
+from .start import load_transformer, take_up
+from .text import Embedded, draw_dropped, learn_vocabulary, load_frozen, small_clip
 from .transformer import ProMAGTransformer3DModel
 
 # Times at which the held-out loss is measured, the same for every shift: the middles of five equal parts of (0, 1).
@@ -121,14 +126,19 @@ class DiffusionConfig:
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    attention: str = setting("auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
     tokenizer: str = setting("folder of a trained video tokenizer")
+    init: str | None = setting("a trained pipeline to train further, its small text encoder too; null starts anew")
+    lora: Lora | None = setting("train adapters on the transformer of `init` alone; null trains all weights")
     budgets: tuple[Budget, ...] = setting(
         "temporal ratios that one model is trained at; pipelines sample at the first by default"
     )
     caption_dropout: float = setting("part of the captions replaced by the null caption, for guidance")
     shift: float = setting("of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
+    condition: Condition = setting("given first frames, for image-to-video and continuation")
     text: Text = setting("text encoders")
-    model: Model = setting("transformer")
+    model: Model | None = setting("transformer; null where `init` has it")
     data: Data = setting("clips and latents")
     loop: LoopSettings = setting("optimisation")
     pace: Pace = setting("logging, validation, checkpoints")
@@ -140,9 +150,21 @@ class DiffusionConfig:
         check_size(self.data.size, self.data.size)
         for ratio in self.ratios:
             check_frames(self.data.frames, ratio)
-            tokens(self.data.frames, self.data.size, self.data.size, ratio, self.model.patch_size)
+            if self.model:
+                tokens(self.data.frames, self.data.size, self.data.size, ratio, self.model.patch_size)
         if self.data.shard_size < 1:
             raise ValueError(f"shard_size {self.data.shard_size}: at least 1 clip is needed")
+        if (self.model is None) != (self.init is not None):
+            raise ValueError(
+                f"init {self.init}, model {'null' if self.model is None else 'given'}: exactly one of both is needed"
+            )
+        if self.lora and self.init is None:
+            raise ValueError("lora: adapters need a trained transformer; name one with init")
+        if self.condition.probability and self.model and self.model.patch_size[0] > 1:
+            raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
+        fewest = min(latent_frames(self.data.frames, ratio) for ratio in self.ratios)
+        if self.condition.given >= fewest:
+            raise ValueError(f"condition frames {self.condition.frames}: clips have {fewest} latent frames, one must be left")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
         if self.shift <= 0:
@@ -160,7 +182,7 @@ class DiffusionConfig:
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("output_dir", "pace", "tokenizer", "data.cache", "data.shard_size")
+MAY_CHANGE = ("output_dir", "pace", "attention", "gradient_checkpointing", "tokenizer", "data.cache", "data.shard_size")
 
 
 @dataclass(frozen=True)
@@ -175,7 +197,7 @@ class Cached:
 class Trained:
     """What a training leaves: the averaged transformer, the small text model trained along, and how it ended."""
 
-    transformer: ProMAGTransformer3DModel
+    transformer: ProMAGTransformer3DModel  # with the adapters of a training with lora
     small_text: tuple[Any, Any] | None  # tokenizer and model
     fps: float  # median of the training clips
     outcome: Outcome
@@ -188,12 +210,12 @@ def hidden_matrices(transformer: ProMAGTransformer3DModel) -> list[torch.nn.Para
 
 
 class FlowObjective(Objective):
-    """Squared error of the velocity at logit-normal times, captions dropped now and then."""
+    """Squared error of the velocity at logit-normal times, captions dropped and first frames given now and then."""
 
     def __init__(self, transformer: Any, text: CaptionEncoder, config: DiffusionConfig):
         super().__init__()
         self.transformer, self.text = transformer, text
-        self.caption_dropout, self.shift = config.caption_dropout, config.shift
+        self.caption_dropout, self.shift, self.condition = config.caption_dropout, config.shift, config.condition
         self.text_rate_factor = config.text.learning_rate / config.loop.learning_rate
 
     def rate_factors(self) -> list[tuple[torch.nn.Module, float]]:
@@ -210,16 +232,27 @@ class FlowObjective(Objective):
         count = prod(x.shape[2:]) // prod(config["patch_size"])
         return Work(len(x) * count, training_flops(config, count, self.text.lengths, len(x)))
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """Normalised latents b c t h w of one ratio, captions and frame rates in `batch` -> loss."""
         x = batch["latents"]
-        text = self.text(batch, draw_dropped(len(x), self.caption_dropout, generator))
-        times = sample_times(len(x), self.mu(x), generator, x.device)
-        noise = torch.randn(x.shape, generator=generator, device=x.device)
-        return {"loss": self.errors(x, noise, times, text, batch["fps"], int(batch["ratio"][0])).mean()}
+        text = self.text(batch, draw_dropped(self.caption_dropout, generators))
+        times = sample_times(self.mu(x), generators, x.device)
+        noise = randn_tensor(x.shape, generators, x.device)
+        given = draw_given(self.condition, x.shape[2], generators)
+        return {"loss": self.errors(x, noise, times, text, batch["fps"], int(batch["ratio"][0]), given).mean()}
 
-    def errors(self, x: Tensor, noise: Tensor, times: Tensor, text: Embedded, fps: Tensor, ratio: int) -> Tensor:
-        """Return the mean squared velocity error of each clip, (b,)."""
+    def errors(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        text: Embedded,
+        fps: Tensor,
+        ratio: int,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean squared velocity error of each clip, (b,), over the frames that are not given (b t)."""
+        times = times if given is None else frame_times(times, given)
         predicted = self.transformer(
             interpolate(x, noise, times),
             times * 1000,
@@ -230,7 +263,8 @@ class FlowObjective(Objective):
             fps=fps.float(),
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted.float(), velocity(x, noise), reduction="none").flatten(1).mean(1)
+        errors = F.mse_loss(predicted.float(), velocity(x, noise), reduction="none")
+        return errors.flatten(1).mean(1) if given is None else mean_over_made(errors, given)
 
     def mu(self, x: Tensor) -> float:
         """Return the time shift for latents of this size."""
@@ -256,11 +290,12 @@ class HeldOut:
         self.text: dict[str, Any] = {key: torch.stack([f[key] for f in fixed]).to(device) for key in rows}
         self.text["caption"] = [f["caption"] for f in fixed]
 
-    def loss(self, objective: FlowObjective) -> float:
-        """Return the mean over clips and times."""
+    def loss(self, objective: FlowObjective, first_given: bool = False) -> float:
+        """Return the mean over clips and times, of all frames or with the first latent frame given."""
         times = [torch.full((len(self.x),), t, device=self.x.device) for t in VALIDATION_TIMES]
+        given = torch.arange(self.x.shape[2], device=self.x.device).expand(len(self.x), -1) < 1 if first_given else None
         text = objective.text(self.text)
-        losses = [objective.errors(self.x, self.noise, t, text, self.fps, self.ratio).mean() for t in times]
+        losses = [objective.errors(self.x, self.noise, t, text, self.fps, self.ratio, given).mean() for t in times]
         return float(torch.stack(losses).mean())
 
 
@@ -268,6 +303,38 @@ def _open_latents(config: DiffusionConfig, cached: Cached) -> list[LatentDataset
     texts = [EmbeddingCache(folder, number) for number, folder in cached.texts.items()]
     pairs = zip(cached.latents, config.ratios, strict=True)
     return [LatentDataset(folder, ratio, config.data.scale, texts) for folder, ratio in pairs]
+
+
+def open_text(config: DiffusionConfig, latents: LatentDataset) -> CaptionEncoder:
+    """Return what encodes captions: the caches of frozen encoders, and the small CLIP, a new one or that of `init`."""
+    frozen = {cache.number: cache for cache in latents.texts}
+    caches = [frozen.get(number) for number in range(1, len(config.text.encoders) + 1)]
+    if not (small := config.text.small):
+        return CaptionEncoder(caches)
+    if config.init:
+        tokenizer, model = load_frozen(config.init, None, small.max_length, caches.index(None) + 1)
+        model.requires_grad_(config.lora is None)
+    else:
+        tokenizer = learn_vocabulary(latents.captions(), config.text.vocabulary, small.max_length)
+        model = small_clip(tokenizer, config.text.width, config.text.layers, config.text.heads)
+    return CaptionEncoder(caches, tokenizer, model)
+
+
+def new_transformer(
+    config: DiffusionConfig, latents: Sequence[LatentDataset], text: CaptionEncoder
+) -> ProMAGTransformer3DModel:
+    """Return an untrained transformer for these latents, whose statistics it keeps, and this text."""
+    assert config.model is not None
+    return ProMAGTransformer3DModel(
+        **asdict(config.model),
+        in_channels=latents[0].index["shape"][0],
+        text_dim=text.widths,
+        pooled_dim=text.pooled_width,
+        temporal_ratios=config.ratios,
+        condition_frames=config.condition.given,
+        latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
+        latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
+    )
 
 
 def train_diffusion(config: DiffusionConfig, cached: Cached, validation: Cached) -> Trained:
@@ -280,38 +347,32 @@ def train_diffusion(config: DiffusionConfig, cached: Cached, validation: Cached)
     latents, held_out = (_open_latents(config, split) for split in (cached, validation))
 
     torch.manual_seed(config.seed)
-    text_tokenizer = text_model = None
-    if small := config.text.small:
-        text_tokenizer = learn_vocabulary(latents[0].captions(), config.text.vocabulary, small.max_length)
-        text_model = small_clip(text_tokenizer, config.text.width, config.text.layers, config.text.heads)
-    frozen = {cache.number: cache for cache in latents[0].texts}
-    caches = [frozen.get(number) for number in range(1, len(config.text.encoders) + 1)]
-    text = CaptionEncoder(caches, text_tokenizer, text_model)
+    text = open_text(config, latents[0])
     channels = {part.index["shape"][0] for part in latents}
     if len(channels) > 1:
         raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
-    transformer = ProMAGTransformer3DModel(
-        in_channels=channels.pop(),
-        patch_size=config.model.patch_size,
-        num_layers=config.model.num_layers,
-        num_attention_heads=config.model.num_attention_heads,
-        attention_head_dim=config.model.attention_head_dim,
-        text_dim=text.widths,
-        pooled_dim=text.pooled_width,
-        temporal_ratios=config.ratios,
-        local_convolution=config.model.local_convolution,
-        latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
-        latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
-    )
+    if config.init:
+        transformer = load_transformer(config.init)
+        take_up(transformer, latents, text, config.condition.given, frozen=config.lora is not None)
+    else:
+        transformer = new_transformer(config, latents, text)
+    if config.lora:
+        add_lora(transformer, config.lora)
+    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    accelerator.print(f"attention: {choose_attention(transformer, config.attention, accelerator.device, compute)}")
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     objective = FlowObjective(transformer, text, config)
-    count = sum(p.numel() for p in transformer.parameters())
-    accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters, latents of {len(latents[0])} clips")
+    count = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters trained, latents of {len(latents[0])} clips")
     checks = [HeldOut(part, transformer, accelerator.device) for part in held_out]
 
     def validate(tracker: Any, step: int) -> Metrics:
         with accelerator.autocast():
             losses = {f"held_out_loss_{check.ratio}x": check.loss(objective) for check in checks}
-        return {"held_out_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
+            given = [check.loss(objective, first_given=True) for check in checks] if config.condition.given else []
+        losses = {"held_out_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
+        return losses | ({"held_out_loss_first_given": sum(given) / len(given)} if given else {})
 
     rank, world = accelerator.process_index, accelerator.num_processes
     source = Mixture(latents, [budget.share for budget in config.budgets]) if len(latents) > 1 else latents[0]
@@ -321,5 +382,5 @@ def train_diffusion(config: DiffusionConfig, cached: Cached, validation: Cached)
 
     outcome = train(accelerator, run / config.stage, objective, open_stream, config.loop, config.pace, config.seed, validate)
     close_trackers(accelerator)
-    small_text = None if text_model is None else (text_tokenizer, text_model.cpu())
+    small_text = None if text.model is None else (text.tokenizer, text.model.cpu())
     return Trained(transformer.cpu(), small_text, latents[0].fps, outcome)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from ..diffusion.embeddings import TextFingerprint, write_embeddings
@@ -14,6 +15,7 @@ from ..diffusion.latents import LatentFingerprint, write_latents
 from ..diffusion.shards import Shards, hash_weights
 from ..diffusion.text import hash_text_encoder, load_frozen
 from ..diffusion.train import Cached, DiffusionConfig, TextEncoder, Trained, train_diffusion
+from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio
 from ..tokenizer.train import load_tokenizer, save_model
@@ -24,21 +26,38 @@ from .text_to_video import ProMAGPipeline
 
 
 def train_pipeline(config: DiffusionConfig) -> Path | None:
-    """Train a text-to-video pipeline as configured and return its folder, None if stopped early.
+    """Train a text-to-video pipeline, or adapters for one, as configured; return its folder, None if stopped early.
 
     What is already there - latents, embeddings, checkpoints, the finished pipeline - is used again.
     Raises UserError for unsuitable tokenizers, text encoders, clips, caches and run directories.
     """
-    folder = Path(config.output_dir) / "pipeline"
+    folder = Path(config.output_dir) / ("lora" if config.lora else "pipeline")
     vae = load_tokenizer(config.tokenizer)
     cached = cache(config, vae)
     trained = train_diffusion(config, cached["train"], cached["eval"])
     if not trained.outcome.finished:
         return None
     with main_process_first() as main:
-        if main and not (folder / "model_index.json").exists():
-            save_model(assemble(config, trained, vae), folder)
+        if main and not folder.exists():
+            save_model(SavedLora(trained.transformer) if config.lora else assemble(config, trained, vae), folder)
     return folder
+
+
+class SavedLora:
+    """The adapters of a transformer, to be saved in the format that `load_lora_weights` of a pipeline reads."""
+
+    def __init__(self, transformer: ProMAGTransformer3DModel):
+        self.transformer = transformer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapters' weights and, beside them in the file, their ranks, scales and targets."""
+        config: Any = self.transformer.peft_config
+        weights: Any = get_peft_model_state_dict(self.transformer)
+        ProMAGPipeline.save_lora_weights(
+            folder,
+            weights,
+            transformer_lora_adapter_metadata=config["default"].to_dict(),
+        )
 
 
 def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG) -> ProMAGPipeline:

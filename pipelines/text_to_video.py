@@ -1,4 +1,4 @@
-"""The text-to-video pipeline, with the conventions of diffusers' video pipelines.
+"""The text-to-video pipeline, from a first image or clip too, with the conventions of diffusers' video pipelines.
 
 Shapes: B C T H W pixels, b c t h w latents.
 """
@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
+from ..diffusion.condition import frame_times
 from ..diffusion.flow import guide, token_shift
 from ..diffusion.text import NULL_CAPTION, Embedded, encode, side_by_side, tokenize
 from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio, check_size, latent_frames, tokens
+from .given_frames import hold, last_frames, read_given
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 
@@ -32,7 +35,8 @@ class ProMAGPipelineOutput(BaseOutput):
     frames: Any
 
 
-class ProMAGPipeline(DiffusionPipeline):
+# Of Sana the mixin has the name alone: it is diffusers' loader for pipelines with one transformer and no LoRA elsewhere.
+class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     """Text to video: text encoders, a transformer over latents of one or several temporal ratios, a grown tokenizer.
 
     Args:
@@ -137,6 +141,8 @@ class ProMAGPipeline(DiffusionPipeline):
         num_videos_per_prompt: int = 1,
         temporal_ratio: int | None = None,
         fps: float | None = None,
+        image: Any = None,
+        video: Any = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Embedded | None = None,
@@ -161,6 +167,10 @@ class ProMAGPipeline(DiffusionPipeline):
             num_videos_per_prompt: videos of each prompt.
             temporal_ratio: token budget to sample at, one that the transformer was trained on.
             fps: frame rate the transformer is told, above 0.
+            image: the first frame: a picture of the video's size (PIL, array H W C or tensor C H W in [0, 1]), one for all
+                prompts or a list with one for each.
+            video: a clip to continue, likewise (a list of pictures, T H W C or T C H W). Its last frames open the new video:
+                as many as the transformer was trained to be given, 1 + temporal_ratio*k of them.
             generator: of the first noise; one, or one per video.
             latents: first noise, b c t h w, instead of drawn noise.
             prompt_embeds: what `encode_prompt` returned, instead of `prompt`.
@@ -209,7 +219,8 @@ class ProMAGPipeline(DiffusionPipeline):
             height // self.vae.spatial_compression_ratio,
             width // self.vae.spatial_compression_ratio,
         )
-        x = self._first_latents(shape, generator, latents, device)
+        given = self._given_latents(image, video, (height, width), shape, num_videos_per_prompt, ratio, device)
+        x = hold(self._first_latents(shape, generator, latents, device), given)
         self._set_timesteps(num_inference_steps, device, token_count)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
@@ -219,9 +230,13 @@ class ProMAGPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
                 doubled = torch.cat([x] * 2) if self.do_classifier_free_guidance else x
+                times = t.expand(len(doubled))
+                if given is not None:
+                    frames_given = torch.arange(shape[2], device=device) < given.shape[2]
+                    times = frame_times(times, frames_given.expand(len(doubled), -1))
                 predicted = self.transformer(
                     doubled.to(self.transformer.dtype),
-                    t.expand(len(doubled)),
+                    times,
                     text.tokens,
                     encoder_attention_mask=text.masks,
                     pooled_projections=text.pooled,
@@ -232,10 +247,10 @@ class ProMAGPipeline(DiffusionPipeline):
                 )[0].float()
                 if self.do_classifier_free_guidance:
                     predicted = guide(*predicted.chunk(2), guidance_scale)
-                x = self.scheduler.step(predicted, t, x, return_dict=False)[0]
+                x = hold(self.scheduler.step(predicted, t, x, return_dict=False)[0], given)
                 if callback_on_step_end is not None:
-                    given = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    x = (callback_on_step_end(self, i, t, given) or {}).get("latents", x)
+                    seen = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    x = hold((callback_on_step_end(self, i, t, seen) or {}).get("latents", x), given)
                 bar.update()
 
         x = self.transformer.denormalise(x, ratio)
@@ -274,6 +289,33 @@ class ProMAGPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"generator: {len(generator)} given; use one, or one for each of the {shape[0]} videos")
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def _given_latents(
+        self,
+        image: Any,
+        video: Any,
+        size: tuple[int, int],
+        shape: tuple[int, ...],
+        times: int,
+        ratio: int,
+        device: torch.device,
+    ) -> Tensor | None:
+        """Encode the first frames that the videos start with: normalised latents b c n h w, None without any."""
+        pixels = read_given(image, video, size, self.video_processor)
+        if pixels is None:
+            return None
+        name, trained = "image" if video is None else "video", self.transformer.config["condition_frames"]
+        if not trained:
+            raise ValueError(f"{name}: this transformer was trained without given frames (condition.probability 0)")
+        if shape[2] < 2:
+            raise ValueError(f"num_frames 1 with {name}: no frame is left to make; use {1 + ratio} or more")
+        prompts = shape[0] // times
+        if len(pixels) not in (1, prompts):
+            raise ValueError(f"{name}: {len(pixels)} given; use one, or one for each of the {prompts} prompts")
+        pixels = last_frames(pixels, ratio, min(trained, shape[2] - 1)).to(device, self.vae.dtype)
+        latents = self.vae.encode(pixels, ratio).latent_dist.mode().float()  # pyright: ignore
+        latents = self.transformer.normalise(latents, ratio)
+        return latents.expand(prompts, *latents.shape[1:]).repeat_interleave(times, 0)
 
     def _set_timesteps(self, steps: int, device: torch.device, token_count: int) -> None:
         """Set flow times from 1 down to 1/steps, shifted for the number of tokens where the scheduler can."""

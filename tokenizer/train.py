@@ -91,6 +91,7 @@ class TokenizerConfig:
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
     init: str | None = setting("a trained tokenizer to grow, or to train its highest level further; null starts anew")
     only: int | None = setting("train this ratio's stage alone; null runs all")
     model: Model | None = setting("the base level; null where `init` has it")
@@ -114,7 +115,7 @@ class TokenizerConfig:
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("output_dir", "only", "pace", "data.validation_clips")
+MAY_CHANGE = ("output_dir", "only", "pace", "gradient_checkpointing", "data.validation_clips")
 
 
 class StageObjective(Objective):
@@ -139,22 +140,24 @@ class StageObjective(Objective):
         """Return the kernels between hidden features: neither those at pixels and latents nor the discriminator's."""
         return self.model.hidden_kernels()
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """B C T H W in batch["video"] -> loss, its parts."""
         x, stage = batch["video"], self.stage
         if self.below is not None and step < stage.latent_steps:
             posterior, target = self.model.encode_levels(x, (stage.ratio, self.below))
-            z = reparametrise(posterior, generator)
+            z = reparametrise(posterior, generators)
             fit = latent_loss(self.model.lift(z, stage.ratio, self.below), target.mode())
             kl = kl_loss(posterior)
             return {"loss": fit + stage.kl_weight * kl, "latent": fit, "kl": kl}
         posterior = self.model.encode(x, stage.ratio).latent_dist  # pyright: ignore
-        output = self.model.decode(reparametrise(posterior, generator), stage.ratio).sample  # pyright: ignore
+        output = self.model.decode(reparametrise(posterior, generators), stage.ratio).sample  # pyright: ignore
         parts = {"l1": reconstruction_loss(output, x), "squared": squared_loss(output, x)}
         loss = parts["l1"] + stage.squared_weight * parts["squared"]
         if self.lpips and stage.perceptual:
-            picked = torch.randperm(x.shape[2], generator=generator, device=x.device)[: stage.perceptual.frames]
-            parts["lpips"] = self.lpips(output[:, :, picked], x[:, :, picked]).mean()
+            orders = (torch.randperm(x.shape[2], generator=g, device=x.device) for g in generators)
+            picked = torch.stack(list(orders))[:, : stage.perceptual.frames]
+            few = (video[torch.arange(len(x))[:, None], :, picked].transpose(1, 2) for video in (output, x))
+            parts["lpips"] = self.lpips(*few).mean()
             loss = loss + stage.perceptual.weight * parts["lpips"]
         if self.adversary and stage.adversarial and step >= stage.adversarial.start:
             judged = self.adversary(output, x, loss, step)
@@ -226,6 +229,8 @@ def train_stage(
         f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
         f"{parameter_count([model]) / 1e6:.2f} M, {len(source)} clips of {stage.frames} frames at {data.size}x{data.size}"
     )
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def open_stream(first: int) -> TrainingStream:

@@ -1,7 +1,8 @@
 """The one training loop: any objective, any deterministic stream, resumable at every checkpoint.
 
-The data of step s depends on (seed, rank, s) alone and so does all noise, so a resumed run needs no sampler or RNG state
-and repeats an uninterrupted one bit for bit (on a CPU).
+A sample's data and noise depend on the seed and the sample's number in the whole training alone. So a resumed run needs no
+sampler or RNG state and repeats an uninterrupted one bit for bit (on a CPU), and several processes learn what one process
+learns from the same global batch, but for the order in which floats are summed.
 """
 
 import contextlib
@@ -66,7 +67,7 @@ class Outcome:
 
 
 class Objective(nn.Module):
-    """What is minimised: called with a batch and a generator, returns a dictionary of scalars, `loss` among them."""
+    """What is minimised: called with a batch and a generator for each of its samples; returns scalars, `loss` among them."""
 
     def clipped_apart(self) -> list[nn.Module]:
         """Return modules whose gradients are clipped by a norm of their own, each apart from all else."""
@@ -84,7 +85,7 @@ class Objective(nn.Module):
         """Return what a batch asks of the model, for the throughput in the log; None where it is not counted."""
         return None
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """Return the losses of one batch."""
         raise TypeError("an Objective defines forward")
 
@@ -159,7 +160,7 @@ def train(
         open_stream: returns the stream of this rank's batches from a given step on.
         settings: how to optimise.
         pace: how often to log, validate and save.
-        seed: all noise of step s comes from (seed, rank, s).
+        seed: all noise of sample n comes from (seed, n).
         validate: called with the TensorBoard tracker and the step, under the averaged weights; returns metrics.
 
     A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished. A step whose
@@ -214,14 +215,13 @@ def train(
             losses: dict[str, Any] = {}
             untouched = state.copy_of_buffers()
             for part in range(settings.accumulate):
-                batch: Any = send_to_device(next(batches), accelerator.device)
-                generator = seeded(
-                    seed, accelerator.process_index, step * settings.accumulate + part, device=accelerator.device
-                )
+                batch: Any = next(batches)
+                generators = [seeded(seed, n, device=accelerator.device) for n in batch["sample"].tolist()]
+                batch = send_to_device(batch, accelerator.device)
                 summing = part < settings.accumulate - 1  # gradients cross processes once a step
                 with accelerator.no_sync(wrapped) if summing else contextlib.nullcontext():
                     with accelerator.autocast():
-                        found = wrapped(batch, generator, step)
+                        found = wrapped(batch, generators, step)
                     accelerator.backward(found["loss"] / settings.accumulate)
                 for key, value in found.items():
                     losses[key] = losses.get(key, 0) + value.detach().float() / settings.accumulate

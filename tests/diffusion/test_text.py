@@ -87,9 +87,9 @@ def test_words_tell_captions_apart_from_the_start():
 
 
 def test_captions_are_dropped_at_the_stated_rate():
-    dropped = draw_dropped(5000, 0.2, torch.Generator().manual_seed(0))
+    dropped = draw_dropped(0.2, [torch.Generator().manual_seed(0)] * 5000)
     assert sum(dropped) / 5000 == pytest.approx(0.2, abs=0.02)
-    assert not any(draw_dropped(50, 0.0, torch.Generator()))
+    assert not any(draw_dropped(0.0, [torch.Generator()] * 50))
 
 
 # -- frozen encoders -------------------------------------------------------------------------------------------------

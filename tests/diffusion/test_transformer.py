@@ -198,7 +198,7 @@ def test_a_local_convolution_is_a_part_of_each_block():
         block.local.weight[:, 0, 1, 1, 2] = 1  # look one token to the right
     x = torch.randn(1, 2 * 3 * 4, 24)
     rotary = rotary_positions(12, (2, 3, 4), 1.0, x.device)
-    y = block(x, torch.zeros(1, 2, 24), torch.zeros(1, 6, 24), rotary, None, (2, 3, 4))
+    y = block(x, torch.zeros(1, 2, 24), torch.zeros(1, 1, 6, 24), rotary, None, (2, 3, 4))
     seen = (y - x).view(1, 2, 3, 4, 24)
     assert torch.allclose(seen[:, :, :, :-1], x.view(1, 2, 3, 4, 24)[:, :, :, 1:], atol=1e-6)
     assert seen[:, :, :, -1].abs().max() == 0

@@ -27,6 +27,7 @@ def pipe():
         attention_head_dim=8,
         text_dim=16,
         pooled_dim=16,
+        condition_frames=2,
         latents_mean=statistics,
         latents_std=statistics,
     )

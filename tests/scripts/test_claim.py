@@ -51,6 +51,7 @@ def config(tmp_path_factory):
         "record": str(folder / "claim.jsonl"),
         "only": None,
         "precision": "no",
+        "gradient_checkpointing": False,
         "frames": 17,
         "data": {
             "train": "shapes", "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], "validation_clips": 3,

@@ -26,6 +26,7 @@ def make_config(run, **change):
         output_dir=str(run),
         seed=0,
         precision="no",
+        gradient_checkpointing=False,
         init=None,
         only=None,
         model=Model(**TINY),
