@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from ..diffusion.latents import Fingerprint, write_caches
-from ..diffusion.train import DiffusionConfig, Trained, train_diffusion
+from ..diffusion.train import DiffusionConfig, Samples, Trained, train_diffusion
 from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio
@@ -19,6 +20,7 @@ from ..tokenizer.train import load_tokenizer, save_model
 from ..training.config import UserError
 from ..training.datasets import open_dataset
 from ..training.loop import main_process_first
+from .prompt_accuracy import sample_videos
 from .text_to_video import ProMAGPipeline
 
 
@@ -32,8 +34,14 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     vae = load_tokenizer(config.tokenizer)
     with main_process_first():
         train_caches, validation_caches = (cache_latents(config, split, vae) for split in ("train", "eval"))
-    trained = train_diffusion(config, train_caches, validation_caches)
-    if not trained.outcome.finished:
+
+    def sample(so_far: Trained, samples: Samples) -> list[np.ndarray]:
+        pipe = assemble(config, so_far, vae)
+        pipe.set_progress_bar_config(disable=True)
+        return sample_videos(pipe, samples.prompts, samples.steps, samples.guidance, config.precision, name=None)
+
+    trained = train_diffusion(config, train_caches, validation_caches, sample)
+    if not (trained.outcome and trained.outcome.finished):
         return None
     with main_process_first() as main:
         if main and not folder.exists():

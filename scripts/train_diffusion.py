@@ -1,4 +1,4 @@
-"""Train a text-to-video transformer in a frozen tokenizer's latent space into a pipeline, or a trained one further, also by LoRA.
+"""Train a text-to-video transformer in a frozen tokenizer's latent space into a pipeline, or train one further, also by LoRA.
 
 Latents are cached first, or found in the cache. Start it plainly, with `accelerate launch`, or with torchrun; the same
 command again continues a run.
