@@ -240,6 +240,7 @@ def train(
             bar.update()
 
             if step % pace.log_every == 0 or step == last:
+                meter.sums = _mean_over_ranks(accelerator, meter.sums)
                 record = meter.read()
                 record |= {"learning_rate": settings.rate_at(step - 1), "skipped": state.skipped}
                 _write(accelerator, metrics_file, name, step, record)
@@ -380,6 +381,14 @@ def _any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
         return list(flags)
     total: Any = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum")
     return (total > 0).tolist()
+
+
+def _mean_over_ranks(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return figures that every rank has as their means over the ranks."""
+    if accelerator.num_processes == 1 or not figures:
+        return figures
+    means: Any = accelerator.reduce(torch.stack([value.to(accelerator.device) for value in figures.values()]), "mean")
+    return dict(zip(figures, means, strict=True))
 
 
 def _not_finite(figures: Mapping[str, Tensor]) -> list[str]:
