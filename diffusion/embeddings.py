@@ -151,6 +151,11 @@ class CaptionEncoder(nn.Module):
         self.pooled_width = sum(cache.pooled_width if cache else learned[1] for cache in caches)
         self.lengths = tuple(cache.length if cache else int(tokenizer.model_max_length) for cache in caches)
 
+    @property
+    def learned(self) -> tuple[Any, Any] | None:
+        """Tokenizer and text model of the encoder that learns, if there is one."""
+        return None if self.model is None else (self.tokenizer, self.model)
+
     def forward(self, batch: Mapping[str, Any], dropped: Sequence[bool] | None = None) -> Embedded:
         """Encode the captions of a batch: `caption`, and what EmbeddingCache.row gave; `dropped` ones as the null caption."""
         captions, parts = list(batch["caption"]), []

@@ -4,12 +4,13 @@ A run directory holds a folder (16x, or 4x-8x-16x) with checkpoints and metrics;
 pipelines/assemble.py's matter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,6 +23,7 @@ from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, m
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run
 from ..training.throughput import Work
+from ..training.trackers import Log
 from .attention import choose_attention
 from .condition import Condition, draw_given, frame_times, mean_over_made
 from .embeddings import CaptionEncoder, EmbeddingCache
@@ -120,6 +122,23 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Videos made while training, of the same noise each time, under the averaged weights; the trackers show them."""
+
+    prompts: tuple[str, ...] = setting("one video each")
+    every: int = setting("steps between two times, a multiple of validate_every; the last step has them too")
+    steps: int = setting("denoising steps")
+    guidance: float = setting("classifier-free guidance")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that cannot be meant."""
+        if not self.prompts or self.every < 1 or self.steps < 1:
+            raise ValueError(
+                f"samples: {len(self.prompts)} prompts, every {self.every}, steps {self.steps}: at least 1 of each is needed"
+            )
+
+
+@dataclass(frozen=True)
 class DiffusionConfig:
     """A whole text-to-video training."""
 
@@ -141,6 +160,7 @@ class DiffusionConfig:
     model: Model | None = setting("transformer; null where `init` has it")
     data: Data = setting("clips and latents")
     loop: LoopSettings = setting("optimisation")
+    samples: Samples | None = setting("videos made while training; null for none")
     pace: Pace = setting("logging, validation, checkpoints")
 
     def __post_init__(self) -> None:
@@ -165,6 +185,10 @@ class DiffusionConfig:
         fewest = min(latent_frames(self.data.frames, ratio) for ratio in self.ratios)
         if self.condition.given >= fewest:
             raise ValueError(f"condition frames {self.condition.frames}: clips have {fewest} latent frames, one must be left")
+        if self.samples and self.samples.every % self.pace.validate_every:
+            raise ValueError(
+                f"samples every {self.samples.every}: a multiple of validate_every, {self.pace.validate_every}, is needed"
+            )
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
         if self.shift <= 0:
@@ -182,7 +206,10 @@ class DiffusionConfig:
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("output_dir", "pace", "attention", "gradient_checkpointing", "tokenizer", "data.cache", "data.shard_size")
+MAY_CHANGE = (
+    *("output_dir", "pace", "samples", "attention", "gradient_checkpointing"),
+    *("tokenizer", "data.cache", "data.shard_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -200,7 +227,7 @@ class Trained:
     transformer: ProMAGTransformer3DModel  # with the adapters of a training with lora
     small_text: tuple[Any, Any] | None  # tokenizer and model
     fps: float  # median of the training clips
-    outcome: Outcome
+    outcome: Outcome | None = None  # None while it goes on
 
 
 def hidden_matrices(transformer: ProMAGTransformer3DModel) -> list[torch.nn.Parameter]:
@@ -337,12 +364,19 @@ def new_transformer(
     )
 
 
-def train_diffusion(config: DiffusionConfig, cached: Cached, validation: Cached) -> Trained:
+def train_diffusion(
+    config: DiffusionConfig,
+    cached: Cached,
+    validation: Cached,
+    sample: Callable[["Trained", Samples], Sequence[np.ndarray]] | None = None,
+) -> Trained:
     """Train, or continue to train, a transformer on the caches of the training split and of the held-out one.
+
+    `sample` makes the videos, T H W 3 of uint8, that `config.samples` asks for.
 
     Raises UserError for a cache of another ratio or other clips, or an unsuitable run directory.
     """
-    accelerator = make_accelerator(Path(config.output_dir), config.precision)
+    accelerator = make_accelerator(Path(config.output_dir), config.precision, config.pace.trackers)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     latents, held_out = (_open_latents(config, split) for split in (cached, validation))
 
@@ -365,9 +399,15 @@ def train_diffusion(config: DiffusionConfig, cached: Cached, validation: Cached)
     objective = FlowObjective(transformer, text, config)
     count = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters trained, latents of {len(latents[0])} clips")
+    fps = latents[0].fps
     checks = [HeldOut(part, transformer, accelerator.device) for part in held_out]
 
-    def validate(tracker: Any, step: int) -> Metrics:
+    def validate(log: Log, step: int) -> Metrics:
+        if config.samples and sample and (step % config.samples.every == 0 or step == config.loop.steps):
+            # Every rank samples: a transformer may be spread over them. Those without trackers show nothing.
+            videos = sample(Trained(transformer, text.learned, fps), config.samples)
+            for i, (prompt, video) in enumerate(zip(config.samples.prompts, videos, strict=True)):
+                log.video(f"{config.stage}/{i} {prompt}", video, fps, step)
         with accelerator.autocast():
             losses = {f"held_out_loss_{check.ratio}x": check.loss(objective) for check in checks}
             given = [check.loss(objective, first_given=True) for check in checks] if config.condition.given else []
@@ -382,5 +422,4 @@ def train_diffusion(config: DiffusionConfig, cached: Cached, validation: Cached)
 
     outcome = train(accelerator, run / config.stage, objective, open_stream, config.loop, config.pace, config.seed, validate)
     close_trackers(accelerator)
-    small_text = None if text.model is None else (text.tokenizer, text.model.cpu())
-    return Trained(transformer.cpu(), small_text, latents[0].fps, outcome)
+    return Trained(transformer.cpu(), text.cpu().learned, fps, outcome)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft.utils import get_peft_model_state_dict
@@ -14,7 +15,7 @@ from ..diffusion.embeddings import TextFingerprint, write_embeddings
 from ..diffusion.latents import LatentFingerprint, write_latents
 from ..diffusion.shards import Shards, hash_weights
 from ..diffusion.text import hash_text_encoder, load_frozen
-from ..diffusion.train import Cached, DiffusionConfig, TextEncoder, Trained, train_diffusion
+from ..diffusion.train import Cached, DiffusionConfig, Samples, TextEncoder, Trained, train_diffusion
 from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio
@@ -22,6 +23,7 @@ from ..tokenizer.train import load_tokenizer, save_model
 from ..training.config import UserError
 from ..training.datasets import open_dataset
 from ..training.loop import main_process_first, processes, told_by_main
+from .prompt_accuracy import sample_videos
 from .text_to_video import ProMAGPipeline
 
 
@@ -34,8 +36,14 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     folder = Path(config.output_dir) / ("lora" if config.lora else "pipeline")
     vae = load_tokenizer(config.tokenizer)
     cached = cache(config, vae)
-    trained = train_diffusion(config, cached["train"], cached["eval"])
-    if not trained.outcome.finished:
+
+    def sample(so_far: Trained, samples: Samples) -> list[np.ndarray]:
+        pipe = assemble(config, so_far, vae)
+        pipe.set_progress_bar_config(disable=True)
+        return sample_videos(pipe, samples.prompts, samples.steps, samples.guidance, config.precision, name=None)
+
+    trained = train_diffusion(config, cached["train"], cached["eval"], sample)
+    if not (trained.outcome and trained.outcome.finished):
         return None
     with main_process_first() as main:
         if main and not folder.exists():

@@ -213,6 +213,7 @@ def diffusion_config(
             scale=config.latent_scale,
         ),
         loop=config.diffusion,
+        samples=None,
         pace=dataclasses.replace(config.pace, workers=0),  # cached latents are read in a millisecond
     )
 

@@ -19,6 +19,7 @@ from ..training.datasets import TrainingStream, open_dataset
 from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run, write_atomically
+from ..training.trackers import Log
 from .autoencoder import AutoencoderKLProMAG, parameter_count
 from .discriminator import Adversarial, AdversarialLoss
 from .geometry import check_frames, check_size
@@ -176,6 +177,7 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     accelerator = make_accelerator(
         Path(config.output_dir),
         config.precision,
+        config.pace.trackers,
         unused=any(_leaves_unused(stage) for stage in config.stages),
     )
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
@@ -236,10 +238,9 @@ def train_stage(
     def open_stream(first: int) -> TrainingStream:
         return TrainingStream(source, config.seed, stage.loop.batch_size, rank, world, first)
 
-    def validate(tracker: Any, step: int) -> Metrics:
-        if tracker is not None:
-            sheet = _sheet(model, clips[:4], stage.ratio)
-            tracker.log_images({f"{stage.ratio}x/reconstruction": sheet}, step, dataformats="NHWC")
+    def validate(log: Log, step: int) -> Metrics:
+        if log.trackers:
+            log.picture(f"{stage.ratio}x/reconstruction", _sheet(model, clips[:4], stage.ratio), step)
         return evaluate(model, clips, stage.ratio)
 
     objective = StageObjective(model, stage)
@@ -318,10 +319,10 @@ def save_model(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def _sheet(model: AutoencoderKLProMAG, clips: list[Tensor], ratio: int) -> Any:
-    """Originals above reconstructions, 8 frames across: uint8 1 H W 3, for TensorBoard."""
+    """Originals above reconstructions, 8 frames across: uint8 H W 3."""
     rows = []
     for clip in clips:
         output = model(clip.to(model.device), ratio).sample.cpu()
         picked = torch.linspace(0, clip.shape[2] - 1, 8).round().long()
         rows += [torch.cat(list(to_uint8(v[:, :, picked])[0]), 1) for v in (clip, output)]
-    return torch.cat(rows, 0)[None].numpy()
+    return torch.cat(rows, 0).numpy()

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +27,7 @@ from .config import setting
 from .optimizers import LoopSettings, from_saved, held_by, make_optimizers, to_saved
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
 from .throughput import Meter, Work
+from .trackers import Log, Tracker, check_trackers
 
 Metrics = Mapping[str, float]
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class Pace:
     keep_every: int | None = setting("checkpoints at multiples of so many steps are kept for good; null keeps none of them")
     workers: int = setting("data loading processes; 0 loads in the training process")
     stop_after: int | None = setting("save and end this call after so many steps; null runs to the end")
+    trackers: tuple[Tracker, ...] = setting("where curves, pictures and videos are shown: tensorboard, wandb, both or none")
     peak_tflops: float | None = setting("what the device is said to do in TFLOP/s, for MFU; null measures a matrix product")
 
     def __post_init__(self) -> None:
@@ -90,18 +92,27 @@ class Objective(nn.Module):
         raise TypeError("an Objective defines forward")
 
 
-def make_accelerator(run: Path, precision: Literal["bf16", "no"], unused: bool = False) -> Accelerator:
-    """Return the process's Accelerator with TensorBoard below `run`; `unused` lets some weights have no gradient."""
+def make_accelerator(
+    run: Path,
+    precision: Literal["bf16", "no"],
+    trackers: Sequence[Tracker] = ("tensorboard",),
+    unused: bool = False,
+) -> Accelerator:
+    """Return the process's Accelerator, TensorBoard's files below `run`; `unused` lets some weights have no gradient.
+
+    Raises UserError for a tracker that is not installed.
+    """
+    check_trackers(trackers)
     return Accelerator(
         mixed_precision=precision,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "tensorboard")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
 
 
 def close_trackers(accelerator: Accelerator) -> None:
-    """Finish what TensorBoard writes. The processes stay connected: what follows a training may still need them."""
+    """Finish what the trackers write. The processes stay connected: what follows a training may still need them."""
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -149,7 +160,7 @@ def train(
     settings: LoopSettings,
     pace: Pace,
     seed: int,
-    validate: Callable[[Any, int], Metrics] | None = None,
+    validate: Callable[[Log, int], Metrics] | None = None,
 ) -> Outcome:
     """Train what is trainable in `objective` and leave its averaged weights in place.
 
@@ -161,7 +172,7 @@ def train(
         settings: how to optimise.
         pace: how often to log, validate and save.
         seed: all noise of sample n comes from (seed, n).
-        validate: called with the TensorBoard tracker and the step, under the averaged weights; returns metrics.
+        validate: called with a Log for pictures and videos and the step, under the averaged weights; returns metrics.
 
     A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished. A step whose
     loss or gradients are not finite is named, counted and skipped. Raises FloatingPointError where `max_skipped` such steps
@@ -182,7 +193,7 @@ def train(
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
     prepared = [accelerator.prepare(optimizer) for optimizer in optimizers]
-    tracker = _open_tracker(accelerator, name)
+    log = _open_log(accelerator)
     metrics_file, metrics = folder / "metrics.jsonl", {}
     if accelerator.is_main_process:
         cut_metrics(metrics_file, first)
@@ -250,6 +261,7 @@ def train(
             bar.update()
 
             if step % pace.log_every == 0 or step == last:
+                meter.sums = _mean_over_ranks(accelerator, meter.sums)
                 record = meter.read()
                 record |= {"learning_rate": settings.rate_at(step - 1), "skipped": state.skipped}
                 _write(accelerator, metrics_file, name, step, record)
@@ -257,7 +269,7 @@ def train(
             if validate and (step % pace.validate_every == 0 or step == settings.steps):
                 seconds = state.seconds + meter.seconds()
                 with meter.pause():
-                    metrics = _validate(validate, tracker, step, objective, ema, parameters)
+                    metrics = _validate(validate, log, step, objective, ema, parameters)
                     _write(accelerator, metrics_file, name, step, {**metrics, "train_seconds": seconds})
                     if accelerator.is_main_process:
                         said = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
@@ -361,12 +373,12 @@ def _save(accelerator: Accelerator, folder: Path, state: _State, seconds: float,
     accelerator.wait_for_everyone()
 
 
-def _validate(validate, tracker, step: int, objective: nn.Module, ema: EMAModel, parameters: list[nn.Parameter]) -> Metrics:
+def _validate(validate, log: Log, step: int, objective: nn.Module, ema: EMAModel, parameters: list[nn.Parameter]) -> Metrics:
     ema.store(parameters)
     ema.copy_to(parameters)
     objective.eval()
     with torch.no_grad():
-        metrics = validate(tracker, step)
+        metrics = validate(log, step)
     objective.train()
     ema.restore(parameters)
     return metrics
@@ -378,10 +390,10 @@ def _write(accelerator: Accelerator, file: Path, name: str, step: int, record: M
         accelerator.log({f"{name}/{k}": v for k, v in record.items()}, step=step)
 
 
-def _open_tracker(accelerator: Accelerator, name: str) -> Any:
-    if not accelerator.trackers:
-        accelerator.init_trackers("tensorboard")
-    return accelerator.get_tracker("tensorboard") if accelerator.is_main_process else None
+def _open_log(accelerator: Accelerator) -> Log:
+    if accelerator.log_with and not accelerator.trackers:
+        accelerator.init_trackers("promag")
+    return Log(accelerator.trackers if accelerator.is_main_process else ())
 
 
 def _any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
@@ -390,6 +402,14 @@ def _any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
         return list(flags)
     total: Any = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum")
     return (total > 0).tolist()
+
+
+def _mean_over_ranks(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return figures that every rank has as their means over the ranks."""
+    if accelerator.num_processes == 1 or not figures:
+        return figures
+    means: Any = accelerator.reduce(torch.stack([value.to(accelerator.device) for value in figures.values()]), "mean")
+    return dict(zip(figures, means, strict=True))
 
 
 def _not_finite(figures: Mapping[str, Tensor]) -> list[str]:

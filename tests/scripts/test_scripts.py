@@ -43,6 +43,7 @@ def diffusion_arguments(run, tokenizer, **change):
         "model": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
         "data": {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "cache": str(run / "latents"), "shard_size": 1},
         "loop": LOOP,
+        "samples": None,
         "pace": PACE,
         **change,
     }
@@ -187,6 +188,29 @@ def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
     lines = [json.loads(x) for x in (tmp_path / "8x" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == [1, 2]
     assert [r["step"] for r in lines if "held_out_loss" in r] == [2]
+
+
+def test_samples_while_training_are_videos_in_tensorboard(demo_run, tmp_path):
+    """Both times the noise is the same; the last ones are what the finished pipeline makes, as it has the same weights."""
+    from promag import ProMAGPipeline
+    from promag.pipelines.prompt_accuracy import sample_videos
+    from tests.training.test_trackers import shown_videos
+
+    prompts = ["a red disc", "a blue plus moves up"]
+    samples = {"prompts": prompts, "every": 2, "steps": 2, "guidance": 2.0}
+    loop = {**LOOP, "steps": 4, "learning_rate": 0.01}
+    train_diffusion.main(diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", samples=samples, loop=loop))
+    found = shown_videos(tmp_path)
+    assert sorted(found) == [f"16x/{i} {prompt}" for i, prompt in enumerate(prompts)]
+    pipe = ProMAGPipeline.from_pretrained(tmp_path / "pipeline")
+    for name, expected in zip(sorted(found), sample_videos(pipe, prompts, 2, 2.0, name=None), strict=True):
+        assert [step for step, _, _ in found[name]] == [2, 4]
+        first, last = (video.astype(int) for _, video, _ in found[name])
+        assert last.shape == (17, 32, 32, 3)
+        assert np.abs(last - expected).mean() < 3  # 256 colours a frame
+        assert np.abs(last - expected).mean() < np.abs(first - expected).mean()
+    with pytest.raises(UserError, match="samples every 3: a multiple of validate_every, 2, is needed"):
+        train_diffusion.main([*diffusion_arguments(tmp_path, "none"), *overrides({"samples": {**samples, "every": 3}})])
 
 
 def test_one_model_is_trained_at_several_budgets_and_samples_at_each(demo_run, tmp_path):
