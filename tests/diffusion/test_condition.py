@@ -110,8 +110,8 @@ def test_a_trained_model_uses_what_it_is_given():
         optimizer.step()
     unseen, noise, times = batch(64, 10**6), torch.randn(64, 4, 3, 2, 2, generator=seeded(5)), torch.full((64,), 0.9)
     given = (torch.arange(3) < 1).expand(64, -1)
-    arguments = (unseen["latents"], noise, times, unseen["caption"], unseen["fps"], 16)
     with torch.no_grad():
+        arguments = (unseen["latents"], noise, times, model.text(unseen), unseen["fps"], 16)
         without, told = model.errors(*arguments).mean(), model.errors(*arguments, given).mean()
         lied = (torch.randn_like(arguments[0]), *arguments[1:])  # a first frame of another clip
         lied[0][:, :, 1:] = unseen["latents"][:, :, 1:]

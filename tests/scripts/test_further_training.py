@@ -9,11 +9,11 @@ from promag import ProMAGPipeline
 from promag.training.config import UserError
 from scripts import train_diffusion
 from tests.scripts.conftest import LOOP, overrides
-from tests.scripts.test_scripts import PACE, diffusion_arguments
+from tests.scripts.test_scripts import PACE, diffusion_arguments, encoder
 
 RANK, TARGETS = 2, ["to_q", "to_v", "ff.net.2"]
 # The demo's clips and settings, so that its latents' statistics are known to its pipeline.
-TEXT = {"max_length": 16}
+TEXT = {"encoders": [encoder("small", 16)]}
 
 
 @pytest.fixture(scope="module")
