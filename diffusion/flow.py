@@ -7,14 +7,15 @@ times and the resolution-dependent shift (Stable Diffusion 3, arXiv 2403.03206, 
 import math
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 BASE_TOKENS = 256  # at which a model's time shift is stated
 
 
 def interpolate(latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    """Return (1 - t) * latents + t * noise; times are (b,), latents b c t h w."""
-    t = times.view(-1, *(1,) * (latents.ndim - 1))
+    """Return (1 - t) * latents + t * noise; latents b c t h w, times (b,) or, one for each frame, b t."""
+    t = times[:, None, :, None, None] if times.ndim == 2 else times.view(-1, *(1,) * (latents.ndim - 1))
     return (1 - t) * latents + t * noise
 
 
@@ -43,9 +44,9 @@ def shift_times(times: Tensor, mu: float) -> Tensor:
     return factor * times / (1 + (factor - 1) * times)
 
 
-def sample_times(count: int, mu: float, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-    """Draw logit-normal times (mean 0, deviation 1), shifted by mu: shape (count,)."""
-    normal = torch.randn(count, generator=generator, device=device)
+def sample_times(mu: float, generators: list[torch.Generator], device: torch.device | str = "cpu") -> Tensor:
+    """Draw a logit-normal time (mean 0, deviation 1), shifted by mu, from each generator: shape (b,)."""
+    normal = randn_tensor((len(generators),), generators, torch.device(device))
     return shift_times(normal.sigmoid(), mu)
 
 

@@ -1,36 +1,39 @@
-"""Cached latents: each clip encoded once by the frozen tokenizer, in shards, with a fingerprint.
+"""Cached latents: each clip encoded once by the frozen tokenizer, on any number of processes, at one or several ratios.
 
-    cache/index.json            fingerprint, shapes, mean and std per channel: written last, so it marks a whole cache
-    cache/fingerprint.json      written first: what an interrupted cache belongs to
-    cache/shard-00000.safetensors  latents n c t h w; captions and frame rates in the header
+A shard (see shards.py) holds for its n clips: latents (n c t h w), fps (n), captions, and the latents' sums and sums of squares
+by channel, of which the index has mean and standard deviation.
 
-Shapes: b c t h w. Latents are the posterior's mean, not normalised; LatentDataset normalises.
+Shapes: B C T H W pixels, b c t h w latents. Latents are the posterior's mean, not normalised; LatentDataset normalises.
 """
 
-import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..training.config import UserError
-from ..training.run import write_atomically
+from ..training.loop import processes, told_by_main
+from .embeddings import EmbeddingCache
+from .shards import DTYPES, Fingerprint, Shards, claim, clips_of, finish, pack_texts, shard_path, write_shard
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Encode = Callable[[Tensor, Sequence[int]], Sequence[Tensor]]
+Scale = Literal["channel", "global"]
 
 
 @dataclass(frozen=True)
-class Fingerprint:
-    """What a cache was made from; two caches are interchangeable only if all of it agrees."""
+class LatentFingerprint(Fingerprint):
+    """What a cache of latents was made from."""
+
+    hashed: ClassVar[Mapping[str, str]] = {"tokenizer": "another tokenizer", "clips": "other clips"}
 
     tokenizer: str  # hash of the weights
     clips: str  # hash of the clip list
@@ -39,149 +42,184 @@ class Fingerprint:
     height: int
     width: int
     dtype: str
-
-    def check(self, other: Mapping[str, Any], place: Path) -> None:
-        """Raise UserError naming what differs between a cache found in `place` and the one asked for."""
-        names = {"tokenizer": "another tokenizer", "clips": "other clips"}
-        differs = [
-            names.get(key) or f"{key} {other.get(key)} instead of {value}"
-            for key, value in asdict(self).items()
-            if other.get(key) != value
-        ]
-        if differs:
-            raise UserError(f"latent cache {place}: was made from {', '.join(differs)}; delete it or name another folder")
+    shard_size: int
 
 
-def write_caches(
-    caches: Mapping[Path, Fingerprint],
-    count: int,
-    read: Callable[[int], Mapping[str, Any]],
-    encode: Callable[[Tensor, Sequence[int]], Sequence[Tensor]],
-    shard_size: int = 64,
-    batch_size: int = 8,
+class Clips(Protocol):
+    """What is cached: clip i as a mapping with video (C T H W), caption and fps."""
+
+    def fixed(self, index: int) -> Mapping[str, Any]:
+        """Return clip `index`."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Reading(Dataset):
+    """Clips as a map-style dataset that passes on what is cached, so that worker processes can decode them."""
+
+    clips: Clips
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str, float]:
+        clip = self.clips.fixed(index)
+        return clip["video"], str(clip["caption"]), float(clip["fps"])
+
+
+def write_latents(
+    caches: Mapping[Path, LatentFingerprint], count: int, clips: Clips, encode: Encode, batch_size: int = 8, workers: int = 0
 ) -> list[Path]:
     """Encode clips 0 to count - 1, at several ratios at once, where they are not cached yet; return the folders.
 
+    The processes that run together divide the missing shards among them. Each shard, and the statistics, are the same for any
+    number of processes and interruptions.
+
     Args:
-        caches: folder of each cache, and what it is to hold. An interrupted one continues at the first missing shard; a
-            folder that holds something else raises UserError.
+        caches: folder of each cache, and what it is to hold. An interrupted one continues at the first missing shard.
         count: clips in all.
-        read: returns clip i as a mapping with video (C T H W), caption and fps.
+        clips: what is encoded.
         encode: B C T H W and ratios -> b c t h w for each of those ratios.
-        shard_size: clips per file.
         batch_size: clips per call of `encode`.
+        workers: processes that decode clips ahead for each process that encodes; 0 decodes in that one.
+
+    Raises UserError where a folder holds something else.
     """
-    for folder, fingerprint in caches.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        mark = folder / "fingerprint.json"
-        if mark.exists():
-            fingerprint.check(json.loads(mark.read_text()), folder)
-        else:
-            write_atomically(mark, json.dumps(asdict(fingerprint)))
-    unfinished = {folder: fingerprint for folder, fingerprint in caches.items() if not (folder / "index.json").exists()}
+    shard_size = next(iter(caches.values())).shard_size
+    shards = math.ceil(count / shard_size)
+    missing = told_by_main(lambda: {folder: claim(folder, wanted, shards) for folder, wanted in caches.items()})
+    unfinished = {folder: found for folder, found in missing.items() if found is not None}
     if not unfinished:
         return list(caches)
-    shards = math.ceil(count / shard_size)
-    wanted = {i: [folder for folder in unfinished if not _shard(folder, i).exists()] for i in range(shards)}
-    ratios = " and ".join(f"{fingerprint.ratio}x" for fingerprint in unfinished.values())
-    bar = tqdm(total=count, desc=f"latents {ratios}", unit="clip", mininterval=2)
-    for i, folders in wanted.items():
-        clips = range(i * shard_size, min((i + 1) * shard_size, count))
-        if folders:
-            _write_shards(i, {folder: caches[folder] for folder in folders}, clips, read, encode, batch_size, bar)
-        else:
-            bar.update(len(clips))
-    bar.close()
-    for folder, fingerprint in unfinished.items():
-        mean, std, shape = _statistics(folder, shards)
-        index = {
-            **{"fingerprint": asdict(fingerprint), "clips": count, "shards": shards, "shard_size": shard_size},
-            **{"shape": shape, "mean": mean, "std": std},
-        }
-        write_atomically(folder / "index.json", json.dumps(index, indent=1))
+    state, started = processes(), time.perf_counter()
+    numbers = sorted({number for found in unfinished.values() for number in found})
+    mine = _Batches(numbers[state.process_index :: state.num_processes], count, shard_size, batch_size)
+    holders = {folder: (caches[folder], frozenset(found)) for folder, found in unfinished.items()}
+    _write_shards(holders, mine, clips, encode, workers, state.is_main_process)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for folder in unfinished:
+            finish(folder, caches[folder], count, shard_size, **_statistics(folder, shards))
+        frames = next(iter(caches.values())).frames * sum(len(clips_of(n, shard_size, count)) for n in numbers)
+        _say_speed(frames, time.perf_counter() - started, state.num_processes)
+    state.wait_for_everyone()
     return list(caches)
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """Which clips are read, in what order: those of some shards, in batches that never cross shards."""
+
+    shards: Sequence[int]
+    clips: int
+    shard_size: int
+    batch_size: int
+
+    def of(self, shard: int) -> Iterator[range]:
+        """Yield the batches of one shard."""
+        indices = clips_of(shard, self.shard_size, self.clips)
+        for first in range(0, len(indices), self.batch_size):
+            yield indices[first : first + self.batch_size]
+
+    def __iter__(self) -> Iterator[range]:
+        for shard in self.shards:
+            yield from self.of(shard)
+
+
 def _write_shards(
-    number: int,
-    caches: Mapping[Path, Fingerprint],
-    indices: Sequence[int],
-    read: Callable[[int], Mapping[str, Any]],
-    encode: Callable[[Tensor, Sequence[int]], Sequence[Tensor]],
-    batch_size: int,
-    bar: tqdm,
+    caches: Mapping[Path, tuple[LatentFingerprint, frozenset[int]]],
+    batches: _Batches,
+    clips: Clips,
+    encode: Encode,
+    workers: int,
+    show: bool,
 ) -> None:
-    """Write one shard of each cache; what encoding at several ratios shares is computed once."""
-    ratios = [fingerprint.ratio for fingerprint in caches.values()]
-    latents: dict[Path, list[Tensor]] = {folder: [] for folder in caches}
-    captions, rates = [], []
-    for batch in _batches(indices, batch_size):
-        clips = [read(index) for index in batch]
-        encoded = encode(torch.stack([clip["video"] for clip in clips]), ratios)
-        for (folder, fingerprint), z in zip(caches.items(), encoded, strict=True):
-            latents[folder].append(z.to(DTYPES[fingerprint.dtype]).cpu())
-        captions += [str(clip["caption"]) for clip in clips]
-        rates += [float(clip["fps"]) for clip in clips]
-        bar.update(len(batch))
-    header = {"captions": json.dumps(captions), "fps": json.dumps(rates)}
-    for folder, parts in latents.items():
-        aside = folder / f".shard-{number:05d}"
-        save_file({"latents": torch.cat(parts).contiguous()}, aside, metadata=header)
-        aside.rename(_shard(folder, number))
+    """Write this process's shards, each into the caches that lack it; what several ratios share is computed once."""
+    order: Any = batches  # of ranges, where lists are declared
+    read = iter(DataLoader(_Reading(clips), batch_sampler=order, num_workers=workers, collate_fn=list))
+    total = sum(len(clips_of(shard, batches.shard_size, batches.clips)) for shard in batches.shards)
+    bar = tqdm(total=total, desc="caching latents", unit="clip", mininterval=2, disable=not show)
+    for shard in batches.shards:
+        lacking = {folder: fingerprint for folder, (fingerprint, missing) in caches.items() if shard in missing}
+        ratios = [fingerprint.ratio for fingerprint in lacking.values()]
+        latents: dict[Path, list[Tensor]] = {folder: [] for folder in lacking}
+        captions, rates = [], []
+        for _ in batches.of(shard):
+            videos, texts, fps = zip(*next(read), strict=True)
+            encoded = encode(torch.stack(videos), ratios)
+            for (folder, fingerprint), z in zip(lacking.items(), encoded, strict=True):
+                latents[folder].append(z.to(DTYPES[fingerprint.dtype]).cpu())
+            captions += texts
+            rates += fps
+            bar.update(len(texts))
+        facts = {**pack_texts(captions), "fps": torch.tensor(rates, dtype=torch.float64)}
+        for folder, parts in latents.items():
+            z = torch.cat(parts)
+            write_shard(folder, shard, {"latents": z, **facts, **_sums(z)})
+    bar.close()
 
 
-def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for first in range(0, len(indices), size):
-        yield indices[first : first + size]
+def _sums(latents: Tensor) -> dict[str, Tensor]:
+    x = latents.double()
+    return {"sum": x.sum((0, 2, 3, 4)), "squares": x.square().sum((0, 2, 3, 4))}
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.safetensors"
+def _statistics(folder: Path, shards: int) -> dict[str, Any]:
+    """Mean and deviation of each channel over the whole cache, the shape of one latent, the median frame rate.
 
-
-def _statistics(folder: Path, shards: int) -> tuple[list[float], list[float], list[int]]:
-    """Mean and standard deviation of each channel over the whole cache, in float64; shape of one latent."""
-    total, squares, values, shape = 0.0, 0.0, 0, []
-    for i in range(shards):
-        with safe_open(_shard(folder, i), "pt") as file:
-            x = file.get_tensor("latents").double()
-        shape, values = list(x.shape[1:]), values + x.numel() // x.shape[1]
-        total, squares = total + x.sum((0, 2, 3, 4)), squares + x.square().sum((0, 2, 3, 4))
+    Shards are added up in their order, in float64: which process wrote one makes no difference.
+    """
+    total, squares, values, shape, rates = 0.0, 0.0, 0, [], []
+    for number in range(shards):
+        with safe_open(shard_path(folder, number), "pt") as file:
+            n, *shape = file.get_slice("latents").get_shape()
+            total, squares = total + file.get_tensor("sum"), squares + file.get_tensor("squares")
+            rates.append(file.get_tensor("fps").numpy())
+        values += n * math.prod(shape[1:])
     mean = torch.as_tensor(total) / values
     std = (torch.as_tensor(squares) / values - mean.square()).clamp_min(1e-12).sqrt()
-    return mean.tolist(), std.tolist(), shape
+    return {"shape": shape, "mean": mean.tolist(), "std": std.tolist(), "fps": float(np.median(np.concatenate(rates)))}
 
 
-Scale = Literal["channel", "global"]
+def _say_speed(frames: int, seconds: float, number: int) -> None:
+    on = f" on {number} processes" if number > 1 else ""
+    print(f"cached {frames} frames in {seconds:.1f} s: {frames / seconds:.1f} frames/s{on}", flush=True)
 
 
 class LatentDataset(Dataset):
-    """Normalised latents of a whole cache, sampled like any clip source.
+    """Normalised latents of a whole cache, sampled like any clip source, with the cached embeddings of their captions.
 
-    An item is a dictionary: latents (float32 c t h w), ratio, caption, fps, clip (index). Latents have zero mean over the
-    cache in each channel, and unit deviation: of each channel with scale "channel", over all channels with "global". Raises
-    UserError for a folder that holds no whole cache, or one of another ratio.
+    An item is a dictionary: latents (float32 c t h w), ratio, caption, fps, clip (index), and for each of `texts` what
+    EmbeddingCache.row gives. Latents have zero mean over the cache in each channel, and unit deviation: of each channel with
+    scale "channel", over all channels with "global".
+
+    Raises UserError for a folder that holds no whole cache, or one of another ratio, and for embeddings of other clips.
     """
 
-    def __init__(self, folder: str | Path, ratio: int | None = None, scale: Scale = "channel"):
-        folder = Path(folder)
-        if not (folder / "index.json").exists():
-            raise UserError(f"latent cache {folder}: no index.json there; write it with cache_latents.py, or let it finish")
-        self.index = json.loads((folder / "index.json").read_text())
+    def __init__(
+        self,
+        folder: str | Path,
+        ratio: int | None = None,
+        scale: Scale = "channel",
+        texts: Sequence[EmbeddingCache] = (),
+    ):
+        self.shards = Shards(Path(folder))
+        self.index, self.texts = self.shards.index, texts
         self.ratio = self.index["fingerprint"]["ratio"]
         if ratio not in (None, self.ratio):
             raise UserError(f"latent cache {folder}: holds {self.ratio}x latents, {ratio}x is asked for")
-        # Shards stay on disk, mapped into memory: one latent is read at a time.
-        self.shards = [safe_open(_shard(folder, i), "pt") for i in range(self.index["shards"])]
-        self.captions = [c for shard in self.shards for c in json.loads(shard.metadata()["captions"])]
-        self.fps = [r for shard in self.shards for r in json.loads(shard.metadata()["fps"])]
+        for text in texts:
+            if text.clips != self.index["fingerprint"]["clips"]:
+                raise UserError(f"cache {text.folder}: its embeddings belong to other clips than the latents in {folder}")
+        self.fps: float = self.index["fps"]  # median of the clips
         self.mean, self.std = (torch.tensor(self.index[k]).view(-1, 1, 1, 1) for k in ("mean", "std"))
         if scale == "global":
             self.std = self.std.square().mean().sqrt().expand_as(self.std)
 
     def __len__(self) -> int:
         """Count the clips."""
-        return len(self.captions)
+        return self.shards.clips
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of all clips in order."""
+        return self.shards.captions()
 
     def item(self, rng: np.random.Generator) -> dict[str, Any]:
         """Return a random clip's latents."""
@@ -189,8 +227,10 @@ class LatentDataset(Dataset):
 
     def fixed(self, index: int) -> dict[str, Any]:
         """Return the latents of clip `index`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"clip {index}: legal are 0 to {len(self) - 1}")
-        shard, place = divmod(index, self.index["shard_size"])
-        latents = (self.shards[shard].get_slice("latents")[place].float() - self.mean) / self.std
-        return {"latents": latents, "ratio": self.ratio, "caption": self.captions[index], "fps": self.fps[index], "clip": index}
+        shard, row = self.shards.place(index)
+        latents = (shard.get_slice("latents")[row].float() - self.mean) / self.std
+        item = {"latents": latents, "ratio": self.ratio, "fps": float(shard.get_slice("fps")[row])}
+        item |= {"caption": self.shards.caption(index), "clip": index}
+        for text in self.texts:
+            item |= text.row(index)
+        return item

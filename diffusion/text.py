@@ -1,10 +1,11 @@
-"""Text to tokens to vectors: a small CLIP text model for training from scratch, or a frozen T5 or CLIP by path.
+"""Text to tokens to vectors: a small CLIP text model for training from scratch, and frozen T5, CLIP and OpenCLIP models.
 
 Shapes: B prompts, L text tokens, D width.
 """
 
-import os
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +23,42 @@ from transformers import (
 )
 
 from ..training.config import UserError
+from .openclip import OpenCLIPTextModel, load_openclip
+from .shards import hash_weights
 
+OPEN_CLIP = "open_clip:"  # before a model's name
+NULL_CAPTION = ""  # what a dropped caption becomes while training, and what guidance moves away from
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 FROZEN = {"clip_text_model": CLIPTextModel, "clip": CLIPTextModel, "t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 
 
 class Embedded(NamedTuple):
-    """Encoded prompts."""
+    """Prompts as one text encoder, or several side by side, encode them."""
 
-    tokens: Tensor  # B L D
-    mask: Tensor  # B L, 1 where a token is real
-    pooled: Tensor | None  # B D, where the encoder has one
+    tokens: tuple[Tensor, ...]  # of each encoder, B L D
+    masks: tuple[Tensor, ...]  # of each encoder, B L, nonzero where a token is real
+    pooled: Tensor | None  # B D: the pooled vectors of those encoders that have one, one after the other
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Embedded":
+        """Return the same prompts with every tensor changed."""
+        tokens, masks = (tuple(change(part) for part in parts) for parts in (self.tokens, self.masks))
+        return Embedded(tokens, masks, None if self.pooled is None else change(self.pooled))
+
+    def merge(self, other: "Embedded", change: Callable[[Tensor, Tensor], Tensor]) -> "Embedded":
+        """Return what `change` makes of each tensor and its counterpart in `other`, by the same encoders."""
+        tokens, masks = (
+            tuple(change(a, b) for a, b in zip(ours, theirs, strict=True))
+            for ours, theirs in ((self.tokens, other.tokens), (self.masks, other.masks))
+        )
+        pooled = None if self.pooled is None or other.pooled is None else change(self.pooled, other.pooled)
+        return Embedded(tokens, masks, pooled)
+
+
+def side_by_side(parts: Sequence[Embedded]) -> Embedded:
+    """Join what several encoders make of the same prompts."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    tokens, masks = (tuple(x for xs in group for x in xs) for group in ([p.tokens for p in parts], [p.masks for p in parts]))
+    return Embedded(tokens, masks, torch.cat(pooled, 1) if pooled else None)
 
 
 def learn_vocabulary(captions: Iterable[str], size: int = 1024, max_length: int = 32) -> PreTrainedTokenizerFast:
@@ -80,13 +106,34 @@ def small_clip(tokenizer: Any, width: int = 128, layers: int = 2, heads: int = 4
     return model
 
 
-def load_frozen(path: str | os.PathLike, max_length: int) -> tuple[Any, Any]:
-    """Load a T5, UMT5 or CLIP text encoder and its tokenizer from a folder or hub name, frozen.
+def load_frozen(model: str, weights: str | None, max_length: int, number: int = 1) -> tuple[Any, Any]:
+    """Load a text encoder and its tokenizer, frozen.
 
-    Raises UserError when nothing can be loaded there or it is another kind of model.
+    Args:
+        model: a folder or hub name of a T5, UMT5 or CLIP model of transformers, or open_clip:NAME.
+        weights: of an OpenCLIP model, by tag or file; None for models of transformers.
+        max_length: text tokens; longer captions are cut.
+        number: which of its text encoders, where `model` is a pipeline's folder.
+
+    Raises UserError when nothing can be loaded there, it is another kind of model, or it has fewer positions than `max_length`.
     """
-    folder = Path(path)
-    place = {"text_encoder": folder / "text_encoder", "tokenizer": folder / "tokenizer"}
+    if model.startswith(OPEN_CLIP):
+        tokenizer, encoder = load_openclip(model.removeprefix(OPEN_CLIP), weights)
+    elif weights is None:
+        tokenizer, encoder = _load_transformers(model, number)
+    else:
+        raise UserError(f"text encoder {model}, weights {weights}: weights are named for {OPEN_CLIP} models alone; use null")
+    try:
+        check_length(encoder, max_length)
+    except ValueError as error:
+        raise UserError(f"text encoder {model}: max_length: {error}") from None
+    tokenizer.model_max_length = max_length
+    return tokenizer, encoder.requires_grad_(False).eval()
+
+
+def _load_transformers(path: str, number: int) -> tuple[Any, Any]:
+    suffix = "" if number == 1 else f"_{number}"
+    place: dict[str, Any] = {name: Path(path) / f"{name}{suffix}" for name in ("text_encoder", "tokenizer")}
     if not place["text_encoder"].is_dir():  # not a pipeline's folder: model and tokenizer lie side by side
         place = dict.fromkeys(place, path)
     try:
@@ -94,20 +141,39 @@ def load_frozen(path: str | os.PathLike, max_length: int) -> tuple[Any, Any]:
         if kind not in FROZEN:
             raise UserError(f"text encoder {path}: is a {kind} model; legal are {', '.join(sorted(FROZEN))}")
         encoder = FROZEN[kind].from_pretrained(place["text_encoder"])
-        tokenizer = AutoTokenizer.from_pretrained(place["tokenizer"])
+        return AutoTokenizer.from_pretrained(place["tokenizer"]), encoder
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"text encoder {path}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    tokenizer.model_max_length = max_length
-    return tokenizer, encoder.requires_grad_(False).eval()
+
+
+def hash_text_encoder(tokenizer: Any, encoder: Any) -> str:
+    """Return a hash of a text encoder's weights and of what its tokenizer does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # those that work on bytes have none
+    rules = json.loads(backend.to_str()) if backend else {"vocabulary": tokenizer.get_vocab()}
+    for key in ("padding", "truncation"):  # left over from its last call
+        rules.pop(key, None)
+    return hashlib.sha256((hash_weights([encoder]) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()
 
 
 def text_widths(encoder: Any) -> tuple[int, int]:
     """Return (width of its tokens, width of its pooled vector or 0)."""
+    if isinstance(encoder, OpenCLIPTextModel):
+        return encoder.width, encoder.config["embed_dim"]
     config = encoder.config
     width = config.d_model if hasattr(config, "d_model") else config.hidden_size
     return width, width if isinstance(encoder, CLIPTextModel) else 0
+
+
+def check_length(encoder: Any, length: int) -> None:
+    """Raise ValueError where an encoder takes fewer text tokens; T5 and UMT5 take any number."""
+    if isinstance(encoder, OpenCLIPTextModel):
+        positions = encoder.positions
+    else:
+        positions = encoder.config.max_position_embeddings if isinstance(encoder, CLIPTextModel) else length
+    if not 1 <= length <= positions:
+        raise ValueError(f"{length} text tokens: this encoder takes 1 to {positions}")
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = None) -> dict[str, Tensor]:
@@ -126,15 +192,18 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = No
 
 
 def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:
-    """Run a text encoder on tokenized prompts, on the encoder's device."""
+    """Run one text encoder on tokenized prompts, on the encoder's device.
+
+    Raises ValueError for more tokens than it takes.
+    """
     device = next(encoder.parameters()).device
     ids, mask = tokenized["input_ids"].to(device), tokenized["attention_mask"].to(device)
+    check_length(encoder, ids.shape[1])
     output = encoder(input_ids=ids, attention_mask=mask)
-    pooled = getattr(output, "pooler_output", None)
-    return Embedded(output.last_hidden_state, mask, pooled)
+    return Embedded((output.last_hidden_state,), (mask,), getattr(output, "pooler_output", None))
 
 
-def drop_captions(captions: Sequence[str], probability: float, generator: torch.Generator) -> list[str]:
-    """Replace captions by the null caption, the empty text, which guidance uses too."""
-    draws = torch.rand(len(captions), generator=generator, device=generator.device).tolist()
-    return ["" if draw < probability else caption for draw, caption in zip(draws, captions, strict=True)]
+def draw_dropped(probability: float, generators: Sequence[torch.Generator]) -> list[bool]:
+    """Draw which captions of a batch the null caption replaces, each by a generator of its own."""
+    draws = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).tolist()
+    return [draw < probability for draw in draws]

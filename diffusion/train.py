@@ -4,40 +4,58 @@ A run directory holds a folder (16x, or 4x-8x-16x) with checkpoints and metrics;
 pipelines/assemble.py's matter.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..tokenizer.geometry import check_frames, check_size, tokens
+from ..tokenizer.geometry import check_frames, check_size, latent_frames, tokens
 from ..training.config import UserError, setting
 from ..training.datasets import Mixture, TrainingStream
 from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, seeded, train
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run
 from ..training.throughput import Work
+from ..training.trackers import Log
+from .attention import choose_attention
+from .condition import Condition, draw_given, frame_times, mean_over_made
+from .embeddings import CaptionEncoder, EmbeddingCache
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latents import LatentDataset, Scale
-from .text import drop_captions, encode, learn_vocabulary, load_frozen, small_clip, text_widths, tokenize
+from .lora import Lora, add_lora
+from .start import load_transformer, take_up
+from .text import Embedded, draw_dropped, learn_vocabulary, load_frozen, small_clip
 from .transformer import ProMAGTransformer3DModel
 
 # Times at which the held-out loss is measured, the same for every shift: the middles of five equal parts of (0, 1).
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
+SMALL = "small"  # the encoder that is trained along
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One source of text vectors."""
+
+    model: str = setting("small: a CLIP trained along; folder or hub name of a T5, UMT5 or CLIP, kept frozen; open_clip:NAME")
+    weights: str | None = setting("of an open_clip:NAME model: a tag or a file; null for all others")
+    max_length: int = setting("text tokens; longer captions are cut")
+
+
 @dataclass(frozen=True)
 class Text:
     """Where text vectors come from."""
 
-    encoder: str | None = setting("a T5, UMT5 or CLIP folder or hub name, kept frozen; null trains a small CLIP along")
-    max_length: int = setting("text tokens; longer captions are cut")
+    encoders: tuple[TextEncoder, ...] = setting("one to three; the transformer sees the tokens of all")
     vocabulary: int = setting("size of the vocabulary learned from the captions, for the small CLIP")
     width: int = setting("of the small CLIP")
     layers: int = setting("of the small CLIP")
@@ -45,9 +63,22 @@ class Text:
     learning_rate: float = setting("peak rate of the small CLIP: at the transformer's, captions may become all alike to it")
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a rate that would not train."""
+        """Raise ValueError for a rate that would not train, and for encoders that a pipeline cannot hold."""
         if self.learning_rate <= 0:
             raise ValueError(f"text learning_rate {self.learning_rate}: must be above 0")
+        models = [encoder.model for encoder in self.encoders]
+        if not 1 <= len(models) <= 3 or models.count(SMALL) > 1:
+            raise ValueError(f"text encoders {models}: one to three are needed, the small one at most once")
+
+    @property
+    def frozen(self) -> dict[int, TextEncoder]:
+        """The encoders that are not trained, by their number from 1, as in text_encoder, text_encoder_2, ..."""
+        return {n: encoder for n, encoder in enumerate(self.encoders, 1) if encoder.model != SMALL}
+
+    @property
+    def small(self) -> TextEncoder | None:
+        """The encoder that is trained along, if there is one."""
+        return next((encoder for encoder in self.encoders if encoder.model == SMALL), None)
 
 
 @dataclass(frozen=True)
@@ -72,7 +103,8 @@ class Data:
     frames: int = setting("frames per clip: 1 + ratio*k")
     size: int = setting("height and width in pixels")
     cache: str = setting("folder for latent caches; each ratio and split has its own folder in it")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("of cached latents")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("of cached latents and text embeddings")
+    shard_size: int = setting("clips per file of a cache: processes divide caching by files, a kill costs a part of one")
     scale: Scale = setting("channel: every latent channel weighs alike; global: strong channels weigh more, as they show more")
 
 
@@ -90,22 +122,45 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Videos made while training, of the same noise each time, under the averaged weights; the trackers show them."""
+
+    prompts: tuple[str, ...] = setting("one video each")
+    every: int = setting("steps between two times, a multiple of validate_every; the last step has them too")
+    steps: int = setting("denoising steps")
+    guidance: float = setting("classifier-free guidance")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that cannot be meant."""
+        if not self.prompts or self.every < 1 or self.steps < 1:
+            raise ValueError(
+                f"samples: {len(self.prompts)} prompts, every {self.every}, steps {self.steps}: at least 1 of each is needed"
+            )
+
+
+@dataclass(frozen=True)
 class DiffusionConfig:
     """A whole text-to-video training."""
 
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    attention: str = setting("auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
     tokenizer: str = setting("folder of a trained video tokenizer")
+    init: str | None = setting("a trained pipeline to train further, its small text encoder too; null starts anew")
+    lora: Lora | None = setting("train adapters on the transformer of `init` alone; null trains all weights")
     budgets: tuple[Budget, ...] = setting(
         "temporal ratios that one model is trained at; pipelines sample at the first by default"
     )
     caption_dropout: float = setting("part of the captions replaced by the null caption, for guidance")
     shift: float = setting("of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
-    text: Text = setting("text encoder")
-    model: Model = setting("transformer")
+    condition: Condition = setting("given first frames, for image-to-video and continuation")
+    text: Text = setting("text encoders")
+    model: Model | None = setting("transformer; null where `init` has it")
     data: Data = setting("clips and latents")
     loop: LoopSettings = setting("optimisation")
+    samples: Samples | None = setting("videos made while training; null for none")
     pace: Pace = setting("logging, validation, checkpoints")
 
     def __post_init__(self) -> None:
@@ -115,7 +170,25 @@ class DiffusionConfig:
         check_size(self.data.size, self.data.size)
         for ratio in self.ratios:
             check_frames(self.data.frames, ratio)
-            tokens(self.data.frames, self.data.size, self.data.size, ratio, self.model.patch_size)
+            if self.model:
+                tokens(self.data.frames, self.data.size, self.data.size, ratio, self.model.patch_size)
+        if self.data.shard_size < 1:
+            raise ValueError(f"shard_size {self.data.shard_size}: at least 1 clip is needed")
+        if (self.model is None) != (self.init is not None):
+            raise ValueError(
+                f"init {self.init}, model {'null' if self.model is None else 'given'}: exactly one of both is needed"
+            )
+        if self.lora and self.init is None:
+            raise ValueError("lora: adapters need a trained transformer; name one with init")
+        if self.condition.probability and self.model and self.model.patch_size[0] > 1:
+            raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
+        fewest = min(latent_frames(self.data.frames, ratio) for ratio in self.ratios)
+        if self.condition.given >= fewest:
+            raise ValueError(f"condition frames {self.condition.frames}: clips have {fewest} latent frames, one must be left")
+        if self.samples and self.samples.every % self.pace.validate_every:
+            raise ValueError(
+                f"samples every {self.samples.every}: a multiple of validate_every, {self.pace.validate_every}, is needed"
+            )
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
         if self.shift <= 0:
@@ -133,18 +206,28 @@ class DiffusionConfig:
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("output_dir", "pace", "tokenizer", "data.cache")
+MAY_CHANGE = (
+    *("output_dir", "pace", "samples", "attention", "gradient_checkpointing"),
+    *("tokenizer", "data.cache", "data.shard_size"),
+)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Where one split's latents lie, in the budgets' order, and the embeddings of each frozen text encoder, by its number."""
+
+    latents: Sequence[Path]
+    texts: Mapping[int, Path]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves: the averaged transformer, its text encoder and text tokenizer, and how it ended."""
+    """What a training leaves: the averaged transformer, the small text model trained along, and how it ended."""
 
-    transformer: ProMAGTransformer3DModel
-    text_encoder: Any
-    text_tokenizer: Any
+    transformer: ProMAGTransformer3DModel  # with the adapters of a training with lora
+    small_text: tuple[Any, Any] | None  # tokenizer and model
     fps: float  # median of the training clips
-    outcome: Outcome
+    outcome: Outcome | None = None  # None while it goes on
 
 
 def hidden_matrices(transformer: ProMAGTransformer3DModel) -> list[torch.nn.Parameter]:
@@ -154,17 +237,17 @@ def hidden_matrices(transformer: ProMAGTransformer3DModel) -> list[torch.nn.Para
 
 
 class FlowObjective(Objective):
-    """Squared error of the velocity at logit-normal times, captions dropped now and then."""
+    """Squared error of the velocity at logit-normal times, captions dropped and first frames given now and then."""
 
-    def __init__(self, transformer: Any, text_encoder: Any, text_tokenizer: Any, config: DiffusionConfig):
+    def __init__(self, transformer: Any, text: CaptionEncoder, config: DiffusionConfig):
         super().__init__()
-        self.transformer, self.text_encoder, self.text_tokenizer = transformer, text_encoder, text_tokenizer
-        self.caption_dropout, self.shift = config.caption_dropout, config.shift
+        self.transformer, self.text = transformer, text
+        self.caption_dropout, self.shift, self.condition = config.caption_dropout, config.shift, config.condition
         self.text_rate_factor = config.text.learning_rate / config.loop.learning_rate
 
     def rate_factors(self) -> list[tuple[torch.nn.Module, float]]:
         """Slow the text model down: at the transformer's rate what all captions share drowns what tells them apart."""
-        return [(self.text_encoder, self.text_rate_factor)]
+        return [(self.text, self.text_rate_factor)]
 
     def matrices(self) -> list[torch.nn.Parameter]:
         """Return the weights of the blocks' linear layers."""
@@ -174,30 +257,41 @@ class FlowObjective(Objective):
         """Return the transformer's tokens and FLOPs; those of the text model are left out."""
         x, config = batch["latents"], self.transformer.config
         count = prod(x.shape[2:]) // prod(config["patch_size"])
-        return Work(len(x) * count, training_flops(config, count, self.text_tokenizer.model_max_length, len(x)))
+        return Work(len(x) * count, training_flops(config, count, self.text.lengths, len(x)))
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """Normalised latents b c t h w of one ratio, captions and frame rates in `batch` -> loss."""
         x = batch["latents"]
-        captions = drop_captions(batch["caption"], self.caption_dropout, generator)
-        times = sample_times(len(x), self.mu(x), generator, x.device)
-        noise = torch.randn(x.shape, generator=generator, device=x.device)
-        return {"loss": self.errors(x, noise, times, captions, batch["fps"], int(batch["ratio"][0])).mean()}
+        text = self.text(batch, draw_dropped(self.caption_dropout, generators))
+        times = sample_times(self.mu(x), generators, x.device)
+        noise = randn_tensor(x.shape, generators, x.device)
+        given = draw_given(self.condition, x.shape[2], generators)
+        return {"loss": self.errors(x, noise, times, text, batch["fps"], int(batch["ratio"][0]), given).mean()}
 
-    def errors(self, x: Tensor, noise: Tensor, times: Tensor, captions: list[str], fps: Tensor, ratio: int) -> Tensor:
-        """Return the mean squared velocity error of each clip, (b,)."""
-        text = encode(self.text_encoder, tokenize(self.text_tokenizer, captions))
+    def errors(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        text: Embedded,
+        fps: Tensor,
+        ratio: int,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean squared velocity error of each clip, (b,), over the frames that are not given (b t)."""
+        times = times if given is None else frame_times(times, given)
         predicted = self.transformer(
             interpolate(x, noise, times),
             times * 1000,
             text.tokens,
-            encoder_attention_mask=text.mask,
+            encoder_attention_mask=text.masks,
             pooled_projections=text.pooled,
             temporal_ratio=ratio,
             fps=fps.float(),
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted.float(), velocity(x, noise), reduction="none").flatten(1).mean(1)
+        errors = F.mse_loss(predicted.float(), velocity(x, noise), reduction="none")
+        return errors.flatten(1).mean(1) if given is None else mean_over_made(errors, given)
 
     def mu(self, x: Tensor) -> float:
         """Return the time shift for latents of this size."""
@@ -219,59 +313,106 @@ class HeldOut:
         self.x = transformer.normalise(x, self.ratio).to(device)
         self.noise = torch.stack([torch.randn(x.shape[1:], generator=seeded(0, i)) for i in range(len(x))]).to(device)
         self.fps = torch.tensor([f["fps"] for f in fixed], device=device)
-        self.captions = [f["caption"] for f in fixed]
+        rows = [key for text in held_out.texts for key in text.keys.values() if key in fixed[0]]
+        self.text: dict[str, Any] = {key: torch.stack([f[key] for f in fixed]).to(device) for key in rows}
+        self.text["caption"] = [f["caption"] for f in fixed]
 
-    def loss(self, objective: FlowObjective) -> float:
-        """Return the mean over clips and times."""
+    def loss(self, objective: FlowObjective, first_given: bool = False) -> float:
+        """Return the mean over clips and times, of all frames or with the first latent frame given."""
         times = [torch.full((len(self.x),), t, device=self.x.device) for t in VALIDATION_TIMES]
-        losses = [objective.errors(self.x, self.noise, t, self.captions, self.fps, self.ratio).mean() for t in times]
+        given = torch.arange(self.x.shape[2], device=self.x.device).expand(len(self.x), -1) < 1 if first_given else None
+        text = objective.text(self.text)
+        losses = [objective.errors(self.x, self.noise, t, text, self.fps, self.ratio, given).mean() for t in times]
         return float(torch.stack(losses).mean())
 
 
-def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], validation_caches: Sequence[Path]) -> Trained:
-    """Train, or continue to train, a transformer on two latent caches for each budget, in the budgets' order.
+def _open_latents(config: DiffusionConfig, cached: Cached) -> list[LatentDataset]:
+    texts = [EmbeddingCache(folder, number) for number, folder in cached.texts.items()]
+    pairs = zip(cached.latents, config.ratios, strict=True)
+    return [LatentDataset(folder, ratio, config.data.scale, texts) for folder, ratio in pairs]
 
-    Raises UserError for a cache of another ratio, an unsuitable text encoder or run directory.
-    """
-    accelerator = make_accelerator(Path(config.output_dir), config.precision)
-    run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
-    latents, held_out = (
-        [LatentDataset(cache, ratio, config.data.scale) for cache, ratio in zip(caches, config.ratios, strict=True)]
-        for caches in (train_caches, validation_caches)
-    )
 
-    torch.manual_seed(config.seed)
-    if config.text.encoder is None:
-        text_tokenizer = learn_vocabulary(latents[0].captions, config.text.vocabulary, config.text.max_length)
-        text_encoder = small_clip(text_tokenizer, config.text.width, config.text.layers, config.text.heads)
+def open_text(config: DiffusionConfig, latents: LatentDataset) -> CaptionEncoder:
+    """Return what encodes captions: the caches of frozen encoders, and the small CLIP, a new one or that of `init`."""
+    frozen = {cache.number: cache for cache in latents.texts}
+    caches = [frozen.get(number) for number in range(1, len(config.text.encoders) + 1)]
+    if not (small := config.text.small):
+        return CaptionEncoder(caches)
+    if config.init:
+        tokenizer, model = load_frozen(config.init, None, small.max_length, caches.index(None) + 1)
+        model.requires_grad_(config.lora is None)
     else:
-        text_tokenizer, text_encoder = load_frozen(config.text.encoder, config.text.max_length)
-    width, pooled = text_widths(text_encoder)
-    channels = {part.index["shape"][0] for part in latents}
-    if len(channels) > 1:
-        raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
-    transformer = ProMAGTransformer3DModel(
-        in_channels=channels.pop(),
-        patch_size=config.model.patch_size,
-        num_layers=config.model.num_layers,
-        num_attention_heads=config.model.num_attention_heads,
-        attention_head_dim=config.model.attention_head_dim,
-        text_dim=width,
-        pooled_dim=pooled,
+        tokenizer = learn_vocabulary(latents.captions(), config.text.vocabulary, small.max_length)
+        model = small_clip(tokenizer, config.text.width, config.text.layers, config.text.heads)
+    return CaptionEncoder(caches, tokenizer, model)
+
+
+def new_transformer(
+    config: DiffusionConfig, latents: Sequence[LatentDataset], text: CaptionEncoder
+) -> ProMAGTransformer3DModel:
+    """Return an untrained transformer for these latents, whose statistics it keeps, and this text."""
+    assert config.model is not None
+    return ProMAGTransformer3DModel(
+        **asdict(config.model),
+        in_channels=latents[0].index["shape"][0],
+        text_dim=text.widths,
+        pooled_dim=text.pooled_width,
         temporal_ratios=config.ratios,
-        local_convolution=config.model.local_convolution,
+        condition_frames=config.condition.given,
         latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
         latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
     )
-    objective = FlowObjective(transformer, text_encoder, text_tokenizer, config)
-    count = sum(p.numel() for p in transformer.parameters())
-    accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters, latents of {len(latents[0])} clips")
+
+
+def train_diffusion(
+    config: DiffusionConfig,
+    cached: Cached,
+    validation: Cached,
+    sample: Callable[["Trained", Samples], Sequence[np.ndarray]] | None = None,
+) -> Trained:
+    """Train, or continue to train, a transformer on the caches of the training split and of the held-out one.
+
+    `sample` makes the videos, T H W 3 of uint8, that `config.samples` asks for.
+
+    Raises UserError for a cache of another ratio or other clips, or an unsuitable run directory.
+    """
+    accelerator = make_accelerator(Path(config.output_dir), config.precision, config.pace.trackers)
+    run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
+    latents, held_out = (_open_latents(config, split) for split in (cached, validation))
+
+    torch.manual_seed(config.seed)
+    text = open_text(config, latents[0])
+    channels = {part.index["shape"][0] for part in latents}
+    if len(channels) > 1:
+        raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
+    if config.init:
+        transformer = load_transformer(config.init)
+        take_up(transformer, latents, text, config.condition.given, frozen=config.lora is not None)
+    else:
+        transformer = new_transformer(config, latents, text)
+    if config.lora:
+        add_lora(transformer, config.lora)
+    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    accelerator.print(f"attention: {choose_attention(transformer, config.attention, accelerator.device, compute)}")
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    objective = FlowObjective(transformer, text, config)
+    count = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters trained, latents of {len(latents[0])} clips")
+    fps = latents[0].fps
     checks = [HeldOut(part, transformer, accelerator.device) for part in held_out]
 
-    def validate(tracker: Any, step: int) -> Metrics:
+    def validate(log: Log, step: int) -> Metrics:
+        if config.samples and sample and (step % config.samples.every == 0 or step == config.loop.steps):
+            # Every rank samples: a transformer may be spread over them. Those without trackers show nothing.
+            videos = sample(Trained(transformer, text.learned, fps), config.samples)
+            for i, (prompt, video) in enumerate(zip(config.samples.prompts, videos, strict=True)):
+                log.video(f"{config.stage}/{i} {prompt}", video, fps, step)
         with accelerator.autocast():
             losses = {f"held_out_loss_{check.ratio}x": check.loss(objective) for check in checks}
-        return {"held_out_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
+            given = [check.loss(objective, first_given=True) for check in checks] if config.condition.given else []
+        losses = {"held_out_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
+        return losses | ({"held_out_loss_first_given": sum(given) / len(given)} if given else {})
 
     rank, world = accelerator.process_index, accelerator.num_processes
     source = Mixture(latents, [budget.share for budget in config.budgets]) if len(latents) > 1 else latents[0]
@@ -281,4 +422,4 @@ def train_diffusion(config: DiffusionConfig, train_caches: Sequence[Path], valid
 
     outcome = train(accelerator, run / config.stage, objective, open_stream, config.loop, config.pace, config.seed, validate)
     close_trackers(accelerator)
-    return Trained(transformer.cpu(), text_encoder.cpu(), text_tokenizer, median(latents[0].fps), outcome)
+    return Trained(transformer.cpu(), text.cpu().learned, fps, outcome)

@@ -67,6 +67,7 @@ class ProMAGAttnProcessor:
         if q.device.type == "cpu" and self._attention_backend is None and q.shape[1] * k.shape[1] <= PLAIN_SCORES:
             out: Any = plain_attention(q, k, v, attention_mask)
         else:
+            q, k = q.to(v.dtype), k.to(v.dtype)  # the norms' float32 weights widen them under autocast; kernels want one type
             out = dispatch_attention_fn(
                 q, k, v, attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
             )
@@ -132,7 +133,7 @@ class ProMAGTransformerBlock(nn.Module):
         attention_mask: Tensor | None,
         grid: tuple[int, int, int],
     ) -> Tensor:
-        """B N D tokens of a (t, h, w) grid, B L D text, B 6 D modulation -> B N D."""
+        """B N D tokens of a (t, h, w) grid, B L D text, B G 6 D modulation (G is 1, or t: one for each frame) -> B N D."""
         if self.local is not None:
             placed = hidden_states.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last_3d)
             # CPUs have no good bf16 kernel for depthwise convolutions: in float32 this one is three times as fast.
@@ -140,13 +141,23 @@ class ProMAGTransformerBlock(nn.Module):
                 near = self.local(placed.to(next(self.local.parameters()).dtype))
             hidden_states = hidden_states + near.to(hidden_states.dtype).flatten(2).transpose(1, 2)
         table = (self.scale_shift_table + modulation.float()).to(hidden_states.dtype)
-        shift1, scale1, gate1, shift3, scale3, gate3 = table.unsqueeze(2).unbind(1)  # each B 1 D
-        h = self.norm1(hidden_states) * (1 + scale1) + shift1
-        hidden_states = hidden_states + gate1 * self.attn1(h, rotary=rotary)
+        shift1, scale1, gate1, shift3, scale3, gate3 = table.unsqueeze(3).unbind(2)  # each B G 1 D
+        h = modulate(self.norm1(hidden_states), scale1, shift1)
+        hidden_states = hidden_states + scaled(self.attn1(h, rotary=rotary), gate1)
         h = self.attn2(self.norm2(hidden_states), encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
         hidden_states = hidden_states + h
-        h = self.norm3(hidden_states) * (1 + scale3) + shift3
-        return hidden_states + gate3 * self.ff(h)
+        h = modulate(self.norm3(hidden_states), scale3, shift3)
+        return hidden_states + scaled(self.ff(h), gate3)
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply tokens B N D by factors B G 1 D, each for an equal part of the tokens, in their order."""
+    return (x.unflatten(1, (factor.shape[1], -1)) * factor).flatten(1, 2)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return x * (1 + scale) + shift; shapes as in `scaled`."""
+    return (x.unflatten(1, (scale.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
 
 
 class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
@@ -158,9 +169,10 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         num_layers: transformer blocks.
         num_attention_heads: heads; the width is heads times `attention_head_dim`.
         attention_head_dim: width of a head, a multiple of 2 and at least 6.
-        text_dim: width of the text tokens.
-        pooled_dim: width of a pooled text vector that joins the modulation; 0 for none.
+        text_dim: width of the text tokens; of several text encoders, a width for each.
+        pooled_dim: width of a pooled text vector that joins the modulation, or of several in a row; 0 for none.
         temporal_ratios: ratios of the latents it is trained on.
+        condition_frames: most first latent frames that it was given clean in training; 0 for text-to-video alone.
         local_convolution: whether each block begins with a depthwise convolution over neighbouring tokens (conditional
             positional encoding, arXiv 2102.10882): a model that sees few clips learns compact objects much sooner with it.
         latents_mean: per ratio (as text), the mean of each channel over the training latents.
@@ -183,9 +195,10 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         num_layers: int = 12,
         num_attention_heads: int = 6,
         attention_head_dim: int = 64,
-        text_dim: int = 512,
+        text_dim: int | Sequence[int] = 512,
         pooled_dim: int = 0,
         temporal_ratios: Sequence[int] = (4, 8, 16),
+        condition_frames: int = 0,
         local_convolution: bool = False,
         latents_mean: Mapping[str, Sequence[float]] | None = None,
         latents_std: Mapping[str, Sequence[float]] | None = None,
@@ -196,7 +209,7 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         dim = num_attention_heads * attention_head_dim
         self.patch_embed = nn.Linear(in_channels * math.prod(patch_size), dim)
         self.place_embed = nn.Linear(3 * PLACE_WIDTH, dim)
-        self.text_embed = PixArtAlphaTextProjection(text_dim, dim)
+        self.text_embeds = nn.ModuleList(PixArtAlphaTextProjection(width, dim) for width in self.text_dims)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed, self.ratio_embed, self.fps_embed = (TimestepEmbedding(256, dim) for _ in range(3))
         self.pooled_embed = PixArtAlphaTextProjection(pooled_dim, dim) if pooled_dim else None
@@ -211,6 +224,12 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
         self.gradient_checkpointing = False
+
+    @property
+    def text_dims(self) -> list[int]:
+        """The width of the tokens of each text encoder."""
+        width = self.config["text_dim"]
+        return [width] if isinstance(width, int) else list(width)
 
     def normalise(self, latents: Tensor, temporal_ratio: int) -> Tensor:
         """Turn latents of the tokenizer, b c t h w, into what this model is trained on."""
@@ -235,8 +254,8 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | Sequence[Tensor],
+        encoder_attention_mask: Tensor | Sequence[Tensor] | None = None,
         pooled_projections: Tensor | None = None,
         temporal_ratio: int | Tensor = 4,
         fps: float | Tensor = 8.0,
@@ -247,21 +266,27 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
 
         Args:
             hidden_states: noisy, normalised latents, b c t h w.
-            timestep: time in [0, 1000], 1000 is pure noise; (b,).
-            encoder_hidden_states: text tokens, b L text_dim.
-            encoder_attention_mask: b L, nonzero where a text token is real.
+            timestep: time in [0, 1000], 1000 is pure noise; (b,), or b t: one for each latent frame.
+            encoder_hidden_states: text tokens, b L text_dim; a sequence of them from several text encoders.
+            encoder_attention_mask: b L, nonzero where a text token is real; a sequence likewise.
             pooled_projections: b pooled_dim, where the model has `pooled_dim`.
             temporal_ratio: of all the latents.
             fps: pixel frames per second, one for all or (b,).
             attention_kwargs: may hold `scale`, the weight of LoRA adapters.
             return_dict: return an output object instead of a tuple.
 
-        Raises ValueError where the latent is not divisible by the patch, or the pooled vector is missing or unwanted.
+        Raises ValueError where the latent is not divisible by the patch, there are not as many times as frames or patches of
+        several frames, the pooled vector is missing or unwanted, or the text is not of as many encoders as the model's.
         """
         b, _, t, h, w = hidden_states.shape
         pt, ph, pw = self.config["patch_size"]
         if t % pt or h % ph or w % pw:
             raise ValueError(f"latent of {t}x{h}x{w} (frames x height x width): not divisible by patch {(pt, ph, pw)}")
+        timestep = timestep if timestep.ndim == 2 else timestep.expand(b)[:, None]  # b G
+        if timestep.shape[1] != 1 and (timestep.shape != (b, t) or pt > 1):
+            raise ValueError(
+                f"timestep of shape {tuple(timestep.shape)}: ({b},) is legal, with patches of one frame ({b}, {t}) too"
+            )
         if (pooled_projections is None) != (self.pooled_embed is None):
             needs = "none" if self.pooled_embed is None else f"b {self.config['pooled_dim']}"
             raise ValueError(f"pooled_projections: this model needs {needs}")
@@ -269,17 +294,16 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         step = float(torch.as_tensor(temporal_ratio).flatten()[0]) / POSITION_RATIO * pt
         grid = (t // pt, h // ph, w // pw)
         x = self.patch_embed(x) + self.place_embed(place_features(grid, step, x.device).to(x.dtype))
-        text = self.text_embed(encoder_hidden_states)
-        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
+        text, mask = self._embed_text(encoder_hidden_states, encoder_attention_mask)
 
         ratio = torch.as_tensor(temporal_ratio, device=x.device, dtype=torch.float32).expand(b)
         rate = torch.as_tensor(fps, device=x.device, dtype=torch.float32).expand(b)
-        embedding = self._embed(self.time_embed, timestep.expand(b), x)
-        embedding = embedding + self._embed(self.ratio_embed, 100 * ratio.log2(), x)
-        embedding = embedding + self._embed(self.fps_embed, 100 * rate.log2(), x)
+        embedding = self._embed(self.time_embed, timestep.flatten(), x).unflatten(0, timestep.shape)  # b G D
+        embedding = embedding + self._embed(self.ratio_embed, 100 * ratio.log2(), x)[:, None]
+        embedding = embedding + self._embed(self.fps_embed, 100 * rate.log2(), x)[:, None]
         if self.pooled_embed is not None:
-            embedding = embedding + self.pooled_embed(pooled_projections)
-        modulation = self.modulation(embedding).unflatten(1, (6, -1))  # b 6 D
+            embedding = embedding + self.pooled_embed(pooled_projections)[:, None]
+        modulation = self.modulation(embedding).unflatten(2, (6, -1))  # b G 6 D
 
         rotary = rotary_positions(self.config["attention_head_dim"], grid, step, x.device)
         for block in self.transformer_blocks:
@@ -289,11 +313,21 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
             else:
                 x = block(x, text, modulation, rotary, mask, grid)
 
-        shift, scale = (self.scale_shift_table + embedding[:, None].float()).to(x.dtype).unsqueeze(2).unbind(1)
-        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)
+        table = (self.scale_shift_table + embedding[:, :, None].float()).to(x.dtype)  # b G 2 D
+        shift, scale = table.unsqueeze(3).unbind(2)
+        x = self.proj_out(modulate(self.norm_out(x), scale, shift))
         sizes = {"t": t // pt, "h": h // ph, "w": w // pw, "u": pt, "p": ph, "q": pw}
         out = rearrange(x, "b (t h w) (c u p q) -> b c (t u) (h p) (w q)", **sizes)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)  # pyright: ignore[reportArgumentType]
+
+    def _embed_text(self, tokens: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
+        """Project the tokens of each encoder and join them: b L D, and the mask of all b 1 1 L (True is seen)."""
+        tokens = [tokens] if isinstance(tokens, Tensor) else tokens
+        masks = [mask] if isinstance(mask, Tensor) else mask or []
+        if len(tokens) != len(self.text_embeds) or (masks and len(masks) != len(tokens)):
+            raise ValueError(f"text of {len(tokens)} encoders, {len(masks)} masks: this model needs {len(self.text_embeds)}")
+        text = torch.cat([embed(part) for embed, part in zip(self.text_embeds, tokens, strict=True)], 1)
+        return text, torch.cat([part.bool() for part in masks], 1)[:, None, None, :] if masks else None
 
     def _embed(self, layer: nn.Module, value: Tensor, like: Tensor) -> Tensor:
         return layer(self.time_proj(value).to(like.dtype))

@@ -1,49 +1,85 @@
-"""From clips and a frozen tokenizer to a saved pipeline: cache the latents, train the transformer, put all together."""
+"""From clips and frozen models to a saved pipeline: cache latents and text, train the transformer, put all together."""
 
-import hashlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from ..diffusion.latents import Fingerprint, write_caches
-from ..diffusion.train import DiffusionConfig, Trained, train_diffusion
+from ..diffusion.embeddings import TextFingerprint, write_embeddings
+from ..diffusion.latents import LatentFingerprint, write_latents
+from ..diffusion.shards import Shards, hash_weights
+from ..diffusion.text import hash_text_encoder, load_frozen
+from ..diffusion.train import Cached, DiffusionConfig, Samples, TextEncoder, Trained, train_diffusion
+from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio
 from ..tokenizer.train import load_tokenizer, save_model
 from ..training.config import UserError
 from ..training.datasets import open_dataset
-from ..training.loop import main_process_first
+from ..training.loop import main_process_first, processes, told_by_main
+from .prompt_accuracy import sample_videos
 from .text_to_video import ProMAGPipeline
 
 
 def train_pipeline(config: DiffusionConfig) -> Path | None:
-    """Train a text-to-video pipeline as configured and return its folder, None if stopped early.
+    """Train a text-to-video pipeline, or adapters for one, as configured; return its folder, None if stopped early.
 
-    What is already there - latents, checkpoints, the finished pipeline - is used again.
-    Raises UserError for unsuitable tokenizers, clips, caches and run directories.
+    What is already there - latents, embeddings, checkpoints, the finished pipeline - is used again.
+    Raises UserError for unsuitable tokenizers, text encoders, clips, caches and run directories.
     """
-    folder = Path(config.output_dir) / "pipeline"
+    folder = Path(config.output_dir) / ("lora" if config.lora else "pipeline")
     vae = load_tokenizer(config.tokenizer)
-    with main_process_first():
-        train_caches, validation_caches = (cache_latents(config, split, vae) for split in ("train", "eval"))
-    trained = train_diffusion(config, train_caches, validation_caches)
-    if not trained.outcome.finished:
+    cached = cache(config, vae)
+
+    def sample(so_far: Trained, samples: Samples) -> list[np.ndarray]:
+        pipe = assemble(config, so_far, vae)
+        pipe.set_progress_bar_config(disable=True)
+        return sample_videos(pipe, samples.prompts, samples.steps, samples.guidance, config.precision, name=None)
+
+    trained = train_diffusion(config, cached["train"], cached["eval"], sample)
+    if not (trained.outcome and trained.outcome.finished):
         return None
     with main_process_first() as main:
-        if main and not (folder / "model_index.json").exists():
-            save_model(assemble(config, trained, vae), folder)
+        if main and not folder.exists():
+            save_model(SavedLora(trained.transformer) if config.lora else assemble(config, trained, vae), folder)
     return folder
 
 
+class SavedLora:
+    """The adapters of a transformer, to be saved in the format that `load_lora_weights` of a pipeline reads."""
+
+    def __init__(self, transformer: ProMAGTransformer3DModel):
+        self.transformer = transformer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapters' weights and, beside them in the file, their ranks, scales and targets."""
+        config: Any = self.transformer.peft_config
+        weights: Any = get_peft_model_state_dict(self.transformer)
+        ProMAGPipeline.save_lora_weights(
+            folder,
+            weights,
+            transformer_lora_adapter_metadata=config["default"].to_dict(),
+        )
+
+
 def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG) -> ProMAGPipeline:
-    """Put a trained transformer and the tokenizer into a pipeline whose defaults are what it was trained on."""
+    """Put a trained transformer, the text encoders and the tokenizer into a pipeline.
+
+    Its defaults are what it was trained on. Frozen text encoders are loaded again: training did without them.
+    """
+    text: dict[str, Any] = {}
+    for number, encoder in enumerate(config.text.encoders, 1):
+        pair = trained.small_text if encoder == config.text.small else _load(encoder)
+        suffix = "" if number == 1 else f"_{number}"
+        text |= dict(zip((f"tokenizer{suffix}", f"text_encoder{suffix}"), pair or (), strict=True))
     return ProMAGPipeline(
-        tokenizer=trained.text_tokenizer,
-        text_encoder=trained.text_encoder,
+        **text,
         transformer=trained.transformer,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift, use_dynamic_shifting=True),
@@ -53,6 +89,13 @@ def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG
         fps=trained.fps,
         temporal_ratio=config.ratios[0],
     )
+
+
+def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, Cached]:
+    """Cache latents, and embeddings of frozen text encoders, of both splits, train and eval, where they are not cached yet."""
+    latents = {split: cache_latents(config, split, vae) for split in ("train", "eval")}
+    texts = cache_text(config, {split: folders[0] for split, folders in latents.items()})
+    return {split: Cached(latents[split], texts[split]) for split in latents}
 
 
 def cache_latents(
@@ -72,7 +115,7 @@ def cache_latents(
     clips = open_dataset(source, split, data.frames, data.size, count)
     count = len(clips) if split == "train" else min(count, len(clips))
     caches = {
-        Path(data.cache) / f"{split}-{ratio}x": Fingerprint(
+        Path(data.cache) / f"{split}-{ratio}x": LatentFingerprint(
             tokenizer=weights_hash(vae, ratio),
             clips=clips.digest(count),
             ratio=ratio,
@@ -80,11 +123,33 @@ def cache_latents(
             height=data.size,
             width=data.size,
             dtype=data.dtype,
+            shard_size=data.shard_size,
         )
         for ratio in ratios
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return write_caches(caches, count, clips.fixed, encoder(vae, device))
+    device: Any = processes().device
+    return write_latents(caches, count, clips, encoder(vae, device), workers=config.pace.workers)
+
+
+def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
+    """Cache what each frozen text encoder makes of the captions in `latents`, a folder for each split.
+
+    Returns for each split the folders by the encoders' numbers. An encoder is in memory only here, and each after the other.
+    """
+    found: dict[str, dict[int, Path]] = {split: {} for split in latents}
+    for number, encoder in config.text.frozen.items():
+        load = functools.cache(lambda encoder=encoder: _load(encoder))
+        digest = told_by_main(lambda load=load: hash_text_encoder(*load()))
+        for split, folder in latents.items():
+            clips = Shards(folder).index["fingerprint"]["clips"]
+            wanted = TextFingerprint(digest, clips, encoder.max_length, config.data.dtype, config.data.shard_size)
+            place = Path(config.data.cache) / f"{split}-text-{number}"
+            found[split][number] = write_embeddings(place, wanted, folder, load)
+    return found
+
+
+def _load(encoder: TextEncoder) -> tuple[Any, Any]:
+    return load_frozen(encoder.model, encoder.weights, encoder.max_length)
 
 
 def encoder(vae: AutoencoderKLProMAG, device: torch.device) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
@@ -102,10 +167,4 @@ def encoder(vae: AutoencoderKLProMAG, device: torch.device) -> Callable[[Tensor,
 
 def weights_hash(vae: AutoencoderKLProMAG, ratio: int) -> str:
     """Return a hash of the weights that encode at `ratio`: growing further or fine-tuning a decoder keeps it."""
-    used = [vae.encoder, *vae.encoder_growth[: vae.level_of(ratio)]]
-    digest = hashlib.sha256()
-    for module in used:
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return hash_weights([vae.encoder, *vae.encoder_growth[: vae.level_of(ratio)]])

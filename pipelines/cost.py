@@ -58,7 +58,7 @@ def train_step(
     device, config = transformer.device, transformer.config
     shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
     x, noise = torch.randn(2, batch_size, *shape, device=device)
-    text = torch.randn(batch_size, 24, config["text_dim"], device=device)
+    text = [torch.randn(batch_size, 24, width, device=device) for width in transformer.text_dims]
     pooled = torch.randn(batch_size, config["pooled_dim"], device=device) if config["pooled_dim"] else None
 
     def step() -> None:
@@ -84,7 +84,7 @@ def denoising(
     device, config = transformer.device, transformer.config
     shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
     x = torch.randn(2 * videos, *shape, device=device)
-    text = torch.randn(2 * videos, 24, config["text_dim"], device=device)
+    text = [torch.randn(2 * videos, 24, width, device=device) for width in transformer.text_dims]
     pooled = torch.randn(2 * videos, config["pooled_dim"], device=device) if config["pooled_dim"] else None
 
     @torch.no_grad()

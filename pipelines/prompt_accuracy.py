@@ -32,9 +32,12 @@ def sample_videos(
     guidance: float,
     precision: Literal["bf16", "no"] = "no",
     first_seed: int = 0,
-    name: str = "sampling",
+    name: str | None = "sampling",
 ) -> list[np.ndarray]:
-    """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts."""
+    """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
+
+    What is done is told on stderr under `name`, None for silence.
+    """
     videos: list[np.ndarray] = []
     started = time.perf_counter()
     for first in range(0, len(prompts), BATCH):
@@ -43,9 +46,12 @@ def sample_videos(
         with autocast(pipe.device, precision):
             frames = pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators).frames
         videos += list((frames * 255).round().astype(np.uint8))
+        if name is None:
+            continue
         to_go = (time.perf_counter() - started) / len(videos) * (len(prompts) - len(videos))
         print(f"\r{name}: {len(videos)}/{len(prompts)} videos, {to_go:.0f} s to go ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    if name is not None:
+        print(file=sys.stderr)
     return videos
 
 

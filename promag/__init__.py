@@ -9,14 +9,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .diffusion.openclip import OpenCLIPTextModel
     from .diffusion.transformer import ProMAGTransformer3DModel
     from .pipelines.text_to_video import ProMAGPipeline
     from .tokenizer.autoencoder import AutoencoderKLProMAG
 
-__all__ = ["AutoencoderKLProMAG", "ProMAGPipeline", "ProMAGTransformer3DModel"]
+__all__ = ["AutoencoderKLProMAG", "OpenCLIPTextModel", "ProMAGPipeline", "ProMAGTransformer3DModel"]
 __version__ = "0.1.0"
 
 _HOME = {
+    "OpenCLIPTextModel": ".diffusion.openclip",
     "AutoencoderKLProMAG": ".tokenizer.autoencoder",
     "ProMAGPipeline": ".pipelines.text_to_video",
     "ProMAGTransformer3DModel": ".diffusion.transformer",

@@ -5,6 +5,7 @@ Weights are untrained: cost does not depend on them. Budgets are measured in tur
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from promag import ProMAGTransformer3DModel
 from promag.diffusion.train import DiffusionConfig
 from promag.pipelines.cost import denoising, measure_in_turns, train_step
 from promag.tokenizer.geometry import latent_frames, tokens
-from promag.training.config import parse_config, run_main
+from promag.training.config import UserError, parse_config, run_main
 from promag.training.run import append_result
 
 RATIOS = (4, 8, 16)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         row = {
             "ratio": ratio,
             "latent_frames": latent_frames(arguments.frames, ratio),
-            "tokens": tokens(**size, ratio=ratio, patch=config.model.patch_size),
+            "tokens": tokens(**size, ratio=ratio, patch=tuple(models[ratio].config["patch_size"])),
             "gradient_seconds": gradients[ratio],
             "gradient_speedup": gradients[RATIOS[0]] / gradients[ratio],
             "train_step_seconds": trained[ratio],
@@ -76,13 +77,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _transformer(config: DiffusionConfig) -> ProMAGTransformer3DModel:
+    if config.model is None:
+        raise UserError("model null: a configuration with a transformer of its own is needed")
     torch.manual_seed(config.seed)
     return ProMAGTransformer3DModel(
-        patch_size=config.model.patch_size,
-        num_layers=config.model.num_layers,
-        num_attention_heads=config.model.num_attention_heads,
-        attention_head_dim=config.model.attention_head_dim,
-        local_convolution=config.model.local_convolution,
+        **asdict(config.model),
         text_dim=config.text.width,
         pooled_dim=config.text.width,
     )

@@ -1,19 +1,25 @@
-"""Encode the clips of a diffusion configuration once with its frozen tokenizer; continues after an interruption."""
+"""Encode a diffusion configuration's clips once with the frozen tokenizer, its captions with the frozen text encoders.
+
+Start it plainly, with `accelerate launch`, or with torchrun, which divides the work; after an interruption the same command
+continues.
+"""
 
 from collections.abc import Sequence
 
 from promag.diffusion.train import DiffusionConfig
-from promag.pipelines.assemble import cache_latents
+from promag.pipelines.assemble import cache
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import parse_config, run_main
+from promag.training.loop import processes
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the caches of both splits and print where they lie."""
     config = parse_config(DiffusionConfig, argv, __doc__ or "")
-    vae = load_tokenizer(config.tokenizer)
-    for split in ("train", "eval"):
-        print(f"{split}: {', '.join(map(str, cache_latents(config, split, vae)))}")
+    cached = cache(config, load_tokenizer(config.tokenizer))
+    if processes().is_main_process:
+        for split, folders in cached.items():
+            print(f"{split}: {', '.join(map(str, [*folders.latents, *folders.texts.values()]))}")
     return 0
 
 

@@ -59,6 +59,7 @@ class ClaimConfig:
     record: str | None = setting("results file that gets a JSON line for each arm, seed and ratio; null for none")
     only: tuple[str, ...] | None = setting("names of arms to run, with those they start from; null runs all")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
     frames: int = setting("frames of the clips that are scored")
     data: Data = setting("clips to train on and, never trained on, to score")
     pace: Pace = setting("logging, validation, checkpoints")
@@ -116,6 +117,7 @@ def train_arm(config: ClaimConfig, arm: Arm, seed: int) -> Path | None:
         output_dir=str(run_folder(config, arm.name, seed)),
         seed=seed,
         precision=config.precision,
+        gradient_checkpointing=config.gradient_checkpointing,
         init=str(run_folder(config, arm.base, seed) / "tokenizer") if arm.base else None,
         only=None,
         model=arm.model,
@@ -231,7 +233,7 @@ def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> floa
     for step, count in ((0, latent), (stage.latent_steps, stage.loop.steps - latent)):
         if count:
             with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-                objective({"video": video}, seeded(0), step)["loss"].backward()
+                objective({"video": video}, [seeded(0)], step)["loss"].backward()
             total += counter.get_total_flops() * count * stage.loop.batch_size * stage.loop.accumulate
     return total
 

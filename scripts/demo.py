@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from promag import ProMAGPipeline
+from promag.diffusion.condition import Condition
 from promag.diffusion.latents import Scale
 from promag.diffusion.train import Budget, DiffusionConfig, Text
 from promag.diffusion.train import Data as DiffusionData
@@ -60,10 +61,11 @@ class DemoConfig:
     guidance: float = setting("classifier-free guidance")
     tokenizer: TokenizerModel = setting("the tokenizer's base")
     stages: tuple[Stage, ...] = setting("the tokenizer's levels")
-    text: Text = setting("text encoder")
+    text: Text = setting("text encoders")
     transformer: TransformerModel = setting("text-to-video transformer")
     caption_dropout: float = setting("part of the captions dropped, for guidance")
     shift: float = setting("of times towards noise, at 256 tokens")
+    condition: Condition = setting("given first frames, for image-to-video and continuation")
     latent_scale: Scale = setting("whether latent channels are scaled each or all alike")
     diffusion: LoopSettings = setting("optimisation of the transformers")
     pace: Pace = setting("logging, validation, checkpoints")
@@ -162,6 +164,7 @@ def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str)
         output_dir=str(run / "tokenizer-run"),
         seed=config.seed,
         precision=config.precision,
+        gradient_checkpointing=False,
         init=None,
         only=None,
         model=config.tokenizer,
@@ -186,10 +189,15 @@ def diffusion_config(
         output_dir=str(run / f"video-{ratio}x"),
         seed=config.seed,
         precision=config.precision,
+        attention="auto",
+        gradient_checkpointing=False,
         tokenizer=str(tokenizer),
+        init=None,
+        lora=None,
         budgets=(Budget(ratio, 1.0),),
         caption_dropout=config.caption_dropout,
         shift=config.shift,
+        condition=config.condition,
         text=config.text,
         model=config.transformer,
         data=DiffusionData(
@@ -201,9 +209,11 @@ def diffusion_config(
             size=config.size,
             cache=str(run / "latents"),
             dtype="bfloat16",
+            shard_size=64,
             scale=config.latent_scale,
         ),
         loop=config.diffusion,
+        samples=None,
         pace=dataclasses.replace(config.pace, workers=0),  # cached latents are read in a millisecond
     )
 

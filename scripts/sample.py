@@ -1,4 +1,4 @@
-"""Sample videos from a trained pipeline: one mp4 per prompt."""
+"""Sample videos from a trained pipeline, from text alone or from a first image or clip too: one mp4 per prompt."""
 
 import argparse
 import time
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 
+from promag.diffusion.attention import choose_attention
 from promag.training.config import UserError, run_main
-from promag.training.video import write_video
+from promag.training.video import frame_times, pick_by_time, read_frames, write_video
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +29,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise; the next prompts count on")
     parser.add_argument("--fps", type=float, help="frame rate told to the model and written; left out: as trained")
+    parser.add_argument("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
+    opening = parser.add_mutually_exclusive_group()
+    opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")
+    opening.add_argument("--video", type=Path, help="clip to continue from its last frames; scaled and cropped likewise")
     arguments = parser.parse_args(argv)
 
     from promag import ProMAGPipeline
@@ -36,6 +43,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out {arguments.out}: an .mp4 file is needed")
     pipe: Any = ProMAGPipeline.from_pretrained(arguments.pipeline)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
+    size = (arguments.width or pipe.config["width"], arguments.height or pipe.config["height"])
+    fps = arguments.fps or pipe.config["fps"]
+    given: dict[str, Any] = {}
+    if arguments.image:
+        given = {"image": open_image(arguments.image, size)}
+    elif arguments.video:
+        given = {"video": last_pictures(arguments.video, size, fps, arguments.num_frames or pipe.config["num_frames"])}
     for i, prompt in enumerate(arguments.prompt):
         started = time.perf_counter()
         try:
@@ -49,13 +64,31 @@ def main(argv: Sequence[str]) -> int:
                 guidance_scale=arguments.guidance,
                 fps=arguments.fps,
                 generator=torch.Generator().manual_seed(arguments.seed + i),
+                **given,
             ).frames[0]
         except ValueError as error:
             raise UserError(str(error)) from None
         out = arguments.out if len(arguments.prompt) == 1 else arguments.out.with_stem(f"{arguments.out.stem}-{i:02d}")
-        write_video(out, (frames * 255).round().astype("uint8"), arguments.fps or pipe.config["fps"])
+        write_video(out, (frames * 255).round().astype("uint8"), fps)
         print(f"{out}: {prompt!r}, {len(frames)} frames in {time.perf_counter() - started:.1f} s")
     return 0
+
+
+def open_image(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Read a picture, scaled to cover (width, height) and cropped in the centre."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), size)
+    except OSError as error:
+        raise UserError(f"--image {path}: cannot be read: {error}") from None
+
+
+def last_pictures(path: Path, size: tuple[int, int], fps: float, most: int) -> list[Image.Image]:
+    """Read a clip's last frames, `fps` of them a second and at most `most`, each as `open_image` does."""
+    stamps = frame_times(path)
+    times = np.arange(stamps[-1], -1e-6, -1 / fps)[:most][::-1]
+    frames = read_frames(path, pick_by_time(stamps, times))
+    return [ImageOps.fit(Image.fromarray(frame), size) for frame in frames]
 
 
 if __name__ == "__main__":

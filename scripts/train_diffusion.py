@@ -1,4 +1,4 @@
-"""Train a text-to-video transformer in a frozen tokenizer's latent space, at one temporal ratio, into a pipeline.
+"""Train a text-to-video transformer in a frozen tokenizer's latent space into a pipeline, or train one further, by LoRA too.
 
 Latents are cached first, or found in the cache. Start it plainly, with `accelerate launch`, or with torchrun; the same
 command again continues a run.
@@ -13,8 +13,9 @@ from promag.training.config import parse_config, run_main
 
 def main(argv: Sequence[str]) -> int:
     """Train as the configuration says and print where the pipeline lies."""
-    folder = train_pipeline(parse_config(DiffusionConfig, argv, __doc__ or ""))
-    print(f"pipeline: {folder}" if folder else "stopped early; the same command continues")
+    config = parse_config(DiffusionConfig, argv, __doc__ or "")
+    folder = train_pipeline(config)
+    print(f"{'lora' if config.lora else 'pipeline'}: {folder}" if folder else "stopped early; the same command continues")
     return 0
 
 

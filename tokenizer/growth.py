@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, is_first
+from .layers import CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, is_first, recomputed
 
 Mixing = Literal["attention", "concat", "none"]
 Lower = Literal["frozen", "finetune"]
@@ -60,6 +60,8 @@ class CrossLevelAttention(nn.Module):
     Each head has a learned bias for each frame of the window; before the first frame stands the first frame again.
     """
 
+    gradient_checkpointing = False
+
     def __init__(self, channels: int, heads: int, window: int):
         super().__init__()
         if channels % heads:
@@ -71,8 +73,9 @@ class CrossLevelAttention(nn.Module):
         self.bias = nn.Parameter(torch.zeros(window, heads, 1, 1, 1))
         self.to_out = CausalConv3d(channels, channels, 1)
 
-    def forward(self, full: Tensor, key: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """Two of B C T H W -> the first with what it found added; the state is the last window-1 key frames."""
+    @recomputed
+    def forward(self, full: Tensor, state: State, key: Tensor) -> tuple[Tensor, State]:
+        """`full` and `key` of B C T H W -> the first with what it found added; the state is the last window-1 key frames."""
         frames, before = full.shape[2], self.window - 1
         if is_first(state):
             past = F.pad(key, (0, 0, 0, 0, before, 0), mode="replicate") if before else key
@@ -122,7 +125,7 @@ class EncoderGrowth(nn.Module):
         h, s_full = self.blocks_full(full, s_full)
         h, s_down = self.down(h, s_down)
         if self.mixing == "attention":
-            h, s_mix = self.mix(h, key, s_mix)
+            h, s_mix = self.mix(h, s_mix, key)
         elif self.mixing == "concat":
             h = h + self.mix(torch.cat([h, key], 1))[0]  # pyright: ignore
         guide = key if self.mixing == "attention" else None

@@ -6,8 +6,13 @@ averaging and duplicating shortcuts around resampling, DC-AE (arXiv 2410.10733, 
 State: every layer is called as `y, state = layer(x, state)`. `None` means "the whole clip" and comes back as `None`;
 `START` means "the first chunk of a stream"; what a streamed call returns goes into the next one. The first frame stands
 alone: a whole clip or a first chunk has 1 + r*N frames, a later chunk r*N.
+
+Gradient checkpointing: on whole clips, layers whose `gradient_checkpointing` is set (ModelMixin does it) keep their input
+alone and compute the rest again in the backward pass.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +27,18 @@ START: State = ()
 def is_first(state: State) -> bool:
     """Tell whether a call with this state sees the first frame of the clip."""
     return state is None or (isinstance(state, tuple) and not state)
+
+
+def recomputed(forward: Callable[..., tuple[Tensor, State]]) -> Callable[..., tuple[Tensor, State]]:
+    """Wrap a layer's `forward(self, x, state, ...)` so that gradient checkpointing may compute it again."""
+
+    @functools.wraps(forward)
+    def call(self: Any, x: Tensor, state: State = None, *more: Any) -> tuple[Tensor, State]:
+        if state is None and self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(functools.partial(forward, self), x, None, *more)
+        return forward(self, x, state, *more)
+
+    return call
 
 
 class CausalConv3d(nn.Conv3d):
@@ -69,6 +86,8 @@ class ResBlock(nn.Module):
     With `guide_channels`, both normalisations are scaled and shifted by a guide of the same B T H W.
     """
 
+    gradient_checkpointing = False
+
     def __init__(self, channels: int, guide_channels: int = 0, zero: bool = True):
         super().__init__()
         self.norm1 = ChannelNorm(channels, affine=not guide_channels)
@@ -81,6 +100,7 @@ class ResBlock(nn.Module):
         if self.modulation is not None:
             zero_init(self.modulation)
 
+    @recomputed
     def forward(self, x: Tensor, state: State = None, guide: Tensor | None = None) -> tuple[Tensor, State]:
         """B C T H W -> the same."""
         s1, s2 = state or (state, state)
@@ -102,6 +122,8 @@ class Downsample(nn.Module):
     convolution alone.
     """
 
+    gradient_checkpointing = False
+
     def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True):
         super().__init__()
         if shortcut and channels_in * time * space**2 % channels_out:
@@ -114,6 +136,7 @@ class Downsample(nn.Module):
         if shortcut:
             zero_init(self.conv)
 
+    @recomputed
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+t*N H W -> B C' 1+N H/s W/s."""
         if not self.shortcut:
@@ -134,6 +157,8 @@ class Upsample(nn.Module):
     `shortcut` there is the convolution alone.
     """
 
+    gradient_checkpointing = False
+
     def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True):
         super().__init__()
         if shortcut and channels_out * time * space**2 % channels_in:
@@ -147,6 +172,7 @@ class Upsample(nn.Module):
         if shortcut:
             zero_init(self.conv)
 
+    @recomputed
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+N H W -> B C' 1+t*N H*s W*s."""
         first = is_first(state)
@@ -159,6 +185,8 @@ class Upsample(nn.Module):
 
 class Head(nn.Module):
     """norm - SiLU - conv, with a linear skip around it unless `shortcut` is False; all zero at first with `zero`."""
+
+    gradient_checkpointing = False
 
     def __init__(self, channels_in: int, channels_out: int, zero: bool = False, shortcut: bool = True):
         super().__init__()
@@ -177,6 +205,7 @@ class Head(nn.Module):
         spoken.weight[channels] = 0
         spoken.bias[channels] = value  # pyright: ignore[reportOptionalSubscript]
 
+    @recomputed
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C T H W -> B C' T H W."""
         h, state = self.conv(F.silu(self.norm(x)), state)

@@ -6,6 +6,7 @@ Shapes: B C T H W pixels in [-1, 1], b c t h w latents. L1 and a small KL as in 
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 
@@ -36,8 +37,8 @@ def latent_loss(estimate: Tensor, target: Tensor) -> Tensor:
     return ((estimate.float() - target).square() / variance).mean()
 
 
-def reparametrise(posterior: DiagonalGaussianDistribution, generator: torch.Generator) -> Tensor:
-    """Draw a latent from a posterior with noise from `generator`, on the posterior's device."""
+def reparametrise(posterior: DiagonalGaussianDistribution, generators: list[torch.Generator]) -> Tensor:
+    """Draw a latent from a posterior, each clip's noise from its own generator, on the posterior's device."""
     mean = posterior.mean
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=torch.float32)
+    noise = randn_tensor(mean.shape, generators, mean.device, torch.float32)
     return mean + posterior.std * noise.to(mean.dtype)

@@ -19,6 +19,7 @@ from ..training.datasets import TrainingStream, open_dataset
 from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run, write_atomically
+from ..training.trackers import Log
 from .autoencoder import AutoencoderKLProMAG, parameter_count
 from .discriminator import Adversarial, AdversarialLoss
 from .geometry import check_frames, check_size
@@ -99,6 +100,7 @@ class TokenizerConfig:
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
     init: str | None = setting("a trained tokenizer to grow, or to train its highest level further; null starts anew")
     only: int | None = setting("train this ratio's stage alone; null runs all")
     model: Model | None = setting("the base level; null where `init` has it")
@@ -122,7 +124,7 @@ class TokenizerConfig:
 
 
 # Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("output_dir", "only", "pace", "data.validation_clips")
+MAY_CHANGE = ("output_dir", "only", "pace", "gradient_checkpointing", "data.validation_clips")
 
 
 class StageObjective(Objective):
@@ -154,22 +156,24 @@ class StageObjective(Objective):
         """Return the kernels between hidden features: neither those at pixels and latents nor the discriminator's."""
         return self.model.hidden_kernels()
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """B C T H W in batch["video"] -> loss, its parts."""
         x, stage = batch["video"], self.stage
         if self.below is not None and step < stage.latent_steps:
             posterior, target = self.model.encode_levels(x, (stage.ratio, self.below))
-            z = reparametrise(posterior, generator)
+            z = reparametrise(posterior, generators)
             fit = latent_loss(self.model.lift(z, stage.ratio, self.below), target.mode())
             kl = kl_loss(posterior)
             return {"loss": fit + stage.kl_weight * kl, "latent": fit, "kl": kl}
         posterior = self.model.encode(x, stage.ratio).latent_dist  # pyright: ignore
-        output = self.model.decode(reparametrise(posterior, generator), stage.ratio).sample  # pyright: ignore
+        output = self.model.decode(reparametrise(posterior, generators), stage.ratio).sample  # pyright: ignore
         parts = {"l1": reconstruction_loss(output, x), "squared": squared_loss(output, x)}
         loss = parts["l1"] + stage.squared_weight * parts["squared"]
         if self.lpips and stage.perceptual:
-            picked = torch.randperm(x.shape[2], generator=generator, device=x.device)[: stage.perceptual.frames]
-            parts["lpips"] = self.lpips(output[:, :, picked], x[:, :, picked]).mean()
+            orders = (torch.randperm(x.shape[2], generator=g, device=x.device) for g in generators)
+            picked = torch.stack(list(orders))[:, : stage.perceptual.frames]
+            few = (video[torch.arange(len(x))[:, None], :, picked].transpose(1, 2) for video in (output, x))
+            parts["lpips"] = self.lpips(*few).mean()
             loss = loss + stage.perceptual.weight * parts["lpips"]
         if self.adversary and stage.adversarial and step >= stage.adversarial.start:
             judged = self.adversary(output, x, loss, step)
@@ -188,6 +192,7 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     accelerator = make_accelerator(
         Path(config.output_dir),
         config.precision,
+        config.pace.trackers,
         unused=any(_leaves_unused(stage) for stage in config.stages),
     )
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
@@ -241,15 +246,16 @@ def train_stage(
         f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
         f"{parameter_count([model]) / 1e6:.2f} M, {len(source)} clips of {stage.frames} frames at {data.size}x{data.size}"
     )
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def open_stream(first: int) -> TrainingStream:
         return TrainingStream(source, config.seed, stage.loop.batch_size, rank, world, first)
 
-    def validate(tracker: Any, step: int) -> Metrics:
-        if tracker is not None:
-            sheet = _sheet(model, clips[:4], stage.ratio)
-            tracker.log_images({f"{stage.ratio}x/reconstruction": sheet}, step, dataformats="NHWC")
+    def validate(log: Log, step: int) -> Metrics:
+        if log.trackers:
+            log.picture(f"{stage.ratio}x/reconstruction", _sheet(model, clips[:4], stage.ratio), step)
         return evaluate(model, clips, stage.ratio)
 
     objective = StageObjective(model, stage, model.inherited_modules(added))
@@ -328,10 +334,10 @@ def save_model(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def _sheet(model: AutoencoderKLProMAG, clips: list[Tensor], ratio: int) -> Any:
-    """Originals above reconstructions, 8 frames across: uint8 1 H W 3, for TensorBoard."""
+    """Originals above reconstructions, 8 frames across: uint8 H W 3."""
     rows = []
     for clip in clips:
         output = model(clip.to(model.device), ratio).sample.cpu()
         picked = torch.linspace(0, clip.shape[2] - 1, 8).round().long()
         rows += [torch.cat(list(to_uint8(v[:, :, picked])[0]), 1) for v in (clip, output)]
-    return torch.cat(rows, 0)[None].numpy()
+    return torch.cat(rows, 0).numpy()

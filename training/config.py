@@ -185,9 +185,9 @@ def _override(values: dict[str, Any], name: str, text: str) -> None:
             raise UserError(f"option --{name}: {'.'.join(parts[:depth])} holds a value, not keys")
         if depth == len(parts) - 1:
             place[key] = value
-        elif isinstance(place, dict) and not isinstance(place.get(key), dict | list):
-            place = place.setdefault(key, {}) if place.get(key) is None else place[key]
         else:
+            if isinstance(place, dict) and place.get(key) is None:
+                place[key] = {}  # what the preset left out, or null, is given key by key
             place = place[key]
 
 

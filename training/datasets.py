@@ -1,7 +1,7 @@
 """Datasets that sample clips without any state, and the stream of batches that a trainer reads.
 
-Sampling is addressed: whatever is drawn comes from a generator made of (seed, step, rank, element), so a run continues
-at any step, with any number of loader workers, on the same data.
+Sampling is addressed: whatever is drawn comes from a generator made of the seed and a sample's number in the whole
+training, so a run continues at any step, with any number of loader workers, on the same data.
 
 Shapes: T H W C uint8 pixels of files, C T H W float32 in [-1, 1] of items, B C T H W of batches.
 """
@@ -204,9 +204,10 @@ class Mixture:
 class TrainingStream(IterableDataset):
     """An endless stream of batches for one rank, from `first_step` on; the batch of a step depends on nothing else.
 
-    Element b of step s on rank r is drawn by `default_rng((seed, s, r, b))`. Read it through
+    Samples are numbered through the whole training, step by step and in a step rank by rank; sample n is drawn by
+    `default_rng((seed, n))`. So processes, batch sizes and accumulation may be traded against each other. Read it through
     `DataLoader(stream, batch_size=None, num_workers=any)`: batches come in the order of their steps. A batch holds the
-    keys of an item, collated (video B C T H W, caption a list, numbers as tensors), and step.
+    keys of an item, collated (video B C T H W, caption a list, numbers as tensors), step, and sample: the numbers.
     """
 
     def __init__(
@@ -224,7 +225,7 @@ class TrainingStream(IterableDataset):
                 "0 <= rank < world_size, batch_size >= 1, seed >= 0, first_step >= 0 are legal"
             )
         self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
-        self.rank, self.first_step = rank, first_step
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield this worker's share: worker w of W makes the whole batches of steps first_step + w, + W, ..."""
@@ -239,9 +240,11 @@ class TrainingStream(IterableDataset):
         dataset = self.dataset
         if isinstance(dataset, Mixture):
             dataset = dataset.choose(self.seed, step)
-        rngs = (np.random.default_rng((self.seed, step, self.rank, b)) for b in range(self.batch_size))
-        items = [dataset.item(rng) for rng in rngs]
-        return {"step": step, **{key: _collate([item[key] for item in items]) for key in items[0]}}
+        first = (step * self.world_size + self.rank) * self.batch_size
+        samples = list(range(first, first + self.batch_size))
+        items = [dataset.item(np.random.default_rng((self.seed, n))) for n in samples]
+        numbers = {"step": step, "sample": torch.tensor(samples)}
+        return {**numbers, **{key: _collate([item[key] for item in items]) for key in items[0]}}
 
 
 def _collate(values: list[Any]) -> Any:

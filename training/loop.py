@@ -1,7 +1,8 @@
 """The one training loop: any objective, any deterministic stream, resumable at every checkpoint.
 
-The data of step s depends on (seed, rank, s) alone and so does all noise, so a resumed run needs no sampler or RNG state
-and repeats an uninterrupted one bit for bit (on a CPU).
+A sample's data and noise depend on the seed and the sample's number in the whole training alone. So a resumed run needs no
+sampler or RNG state and repeats an uninterrupted one bit for bit (on a CPU), and several processes learn what one process
+learns from the same global batch, but for the order in which floats are summed.
 """
 
 import contextlib
@@ -9,14 +10,14 @@ import hashlib
 import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env, send_to_device
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -26,8 +27,10 @@ from .config import setting
 from .optimizers import LoopSettings, from_saved, held_by, make_optimizers, to_saved
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
 from .throughput import Meter, Work
+from .trackers import Log, Tracker, check_trackers
 
 Metrics = Mapping[str, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Pace:
     keep_every: int | None = setting("checkpoints at multiples of so many steps are kept for good; null keeps none of them")
     workers: int = setting("data loading processes; 0 loads in the training process")
     stop_after: int | None = setting("save and end this call after so many steps; null runs to the end")
+    trackers: tuple[Tracker, ...] = setting("where curves, pictures and videos are shown: tensorboard, wandb, both or none")
     peak_tflops: float | None = setting("what the device is said to do in TFLOP/s, for MFU; null measures a matrix product")
 
     def __post_init__(self) -> None:
@@ -65,7 +69,7 @@ class Outcome:
 
 
 class Objective(nn.Module):
-    """What is minimised: called with a batch and a generator, returns a dictionary of scalars, `loss` among them."""
+    """What is minimised: called with a batch and a generator for each of its samples; returns scalars, `loss` among them."""
 
     def clipped_apart(self) -> list[nn.Module]:
         """Return modules whose gradients are clipped by a norm of their own, each apart from all else."""
@@ -83,34 +87,63 @@ class Objective(nn.Module):
         """Return what a batch asks of the model, for the throughput in the log; None where it is not counted."""
         return None
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """Return the losses of one batch."""
         raise TypeError("an Objective defines forward")
 
 
-def make_accelerator(run: Path, precision: Literal["bf16", "no"], unused: bool = False) -> Accelerator:
-    """Return the process's Accelerator with TensorBoard below `run`; `unused` lets some weights have no gradient."""
+def make_accelerator(
+    run: Path,
+    precision: Literal["bf16", "no"],
+    trackers: Sequence[Tracker] = ("tensorboard",),
+    unused: bool = False,
+) -> Accelerator:
+    """Return the process's Accelerator, TensorBoard's files below `run`; `unused` lets some weights have no gradient.
+
+    Raises UserError for a tracker that is not installed.
+    """
+    check_trackers(trackers)
     return Accelerator(
         mixed_precision=precision,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run)),
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "tensorboard")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
 
 
 def close_trackers(accelerator: Accelerator) -> None:
-    """Finish what TensorBoard writes. The processes stay connected: what follows a training may still need them."""
+    """Finish what the trackers write. The processes stay connected: what follows a training may still need them."""
     for tracker in accelerator.trackers:
         tracker.finish()
+
+
+def processes() -> PartialState:
+    """Return this process's place among those started together: its index, their number, its device, waiting for all."""
+    # Before any Accelerator, this alone decides whether processes on CPUs find each other.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[bool]:
     """Let the main process do the block while the others wait, then let them do it; yields whether this is the main one."""
-    # Before any Accelerator, this alone decides whether processes on CPUs find each other.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = processes()
     with state.main_process_first():
         yield state.is_main_process
+
+
+def told_by_main(find: Callable[[], T]) -> T:
+    """Return, on every process, what `find` returns on the main one, or raise there and everywhere what it raises."""
+    state = processes()
+    found: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            found[0] = find()
+        except Exception as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -127,7 +160,7 @@ def train(
     settings: LoopSettings,
     pace: Pace,
     seed: int,
-    validate: Callable[[Any, int], Metrics] | None = None,
+    validate: Callable[[Log, int], Metrics] | None = None,
 ) -> Outcome:
     """Train what is trainable in `objective` and leave its averaged weights in place.
 
@@ -138,8 +171,8 @@ def train(
         open_stream: returns the stream of this rank's batches from a given step on.
         settings: how to optimise.
         pace: how often to log, validate and save.
-        seed: all noise of step s comes from (seed, rank, s).
-        validate: called with the TensorBoard tracker and the step, under the averaged weights; returns metrics.
+        seed: all noise of sample n comes from (seed, n).
+        validate: called with a Log for pictures and videos and the step, under the averaged weights; returns metrics.
 
     A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished. A step whose
     loss or gradients are not finite is named, counted and skipped. Raises FloatingPointError where `max_skipped` such steps
@@ -160,7 +193,7 @@ def train(
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
     prepared = [accelerator.prepare(optimizer) for optimizer in optimizers]
-    tracker = _open_tracker(accelerator, name)
+    log = _open_log(accelerator)
     metrics_file, metrics = folder / "metrics.jsonl", {}
     if accelerator.is_main_process:
         cut_metrics(metrics_file, first)
@@ -193,14 +226,13 @@ def train(
             losses: dict[str, Any] = {}
             untouched = state.copy_of_buffers()
             for part in range(settings.accumulate):
-                batch: Any = send_to_device(next(batches), accelerator.device)
-                generator = seeded(
-                    seed, accelerator.process_index, step * settings.accumulate + part, device=accelerator.device
-                )
+                batch: Any = next(batches)
+                generators = [seeded(seed, n, device=accelerator.device) for n in batch["sample"].tolist()]
+                batch = send_to_device(batch, accelerator.device)
                 summing = part < settings.accumulate - 1  # gradients cross processes once a step
                 with accelerator.no_sync(wrapped) if summing else contextlib.nullcontext():
                     with accelerator.autocast():
-                        found = wrapped(batch, generator, step)
+                        found = wrapped(batch, generators, step)
                     accelerator.backward(found["loss"] / settings.accumulate)
                 for key, value in found.items():
                     losses[key] = losses.get(key, 0) + value.detach().float() / settings.accumulate
@@ -229,6 +261,7 @@ def train(
             bar.update()
 
             if step % pace.log_every == 0 or step == last:
+                meter.sums = _mean_over_ranks(accelerator, meter.sums)
                 record = meter.read()
                 record |= {"learning_rate": settings.rate_at(step - 1), "skipped": state.skipped}
                 _write(accelerator, metrics_file, name, step, record)
@@ -236,7 +269,7 @@ def train(
             if validate and (step % pace.validate_every == 0 or step == settings.steps):
                 seconds = state.seconds + meter.seconds()
                 with meter.pause():
-                    metrics = _validate(validate, tracker, step, objective, ema, parameters)
+                    metrics = _validate(validate, log, step, objective, ema, parameters)
                     _write(accelerator, metrics_file, name, step, {**metrics, "train_seconds": seconds})
                     if accelerator.is_main_process:
                         said = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
@@ -340,12 +373,12 @@ def _save(accelerator: Accelerator, folder: Path, state: _State, seconds: float,
     accelerator.wait_for_everyone()
 
 
-def _validate(validate, tracker, step: int, objective: nn.Module, ema: EMAModel, parameters: list[nn.Parameter]) -> Metrics:
+def _validate(validate, log: Log, step: int, objective: nn.Module, ema: EMAModel, parameters: list[nn.Parameter]) -> Metrics:
     ema.store(parameters)
     ema.copy_to(parameters)
     objective.eval()
     with torch.no_grad():
-        metrics = validate(tracker, step)
+        metrics = validate(log, step)
     objective.train()
     ema.restore(parameters)
     return metrics
@@ -357,10 +390,10 @@ def _write(accelerator: Accelerator, file: Path, name: str, step: int, record: M
         accelerator.log({f"{name}/{k}": v for k, v in record.items()}, step=step)
 
 
-def _open_tracker(accelerator: Accelerator, name: str) -> Any:
-    if not accelerator.trackers:
-        accelerator.init_trackers("tensorboard")
-    return accelerator.get_tracker("tensorboard") if accelerator.is_main_process else None
+def _open_log(accelerator: Accelerator) -> Log:
+    if accelerator.log_with and not accelerator.trackers:
+        accelerator.init_trackers("promag")
+    return Log(accelerator.trackers if accelerator.is_main_process else ())
 
 
 def _any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
@@ -369,6 +402,14 @@ def _any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
         return list(flags)
     total: Any = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum")
     return (total > 0).tolist()
+
+
+def _mean_over_ranks(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return figures that every rank has as their means over the ranks."""
+    if accelerator.num_processes == 1 or not figures:
+        return figures
+    means: Any = accelerator.reduce(torch.stack([value.to(accelerator.device) for value in figures.values()]), "mean")
+    return dict(zip(figures, means, strict=True))
 
 
 def _not_finite(figures: Mapping[str, Tensor]) -> list[str]:

@@ -71,6 +71,25 @@ def test_pooled_text_matters(model):
     assert not torch.allclose(model(**changed).sample, model(**given).sample, atol=1e-3)
 
 
+@torch.no_grad()
+def test_text_of_several_encoders_is_projected_by_each_ones_own_layer_and_joined(model):
+    """A model of two encoders with the same weights twice sees what a model of one sees in a row of both."""
+    given = inputs()
+    two = ProMAGTransformer3DModel.from_config({**model.config, "text_dim": [8, 8]}).eval()
+    weights = model.state_dict()
+    weights |= {k.replace("embeds.0", "embeds.1"): v for k, v in weights.items() if k.startswith("text_embeds.0.")}
+    two.load_state_dict(weights)
+    parts, masks = (torch.tensor_split(given[k], [2], 1) for k in ("encoder_hidden_states", "encoder_attention_mask"))
+    apart = {**given, "encoder_hidden_states": parts, "encoder_attention_mask": masks}
+    assert torch.allclose(two(**apart).sample, model(**given).sample, atol=1e-5)
+    two.text_embeds[1].linear_1.weight.add_(1)
+    assert not torch.allclose(two(**apart).sample, model(**given).sample, atol=1e-3)
+    with pytest.raises(ValueError, match="text of 1 encoders, 1 masks: this model needs 2"):
+        two(**given)
+    with pytest.raises(ValueError, match="text of 2 encoders, 1 masks: this model needs 2"):
+        two(**{**apart, "encoder_attention_mask": masks[:1]})
+
+
 def test_an_untrained_model_predicts_zero_and_every_weight_gets_a_gradient():
     torch.manual_seed(0)
     model = ProMAGTransformer3DModel(**SMALL)
@@ -179,7 +198,7 @@ def test_a_local_convolution_is_a_part_of_each_block():
         block.local.weight[:, 0, 1, 1, 2] = 1  # look one token to the right
     x = torch.randn(1, 2 * 3 * 4, 24)
     rotary = rotary_positions(12, (2, 3, 4), 1.0, x.device)
-    y = block(x, torch.zeros(1, 2, 24), torch.zeros(1, 6, 24), rotary, None, (2, 3, 4))
+    y = block(x, torch.zeros(1, 2, 24), torch.zeros(1, 1, 6, 24), rotary, None, (2, 3, 4))
     seen = (y - x).view(1, 2, 3, 4, 24)
     assert torch.allclose(seen[:, :, :, :-1], x.view(1, 2, 3, 4, 24)[:, :, :, 1:], atol=1e-6)
     assert seen[:, :, :, -1].abs().max() == 0

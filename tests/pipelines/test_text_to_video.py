@@ -27,6 +27,7 @@ def pipe():
         attention_head_dim=8,
         text_dim=16,
         pooled_dim=16,
+        condition_frames=2,
         latents_mean=statistics,
         latents_std=statistics,
     )
@@ -114,6 +115,16 @@ def test_prompt_embeds_replace_the_prompt(pipe):
     assert np.array_equal(call(pipe, None, prompt_embeds=text, negative_prompt_embeds=null), call(pipe))
 
 
+def test_a_pipeline_without_text_encoders_takes_embeds(pipe):
+    text, null = pipe.encode_prompt([PROMPTS[0]]), pipe.encode_prompt([""])
+    parts = {**pipe.components, "text_encoder": None, "tokenizer": None}
+    bare = ProMAGPipeline(**parts, height=16, width=24, num_frames=17, fps=8.0, temporal_ratio=16)
+    bare.set_progress_bar_config(disable=True)
+    assert np.array_equal(call(bare, None, prompt_embeds=text, negative_prompt_embeds=null), call(pipe))
+    with pytest.raises(ValueError, match="no text encoder is loaded: give prompt_embeds"):
+        call(bare, None, prompt_embeds=text)
+
+
 def test_several_videos_for_a_prompt(pipe):
     frames = call(pipe, PROMPTS, num_videos_per_prompt=2, generator=[seed(n) for n in range(4)])
     assert np.allclose(frames[3], call(pipe, PROMPTS[1], generator=seed(3))[0], atol=1e-4)
@@ -144,6 +155,73 @@ def test_callbacks_see_every_step_may_change_latents_and_stop(pipe):
     seen.clear()
     call(pipe, callback_on_step_end=stop, num_inference_steps=5)
     assert seen == [0]
+
+
+@pytest.fixture(scope="module")
+def two_encoders(pipe):
+    """The same pipeline with a second text encoder, a T5 of another width."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(3)
+    vocabulary = learn_vocabulary(PROMPTS, 300, max_length=12)
+    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    t5 = T5EncoderModel(T5Config(vocab_size=len(vocabulary), **sizes)).eval()
+    transformer = ProMAGTransformer3DModel.from_config({**pipe.transformer.config, "text_dim": [16, 24]})
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    parts = {**pipe.components, "transformer": transformer, "tokenizer_2": vocabulary, "text_encoder_2": t5}
+    made = ProMAGPipeline(**parts, height=16, width=24, num_frames=17, fps=8.0, temporal_ratio=16)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_a_second_text_encoder_is_saved_loaded_and_heard(two_encoders, tmp_path):
+    two_encoders.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["text_encoder_2"] == ["transformers", "T5EncoderModel"]
+    assert index["text_encoder_3"] == [None, None]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    expected = call(two_encoders)
+    assert np.array_equal(call(loaded), expected)
+    with torch.no_grad():
+        for parameter in loaded.text_encoder_2.parameters():
+            parameter.zero_()
+    assert np.abs(call(loaded) - expected).max() > 1e-3
+
+
+def test_every_text_encoder_may_get_a_length_of_its_own(two_encoders):
+    short = call(two_encoders, max_sequence_length=[None, 8])
+    assert np.allclose(short, call(two_encoders), atol=1e-4)  # the prompt is shorter still
+    assert np.allclose(call(two_encoders, max_sequence_length=10), call(two_encoders), atol=1e-4)
+    with pytest.raises(ValueError, match=r"max_sequence_length \[8, 8, 8\]: give one number, or one for each of 2"):
+        call(two_encoders, max_sequence_length=[8, 8, 8])
+    with pytest.raises(ValueError, match="11 text tokens: this encoder takes 1 to 10"):
+        call(two_encoders, max_sequence_length=11)
+
+
+def test_guidance_moves_away_from_what_a_dropped_caption_was_in_training(two_encoders, tmp_path):
+    """The null embedding a training reads from the cache, and that of the encoder trained along, are the pipeline's default."""
+    from promag.diffusion.embeddings import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
+    from promag.diffusion.latents import LatentFingerprint, write_latents
+
+    class Clips:
+        def fixed(self, index):
+            return {"video": torch.full((3, 17, 8, 8), float(index)), "caption": PROMPTS[index], "fps": 8.0}
+
+    pair = two_encoders.tokenizer_2, two_encoders.text_encoder_2
+    latents = LatentFingerprint("tokenizer", "clips", 16, 17, 8, 8, "float32", 2)
+    write_latents({tmp_path / "z": latents}, 2, Clips(), lambda x, ratios: [x[:, :, :2, ::8, ::8]])
+    write_embeddings(tmp_path / "t", TextFingerprint("e", "clips", 12, "float32", 2), tmp_path / "z", lambda: pair)
+    cache = EmbeddingCache(tmp_path / "t", 2)
+    text = CaptionEncoder([None, cache], two_encoders.tokenizer, two_encoders.text_encoder)
+    batch = {"caption": PROMPTS[:1], **{key: value[None] for key, value in cache.row(0).items()}}
+    with torch.no_grad():
+        kept, dropped = text(batch), text(batch, [True])
+    from_training = call(two_encoders, None, prompt_embeds=kept, negative_prompt_embeds=dropped)
+    assert np.allclose(from_training, call(two_encoders), atol=1e-4)
+    assert not np.allclose(from_training, call(two_encoders, negative_prompt="a"), atol=1e-4)
 
 
 @pytest.mark.parametrize(

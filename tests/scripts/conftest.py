@@ -45,6 +45,7 @@ SMALLEST = overrides(
         "tokenizer": TINY_MODEL,
         "text": {"width": 16, "layers": 1, "heads": 2},
         "transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
+        "condition": {"probability": 0.5},
         "diffusion": LOOP,
         "stages": {
             "0": {"frames": 5, "loop": LOOP},

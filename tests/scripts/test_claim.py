@@ -51,13 +51,14 @@ def config(tmp_path_factory):
         "record": str(folder / "claim.jsonl"),
         "only": None,
         "precision": "no",
+        "gradient_checkpointing": False,
         "frames": 17,
         "data": {
             "train": "shapes", "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], "validation_clips": 3,
         },
         "pace": {
             "log_every": 1, "validate_every": 2, "save_every": 50, "keep_last": 1, "keep_every": None, "workers": 0,
-            "stop_after": None, "peak_tflops": None,
+            "stop_after": None, "trackers": ["tensorboard"], "peak_tflops": None,
         },
         "arms": ARMS,
     }  # fmt: skip

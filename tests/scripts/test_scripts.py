@@ -13,6 +13,7 @@ from promag.training.config import UserError
 from promag.training.video import decode_strictly, read_frames
 from scripts import (
     benchmark,
+    benchmark_cache,
     cache_latents,
     compare_tokenizers,
     evaluate_tokenizer,
@@ -43,12 +44,29 @@ def diffusion_arguments(run, tokenizer, **change):
         "precision": "no",
         "text": {"width": 16, "layers": 1, "heads": 2},
         "model": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
-        "data": {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "cache": str(run / "latents")},
+        "data": {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "cache": str(run / "latents"), "shard_size": 1},
         "loop": LOOP,
+        "samples": None,
         "pace": PACE,
         **change,
     }
     return ["--config", "configs/diffusion/tiny.yaml", *overrides(values)]
+
+
+def encoder(model, max_length=8, weights=None):
+    return {"model": str(model), "weights": weights, "max_length": max_length}
+
+
+def write_t5(folder):
+    from transformers import T5Config, T5EncoderModel
+
+    from promag.diffusion.text import learn_vocabulary
+
+    vocabulary = learn_vocabulary(["a red disc"], 300)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=12, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    for part in (t5, vocabulary):
+        part.save_pretrained(folder)
+    return t5
 
 
 def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
@@ -158,9 +176,10 @@ def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder
         reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--chunk", chunk])
         facts = decode_strictly(out)
         assert (facts.frames, facts.height, facts.width, facts.fps) == (20, 64, 4 * 64 + 3 * 4, 10)
-        found.append([line.split("dB")[0] for line in capsys.readouterr().out.splitlines() if "psnr" in line])
-    assert found[0] == found[1]
-    assert [line.split()[0] for line in found[0]] == ["4x", "8x", "16x"]
+        said = [line.split("dB")[0].split() for line in capsys.readouterr().out.splitlines() if "psnr" in line]
+        found.append({line[0]: float(line[2]) for line in said})
+    assert found[0] == pytest.approx(found[1], abs=0.011)  # printed with two digits
+    assert list(found[0]) == ["4x", "8x", "16x"]
     original = read_frames(video_folder / "v0.mp4", range(20)).astype(int)
     shown = read_frames(tmp_path / "16.mp4", range(20))[:, :, :64].astype(int)
     assert np.abs(shown - original).mean() < 6  # H.264 twice
@@ -204,6 +223,29 @@ def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
     assert [r["step"] for r in lines if "held_out_loss" in r] == [2]
 
 
+def test_samples_while_training_are_videos_in_tensorboard(demo_run, tmp_path):
+    """Both times the noise is the same; the last ones are what the finished pipeline makes, as it has the same weights."""
+    from promag import ProMAGPipeline
+    from promag.pipelines.prompt_accuracy import sample_videos
+    from tests.training.test_trackers import shown_videos
+
+    prompts = ["a red disc", "a blue plus moves up"]
+    samples = {"prompts": prompts, "every": 2, "steps": 2, "guidance": 2.0}
+    loop = {**LOOP, "steps": 4, "learning_rate": 0.01}
+    train_diffusion.main(diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", samples=samples, loop=loop))
+    found = shown_videos(tmp_path)
+    assert sorted(found) == [f"16x/{i} {prompt}" for i, prompt in enumerate(prompts)]
+    pipe = ProMAGPipeline.from_pretrained(tmp_path / "pipeline")
+    for name, expected in zip(sorted(found), sample_videos(pipe, prompts, 2, 2.0, name=None), strict=True):
+        assert [step for step, _, _ in found[name]] == [2, 4]
+        first, last = (video.astype(int) for _, video, _ in found[name])
+        assert last.shape == (17, 32, 32, 3)
+        assert np.abs(last - expected).mean() < 3  # 256 colours a frame
+        assert np.abs(last - expected).mean() < np.abs(first - expected).mean()
+    with pytest.raises(UserError, match="samples every 3: a multiple of validate_every, 2, is needed"):
+        train_diffusion.main([*diffusion_arguments(tmp_path, "none"), *overrides({"samples": {**samples, "every": 3}})])
+
+
 def test_one_model_is_trained_at_several_budgets_and_samples_at_each(demo_run, tmp_path):
     from promag import ProMAGPipeline
 
@@ -227,22 +269,50 @@ def test_one_model_is_trained_at_several_budgets_and_samples_at_each(demo_run, t
 
 def test_a_frozen_text_encoder_by_path(demo_run, tmp_path):
     from safetensors.torch import load_file
-    from transformers import T5Config, T5EncoderModel
+    from transformers import T5EncoderModel
 
     from promag import ProMAGPipeline
-    from promag.diffusion.text import learn_vocabulary
 
-    vocabulary = learn_vocabulary(["a red disc"], 300)
-    t5 = T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
-    for part in (t5, vocabulary):
-        part.save_pretrained(tmp_path / "t5")
-    text = {"encoder": str(tmp_path / "t5"), "max_length": 8, "width": 16, "layers": 1, "heads": 2}
+    t5 = write_t5(tmp_path / "t5")
+    text = {"encoders": [encoder(tmp_path / "t5")]}
     train_diffusion.main(diffusion_arguments(tmp_path / "run", demo_run / "tokenizer-run" / "tokenizer", text=text))
     kept = load_file(tmp_path / "run" / "pipeline" / "text_encoder" / "model.safetensors")
     assert all((kept[k] == v).all() for k, v in t5.state_dict().items() if k in kept)
     pipe = ProMAGPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert type(pipe.text_encoder) is T5EncoderModel
+    assert pipe.text_encoder_2 is None
     assert pipe("a red disc", num_inference_steps=1).frames.shape == (1, 17, 32, 32, 3)
+
+
+def test_three_text_encoders_at_once(demo_run, tmp_path):
+    """A frozen T5 from its cache, the small CLIP trained along, and a frozen OpenCLIP tower, into one pipeline."""
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    from promag import OpenCLIPTextModel, ProMAGPipeline
+    from tests.diffusion.test_text import OPEN_CLIP, write_openclip
+
+    write_t5(tmp_path / "t5")
+    tower = write_openclip(tmp_path / "open", OPEN_CLIP)
+    encoders = [encoder(tmp_path / "t5"), encoder("small", 12), encoder(f"open_clip:local-dir:{tower}", 14)]
+    arguments = diffusion_arguments(
+        tmp_path / "run",
+        demo_run / "tokenizer-run" / "tokenizer",
+        text={"encoders": encoders, "width": 16, "layers": 1, "heads": 2},
+    )
+    cache_latents.main(arguments)
+    train_diffusion.main(arguments)
+    pipe = ProMAGPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    kinds = [type(part) for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)]
+    assert kinds == [T5EncoderModel, CLIPTextModel, OpenCLIPTextModel]
+    assert pipe.transformer.config["text_dim"] == [12, 16, 16]
+    assert pipe.transformer.config["pooled_dim"] == 16 + 24
+    assert [part.shape for part in pipe.encode_prompt(["a red disc"]).tokens] == [(1, 8, 12), (1, 12, 16), (1, 14, 16)]
+    assert pipe("a red disc", num_inference_steps=1).frames.shape == (1, 17, 32, 32, 3)
+    cached = {path.name for path in (tmp_path / "run" / "latents").iterdir()}
+    assert cached == {f"{split}-{what}" for split in ("train", "eval") for what in ("16x", "text-1", "text-3")}
+    changed = overrides({"text": {"encoders": [encoders[2], *encoders[1:]]}})
+    with pytest.raises(UserError, match="train-text-1: was made from another text encoder"):
+        cache_latents.main([*arguments, *changed])
 
 
 def test_interrupted_diffusion_is_bit_for_bit_the_same(demo_run, tmp_path):
@@ -269,6 +339,25 @@ def test_sample_writes_what_the_pipeline_gives(demo_run, tmp_path, capsys):
     assert np.array_equal(first, read_frames(tmp_path / "again.mp4", range(33)))
 
 
+def test_sample_starts_from_an_image_or_a_clip(demo_run, video_folder, tmp_path):
+    from PIL import Image
+
+    pipeline, clip = str(demo_run / "video-16x" / "pipeline"), video_folder / "v0.mp4"
+    frames = read_frames(clip, [0, 19])
+    Image.fromarray(frames[1]).save(tmp_path / "last.png")
+    made = []
+    for name, opening in (("image", tmp_path / "last.png"), ("video", clip)):
+        out = tmp_path / f"{name}.mp4"
+        sample.main([pipeline, "--prompt", "a", "--steps", "1", "--out", str(out), f"--{name}", str(opening)])
+        made.append(read_frames(out, range(17)).astype(int))
+    # Two latent frames, of which one must be left to make: the clip's last frame is given, that of the image.
+    assert np.abs(made[0] - made[1]).mean() < 3
+    sample.main([pipeline, "--prompt", "a", "--steps", "1", "--out", str(tmp_path / "free.mp4")])
+    assert np.abs(made[0] - read_frames(tmp_path / "free.mp4", range(17))).mean() > 3
+    with pytest.raises(UserError, match=r"--image nowhere\.png: cannot be read"):
+        sample.main([pipeline, "--prompt", "a", "--out", str(tmp_path / "v.mp4"), "--image", "nowhere.png"])
+
+
 def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
     out = tmp_path / "cost.jsonl"
     values = overrides({"transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}})
@@ -282,6 +371,18 @@ def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
     assert all(row["train_step_seconds"] > 0 and row["denoise_seconds"] > 0 for row in line["rows"])
 
 
+def test_benchmark_cache_records_its_parts(demo_run, tmp_path, capsys):
+    out, budgets = tmp_path / "training.jsonl", [{"ratio": 16, "share": 1}, {"ratio": 4, "share": 1}]
+    arguments = diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", budgets=budgets)
+    benchmark_cache.main([*arguments, "--clips", "8", "--rounds", "1", "--record", str(out)])
+    line = json.loads(out.read_text())
+    for clock in ("second", "cpu_second"):
+        decode, encode, cache = (line[f"{part}_frames_per_{clock}"] for part in ("decode", "encode", "cache"))
+        assert min(decode, encode, cache) > 10
+        assert line[f"cache_against_both_in_turn_{clock}"] == pytest.approx(cache * (1 / decode + 1 / encode))
+    assert str(tmp_path) not in out.read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -292,7 +393,10 @@ def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
         ({"data": {"size": 40, "frames": 17}}, "not divisible by patch"),
         ({"tokenizer": "nowhere"}, "tokenizer nowhere: no config.json"),
         ({"modle": 1}, "unknown key modle"),
-        ({"text": {"encoder": "nowhere"}}, "text encoder nowhere: cannot be loaded"),
+        ({"attention": "flash"}, "flash does not work on cpu"),
+        ({"text": {"encoders": [encoder("nowhere")]}}, "text encoder nowhere: cannot be loaded"),
+        ({"text": {"encoders": [encoder("small"), encoder("small")]}}, "the small one at most once"),
+        ({"text": {"encoders": []}}, r"text encoders \[\]: one to three are needed"),
         ({"data": {"train": "nowhere.jsonl", "frames": 17}}, "nowhere.jsonl"),
     ],
 )

@@ -1,33 +1,160 @@
-"""Both trainers started by torchrun on two CPU processes."""
+"""Both trainers started by torchrun on two CPU processes: what they learn, how they go on, and how they end."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from tests.scripts.test_scripts import diffusion_arguments, tokenizer_arguments
+import pytest
+import torch
+
+from promag.training.run import checkpoints, load_checkpoint
+from scripts import cache_latents, train_diffusion
+from tests.scripts.conftest import LOOP
+from tests.scripts.test_scripts import PACE, diffusion_arguments, encoder, tokenizer_arguments, write_t5
+
+# Several trainings after each other in one start, which takes much longer than they do.
+DRIVER = """
+import importlib, json, sys
+for script, arguments in json.load(open(sys.argv[1])):
+    importlib.import_module(f"scripts.{script}").main(arguments)
+"""
+# Rank 1 is killed, as by a machine that is out of memory, once a few steps have been logged.
+KILLED = """
+import os, signal, sys, threading, time
+def kill():
+    while not os.path.exists(sys.argv[2]) or open(sys.argv[2]).read().count("\\n") < 6:
+        time.sleep(0.02)
+    open(sys.argv[3], "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1":
+    threading.Thread(target=kill, daemon=True).start()
+"""
+FOUR = {**LOOP, "steps": 4, "batch_size": 2, "learning_rate": 0.01}
 
 
-def torchrun(script: str, arguments: list[str]) -> None:
+def torchrun(folder: Path, driver: str, trainings: list, *more: Path, check: bool = True, timeout: float = 600) -> int:
+    script, given = folder / "driver.py", folder / "trainings.json"
+    script.write_text(driver)
+    given.write_text(json.dumps(trainings))
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        f"scripts/{script}.py",
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), environment.get("PYTHONPATH", "")])
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2", str(script)]
+    command += [str(path) for path in (given, *more)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        _, said = run.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        run.terminate()  # it ends its workers
+        run.wait()
+        raise
+    assert run.returncode == 0 or not check, said[-3000:]
+    return run.returncode
+
+
+def cache_settings(folder: Path) -> dict:
+    sizes = {"shapes": 6, "validation_clips": 2, "frames": 17, "size": 32}
+    return {**sizes, "cache": str(folder / "latents"), "shard_size": 1}
+
+
+def two_texts(folder: Path) -> dict:
+    """A frozen T5, read from its cache, and the small CLIP that is trained along."""
+    return {"encoders": [encoder(folder / "t5"), encoder("small")], "width": 16, "layers": 1, "heads": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A tokenizer, and text-to-video trained in one go and in two parts; one's own latents, so that all have the same."""
+    folder = tmp_path_factory.mktemp("two")
+    write_t5(folder / "t5")
+
+    def diffusion(name, **change):
+        fixed = {"loop": FOUR, "data": cache_settings(folder), "text": two_texts(folder)}
+        change = {**fixed, "condition": {"probability": 0.5}, **change}
+        return diffusion_arguments(folder / name, folder / "t" / "tokenizer", **change)
+
+    half = {**PACE, "stop_after": 2}
+    samples = {"prompts": ["a red disc"], "every": 2, "steps": 1, "guidance": 2.0}
+    trainings = [
+        ("train_tokenizer", tokenizer_arguments(folder / "t")),
+        ("train_diffusion", diffusion("whole", samples=samples)),
+        ("train_diffusion", diffusion("parts", pace=half)),
+        ("train_diffusion", diffusion("parts", pace=half)),
     ]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(folder, DRIVER, trainings)
+    train_diffusion.main(diffusion("one", loop={**FOUR, "batch_size": 4}))
+    accumulated = {**FOUR, "batch_size": 2, "accumulate": 2}
+    train_diffusion.main(diffusion("accumulated", loop=accumulated))
+    return folder
 
 
-def test_two_processes_train_one_tokenizer_and_one_pipeline(tmp_path):
-    torchrun("train_tokenizer", tokenizer_arguments(tmp_path / "t"))
-    torchrun("train_diffusion", diffusion_arguments(tmp_path / "d", tmp_path / "t" / "tokenizer"))
-    for folder in (tmp_path / "t" / "4x", tmp_path / "t" / "16x", tmp_path / "d" / "16x"):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [r["step"] for r in lines if "loss" in r] == [1, 2]  # written once, not by each process
-    assert (tmp_path / "d" / "pipeline" / "model_index.json").exists()
-    index = json.loads((tmp_path / "d" / "latents" / "train-16x" / "index.json").read_text())
-    assert index["clips"] == 3
+def test_they_cache_what_one_process_caches_bit_for_bit(runs, tmp_path):
+    """One clip a shard, so that both had work."""
+    alone = {**cache_settings(runs), "cache": str(tmp_path)}
+    cache_latents.main(diffusion_arguments(runs / "whole", runs / "t" / "tokenizer", data=alone, text=two_texts(runs)))
+    for folder in ("train-16x", "eval-16x", "train-text-1", "eval-text-1"):
+        together, again = ({p.name: p.read_bytes() for p in (f / folder).iterdir()} for f in (runs / "latents", tmp_path))
+        assert together == again
+    assert len(list((tmp_path / "train-text-1").glob("shard*"))) == 6
+
+
+def logged(stage: Path, key: str = "loss") -> dict[int, float]:
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def test_both_trainers_write_once_and_leave_a_pipeline(runs):
+    for stage in ("4x", "16x"):
+        assert list(logged(runs / "t" / stage)) == [1, 2]
+    lines = (runs / "whole" / "16x" / "metrics.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["step"] for line in lines if "gradient_norm" in line) == [1, 2, 3, 4]
+    assert (runs / "whole" / "pipeline" / "model_index.json").exists()
+    assert json.loads((runs / "latents" / "train-16x" / "index.json").read_text())["clips"] == 6
+
+
+def test_two_steps_resume_two_steps_equal_four_bit_for_bit(runs):
+    left, right = (load_checkpoint(checkpoints(runs / name / "16x")[-1]) for name in ("whole", "parts"))
+    assert left[1]["step"] == right[1]["step"] == 4
+    assert left[0].keys() == {"weights", "ema", "optimizer"} | ({"buffers"} & left[0].keys())
+    for group, tensors in left[0].items():
+        assert tensors.keys() == right[0][group].keys()
+        assert all(torch.equal(value, right[0][group][name]) for name, value in tensors.items()), group
+    assert logged(runs / "whole" / "16x") == logged(runs / "parts" / "16x")
+
+
+@pytest.mark.parametrize("other", ["one", "accumulated"])
+def test_they_learn_what_one_process_learns_from_the_same_global_batch(runs, other):
+    for key in ("loss", "gradient_norm", "held_out_loss"):
+        two, one = (logged(runs / name / "16x", key) for name in ("whole", other))
+        assert two == pytest.approx(one, rel=1e-5)
+    two, one = (load_checkpoint(checkpoints(runs / name / "16x")[-1])[0]["ema"] for name in ("whole", other))
+    # Where a gradient is nearly nothing, AdamW still makes steps of the learning rate, 0.01, in either direction.
+    assert max(float((two[name] - one[name]).abs().max()) for name in two) < 1e-3
+
+
+def test_samples_are_shown_once(runs):
+    from tests.training.test_trackers import shown_videos
+
+    assert [step for step, _, _ in shown_videos(runs / "whole")["16x/0 a red disc"]] == [2, 4]
+
+
+def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_path):
+    endless = {**FOUR, "steps": 100000}
+    change = {
+        "data": cache_settings(runs),
+        "loop": endless,
+        "text": two_texts(runs),
+        "pace": {**PACE, "keep_every": 2, "keep_last": 1},
+    }
+    arguments = diffusion_arguments(tmp_path / "run", runs / "t" / "tokenizer", **change)
+    metrics = tmp_path / "run" / "16x" / "metrics.jsonl"
+    killed = tmp_path / "killed"
+    assert torchrun(tmp_path, KILLED + DRIVER, [("train_diffusion", arguments)], metrics, killed, check=False) != 0
+    assert time.time() - killed.stat().st_mtime < 60
+    kept = checkpoints(tmp_path / "run" / "16x")
+    steps = [int(path.name.removeprefix("step-")) for path in kept]
+    assert steps[:2] == [2, 4]  # multiples of keep_every stay
+    train_diffusion.main([*arguments, "--pace.stop_after", "1"])
+    assert max(logged(tmp_path / "run" / "16x")) == steps[-1] + 1

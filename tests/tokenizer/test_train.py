@@ -27,6 +27,7 @@ def make_config(run, **change):
         output_dir=str(run),
         seed=0,
         precision="no",
+        gradient_checkpointing=False,
         init=None,
         only=None,
         model=Model(**TINY),
@@ -99,7 +100,7 @@ def test_a_finished_run_is_not_trained_again(trained, capsys):
 def test_tensorboard_holds_curves_and_pictures(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tags = EventAccumulator(str(next((trained / "tensorboard").glob("events*")).parent)).Reload().Tags()
+    tags = EventAccumulator(str(next((trained / "tensorboard").rglob("events*")).parent)).Reload().Tags()
     assert {"4x/loss", "8x/latent", "16x/psnr"} <= set(tags["scalars"])
     assert "16x/reconstruction" in tags["images"]
 

@@ -24,6 +24,7 @@ class Outer:
     inner: Inner = setting("the rest")
     stages: tuple[Inner, ...] = setting("several")
     only: int | None = setting("or none")
+    more: Inner | None = setting("or none", default=None)
 
 
 VALUES = {"name": "a", "sizes": [1, 2], "inner": {"rate": 0.5, "kind": "x"}, "stages": [{"rate": 1.0}], "only": None}
@@ -47,6 +48,13 @@ def test_dotted_overrides_reach_every_place(preset):
     assert config == Outer("a", (3,), Inner(0.25, "x"), (Inner(1.0, "y"),), 7)
 
 
+def test_what_is_null_can_be_given_key_by_key(preset):
+    config = parse_config(Outer, ["--config", str(preset), "--more.rate", "2", "--more.kind", "z"], "")
+    assert config.more == Inner(2.0, "z")
+    with pytest.raises(UserError, match=r"key more\.rate is missing"):
+        parse_config(Outer, ["--config", str(preset), "--more.kind", "z"], "")
+
+
 @given(st.floats(-1e6, 1e6), st.integers(-(10**6), 10**6))
 def test_any_number_survives_the_command_line(rate, only):
     import tempfile
@@ -62,7 +70,7 @@ def test_any_number_survives_the_command_line(rate, only):
     ("argv", "message"),
     [
         (["--inner.rat", "1"], r"unknown key inner.rat; legal: kind, rate; did you mean rate\?"),
-        (["--colour", "red"], "unknown key colour; legal: inner, name, only, sizes, stages"),
+        (["--colour", "red"], "unknown key colour; legal: inner, more, name, only, sizes, stages"),
         (["--stages.0.rat", "1"], "unknown key stages.0.rat; legal: kind, rate"),
         (["--stages.3.rate", "1"], "'3' is not an index of a list of 1"),
         (["--inner.rate", "fast"], r"inner.rate: .* \(got 'fast'\)"),

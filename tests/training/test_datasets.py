@@ -143,12 +143,22 @@ def test_a_stream_continues_at_any_step(dataset, workers):
 
 def test_a_batch_is_its_addressed_items(dataset):
     batch = TrainingStream(dataset, 3, 4, rank=1, world_size=2).batch(9)
-    items = [dataset.item(np.random.default_rng((3, 9, 1, element))) for element in range(4)]
+    items = [dataset.item(np.random.default_rng((3, (9 * 2 + 1) * 4 + b))) for b in range(4)]
     assert batch["video"].shape == (4, 3, 3, 16, 16)
     assert torch.equal(batch["video"], torch.stack([item["video"] for item in items]))
     assert batch["caption"] == [item["caption"] for item in items]
     for key in ("clip", "start", "stride", "fps"):
         assert batch[key].tolist() == [item[key] for item in items]
+
+
+def test_processes_batch_size_and_accumulation_may_be_traded(dataset):
+    whole = TrainingStream(dataset, 3, 8, 0, 1).batch(1)
+    ranks = [TrainingStream(dataset, 3, 4, rank, 2).batch(1) for rank in (0, 1)]
+    parts = [TrainingStream(dataset, 3, 2, 0, 1).batch(step) for step in range(4, 8)]
+    assert whole["sample"].tolist() == list(range(8, 16))
+    for split in (ranks, parts):
+        for key in ("video", "sample", "start"):
+            assert torch.equal(torch.cat([batch[key] for batch in split]), whole[key])
 
 
 def test_ranks_steps_and_seeds_differ(dataset):

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from promag.training.config import UserError
@@ -48,8 +49,8 @@ class Noisy(Objective):
         # A layout that files do not keep: moments read back must follow it.
         self.conv = nn.Conv3d(3, 3, 3, padding=1).to(memory_format=torch.channels_last_3d)
 
-    def forward(self, batch, generator, step):
-        noise = torch.randn(batch["x"].shape, generator=generator)
+    def forward(self, batch, generators, step):
+        noise = randn_tensor(batch["x"].shape, generators)
         given = self.conv((batch["x"] + noise)[..., None, None, None].expand(-1, -1, 3, 3, 3))[..., 1, 1, 1]
         loss = (self.layer(given) - self.frozen(batch["x"])).square().mean()
         return {"loss": loss, "at": torch.tensor(float(step))}
@@ -165,10 +166,10 @@ def test_muon_without_matrices_is_refused(tmp_path):
 
 def test_sigterm_saves_and_ends_in_order(tmp_path):
     class Terminated(Noisy):
-        def forward(self, batch, generator, step):
+        def forward(self, batch, generators, step):
             if step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().forward(batch, generator, step)
+            return super().forward(batch, generators, step)
 
     before = signal.getsignal(signal.SIGTERM)
     outcome, _ = run(tmp_path, objective=Terminated())
@@ -187,8 +188,8 @@ class Sick(Noisy):
         self.steps = steps
         self.register_buffer("average", torch.zeros(1))
 
-    def forward(self, batch, generator, step):
-        losses = super().forward(batch, generator, step)
+    def forward(self, batch, generators, step):
+        losses = super().forward(batch, generators, step)
         sick = float("nan") if step in self.steps else 1.0
         self.average.lerp_(losses["loss"].detach() * sick, 0.5)
         return {**losses, "loss": losses["loss"] * sick}
@@ -236,7 +237,7 @@ def test_accumulated_gradients_are_the_mean_of_those_of_the_batches(tmp_path):
     run(tmp_path, settings=settings)
     objective = Noisy()
     stream = TrainingStream(Numbers(), 3, settings.batch_size, 0, 1)
-    losses = [objective(stream.batch(part), seeded(3, 0, part), 0)["loss"] for part in range(3)]
+    losses = [objective(b, [seeded(3, int(n)) for n in b["sample"]], 0)["loss"] for b in map(stream.batch, range(3))]
     (sum(losses) / 3).backward()
     norm = torch.stack([p.grad.norm() for p in objective.parameters() if p.grad is not None]).norm()
     (line,) = (json.loads(line) for line in (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines())

@@ -1,0 +1,96 @@
+"""Which attention kernel a transformer runs: asked for by name, or the best that works; tried once before it is used.
+
+Names are those of diffusers' dispatch (native is PyTorch's scaled_dot_product_attention). A kernel that is installed may
+still fail on a device, and one may drop a mask it does not know: each is compared with attention written out.
+"""
+
+import logging
+import textwrap
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    _maybe_download_kernel_for_backend,
+    dispatch_attention_fn,
+)
+from torch import Tensor
+
+from ..training.config import UserError
+from .transformer import ProMAGTransformer3DModel, plain_attention
+
+logger = logging.getLogger(__name__)
+
+# FlashAttention 2 is there only where somebody installed it; PyTorch's own dispatch holds an older version of it.
+BEST_FIRST = ("flash", "native")
+TOLERANCE = 0.02  # of values of about one, in bf16
+
+
+def choose_attention(
+    transformer: ProMAGTransformer3DModel,
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    gradients: bool = True,
+) -> str:
+    """Give a transformer the wanted attention backend and return what was chosen, in words; it is logged too.
+
+    Args:
+        transformer: its attention modules get the backend; cross-attention keeps native where the backend takes no mask.
+        wanted: a name of diffusers' dispatch, or auto: the first of BEST_FIRST that works, and on a CPU none, which means
+            attention written out for short sequences.
+        device: where the transformer will run.
+        dtype: in which it will run.
+        gradients: whether it will be trained.
+
+    Raises UserError for an unknown name and, unless `wanted` is auto, for a backend that does not work here.
+    """
+    legal = ["auto", *(name.value for name in AttentionBackendName)]
+    if wanted not in legal:
+        raise UserError(f"attention {wanted!r}: use one of {', '.join(legal)}")
+    if wanted == "auto" and device.type == "cpu":
+        chosen = "written out up to 1,024 x 1,024 tokens, above native"
+    else:
+        chosen = _first_working(transformer, BEST_FIRST if wanted == "auto" else (wanted,), device, dtype, gradients)
+    logger.info("attention on %s: %s", device, chosen)
+    return chosen
+
+
+def _first_working(transformer: Any, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, gradients: bool) -> str:
+    head = transformer.config["attention_head_dim"]
+    failures = []
+    for name in names:
+        problem = probe(name, device, dtype, head, gradients)
+        if problem is None:
+            masked = probe(name, device, dtype, head, gradients, masked=True)
+            for block in transformer.transformer_blocks:
+                block.attn1.set_attention_backend(name)
+                block.attn2.set_attention_backend("native" if masked else name)
+            return f"{name}, native for text ({masked})" if masked else name
+        failures.append(f"{name} does not work on {device}: {problem}")
+    raise UserError(f"attention: {'; '.join(failures)}; use auto, or native")
+
+
+def probe(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool = True, masked: bool = False
+) -> str | None:
+    """Call a backend once on a few tokens; return None if its result is right, else in one line what is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 8, 2, head_dim, generator=generator).to(device, dtype) for _ in range(3))
+    mask = (torch.arange(8, device=device) < 5).expand(2, 1, 1, 8) if masked else None
+    q.requires_grad_(gradients)
+    backend = AttentionBackendName(name)
+    try:
+        _check_attention_backend_requirements(backend)
+        _maybe_download_kernel_for_backend(backend)
+        found: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
+        if gradients:
+            found.sum().backward()
+    except Exception as error:  # what a missing or unfit kernel raises is anything
+        return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+    with torch.no_grad():
+        difference = (found - plain_attention(q, k, v, mask)).abs().max().item()
+    if not difference < TOLERANCE:
+        return f"its result is off by {difference:.2g}" + (", a mask is not obeyed" if masked else "")
+    return None

@@ -1,0 +1,129 @@
+"""Text towers of OpenCLIP models, as a text encoder and a text tokenizer that save and load like those of transformers.
+
+Shapes: B prompts, L text tokens, D width. Needs the extra `promag[open-clip]`; open_clip is imported where it is used.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+from transformers import CLIPTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..training.config import UserError
+
+PROBES = ("", "a red disc moves left", "Two dogs, 3 cats: it's late!", "wordsthatnobodyknows " * 30)
+
+
+class OpenCLIPTextModel(ModelMixin, ConfigMixin):
+    """The text tower of an OpenCLIP model.
+
+    Args:
+        embed_dim: width of the pooled vector.
+        text_cfg: the text part of the OpenCLIP model's configuration.
+        quick_gelu: whether the model was trained with the quick approximation of GELU.
+        pad_token_id: what the tower was trained to see after a text's end.
+    """
+
+    __module__ = "promag"
+
+    @register_to_config
+    def __init__(self, embed_dim: int, text_cfg: Mapping[str, Any], quick_gelu: bool = False, pad_token_id: int = 0):
+        super().__init__()
+        from open_clip.model import CLIPTextCfg, _build_text_tower
+
+        self.text: Any = _build_text_tower(embed_dim, CLIPTextCfg(**{**text_cfg, "output_tokens": True}), quick_gelu)
+
+    @property
+    def width(self) -> int:
+        """Width of the tokens."""
+        return self.text.width
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the tower takes at most."""
+        return self.text.context_length
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutputWithPooling:
+        """Encode ids and mask, B L -> tokens after the last norm, B L D, and projected pooled vectors, B embed_dim.
+
+        The tower always sees its whole context, filled up as in its own training: so neither L nor what a tokenizer pads with
+        makes a difference, not even where attention is not causal.
+        """
+        filled = input_ids.new_full((len(input_ids), self.positions), self.config["pad_token_id"])
+        length = input_ids.shape[1]
+        filled[:, :length] = torch.where(attention_mask.bool(), input_ids, filled[:, :length])
+        pooled, tokens = self.text(filled)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens[:, :length], pooler_output=pooled)
+
+
+def load_openclip(name: str, weights: str | None) -> tuple[Any, OpenCLIPTextModel]:
+    """Return tokenizer and text tower of an OpenCLIP model.
+
+    Args:
+        name: a model's name (ViT-H-14), or local-dir:FOLDER or hf-hub:OWNER/NAME, which bring their own weights.
+        weights: a tag of the named model (laion2b_s32b_b79k) or a file.
+
+    Raises UserError where open_clip is not installed, nothing can be loaded, or the tower or its tokenizer is of a kind that
+    cannot be saved with a pipeline.
+    """
+    try:
+        import open_clip
+        from open_clip.transformer import TextTransformer
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another build of torch
+        raise UserError(f"open_clip:{name}: needs open_clip, which cannot be imported: {error}; extra open-clip") from None
+    bring_their_own = name.startswith(("local-dir:", "hf-hub:"))
+    if bring_their_own == (weights is not None):
+        needs = "brings its own weights, weights must be null" if bring_their_own else "weights must name a tag or a file"
+        raise UserError(f"open_clip:{name}, weights {weights}: {needs}")
+    try:
+        model = open_clip.create_model(name, pretrained=weights, force_custom_text=True, require_pretrained=True)
+        config = _model_config(name)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"open_clip:{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    text: Any = model.text
+    if not isinstance(text, TextTransformer):
+        raise UserError(f"open_clip:{name}: its text tower is a model of transformers; name that model itself")
+    ours, pad = _as_transformers(name, tokenizer, text.context_length)
+    tower = OpenCLIPTextModel(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False), pad)
+    tower.text.load_state_dict(text.state_dict())
+    _check_tokens(name, tokenizer, ours, pad, text.context_length)
+    return ours, tower
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    import open_clip
+
+    if name.startswith("local-dir:"):
+        return json.loads((Path(name.removeprefix("local-dir:")) / "open_clip_config.json").read_text())["model_cfg"]
+    if name.startswith("hf-hub:"):
+        from huggingface_hub import hf_hub_download
+
+        file = hf_hub_download(name.removeprefix("hf-hub:"), "open_clip_config.json")
+        return json.loads(Path(file).read_text())["model_cfg"]
+    return open_clip.get_model_config(name.replace("/", "-")) or {}
+
+
+def _as_transformers(name: str, tokenizer: Any, length: int) -> tuple[Any, int]:
+    """Return the tokenizer as one of transformers, and the id that the model's own pads with."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is not None:
+        return inner, int(inner.pad_token_id or 0)
+    start, end = (tokenizer.decoder[i] for i in (tokenizer.sot_token_id, tokenizer.eot_token_id))
+    merges = [pair for pair in tokenizer.bpe_ranks if len(pair) == 2]
+    ends = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    return CLIPTokenizer(vocab=tokenizer.encoder, merges=merges, model_max_length=length, **ends), 0
+
+
+def _check_tokens(name: str, tokenizer: Any, ours: Any, pad: int, length: int) -> None:
+    """Refuse tokenizers with habits of their own (masked or cleaned texts), which a saved pipeline would not have."""
+    theirs = tokenizer(list(PROBES), context_length=length)
+    found = ours(list(PROBES), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    if not torch.equal(theirs, found["input_ids"].masked_fill(found["attention_mask"] == 0, pad)):
+        raise UserError(f"open_clip:{name}: its tokenizer treats texts in a way that a pipeline cannot save; use another model")

@@ -1,0 +1,83 @@
+"""Videos in TensorBoard are read back from its files, frame by frame."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from promag.training.config import UserError
+from promag.training.loop import close_trackers, make_accelerator
+from promag.training.trackers import Log, check_trackers, encode_gif
+
+
+def decoded(gif: bytes) -> tuple[np.ndarray, list[int]]:
+    """Return frames, T H W 3, and how long each is shown, in milliseconds."""
+    with Image.open(io.BytesIO(gif)) as picture:
+        frames = [(np.asarray(f.convert("RGB")), f.info.get("duration", 0)) for f in ImageSequence.Iterator(picture)]
+    return np.stack([pixels for pixels, _ in frames]), [duration for _, duration in frames]
+
+
+def shown_videos(run: Path) -> dict[str, list[tuple[int, np.ndarray, list[int]]]]:
+    """Return the animated images in TensorBoard's files below a folder: step, frames, durations by tag."""
+    (events,) = {path.parent for path in run.rglob("events.out*")}
+    found = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
+    return {
+        tag: [(event.step, *decoded(event.encoded_image_string)) for event in found.Images(tag)]
+        for tag in found.Tags()["images"]
+    }
+
+
+def clip(frames=9):
+    """T 24 32 3: a gradient with a square that moves."""
+    video = np.zeros((frames, 24, 32, 3), np.uint8)
+    video[..., 0] = np.arange(32) * 8
+    video[..., 1] = (np.arange(24) * 10)[:, None]
+    for t in range(frames):
+        video[t, 4:10, 2 * t : 2 * t + 6] = (255, 255, 255 - 10 * t)
+    return video
+
+
+def test_a_gif_holds_every_frame_for_its_time():
+    video = clip()
+    frames, durations = decoded(encode_gif(video, 16))
+    assert frames.shape == video.shape
+    assert np.abs(frames.astype(int) - video).mean() < 4
+    assert all(frames[t, 6, 2 * t + 2].tolist() == pytest.approx([255, 255, 255 - 10 * t], abs=8) for t in range(9))
+    assert sum(durations) == pytest.approx(9 / 16 * 1000, abs=10)
+    still = np.repeat(video[:1], 3, 0)
+    frames, durations = decoded(encode_gif(still, 10))
+    assert sum(durations) == 300  # frames that are alike may be stored as one longer one
+
+
+def test_tensorboard_plays_what_was_logged(tmp_path):
+    accelerator = make_accelerator(tmp_path, "no")
+    accelerator.init_trackers("promag")
+    log, videos = Log(accelerator.trackers), [clip(), clip()[::-1].copy()]
+    for step, video in enumerate(videos):
+        log.video("16x/0 a square", video, 8, step)
+    log.picture("sheet", videos[0][0], 3)
+    close_trackers(accelerator)
+    found = shown_videos(tmp_path)
+    assert [step for step, _, _ in found["16x/0 a square"]] == [0, 1]
+    for (_, frames, durations), video in zip(found["16x/0 a square"], videos, strict=True):
+        assert frames.shape == video.shape
+        assert np.abs(frames.astype(int) - video).mean() < 4
+        assert sum(durations) == pytest.approx(1125, abs=10)
+
+
+def test_without_trackers_nothing_is_written(tmp_path):
+    accelerator = make_accelerator(tmp_path, "no", trackers=())
+    Log().video("a", clip(), 8, 0)
+    assert not accelerator.trackers
+    assert list(tmp_path.rglob("events*")) == []
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="trackers: wandb is not installed; pip install wandb"):
+        check_trackers(["tensorboard", "wandb"])
+    for frames, fps in ((clip().astype(float), 8), (clip()[0], 8), (clip(), 0), (clip()[:0], 8)):
+        with pytest.raises(ValueError, match="T H W 3 of uint8, fps above 0 are needed"):
+            encode_gif(frames, fps)
