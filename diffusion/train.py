@@ -146,7 +146,7 @@ class DiffusionConfig:
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
     attention: str = setting("auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used")
-    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
     tokenizer: str = setting("folder of a trained video tokenizer")
     init: str | None = setting("a trained pipeline to train further, its small text encoder too; null starts anew")
     lora: Lora | None = setting("train adapters on the transformer of `init` alone; null trains all weights")

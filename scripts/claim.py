@@ -59,7 +59,7 @@ class ClaimConfig:
     record: str | None = setting("results file that gets a JSON line for each arm, seed and ratio; null for none")
     only: tuple[str, ...] | None = setting("names of arms to run, with those they start from; null runs all")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
-    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
     frames: int = setting("frames of the clips that are scored")
     data: Data = setting("clips to train on and, never trained on, to score")
     pace: Pace = setting("logging, validation, checkpoints")

@@ -1,13 +1,12 @@
 """Draw curves of trainings from the metrics.jsonl files that they leave, as an SVG that stands alone."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from promag.pipelines.report_plot import plot_file
 from promag.training.config import UserError, run_main
-from promag.training.run import write_atomically
+from promag.training.run import read_curve, write_atomically
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,23 +28,10 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{text}: NAME=FOLDER is needed, for example ours=runs/tokenizer-tiny/4x")
         for key in arguments.keys:
             label = name if len(arguments.keys) == 1 else f"{name} {key}"
-            lines[label] = _averaged(curve(Path(folder), key), arguments.mean_over)
+            lines[label] = _averaged(read_curve(Path(folder), key), arguments.mean_over)
     write_atomically(arguments.out, plot_file(lines, "steps", ", ".join(arguments.keys)))
     print(arguments.out)
     return 0
-
-
-def curve(folder: Path, key: str) -> list[tuple[float, float]]:
-    """Return (step, value) of every line that has the key."""
-    file = folder / "metrics.jsonl"
-    if not file.is_file():
-        raise UserError(f"{folder}: no metrics.jsonl there; give the folder of a stage")
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    points = [(record["step"], record[key]) for record in records if key in record]
-    if not points:
-        known = sorted({name for record in records for name in record} - {"step"})
-        raise UserError(f"{file}: no figure {key!r}; there are {', '.join(known)}")
-    return points
 
 
 def _averaged(points: list[tuple[float, float]], count: int) -> list[tuple[float, float]]:

@@ -100,7 +100,7 @@ class TokenizerConfig:
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
-    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, about a third more time")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
     init: str | None = setting("a trained tokenizer to grow, or to train its highest level further; null starts anew")
     only: int | None = setting("train this ratio's stage alone; null runs all")
     model: Model | None = setting("the base level; null where `init` has it")

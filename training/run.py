@@ -137,6 +137,19 @@ def cut_metrics(path: Path, step: int) -> None:
         write_atomically(path, "".join(line + "\n" for line in lines))
 
 
+def read_curve(folder: Path, key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of every line of a stage's metrics that has the key; raises UserError where none has."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{folder}: no metrics.jsonl there; give the folder of a stage")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    points = [(record["step"], record[key]) for record in records if key in record]
+    if not points:
+        known = sorted({name for record in records for name in record} - {"step"})
+        raise UserError(f"{file}: no figure {key!r}; there are {', '.join(known)}")
+    return points
+
+
 class StopSignal:
     """Context in which SIGTERM and SIGINT set `received` instead of ending the process; a second SIGINT ends it."""
 

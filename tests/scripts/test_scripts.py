@@ -15,6 +15,7 @@ from scripts import (
     benchmark,
     benchmark_cache,
     cache_latents,
+    compare_runs,
     compare_tokenizers,
     evaluate_tokenizer,
     plot_training,
@@ -166,6 +167,26 @@ def test_plot_training_draws_what_was_logged(demo_run, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             plot_training.main([stages, "--keys", keys, "--out", str(out)])
+
+
+def test_compare_runs_finds_the_largest_difference(tmp_path, capsys):
+    record, curves = tmp_path / "training.jsonl", {"one": [1.0, 0.5, 0.25], "two": [1.0, 0.5, 0.2501]}
+    for name, losses in curves.items():
+        (tmp_path / name / "16x").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(f"output_dir: {name}\nseed: 0\n")
+        lines = [json.dumps({"step": i + 1, "loss": loss}) for i, loss in enumerate(losses)]
+        (tmp_path / name / "16x" / "metrics.jsonl").write_text("\n".join(lines))
+    stages = [f"{name}={tmp_path / name / '16x'}" for name in curves]
+    compare_runs.main([*stages, "--keys", "loss", "--record", str(record)])
+    assert "loss: at most 0.0004 apart, relatively, over 3 logged steps" in capsys.readouterr().out
+    line = json.loads(record.read_text())
+    assert line["relative_difference"]["loss"] == pytest.approx(1e-4 / 0.2501)
+    assert line["curves"]["loss"]["two"] == [[1, 1.0], [2, 0.5], [3, 0.2501]]
+    with pytest.raises(UserError, match="two different NAME=FOLDER are needed"):
+        compare_runs.main([stages[0], stages[0], "--keys", "loss"])
+    (tmp_path / "two" / "16x" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}))
+    with pytest.raises(UserError, match="curves of 3 and 1 points"):
+        compare_runs.main([*stages, "--keys", "loss"])
 
 
 def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder, tmp_path, capsys):

@@ -1,0 +1,28 @@
+"""The presets' transformers, built without memory, have as many parameters as the presets' first lines say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from promag import ProMAGTransformer3DModel
+from promag.diffusion.train import DiffusionConfig
+from promag.training.config import build, load_yaml
+
+
+def transformer(path: Path) -> ProMAGTransformer3DModel:
+    config = build(DiffusionConfig, load_yaml(path), str(path))
+    text = {"text_dim": config.text.width, "pooled_dim": config.text.width}
+    with torch.device("meta"):
+        return ProMAGTransformer3DModel(**vars(config.model), **text)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/diffusion").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_transformer_has_the_stated_parameters(path):
+    model = transformer(path)
+    number, unit = re.search(r": ([\d.]+) ([MB]) parameters", path.read_text().splitlines()[0]).groups()
+    stated = float(number) * {"M": 1e6, "B": 1e9}[unit]
+    count = sum(p.numel() for p in model.parameters())
+    assert all(p.is_meta for p in model.parameters())
+    assert count == pytest.approx(stated, rel=0.1)
