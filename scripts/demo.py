@@ -31,7 +31,8 @@ from promag.tokenizer.train import Data as TokenizerData
 from promag.tokenizer.train import Model as TokenizerModel
 from promag.tokenizer.train import Stage, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training import shapes_scorer as scorer
-from promag.training.clips import list_videos, prepare, save_clips
+from promag.training.clip_index import save_clips
+from promag.training.clips import list_videos, prepare
 from promag.training.config import UserError, parse_config, run_main, setting, to_plain
 from promag.training.datasets import open_dataset
 from promag.training.loop import Pace

@@ -3,11 +3,9 @@
 Sampling is addressed: whatever is drawn comes from a generator made of (seed, step, rank, element), so a run continues
 at any step, with any number of loader workers, on the same data.
 
-Shapes: T H W C uint8 pixels of files, C T H W float32 in [-1, 1] of items, B C T H W of batches.
+Shapes: C T H W float32 in [-1, 1] of items, B C T H W of batches.
 """
 
-import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -18,19 +16,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from . import shapes
-from .clips import Clip, first_few, load_clips
+from .clip_index import Clip, column, load_clips, row_of, take
+from .clips import first_few
 from .config import UserError
-from .video import (
-    READ_TIMEOUT,
-    frame_times,
-    pick_by_time,
-    read_frames,
-)
+from .video import READ_TIMEOUT
+from .windows import Windows, to_model
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +32,14 @@ MIXTURE_STREAM = 2**31  # in place of a rank: which dataset a step draws from is
 
 
 class ClipDataset(Dataset):
-    """Windows of `frames` frames, resized and cropped to `size`, of the clips that are long enough.
+    """Windows of the clips of one index that are long enough.
 
     An item is a dictionary: video (float32 C T H W in [-1, 1]), caption, clip (index), start (the window's first frame
     in the clip), stride (clip frames from one frame to the next), fps (of the window). Reading raises UnreadableVideo.
 
     Args:
         clips: of one index; those too short for the smallest stride and for stride 1 are left out and named in the log.
-        frames: T.
-        size: H and W; an int is both. The picture is scaled to cover it and cropped.
-        temporal_strides: strides to choose from, of those that fit into the clip.
-        flip: mirror windows at random, half of them. Captions that tell left from right become wrong.
-        timeout: seconds a read may take.
+        frames, size, temporal_strides, flip, timeout: see Windows.
 
     Raises UserError if no clip is long enough. `skipped` counts the clips left out.
     """
@@ -63,23 +53,28 @@ class ClipDataset(Dataset):
         flip: bool = False,
         timeout: float = READ_TIMEOUT,
     ):
-        self.frames, self.size, self.strides = _check_window(frames, size, temporal_strides)
-        self.flip, self.timeout = flip, timeout
-        needed = self._span(min(self.strides))
-        self.clips = [clip for clip in clips if clip.frames >= needed]
-        self.skipped = len(clips) - len(self.clips)
-        if not self.clips:
-            longest = max(clips, key=lambda clip: clip.frames)
+        self.windows = windows = Windows(frames, size, temporal_strides, flip, timeout)
+        self._leave_out_short(clips)
+        height, width = windows.size
+        small = np.count_nonzero((column(self.clips, "height") < height) | (column(self.clips, "width") < width))
+        if small:
+            logger.warning("%d of %d clips are smaller than %dx%d and enlarged", small, len(self.clips), height, width)
+
+    def _leave_out_short(self, clips: Sequence[Clip]) -> None:
+        frames, needed = column(clips, "frames"), self.windows.needed
+        long = frames >= needed
+        self.skipped = int(np.count_nonzero(~long))
+        if not long.any():
+            longest = clips[int(frames.argmax())]
             raise UserError(
                 f"no clip has {needed} frames: the longest of {len(clips)}, {longest.path}, has {longest.frames}; "
                 "ask for fewer frames or smaller strides"
             )
         if self.skipped:
-            names = first_few(f"{clip.path} ({clip.frames})" for clip in clips if clip.frames < needed)
+            short = (clips[int(place)] for place in np.flatnonzero(~long))
+            names = first_few((f"{clip.path} ({clip.frames})" for clip in short), count=self.skipped)
             logger.warning("%d of %d clips are shorter than %d frames: %s", self.skipped, len(clips), needed, names)
-        small = sum(clip.height < self.size[0] or clip.width < self.size[1] for clip in self.clips)
-        if small:
-            logger.warning("%d of %d clips are smaller than %dx%d and enlarged", small, len(self.clips), *self.size)
+        self.clips = take(clips, np.flatnonzero(long)) if self.skipped else clips
 
     def __len__(self) -> int:
         """Count the clips that are long enough."""
@@ -89,51 +84,17 @@ class ClipDataset(Dataset):
         """Return a random window, at a random place, of a random clip."""
         index = int(rng.integers(len(self.clips)))
         clip = self.clips[index]
-        stride = int(rng.choice([s for s in self.strides if self._span(s) <= clip.frames]))
-        start = int(rng.integers(clip.frames - self._span(stride) + 1))
-        video = self._resized(clip, start, stride)
-        top, left = (int(rng.integers(have - want + 1)) for have, want in zip(video.shape[2:], self.size, strict=True))
-        mirror = self.flip and bool(rng.integers(2))
-        return self._item(index, start, stride, video, top, left, mirror)
+        return {"clip": index, **self.windows.random(clip.path, clip, rng)}
 
     def fixed(self, index: int) -> dict[str, Any]:
-        """Return the first `frames` frames of clip `index`, cropped in the centre."""
-        video = self._resized(self.clips[index], 0, 1)
-        top, left = ((have - want) // 2 for have, want in zip(video.shape[2:], self.size, strict=True))
-        return self._item(index, 0, 1, video, top, left, False)
+        """Return the first frames of clip `index`, cropped in the centre."""
+        clip = self.clips[index]
+        return {"clip": index, **self.windows.first(clip.path, clip)}
 
     def digest(self, count: int) -> str:
         """Hash the contents, stretches and captions of the first `count` clips; where the files lie does not matter."""
-        rows = [dataclasses.asdict(clip) | {"path": ""} for clip in self.clips[:count]]
+        rows = [row_of(self.clips[place]) | {"path": ""} for place in range(min(count, len(self)))]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-
-    def _span(self, stride: int) -> int:
-        return (self.frames - 1) * stride + 1
-
-    def _resized(self, clip: Clip, start: int, stride: int) -> Tensor:
-        """Read a window and scale it to cover `size`: uint8 T C H W."""
-        offsets = start + stride * np.arange(self.frames)
-        indices = pick_by_time(_frame_times(clip.path, self.timeout), clip.start + offsets / clip.fps)
-        pixels = read_frames(clip.path, indices, self.timeout)
-        video = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-        height, width = video.shape[2:]
-        scale = max(self.size[0] / height, self.size[1] / width)
-        new = [max(want, round(have * scale)) for have, want in zip((height, width), self.size, strict=True)]
-        # In 8 bits this is eight times as fast as in float32, within one grey level of it. decord can decode to this
-        # size itself; that saves a quarter at 720p and nothing at 256p, and its scaler aliases at the edges.
-        return F.interpolate(video, new, mode="bilinear", antialias=True)
-
-    def _item(self, index: int, start: int, stride: int, video: Tensor, top: int, left: int, mirror: bool) -> dict[str, Any]:
-        height, width = self.size
-        video = video[:, :, top : top + height, left : left + width]
-        return {
-            "video": _to_model(video.flip(3) if mirror else video),
-            "caption": self.clips[index].caption,
-            "clip": index,
-            "start": start,
-            "stride": stride,
-            "fps": self.clips[index].fps / stride,
-        }
 
 
 class ShapesDataset(Dataset):
@@ -167,7 +128,7 @@ class ShapesDataset(Dataset):
         if not 0 <= index < self.count:
             raise IndexError(f"clip {index}: legal are 0 to {self.count - 1}")
         pixels, scene = shapes.clip(index, self.split, frames=self.frames, size=self.size)
-        video = _to_model(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        video = to_model(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         return {"video": video, "caption": scene.caption(), "clip": index, "start": 0, "stride": 1, "fps": shapes.FPS}
 
     def digest(self, count: int) -> str:
@@ -274,23 +235,3 @@ def open_dataset(
     if Path(source).suffix != ".jsonl":
         raise UserError(f"clips {os.fspath(source)!r}: give shapes, or a .jsonl index made by scripts/prepare_clips.py")
     return ClipDataset(load_clips(source), frames, size, temporal_strides, flip, timeout)
-
-
-def _check_window(
-    frames: int, size: int | tuple[int, int], strides: Sequence[int]
-) -> tuple[int, tuple[int, int], tuple[int, ...]]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if frames < 1 or height < 1 or width < 1 or not strides or min(strides) < 1:
-        raise UserError(f"frames {frames}, size {size}, temporal_strides {strides}: whole numbers from 1 up are legal")
-    return frames, (height, width), tuple(strides)
-
-
-# Opening a file for its times takes 2 ms, a sixth of an item.
-@functools.lru_cache(maxsize=4096)
-def _frame_times(path: str, timeout: float) -> np.ndarray:
-    return frame_times(path, timeout)
-
-
-def _to_model(video: Tensor) -> Tensor:
-    """Turn uint8 T C H W into float32 C T H W in [-1, 1]."""
-    return video.permute(1, 0, 2, 3).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
