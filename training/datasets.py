@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from . import shapes
+from .buckets import NONE, Bucket, Buckets, bucket_plan
 from .clip_index import Clip, column, load_clips, row_of, take
 from .clips import first_few
 from .config import UserError
+from .sharded_clips import ShardedClips, Sharding
+from .shards import is_shards, open_shards
 from .video import READ_TIMEOUT
 from .windows import Windows, to_model
 
@@ -148,31 +151,35 @@ class Drawn(Protocol):
 class Mixture:
     """Several datasets of which each batch draws from one, at random by their shares; every rank from the same one.
 
-    Raises ValueError for shares that are not positive or not as many as the datasets.
+    `batch_sizes` are those of the datasets' batches, None for the stream's. Raises ValueError for shares that are not
+    positive or not as many as the datasets.
     """
 
-    def __init__(self, datasets: Sequence[Drawn], shares: Sequence[float]):
+    def __init__(self, datasets: Sequence[Drawn], shares: Sequence[float], batch_sizes: Sequence[int | None] | None = None):
         if len(datasets) != len(shares) or not datasets or min(shares) <= 0:
             raise ValueError(f"{len(datasets)} datasets with shares {list(shares)}: one share above 0 for each is needed")
         self.datasets, self.shares = list(datasets), np.asarray(shares, float) / sum(shares)
+        self.batch_sizes = batch_sizes or [None] * len(datasets)
 
-    def choose(self, seed: int, step: int) -> Drawn:
-        """Return the dataset of a step."""
+    def choose(self, seed: int, step: int) -> tuple[Drawn, int | None]:
+        """Return the dataset of a step, and its batch size where it has its own."""
         rng = np.random.default_rng((seed, step, MIXTURE_STREAM))
-        return self.datasets[int(rng.choice(len(self.datasets), p=self.shares))]
+        chosen = int(rng.choice(len(self.datasets), p=self.shares))
+        return self.datasets[chosen], self.batch_sizes[chosen]
 
 
 class TrainingStream(IterableDataset):
     """An endless stream of batches for one rank, from `first_step` on; the batch of a step depends on nothing else.
 
-    Element b of step s on rank r is drawn by `default_rng((seed, s, r, b))`. Read it through
+    Element b of step s on rank r is drawn by `default_rng((seed, s, r, b))`; shards decide by the same numbers which clip
+    comes (epochs.py), and draw its window so. Read it through
     `DataLoader(stream, batch_size=None, num_workers=any)`: batches come in the order of their steps. A batch holds the
     keys of an item, collated (video B C T H W, caption a list, numbers as tensors), and step.
     """
 
     def __init__(
         self,
-        dataset: Drawn | Mixture,
+        dataset: Drawn | Mixture | ShardedClips,
         seed: int,
         batch_size: int,
         rank: int,
@@ -185,7 +192,7 @@ class TrainingStream(IterableDataset):
                 "0 <= rank < world_size, batch_size >= 1, seed >= 0, first_step >= 0 are legal"
             )
         self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
-        self.rank, self.first_step = rank, first_step
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield this worker's share: worker w of W makes the whole batches of steps first_step + w, + W, ..."""
@@ -197,11 +204,14 @@ class TrainingStream(IterableDataset):
 
     def batch(self, step: int) -> dict[str, Any]:
         """Return the batch of one step."""
-        dataset = self.dataset
-        if isinstance(dataset, Mixture):
-            dataset = dataset.choose(self.seed, step)
-        rngs = (np.random.default_rng((self.seed, step, self.rank, b)) for b in range(self.batch_size))
-        items = [dataset.item(rng) for rng in rngs]
+        dataset, size = self.dataset, None
+        if isinstance(dataset, ShardedClips):
+            items = dataset.items(self.seed, step, self.rank, self.world_size, self.batch_size)
+        else:
+            if isinstance(dataset, Mixture):
+                dataset, size = dataset.choose(self.seed, step)
+            rngs = (np.random.default_rng((self.seed, step, self.rank, b)) for b in range(size or self.batch_size))
+            items = [dataset.item(rng) for rng in rngs]
         return {"step": step, **{key: _collate([item[key] for item in items]) for key in items[0]}}
 
 
@@ -220,10 +230,11 @@ def open_dataset(
     temporal_strides: Sequence[int] = (1,),
     flip: bool = False,
     timeout: float = READ_TIMEOUT,
-) -> ClipDataset | ShapesDataset:
-    """Open `shapes` (generated clips: `count` of `split`) or a clip index (.jsonl, which is one split, taken whole).
+) -> "ClipDataset | ShapesDataset | ShardedClips":
+    """Open clips of one shape, to be looked at by their number or drawn from.
 
-    Raises UserError for another source, and what the datasets raise.
+    `source` is `shapes` (generated clips: `count` of `split`), a clip index (.jsonl, which is one split, taken whole) or a
+    pattern of shards (.tar, the same). Raises UserError for another source, and what the datasets raise.
     """
     if source == "shapes":
         if tuple(temporal_strides) != (1,) or flip:
@@ -232,6 +243,66 @@ def open_dataset(
                 "motion whatever its length, and its caption says left or right; use [1] and no flip"
             )
         return ShapesDataset(split, count, frames, size)
+    if is_shards(source):
+        height, width = (size, size) if isinstance(size, int) else size
+        bucket = Bucket(frames, height, width, batch_size=None)
+        return ShardedClips(open_shards(source), [bucket], temporal_strides, flip=flip, timeout=timeout)
+    return ClipDataset(_load_index(source), frames, size, temporal_strides, flip, timeout)
+
+
+def _load_index(source: str | os.PathLike) -> Sequence[Clip]:
     if Path(source).suffix != ".jsonl":
-        raise UserError(f"clips {os.fspath(source)!r}: give shapes, or a .jsonl index made by scripts/prepare_clips.py")
-    return ClipDataset(load_clips(source), frames, size, temporal_strides, flip, timeout)
+        raise UserError(
+            f"clips {os.fspath(source)!r}: give shapes, or a .jsonl index made by scripts/prepare_clips.py, "
+            "or shards as a pattern of .tar files"
+        )
+    return load_clips(source)
+
+
+def open_training(
+    source: str | os.PathLike,
+    buckets: Sequence[Bucket],
+    count: int,
+    batch_size: int,
+    world_size: int,
+    temporal_strides: Sequence[int],
+    sharding: Sharding,
+) -> tuple[Mixture | ShardedClips, str]:
+    """Open what a training draws from, in one bucket or several, and the plan of the buckets as lines for the log.
+
+    Clips of an index are drawn at random, a bucket as often as its clips fill batches; those in shards come in the order
+    of epochs (epochs.py). `count` is that of generated clips, `batch_size` that of buckets that state none. Raises
+    UserError as `open_dataset` does, and where no clip is long enough for any bucket.
+    """
+    if is_shards(source):
+        clips = ShardedClips(open_shards(source), buckets, temporal_strides, sharding)
+        return clips, clips.plan(world_size, batch_size)
+    datasets: list[Any]
+    if source == "shapes":
+        used = list(buckets)
+        datasets = [open_dataset(source, "train", b.frames, (b.height, b.width), count, temporal_strides) for b in used]
+    else:
+        used, parts = _parted(_load_index(source), buckets, min(temporal_strides))
+        datasets = [
+            ClipDataset(part, b.frames, (b.height, b.width), temporal_strides) for part, b in zip(parts, used, strict=True)
+        ]
+    counts, batches = [len(part) for part in datasets], Buckets(used).batch_sizes(batch_size)
+    shares = [number / size for number, size in zip(counts, batches, strict=True)]
+    return Mixture(datasets, shares, [bucket.batch_size for bucket in used]), bucket_plan(used, counts, batches, shares)
+
+
+def _parted(clips: Sequence[Clip], buckets: Sequence[Bucket], stride: int) -> tuple[list[Bucket], list[Sequence[Clip]]]:
+    """Return the buckets that have clips, and the clips of each; names what is in none, and buckets without any."""
+    assigned = Buckets(buckets, stride).assign(*(column(clips, name) for name in ("frames", "height", "width")))
+    short = np.flatnonzero(assigned == NONE)
+    names = first_few((f"{clips[int(k)].path} ({clips[int(k)].frames})" for k in short), count=len(short))
+    if len(short) == len(clips):
+        raise UserError(f"no clip of {len(clips)} is long enough for {', '.join(map(str, buckets))}: {names}")
+    if len(short):
+        logger.warning("%d of %d clips are too short for every bucket: %s", len(short), len(clips), names)
+    used = [number for number in range(len(buckets)) if (assigned == number).any()]
+    if len(used) < len(buckets):
+        empty = ", ".join(str(bucket) for number, bucket in enumerate(buckets) if number not in used)
+        logger.warning("no clip is for the buckets %s", empty)
+    parts = [take(clips, np.flatnonzero(assigned == number)) for number in used]
+    return [buckets[number] for number in used], parts
