@@ -38,6 +38,7 @@ from promag.training.datasets import open_dataset
 from promag.training.loop import Pace
 from promag.training.optimizers import LoopSettings
 from promag.training.run import append_result, provenance
+from promag.training.sharded_clips import IN_ORDER
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str)
             size=config.size,
             temporal_strides=(1,),
             validation_clips=8,
+            sharding=IN_ORDER,
         ),
         stages=config.stages,
         pace=config.pace,

@@ -182,7 +182,7 @@ def train(
         file=sys.stderr,
     )
     bf16 = accelerator.mixed_precision == "bf16"
-    meter = Meter(settings.batch_size, accelerator.num_processes, accelerator.device, bf16, pace.peak_tflops)
+    meter = Meter(accelerator.num_processes, accelerator.device, bf16, pace.peak_tflops)
     with StopSignal() as stop, _shut_down_after(batches):
         objective.train()
         meter.start()
@@ -204,7 +204,7 @@ def train(
                     accelerator.backward(found["loss"] / settings.accumulate)
                 for key, value in found.items():
                     losses[key] = losses.get(key, 0) + value.detach().float() / settings.accumulate
-                meter.count(objective.work(batch))
+                meter.count(_samples(batch), objective.work(batch))
             losses["gradient_norm"] = accelerator.clip_grad_norm_(together, settings.clip_norm)
             others: list[Any] = [accelerator.clip_grad_norm_(group, settings.clip_norm) for group in apart]
             bad = _not_finite({**losses, **{f"gradient norm {i + 2}": norm for i, norm in enumerate(others)}})
@@ -369,6 +369,11 @@ def _any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
         return list(flags)
     total: Any = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum")
     return (total > 0).tolist()
+
+
+def _samples(batch: Mapping[str, Any]) -> int:
+    """Return how many samples a batch holds: buckets may differ in it."""
+    return next(len(value) for value in batch.values() if not isinstance(value, int))
 
 
 def _not_finite(figures: Mapping[str, Tensor]) -> list[str]:

@@ -136,7 +136,8 @@ class ShardedClips:
         steps = EpochPlan(counts, sizes, world_size, self.sharding.lanes, 0).steps
         left = [count - n * size * world_size for count, n, size in zip(counts, steps, sizes, strict=True)]
         said = bucket_plan(self.buckets.buckets, counts, sizes, steps)
-        return f"{said}\n{sum(steps)} steps an epoch, which leaves out {sum(left)} of {len(self)} clips, others each time"
+        rest = f"; each leaves out {sum(left)} of {len(self)} clips, others each time" if sum(left) else ""
+        return f"{said}\n{sum(steps)} steps an epoch{rest}"
 
     # -- planning ----------------------------------------------------------------------------------------------------
 

@@ -111,7 +111,11 @@ def test_windows_that_cannot_be_meant(clips, frames, size, strides):
 
 def taken(stream, steps, workers=0):
     loader = iter(DataLoader(stream, batch_size=None, num_workers=workers))
-    return [next(loader) for _ in range(steps)]
+    try:
+        return [next(loader) for _ in range(steps)]
+    finally:
+        if workers:  # else they are waited for when the traceback of an expected error goes
+            loader._shutdown_workers()
 
 
 def same(one, other):

@@ -153,7 +153,7 @@ def test_plans(index, folder, caplog):
         "3x32x64      20      2  100.0%",
         "1x16x16       6      4    0.0%",
         "40x16x16      0      2    0.0%",
-        "5 steps an epoch, which leaves out 6 of 26 clips, others each time",
+        "5 steps an epoch; each leaves out 6 of 26 clips, others each time",
     ]
     with caplog.at_level(logging.WARNING):
         found, plan = open_training(index, buckets, 0, 2, 2, (1,), sharding)
