@@ -136,6 +136,8 @@ class ShardedClips:
         steps = EpochPlan(counts, sizes, world_size, self.sharding.lanes, 0).steps
         left = [count - n * size * world_size for count, n, size in zip(counts, steps, sizes, strict=True)]
         said = bucket_plan(self.buckets.buckets, counts, sizes, steps)
+        if never := [f"{b} ({n} clips)" for b, n, s in zip(self.buckets.buckets, counts, steps, strict=True) if n and not s]:
+            logger.warning("buckets that never fill a step of %d ranks are never drawn: %s", world_size, ", ".join(never))
         rest = f"; each leaves out {sum(left)} of {len(self)} clips, others each time" if sum(left) else ""
         return f"{said}\n{sum(steps)} steps an epoch{rest}"
 

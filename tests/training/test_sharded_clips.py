@@ -155,6 +155,7 @@ def test_plans(index, folder, caplog):
         "40x16x16      0      2    0.0%",
         "5 steps an epoch; each leaves out 6 of 26 clips, others each time",
     ]
+    assert "buckets that never fill a step of 2 ranks are never drawn: 1x16x16 (6 clips)" in caplog.text
     with caplog.at_level(logging.WARNING):
         found, plan = open_training(index, buckets, 0, 2, 2, (1,), sharding)
     assert isinstance(found, Mixture)
