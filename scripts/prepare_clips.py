@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from promag.training.clip_index import save_clips
-from promag.training.clips import list_videos, prepare
+from promag.training.clips import list_licences, list_videos, prepare
 from promag.training.config import run_main
 from promag.training.run import write_atomically
 from promag.training.video import REENCODE
@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     videos = list_videos(arguments.videos, arguments.split, arguments.images)
     print(f"found {len(videos)} videos in {arguments.videos}" + (f", split {arguments.split}" if arguments.split else ""))
-    prepared = prepare(videos, arguments.fps, arguments.frames, arguments.max_bad, arguments.workers)
+    licences = list_licences(arguments.videos)
+    prepared = prepare(videos, arguments.fps, arguments.frames, arguments.max_bad, arguments.workers, licences=licences)
     save_clips(arguments.out, prepared.clips)
     _report_quarantine(Path(f"{arguments.out}.quarantine.jsonl"), prepared.quarantined)
     if arguments.frames:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,14 @@ def list_videos(source: str | os.PathLike, split: str | None = None, images: boo
     return sorted([*listed, *((str(path), caption_from_name(path)) for path in unnamed)])
 
 
+def list_licences(source: str | os.PathLike) -> dict[str, str]:
+    """Return the licence of each video, by absolute path, where the table that `list_videos` reads has a column `licence`."""
+    source = Path(os.path.abspath(source))
+    table = source if source.suffix.lower() in (".csv", ".jsonl") else _find_table(source) if source.is_dir() else None
+    rows = _read_table(table) if table else []
+    return {os.path.normpath(table.parent / row["file"]): str(row["licence"]) for row in rows if table and row.get("licence")}
+
+
 def caption_from_name(path: str | os.PathLike) -> str:
     """Return what a file name says: `a_red-kite_03.mp4` -> `a red kite`; empty where only numbers stand."""
     return re.sub(r"[\d ]+$", "", re.sub(r"[_\-\s]+", " ", Path(path).stem)).strip()
@@ -142,6 +150,7 @@ def prepare(
     max_bad: float = 0.01,
     workers: int = 2,
     progress: bool = True,
+    licences: Mapping[str, str] | None = None,
 ) -> PreparedClips:
     """Decode each (path, caption) once, strictly, and cut it into clips.
 
@@ -152,6 +161,7 @@ def prepare(
         max_bad: the part of the videos, 0 to 1, that may be unreadable.
         workers: threads that decode; the decoder works outside Python's lock.
         progress: show a bar.
+        licences: of videos, by path, to stand in the index.
 
     Raises UserError naming all unreadable videos if they are more than `max_bad`, and if no clip is left.
     """
@@ -182,7 +192,8 @@ def prepare(
                 slower.append((path, facts.fps))
             dropped += available % window
             for first in range(0, available - window + 1, window):
-                clips.append(Clip(path, first / rate, window, rate, facts.width, facts.height, caption, digest))
+                facts_of_clip = (first / rate, window, rate, facts.width, facts.height)
+                clips.append(Clip(path, *facts_of_clip, caption, digest, (licences or {}).get(path)))
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted call must not decode the rest first
     if len(quarantined) > max_bad * len(videos) or len(quarantined) == len(videos):

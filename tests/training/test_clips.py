@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from promag.training.clip_index import Clip
-from promag.training.clips import caption_from_name, list_videos, prepare
+from promag.training.clips import caption_from_name, list_licences, list_videos, prepare
 from promag.training.config import UserError
 from promag.training.datasets import ClipDataset
 from tests.training.conftest import numbers
@@ -160,3 +160,14 @@ def test_quarantine_and_its_limit(folder, tmp_path):
 def test_settings_that_cannot_be_meant(folder, options):
     with pytest.raises(UserError, match=f"{next(iter(options))} {next(iter(options.values()))}"):
         prepare(list_videos(folder), **options, progress=False)
+
+
+def test_licences_go_along_from_a_table(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "v")
+    (tmp_path / "v" / "captions.csv").write_text("file,caption,licence\nshort.mp4,S,CC0-1.0\nmore/b.mp4,B,\n")
+    path = str(tmp_path / "v" / "short.mp4")
+    for source in (tmp_path / "v", tmp_path / "v" / "captions.csv"):
+        assert list_licences(source) == {path: "CC0-1.0"}
+    assert list_licences(path) == list_licences(folder) == {}
+    prepared = prepare(list_videos(tmp_path / "v" / "captions.csv"), progress=False, licences={path: "CC0-1.0"})
+    assert {clip.caption: clip.licence for clip in prepared.clips} == {"S": "CC0-1.0", "B": None}
