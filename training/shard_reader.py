@@ -79,7 +79,8 @@ def _abandon(file: Any) -> None:
 class ShardReader:
     """Reads samples of one shard by their number, forwards; a step back opens it again.
 
-    A local file is skipped through by seeking, a URL or pipe by reading on.
+    A local file is skipped through by seeking, a URL or pipe by reading on. A URL or pipe that breaks off after it lay idle
+    between two reads, as servers close slow connections, is opened once more.
 
     Args:
         url: path, URL or pipe.
@@ -100,8 +101,16 @@ class ShardReader:
     def read(self, numbers: Sequence[int]) -> dict[int, Sample | BadSample]:
         """Return the samples with these numbers, which increase; what is wrong with one stands in its place."""
         begun = self._number - (self._next is not None)  # the next one's first header may have been read already
-        if numbers[0] <= begun or self._archive is None:
+        fresh = numbers[0] <= begun or self._archive is None
+        if fresh:
             self._start()
+        found = self._read_on(numbers)
+        if self._broken not in ("", _WHOLE) and not fresh and not is_local(self.url):
+            self._start()
+            found = self._read_on(numbers)
+        return found
+
+    def _read_on(self, numbers: Sequence[int]) -> dict[int, Sample | BadSample]:
         files: dict[int, dict[str, bytes]] = {}
         keys: dict[int, str] = {}
         wrong: dict[int, str] = {}
@@ -159,7 +168,7 @@ class ShardReader:
             self._broken = f"cannot be opened: {error}" + (f" (exit status {status})" if status else "")
 
     def _advance(self) -> tarfile.TarInfo:
-        """Return the next header; at the archive's end raise EOFError, if samples are missing, or say there is no more."""
+        """Return the next header, or at the archive's end one that is no file's, and note whether samples are missing."""
         member = self._archive.next()
         self._archive.members = []  # tarfile would keep them all
         if member is None:

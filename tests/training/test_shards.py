@@ -235,6 +235,18 @@ def test_a_stream_is_opened_once_on_the_way_forwards(numbered, tmp_path):
     reader.close()
 
 
+def test_a_stream_that_breaks_off_between_two_reads_is_opened_once_more(numbered, tmp_path):
+    with tarfile.open(numbered) as archive:
+        cut = archive.getmember("p/004.png").offset_data + 10
+    command = f"pipe:echo x >> {tmp_path}/opened; if [ $(wc -l < {tmp_path}/opened) = 2 ]; then cat {numbered}"
+    reader = ShardReader(f"{command}; else head -c {cut} {numbered}; fi", 8)
+    assert reader.read([1])[1].caption == "grey 1"
+    assert [s.caption for s in reader.read([3, 4, 6]).values()] == ["grey 3", "grey 4", "grey 6"]
+    assert isinstance(reader.read([2, 5])[5], BadSample)  # a third opening, whose break is its own
+    assert (tmp_path / "opened").read_text() == "x\n" * 3
+    reader.close()
+
+
 @pytest.mark.parametrize("how", ["{}", "pipe:cat {}"])
 @pytest.mark.parametrize("cut", ["inside a file", "between two", "inside a header"])
 def test_a_truncated_shard_is_named(numbered, tmp_path, how, cut):
