@@ -155,7 +155,7 @@ def open_shards(pattern: str | os.PathLike) -> ShardIndex:
 
 @dataclass(frozen=True, eq=False)
 class _Shard:
-    """A row without its lists, which take ten times the memory of columns."""
+    """A row with columns in place of its lists, which take several times the memory."""
 
     samples: int
     bytes: int
