@@ -32,12 +32,14 @@ from promag.tokenizer.train import Data as TokenizerData
 from promag.tokenizer.train import Model as TokenizerModel
 from promag.tokenizer.train import Stage, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training import shapes_scorer as scorer
-from promag.training.clips import list_videos, prepare, save_clips
+from promag.training.clip_index import save_clips
+from promag.training.clips import list_videos, prepare
 from promag.training.config import UserError, parse_config, run_main, setting, to_plain
 from promag.training.datasets import open_dataset
 from promag.training.loop import Pace
 from promag.training.optimizers import LoopSettings
 from promag.training.run import append_result, provenance
+from promag.training.sharded_clips import IN_ORDER
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str)
             size=config.size,
             temporal_strides=(1,),
             validation_clips=8,
+            sharding=IN_ORDER,
         ),
         stages=config.stages,
         pace=config.pace,

@@ -15,13 +15,14 @@ from promag.training.clips import list_videos, prepare
 from promag.training.config import UserError, load_yaml, run_main
 from promag.training.datasets import ClipDataset, open_dataset
 from promag.training.run import append_result, write_atomically
+from promag.training.shards import is_shards
 
 
 def main(argv: Sequence[str]) -> int:
     """Print one line per ratio; with --json write them, with --record append them to a results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", help="folder of a tokenizer, or of a pipeline")
-    parser.add_argument("--videos", required=True, help="folder, CSV, JSONL, one video, a clips.jsonl, or shapes")
+    parser.add_argument("--videos", required=True, help="folder, CSV, JSONL, one video, a clips.jsonl, tar shards, or shapes")
     parser.add_argument("--split", help="keep these rows of a CSV")
     parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(str(error)) from None
     if arguments.videos == "shapes":
         clips = open_dataset("shapes", "eval", arguments.frames, arguments.size, arguments.count)
-    elif _is_index(arguments.videos):
+    elif _is_index(arguments.videos) or is_shards(arguments.videos):
         clips = open_dataset(arguments.videos, "eval", arguments.frames, arguments.size, arguments.count)
     else:
         clips = ClipDataset(prepare(list_videos(arguments.videos, arguments.split)).clips, arguments.frames, arguments.size)

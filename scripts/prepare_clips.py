@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from promag.training.clips import list_videos, prepare, save_clips
+from promag.training.clip_index import save_clips
+from promag.training.clips import list_licences, list_videos, prepare
 from promag.training.config import run_main
 from promag.training.run import write_atomically
 from promag.training.video import REENCODE
@@ -24,14 +25,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--fps", type=float, help="rate of the clips; default: that of each video")
     parser.add_argument("--frames", type=int, help="cut windows of so many frames; default: one clip a video")
     parser.add_argument("--split", help="only the rows whose column split says so, such as train or eval")
+    parser.add_argument("--images", action="store_true", help="take a folder's images too, as clips of one frame")
     parser.add_argument("--max-bad", type=float, default=0.01, help="part of the videos that may be unreadable (0.01)")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode (2)")
     arguments = parser.parse_args(argv)
 
     started = time.perf_counter()
-    videos = list_videos(arguments.videos, arguments.split)
+    videos = list_videos(arguments.videos, arguments.split, arguments.images)
     print(f"found {len(videos)} videos in {arguments.videos}" + (f", split {arguments.split}" if arguments.split else ""))
-    prepared = prepare(videos, arguments.fps, arguments.frames, arguments.max_bad, arguments.workers)
+    licences = list_licences(arguments.videos)
+    prepared = prepare(videos, arguments.fps, arguments.frames, arguments.max_bad, arguments.workers, licences=licences)
     save_clips(arguments.out, prepared.clips)
     _report_quarantine(Path(f"{arguments.out}.quarantine.jsonl"), prepared.quarantined)
     if arguments.frames:

@@ -14,11 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..training.buckets import Bucket
 from ..training.config import UserError, setting
-from ..training.datasets import TrainingStream, open_dataset
+from ..training.datasets import TrainingStream, open_dataset, open_training
 from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run, write_atomically
+from ..training.sharded_clips import Sharding
 from ..training.trackers import Log
 from .autoencoder import AutoencoderKLProMAG, parameter_count
 from .discriminator import Adversarial, AdversarialLoss
@@ -45,12 +47,13 @@ class Model:
 class Data:
     """What is trained on and what is looked at."""
 
-    train: str = setting("clips.jsonl from prepare_clips, or shapes for generated clips")
+    train: str = setting("clips.jsonl, a pattern of tar shards with braces or wildcards, or shapes for generated clips")
     validation: str = setting("the same, for validation; never trained on")
     shapes: int = setting("how many generated clips there are, where shapes are trained on")
     size: int = setting("height and width in pixels")
     temporal_strides: tuple[int, ...] = setting("frame steps at which clips are read: 1 is their own rate")
     validation_clips: int = setting("how many clips each validation reconstructs")
+    sharding: Sharding = setting("how shards are read, where shards are trained on")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ class Stage:
     """One level and how it is trained."""
 
     ratio: int = setting("temporal ratio of the level")
-    frames: int = setting("frames per training clip: 1 + ratio*k")
+    frames: int = setting("frames per clip: 1 + ratio*k")
+    buckets: tuple[Bucket, ...] | None = setting(
+        "shapes of training clips, a batch of each by turns; null for `frames` at the data's size alone, as in validation"
+    )
     growth: Growth | None = setting(
         "how the level, and any between it and the one below, is grown; null for one that needs no growing"
     )
@@ -119,12 +125,20 @@ class TokenizerConfig:
                 raise ValueError(f"stages {ratios}: each ratio must be 2, 4 or 8 times the one before")
         for stage in self.stages:
             check_frames(stage.frames, stage.ratio)
+            for bucket in self.buckets_of(stage):
+                check_frames(bucket.frames, stage.ratio)
+                check_size(bucket.height, bucket.width)
         if self.only is not None and self.only not in ratios:
             raise ValueError(f"only {self.only}: the stages are {', '.join(map(str, ratios))}")
 
+    def buckets_of(self, stage: Stage) -> tuple[Bucket, ...]:
+        """Return the shapes that a stage trains on."""
+        return stage.buckets or (Bucket(stage.frames, self.data.size, self.data.size, batch_size=None),)
 
-# Keys that may differ when a run is continued: they do not change what is learned.
-MAY_CHANGE = ("output_dir", "only", "pace", "gradient_checkpointing", "data.validation_clips")
+
+# Keys that may differ when a run is continued: they do not change what is learned. A run that ended at a bad sample may go
+# on without it.
+MAY_CHANGE = ("output_dir", "only", "pace", "gradient_checkpointing", "data.validation_clips", "data.sharding.bad")
 
 
 class StageObjective(Objective):
@@ -225,13 +239,15 @@ def train_stage(
         accelerator.print(f"{stage.ratio}x: already trained in {folder}")
         return Outcome(stage.loop.steps, 0.0, True, {})
     data = config.data
-    source = open_dataset(
+    rank, world = accelerator.process_index, accelerator.num_processes
+    source, plan = open_training(
         data.train,
-        "train",
-        frames=stage.frames,
-        size=data.size,
+        config.buckets_of(stage),
         count=data.shapes,
+        batch_size=stage.loop.batch_size,
+        world_size=world,
         temporal_strides=data.temporal_strides,
+        sharding=data.sharding,
     )
     fixed = open_dataset(data.validation, "eval", frames=stage.frames, size=data.size, count=data.validation_clips)
     clips = [fixed.fixed(i)["video"][None] for i in range(min(data.validation_clips, len(fixed)))]
@@ -244,11 +260,10 @@ def train_stage(
     trained = model.train_only(*(added if stage.trains == "new" else model.temporal_ratios))
     accelerator.print(
         f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
-        f"{parameter_count([model]) / 1e6:.2f} M, {len(source)} clips of {stage.frames} frames at {data.size}x{data.size}"
+        f"{parameter_count([model]) / 1e6:.2f} M\n{plan}"
     )
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    rank, world = accelerator.process_index, accelerator.num_processes
 
     def open_stream(first: int) -> TrainingStream:
         return TrainingStream(source, config.seed, stage.loop.batch_size, rank, world, first)

@@ -1,28 +1,26 @@
-"""The clip index: captioned videos, decoded strictly once and cut into clips.
+"""Captioned videos are found, decoded strictly once and cut into clips.
 
-    list_videos -> prepare -> save_clips -> clips.jsonl -> load_clips
-
-A clip is a stretch of a video at a stated rate: its frame k is the video's frame nearest to start + k / fps.
+list_videos -> prepare -> save_clips -> clips.jsonl -> load_clips
 """
 
 import csv
-import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
+from .clip_index import Clip
 from .config import UserError
-from .run import write_atomically
+from .images import IMAGE_EXTENSIONS
 from .video import (
     TIE,
     UnreadableVideo,
@@ -32,26 +30,7 @@ from .video import (
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Count = Annotated[int, Field(ge=1)]
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One line of a clip index."""
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
-
-    path: Annotated[str, Field(min_length=1)]  # of the video
-    start: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds after the video's first frame
-    frames: _Count  # at `fps`
-    fps: _Positive
-    width: _Count  # of the video
-    height: _Count
-    caption: str
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the video file
 
 
 @dataclass(frozen=True)
@@ -68,12 +47,14 @@ class PreparedClips:
 # -- finding videos --------------------------------------------------------------------------------------------------
 
 
-def list_videos(source: str | os.PathLike, split: str | None = None) -> list[tuple[str, str]]:
+def list_videos(source: str | os.PathLike, split: str | None = None, images: bool = False) -> list[tuple[str, str]]:
     """Return (absolute path, caption) of each video in `source`.
 
     A CSV or JSONL file has columns `file` (relative to itself) and `caption`; `split` keeps the rows whose `split`
     column says so. A folder is searched recursively, hidden files aside; captions come from a CSV file in it that has
-    those columns (captions.csv and manifest.csv first), else from the file names, as does that of a single video.
+    those columns (captions.csv and manifest.csv first), else from the file names, as does that of a single video. Images,
+    which are clips of one frame, are taken where a table lists them, and from a folder with `images`: else they may be its
+    videos' covers.
     Raises UserError for what is missing, empty, listed but absent, or not to be understood.
     """
     source = Path(os.path.abspath(source))
@@ -93,14 +74,23 @@ def list_videos(source: str | os.PathLike, split: str | None = None) -> list[tup
         return [(str(source), caption_from_name(source))]
     listed = _select(table, _read_table(table), None) if table else []
     known = {path for path, _ in listed}
-    found = (path for path in source.rglob("*") if path.suffix.lower() in VIDEO_EXTENSIONS and str(path) not in known)
+    endings = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if images else ())
+    found = (path for path in source.rglob("*") if path.suffix.lower() in endings and str(path) not in known)
     unnamed = [path for path in found if not any(part.startswith(".") for part in path.relative_to(source).parts)]
     if not listed and not unnamed:
-        raise UserError(f"{source}: holds no video ({' '.join(VIDEO_EXTENSIONS)})")
+        raise UserError(f"{source}: holds no video ({' '.join(endings)})")
     if listed and unnamed:
         names = first_few(map(str, sorted(unnamed)))
         logger.warning("%d videos have no row in %s, their names are their captions: %s", len(unnamed), table, names)
     return sorted([*listed, *((str(path), caption_from_name(path)) for path in unnamed)])
+
+
+def list_licences(source: str | os.PathLike) -> dict[str, str]:
+    """Return the licence of each video, by absolute path, where the table that `list_videos` reads has a column `licence`."""
+    source = Path(os.path.abspath(source))
+    table = source if source.suffix.lower() in (".csv", ".jsonl") else _find_table(source) if source.is_dir() else None
+    rows = _read_table(table) if table else []
+    return {os.path.normpath(table.parent / row["file"]): str(row["licence"]) for row in rows if table and row.get("licence")}
 
 
 def caption_from_name(path: str | os.PathLike) -> str:
@@ -143,10 +133,11 @@ def _select(table: Path, rows: list[dict[str, Any]], split: str | None) -> list[
     return videos
 
 
-def first_few(names: Iterable[str], limit: int = 3) -> str:
-    """Return the first names of a list and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def first_few(names: Iterable[str], limit: int = 3, count: int | None = None) -> str:
+    """Return the first names of a list and how many more there are; no more than `limit` are asked for, given `count`."""
+    names = list(names if count is None else itertools.islice(names, limit))
+    count = count or len(names)
+    return ", ".join(names[:limit]) + (f" and {count - limit} more" if count > limit else "")
 
 
 # -- preparing an index ----------------------------------------------------------------------------------------------
@@ -159,6 +150,7 @@ def prepare(
     max_bad: float = 0.01,
     workers: int = 2,
     progress: bool = True,
+    licences: Mapping[str, str] | None = None,
 ) -> PreparedClips:
     """Decode each (path, caption) once, strictly, and cut it into clips.
 
@@ -169,6 +161,7 @@ def prepare(
         max_bad: the part of the videos, 0 to 1, that may be unreadable.
         workers: threads that decode; the decoder works outside Python's lock.
         progress: show a bar.
+        licences: of videos, by path, to stand in the index.
 
     Raises UserError naming all unreadable videos if they are more than `max_bad`, and if no clip is left.
     """
@@ -195,11 +188,12 @@ def prepare(
             if available < window:
                 too_short.append((path, available))
                 continue
-            if rate > facts.fps * (1 + TIE):
+            if facts.frames > 1 and rate > facts.fps * (1 + TIE):
                 slower.append((path, facts.fps))
             dropped += available % window
             for first in range(0, available - window + 1, window):
-                clips.append(Clip(path, first / rate, window, rate, facts.width, facts.height, caption, digest))
+                facts_of_clip = (first / rate, window, rate, facts.width, facts.height)
+                clips.append(Clip(path, *facts_of_clip, caption, digest, (licences or {}).get(path)))
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted call must not decode the rest first
     if len(quarantined) > max_bad * len(videos) or len(quarantined) == len(videos):
@@ -220,42 +214,3 @@ def _examine(path: str) -> tuple[VideoFacts, str] | UnreadableVideo:
         return error
     with open(path, "rb") as file:
         return facts, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
-    """Write the index, complete or not at all; videos below its folder are named relative to it."""
-    folder = Path(os.path.abspath(path)).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for clip in clips:
-        video = Path(os.path.abspath(clip.path))
-        name = video.relative_to(folder).as_posix() if video.is_relative_to(folder) else str(video)
-        lines.append(json.dumps(dataclasses.asdict(clip) | {"path": name}, ensure_ascii=False) + "\n")
-    write_atomically(path, "".join(lines))
-
-
-def load_clips(path: str | os.PathLike) -> list[Clip]:
-    """Read an index that `save_clips` wrote, with absolute paths.
-
-    Raises UserError, with the line's number, for unknown or missing keys, wrong types and videos that are not there.
-    """
-    path = Path(os.path.abspath(path))
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a clip index: {error}") from None
-    adapter, clips = TypeAdapter(Clip), []
-    for number, line in enumerate(lines, 1):
-        try:
-            clip = adapter.validate_json(line, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}") from None
-        video = os.path.normpath(path.parent / clip.path)
-        if not os.path.isfile(video):
-            raise UserError(f"{path}, line {number}: {video} is not there; prepare the clips again")
-        clips.append(dataclasses.replace(clip, path=video))
-    if not clips:
-        raise UserError(f"{path}: holds no clips")
-    return clips

@@ -3,11 +3,9 @@
 Sampling is addressed: whatever is drawn comes from a generator made of the seed and a sample's number in the whole
 training, so a run continues at any step, with any number of loader workers, on the same data.
 
-Shapes: T H W C uint8 pixels of files, C T H W float32 in [-1, 1] of items, B C T H W of batches.
+Shapes: C T H W float32 in [-1, 1] of items, B C T H W of batches.
 """
 
-import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -18,19 +16,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from . import shapes
-from .clips import Clip, first_few, load_clips
+from .buckets import NONE, Bucket, Buckets, bucket_plan
+from .clip_index import Clip, column, load_clips, row_of, take
+from .clips import first_few
 from .config import UserError
-from .video import (
-    READ_TIMEOUT,
-    frame_times,
-    pick_by_time,
-    read_frames,
-)
+from .sharded_clips import ShardedClips, Sharding
+from .shards import is_shards, open_shards
+from .video import READ_TIMEOUT
+from .windows import Windows, to_model
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +35,14 @@ MIXTURE_STREAM = 2**31  # in place of a rank: which dataset a step draws from is
 
 
 class ClipDataset(Dataset):
-    """Windows of `frames` frames, resized and cropped to `size`, of the clips that are long enough.
+    """Windows of the clips of one index that are long enough.
 
     An item is a dictionary: video (float32 C T H W in [-1, 1]), caption, clip (index), start (the window's first frame
     in the clip), stride (clip frames from one frame to the next), fps (of the window). Reading raises UnreadableVideo.
 
     Args:
         clips: of one index; those too short for the smallest stride and for stride 1 are left out and named in the log.
-        frames: T.
-        size: H and W; an int is both. The picture is scaled to cover it and cropped.
-        temporal_strides: strides to choose from, of those that fit into the clip.
-        flip: mirror windows at random, half of them. Captions that tell left from right become wrong.
-        timeout: seconds a read may take.
+        frames, size, temporal_strides, flip, timeout: see Windows.
 
     Raises UserError if no clip is long enough. `skipped` counts the clips left out.
     """
@@ -63,23 +56,28 @@ class ClipDataset(Dataset):
         flip: bool = False,
         timeout: float = READ_TIMEOUT,
     ):
-        self.frames, self.size, self.strides = _check_window(frames, size, temporal_strides)
-        self.flip, self.timeout = flip, timeout
-        needed = self._span(min(self.strides))
-        self.clips = [clip for clip in clips if clip.frames >= needed]
-        self.skipped = len(clips) - len(self.clips)
-        if not self.clips:
-            longest = max(clips, key=lambda clip: clip.frames)
+        self.windows = windows = Windows(frames, size, temporal_strides, flip, timeout)
+        self._leave_out_short(clips)
+        height, width = windows.size
+        small = np.count_nonzero((column(self.clips, "height") < height) | (column(self.clips, "width") < width))
+        if small:
+            logger.warning("%d of %d clips are smaller than %dx%d and enlarged", small, len(self.clips), height, width)
+
+    def _leave_out_short(self, clips: Sequence[Clip]) -> None:
+        frames, needed = column(clips, "frames"), self.windows.needed
+        long = frames >= needed
+        self.skipped = int(np.count_nonzero(~long))
+        if not long.any():
+            longest = clips[int(frames.argmax())]
             raise UserError(
                 f"no clip has {needed} frames: the longest of {len(clips)}, {longest.path}, has {longest.frames}; "
                 "ask for fewer frames or smaller strides"
             )
         if self.skipped:
-            names = first_few(f"{clip.path} ({clip.frames})" for clip in clips if clip.frames < needed)
+            short = (clips[int(place)] for place in np.flatnonzero(~long))
+            names = first_few((f"{clip.path} ({clip.frames})" for clip in short), count=self.skipped)
             logger.warning("%d of %d clips are shorter than %d frames: %s", self.skipped, len(clips), needed, names)
-        small = sum(clip.height < self.size[0] or clip.width < self.size[1] for clip in self.clips)
-        if small:
-            logger.warning("%d of %d clips are smaller than %dx%d and enlarged", small, len(self.clips), *self.size)
+        self.clips = take(clips, np.flatnonzero(long)) if self.skipped else clips
 
     def __len__(self) -> int:
         """Count the clips that are long enough."""
@@ -89,51 +87,17 @@ class ClipDataset(Dataset):
         """Return a random window, at a random place, of a random clip."""
         index = int(rng.integers(len(self.clips)))
         clip = self.clips[index]
-        stride = int(rng.choice([s for s in self.strides if self._span(s) <= clip.frames]))
-        start = int(rng.integers(clip.frames - self._span(stride) + 1))
-        video = self._resized(clip, start, stride)
-        top, left = (int(rng.integers(have - want + 1)) for have, want in zip(video.shape[2:], self.size, strict=True))
-        mirror = self.flip and bool(rng.integers(2))
-        return self._item(index, start, stride, video, top, left, mirror)
+        return {"clip": index, **self.windows.random(clip.path, clip, rng)}
 
     def fixed(self, index: int) -> dict[str, Any]:
-        """Return the first `frames` frames of clip `index`, cropped in the centre."""
-        video = self._resized(self.clips[index], 0, 1)
-        top, left = ((have - want) // 2 for have, want in zip(video.shape[2:], self.size, strict=True))
-        return self._item(index, 0, 1, video, top, left, False)
+        """Return the first frames of clip `index`, cropped in the centre."""
+        clip = self.clips[index]
+        return {"clip": index, **self.windows.first(clip.path, clip)}
 
     def digest(self, count: int) -> str:
         """Hash the contents, stretches and captions of the first `count` clips; where the files lie does not matter."""
-        rows = [dataclasses.asdict(clip) | {"path": ""} for clip in self.clips[:count]]
+        rows = [row_of(self.clips[place]) | {"path": ""} for place in range(min(count, len(self)))]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-
-    def _span(self, stride: int) -> int:
-        return (self.frames - 1) * stride + 1
-
-    def _resized(self, clip: Clip, start: int, stride: int) -> Tensor:
-        """Read a window and scale it to cover `size`: uint8 T C H W."""
-        offsets = start + stride * np.arange(self.frames)
-        indices = pick_by_time(_frame_times(clip.path, self.timeout), clip.start + offsets / clip.fps)
-        pixels = read_frames(clip.path, indices, self.timeout)
-        video = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-        height, width = video.shape[2:]
-        scale = max(self.size[0] / height, self.size[1] / width)
-        new = [max(want, round(have * scale)) for have, want in zip((height, width), self.size, strict=True)]
-        # In 8 bits this is eight times as fast as in float32, within one grey level of it. decord can decode to this
-        # size itself; that saves a quarter at 720p and nothing at 256p, and its scaler aliases at the edges.
-        return F.interpolate(video, new, mode="bilinear", antialias=True)
-
-    def _item(self, index: int, start: int, stride: int, video: Tensor, top: int, left: int, mirror: bool) -> dict[str, Any]:
-        height, width = self.size
-        video = video[:, :, top : top + height, left : left + width]
-        return {
-            "video": _to_model(video.flip(3) if mirror else video),
-            "caption": self.clips[index].caption,
-            "clip": index,
-            "start": start,
-            "stride": stride,
-            "fps": self.clips[index].fps / stride,
-        }
 
 
 class ShapesDataset(Dataset):
@@ -167,7 +131,7 @@ class ShapesDataset(Dataset):
         if not 0 <= index < self.count:
             raise IndexError(f"clip {index}: legal are 0 to {self.count - 1}")
         pixels, scene = shapes.clip(index, self.split, frames=self.frames, size=self.size)
-        video = _to_model(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        video = to_model(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         return {"video": video, "caption": scene.caption(), "clip": index, "start": 0, "stride": 1, "fps": shapes.FPS}
 
     def digest(self, count: int) -> str:
@@ -187,32 +151,41 @@ class Drawn(Protocol):
 class Mixture:
     """Several datasets of which each batch draws from one, at random by their shares; every rank from the same one.
 
-    Raises ValueError for shares that are not positive or not as many as the datasets.
+    `batch_sizes` are those of the datasets' batches, None for the stream's. Raises ValueError for shares that are not
+    positive or not as many as the datasets.
     """
 
-    def __init__(self, datasets: Sequence[Drawn], shares: Sequence[float]):
+    def __init__(self, datasets: Sequence[Drawn], shares: Sequence[float], batch_sizes: Sequence[int | None] | None = None):
         if len(datasets) != len(shares) or not datasets or min(shares) <= 0:
             raise ValueError(f"{len(datasets)} datasets with shares {list(shares)}: one share above 0 for each is needed")
         self.datasets, self.shares = list(datasets), np.asarray(shares, float) / sum(shares)
+        self.batch_sizes = batch_sizes or [None] * len(datasets)
 
-    def choose(self, seed: int, step: int) -> Drawn:
-        """Return the dataset of a step."""
+    def largest_batch(self, default: int) -> int:
+        """Return the largest batch size of the datasets; `default` is that of those that have none of their own."""
+        return max(size or default for size in self.batch_sizes)
+
+    def choose(self, seed: int, step: int) -> tuple[Drawn, int | None]:
+        """Return the dataset of a step, and its batch size where it has its own."""
         rng = np.random.default_rng((seed, step, MIXTURE_STREAM))
-        return self.datasets[int(rng.choice(len(self.datasets), p=self.shares))]
+        chosen = int(rng.choice(len(self.datasets), p=self.shares))
+        return self.datasets[chosen], self.batch_sizes[chosen]
 
 
 class TrainingStream(IterableDataset):
     """An endless stream of batches for one rank, from `first_step` on; the batch of a step depends on nothing else.
 
     Samples are numbered through the whole training, step by step and in a step rank by rank; sample n is drawn by
-    `default_rng((seed, n))`. So processes, batch sizes and accumulation may be traded against each other. Read it through
+    `default_rng((seed, n))`. So processes, batch sizes and accumulation may be traded against each other. (Where buckets
+    have batch sizes of their own, every batch is numbered like the largest.) Shards decide by step and rank which clips
+    come (epochs.py), and draw their windows so. Read it through
     `DataLoader(stream, batch_size=None, num_workers=any)`: batches come in the order of their steps. A batch holds the
     keys of an item, collated (video B C T H W, caption a list, numbers as tensors), step, and sample: the numbers.
     """
 
     def __init__(
         self,
-        dataset: Drawn | Mixture,
+        dataset: Drawn | Mixture | ShardedClips,
         seed: int,
         batch_size: int,
         rank: int,
@@ -226,6 +199,8 @@ class TrainingStream(IterableDataset):
             )
         self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        several = isinstance(dataset, (Mixture, ShardedClips))
+        self.largest = dataset.largest_batch(batch_size) if several else batch_size  # pyright: ignore
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield this worker's share: worker w of W makes the whole batches of steps first_step + w, + W, ..."""
@@ -237,13 +212,16 @@ class TrainingStream(IterableDataset):
 
     def batch(self, step: int) -> dict[str, Any]:
         """Return the batch of one step."""
-        dataset = self.dataset
-        if isinstance(dataset, Mixture):
-            dataset = dataset.choose(self.seed, step)
-        first = (step * self.world_size + self.rank) * self.batch_size
-        samples = list(range(first, first + self.batch_size))
-        items = [dataset.item(np.random.default_rng((self.seed, n))) for n in samples]
-        numbers = {"step": step, "sample": torch.tensor(samples)}
+        dataset, size = self.dataset, self.batch_size
+        first = (step * self.world_size + self.rank) * self.largest
+        if isinstance(dataset, ShardedClips):
+            items = dataset.items(self.seed, step, self.rank, self.world_size, size, first)
+        else:
+            if isinstance(dataset, Mixture):
+                dataset, own = dataset.choose(self.seed, step)
+                size = own or size
+            items = [dataset.item(np.random.default_rng((self.seed, n))) for n in range(first, first + size)]
+        numbers = {"step": step, "sample": torch.arange(first, first + len(items))}
         return {**numbers, **{key: _collate([item[key] for item in items]) for key in items[0]}}
 
 
@@ -262,10 +240,11 @@ def open_dataset(
     temporal_strides: Sequence[int] = (1,),
     flip: bool = False,
     timeout: float = READ_TIMEOUT,
-) -> ClipDataset | ShapesDataset:
-    """Open `shapes` (generated clips: `count` of `split`) or a clip index (.jsonl, which is one split, taken whole).
+) -> "ClipDataset | ShapesDataset | ShardedClips":
+    """Open clips of one shape, to be looked at by their number or drawn from.
 
-    Raises UserError for another source, and what the datasets raise.
+    `source` is `shapes` (generated clips: `count` of `split`), a clip index (.jsonl, which is one split, taken whole) or a
+    pattern of shards (.tar, the same). Raises UserError for another source, and what the datasets raise.
     """
     if source == "shapes":
         if tuple(temporal_strides) != (1,) or flip:
@@ -274,26 +253,66 @@ def open_dataset(
                 "motion whatever its length, and its caption says left or right; use [1] and no flip"
             )
         return ShapesDataset(split, count, frames, size)
+    if is_shards(source):
+        height, width = (size, size) if isinstance(size, int) else size
+        bucket = Bucket(frames, height, width, batch_size=None)
+        return ShardedClips(open_shards(source), [bucket], temporal_strides, flip=flip, timeout=timeout)
+    return ClipDataset(_load_index(source), frames, size, temporal_strides, flip, timeout)
+
+
+def _load_index(source: str | os.PathLike) -> Sequence[Clip]:
     if Path(source).suffix != ".jsonl":
-        raise UserError(f"clips {os.fspath(source)!r}: give shapes, or a .jsonl index made by scripts/prepare_clips.py")
-    return ClipDataset(load_clips(source), frames, size, temporal_strides, flip, timeout)
+        raise UserError(
+            f"clips {os.fspath(source)!r}: give shapes, or a .jsonl index made by scripts/prepare_clips.py, "
+            "or shards as a pattern of .tar files"
+        )
+    return load_clips(source)
 
 
-def _check_window(
-    frames: int, size: int | tuple[int, int], strides: Sequence[int]
-) -> tuple[int, tuple[int, int], tuple[int, ...]]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if frames < 1 or height < 1 or width < 1 or not strides or min(strides) < 1:
-        raise UserError(f"frames {frames}, size {size}, temporal_strides {strides}: whole numbers from 1 up are legal")
-    return frames, (height, width), tuple(strides)
+def open_training(
+    source: str | os.PathLike,
+    buckets: Sequence[Bucket],
+    count: int,
+    batch_size: int,
+    world_size: int,
+    temporal_strides: Sequence[int],
+    sharding: Sharding,
+) -> tuple[Mixture | ShardedClips, str]:
+    """Open what a training draws from, in one bucket or several, and the plan of the buckets as lines for the log.
+
+    Clips of an index are drawn at random, a bucket as often as its clips fill batches; those in shards come in the order
+    of epochs (epochs.py). `count` is that of generated clips, `batch_size` that of buckets that state none. Raises
+    UserError as `open_dataset` does, and where no clip is long enough for any bucket.
+    """
+    if is_shards(source):
+        clips = ShardedClips(open_shards(source), buckets, temporal_strides, sharding)
+        return clips, clips.plan(world_size, batch_size)
+    datasets: list[Any]
+    if source == "shapes":
+        used = list(buckets)
+        datasets = [open_dataset(source, "train", b.frames, (b.height, b.width), count, temporal_strides) for b in used]
+    else:
+        used, parts = _parted(_load_index(source), buckets, min(temporal_strides))
+        datasets = [
+            ClipDataset(part, b.frames, (b.height, b.width), temporal_strides) for part, b in zip(parts, used, strict=True)
+        ]
+    counts, batches = [len(part) for part in datasets], Buckets(used).batch_sizes(batch_size)
+    shares = [number / size for number, size in zip(counts, batches, strict=True)]
+    return Mixture(datasets, shares, [bucket.batch_size for bucket in used]), bucket_plan(used, counts, batches, shares)
 
 
-# Opening a file for its times takes 2 ms, a sixth of an item.
-@functools.lru_cache(maxsize=4096)
-def _frame_times(path: str, timeout: float) -> np.ndarray:
-    return frame_times(path, timeout)
-
-
-def _to_model(video: Tensor) -> Tensor:
-    """Turn uint8 T C H W into float32 C T H W in [-1, 1]."""
-    return video.permute(1, 0, 2, 3).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+def _parted(clips: Sequence[Clip], buckets: Sequence[Bucket], stride: int) -> tuple[list[Bucket], list[Sequence[Clip]]]:
+    """Return the buckets that have clips, and the clips of each; names what is in none, and buckets without any."""
+    assigned = Buckets(buckets, stride).assign(*(column(clips, name) for name in ("frames", "height", "width")))
+    short = np.flatnonzero(assigned == NONE)
+    names = first_few((f"{clips[int(k)].path} ({clips[int(k)].frames})" for k in short), count=len(short))
+    if len(short) == len(clips):
+        raise UserError(f"no clip of {len(clips)} is long enough for {', '.join(map(str, buckets))}: {names}")
+    if len(short):
+        logger.warning("%d of %d clips are too short for every bucket: %s", len(short), len(clips), names)
+    used = [number for number in range(len(buckets)) if (assigned == number).any()]
+    if len(used) < len(buckets):
+        empty = ", ".join(str(bucket) for number, bucket in enumerate(buckets) if number not in used)
+        logger.warning("no clip is for the buckets %s", empty)
+    parts = [take(clips, np.flatnonzero(assigned == number)) for number in used]
+    return [buckets[number] for number in used], parts

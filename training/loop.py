@@ -215,7 +215,7 @@ def train(
         file=sys.stderr,
     )
     bf16 = accelerator.mixed_precision == "bf16"
-    meter = Meter(settings.batch_size, accelerator.num_processes, accelerator.device, bf16, pace.peak_tflops)
+    meter = Meter(accelerator.num_processes, accelerator.device, bf16, pace.peak_tflops)
     with StopSignal() as stop, _shut_down_after(batches):
         objective.train()
         meter.start()
@@ -236,7 +236,7 @@ def train(
                     accelerator.backward(found["loss"] / settings.accumulate)
                 for key, value in found.items():
                     losses[key] = losses.get(key, 0) + value.detach().float() / settings.accumulate
-                meter.count(objective.work(batch))
+                meter.count(len(batch["sample"]), objective.work(batch))
             losses["gradient_norm"] = accelerator.clip_grad_norm_(together, settings.clip_norm)
             others: list[Any] = [accelerator.clip_grad_norm_(group, settings.clip_norm) for group in apart]
             bad = _not_finite({**losses, **{f"gradient norm {i + 2}": norm for i, norm in enumerate(others)}})

@@ -27,15 +27,14 @@ class Meter:
     """Sums what a training does between two readings.
 
     Args:
-        batch_size: samples of a batch.
         processes: how many train; samples and tokens a second are those of all of them, TFLOP/s and MFU of one.
         peak_tflops: stated peak of a process's device; None measures it on `device`, in bfloat16 with `bf16`.
     """
 
-    def __init__(self, batch_size: int, processes: int, device: torch.device | str, bf16: bool, peak_tflops: float | None):
-        self.batch_size, self.processes, self.device, self.bf16, self.peak = batch_size, processes, device, bf16, peak_tflops
+    def __init__(self, processes: int, device: torch.device | str, bf16: bool, peak_tflops: float | None):
+        self.processes, self.device, self.bf16, self.peak = processes, device, bf16, peak_tflops
         self.sums: dict[str, Tensor] = {}
-        self.steps = self.batches = self.tokens = 0
+        self.steps = self.samples = self.tokens = 0
         self.flops = 0.0
         self.started = self.since = 0.0
 
@@ -55,9 +54,9 @@ class Meter:
         pause = time.perf_counter() - before
         self.started, self.since = self.started + pause, self.since + pause
 
-    def count(self, work: Work | None) -> None:
-        """Count a batch."""
-        self.batches += 1
+    def count(self, samples: int, work: Work | None) -> None:
+        """Count a batch of so many samples."""
+        self.samples += samples
         if work is not None:
             self.tokens += work.tokens
             self.flops += work.flops
@@ -72,7 +71,7 @@ class Meter:
         """Return averages over the steps taken and the throughput since the last reading, and begin anew."""
         record = {key: float(value) / self.steps for key, value in self.sums.items()}  # waits for the device
         seconds = time.perf_counter() - self.since
-        record["samples_per_second"] = self.batches * self.batch_size * self.processes / seconds
+        record["samples_per_second"] = self.samples * self.processes / seconds
         if self.flops:
             if self.peak is None:
                 with self.pause():
@@ -80,7 +79,7 @@ class Meter:
             record["tokens_per_second"] = self.tokens * self.processes / seconds
             record["tflops"] = self.flops / seconds / 1e12
             record["mfu"] = record["tflops"] / self.peak
-        self.sums, self.steps, self.batches, self.tokens, self.flops = {}, 0, 0, 0, 0.0
+        self.sums, self.steps, self.samples, self.tokens, self.flops = {}, 0, 0, 0, 0.0
         self.since = time.perf_counter()
         return record
 

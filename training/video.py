@@ -6,13 +6,14 @@ damaged files without a word, so only files that passed `decode_strictly` should
 installed (it has wheels for x86-64 only) PyAV reads the same frames.
 
 Pixels are uint8 RGB arrays (T, H, W, 3), turned upright where the file asks for a rotation by 90, 180 or 270 degrees.
-Times are seconds after the first frame.
+Times are seconds after the first frame. An image is a video of one frame.
 """
 
 import concurrent.futures
 import contextlib
 import functools
 import importlib.util
+import io
 import itertools
 import math
 import os
@@ -28,6 +29,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .config import UserError
+from .images import IMAGE_FPS, ImageError, is_image, read_image
 
 # decord has been seen to hang in get_batch for ever (dmlc/decord#269), and so may a network disk. A read takes
 # milliseconds to a few seconds; after a minute it will not end.
@@ -58,6 +60,23 @@ class UnreadableVideo(UserError):  # noqa: N818
 
 
 @dataclass(frozen=True, eq=False)
+class VideoBytes:
+    """A video or image file held in memory; it is read like a file, and errors call it by its name."""
+
+    name: str  # its ending tells an image from a video
+    data: bytes
+
+    def __fspath__(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+VideoSource = str | os.PathLike | VideoBytes
+
+
+@dataclass(frozen=True, eq=False)
 class VideoFacts:
     """What a strict pass over a video found; sizes are those of the upright picture."""
 
@@ -69,7 +88,7 @@ class VideoFacts:
     timestamps: np.ndarray  # (frames,) float64 seconds after the first frame, increasing
 
 
-def decode_strictly(path: str | os.PathLike) -> VideoFacts:
+def decode_strictly(path: VideoSource) -> VideoFacts:
     """Decode every frame of `path` and return its facts, or raise UnreadableVideo.
 
     Refused: what is no video, holds no video stream or no frames, has a decoding error, a corrupt frame, timestamps
@@ -80,12 +99,14 @@ def decode_strictly(path: str | os.PathLike) -> VideoFacts:
     import av
     from av.error import FFmpegError
 
-    path = os.fspath(path)
+    if is_image(path):
+        height, width = _read_image(path, [0]).shape[1:3]
+        return VideoFacts(1, width, height, IMAGE_FPS, 1 / IMAGE_FPS, np.zeros(1))
     pts: list[int] = []
     samples: dict[int, np.ndarray] = {}  # frames to compare with the fast reader
     last = None
     try:
-        with av.open(path, options=_STRICT, metadata_errors="ignore") as container:
+        with av.open(_to_open(path), options=_STRICT, metadata_errors="ignore") as container:
             stream = _video_stream(path, container)
             for frame in _checked_frames(path, container, stream):
                 if len(pts) in (0, 1, 4, 16, 64, 256, 1024, 4096):
@@ -111,24 +132,26 @@ def decode_strictly(path: str | os.PathLike) -> VideoFacts:
     return VideoFacts(len(pts), width, height, float(rate), float(timestamps[-1] + 1 / rate), timestamps)
 
 
-def read_frames(path: str | os.PathLike, indices: Iterable[int], timeout: float = READ_TIMEOUT) -> np.ndarray:
+def read_frames(path: VideoSource, indices: Iterable[int], timeout: float = READ_TIMEOUT) -> np.ndarray:
     """Return the frames of `path` at `indices` (any order, repeats allowed) as uint8 (T, H, W, 3).
 
     Raises ValueError for indices outside the video, UnreadableVideo for a failing decoder and for one that takes longer
     than `timeout` seconds.
     """
     wanted = [int(i) for i in indices]
-    read = read_with_decord if _has_decord() else read_with_pyav
-    return _within(timeout, path, lambda: read(os.fspath(path), wanted))
+    read = _read_image if is_image(path) else read_with_decord if _has_decord() else read_with_pyav
+    return _within(timeout, path, lambda: read(path, wanted))
 
 
-def frame_times(path: str | os.PathLike, timeout: float = READ_TIMEOUT) -> np.ndarray:
+def frame_times(path: VideoSource, timeout: float = READ_TIMEOUT) -> np.ndarray:
     """Return the time of each frame, float64 seconds after the first, without decoding any.
 
     Raises UnreadableVideo as `read_frames` does.
     """
+    if is_image(path):
+        return np.zeros(1)
     measure = _times_with_decord if _has_decord() else _times_with_pyav
-    times = _within(timeout, path, lambda: measure(os.fspath(path)))
+    times = _within(timeout, path, lambda: measure(path))
     return times - times[0]
 
 
@@ -208,14 +231,14 @@ def written_whole(path: str | os.PathLike) -> Iterator[str]:
         aside.unlink(missing_ok=True)
 
 
-def read_with_decord(path: str, indices: list[int]) -> np.ndarray:
+def read_with_decord(path: VideoSource, indices: list[int]) -> np.ndarray:
     """`read_frames` through decord, without a time limit; decord fails on pictures 16, 24, 48 or 72 wide."""
     with _decord_reader(path) as reader:
         _check_indices(path, indices, len(reader))
         return reader.get_batch(indices).asnumpy()
 
 
-def read_with_pyav(path: str, indices: list[int]) -> np.ndarray:
+def read_with_pyav(path: VideoSource, indices: list[int]) -> np.ndarray:
     """`read_frames` through PyAV, without a time limit: seeks to the first and decodes up to the last frame wanted."""
     with _pyav_stream(path) as (container, stream):
         pts = _presentation_times(container, stream)
@@ -231,28 +254,40 @@ def read_with_pyav(path: str, indices: list[int]) -> np.ndarray:
     raise UnreadableVideo(path, f"frame {min(set(indices) - set(found))} is not found by seeking; re-encode it")
 
 
-def _times_with_decord(path: str) -> np.ndarray:
+def _read_image(path: VideoSource, indices: list[int]) -> np.ndarray:
+    _check_indices(path, indices, 1)
+    try:
+        return np.repeat(read_image(path.data if isinstance(path, VideoBytes) else path), len(indices), 0)
+    except ImageError as error:
+        raise UnreadableVideo(path, str(error)) from error
+
+
+def _to_open(path: VideoSource) -> str | io.BytesIO:
+    return io.BytesIO(path.data) if isinstance(path, VideoBytes) else os.fspath(path)
+
+
+def _times_with_decord(path: VideoSource) -> np.ndarray:
     with _decord_reader(path) as reader:
         return reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
 
 
-def _times_with_pyav(path: str) -> np.ndarray:
+def _times_with_pyav(path: VideoSource) -> np.ndarray:
     with _pyav_stream(path) as (container, stream):
         return np.array([float(t * stream.time_base) for t in _presentation_times(container, stream)])
 
 
 @contextlib.contextmanager
-def _decord_reader(path: str) -> Iterator[Any]:
+def _decord_reader(path: VideoSource) -> Iterator[Any]:
     import decord
     from decord._ffi.base import DECORDError, DECORDLimitReachedError
 
     decord.logging.set_level(decord.logging.QUIET)
-    if not os.path.exists(path):
+    if not isinstance(path, VideoBytes) and not os.path.exists(path):
         raise UnreadableVideo(path, "no such file")
     try:
         # One thread, opened where it is used: a reader with threads of its own dies with a fork. A fault tolerance
         # above zero makes decord raise where it would hand out the neighbour of a frame it failed to decode.
-        yield decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)  # pyright: ignore
+        yield decord.VideoReader(_to_open(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)  # pyright: ignore
     except (DECORDError, DECORDLimitReachedError, RuntimeError) as error:
         # Time, source line and the path stand in front of decord's own words.
         text = re.sub(r"^(\[[^]]*\] \S+: )+", "", str(error).strip().splitlines()[0]).replace(f"[{path}]", "").strip()
@@ -260,18 +295,18 @@ def _decord_reader(path: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _pyav_stream(path: str) -> Iterator[tuple[Any, Any]]:
+def _pyav_stream(path: VideoSource) -> Iterator[tuple[Any, Any]]:
     import av
     from av.error import FFmpegError
 
     try:
-        with av.open(path, options=_STRICT, metadata_errors="ignore") as container:
+        with av.open(_to_open(path), options=_STRICT, metadata_errors="ignore") as container:
             yield container, _video_stream(path, container)
     except FFmpegError as error:
         raise UnreadableVideo(path, f"PyAV: {error.strerror or error}") from error
 
 
-def _video_stream(path: str, container: Any) -> Any:
+def _video_stream(path: VideoSource, container: Any) -> Any:
     if not container.streams.video:
         raise UnreadableVideo(path, "holds no video stream")
     stream = container.streams.video[0]
@@ -280,7 +315,7 @@ def _video_stream(path: str, container: Any) -> Any:
     return stream
 
 
-def _checked_frames(path: str, container: Any, stream: Any) -> Iterator[Any]:
+def _checked_frames(path: VideoSource, container: Any, stream: Any) -> Iterator[Any]:
     """Yield every frame, or raise UnreadableVideo at the first that is damaged or unlike the others."""
     aspect = stream.sample_aspect_ratio
     if aspect and abs(aspect - 1) > 0.02:
@@ -307,13 +342,13 @@ def _presentation_times(container: Any, stream: Any) -> list[int]:
     return sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
 
 
-def _upright(path: str, frame: Any) -> np.ndarray:
+def _upright(path: VideoSource, frame: Any) -> np.ndarray:
     if frame.rotation % 90:
         raise UnreadableVideo(path, f"rotated by {frame.rotation} degrees, not a multiple of 90; re-encode it")
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
-def _compare_with_fast_reader(path: str, timestamps: np.ndarray, samples: dict[int, np.ndarray]) -> None:
+def _compare_with_fast_reader(path: VideoSource, timestamps: np.ndarray, samples: dict[int, np.ndarray]) -> None:
     """Raise UnreadableVideo unless `frame_times` and `read_frames` see what the strict pass saw."""
     times = frame_times(path)
     if len(times) != len(timestamps):
@@ -327,7 +362,7 @@ def _compare_with_fast_reader(path: str, timestamps: np.ndarray, samples: dict[i
             raise UnreadableVideo(path, f"a fast reader returns other pixels for frame {index}; re-encode it")
 
 
-def _check_indices(path: str, indices: list[int], frames: int) -> None:
+def _check_indices(path: VideoSource, indices: list[int], frames: int) -> None:
     wrong = [i for i in indices if not 0 <= i < frames]
     if wrong or not indices:
         raise ValueError(f"{path}: frame {wrong[0] if wrong else 'list is empty'}; legal: 0 to {frames - 1}")
@@ -349,7 +384,7 @@ def _has_decord() -> bool:
     return importlib.util.find_spec("decord") is not None
 
 
-def _within(timeout: float, path: str | os.PathLike, action: Callable[[], Result]) -> Result:
+def _within(timeout: float, path: VideoSource, action: Callable[[], Result]) -> Result:
     """Return `action()`, or raise UnreadableVideo after `timeout` seconds; the thread that hangs is left behind."""
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 

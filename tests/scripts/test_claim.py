@@ -26,7 +26,7 @@ def stage(ratio, mixing="attention", **change):
     growth = None if mixing is None else {"mixing": mixing, "birth": mixing != "none", "decoder": "frozen", "heads": 2}
     common = {"trains": "new", "latent_steps": 0, "squared_weight": 1, "kl_weight": 1e-6, "loop": LOOP}
     common |= {"perceptual": None, "adversarial": None}
-    return {"ratio": ratio, "frames": 1 + ratio, "growth": growth, **common, **change}
+    return {"ratio": ratio, "frames": 1 + ratio, "buckets": None, "growth": growth, **common, **change}
 
 
 def arm(name, stages, base=None, model=None, peer=None, seeds=(0,)):
@@ -55,6 +55,7 @@ def config(tmp_path_factory):
         "frames": 17,
         "data": {
             "train": "shapes", "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], "validation_clips": 3,
+            "sharding": {"lanes": 1, "shuffle": 1, "bad": "stop"},
         },
         "pace": {
             "log_every": 1, "validate_every": 2, "save_every": 50, "keep_last": 1, "keep_every": None, "workers": 0,

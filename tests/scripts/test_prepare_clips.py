@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from promag.training.clips import load_clips
+from promag.training.clip_index import load_clips
 from promag.training.config import UserError
 from promag.training.video import REENCODE, write_video
 

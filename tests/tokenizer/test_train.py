@@ -5,21 +5,28 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
+from promag.training.buckets import Bucket
+from promag.training.clip_index import save_clips
+from promag.training.clips import list_videos, prepare
 from promag.training.config import UserError
 from promag.training.optimizers import held_by, make_optimizers
 from promag.training.run import load_checkpoint
+from promag.training.shard_writing import write_shards
+from promag.training.sharded_clips import Sharding
 from tests.conftest import TINY, loop_pace, loop_settings, make_tokenizer
+from tests.training.conftest import counting
 
 LOOP = loop_settings(muon=0.01)
 PACE = loop_pace(validate_every=4, save_every=50, keep_last=1)
 
 
 def stage(ratio, frames, growth=None, latent_steps=0, trains="new", adversarial=None):
-    return Stage(ratio, frames, growth, trains, 0.5, latent_steps, 1.0, 1e-6, None, adversarial, LOOP)
+    return Stage(ratio, frames, None, growth, trains, 0.5, latent_steps, 1.0, 1e-6, None, adversarial, LOOP)
 
 
 def make_config(run, **change):
@@ -31,7 +38,7 @@ def make_config(run, **change):
         init=None,
         only=None,
         model=Model(**TINY),
-        data=Data("shapes", "shapes", 8, 32, (1,), 2),
+        data=Data("shapes", "shapes", 8, 32, (1,), 2, Sharding(1, 4, "stop")),
         stages=(stage(4, 5), stage(8, 9, Growth(), 2), stage(16, 17, Growth(decoder="finetune"))),
         pace=PACE,
     )
@@ -186,3 +193,54 @@ def test_the_discriminator_learns_at_its_own_rate():
     assert objective.adversary is not None
     assert {factors[id(p)] for p in objective.adversary.parameters()} == {4.0}
     assert {factors[id(p)] for p in objective.model.parameters()} == {1.0}
+
+
+# -- shards and buckets ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Twelve videos of 12 frames and eight images in shards."""
+    folder = tmp_path_factory.mktemp("clips")
+    for k in range(12):
+        counting(folder / f"v{k}.mp4", 12)
+    for k in range(8):
+        Image.new("RGB", (40, 40), (20 * k, 90, 90)).save(folder / f"i{k}.png")
+    save_clips(folder / "clips.jsonl", prepare(list_videos(folder, images=True), progress=False).clips)
+    write_shards(folder / "clips.jsonl", folder / "shards", 6, progress=False)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def bucketed(shards):
+    """Two stages that train on videos, and on images in larger batches."""
+
+    def config(run, **change):
+        four = dataclasses.replace(stage(4, 5), buckets=(Bucket(5, 32, 48, None), Bucket(1, 32, 32, 2)))
+        eight = dataclasses.replace(stage(8, 9, Growth(), 2), buckets=(Bucket(9, 32, 32, None), Bucket(1, 32, 32, 2)))
+        data = Data(f"{shards}/*.tar", f"{shards}/*.tar", 0, 32, (1,), 2, Sharding(2, 4, "stop"))
+        return make_config(run, data=data, stages=(four, eight), pace=loop_pace(validate_every=4, save_every=50), **change)
+
+    return config
+
+
+def test_training_on_bucketed_shards_continues_bit_for_bit(bucketed, tmp_path, capsys):
+    train_tokenizer(bucketed(tmp_path / "whole"))
+    said = capsys.readouterr().out
+    assert "5x32x48     12      1  75.0%" in said
+    assert said.count("16 steps an epoch\n") == 2
+    lines = records(tmp_path / "whole", 4) + records(tmp_path / "whole", 8)
+    assert len([r for r in lines if "loss" in r]) == 8
+    half = dataclasses.replace(bucketed(tmp_path / "half").pace, stop_after=2, workers=2)
+    for _ in range(4):
+        folder = train_tokenizer(dataclasses.replace(bucketed(tmp_path / "half"), pace=half))
+    assert folder == tmp_path / "half" / "tokenizer"
+    a, b = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("whole", "half"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_buckets_must_fit_their_level(bucketed, tmp_path):
+    good = bucketed(tmp_path)
+    for bucket, message in ((Bucket(6, 32, 32, None), "6 frames"), (Bucket(5, 32, 36, None), "width 36")):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(good, stages=(dataclasses.replace(good.stages[0], buckets=(bucket,)),))

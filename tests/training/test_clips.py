@@ -1,13 +1,13 @@
 """Videos are found, captioned and prepared strictly, and the index is read as strictly as it was written."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
 
 import pytest
 
-from promag.training.clips import Clip, caption_from_name, list_videos, load_clips, prepare, save_clips
+from promag.training.clip_index import Clip
+from promag.training.clips import caption_from_name, list_licences, list_videos, prepare
 from promag.training.config import UserError
 from promag.training.datasets import ClipDataset
 from tests.training.conftest import numbers
@@ -162,46 +162,12 @@ def test_settings_that_cannot_be_meant(folder, options):
         prepare(list_videos(folder), **options, progress=False)
 
 
-# -- the index -------------------------------------------------------------------------------------------------------
-
-
-def test_an_index_is_read_as_written_and_moves_with_its_videos(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "here" / "videos")
-    clips = prepare(list_videos(tmp_path / "here" / "videos"), progress=False).clips
-    clips.append(dataclasses.replace(clips[0], path=str(folder / "short.mp4"), caption="schön"))
-    save_clips(tmp_path / "here" / "clips.jsonl", clips)
-    assert load_clips(tmp_path / "here" / "clips.jsonl") == clips
-    (tmp_path / "here").rename(tmp_path / "there")
-    moved = load_clips(tmp_path / "there" / "clips.jsonl")
-    assert [clip.path for clip in moved[:3]] == [clip.path.replace("/here/", "/there/") for clip in clips[:3]]
-    assert moved[3] == clips[3]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"colour": "red"}, "line 2: colour: "),
-        ({"frames": None}, "line 2: frames: "),
-        ({"frames": "12"}, "line 2: frames: "),
-        ({"frames": 0}, "line 2: frames: "),
-        ({"fps": -1.0}, "line 2: fps: "),
-        ({"sha256": "abc"}, "line 2: sha256: "),
-        ({"path": "gone.mp4"}, "line 2: .*gone.mp4 is not there"),
-    ],
-)
-def test_a_strict_index(clips, tmp_path, change, message):
-    good = dataclasses.asdict(clips[0])
-    (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | change)}\n")
-    with pytest.raises(UserError, match=rf"a\.jsonl, {message}"):
-        load_clips(tmp_path / "a.jsonl")
-
-
-def test_missing_keys_broken_lines_and_empty_files(clips, tmp_path):
-    path, good = tmp_path / "a.jsonl", dataclasses.asdict(clips[0])
-    del good["caption"]
-    for text, message in ((json.dumps(good), "line 1: caption"), ('{"path"', "line 1: "), ("", "holds no clips")):
-        path.write_text(text)
-        with pytest.raises(UserError, match=message):
-            load_clips(path)
-    with pytest.raises(UserError, match="cannot be read"):
-        load_clips(tmp_path / "absent.jsonl")
+def test_licences_go_along_from_a_table(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "v")
+    (tmp_path / "v" / "captions.csv").write_text("file,caption,licence\nshort.mp4,S,CC0-1.0\nmore/b.mp4,B,\n")
+    path = str(tmp_path / "v" / "short.mp4")
+    for source in (tmp_path / "v", tmp_path / "v" / "captions.csv"):
+        assert list_licences(source) == {path: "CC0-1.0"}
+    assert list_licences(path) == list_licences(folder) == {}
+    prepared = prepare(list_videos(tmp_path / "v" / "captions.csv"), progress=False, licences={path: "CC0-1.0"})
+    assert {clip.caption: clip.licence for clip in prepared.clips} == {"S": "CC0-1.0", "B": None}

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from promag.training import shapes
-from promag.training.clips import prepare, save_clips
+from promag.training.clip_index import save_clips
+from promag.training.clips import prepare
 from promag.training.config import UserError
 from promag.training.datasets import ClipDataset, Mixture, ShapesDataset, TrainingStream, open_dataset
 from promag.training.video import UnreadableVideo, write_video
@@ -110,7 +111,11 @@ def test_windows_that_cannot_be_meant(clips, frames, size, strides):
 
 def taken(stream, steps, workers=0):
     loader = iter(DataLoader(stream, batch_size=None, num_workers=workers))
-    return [next(loader) for _ in range(steps)]
+    try:
+        return [next(loader) for _ in range(steps)]
+    finally:
+        if workers:  # else they are waited for when the traceback of an expected error goes
+            loader._shutdown_workers()
 
 
 def same(one, other):
@@ -211,7 +216,7 @@ def test_opening_an_index(clips, tmp_path):
     save_clips(tmp_path / "clips.jsonl", clips)
     found = open_dataset(tmp_path / "clips.jsonl", "train", frames=6, size=16, count=1, temporal_strides=(1, 2))
     assert isinstance(found, ClipDataset)
-    assert (len(found), found.strides) == (2, (1, 2))
+    assert (len(found), found.windows.strides) == (2, (1, 2))
     for source, message in (("videos", "give shapes, or a .jsonl"), (tmp_path / "gone.jsonl", "cannot be read")):
         with pytest.raises(UserError, match=message):
             open_dataset(source, "train", frames=5, size=32, count=3)
