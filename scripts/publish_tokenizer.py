@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
 
     recipe = stages_of(arguments.tokenizer.parent)
     sources = count_sources(arguments.sources, arguments.split)
-    model: Any = load_tokenizer(arguments.tokenizer).to(dtype=torch.bfloat16)
+    model: Any = load_tokenizer(arguments.tokenizer)
+    model.to(torch.bfloat16)
     save_model(model, arguments.out)
     # Scored as a user would, from the folder that is published.
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """Other video autoencoders of diffusers behind the interface that our training and evaluation use, for comparisons."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ class PeerAutoencoder(nn.Module):
             check_ratio(ratio, self.temporal_ratios)
         self.requires_grad_(True)
         return list(self.parameters())
+
+    def inherited_modules(self, added: Sequence[int]) -> list[nn.Module]:
+        """Return nothing: the one level of a peer starts from no other."""
+        return []
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Let the model compute blocks again in the backward pass; raises ValueError where it cannot."""
+        self.model.enable_gradient_checkpointing()
 
     def hidden_kernels(self) -> list[nn.Parameter]:
         """Return the 2D and 3D kernels that map hidden features to hidden features, not those at pixels and latents."""

@@ -24,7 +24,7 @@ MODEL = {**TINY_MODEL, "linear_shortcuts": True}
 
 def stage(ratio, mixing="attention", **change):
     growth = None if mixing is None else {"mixing": mixing, "birth": mixing != "none", "decoder": "frozen", "heads": 2}
-    common = {"trains": "new", "latent_steps": 0, "squared_weight": 1, "kl_weight": 1e-6, "loop": LOOP}
+    common = {"trains": "new", "inherited_rate": 1.0, "latent_steps": 0, "squared_weight": 1, "kl_weight": 1e-6, "loop": LOOP}
     common |= {"perceptual": None, "adversarial": None}
     return {"ratio": ratio, "frames": 1 + ratio, "buckets": None, "growth": growth, **common, **change}
 

@@ -1,0 +1,79 @@
+"""Encoder and decoder of the base level: MAGVIT-v2 (arXiv 2310.05737, sec. 3) with a continuous, diagonal-Gaussian latent.
+
+Shapes: B C T H W pixels in [-1, 1] and features, b c t h w latents; strides are (time, space) of each down-sampling.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .layers import CausalConv3d, Chain, Downsample, Head, ResBlock, State, Upsample
+
+# log-variance at the start of training: little noise, so that the first steps learn to reconstruct
+INITIAL_LOGVAR = -6.0
+
+
+class BaseEncoder(nn.Module):
+    """Pixels to features and moments of the base level."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        patch: int,
+        widths: Sequence[int],
+        layers: int,
+        strides: Sequence[Sequence[int]],
+        shortcuts: bool,
+    ):
+        super().__init__()
+        self.patch = patch
+        blocks: list[nn.Module] = [CausalConv3d(in_channels * patch**2, widths[0])]
+        for i, width in enumerate(widths):
+            blocks += [ResBlock(width, zero=shortcuts) for _ in range(layers)]
+            if i < len(strides):
+                time, space = strides[i]
+                blocks.append(Downsample(width, widths[i + 1], time, space, shortcuts))
+        self.body = Chain(blocks)
+        self.head = Head(widths[-1], 2 * latent_channels, shortcut=shortcuts)
+        self.head.start_at(slice(latent_channels, None), INITIAL_LOGVAR)
+
+    def features(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B C 1+4N H W -> B D 1+N H/8 W/8."""
+        x = rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=self.patch, q=self.patch)
+        return self.body(x.contiguous(memory_format=torch.channels_last_3d), state)
+
+
+class BaseDecoder(nn.Module):
+    """Latents of the base level to pixels."""
+
+    def __init__(
+        self,
+        out_channels: int,
+        latent_channels: int,
+        patch: int,
+        widths: Sequence[int],
+        layers: int,
+        strides: Sequence[Sequence[int]],
+        shortcuts: bool,
+    ):
+        super().__init__()
+        self.patch = patch
+        blocks: list[nn.Module] = [CausalConv3d(latent_channels, widths[-1])]
+        for i in reversed(range(len(widths))):
+            blocks += [ResBlock(widths[i], zero=shortcuts) for _ in range(layers)]
+            if i > 0:
+                time, space = strides[i - 1]
+                blocks.append(Upsample(widths[i], widths[i - 1], time, space, shortcuts))
+        self.body = Chain(blocks)
+        self.head = Head(widths[0], out_channels * patch**2, shortcut=shortcuts)
+
+    def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B c 1+N h w -> B C 1+4N 8h 8w."""
+        s_body, s_head = state or (state, state)
+        h, s_body = self.body(z.contiguous(memory_format=torch.channels_last_3d), s_body)
+        h, s_head = self.head(h, s_head)
+        x = rearrange(h, "b (c p q) t h w -> b c t (h p) (w q)", p=self.patch, q=self.patch)
+        return x, None if state is None else (s_body, s_head)
