@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..diffusion.text import learn_vocabulary, small_clip
 from ..diffusion.train import DiffusionConfig, Model, Text
-from ..diffusion.transformer import ProMAGTransformer3DModel
+from ..diffusion.transformer import ProMAGAttention, ProMAGTransformer3DModel
 from .cost import random_loss
 
 FLOAT = 4  # bytes: weights, gradients, moments and averages are float32
@@ -59,20 +59,20 @@ def standing_bytes(trained: Iterable[nn.Parameter], by_muon: Iterable[nn.Paramet
 def transformer_alone(model: Model, text_dims: list[int], pooled: int) -> ProMAGTransformer3DModel:
     """Return an untrained transformer on the device that is in force, for text encoders of these widths."""
     transformer = ProMAGTransformer3DModel(**asdict(model), text_dim=text_dims, pooled_dim=pooled)
-    for block in transformer.transformer_blocks:
-        for attention in (block.attn1, block.attn2):  # pyright: ignore[reportAttributeAccessIssue]
-            attention.set_attention_backend(BACKEND)
+    for module in transformer.modules():
+        if isinstance(module, ProMAGAttention):
+            module.set_attention_backend(BACKEND)
     return transformer
 
 
-def small_text(text: Text) -> nn.Module | None:
-    """Return the text model that is trained along, with as many tokens as its vocabulary may have; None without one."""
+def small_text(text: Text) -> list[nn.Parameter]:
+    """Return the weights of the text model that is trained along, with the largest vocabulary it may have; none without one."""
     if text.small is None:
-        return None
+        return []
     tokenizer = learn_vocabulary([], text.vocabulary, text.small.max_length)
     model = small_clip(tokenizer, text.width, text.layers, text.heads)
     model.resize_token_embeddings(text.vocabulary, mean_resizing=False)
-    return model
+    return list(model.parameters())
 
 
 def text_shape(config: DiffusionConfig, frozen_width: int) -> tuple[list[int], int, list[int]]:

@@ -1,4 +1,4 @@
-"""Count the memory that training each text-to-video preset takes: what stays from step to step, and activations per clip.
+"""Count the memory that training each text-to-video preset takes - what stays between steps, activations per clip - and FLOPs.
 
 Nothing is trained, and large models are counted on tensors without data. Left out: activations of the small text model, what a
 backward pass needs for a moment, and what an allocator and a device's libraries take beside tensors.
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from promag.diffusion.flops import training_flops
 from promag.diffusion.train import DiffusionConfig, hidden_matrices
 from promag.pipelines.memory import activation_bytes, small_text, standing_bytes, text_shape, transformer_alone
 from promag.tokenizer.geometry import tokens
 from promag.training.config import UserError, build, load_yaml, run_main
+from promag.training.optimizers import muon_flops
 from promag.training.run import append_result
 
 RATIOS = (4, 16)
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
             "attention that keeps no scores: tensors that the graph keeps, each stretch of memory once, batches of 3 less 2; "
             "checkpointed: with one block's own; on the CPU where measured is true, else on tensors without data"
         )
-        append_result(arguments.record, {"what": "training memory", "protocol": protocol, "rows": rows})
+        append_result(arguments.record, {"what": "training memory and arithmetic", "protocol": protocol, "rows": rows})
     return 0
 
 
@@ -47,17 +49,21 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if config.model is None:
         raise UserError(f"preset {preset}: model null: a configuration with a transformer of its own is needed")
     name, width = Path(preset).stem, arguments.text_width
+    widths, pooled, lengths = text_shape(config, width)
     with torch.device("meta"):
-        transformer = transformer_alone(config.model, *text_shape(config, width)[:2])
+        transformer = transformer_alone(config.model, widths, pooled)
     text = small_text(config.text)
-    trained = [*transformer.parameters(), *(text.parameters() if text else ())]
-    standing = standing_bytes(trained, [] if config.loop.muon is None else hidden_matrices(transformer))
+    trained = [*transformer.parameters(), *text]
+    matrices = [] if config.loop.muon is None else hidden_matrices(transformer)
+    standing = standing_bytes(trained, matrices)
     print(f"{name}: {sum(p.numel() for p in trained) / 1e6:.1f} M weights, {standing.total / GIB:.2f} GiB: {standing}")
+    print(f"  Muon: {sum(muon_flops(*p.shape) for p in matrices) / 1e9:.4g} GFLOP a step")
     row: dict[str, Any] = {
         "preset": name,
         "transformer_parameters": sum(p.numel() for p in transformer.parameters()),
-        "text_parameters": sum(p.numel() for p in text.parameters()) if text else 0,
-        "muon_parameters": sum(p.numel() for p in hidden_matrices(transformer)) if config.loop.muon is not None else 0,
+        "text_parameters": sum(p.numel() for p in text),
+        "muon_parameters": sum(p.numel() for p in matrices),
+        "muon_flops_per_step": sum(muon_flops(*p.shape) for p in matrices),
         "bytes": {**asdict(standing), "total": standing.total},
         "clips": [],
     }
@@ -67,11 +73,12 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
             found = activation_bytes(config, width, ratio, size, fake=not measured)
             count = tokens(config.data.frames, size, size, ratio, config.model.patch_size)
             clip = {"frames": config.data.frames, "size": size, "ratio": ratio, "tokens": count, "measured": measured}
-            clip |= asdict(found)
+            clip |= {**asdict(found), "training_flops": training_flops(transformer.config, count, lengths)}
             row["clips"].append(clip)
             print(
                 f"  {clip['frames']} frames of {size}x{size} at {ratio}x, {count} tokens: {found.per_clip / MIB:.0f} MiB "
-                f"a clip, {found.per_clip_checkpointed / MIB:.0f} with checkpointing, and {found.per_step / MIB:.0f} a step"
+                f"a clip, {found.per_clip_checkpointed / MIB:.0f} with checkpointing, and {found.per_step / MIB:.0f} a step; "
+                f"{clip['training_flops'] / 1e9:.4g} GFLOP a clip"
             )
     return row
 
