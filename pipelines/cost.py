@@ -4,11 +4,12 @@ Budgets are measured in turns, round after round, so that a slow moment of the m
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..diffusion.flow import velocity
 from ..diffusion.train import hidden_matrices
@@ -55,23 +56,41 @@ def train_step(
     a copy.
     """
     optimizers = make_optimizers(TransformerAlone(transformer), loop) if loop else []
-    device, config = transformer.device, transformer.config
-    shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
-    x, noise = torch.randn(2, batch_size, *shape, device=device)
-    text = [torch.randn(batch_size, 24, width, device=device) for width in transformer.text_dims]
-    pooled = torch.randn(batch_size, config["pooled_dim"], device=device) if config["pooled_dim"] else None
+    loss = random_loss(transformer, frames, height, width, ratio, batch_size, [24] * len(transformer.text_dims))
 
     def step() -> None:
-        times = torch.full((batch_size,), 500.0, device=device)
-        with torch.autocast(device.type, torch.bfloat16):
-            predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[0]
-            loss = (predicted.float() - velocity(x, noise)).square().mean()
-        loss.backward()
+        loss().backward()
         for optimizer in optimizers:
             optimizer.step()
         transformer.zero_grad()
 
     return step
+
+
+def random_loss(
+    transformer: Any,
+    frames: int,
+    height: int,
+    width: int,
+    ratio: int,
+    batch_size: int,
+    text_tokens: Sequence[int],
+) -> Callable[[], Tensor]:
+    """Return a call that makes the loss (bf16) of random latents and text, of so many tokens from each text encoder."""
+    device, config = transformer.device, transformer.config
+    shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
+    x, noise = torch.randn(2, batch_size, *shape, device=device)
+    sizes = zip(text_tokens, transformer.text_dims, strict=True)
+    text = [torch.randn(batch_size, length, width, device=device) for length, width in sizes]
+    pooled = torch.randn(batch_size, config["pooled_dim"], device=device) if config["pooled_dim"] else None
+
+    def loss() -> Tensor:
+        times = torch.full((batch_size,), 500.0, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[0]
+            return (predicted.float() - velocity(x, noise)).square().mean()
+
+    return loss
 
 
 def denoising(

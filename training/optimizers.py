@@ -92,6 +92,12 @@ def _groups(weights: Iterable[nn.Parameter], factors: dict[int, float], rate: fl
     return [{"params": group, "factor": factor} for factor, group in found.items()]
 
 
+def muon_flops(rows: int, columns: int) -> float:
+    """Return the FLOPs of orthogonalising one matrix in a step of Muon: three products in each Newton-Schulz step."""
+    short, long = sorted((rows, columns))
+    return float(NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3))
+
+
 def held_by(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Return the weights that an optimiser trains, in the order in which its state numbers them, and the state's keys."""
     keys = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from promag.training.optimizers import Muon, from_saved, to_saved
+from promag.training.optimizers import NEWTON_SCHULZ_STEPS, Muon, from_saved, muon_flops, to_saved
 
 OPTIONS = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 5}
 
@@ -33,6 +34,16 @@ def test_a_matrix_is_trained_as_by_torch():
     Muon([a], **OPTIONS).step()
     torch.optim.Muon([b], **OPTIONS).step()
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 12), (12, 5)])
+def test_its_flops_are_what_torch_counts(shape):
+    weight = nn.Parameter(torch.ones(shape))
+    weight.grad = torch.randn(shape)
+    optimizer = Muon([weight], **{**OPTIONS, "ns_steps": NEWTON_SCHULZ_STEPS})
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert muon_flops(*shape) == counter.get_total_flops()
 
 
 def test_a_weight_without_a_matrix_view_is_refused():
