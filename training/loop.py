@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from .config import setting
+from .config import UserError, setting
 from .optimizers import LoopSettings, from_saved, held_by, make_optimizers, to_saved
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
 from .throughput import Meter, Work
@@ -187,7 +187,8 @@ def train(
     wrapped = accelerator.prepare(objective.to(accelerator.device))
     optimizers = make_optimizers(objective, settings)  # for several processes the line before lays weights out anew
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
-    state = _State(named, dict(objective.named_buffers()), optimizers, ema)
+    global_batch = accelerator.num_processes * settings.batch_size * settings.accumulate
+    state = _State(named, dict(objective.named_buffers()), optimizers, ema, global_batch)
     state.resume(folder)
     first = step = state.step
     if first:
@@ -305,8 +306,10 @@ class _State:
         buffers: dict[str, Tensor],
         optimizers: list[torch.optim.Optimizer],
         ema: EMAModel,
+        global_batch: int,
     ):
         self.named, self.buffers, self.optimizers, self.ema = named, buffers, optimizers, ema
+        self.global_batch = global_batch  # samples a step, of all processes
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0  # of the calls before this one
 
@@ -322,11 +325,16 @@ class _State:
         self.skipped_in_a_row += 1
 
     def resume(self, folder: Path) -> None:
-        """Read the newest checkpoint, if there is one."""
+        """Read the newest checkpoint, if there is one; raises UserError where its steps had more or fewer samples."""
         found = checkpoints(folder)
         if not found:
             return
         groups, meta = load_checkpoint(found[-1])
+        if meta["global_batch"] != self.global_batch:
+            raise UserError(
+                f"{found[-1]}: was trained on {meta['global_batch']} samples a step, these processes have {self.global_batch} "
+                "(processes x batch_size x accumulate); start as many processes as before"
+            )
         with torch.no_grad():
             for (name, parameter), shadow in zip(self.named.items(), self.ema.shadow_params, strict=True):
                 parameter.copy_(groups["weights"][name])
@@ -363,7 +371,8 @@ class _State:
             "buffers": self.buffers,
         }
         counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        save_checkpoint(folder, self.step, groups, {"seconds": self.seconds + seconds, **counts})
+        meta = {"seconds": self.seconds + seconds, "global_batch": self.global_batch, **counts}
+        save_checkpoint(folder, self.step, groups, meta)
 
 
 def _save(accelerator: Accelerator, folder: Path, state: _State, seconds: float, pace: Pace) -> None:

@@ -245,6 +245,13 @@ def test_accumulated_gradients_are_the_mean_of_those_of_the_batches(tmp_path):
     assert line["loss"] == pytest.approx(float(sum(losses).detach()) / 3, rel=1e-5)
 
 
+def test_a_run_goes_on_with_as_many_samples_a_step_or_not_at_all(tmp_path):
+    run(tmp_path, loop_pace(stop_after=2), loop_settings(batch_size=2))
+    with pytest.raises(UserError, match="was trained on 2 samples a step, these processes have 4"):
+        run(tmp_path, loop_pace(), loop_settings(batch_size=2, accumulate=2))
+    assert run(tmp_path, loop_pace(), loop_settings(batch_size=1, accumulate=2))[0].finished
+
+
 def test_accumulating_runs_resume_bit_for_bit(tmp_path):
     settings = dataclasses.replace(SETTINGS, accumulate=2)
     run(tmp_path / "whole", settings=settings)
