@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from promag.training.config import UserError
 from promag.training.run import checkpoints, load_checkpoint
 from scripts import cache_latents, train_diffusion
 from tests.scripts.conftest import LOOP
@@ -156,5 +157,7 @@ def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_
     kept = checkpoints(tmp_path / "run" / "16x")
     steps = [int(path.name.removeprefix("step-")) for path in kept]
     assert steps[:2] == [2, 4]  # multiples of keep_every stay
-    train_diffusion.main([*arguments, "--pace.stop_after", "1"])
+    with pytest.raises(UserError, match="was trained on 4 samples a step, these processes have 2"):
+        train_diffusion.main(arguments)
+    torchrun(tmp_path, DRIVER, [("train_diffusion", [*arguments, "--pace.stop_after", "1"])])
     assert max(logged(tmp_path / "run" / "16x")) == steps[-1] + 1
