@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from promag.training.config import UserError
@@ -19,7 +18,6 @@ from scripts import (
     compare_tokenizers,
     evaluate_tokenizer,
     plot_training,
-    publish_tokenizer,
     reconstruct,
     sample,
     soak,
@@ -98,36 +96,6 @@ def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     assert recorded["ratios"] == found
     assert recorded["training"]["seed"] == 0
     assert {name: stage["steps"] for name, stage in recorded["training"]["stages"].items()} == {"4x": 2, "8x": 2, "16x": 2}
-
-
-def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(demo_run, tmp_path):
-    table, credits, out, record = (tmp_path / name for name in ("clips.csv", "credits.md", "tiny", "results.jsonl"))
-    table.write_text(
-        "split,source_repo,source_commit,licence\n"
-        "train,one/clips,0123456789abcdef,MIT\ntrain,one/clips,0123456789abcdef,MIT\neval,two/clips,ffff,CC0-1.0\n"
-    )
-    credits.write_text("Thanks to all.")
-    tokenizer = demo_run / "tokenizer-run" / "tokenizer"
-    arguments = [str(tokenizer), "--out", str(out), "--videos", "shapes", "--frames", "17", "--size", "32"]
-    publish_tokenizer.main([*arguments, "--sources", str(table), "--credits", str(credits), "--record", str(record)])
-    weights, trained = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (out, tokenizer))
-    assert weights.keys() == trained.keys()
-    assert all(torch.equal(value, trained[key].bfloat16()) for key, value in weights.items())
-    card, figures = (out / "README.md").read_text(), json.loads(record.read_text())["ratios"]
-    for ratio in (4, 8, 16):
-        assert f"| {ratio}x | {figures[str(ratio)]['psnr']:.2f} |" in card
-    assert "| one/clips | `0123456789ab` | MIT | 2 |" in card
-    assert "two/clips" not in card
-    assert "| 8x | frozen, frozen | 9 frames, 32x32 | 2 | 1 |" in card
-    assert "Thanks to all." in card
-    for change, message in (
-        (["--split", "test"], "no row has the split test"),
-        (["--sources", str(credits)], "columns licence, source_commit, source_repo, split are missing"),
-    ):
-        with pytest.raises(UserError, match=message):
-            publish_tokenizer.main([*arguments, "--sources", str(table), *change])
-    with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/tokenizer"):
-        publish_tokenizer.main([str(out), *arguments[1:], "--sources", str(table)])
 
 
 def test_compare_tokenizers_draws_the_clips_with_most_motion(demo_run, tmp_path, capsys):
@@ -289,7 +257,6 @@ def test_one_model_is_trained_at_several_budgets_and_samples_at_each(demo_run, t
 
 
 def test_a_frozen_text_encoder_by_path(demo_run, tmp_path):
-    from safetensors.torch import load_file
     from transformers import T5EncoderModel
 
     from promag import ProMAGPipeline
@@ -337,7 +304,6 @@ def test_three_text_encoders_at_once(demo_run, tmp_path):
 
 
 def test_interrupted_diffusion_is_bit_for_bit_the_same(demo_run, tmp_path):
-    from safetensors.torch import load_file
 
     tokenizer, loop = demo_run / "tokenizer-run" / "tokenizer", {**LOOP, "steps": 4}
     train_diffusion.main(diffusion_arguments(tmp_path / "whole", tokenizer, loop=loop))

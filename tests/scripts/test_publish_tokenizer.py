@@ -1,0 +1,40 @@
+"""Publishing the demo's tokenizer."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from promag.training.config import UserError
+from scripts import publish_tokenizer
+
+
+def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(demo_run, tmp_path):
+    table, credits, out, record = (tmp_path / name for name in ("clips.csv", "credits.md", "tiny", "results.jsonl"))
+    table.write_text(
+        "split,source_repo,source_commit,licence\n"
+        "train,one/clips,0123456789abcdef,MIT\ntrain,one/clips,0123456789abcdef,MIT\neval,two/clips,ffff,CC0-1.0\n"
+    )
+    credits.write_text("Thanks to all.")
+    tokenizer = demo_run / "tokenizer-run" / "tokenizer"
+    arguments = [str(tokenizer), "--out", str(out), "--videos", "shapes", "--frames", "17", "--size", "32"]
+    publish_tokenizer.main([*arguments, "--sources", str(table), "--credits", str(credits), "--record", str(record)])
+    weights, trained = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (out, tokenizer))
+    assert weights.keys() == trained.keys()
+    assert all(torch.equal(value, trained[key].bfloat16()) for key, value in weights.items())
+    card, figures = (out / "README.md").read_text(), json.loads(record.read_text())["ratios"]
+    for ratio in (4, 8, 16):
+        assert f"| {ratio}x | {figures[str(ratio)]['psnr']:.2f} |" in card
+    assert "| one/clips | `0123456789ab` | MIT | 2 |" in card
+    assert "two/clips" not in card
+    assert "| 8x | frozen, frozen | 9 frames, 32x32 | 2 | 1 |" in card
+    assert "Thanks to all." in card
+    for change, message in (
+        (["--split", "test"], "no row has the split test"),
+        (["--sources", str(credits)], "columns licence, source_commit, source_repo, split are missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            publish_tokenizer.main([*arguments, "--sources", str(table), *change])
+    with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/tokenizer"):
+        publish_tokenizer.main([str(out), *arguments[1:], "--sources", str(table)])
