@@ -172,6 +172,7 @@ def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str)
         model=config.tokenizer,
         data=TokenizerData(
             train=train,
+            also=None,
             validation=evaluation,
             shapes=config.shapes,
             size=config.size,

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ..training.buckets import Bucket
 from ..training.config import UserError, setting
-from ..training.datasets import TrainingStream, open_dataset, open_training
+from ..training.datasets import TrainingStream, open_dataset
 from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run, write_atomically
 from ..training.sharded_clips import Sharding
+from ..training.sources import Source, open_sources
 from ..training.trackers import Log
 from .autoencoder import AutoencoderKLProMAG, parameter_count
 from .discriminator import Adversarial, AdversarialLoss
@@ -48,7 +49,8 @@ class Data:
     """What is trained on and what is looked at."""
 
     train: str = setting("clips.jsonl, a pattern of tar shards with braces or wildcards, or shapes for generated clips")
-    validation: str = setting("the same, for validation; never trained on")
+    also: tuple[Source, ...] | None = setting("other clips trained on beside these, each by its share; null for none")
+    validation: str = setting("as train, for validation; never trained on")
     shapes: int = setting("how many generated clips there are, where shapes are trained on")
     size: int = setting("height and width in pixels")
     temporal_strides: tuple[int, ...] = setting("frame steps at which clips are read: 1 is their own rate")
@@ -240,8 +242,9 @@ def train_stage(
         return Outcome(stage.loop.steps, 0.0, True, {})
     data = config.data
     rank, world = accelerator.process_index, accelerator.num_processes
-    source, plan = open_training(
+    source, plan = open_sources(
         data.train,
+        data.also or (),
         config.buckets_of(stage),
         count=data.shapes,
         batch_size=stage.loop.batch_size,

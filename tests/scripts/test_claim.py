@@ -54,7 +54,8 @@ def config(tmp_path_factory):
         "gradient_checkpointing": False,
         "frames": 17,
         "data": {
-            "train": "shapes", "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], "validation_clips": 3,
+            "train": "shapes", "also": None, "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1],
+            "validation_clips": 3,
             "sharding": {"lanes": 1, "shuffle": 1, "bad": "stop"},
         },
         "pace": {

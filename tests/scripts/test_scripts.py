@@ -30,7 +30,7 @@ PACE = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
 
 
 def tokenizer_arguments(run, **data):
-    data = {"train": "shapes", "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], **data}
+    data = {"train": "shapes", "also": None, "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], **data}
     stages = {str(i): {"frames": 1 + 4 * 2**i, "latent_steps": 0, "loop": LOOP} for i in range(3)}
     values = {"output_dir": str(run), "precision": "no", "model": TINY_MODEL, "data": data, "stages": stages, "pace": PACE}
     return ["--config", "configs/tokenizer/tiny.yaml", *overrides(values)]

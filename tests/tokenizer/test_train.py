@@ -38,7 +38,7 @@ def make_config(run, **change):
         init=None,
         only=None,
         model=Model(**TINY),
-        data=Data("shapes", "shapes", 8, 32, (1,), 2, Sharding(1, 4, "stop")),
+        data=Data("shapes", None, "shapes", 8, 32, (1,), 2, Sharding(1, 4, "stop")),
         stages=(stage(4, 5), stage(8, 9, Growth(), 2), stage(16, 17, Growth(decoder="finetune"))),
         pace=PACE,
     )
@@ -218,7 +218,7 @@ def bucketed(shards):
     def config(run, **change):
         four = dataclasses.replace(stage(4, 5), buckets=(Bucket(5, 32, 48, None), Bucket(1, 32, 32, 2)))
         eight = dataclasses.replace(stage(8, 9, Growth(), 2), buckets=(Bucket(9, 32, 32, None), Bucket(1, 32, 32, 2)))
-        data = Data(f"{shards}/*.tar", f"{shards}/*.tar", 0, 32, (1,), 2, Sharding(2, 4, "stop"))
+        data = Data(f"{shards}/*.tar", None, f"{shards}/*.tar", 0, 32, (1,), 2, Sharding(2, 4, "stop"))
         return make_config(run, data=data, stages=(four, eight), pace=loop_pace(validate_every=4, save_every=50), **change)
 
     return config
