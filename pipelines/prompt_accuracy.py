@@ -6,14 +6,15 @@ Videos are uint8 (T, H, W, 3). The scorer reads generated clips only (training/s
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from ..tokenizer.metrics import to_uint8
 from ..training import shapes_scorer as scorer
-from ..training.shapes import Scene, sample_scene
+from ..training.shapes import Scene, parse_caption, sample_scene
 
 BATCH = 8  # videos sampled at once
 PARTS = ("shape", "colour", "motion", "all")
@@ -68,3 +69,20 @@ def accuracies(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[st
         right = sum(bool(getattr(score, part)) for score in scores)
         found[part] = (right / len(scores), *scorer.wilson_interval(right, len(scores)))
     return found
+
+
+@torch.no_grad()
+def accuracies_of_reconstructions(
+    model: Any, items: Sequence[Mapping[str, Any]], temporal_ratio: int
+) -> dict[str, tuple[float, float, float]]:
+    """Score what the tokenizer makes of generated clips, as `accuracies` does.
+
+    No text-to-video model of a latent space shows more than the tokenizer's decoder can: this is its ceiling. `items` hold
+    video, (C, T, H, W) in [-1, 1], and caption.
+    """
+    videos = []
+    for item in items:
+        with autocast(model.device, "bf16"):
+            output = model(item["video"][None].to(model.device), temporal_ratio).sample
+        videos.append(to_uint8(output)[0].cpu().numpy())
+    return accuracies(videos, [parse_caption(item["caption"]) for item in items])

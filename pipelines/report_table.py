@@ -15,8 +15,9 @@ class BudgetRow:
     """Figures of one temporal ratio; None is "not measured", and `missing` may say why, by field name.
 
     PSNR is in dB: mean and standard deviation over clips, and the mean of first frames alone. Times are in seconds.
-    `accuracy` has fractions in [0, 1] by name (shape, colour, motion, all). Raises ValueError for a reason given for a
-    figure that does not exist.
+    `accuracy` has fractions in [0, 1] by name (shape, colour, motion, all), `readable` the same of reconstructed clips: what
+    a scorer cannot read there, no text-to-video model of that latent space can show. Raises ValueError for a reason given
+    for a figure that does not exist.
     """
 
     ratio: int
@@ -32,6 +33,7 @@ class BudgetRow:
     sampling_seconds: float | None = None
     train_loss: float | None = None
     accuracy: Mapping[str, Interval] | None = None
+    readable: Mapping[str, Interval] | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -71,6 +73,11 @@ GROUPS = {
     ],
 }
 
+ACCURACIES = {
+    "accuracy": "Prompt accuracy (%), with 95 % interval",
+    "readable": "The same scorer on reconstructions (%): what a perfect text-to-video model would reach",
+}
+
 
 def budget_table(rows: Sequence[BudgetRow], chance: Mapping[str, float] | None) -> str:
     """Return the table as HTML with a note below; the first of `rows` is what the small print compares with."""
@@ -78,9 +85,10 @@ def budget_table(rows: Sequence[BudgetRow], chance: Mapping[str, float] | None) 
     body = ""
     for title, lines in GROUPS.items():
         body += _group(title, "".join(_figure_line(line, rows) for line in lines), len(rows))
-    if names := dict.fromkeys(name for row in rows for name in row.accuracy or {}):
-        lines = "".join(_accuracy_line(name, rows, chance or {}) for name in names)
-        body += _group("Prompt accuracy (%), with 95 % interval", lines, len(rows))
+    for field_name, title in ACCURACIES.items():
+        if names := dict.fromkeys(name for row in rows for name in getattr(row, field_name) or {}):
+            lines = "".join(_accuracy_line(field_name, name, rows, chance or {}) for name in names)
+            body += _group(title, lines, len(rows))
     reasons = "; ".join(f"{row.ratio}×: {reason}" for row in rows for reason in dict.fromkeys(row.missing.values()))
     return (
         f'<table class="budgets"><thead><tr><th scope="col">Temporal compression</th>{head}</tr></thead>{body}</table>'
@@ -115,13 +123,13 @@ def _figure_line(line: _Line, rows: Sequence[BudgetRow]) -> str:
     return f'<tr><th scope="row">{escape(line.label)}</th>{cells}</tr>'
 
 
-def _accuracy_line(name: str, rows: Sequence[BudgetRow], chance: Mapping[str, float]) -> str:
-    values = [(row.accuracy or {}).get(name) for row in rows]
+def _accuracy_line(figure: str, name: str, rows: Sequence[BudgetRow], chance: Mapping[str, float]) -> str:
+    values = [(getattr(row, figure) or {}).get(name) for row in rows]
     best = _best(values, better=1)
     cells = ""
     for i, (row, value) in enumerate(zip(rows, values, strict=True)):
         if value is None:
-            cells += _cell(None, reason=row.missing.get("accuracy"))
+            cells += _cell(None, reason=row.missing.get(figure))
         else:
             share, low, high = (f"{100 * v:.0f}" for v in value)
             cells += _cell(share, [f"{low} to {high}"], i == best)

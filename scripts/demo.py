@@ -24,7 +24,7 @@ from promag.diffusion.train import Model as TransformerModel
 from promag.pipelines.assemble import cache_latents, train_pipeline
 from promag.pipelines.contact_sheet import write_contact_sheet
 from promag.pipelines.cost import denoising, measure_in_turns, sampling, train_step
-from promag.pipelines.prompt_accuracy import accuracies, sample_videos, scenes_to_score
+from promag.pipelines.prompt_accuracy import accuracies, accuracies_of_reconstructions, sample_videos, scenes_to_score
 from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
@@ -249,9 +249,10 @@ def make_report(
             readings[ratio] = [scorer.read_scene(video) for video in videos]
             accuracy[ratio] = accuracies(videos, scenes)
 
+    readable = {r: accuracies_of_reconstructions(model, items, r) for r in model.temporal_ratios} if scenes else {}
     times = measure(config, loaded, prompts)
     rows = [
-        budget_row(config, ratio, quality[ratio], times, accuracy.get(ratio), run, bool(scenes))
+        budget_row(config, ratio, quality[ratio], times, accuracy.get(ratio), readable.get(ratio), run)
         for ratio in model.temporal_ratios
     ]
     first = items[0]["video"]
@@ -324,14 +325,14 @@ def budget_row(
     quality: dict[str, float],
     times: Mapping[str, Mapping[int, float]],
     accuracy: dict[str, tuple[float, float, float]] | None,
+    readable: dict[str, tuple[float, float, float]] | None,
     run: Path,
-    scored: bool,
 ) -> BudgetRow:
     """Return one ratio's figures; what was not measured is said to be so."""
     missing: dict[str, str] = {}
     if ratio not in config.ratios:
         missing = dict.fromkeys((*times, "train_loss", "accuracy"), f"no text-to-video model was trained at {ratio}x")
-    elif not scored:
+    elif not readable:
         missing = {"accuracy": "real videos have no scorer"}
     return BudgetRow(
         ratio=ratio,
@@ -346,6 +347,7 @@ def budget_row(
         sampling_seconds=times["sampling_seconds"].get(ratio),
         train_loss=last_value(run / f"video-{ratio}x" / f"{ratio}x" / "metrics.jsonl", "loss"),
         accuracy=accuracy,
+        readable=readable,
         missing=missing,
     )
 

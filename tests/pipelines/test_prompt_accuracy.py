@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
 
-from promag.pipelines.prompt_accuracy import accuracies, scenes_to_score
+from promag.pipelines.prompt_accuracy import accuracies, accuracies_of_reconstructions, scenes_to_score
+from promag.training.datasets import ShapesDataset
 from promag.training.shapes import is_held_out, render
 
 
@@ -21,3 +24,18 @@ def test_scenes_are_decided_by_the_seed_and_the_split():
     assert scenes_to_score(8, 0) != scenes_to_score(8, 1)
     assert not any(is_held_out(scene) for scene in scenes_to_score(50, 0))
     assert all(is_held_out(scene) for scene in scenes_to_score(50, 0, held_out=True))
+
+
+def test_the_ceiling_is_what_is_read_in_reconstructions():
+    items = [ShapesDataset("eval", 12, frames=17, size=64).fixed(i) for i in range(12)]
+
+    class Exact(torch.nn.Module):  # a tokenizer that loses nothing but, from 16x on, the motion
+        device = torch.device("cpu")
+
+        def forward(self, x, temporal_ratio):
+            return DecoderOutput(sample=x if temporal_ratio < 16 else x[:, :, :1].expand_as(x))
+
+    assert accuracies_of_reconstructions(Exact(), items, 4)["all"][0] == 1
+    frozen = accuracies_of_reconstructions(Exact(), items, 16)
+    assert frozen["motion"][0] == 0
+    assert frozen["colour"][0] == 1

@@ -72,7 +72,7 @@ def sample(**changes):
 ROWS = [
     BudgetRow(
         4, 9, 1296, 0.0351562, 24.314, 2.1, 25.0, 0.7812, 0.8421, 9.87, 12.61, 0.61234,
-        {"colour": (0.91, 0.81, 0.96), "all": (0.42, 0.3, 0.55)},
+        {"colour": (0.91, 0.81, 0.96), "all": (0.42, 0.3, 0.55)}, {"shape": (0.97, 0.83, 0.99)},
     ),
     BudgetRow(
         8, 5, 720, 0.0195, 23.72, 2.0, 24.9, 0.764, missing={"sampling_seconds": "no model at 8", "accuracy": "none"}
@@ -180,6 +180,7 @@ def test_the_table_holds_the_figures(written):
 def test_an_accuracy_is_best_only_where_intervals_do_not_overlap(written):
     _, page = written
     assert page.line("colour") == ["★ 91 | 81 to 96", "–", "62 | 50 to 71"]
+    assert page.line("shape") == ["97 | 83 to 99", "–", "–"]
     assert page.line("all") == ["42 | 30 to 55", "–", "33 | 22 to 46"]
     assert [c[0] for c in page.lines if "chance" in c[0]] == ["colour | chance 17", "all | chance 0.50"]
 
@@ -194,6 +195,8 @@ def test_what_was_not_measured_says_why(written):
         "not measured",  # loss
         "not measured: none",
         "not measured: none",
+        "not measured",  # what is readable at 8
+        "not measured",  # and at 16
         "not measured",  # PSNR of the clip
     ]
     assert "– not measured (8×: no model at 8; 8×: none)." in page.text
@@ -213,7 +216,8 @@ def test_the_json_holds_the_same_figures(written):
     given = report()
     for row, expected in zip(found["rows"], given.rows, strict=True):
         accuracy = {k: tuple(v) for k, v in (row["accuracy"] or {}).items()} or None
-        assert BudgetRow(**{**row, "accuracy": accuracy}) == expected
+        readable = {k: tuple(v) for k, v in (row["readable"] or {}).items()} or None
+        assert BudgetRow(**{**row, "accuracy": accuracy, "readable": readable}) == expected
     assert found["chance"] == given.chance
     assert {k: [tuple(p) for p in v] for k, v in found["curves"].items()} == given.curves
     assert (found["title"], found["summary"], found["facts"]) == (given.title, given.summary, given.facts)
