@@ -38,11 +38,11 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     lines = ["| arm | ratio | seeds | " + " | ".join(heading for _, heading, _ in COLUMNS) + " |"]
     lines.append("| --- " * (3 + len(COLUMNS)) + "|")
     for (arm, ratio), group in groups.items():
-        cells = []
+        seeds, cells = ", ".join(str(row["seed"]) for row in group), []
         for name, _, digits in COLUMNS:
             values = [row[name] / UNITS.get(name, 1) for row in group if name in row]
             cells.append(f"{mean(values):.{digits}f}" if values else "-")
-        lines.append(f"| {arm} | {ratio}x | {len(group)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {arm} | {ratio}x | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -58,7 +58,10 @@ def read(path: Path) -> list[Row]:
 
 
 def gains(rows: Sequence[Row]) -> str:
-    """Return a Markdown table of growth minus each other way to 16x, on the seeds that both were trained with."""
+    """Return a Markdown table of growth minus each other way to 16x, on the seeds that both were trained with.
+
+    Of several seeds each cell has the mean, and in brackets the difference of each.
+    """
     by_arm: dict[str, dict[int, Row]] = {}
     for row in rows:
         if row["ratio"] == RATIO:
@@ -69,10 +72,15 @@ def gains(rows: Sequence[Row]) -> str:
     for arm, theirs in by_arm.items():
         seeds = sorted(ours.keys() & theirs.keys())
         if seeds:
-            cells = [f"{mean(ours[s][name] - theirs[s][name] for s in seeds):+.3f}" for name, _ in DIFFERENCES]
+            cells = [_difference([ours[s][name] - theirs[s][name] for s in seeds]) for name, _ in DIFFERENCES]
             compute = mean(ours[s]["flops"] / theirs[s]["flops"] for s in seeds)
             lines.append("| " + " | ".join([arm, ", ".join(map(str, seeds)), *cells, f"{compute:.2f}x"]) + " |")
     return "\n".join(lines)
+
+
+def _difference(values: Sequence[float]) -> str:
+    each = ", ".join(f"{value:+.2f}" for value in values)
+    return f"{mean(values):+.3f}" + (f" ({each})" if len(values) > 1 else "")
 
 
 def curves(rows: Sequence[Row]) -> dict[str, tuple[dict[str, list[tuple[float, float]]], str]]:

@@ -36,7 +36,7 @@ def test_gains_are_taken_on_the_seeds_that_both_have():
         "progressive minus", "seeds", "psnr dB", "psnr_top_motion dB", "psnr_key dB", "psnr_between dB", "ssim", "compute",
     ]  # fmt: skip
     assert lines[2:] == [
-        ["direct", "0, 1", "+1.000", "+1.000", "+1.000", "+1.000", "+0.025", "0.50x"],
+        ["direct", "0, 1", *["+1.000 (+0.50, +1.50)"] * 4, "+0.025 (+0.01, +0.04)", "0.50x"],
         ["plain", "1", "+4.000", "+4.000", "+4.000", "+4.000", "+0.100", "0.75x"],
     ]
 
@@ -58,7 +58,7 @@ def test_the_newest_line_counts_and_other_lines_do_not(tmp_path):
     found = read(path)
     assert [(r["arm"], r["seed"]) for r in found] == [(r["arm"], r["seed"]) for r in ROWS]
     assert found[2]["psnr"] == 24.0
-    assert "| direct | 16x | 2 | 24.25 |" in table(found)
+    assert "| direct | 16x | 0, 1 | 24.25 |" in table(found)
     with pytest.raises(UserError, match="no such file"):
         read(tmp_path / "none.jsonl")
     path.write_text(json.dumps(lines[-1]) + "\n")

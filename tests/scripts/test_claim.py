@@ -127,10 +127,10 @@ def test_a_second_call_trains_and_records_nothing_and_prints_the_table(lines, co
     said = capsys.readouterr().out
     assert "4x: already trained" in said
     assert "== progressive" not in said
-    row = next(line for line in said.splitlines() if line.startswith("| warm | 16x | 1 |"))
+    row = next(line for line in said.splitlines() if line.startswith("| warm | 16x | 0 |"))
     warm = next(line for line in lines if line["arm"] == "warm")
     assert f"{warm['psnr']:.2f}" in row
-    assert "| base | 4x | 2 |" in said
+    assert "| base | 4x | 0, 1 |" in said
 
 
 def test_costs_are_told_by_stage_and_by_what_was_inherited(lines):
@@ -151,7 +151,7 @@ def test_the_report_draws_what_was_recorded(lines, config, tmp_path, capsys):
     said = capsys.readouterr().out
     progressive, warm = (next(r for r in lines if r["arm"] == arm and r["ratio"] == 16) for arm in ("progressive", "warm"))
     assert f"| warm | 0 | {progressive['psnr'] - warm['psnr']:+.3f} |" in said
-    assert "| base, every 4th frame | 4x | 2 |" in said
+    assert "| base, every 4th frame | 4x | 0, 1 |" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"claim-{x}.svg" for x in ("compute-grown", "compute", "steps")]
     assert "progressive: " in (tmp_path / "claim-steps.svg").read_text()
 
