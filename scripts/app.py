@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         _, address, _ = blocks.launch(server_name=arguments.host, server_port=arguments.port, **launch)
     except OSError as error:
-        raise UserError(f"--host {arguments.host}, --port {arguments.port}: cannot be served there: {error}") from None
+        raise UserError(
+            f"--host {arguments.host}, --port {arguments.port}: cannot be served there: {' '.join(str(error).split())}"
+        ) from None
     print(f"the page is at {address}", flush=True)
     blocks.block_thread()
     return 0

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 
 from promag.training.config import UserError
 from promag.training.video import decode_strictly, read_frames
-from scripts import sample
+from scripts import app, sample
 from tests.diffusion.test_text import OPEN_CLIP, write_openclip
 from tests.tiny_pipeline import make_pipeline
 
@@ -135,3 +137,29 @@ def test_a_damaged_pipeline_is_one_line(folder, tmp_path):
     with pytest.raises(UserError, match="cannot be loaded") as error:
         sample.main([str(tmp_path), "--prompt", "a", "--out", str(tmp_path / "v.mp4")])
     assert "\n" not in str(error.value)
+
+
+def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
+    text = Path("docs/app.md").read_text().replace("\\\n", " ").replace("runs/demo/video-16x/pipeline", folder)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red disc\na blue square\n")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python scripts/")]
+    sampling = [words[2:] for words in commands if words[1] == "scripts/sample.py"]
+    for words in sampling:
+        sample.main([*words, "--steps", "1"])
+    assert len(sampling) == 3
+    numbered = [f"videos/v-0{i}.mp4" for i in range(6)]
+    assert sorted(str(path) for path in Path().rglob("*.*")) == sorted(
+        ["disc.mp4", "plus.gif", "prompts.txt", "videos/grid.mp4", "videos/sheet.png", *numbered]
+    )
+    pages = [app._parse(words[2:]) for words in commands if words[1] == "scripts/app.py"]
+    assert [page.pipeline for page in pages] == [None, folder]
+
+
+def test_the_score_of_the_docs_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", Path("docs/app.md").read_text(), re.DOTALL)
+    clip = write_openclip(tmp_path / "clip", OPEN_CLIP)
+    code = code.replace('"path/to/clip"', f'"open_clip:local-dir:{clip}"').replace("\nscore(", "\nfound = score(")
+    names = {"video": np.zeros((3, 32, 32, 3), np.uint8)}
+    exec(code, names)
+    assert -1 <= names["found"] <= 1
