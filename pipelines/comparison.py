@@ -4,7 +4,7 @@ Videos are uint8 (T, H, W, 3), read, encoded, decoded and handed on in chunks: m
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class Comparison:
         self.enlarge, self.told = enlarge, told
         self.plan = chunk_plan(count + -(count - 1) % max(ratios), max(ratios), chunk)
         self.seconds = dict.fromkeys(ratios, 0.0)
-        self.frame_psnr: Mapping[int, list[float]] = {ratio: [] for ratio in ratios}
+        self.frame_psnr: dict[int, list[float]] = {ratio: [] for ratio in ratios}
 
     def psnr(self, ratio: int) -> float:
         """Return the PSNR over all pixels of the video, in dB."""

@@ -133,7 +133,7 @@ STYLE = """
 .dark .promag { --line0: #5fb0f5; --line1: #ff9a4d; --line2: #4cc9a4; --line3: #e19ad2; --line4: #d8c65a; --line5: #b5bac0;
   --rule: #3f4349; --soft: #a3a8ae; }
 .promag p { margin: 0 0 0.5rem; max-width: 46rem; }
-.promag small, .promag .small { font-size: 0.8125rem; color: var(--soft); }
+.promag small, .promag .small, p.promag.small { font-size: 0.8125rem; color: var(--soft); }
 .promag pre { padding: 0.75rem 1rem; border: 1px solid var(--rule); border-radius: 6px; overflow-x: auto; }
 .promag.error { padding: 0.75rem 1rem; border-left: 4px solid #c5372c; border-radius: 4px; background: #c5372c1f;
   overflow-wrap: anywhere; }
@@ -159,7 +159,7 @@ STYLE = """
 .promag .controls select { padding: 0.2rem 1.75rem 0.2rem 0.5rem; border: 1px solid var(--rule); border-radius: 6px;
   background-color: transparent; }
 .promag .controls output { font-variant-numeric: tabular-nums; }
-.promag .plot { position: relative; max-width: 640px; margin: 0.75rem auto 0; cursor: crosshair; }
+.promag .plot { position: relative; container-type: inline-size; max-width: 640px; margin: 0.75rem auto 0; cursor: crosshair; }
 .promag .plot svg:not(.swatch) { display: block; width: 100%; height: auto; }
 .promag .plot text { font-size: 10px; fill: var(--soft); }
 .promag .axis { stroke: var(--soft); fill: none; }
@@ -168,7 +168,7 @@ STYLE = """
 .promag .legend { display: flex; flex-wrap: wrap; justify-content: center; gap: 0.2rem 1.5rem; margin: 0.3rem 0 0; padding: 0;
   list-style: none; }
 .promag .swatch { display: inline-block; width: 32px; height: 8px; margin-right: 0.4rem; vertical-align: middle; }
-.promag .cursor { position: absolute; top: 4%; height: 66%; width: 1.5px; background: currentColor; opacity: 0.55;
+.promag .cursor { position: absolute; top: 2.5cqw; height: 47.1cqw; width: 1.5px; background: currentColor; opacity: 0.55;
   left: calc(var(--left) + (100% - var(--left) - var(--right)) * var(--at, 0)); pointer-events: none; }
 @media (max-width: 640px) { .promag th, .promag td { padding: 0.35rem 0.25rem; } .promag .strip { font-size: 0.8125rem; } }
 """

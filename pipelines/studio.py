@@ -32,7 +32,8 @@ class Studio:
     """
 
     def __init__(self, tokenizer: Any, pipe: Any, pace: Pace, limits: UploadLimits, precision: Literal["bf16", "no"] = "no"):
-        self.tokenizer, self.pipe, self.pace, self.limits, self.precision = tokenizer, pipe, pace, limits, precision
+        self.tokenizer, self.pipe, self.pace, self.limits = tokenizer, pipe, pace, limits
+        self.precision: Literal["bf16", "no"] = precision
         self.lock = threading.Lock()
 
     @property

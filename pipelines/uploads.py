@@ -6,6 +6,7 @@ from pathlib import Path
 from ..training.config import UserError
 from ..training.video import UnreadableVideo, VideoFacts, decode_strictly, frame_times
 
+MEGABYTE = 2**20  # bytes, as the page's framework counts
 KINDS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 
 
@@ -13,7 +14,7 @@ KINDS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 class UploadLimits:
     """What a video may have at most."""
 
-    megabytes: float = 32.0  # of 10^6 bytes
+    megabytes: float = 32.0  # of MEGABYTE
     seconds: float = 10.0
     frames: int = 321
     side: int = 2048  # pixels
@@ -26,7 +27,7 @@ class UploadLimits:
 def check_upload(path: str | Path, limits: UploadLimits) -> VideoFacts:
     """Return the facts of a video within the limits; raises UserError that says what is legal."""
     path = Path(path)
-    name, megabytes = path.name, path.stat().st_size / 1e6
+    name, megabytes = path.name, path.stat().st_size / MEGABYTE
     if path.suffix.lower() not in KINDS:
         raise UserError(f"{name}: not a kind of video that is taken; {limits}")
     if megabytes > limits.megabytes:

@@ -15,7 +15,7 @@ from promag.pipelines import page
 from promag.pipelines.sampling import load_pipeline, trained_ratios
 from promag.pipelines.sampling_cost import Pace, measure_pace
 from promag.pipelines.studio import Studio
-from promag.pipelines.uploads import KINDS, UploadLimits
+from promag.pipelines.uploads import KINDS, MEGABYTE, UploadLimits
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
 
@@ -28,10 +28,10 @@ def main(argv: Sequence[str]) -> int:
     """Load the models, serve the page and say where until the process is told to end."""
     arguments = _parse(argv)
     limits = UploadLimits(arguments.max_megabytes, arguments.max_seconds, arguments.max_frames)
-    pipe: Any = load_pipeline(arguments.pipeline) if arguments.pipeline else None
-    if pipe is None and not arguments.tokenizer:
+    if not (arguments.pipeline or arguments.tokenizer):
         raise UserError("nothing to show: give --tokenizer FOLDER, --pipeline FOLDER or both")
-    tokenizer: Any = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else pipe.vae
+    pipe: Any = load_pipeline(arguments.pipeline) if arguments.pipeline else None
+    tokenizer: Any = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else getattr(pipe, "vae", None)
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     pace = Pace()
     if pipe is not None:
@@ -81,12 +81,12 @@ def build_page(studio: Studio) -> tuple[Any, dict[str, Any]]:
             with gr.Tab("Reconstruct a video", id="video"):
                 _video_tab(gr, studio)
     blocks.queue(max_size=QUEUE)
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     launch = {
         "theme": gr.themes.Base(primary_hue="blue", neutral_hue="stone", **fonts),
         "css": page.STYLE,
         "head": f"<script>{page.SCRIPT}</script>",
-        "max_file_size": int(studio.limits.megabytes * 1e6),
+        "max_file_size": int(studio.limits.megabytes * MEGABYTE),
         "footer_links": [],
         "share": False,
         "ssr_mode": False,
@@ -126,10 +126,11 @@ def _text_tab(gr: Any, studio: Studio) -> None:
 
 def _video_tab(gr: Any, studio: Studio) -> None:
     with gr.Row():
-        file = gr.File(label=f"Video ({studio.limits})", file_types=list(KINDS), height=140, elem_id="file", scale=3)
+        file = gr.File(label="Video", file_types=list(KINDS), height=140, elem_id="file", scale=3)
         with gr.Column(scale=2):
             side = gr.Radio([(f"{s} pixels", s) for s in SIDES], value=SIDES[0], label="Shorter side", elem_id="side")
             button = gr.Button("Compare", variant="primary", elem_id="compare")
+    gr.HTML(f'<p class="promag small">Taken are {studio.limits}.</p>')
     columns = " | ".join(("original", *(f"{r}×" for r in studio.tokenizer.temporal_ratios)))
     result = gr.HTML(page.waiting(f"{columns}, in step, with the PSNR of every frame"), elem_id="comparison")
 
