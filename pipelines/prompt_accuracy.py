@@ -3,7 +3,6 @@
 Videos are uint8 (T, H, W, 3). The scorer reads generated clips only (training/shapes_scorer.py).
 """
 
-import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from ..tokenizer.metrics import to_uint8
 from ..training import shapes_scorer as scorer
 from ..training.shapes import Scene, parse_caption, sample_scene
+from .sampling import Order, autocast, make_videos
 
 BATCH = 8  # videos sampled at once
 PARTS = ("shape", "colour", "motion", "all")
@@ -41,12 +41,10 @@ def sample_videos(
     """
     videos: list[np.ndarray] = []
     started = time.perf_counter()
-    for first in range(0, len(prompts), BATCH):
-        part = list(prompts[first : first + BATCH])
-        generators = [torch.Generator().manual_seed(first_seed + first + i) for i in range(len(part))]
-        with autocast(pipe.device, precision):
-            frames = pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators).frames
-        videos += list((frames * 255).round().astype(np.uint8))
+    orders = [Order(prompt, first_seed + i) for i, prompt in enumerate(prompts)]
+    how = {"num_inference_steps": steps, "guidance_scale": guidance}
+    for made, _ in make_videos(pipe, orders, BATCH, precision, **how):
+        videos += made
         if name is None:
             continue
         to_go = (time.perf_counter() - started) / len(videos) * (len(prompts) - len(videos))
@@ -54,11 +52,6 @@ def sample_videos(
     if name is not None:
         print(file=sys.stderr)
     return videos
-
-
-def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> contextlib.AbstractContextManager:
-    """Return the context in which models of float32 weights run at `precision`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def accuracies(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, tuple[float, float, float]]:

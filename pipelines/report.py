@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from ..training.video import encode_mp4, written_whole
+from .grid import GAP, grid
 from .report_plot import line_plot
 from .report_style import SCRIPT, STYLE
 from .report_table import BudgetRow, budget_table, dash
 
 CRF = 20
 COLUMN = 128  # pixels; narrower videos are enlarged, or 4:2:0 would halve the resolution of their colours
-GAP = 4  # pixels between columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +118,7 @@ def _film(name: str, clip: ReconstructionClip | SampleClip) -> _Film:
 def _side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:
     """Return videos (T, H, W, 3) as one, enlarged to about COLUMN pixels each, with a grey bar between."""
     times = max(1, round(COLUMN / videos[0].shape[2]))
-    columns = [video.repeat(times, axis=1).repeat(times, axis=2) for video in videos]
-    bar = np.full((*columns[0].shape[:2], GAP, 3), 128, np.uint8)
-    return np.concatenate([part for column in columns for part in (bar, column)][1:], axis=2)
+    return grid([video.repeat(times, axis=1).repeat(times, axis=2) for video in videos], len(videos))
 
 
 def _strip(film: _Film, notes: Sequence[str], described: str) -> str:

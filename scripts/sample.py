@@ -1,77 +1,182 @@
-"""Sample videos from a trained pipeline, from text alone or from a first image or clip too: one mp4 per prompt."""
+"""Sample videos from a trained pipeline: every prompt at every seed, from text alone or from a first image or clip too.
+
+A video depends on its prompt and its seed alone: other prompts, seeds and --batch change nothing but rounding.
+"""
 
 import argparse
-import time
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from promag.diffusion.attention import choose_attention
+from promag.pipelines.clip_similarity import ClipSimilarity
+from promag.pipelines.contact_sheet import write_contact_sheet
+from promag.pipelines.grid import grid
+from promag.pipelines.sampling import Order, Seconds, load_pipeline, make_videos
 from promag.training.config import UserError, run_main
-from promag.training.video import frame_times, pick_by_time, read_frames, write_video
+from promag.training.gif import MOST_FPS, encode_gif
+from promag.training.video import frame_times, pick_by_time, read_frames, write_video, written_whole
+
+MP4, GIF = ".mp4", ".gif"
+CRF = 18
+SHEET_WIDTH = 96  # pixels of a frame on the contact sheet, which narrower videos are enlarged to
 
 
 def main(argv: Sequence[str]) -> int:
-    """Sample each prompt and print where its video lies and how long it took."""
+    """Sample, write each video as soon as it is made, and say where all lies and what took how long."""
+    arguments = _parse(argv)
+    prompts = _prompts(arguments)
+    _check_files(arguments)
+    _check_numbers(arguments)
+    pipe: Any = load_pipeline(arguments.pipeline)
+    clip = ClipSimilarity.load(arguments.clip, arguments.clip_weights) if arguments.clip else None
+    choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
+    fps = arguments.fps or pipe.config["fps"]
+    if fps > MOST_FPS and GIF in [path.suffix for path in _films(arguments)]:
+        raise UserError(f"{fps:g} fps: a GIF has at most {MOST_FPS}; write an {MP4}")
+
+    orders = [Order(prompt, seed) for prompt in prompts for seed in arguments.seed]
+    videos: list[np.ndarray] = []
+    similarities: list[float] = []
+    spent = Seconds()
+    try:
+        for batch, seconds in _sampled(arguments, pipe, orders, fps):
+            spent += seconds
+            for video in batch:
+                order, place = orders[len(videos)], _numbered(arguments.out, len(videos), len(orders))
+                videos.append(video)
+                said = write(place, video, fps, arguments.crf)
+                if clip:
+                    similarities.append(clip(video, order.prompt))
+                    said += f", CLIP similarity {similarities[-1]:.4f}"
+                print(f"{place}: {order.prompt!r}, seed {order.seed}, {said}", flush=True)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    _write_overviews(arguments, prompts, videos, fps)
+    ratio = arguments.temporal_ratio or pipe.config["temporal_ratio"]
+    print(f"{_count(videos)} at {ratio}x, {arguments.steps} steps on {pipe.device}: {spent}")
+    if similarities:
+        print(f"mean CLIP similarity {np.mean(similarities):.4f} by {arguments.clip}")
+    else:
+        print("not measured for want of weights: CLIP similarity (--clip)")
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("pipeline", help="folder that train_diffusion.py wrote")
-    parser.add_argument("--prompt", action="append", required=True, help="text; give it again for more videos")
-    parser.add_argument("--out", type=Path, required=True, help="mp4 file; with several prompts they are numbered")
-    parser.add_argument("--num-frames", type=int, help="frames; left out: what it was trained on")
-    parser.add_argument("--height", type=int, help="pixels; left out: what it was trained on")
-    parser.add_argument("--width", type=int, help="pixels; left out: what it was trained on")
-    parser.add_argument("--temporal-ratio", type=int, help="token budget; left out: what it was trained at")
-    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise; the next prompts count on")
-    parser.add_argument("--fps", type=float, help="frame rate told to the model and written; left out: as trained")
-    parser.add_argument("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
+    add = parser.add_argument
+    add("pipeline", help="folder that train_diffusion.py wrote")
+    add("--prompt", action="append", default=[], help="text; give it again for more videos")
+    add("--prompt-file", type=Path, help="text file with a prompt a line, after those of --prompt; empty lines do not count")
+    add("--negative-prompt", default="", help="what guidance moves away from")
+    add("--seed", type=int, nargs="+", default=[0], help="of the noise; every prompt is sampled at each")
+    add("--out", type=Path, required=True, help="mp4 or GIF file; several videos are numbered")
+    add("--grid", type=Path, help="mp4 or GIF file with all videos in step: with several seeds, a row for each prompt")
+    add("--contact-sheet", type=Path, help="PNG with frames of all videos")
+    add("--crf", type=int, help=f"quality of an mp4, 1 (best) to 51; left out: {CRF}")
+    add("--num-frames", type=int, help="frames; left out: what it was trained on")
+    add("--height", type=int, help="pixels; left out: what it was trained on")
+    add("--width", type=int, help="pixels; left out: what it was trained on")
+    add("--temporal-ratio", type=int, help="token budget; left out: the first it was trained at")
+    add("--steps", type=int, default=30, help="denoising steps")
+    add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
+    add("--fps", type=float, help="frame rate told to the model and written; left out: as trained")
+    add("--batch", type=int, default=1, help="videos made at once")
+    add("--precision", choices=("no", "bf16"), default="no", help="bf16 computes in bfloat16 where that is safe")
+    add("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")
     opening.add_argument("--video", type=Path, help="clip to continue from its last frames; scaled and cropped likewise")
-    arguments = parser.parse_args(argv)
+    add("--clip", help="CLIP model to score with: a folder of transformers, open_clip:NAME or open_clip:local-dir:FOLDER")
+    add("--clip-weights", help="file with the weights of open_clip:NAME")
+    return parser.parse_args(argv)
 
-    from promag import ProMAGPipeline
 
-    if not (Path(arguments.pipeline) / "model_index.json").exists():
-        raise UserError(f"pipeline {arguments.pipeline}: no model_index.json there; give a folder of train_diffusion.py")
-    if arguments.out.suffix != ".mp4":
-        raise UserError(f"--out {arguments.out}: an .mp4 file is needed")
-    pipe: Any = ProMAGPipeline.from_pretrained(arguments.pipeline)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt)
+    if arguments.prompt_file:
+        try:
+            lines = arguments.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {arguments.prompt_file}: {getattr(error, 'strerror', None) or error}") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("no prompts: give --prompt TEXT, or --prompt-file with a prompt a line")
+    return prompts
+
+
+def _films(arguments: argparse.Namespace) -> list[Path]:
+    return [path for path in (arguments.out, arguments.grid) if path]
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Refuse what could not be written before anything is computed."""
+    for name, kinds in (("out", (MP4, GIF)), ("grid", (MP4, GIF)), ("contact_sheet", (".png",))):
+        path, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if path is None:
+            continue
+        if path.suffix not in kinds:
+            raise UserError(f"{option} {path}: a file that ends in {' or '.join(kinds)} is needed")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
+    if arguments.crf is not None and MP4 not in [path.suffix for path in _films(arguments)]:
+        raise UserError(f"--crf {arguments.crf}: a GIF has no such quality; leave it out")
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for name in ("num_frames", "height", "width", "steps", "batch", "fps"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
+    if arguments.crf is not None and not 1 <= arguments.crf <= 51:
+        raise UserError(f"--crf {arguments.crf}: 1 (best) to 51 are legal")
+    for seed in arguments.seed:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"--seed {seed}: 0 to 2^63 - 1 are legal")
+    if arguments.clip_weights and not arguments.clip:
+        raise UserError(f"--clip-weights {arguments.clip_weights}: name the model they belong to, --clip open_clip:NAME")
+
+
+def _sampled(
+    arguments: argparse.Namespace, pipe: Any, orders: Sequence[Order], fps: float
+) -> Iterator[tuple[list[np.ndarray], Seconds]]:
+    """Make the videos, with a progress bar over the steps of all."""
+    pipe.set_progress_bar_config(disable=True)
+    with tqdm(desc=f"denoising {len(orders)}", unit="step") as bar:
+
+        def told(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield from make_videos(pipe, orders, arguments.batch, arguments.precision, told, **_call(arguments, pipe, fps))
+
+
+def _call(arguments: argparse.Namespace, pipe: Any, fps: float) -> dict[str, Any]:
+    """Return the pipeline's arguments, beside prompts and noise."""
     size = (arguments.width or pipe.config["width"], arguments.height or pipe.config["height"])
-    fps = arguments.fps or pipe.config["fps"]
     given: dict[str, Any] = {}
     if arguments.image:
         given = {"image": open_image(arguments.image, size)}
     elif arguments.video:
         given = {"video": last_pictures(arguments.video, size, fps, arguments.num_frames or pipe.config["num_frames"])}
-    for i, prompt in enumerate(arguments.prompt):
-        started = time.perf_counter()
-        try:
-            frames = pipe(
-                prompt,
-                num_frames=arguments.num_frames,
-                height=arguments.height,
-                width=arguments.width,
-                temporal_ratio=arguments.temporal_ratio,
-                num_inference_steps=arguments.steps,
-                guidance_scale=arguments.guidance,
-                fps=arguments.fps,
-                generator=torch.Generator().manual_seed(arguments.seed + i),
-                **given,
-            ).frames[0]
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        out = arguments.out if len(arguments.prompt) == 1 else arguments.out.with_stem(f"{arguments.out.stem}-{i:02d}")
-        write_video(out, (frames * 255).round().astype("uint8"), fps)
-        print(f"{out}: {prompt!r}, {len(frames)} frames in {time.perf_counter() - started:.1f} s")
-    return 0
+    return {
+        "negative_prompt": arguments.negative_prompt,
+        "num_frames": arguments.num_frames,
+        "height": arguments.height,
+        "width": arguments.width,
+        "temporal_ratio": arguments.temporal_ratio,
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+        "fps": arguments.fps,
+        **given,
+    }
 
 
 def open_image(path: Path, size: tuple[int, int]) -> Image.Image:
@@ -89,6 +194,43 @@ def last_pictures(path: Path, size: tuple[int, int], fps: float, most: int) -> l
     times = np.arange(stamps[-1], -1e-6, -1 / fps)[:most][::-1]
     frames = read_frames(path, pick_by_time(stamps, times))
     return [ImageOps.fit(Image.fromarray(frame), size) for frame in frames]
+
+
+def _numbered(path: Path, number: int, count: int) -> Path:
+    return path if count == 1 else path.with_stem(f"{path.stem}-{number:0{max(2, len(str(count - 1)))}d}")
+
+
+def _write_overviews(arguments: argparse.Namespace, prompts: Sequence[str], videos: Sequence[np.ndarray], fps: float) -> None:
+    """Write the grid and the contact sheet where they are asked for."""
+    seeds = arguments.seed
+    if arguments.grid:
+        columns = len(seeds) if len(seeds) > 1 else math.ceil(math.sqrt(len(prompts)))
+        said = write(arguments.grid, grid(videos, columns), fps, arguments.crf)
+        print(f"{arguments.grid}: {_count(videos)}, {columns} in a row, {said}")
+    if arguments.contact_sheet:
+        rows = [videos[i : i + len(seeds)] for i in range(0, len(videos), len(seeds))]
+        clips = [
+            (prompt, {f"seed {seed}": video for seed, video in zip(seeds, row, strict=True)})
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+        scale = max(1, SHEET_WIDTH // videos[0].shape[2])
+        print(f"{write_contact_sheet(arguments.contact_sheet, clips, scale=scale)}: frames of {_count(videos)}")
+
+
+def _count(videos: Sequence[np.ndarray]) -> str:
+    frames, height, width, _ = videos[0].shape
+    return f"{len(videos)} video{'s' if len(videos) > 1 else ''} of {frames} frames of {width}x{height}"
+
+
+def write(path: Path, video: np.ndarray, fps: float, crf: int | None) -> str:
+    """Write an mp4 or a GIF, by the ending of `path`, and return in words what was written."""
+    length = f"{len(video)} frames at {fps:g} fps"
+    if path.suffix == MP4:
+        write_video(path, video, fps, CRF if crf is None else crf)
+        return f"{length}, crf {CRF if crf is None else crf}"
+    with written_whole(path) as aside:
+        Path(aside).write_bytes(encode_gif(video, fps))
+    return f"{length}, 256 colours a frame"
 
 
 if __name__ == "__main__":

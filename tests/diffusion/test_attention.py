@@ -1,6 +1,7 @@
 """Backends on this CPU: native and _native_flash work, the latter without masks; flash and xformers do not."""
 
 import logging
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -51,6 +52,7 @@ def test_auto_on_a_cpu_leaves_attention_written_out(model):
     ("name", "message"),
     [
         ("flash", "attention: flash does not work on cpu: RuntimeError: Flash Attention backend 'flash' is not usable"),
+        ("xformers", "attention: xformers does not work on cpu: "),
         ("_native_cudnn", "attention: _native_cudnn does not work on cpu: RuntimeError: No viable backend"),
         ("fast", "attention 'fast': use one of auto, flash, "),
     ],
@@ -61,6 +63,14 @@ def test_a_backend_that_does_not_work_is_refused_in_one_line(model, name, messag
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
     assert backends(model) == ["None"] * 4
+
+
+def test_a_backend_without_its_package_says_which_is_missing(model):
+    for name, package in (("xformers", "xformers>="), ("flash", "flash-attn>="), ("sage", "sageattention>=")):
+        if find_spec(package.removesuffix(">=").replace("flash-attn", "flash_attn")):
+            continue
+        with pytest.raises(UserError, match=f"not usable because of missing package .* Please install `{package}"):
+            choose_attention(model, name, CPU, torch.float32)
 
 
 def test_a_probe_sees_missing_gradients_and_masks():

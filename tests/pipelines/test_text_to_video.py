@@ -3,51 +3,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 
 import promag
 from promag import ProMAGPipeline, ProMAGTransformer3DModel
-from promag.diffusion.text import learn_vocabulary, small_clip
+from promag.diffusion.text import learn_vocabulary
 from promag.pipelines.prompt_accuracy import sample_videos
-from tests.conftest import make_tokenizer
+from tests.tiny_pipeline import make_pipeline
 
 PROMPTS = ["a red disc moves left", "a blue square grows"]
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    torch.manual_seed(0)
-    vocabulary = learn_vocabulary(PROMPTS, 300, max_length=10)
-    statistics = {str(r): [0.5] * 4 for r in (4, 16)}
-    transformer = ProMAGTransformer3DModel(
-        in_channels=4,
-        patch_size=(1, 1, 1),
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        text_dim=16,
-        pooled_dim=16,
-        condition_frames=2,
-        latents_mean=statistics,
-        latents_std=statistics,
-    )
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    pipe = ProMAGPipeline(
-        vocabulary,
-        small_clip(vocabulary, width=16, layers=1, heads=2),
-        transformer,
-        make_tokenizer(settle=0.05),
-        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        height=16,
-        width=24,
-        num_frames=17,
-        fps=8.0,
-        temporal_ratio=16,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return make_pipeline(PROMPTS)
 
 
 def seed(n=0):

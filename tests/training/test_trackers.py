@@ -9,8 +9,9 @@ from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from promag.training.config import UserError
+from promag.training.gif import encode_gif
 from promag.training.loop import close_trackers, make_accelerator
-from promag.training.trackers import Log, check_trackers, encode_gif
+from promag.training.trackers import Log, check_trackers
 
 
 def decoded(gif: bytes) -> tuple[np.ndarray, list[int]]:

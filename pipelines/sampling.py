@@ -1,0 +1,140 @@
+"""Videos for prompts and seeds: the same ones however many are made at once, with the time that each part took.
+
+Videos are uint8 (T, H, W, 3).
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..training.config import UserError
+from .text_to_video import ProMAGPipeline
+
+
+@dataclass(frozen=True)
+class Order:
+    """One video to make: what it shows, and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a call of the pipeline spent on its text (given first frames included), on denoising and on decoding."""
+
+    text: float = 0.0
+    denoising: float = 0.0
+    decoding: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.text + self.denoising + self.decoding
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __str__(self) -> str:
+        parts = (f"{part} {seconds:.2f} s" for part, seconds in dataclasses.asdict(self).items())
+        return f"{', '.join(parts)}, together {self.total:.2f} s"
+
+
+def load_pipeline(folder: str | Path) -> ProMAGPipeline:
+    """Return the pipeline of a folder, on the GPU if there is one; raises UserError where none can be loaded."""
+    if not (Path(folder) / "model_index.json").exists():
+        raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of train_diffusion.py")
+    try:
+        pipe: Any = ProMAGPipeline.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        raise UserError(f"pipeline {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trained_ratios(pipe: Any) -> tuple[int, ...]:
+    """Return the temporal ratios that a pipeline's transformer was trained at."""
+    return tuple(sorted(map(int, pipe.transformer.config["latents_mean"] or {})))
+
+
+def make_videos(
+    pipe: Any,
+    orders: Sequence[Order],
+    batch: int = 1,
+    precision: Literal["bf16", "no"] = "no",
+    told: Callable[[int, int], None] | None = None,
+    **arguments: Any,
+) -> Iterator[tuple[list[np.ndarray], Seconds]]:
+    """Make the ordered videos, `batch` at once, and yield each batch's with the seconds it took.
+
+    A video depends on its order and on `arguments` (the pipeline's) alone: another batch moves values by rounding.
+    `told` is called after each denoising step with the steps done and those to do, of all batches together.
+    Raises ValueError as the pipeline does.
+    """
+    batches = range(0, len(orders), batch)
+    for number, first in enumerate(batches):
+        part = orders[first : first + batch]
+        generators = [torch.Generator().manual_seed(order.seed) for order in part]
+        with Stopwatch(pipe, told, number, len(batches)) as watch, autocast(pipe.device, precision):
+            made = pipe(
+                [order.prompt for order in part],
+                generator=generators,
+                callback_on_step_end=watch.step,
+                **arguments,
+            ).frames
+        yield list((made * 255).round().astype(np.uint8)), watch.seconds
+
+
+def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> contextlib.AbstractContextManager:
+    """Return the context in which models of float32 weights run at `precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class Stopwatch:
+    """Times the parts of one call of a pipeline that gets `step` as its callback.
+
+    Denoising begins at the transformer's first call and ends with the last step; what comes before is text, after it decoding.
+    """
+
+    def __init__(self, pipe: Any, told: Callable[[int, int], None] | None = None, calls_before: int = 0, calls: int = 1):
+        self.pipe, self.told, self.calls_before, self.calls = pipe, told, calls_before, calls
+        self.first: float | None = None
+        self.last: float | None = None
+
+    def __enter__(self) -> "Stopwatch":
+        self.hook = self.pipe.transformer.register_forward_pre_hook(self._begin)
+        self.started = self._now()
+        return self
+
+    def __exit__(self, *failed: Any) -> None:
+        self.hook.remove()
+        self.ended = self._now()
+
+    def step(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Be the pipeline's callback."""
+        self.last = self._now()
+        if self.told:
+            self.told(self.calls_before * pipe.num_timesteps + step + 1, self.calls * pipe.num_timesteps)
+        return tensors
+
+    @property
+    def seconds(self) -> Seconds:
+        """What the call took, once it is over."""
+        first = self.started if self.first is None else self.first
+        last = first if self.last is None else self.last
+        return Seconds(first - self.started, last - first, self.ended - last)
+
+    def _begin(self, *_: Any) -> None:
+        if self.first is None:
+            self.first = self._now()
+
+    def _now(self) -> float:
+        if self.pipe.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from promag.pipelines.sampling import Order, Seconds, load_pipeline, make_videos, trained_ratios
+from promag.training.config import UserError
+from tests.tiny_pipeline import make_pipeline
+
+ORDERS = [Order("a red disc moves left", 5), Order("a blue square grows", 5), Order("a red disc moves left", 6)]
+HOW = {"num_inference_steps": 3, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+def made(pipe, orders, batch=1, **how):
+    return [video for videos, _ in make_videos(pipe, orders, batch, **HOW, **how) for video in videos]
+
+
+def test_a_video_depends_on_its_prompt_and_seed_alone(pipe):
+    alone = [made(pipe, [order])[0] for order in ORDERS]
+    assert alone[0].dtype == np.uint8
+    assert alone[0].shape == (17, 16, 24, 3)
+    for batch in (1, 2, 3):
+        for order, video in zip(alone, made(pipe, ORDERS, batch), strict=True):
+            assert np.abs(order.astype(int) - video).max() <= 1  # rounding
+    assert np.array_equal(made(pipe, ORDERS[::-1])[-1], alone[0])
+    for other in alone[1:]:
+        assert np.abs(alone[0].astype(int) - other).mean() > 1
+
+
+def test_steps_are_told_and_every_part_takes_time(pipe):
+    said, spent = [], []
+    for _, seconds in make_videos(pipe, ORDERS, 2, told=lambda *count: said.append((len(spent), *count)), **HOW):
+        spent.append(seconds)
+        assert min(seconds.text, seconds.denoising, seconds.decoding) > 0
+    assert [len(videos) for videos, _ in make_videos(pipe, ORDERS, 2, **HOW)] == [2, 1]
+    assert said == [(0, 1, 6), (0, 2, 6), (0, 3, 6), (1, 4, 6), (1, 5, 6), (1, 6, 6)]
+    assert not pipe.transformer._forward_pre_hooks
+
+
+def test_seconds_add_up():
+    assert Seconds(1, 2, 3) + Seconds(0.5, 0, 1) == Seconds(1.5, 2, 4)
+    assert str(Seconds(1, 2, 3.5)) == "text 1.00 s, denoising 2.00 s, decoding 3.50 s, together 6.50 s"
+
+
+def test_ratios_are_those_of_the_transformer(pipe):
+    assert trained_ratios(pipe) == (4, 16)
+
+
+def test_a_folder_that_is_no_pipeline_is_named(pipe, tmp_path):
+    with pytest.raises(UserError, match=r"no model_index\.json there"):
+        load_pipeline(tmp_path)
+    pipe.save_pretrained(tmp_path)
+    assert trained_ratios(load_pipeline(tmp_path)) == (4, 16)
+    (tmp_path / "transformer" / "config.json").unlink()
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        load_pipeline(tmp_path)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,186 @@
+"""The page from end to end in a headless Chromium, on a tiny tokenizer and pipeline of random weights."""
+# ruff: noqa: RUF001 (the page is set with ×)
+
+import re
+import socket
+
+import pytest
+
+from promag.pipelines.sampling_cost import Pace, measure_pace
+from promag.pipelines.studio import Studio
+from promag.pipelines.uploads import UploadLimits
+from promag.training.config import UserError
+from promag.training.video import write_video
+from scripts import app
+from tests.browser import console_errors
+from tests.tiny_pipeline import make_pipeline
+from tests.training.test_video import drifting
+
+LIMITS = UploadLimits(megabytes=0.2, seconds=2.0, frames=40, side=100)
+PATIENCE = 60  # seconds, on busy machines
+
+
+@pytest.fixture(scope="module")
+def asked_hosts():
+    """Names and addresses that this process looks up while the page is served."""
+    found, look_up = set(), socket.getaddrinfo
+
+    def recorded(host, *rest, **more):
+        found.add(str(host))
+        return look_up(host, *rest, **more)
+
+    socket.getaddrinfo = recorded
+    yield found
+    socket.getaddrinfo = look_up
+
+
+def served(studio):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    blocks, launch = app.build_page(studio)
+    _, address, _ = blocks.launch(server_name="127.0.0.1", server_port=port, **launch)
+    return blocks, address
+
+
+@pytest.fixture(scope="module")
+def page(browser, asked_hosts):
+    pipe = make_pipeline(height=32, width=32, num_frames=33)
+    blocks, address = served(Studio(pipe.vae, pipe, measure_pace(pipe, "no", lambda line: None), LIMITS))
+    browser.get(address)
+    yield browser
+    blocks.close()
+
+
+def wait(browser, selector, text=""):
+    """Return the first element of a CSS selector whose text holds `text`, as soon as it is there."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def found(driver):
+        parts = driver.find_elements(By.CSS_SELECTOR, selector)
+        return next((part for part in parts if text in driver.execute_script("return arguments[0].textContent", part)), None)
+
+    return WebDriverWait(browser, PATIENCE, 0.1).until(found)
+
+
+def upload(browser, path):
+    """Take away what was given before, and give a file."""
+    from selenium.webdriver.common.by import By
+
+    for clear in browser.find_elements(By.CSS_SELECTOR, "#file button[aria-label=Clear]"):
+        browser.execute_script("arguments[0].click()", clear)  # where a message lies over it too
+    wait(browser, "#file input[type=file]").send_keys(str(path))
+
+
+def upload_and_compare(browser, path):
+    upload(browser, path)
+    wait(browser, "#file", path.stem)
+    wait(browser, "#compare").click()
+
+
+def test_a_prompt_becomes_a_video_at_the_chosen_budget(page, asked_hosts):
+    assert "expectations for this machine, from 2 steps at the start" in wait(page, "#costs", "Tokens").text
+    assert wait(page, "#costs .chosen").text.startswith("16× 3 48 3.0× fewer")
+    wait(page, "#budget label", "4×").click()
+    wait(page, "#costs .chosen", "144")
+    wait(page, "#prompt textarea").send_keys("a red disc moves left")
+    wait(page, "#make").click()
+    facts = wait(page, "#video figure", "Measured")
+    assert "a red disc moves left" in facts.text
+    assert "4×, 144 tokens, 33 frames at 8 a second, seed 0." in facts.text
+    assert re.search(r"Measured: text [\d.]+ s, denoising [\d.]+ s, decoding [\d.]+ s, together [\d.]+ s", facts.text)
+    wait(page, "#costs", "the last video")
+    video = wait(page, "#video video")
+    assert page.execute_async_script(READY, video) == pytest.approx([33 / 8, 256, 256], abs=0.01)
+    assert console_errors(page) == []
+    loaded = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert {name.split("/")[2] for name in loaded if not name.startswith(("data:", "blob:"))} == {
+        page.current_url.split("/")[2]
+    }
+    assert asked_hosts <= {"127.0.0.1", "localhost"}
+
+
+READY = """
+const [video, done] = arguments, tell = () => done([video.duration, video.videoWidth, video.videoHeight]);
+video.readyState ? tell() : video.addEventListener("loadedmetadata", tell);
+"""
+
+
+def test_an_uploaded_video_plays_beside_its_reconstructions(page, tmp_path):
+    write_video(tmp_path / "clip.mp4", drifting(17, 64, 64), 10)
+    wait(page, "button[role=tab]", "Reconstruct").click()
+    upload_and_compare(page, tmp_path / "clip.mp4")
+    shown = wait(page, "#comparison .comparison", "dB")
+    assert shown.text.startswith("clip.mp4: 17 frames of 64x64 at 10 a second, worked on at 64x64\noriginal\n4×\n8×\n16×")
+    video = wait(page, "#comparison video")
+    assert page.execute_async_script(READY, video) == pytest.approx([1.7, 4 * 256 + 3 * 4, 256], abs=0.01)
+    assert len(page.find_elements("css selector", "#comparison polyline")) == 3
+    page.execute_script("arguments[0].pause(); arguments[0].currentTime = 0.85", video)
+    said = wait(page, "#comparison output", "frame 8: 4×")
+    assert re.fullmatch(r"frame 8: 4× [\d.]+, 8× [\d.]+, 16× [\d.]+ dB", said.text)
+    left = page.execute_script(
+        "return getComputedStyle(arguments[0]).getPropertyValue('--at')", wait(page, "#comparison .cursor")
+    )
+    assert float(left) == 0.5
+    wait(page, "#comparison .controls button", "Play").click()
+    wait(page, "#comparison .controls button", "Pause")
+    assert console_errors(page) == []
+
+
+def errors_beside_refusals(browser):
+    """Gradio asks for the progress of an upload that it refuses itself, and is told that there is none."""
+    own = ("upload_progress", "Response", "Invalid file type")
+    return [error for error in console_errors(browser) if not any(word in error for word in own)]
+
+
+def test_files_beyond_the_limits_are_refused_with_what_is_legal(page, tmp_path):
+    (tmp_path / "large.mp4").write_bytes(bytes(300_000))
+    write_video(tmp_path / "long.mp4", drifting(41, 32, 32), 30)
+    (tmp_path / "broken.mp4").write_bytes(b"no video at all")
+    for name, message in (
+        ("long.mp4", "long.mp4: 1.3 s and 41 frames; at most 2 s and 40 frames are taken"),
+        ("broken.mp4", "broken.mp4: cannot be read as a video"),
+    ):
+        upload_and_compare(page, tmp_path / name)
+        assert wait(page, "#comparison [role=alert]", name).text.startswith(message)
+    upload(page, tmp_path / "large.mp4")
+    wait(page, ".toast-body", 'exceed the maximum allowed size of 204.8 Kb: "large.mp4"')
+    (tmp_path / "notes.txt").write_text("no video")
+    upload(page, tmp_path / "notes.txt")
+    wait(page, ".toast-body", "Invalid file type: notes.txt. Only .mp4, .m4v, .mov, .webm, .mkv, .avi allowed.")
+    assert errors_beside_refusals(page) == []
+
+
+def test_without_a_pipeline_the_page_says_how_to_make_one(browser, tokenizer):
+    blocks, address = served(Studio(tokenizer, None, Pace(), LIMITS))
+    browser.get(address)
+    wait(browser, "#compare")
+    wait(browser, "button[role=tab]", "Text to video").click()
+    assert "make demo" in wait(browser, ".promag.note pre").text
+    assert errors_beside_refusals(browser) == []  # those of the page before may come late
+    blocks.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to show: give --tokenizer FOLDER, --pipeline FOLDER or both"),
+        (["--tokenizer", "nowhere"], r"tokenizer nowhere: no config\.json there"),
+        (["--pipeline", "nowhere"], r"pipeline nowhere: no model_index\.json there"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        app.main(arguments)
+
+
+def test_a_port_in_use_is_one_line(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: cannot be served there") as error:
+            app.main(["--tokenizer", str(tmp_path), "--port", str(port)])
+    assert "\n" not in str(error.value)

@@ -1,0 +1,165 @@
+"""scripts/sample.py on a pipeline of random weights: what it writes and says, and its user's mistakes."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from promag.training.config import UserError
+from promag.training.video import decode_strictly, read_frames
+from scripts import app, sample
+from tests.diffusion.test_text import OPEN_CLIP, write_openclip
+from tests.tiny_pipeline import make_pipeline
+
+FEW = ["--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sample") / "pipeline"
+    make_pipeline(height=32, width=32).save_pretrained(place)
+    return str(place)
+
+
+def test_every_prompt_at_every_seed_is_written_and_told(folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a blue square grows\n\n")
+    asked = ["--prompt", "a red disc moves left", "--prompt-file", str(tmp_path / "prompts.txt"), "--seed", "3", "7"]
+    overviews = ["--grid", str(tmp_path / "grid.mp4"), "--contact-sheet", str(tmp_path / "new" / "sheet.png")]
+    sample.main([folder, *asked, *FEW, *overviews, "--crf", "5", "--batch", "3", "--out", str(tmp_path / "v.mp4")])
+    lines = capsys.readouterr().out.splitlines()
+    wanted = [(p, s) for p in ("a red disc moves left", "a blue square grows") for s in (3, 7)]
+    for i, (prompt, seed) in enumerate(wanted):
+        assert lines[i] == f"{tmp_path}/v-0{i}.mp4: {prompt!r}, seed {seed}, 17 frames at 8 fps, crf 5"
+        assert decode_strictly(tmp_path / f"v-0{i}.mp4").frames == 17
+    assert lines[4].startswith(f"{tmp_path}/grid.mp4: 4 videos of 17 frames of 32x32, 2 in a row")
+    facts = decode_strictly(tmp_path / "grid.mp4")
+    assert (facts.frames, facts.height, facts.width, facts.fps) == (17, 68, 68, 8)
+    videos = [read_frames(tmp_path / f"v-0{i}.mp4", range(17)).astype(int) for i in range(4)]
+    shown = read_frames(tmp_path / "grid.mp4", range(17)).astype(int)
+    assert np.abs(shown[:, 36:, 36:] - videos[3]).mean() < 5  # two encodings of random pixels
+    assert lines[5].startswith(f"{tmp_path}/new/sheet.png: frames of 4 videos")
+    assert Image.open(tmp_path / "new" / "sheet.png").width > 8 * 32 * 3
+    seconds = [float(x) for x in re.findall(r"([\d.]+) s\b", lines[6])]
+    assert re.match(r"4 videos of .* at 16x, 2 steps on cpu: text .* s, denoising .* s, decoding .* s, together", lines[6])
+    assert seconds[3] == pytest.approx(sum(seconds[:3]), abs=0.02)
+    assert lines[7] == "not measured for want of weights: CLIP similarity (--clip)"
+
+
+def test_the_same_seed_is_the_same_video_among_others_and_alone(folder, tmp_path):
+    others = ["--prompt", "a", "--prompt", "a red disc moves left", "--seed", "1", "2", "--batch", "4"]
+    sample.main([folder, *others, *FEW, "--out", str(tmp_path / "v.mp4")])
+    alone = ["--prompt", "a red disc moves left", "--seed", "2"]
+    sample.main([folder, *alone, *FEW, "--out", str(tmp_path / "alone.mp4")])
+    among, single = (read_frames(tmp_path / name, range(17)).astype(int) for name in ("v-03.mp4", "alone.mp4"))
+    assert np.abs(among - single).mean() < 0.2
+    assert np.abs(read_frames(tmp_path / "v-02.mp4", range(17)).astype(int) - single).mean() > 2
+
+
+def test_a_gif_a_budget_and_a_size_of_ones_own(folder, tmp_path, capsys):
+    out = tmp_path / "v.gif"
+    size = ["--height", "24", "--width", "32", "--num-frames", "9", "--temporal-ratio", "4", "--fps", "10"]
+    sample.main([folder, "--prompt", "a", *FEW, *size, "--out", str(out), "--precision", "bf16"])
+    with Image.open(out) as picture:
+        assert (picture.n_frames, picture.size, picture.info["duration"]) == (9, (32, 24), 100)
+    said = capsys.readouterr().out
+    assert f"{out}: 'a', seed 0, 9 frames at 10 fps, 256 colours a frame" in said
+    assert "1 video of 9 frames of 32x24 at 4x" in said
+
+
+def test_guidance_and_a_negative_prompt_change_the_video(folder, tmp_path):
+    found = []
+    for name, change in {
+        "plain": [],
+        "other": ["--negative-prompt", "a blue square grows"],
+        "more": ["--guidance", "9"],
+        "same": [],
+    }.items():
+        out = tmp_path / f"{name}.mp4"
+        sample.main([folder, "--prompt", "a red disc moves left", *FEW, *change, "--out", str(out)])
+        found.append(read_frames(out, range(17)).astype(int))
+    assert np.array_equal(found[0], found[3])
+    assert min(np.abs(found[0] - found[i]).mean() for i in (1, 2)) > 0.5
+
+
+def test_clip_similarity_is_printed_for_each_video(folder, tmp_path, capsys):
+    clip = write_openclip(tmp_path / "clip", OPEN_CLIP)
+    prompts = ["--prompt", "a red disc moves left", "--prompt", "a blue square grows"]
+    sample.main([folder, *prompts, *FEW, "--clip", f"open_clip:local-dir:{clip}", "--out", str(tmp_path / "v.mp4")])
+    said = capsys.readouterr().out
+    found = [float(x) for x in re.findall(r"crf 18, CLIP similarity (-?[\d.]+)", said)]
+    assert len(found) == 2
+    mean = re.search(r"mean CLIP similarity (-?[\d.]+) by open_clip:local-dir", said)
+    assert mean
+    assert float(mean[1]) == pytest.approx(np.mean(found), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--prompt": None}, "no prompts: give --prompt TEXT"),
+        ({"--prompt-file": "nowhere.txt"}, r"--prompt-file nowhere\.txt: No such file"),
+        ({"--out": "v.avi"}, r"--out v\.avi: a file that ends in \.mp4 or \.gif is needed"),
+        ({"--grid": "v.png"}, r"--grid v\.png: a file that ends in \.mp4 or \.gif is needed"),
+        ({"--contact-sheet": "v.jpg"}, r"--contact-sheet v\.jpg: a file that ends in \.png is needed"),
+        ({"--out": "/dev/null/v.mp4"}, r"--out /dev/null/v\.mp4: cannot be written: "),
+        ({"--crf": "60"}, r"--crf 60: 1 \(best\) to 51 are legal"),
+        ({"--crf": "20", "--out": "v.gif"}, "--crf 20: a GIF has no such quality"),
+        ({"--fps": "60", "--out": "v.gif"}, "60 fps: a GIF has at most 50"),
+        ({"--fps": "0"}, "--fps 0: must be above 0"),
+        ({"--steps": "0"}, "--steps 0: must be above 0"),
+        ({"--num-frames": "0"}, "--num-frames 0: must be above 0"),
+        ({"--num-frames": "20"}, r"20 frames: 16x needs 1 \+ 16k; use 17 or 33"),
+        ({"--height": "20"}, "height 20: needs a multiple of 8; use 16 or 24"),
+        ({"--temporal-ratio": "8"}, "temporal_ratio 8: the transformer was trained at 4x, 16x"),
+        ({"--batch": "0"}, "--batch 0: must be above 0"),
+        ({"--seed": "-1"}, "--seed -1: 0 to"),
+        ({"--attention": "xformers"}, "attention: xformers does not work on cpu: .*xformers"),
+        ({"--clip-weights": "a.bin"}, r"--clip-weights a\.bin: name the model they belong to"),
+        ({"--clip": "nowhere"}, r"clip nowhere: no config\.json there"),
+        ({"--video": "nowhere.mp4"}, r"nowhere\.mp4: no such file"),
+    ],
+)
+def test_mistakes_are_named_in_one_line_before_anything_is_written(folder, tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    options = {"--prompt": "a", "--out": "v.mp4", "--steps": "1", **change}
+    with pytest.raises(UserError, match=message) as error:
+        sample.main([folder, *(f"{name}={value}" for name, value in options.items() if value is not None)])
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_pipeline_is_one_line(folder, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "ProMAGPipeline"}))
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        sample.main([str(tmp_path), "--prompt", "a", "--out", str(tmp_path / "v.mp4")])
+    assert "\n" not in str(error.value)
+
+
+def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
+    text = Path("docs/app.md").read_text().replace("\\\n", " ").replace("runs/demo/video-16x/pipeline", folder)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red disc\na blue square\n")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python scripts/")]
+    sampling = [words[2:] for words in commands if words[1] == "scripts/sample.py"]
+    for words in sampling:
+        sample.main([*words, "--steps", "1"])
+    assert len(sampling) == 3
+    numbered = [f"videos/v-0{i}.mp4" for i in range(6)]
+    assert sorted(str(path) for path in Path().rglob("*.*")) == sorted(
+        ["disc.mp4", "plus.gif", "prompts.txt", "videos/grid.mp4", "videos/sheet.png", *numbered]
+    )
+    pages = [app._parse(words[2:]) for words in commands if words[1] == "scripts/app.py"]
+    assert [page.pipeline for page in pages] == [None, folder]
+
+
+def test_the_score_of_the_docs_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", Path("docs/app.md").read_text(), re.DOTALL)
+    clip = write_openclip(tmp_path / "clip", OPEN_CLIP)
+    code = code.replace('"path/to/clip"', f'"open_clip:local-dir:{clip}"').replace("\nscore(", "\nfound = score(")
+    names = {"video": np.zeros((3, 32, 32, 3), np.uint8)}
+    exec(code, names)
+    assert -1 <= names["found"] <= 1
