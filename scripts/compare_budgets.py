@@ -1,0 +1,158 @@
+"""Compare token budgets on the same frames of the same clips: the levels of a tokenizer, and other video autoencoders.
+
+Writes figures (results.jsonl) and one self-contained page (report.html) with the videos side by side, in step.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promag.pipelines.adaptive_budget import adaptive_figures
+from promag.pipelines.budget_page import BudgetReport, write_budget_page
+from promag.pipelines.budget_tables import reconstruction_lines, text_table, token_lines
+from promag.pipelines.budgets import Budget, check_budgets, compare_reconstructions, own_budgets, peer_budget
+from promag.tokenizer.geometry import check_frames
+from promag.tokenizer.metrics import PROTOCOL
+from promag.tokenizer.perceptual import LPIPS, VideoFeatures
+from promag.tokenizer.train import load_tokenizer
+from promag.training.config import UserError, run_main
+from promag.training.datasets import open_evaluation
+from promag.training.run import append_result, provenance
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print tables, write results and the page; with --record append the results to a results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer, or of a pipeline")
+    parser.add_argument("--videos", required=True, help="folder, CSV, JSONL, one video, a clips.jsonl, tar shards, or shapes")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write results.jsonl and report.html to")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME:PATH", help="another autoencoder of diffusers; may be repeated"
+    )
+    parser.add_argument("--split", help="keep these rows of a CSV")
+    parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is shapes")
+    parser.add_argument("--target", type=float, default=25.0, help="PSNR in dB that each clip should have, at its own level")
+    parser.add_argument("--segment", type=int, default=17, help="frames of the segments that can have a level each")
+    parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
+    parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD")
+    parser.add_argument("--record", type=Path, help="append the lines, without those of single clips, to this results file")
+    parser.add_argument("--note", default="", help="what the lines say about the tokenizer")
+    arguments = parser.parse_args(argv)
+
+    budgets = _budgets(arguments)
+    clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
+    lpips = LPIPS.load(arguments.lpips) if arguments.lpips else None
+    features = VideoFeatures(arguments.fvd) if arguments.fvd else None
+    shape = (arguments.frames, arguments.size, arguments.size)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found, facts = compare_reconstructions(budgets, clips, Path(folder), lpips, features, _tell)
+        figures = {b.name: {**b.facts(*shape), "reconstruction": found[b.name]} for b in budgets}
+        names = list(figures)
+        print(text_table(names, {**token_lines(figures), **reconstruction_lines(figures)}))
+
+        own = [budget for budget in budgets if budget.own]
+        adaptive = adaptive_figures(own, found, clips, shape, arguments.segment, arguments.target)
+        print(_adaptive_text(adaptive))
+
+        records = [{"what": "reconstruction", "budget": name, **figures[name]} for name in names]
+        records.append({"what": "adaptive budget", **adaptive})
+        common = {
+            "note": arguments.note,
+            "videos": Path(arguments.videos).name,
+            "split": arguments.split,
+            "clips": len(clips),
+            "frames": arguments.frames,
+            "size": arguments.size,
+            "protocol": f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}",
+        }
+        _write(arguments.out / "results.jsonl", records, common)
+        report = BudgetReport(
+            title=f"Token budgets of {Path(arguments.tokenizer).name} on {Path(arguments.videos).stem}",
+            budgets=figures,
+            levels=[budget.name for budget in own],
+            clips=facts,
+            adaptive=adaptive,
+            facts=_facts(common, arguments),
+        )
+        shown = write_budget_page(arguments.out / "report.html", report)
+    if arguments.record:
+        for record in records:
+            append_result(arguments.record, {**_without_clips(record), **common})
+    page = arguments.out / "report.html"
+    print(f"{page}: {shown} of {len(clips)} clips, {page.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _budgets(arguments: argparse.Namespace) -> list[Budget]:
+    """Load all that is compared and check that names, frames and sizes suit it."""
+    model: Any = load_tokenizer(arguments.tokenizer)
+    budgets = own_budgets(model)
+    try:
+        check_frames(arguments.frames, model.temporal_ratios[-1])
+        check_frames(arguments.segment, model.temporal_ratios[-1])
+        for text in arguments.also:
+            name, colon, path = text.partition(":")
+            if not (name and colon and path):
+                raise UserError(f"--also {text}: NAME:PATH is needed, for example wan:models/Wan2.1/vae")
+            budgets.append(peer_budget(name, path))
+        check_budgets(budgets, arguments.size, arguments.size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for budget in budgets:
+        budget.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return budgets
+
+
+def _write(path: Path, records: Sequence[dict[str, Any]], common: dict[str, Any]) -> None:
+    path.unlink(missing_ok=True)
+    for record in records:
+        append_result(path, {**record, **common})
+
+
+def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is of single clips: a page and results.jsonl have it, a record of a set of clips need not."""
+    kept = {key: value for key, value in record.items() if key not in ("clip_psnr", "segment_psnr")}
+    if "reconstruction" in kept:
+        kept["reconstruction"] = {key: value for key, value in kept["reconstruction"].items() if key != "per_clip"}
+    return kept
+
+
+def _facts(common: dict[str, Any], arguments: argparse.Namespace) -> dict[str, str]:
+    facts = provenance()
+    absent = [name for name in ("lpips", "fvd") if getattr(arguments, name) is None]
+    return {
+        "Clips": f"{common['clips']} of {common['videos']}{' ' + common['split'] if common['split'] else ''}",
+        "Protocol": common["protocol"],
+        "Not measured": f"for want of weights: {', '.join(absent)}" if absent else "nothing that was asked for",
+        "Machine": facts["machine"],
+        "Commit": facts["commit"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+    }
+
+
+def _adaptive_text(adaptive: dict[str, Any]) -> str:
+    lines = []
+    for by in ("clip", "segment"):
+        found = adaptive[f"by_{by}"]
+        counts = ", ".join(f"{count} at {name}" for name, count in found["parts"].items())
+        lines.append(
+            f"{found['target']:g} dB by {by}: {counts}; {found['tokens']} tokens, {100 * found['saved']:.1f} % fewer than "
+            f"{found['fixed']} everywhere at the same worst case of {found['worst']:.2f} dB; {found['missed']} miss the target"
+        )
+    return "\n".join(lines)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
