@@ -11,6 +11,7 @@ from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.growth import Growth
 from promag.training.loop import Pace
 from promag.training.optimizers import LoopSettings
+from tests.browser import start_chromium
 
 torch.set_num_threads(1)
 
@@ -63,3 +64,11 @@ def clip() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(1, 3, 9, 3, 4, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(coarse, (33, 16, 24), mode="trilinear")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium with a new profile for each file of tests; skipped where there is none."""
+    driver = start_chromium(tmp_path_factory.mktemp("chromium"))
+    yield driver
+    driver.quit()

@@ -1,0 +1,18 @@
+"""The browser of the page tests itself: it runs scripts, and sees what asks for another machine."""
+
+from selenium.webdriver.common.by import By
+
+from tests.browser import console_errors
+
+
+def test_a_page_runs_and_what_comes_from_elsewhere_is_an_error(browser, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text('<title>a</title><link rel="icon" href="data:,"><script>document.title += "b"</script>')
+    browser.get(page.as_uri())
+    assert browser.title == "ab"
+    assert console_errors(browser) == []
+    page.write_text('<link rel="icon" href="data:,"><img src="http://example.org/a.png">')
+    browser.get(page.as_uri())
+    browser.find_element(By.TAG_NAME, "img")
+    (error,) = console_errors(browser)
+    assert "example.org" in error
