@@ -4,6 +4,7 @@ Segments are windows of 1 + r*N frames that are coded alone, each with a first f
 other, and each window costs the latent frame of that first frame.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def allocate(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], ta
     Raises ValueError without parts, or where `tokens` do not fall from level to level.
     """
     names = list(tokens)
-    if not parts or any(tokens[a] <= tokens[b] for a, b in zip(names, names[1:], strict=False)):
+    if not parts or any(tokens[a] <= tokens[b] for a, b in itertools.pairwise(names)):
         raise ValueError(f"{len(parts)} parts, tokens {dict(tokens)}: at least one part, and falling tokens, are needed")
     chosen = [next((name for name in reversed(names) if part[name] >= target), names[0]) for part in parts]
     reached = [part[name] for part, name in zip(parts, chosen, strict=True)]

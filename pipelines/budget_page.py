@@ -162,9 +162,23 @@ def _lead(report: BudgetReport) -> str:
         cards.append(
             f'<li style="--line:var({_line(list(report.budgets), name)})"><span>{escape(name)} · {count:,} tokens</span>'
             f"<b>{budget['reconstruction']['psnr']:.2f} dB</b>"
-            f"<span>SSIM {budget['reconstruction']['ssim']:.3f} · {budget['latent_values_per_pixel']:.3g} values/pixel</span></li>"
+            f"<span>SSIM {budget['reconstruction']['ssim']:.3f} · {budget['latent_values_per_pixel']:.3g} values/pixel</span>"
+            "</li>"
         )
     return f'<ul class="lead">{"".join(cards)}</ul>'
+
+
+def _summary(report: BudgetReport) -> str:
+    frames, height, width, _ = np.load(report.clips[0].videos[ORIGINAL], mmap_mode="r").shape
+    first, last = (report.budgets[name] for name in (report.levels[0], report.levels[-1]))
+    lost = first["reconstruction"]["psnr"] - last["reconstruction"]["psnr"]
+    text = f"{len(report.clips)} clips, {frames} frames of {width} × {height} pixels each."
+    if len(report.levels) == 1:
+        return text
+    times = first["latent_values"] / last["latent_values"]
+    return (
+        f"{text} {report.levels[-1]} has {times:.1f} times fewer tokens than {report.levels[0]} and is {lost:.2f} dB below it."
+    )
 
 
 def _tiles(report: BudgetReport) -> str:
@@ -211,9 +225,8 @@ def _clip_table(report: BudgetReport, order: Sequence[int]) -> str:
             f'<td data-value="{escape(clip.name)}"><button type="button">{escape(clip.name)}</button>'
             f"<small>{escape(clip.caption)}</small></td>{cells}{smallest}</tr>"
         )
-    return (
-        f'<div class="wide-table"><table class="clips"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    table = f'<table class="clips"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="wide-table">{table}</div>'
 
 
 def _sorted(yes: bool) -> str:
@@ -222,6 +235,7 @@ def _sorted(yes: bool) -> str:
 
 def _rate_distortion(report: BudgetReport) -> str:
     """Draw PSNR over tokens and over bits: all clips, and terciles of motion; each other autoencoder is a point."""
+
     def lines(x: Any) -> dict[str, list[Mark]]:
         found: dict[str, list[Mark]] = {}
         parts = {"all clips": "psnr", "least motion": "psnr_low_motion", "most motion": "psnr_top_motion"}
@@ -242,9 +256,10 @@ def _rate_distortion(report: BudgetReport) -> str:
     drawn = ""
     for title, label, x in plots:
         if found := lines(x):
-            drawn += f"<figure><h3>{title}</h3>{marked_plot(found, label, 'PSNR (dB)')}</figure>"
-    names, phases = report.levels, {}
-    for name in names:
+            own = sorted(report.levels, key=lambda name: x(report.budgets[name]) or 0)
+            drawn += f"<figure><h3>{title}</h3>{marked_plot(found, label, 'PSNR (dB)', names=own)}</figure>"
+    phases = {}
+    for name in report.levels:
         values = report.budgets[name]["reconstruction"].get("psnr_per_frame")
         if values:
             phases[name] = [(float(i), value, True) for i, value in enumerate(values)]
@@ -272,7 +287,7 @@ def _adaptive(report: BudgetReport) -> str:
 def _costs(report: BudgetReport) -> str:
     lines = cost_lines(report.budgets)
     plots = "".join(
-        f"<figure><h3>{escape(title)}</h3>{marked_plot(drawn, 'frames of a clip', title, log=True)}</figure>"
+        f"<figure><h3>{escape(title)}</h3>{marked_plot(drawn, 'frames of a clip', title.split(', ')[-1], log=True)}</figure>"
         for title, drawn in report.curves.items()
     )
     if not lines and not plots:
@@ -299,6 +314,7 @@ def _page(report: BudgetReport, order: Sequence[int], films: Mapping[int, str]) 
         style=REPORT_STYLE + STYLE,
         script=SCRIPT,
         title=escape(report.title),
+        summary=escape(_summary(report)),
         lead=_lead(report),
         viewer=VIEWER.format(tiles=_tiles(report)),
         clips=_section("Clips", CLIPS + left_out, _clip_table(report, order)),
@@ -318,7 +334,7 @@ FIGURES = "Every budget reconstructs the same frames of the same clips. Small pr
 RATE = "Quality over what it takes. Lines join the levels of one checkpoint; an autoencoder with one level is a single mark."
 ADAPTIVE = (
     "One checkpoint has every level, so each clip, or each segment that is coded alone, can have the cheapest that is good "
-    "enough. Compared is the cheapest level for all whose worst case is no worse. Striped: the target is missed."
+    "enough. Compared is the cheapest level for all whose worst case is no worse. Dashed: the target is missed."
 )
 COSTS = (
     "Of one transformer on random latents, text encoding and decoding aside. Filled marks were measured; open ones, on dotted "
@@ -340,7 +356,7 @@ script-src 'unsafe-inline'; media-src data: blob:; img-src data:">
 <style>{style}</style>
 </head>
 <body>
-<header><h1>{title}</h1>{lead}</header>
+<header><h1>{title}</h1><p>{summary}</p>{lead}</header>
 <main>
 {viewer}{clips}{figures}{rate}{adaptive}{costs}{generation}{facts}</main>
 <script type="application/json" id="data">{data}</script>
@@ -375,8 +391,8 @@ aria-label="PSNR of each frame by budget"></svg><span class="high" id="high"></s
 </div>
 <details><summary>Keys and gestures</summary><p><kbd>space</kbd> play, <kbd>←</kbd> <kbd>→</kbd> one frame, <kbd>j</kbd>
 <kbd>l</kbd> eight frames, <kbd>e</kbd> error map, <kbd>o</kbd> original in all, <kbd>+</kbd> <kbd>−</kbd> <kbd>0</kbd> zoom,
-<kbd>n</kbd> <kbd>p</kbd> next and previous clip. Click a picture to zoom in there, drag to move, pinch or Ctrl and wheel to zoom.
-The curve shows the PSNR of each frame; click or drag on it to go there. Grey lines stand where a latent frame of the fewest
-tokens ends.</p></details>
+<kbd>n</kbd> <kbd>p</kbd> next and previous clip. Click a picture to zoom in there, drag to move, pinch or Ctrl and wheel to
+zoom. The curve shows the PSNR of each frame; click or drag on it to go there. Grey lines stand where a latent frame of the
+fewest tokens ends.</p></details>
 </section>
 """

@@ -271,7 +271,7 @@ function smallest(psnr, target) {
 
 function adapt() {
   const {levels, clips, segments} = data.adaptive, by = document.querySelector("[name=by]:checked").value;
-  const target = Number($("target").value), tokens = levels.map(level => level[by === "clip" ? "clip_tokens" : "segment_tokens"]);
+  const target = Number($("target").value), tokens = levels.map(level => level[by + "_tokens"]);
   const parts = by === "clip" ? clips.map(clip => [clip]) : segments;
   const chosen = parts.map(clip => clip.map(psnr => smallest(psnr, target)));
   const all = parts.flatMap((clip, i) => clip.map((psnr, j) => ({psnr, level: chosen[i][j]})));
@@ -285,10 +285,10 @@ function adapt() {
   $("told").textContent = `${counts}: ${spent.toLocaleString("en")} tokens, ${(100 * saved).toFixed(1)} % fewer than `
     + `${levels[fixed].name} everywhere, at the same worst case of ${worst.toFixed(2)} dB.`
     + (missed ? ` ${missed} of ${all.length} miss the target at every level and are given the most tokens.` : "");
+  const bar = (psnr, level) => `<i class="${psnr[level] < target ? "missed" : ""}" style="--line:var(${
+    data.lines[levels[level].name]})">${safe(levels[level].name)} ${psnr[level].toFixed(1)}</i>`;
   $("levels").innerHTML = data.adaptive.names.map((name, i) => `<div><span>${safe(name)}</span><div class="cells">${
-    chosen[i].map((level, j) => `<i class="${parts[i][j][level] < target ? "missed" : ""}" style="--line:var(${
-      data.lines[levels[level].name]})">${safe(levels[level].name)} ${parts[i][j][level].toFixed(1)}</i>`).join("")}</div></div>`
-  ).join("");
+    chosen[i].map((level, j) => bar(parts[i][j], level)).join("")}</div></div>`).join("");
   for (const row of body.rows) {
     const level = smallest(clips[row.dataset.place], target), cell = row.querySelector(".smallest");
     cell.textContent = levels[level].name + (clips[row.dataset.place][level] < target ? " (misses)" : "");

@@ -12,7 +12,7 @@ body { max-width: 1240px; }
 .viewer video { position: absolute; width: 2px; height: 2px; opacity: 0.01; pointer-events: none; }
 .viewer header { display: flex; gap: 0.5rem 1rem; align-items: baseline; flex-wrap: wrap; margin-bottom: 0.75rem; }
 .viewer header h2 { margin: 0; }
-.viewer header p { margin: 0; color: var(--soft); flex: 1 1 20rem; }
+.viewer header p { margin: 0; color: var(--soft); flex: 1 1 20rem; max-width: none; }
 .tiles { display: grid; gap: 0.6rem; grid-template-columns: repeat(var(--across), minmax(0, 1fr)); --zoom: 1; --cx: 0.5;
   --cy: 0.5; }
 .tile figcaption { display: flex; justify-content: space-between; gap: 0.5rem; font-size: 0.875rem; padding-bottom: 0.25rem;
@@ -24,14 +24,13 @@ body { max-width: 1240px; }
   transform-origin: calc(var(--cx) * 100%) calc(var(--cy) * 100%); transform: scale(var(--zoom)); }
 .tile p { margin: 0.3rem 0 0; font-size: 0.8125rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 .tile p b { color: var(--text); font-weight: 600; }
-.trace { position: relative; margin: 0.9rem 8px 0; }
+.trace { position: relative; margin: 1.6rem 8px 1.2rem; }
 .trace svg { display: block; width: 100%; height: 84px; cursor: crosshair; touch-action: none; overflow: visible; }
 .trace polyline { fill: none; stroke-width: 1.75; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
 .trace line { stroke: var(--text); stroke-width: 1; vector-effect: non-scaling-stroke; }
 .trace .key { stroke: var(--rule); }
-.trace span { position: absolute; right: 100%; margin-right: 0.3rem; font-size: 0.6875rem; color: var(--soft);
-  background: var(--card); }
-.trace .high { top: -0.4rem; left: 0; right: auto; } .trace .low { bottom: -0.4rem; left: 0; right: auto; }
+.trace span { position: absolute; left: 0; font-size: 0.6875rem; color: var(--soft); }
+.trace .high { bottom: 100%; } .trace .low { top: 100%; }
 #scrub { display: block; width: 100%; margin: 0.35rem 0 0.6rem; accent-color: var(--accent); height: 1.75rem; }
 .buttons { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; }
 .buttons button { min-width: 2.6rem; }
@@ -48,6 +47,7 @@ kbd { font: 0.8125rem ui-monospace, monospace; border: 1px solid var(--rule); bo
 details { margin-top: 0.75rem; font-size: 0.875rem; color: var(--soft); }
 .wide-table { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; background: var(--card); }
 .clips { font-size: 0.875rem; font-variant-numeric: tabular-nums; min-width: 46rem; }
+.clips { overflow-wrap: normal; } .clips thead button { white-space: nowrap; }
 .clips td { vertical-align: middle; padding: 0.3rem 0.6rem; }
 .clips thead th { position: sticky; top: 0; background: var(--card); padding: 0.2rem 0.3rem; }
 .clips thead button { border: 0; background: none; min-width: 0; width: 100%; padding: 0.3rem; font-weight: 600;
@@ -73,9 +73,11 @@ details { margin-top: 0.75rem; font-size: 0.875rem; color: var(--soft); }
 .levels .cells { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 2px; }
 .levels i { font-style: normal; text-align: center; border-radius: 3px; line-height: 1.45rem; background: var(--line);
   color: var(--page); font-variant-numeric: tabular-nums; white-space: nowrap; overflow: hidden; }
-.levels i.missed { background: repeating-linear-gradient(45deg, var(--line) 0 6px,
-  color-mix(in srgb, var(--line) 65%, var(--page)) 6px 12px); }
+.levels i.missed { color: var(--line); background: color-mix(in srgb, var(--line) 12%, var(--page));
+  outline: 1px dashed var(--line); outline-offset: -1px; }
 .plots .guess { stroke-dasharray: 2 5; stroke-width: 1.5; }
+.wide-table + .plots { margin-top: 1.5rem; }
+.plots .mark-name { font-size: 11px; fill: var(--text); }
 .plots .open { fill: var(--page); stroke-width: 1.75; }
 @media (max-width: 800px) {
   .tiles { grid-template-columns: repeat(min(2, var(--across)), minmax(0, 1fr)); }
@@ -86,5 +88,7 @@ details { margin-top: 0.75rem; font-size: 0.875rem; color: var(--soft); }
   .viewer { padding: 0.75rem; margin-inline: -0.5rem; }
   .spacer { display: none; }
   .buttons output { min-width: 0; width: 100%; order: -1; }
+  .clips { min-width: 34rem; } .clips small { display: none; } .clips td, .clips thead th { padding: 0.25rem 0.3rem; }
+  .clips img { width: 44px; height: 44px; }
 }
 """

@@ -56,7 +56,7 @@ class Budget:
         return self.channels * positions
 
     def facts(self, frames: int, height: int, width: int) -> dict[str, Any]:
-        """Return what is known without a clip: ratios, latent frames, tokens by patch size, values and stored bits per pixel."""
+        """Return what is known without a clip: ratios, latent frames, tokens by patch size, values and bits per pixel."""
         values = self.latent_values(frames, height, width)
         pixels = frames * height * width
         return {

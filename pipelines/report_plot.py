@@ -1,6 +1,7 @@
 """Line plots as inline SVG that follows the page's colours, without a plotting library."""
 # ruff: noqa: RUF001 (a minus sign)
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -70,11 +71,16 @@ def _draw(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_la
 Mark = tuple[float, float, bool]  # x, y, and whether it was measured: what was not is drawn open, its line dotted
 
 
-def marked_plot(lines: Mapping[str, Sequence[Mark]], x_label: str, y_label: str, log: bool = False) -> str:
+MARKS = 24  # of a line: more points are a line alone
+
+
+def marked_plot(
+    lines: Mapping[str, Sequence[Mark]], x_label: str, y_label: str, log: bool = False, names: Sequence[str] = ()
+) -> str:
     """Return an SVG with a mark for every point of each line, and its legend as an HTML list.
 
-    With `log` both axes are logarithmic. Raises ValueError for a line without points and for points that a logarithmic axis
-    does not have.
+    With `log` both axes are logarithmic; `names` stand beside the marks of the first line. Raises ValueError for a line without
+    points and for points that a logarithmic axis does not have.
     """
     for name, marks in lines.items():
         if not marks or (log and min(min(x, y) for x, y, _ in marks) <= 0):
@@ -90,6 +96,10 @@ def marked_plot(lines: Mapping[str, Sequence[Mark]], x_label: str, y_label: str,
 
     drawn = _axes(ticks[0], ticks[1], place, x_label, y_label, _short if log else _texts)
     drawn += "".join(_marked_line(i, marks, place) for i, marks in enumerate(lines.values()))
+    for (x, y, _), text in zip(next(iter(lines.values())), names, strict=False):
+        a, b = place(x, y)
+        end = ' text-anchor="end"' if a > WIDTH / 2 else ""
+        drawn += f'<text class="mark-name" x="{a - 7 if end else a + 7}" y="{b - 7}"{end}>{escape(text)}</text>'
     told = "; ".join(f"{name} from {_last([marks[0][:2]])} to {_last([marks[-1][:2]])}" for name, marks in lines.items())
     described = escape(f"{y_label} by {x_label}: {told}")
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{drawn}</svg>'
@@ -99,10 +109,10 @@ def marked_plot(lines: Mapping[str, Sequence[Mark]], x_label: str, y_label: str,
 
 def _marked_line(line: int, marks: Sequence[Mark], place: Callable[[float, float], tuple[float, float]]) -> str:
     drawn, stroke = "", f"stroke:{_colour(line)}"
-    for (x, y, _), (x1, y1, measured) in zip(marks, marks[1:], strict=False):
+    for (x, y, _), (x1, y1, measured) in itertools.pairwise(marks):
         (a, b), (c, d) = place(x, y), place(x1, y1)
         drawn += f'<path class="line{"" if measured else " guess"}" style="{stroke}" d="M{a} {b}L{c} {d}"/>'
-    for x, y, measured in marks:
+    for x, y, measured in marks if len(marks) <= MARKS else ():
         a, b = place(x, y)
         fill = f' style="fill:{_colour(line)}"' if measured else f' class="open" style="{stroke}"'
         drawn += f'<circle cx="{a}" cy="{b}" r="3.5"{fill}/>'

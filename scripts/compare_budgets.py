@@ -12,39 +12,56 @@ from typing import Any
 
 import torch
 
+from promag import ProMAGPipeline
+from promag.diffusion.train import DiffusionConfig
 from promag.pipelines.adaptive_budget import adaptive_figures
+from promag.pipelines.budget_costs import LENGTHS, Costs, Effort, fit_errors
 from promag.pipelines.budget_page import BudgetReport, write_budget_page
-from promag.pipelines.budget_tables import reconstruction_lines, text_table, token_lines
+from promag.pipelines.budget_tables import cost_lines, generation_lines, reconstruction_lines, text_table, token_lines
 from promag.pipelines.budgets import Budget, check_budgets, compare_reconstructions, own_budgets, peer_budget
+from promag.pipelines.generation_figures import generation_figures, trained_ratios
+from promag.pipelines.report_plot import Mark
 from promag.tokenizer.geometry import check_frames
 from promag.tokenizer.metrics import PROTOCOL
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
-from promag.training.config import UserError, run_main
+from promag.training.config import UserError, parse_config, run_main
 from promag.training.datasets import open_evaluation
 from promag.training.run import append_result, provenance
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print tables, write results and the page; with --record append the results to a results file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer, or of a pipeline")
     parser.add_argument("--videos", required=True, help="folder, CSV, JSONL, one video, a clips.jsonl, tar shards, or shapes")
     parser.add_argument("--out", type=Path, required=True, help="folder to write results.jsonl and report.html to")
     parser.add_argument(
         "--also", action="append", default=[], metavar="NAME:PATH", help="another autoencoder of diffusers; may be repeated"
     )
+    parser.add_argument("--pipelines", nargs="+", default=[], metavar="DIR", help="trained pipelines to sample from")
     parser.add_argument("--split", help="keep these rows of a CSV")
     parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is shapes")
     parser.add_argument("--target", type=float, default=25.0, help="PSNR in dB that each clip should have, at its own level")
     parser.add_argument("--segment", type=int, default=17, help="frames of the segments that can have a level each")
+    parser.add_argument("--config", default="configs/diffusion/tiny.yaml", help="preset of the transformer that is measured")
+    parser.add_argument("--costs", action=argparse.BooleanOptionalAction, default=True, help="measure the transformer's cost")
+    parser.add_argument("--batch", type=int, default=4, help="clips in the training step that is measured")
+    parser.add_argument("--steps", type=int, default=16, help="denoising steps of a video")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
+    parser.add_argument("--curve-seconds", type=float, default=120.0, help="for costs by length; the rest is extrapolated")
+    parser.add_argument("--prompts", type=int, default=64, help="videos sampled from each pipeline at each of its ratios")
+    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance")
     parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
     parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD")
     parser.add_argument("--record", type=Path, help="append the lines, without those of single clips, to this results file")
     parser.add_argument("--note", default="", help="what the lines say about the tokenizer")
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    config = parse_config(DiffusionConfig, ["--config", arguments.config, *rest], __doc__ or "")
 
     budgets = _budgets(arguments)
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
@@ -64,6 +81,18 @@ def main(argv: Sequence[str]) -> int:
 
         records = [{"what": "reconstruction", "budget": name, **figures[name]} for name in names]
         records.append({"what": "adaptive budget", **adaptive})
+        lengths: dict[str, Any] = {}
+        if arguments.costs:
+            costs, lengths = _measure_costs(budgets, config, arguments)
+            records += [{"what": "cost", "budget": name, **cost} for name, cost in costs.items()]
+            errors = fit_errors(lengths)
+            records.append({"what": "cost by length", "points": lengths, "error_at_longest_from_shorter": errors})
+            figures = {name: {**row, "cost": costs.get(name)} for name, row in figures.items()}
+            print(text_table(names, cost_lines(figures)))
+        generation = _generate(arguments, features)
+        if generation:
+            records += [{"what": "generation", "pipeline": name, **found} for name, found in generation.items()]
+            print(text_table(list(generation), generation_lines(generation)))
         common = {
             "note": arguments.note,
             "videos": Path(arguments.videos).name,
@@ -80,6 +109,8 @@ def main(argv: Sequence[str]) -> int:
             levels=[budget.name for budget in own],
             clips=facts,
             adaptive=adaptive,
+            curves=_curves(lengths),
+            generation=generation,
             facts=_facts(common, arguments),
         )
         shown = write_budget_page(arguments.out / "report.html", report)
@@ -109,6 +140,59 @@ def _budgets(arguments: argparse.Namespace) -> list[Budget]:
     for budget in budgets:
         budget.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return budgets
+
+
+def _measure_costs(
+    budgets: Sequence[Budget], config: DiffusionConfig, arguments: argparse.Namespace
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return figures at the clips' length, and points over lengths, by budget."""
+    try:
+        costs = Costs(budgets, config, arguments.size, arguments.size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    effort = Effort(arguments.batch, arguments.steps, arguments.rounds, arguments.curve_seconds)
+    _tell(f"measuring costs: {arguments.rounds} rounds at {arguments.frames} frames")
+    found = costs.at_length(arguments.frames, effort)
+    _tell(f"measuring costs from {LENGTHS[0]} to {LENGTHS[-1]} frames, for about {arguments.curve_seconds:.0f} s")
+    how = {"preset": Path(arguments.config).stem, "batch": arguments.batch, "steps": arguments.steps}
+    return {name: {**row, **how} for name, row in found.items()}, costs.over_lengths(effort)
+
+
+CURVES = {
+    "Arithmetic of a training step, GFLOP": "training_gflops",
+    "Training step of one clip, s": "train_step_seconds",
+    "Denoising step with guidance, s": "denoising_step_seconds",
+    "Peak memory of forward and backward, MiB": "gradient_peak_mib",
+}
+
+
+def _curves(lengths: dict[str, Any]) -> dict[str, dict[str, list[Mark]]]:
+    """Return the points of each plot; arithmetic is counted at every length, so its points are none of the fitted ones."""
+    if not lengths:
+        return {}
+    return {
+        title: {
+            name: [(point["frames"], point[key], point["measured"] or key == "training_gflops") for point in points]
+            for name, points in lengths.items()
+        }
+        for title, key in CURVES.items()
+    }
+
+
+def _generate(arguments: argparse.Namespace, features: VideoFeatures | None) -> dict[str, dict[str, Any]]:
+    """Sample from every pipeline at each of its ratios; return figures by pipeline and ratio."""
+    found = {}
+    for folder in map(Path, arguments.pipelines):
+        if not (folder / "model_index.json").exists():
+            raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of train_diffusion.py")
+        pipe: Any = ProMAGPipeline.from_pretrained(folder)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        for ratio in trained_ratios(pipe):
+            name = f"{folder.parent.name if folder.name == 'pipeline' else folder.name} at {ratio}x"
+            found[name] = generation_figures(
+                pipe, ratio, arguments.prompts, arguments.steps, arguments.guidance, features=features
+            )
+    return found
 
 
 def _write(path: Path, records: Sequence[dict[str, Any]], common: dict[str, Any]) -> None:

@@ -133,7 +133,9 @@ def open_peer(folder: str | Path) -> tuple[PeerAutoencoder, int, int]:
         raise ValueError(f"{name} in {folder}: does not code a clip of {tuple(clip.shape)}: {error}") from None
     if latent.ndim != 5 or latent.shape[2] != 2 or output.shape != clip.shape:
         shapes = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
-        raise ValueError(f"{name} in {folder}: {shapes}; only 1 + {ratio}*N frames to 1 + N latent frames and back are compared")
+        raise ValueError(
+            f"{name} in {folder}: {shapes}; only 1 + {ratio}*N frames to 1 + N latent frames and back are compared"
+        )
     return peer, side // latent.shape[3], latent.shape[1]
 
 
