@@ -86,12 +86,12 @@ class Costs:
         self.patch: tuple[int, int, int] = tuple(config.model.patch_size)  # pyright: ignore[reportAttributeAccessIssue]
         self.budgets = [b for b in budgets if b.tokens(LENGTHS[0], height, width, self.patch) is not None]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._models: dict[int, ProMAGTransformer3DModel] = {}
+        self._models: dict[int, Any] = {}
         for budget in self.budgets:
             if budget.channels not in self._models:
                 torch.manual_seed(config.seed)
-                text = {"text_dim": config.text.width, "pooled_dim": config.text.width}
-                model = ProMAGTransformer3DModel(**asdict(config.model), **text, in_channels=budget.channels)
+                text: dict[str, Any] = {"text_dim": config.text.width, "pooled_dim": config.text.width}
+                model: Any = ProMAGTransformer3DModel(**asdict(config.model), **text, in_channels=budget.channels)
                 self._models[budget.channels] = model.to(self.device)
 
     def tokens(self, budget: Budget, frames: int) -> int:
@@ -162,7 +162,7 @@ class Costs:
         started, done = time.perf_counter(), {budget.name: [] for budget in self.budgets}
         pace: dict[str, float] = {}  # seconds that a budget's last turn took, by GFLOP
         for frames, budget in itertools.product(LENGTHS, self.budgets):
-            point = {"frames": frames, "tokens": self.tokens(budget, frames)}
+            point: dict[str, Any] = {"frames": frames, "tokens": self.tokens(budget, frames)}
             point["training_gflops"] = work = self.gflops(budget, frames, training=True)
             before = time.perf_counter()
             fits = before - started + pace.get(budget.name, 0) * work <= effort.seconds

@@ -164,7 +164,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         call()
     assert profile.profiler is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
-    taken = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    taken = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))  # pyright: ignore
     return max(taken, default=0)
 
 

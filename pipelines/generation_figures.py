@@ -5,6 +5,7 @@ Videos are uint8 (T, H, W, 3). Prompts are captions of generated clips, so that 
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..tokenizer.perceptual import frechet_distance
 from ..training.datasets import open_dataset
 from .prompt_accuracy import accuracies, sample_videos, scenes_to_score
 
-Similarity = Callable[[Sequence[np.ndarray], Sequence[str]], float]
+Similarity = Callable[[np.ndarray, str], float]  # of a video and its prompt
 
 
 def trained_ratios(pipe: Any) -> list[int]:
@@ -36,7 +37,7 @@ def generation_figures(
     """Sample one video for each of so many prompts at one ratio, in bf16, and return the figures.
 
     Keys: accuracy (value and 95 % interval by part), sampling_seconds (a video, decoding included, in batches),
-    clip_similarity and fvd; the last two are None without `similarity` (of videos and their prompts) and `features` (a
+    clip_similarity and fvd; the last two are None without `similarity` and `features` (a
     `VideoFeatures`; compared are as many generated clips, of the pipeline's own frames and size).
     """
     pipe.register_to_config(temporal_ratio=ratio)
@@ -53,7 +54,7 @@ def generation_figures(
         "guidance": guidance,
         "accuracy": accuracies(videos, scenes),
         "sampling_seconds": seconds / prompts,
-        "clip_similarity": similarity(videos, captions) if similarity else None,
+        "clip_similarity": fmean(map(similarity, videos, captions)) if similarity else None,
         "fvd": _fvd(videos, features) if features and prompts > 1 else None,
     }
 

@@ -203,7 +203,7 @@ def write_video(
         stream.height, stream.width = first.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # Without x264's macroblock tree: on small pictures it made different files of the same frames.
-        stream.options = {"crf": str(crf), "x264-params": "mbtree=0"} | ({"g": str(key_every)} if key_every else {})
+        stream.options = {"crf": str(crf), "x264-params": "mbtree=0", **({"g": str(key_every)} if key_every else {})}
         for name, value in colour.items():
             setattr(stream.codec_context, name, value)
         for chunk in itertools.chain([first], chunks):
