@@ -26,8 +26,8 @@ class Allocation:
     levels: tuple[str, ...]  # chosen for each part
     tokens: int
     worst: float  # dB, of the worst part
-    missed: int  # parts below the target at every level; they get the level of most tokens
-    fixed: str
+    missed: int  # parts below the target at every level; they get their best one
+    fixed: str  # no worse in its worst part, and misses no more; where no level is that good, the one of most tokens
     fixed_tokens: int
 
     @property
@@ -37,7 +37,7 @@ class Allocation:
 
 
 def allocate(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], target: float) -> Allocation:
-    """Choose the smallest level that reaches `target` for each part.
+    """Choose the smallest level that reaches `target` for each part, or its best where none does.
 
     Args:
         parts: PSNR in dB of each clip or segment by level.
@@ -49,16 +49,22 @@ def allocate(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], ta
     names = list(tokens)
     if not parts or any(tokens[a] <= tokens[b] for a, b in itertools.pairwise(names)):
         raise ValueError(f"{len(parts)} parts, tokens {dict(tokens)}: at least one part, and falling tokens, are needed")
-    chosen = [next((name for name in reversed(names) if part[name] >= target), names[0]) for part in parts]
+    cheapest = names[::-1]
+    chosen = [next((n for n in cheapest if part[n] >= target), max(cheapest, key=lambda n: part[n])) for part in parts]
     reached = [part[name] for part, name in zip(parts, chosen, strict=True)]
-    worst = min(reached)
-    fixed = next(name for name in reversed(names) if min(part[name] for part in parts) >= worst)
+    worst, missed = min(reached), sum(value < target for value in reached)
+
+    def as_good(name: str) -> bool:
+        values = [part[name] for part in parts]
+        return min(values) >= worst and sum(value < target for value in values) <= missed
+
+    fixed = next(filter(as_good, cheapest), names[0])
     return Allocation(
         target=target,
         levels=tuple(chosen),
         tokens=sum(tokens[name] for name in chosen),
         worst=worst,
-        missed=sum(value < target for value in reached),
+        missed=missed,
         fixed=fixed,
         fixed_tokens=len(parts) * tokens[fixed],
     )

@@ -165,7 +165,8 @@ class Costs:
             point: dict[str, Any] = {"frames": frames, "tokens": self.tokens(budget, frames)}
             point["training_gflops"] = work = self.gflops(budget, frames, training=True)
             before = time.perf_counter()
-            fits = before - started + pace.get(budget.name, 0) * work <= effort.seconds
+            # The first length is always measured, or there would be nothing to fit a curve to.
+            fits = budget.name not in pace or before - started + pace[budget.name] * work <= effort.seconds
             if fits and self._has_room(done[budget.name], work):
                 point |= {"measured": True, **self._turn(budget, frames)}
                 pace[budget.name] = (time.perf_counter() - before) / work

@@ -334,7 +334,8 @@ FIGURES = "Every budget reconstructs the same frames of the same clips. Small pr
 RATE = "Quality over what it takes. Lines join the levels of one checkpoint; an autoencoder with one level is a single mark."
 ADAPTIVE = (
     "One checkpoint has every level, so each clip, or each segment that is coded alone, can have the cheapest that is good "
-    "enough. Compared is the cheapest level for all whose worst case is no worse. Dashed: the target is missed."
+    "enough. Compared is the cheapest level for all whose worst case is no worse and that misses the target no more often. "
+    "Dashed: the target is missed."
 )
 COSTS = (
     "Of one transformer on random latents, text encoding and decoding aside. Filled marks were measured; open ones, on dotted "

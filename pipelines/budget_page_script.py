@@ -264,9 +264,9 @@ body.addEventListener("click", event => {
 // -- smallest budget for a target --------------------------------------------------------------------------------------
 
 function smallest(psnr, target) {
-  // Levels stand in order of falling tokens; the last that is good enough is the cheapest, the first the best there is.
+  // Levels stand in order of falling tokens: the last that is good enough is the cheapest; where none is, the best.
   for (let level = psnr.length - 1; level >= 0; level--) if (psnr[level] >= target) return level;
-  return 0;
+  return psnr.lastIndexOf(Math.max(...psnr));
 }
 
 function adapt() {
@@ -277,14 +277,18 @@ function adapt() {
   const all = parts.flatMap((clip, i) => clip.map((psnr, j) => ({psnr, level: chosen[i][j]})));
   const spent = all.reduce((sum, part) => sum + tokens[part.level], 0);
   const worst = Math.min(...all.map(part => part.psnr[part.level]));
-  let fixed = 0;  // the cheapest level whose worst part is no worse
-  levels.forEach((_, level) => { if (Math.min(...all.map(part => part.psnr[level])) >= worst) fixed = level; });
-  const saved = 1 - spent / (all.length * tokens[fixed]), missed = all.filter(part => part.psnr[part.level] < target).length;
+  const missed = all.filter(part => part.psnr[part.level] < target).length;
+  let fixed = 0;  // the cheapest level whose worst part is no worse and that misses no more
+  levels.forEach((_, level) => {
+    const values = all.map(part => part.psnr[level]);
+    if (Math.min(...values) >= worst && values.filter(value => value < target).length <= missed) fixed = level;
+  });
+  const saved = 1 - spent / (all.length * tokens[fixed]), share = Math.abs(100 * saved).toFixed(1);
   const counts = levels.map((level, i) => `${all.filter(part => part.level === i).length} at ${level.name}`).join(", ");
   $("aim").textContent = `${target.toFixed(1)} dB`;
-  $("told").textContent = `${counts}: ${spent.toLocaleString("en")} tokens, ${(100 * saved).toFixed(1)} % fewer than `
-    + `${levels[fixed].name} everywhere, at the same worst case of ${worst.toFixed(2)} dB.`
-    + (missed ? ` ${missed} of ${all.length} miss the target at every level and are given the most tokens.` : "");
+  $("told").textContent = `${counts}: ${spent.toLocaleString("en")} tokens, ${share} % ${saved < 0 ? "more" : "fewer"} than `
+    + `${levels[fixed].name} everywhere. Worst case ${worst.toFixed(2)} dB.`
+    + (missed ? ` ${missed} of ${all.length} miss the target at every level and get their best one.` : "");
   const bar = (psnr, level) => `<i class="${psnr[level] < target ? "missed" : ""}" style="--line:var(${
     data.lines[levels[level].name]})">${safe(levels[level].name)} ${psnr[level].toFixed(1)}</i>`;
   $("levels").innerHTML = data.adaptive.names.map((name, i) => `<div><span>${safe(name)}</span><div class="cells">${

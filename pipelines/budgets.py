@@ -33,10 +33,11 @@ class Budget:
     spatial: int  # pixels a side of a latent position
     channels: int  # of the latent
     own: bool  # a level of the checkpoint that is looked at, not another model
+    step: int | None = None  # frames from one length that it takes to the next; None is the ratio
 
     def coded_frames(self, frames: int) -> int:
-        """Return the frames that are coded for `frames`: the next count of 1 + ratio*N."""
-        return frames + -(frames - 1) % self.ratio
+        """Return the frames that are coded for `frames`: the next length that the model takes."""
+        return frames + -(frames - 1) % (self.step or self.ratio)
 
     def size(self, frames: int, height: int, width: int) -> dict[str, int]:
         """Return the arguments by which geometry and costs know a clip at this budget."""
@@ -80,8 +81,8 @@ def own_budgets(model: Any) -> list[Budget]:
 
 def peer_budget(name: str, folder: str | Path) -> Budget:
     """Return the budget of another autoencoder of diffusers; raises ValueError as `open_peer` does."""
-    peer, spatial, channels = open_peer(folder)
-    return Budget(name, peer, peer.temporal_ratios[0], spatial, channels, False)
+    peer = open_peer(folder)
+    return Budget(name, peer.model, peer.model.temporal_ratios[0], peer.spatial, peer.channels, False, peer.step)
 
 
 def check_budgets(budgets: Sequence[Budget], height: int, width: int) -> None:
@@ -119,7 +120,10 @@ class Watched(torch.nn.Module):
         padded = F.pad(clip, (0, 0, 0, 0, 0, added), mode="replicate") if added else clip
         posterior = self.budget.model.encode(padded, temporal_ratio).latent_dist
         self.rate.add(posterior)
-        output = self.budget.model.decode(posterior.mode(), temporal_ratio).sample[:, :, : clip.shape[2]]
+        output = self.budget.model.decode(posterior.mode(), temporal_ratio).sample
+        if output.shape != padded.shape:
+            raise ValueError(f"{self.budget.name}: clips of {tuple(padded.shape)} come back as {tuple(output.shape)}")
+        output = output[:, :, : clip.shape[2]]
         self.keep(to_uint8(output)[0].cpu().numpy())
         return DecoderOutput(sample=output)
 

@@ -228,8 +228,9 @@ def _adaptive_text(adaptive: dict[str, Any]) -> str:
         found = adaptive[f"by_{by}"]
         counts = ", ".join(f"{count} at {name}" for name, count in found["parts"].items())
         lines.append(
-            f"{found['target']:g} dB by {by}: {counts}; {found['tokens']} tokens, {100 * found['saved']:.1f} % fewer than "
-            f"{found['fixed']} everywhere at the same worst case of {found['worst']:.2f} dB; {found['missed']} miss the target"
+            f"{found['target']:g} dB by {by}: {counts}; {found['tokens']} tokens, {abs(100 * found['saved']):.1f} % "
+            f"{'more' if found['saved'] < 0 else 'fewer'} than {found['fixed']} everywhere; worst case "
+            f"{found['worst']:.2f} dB, {found['missed']} miss the target"
         )
     return "\n".join(lines)
 

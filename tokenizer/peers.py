@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,21 @@ def load_peer(name: str, folder: str | Path) -> PeerAutoencoder:
     return PeerAutoencoder(_class(name).from_pretrained(folder)).eval()
 
 
-def open_peer(folder: str | Path) -> tuple[PeerAutoencoder, int, int]:
+@dataclass(frozen=True, eq=False)
+class OpenedPeer:
+    """A peer that was loaded, and its arithmetic: 1 + step*k frames of sides that are multiples of `spatial`."""
+
+    model: PeerAutoencoder
+    spatial: int
+    channels: int
+    step: int
+
+
+def open_peer(folder: str | Path) -> OpenedPeer:
     """Load any causal video autoencoder of diffusers by the class that its config.json names.
 
-    Returns it with its spatial ratio and latent channels, learned by coding a small clip. Raises ValueError for a folder
-    without one and for one that does not give 1 + ratio*N frames back from 1 + N latent frames.
+    What it takes is learned by coding small clips. Raises ValueError for a folder without one and for one that does not give
+    1 + ratio*N frames back from 1 + N latent frames.
     """
     config = Path(folder) / "config.json"
     if not config.is_file():
@@ -122,21 +133,20 @@ def open_peer(folder: str | Path) -> tuple[PeerAutoencoder, int, int]:
         peer = load_peer(name, folder)
     except (OSError, TypeError) as error:
         raise ValueError(f"autoencoder {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
-    ratio, side = peer.temporal_ratios[0], PROBE
-    # Two latent frames are the fewest that tell 1 + ratio*N from ratio*N.
-    clip = torch.zeros(1, 3, 1 + ratio, side, side, dtype=peer.dtype)
-    try:
-        with torch.no_grad():
-            latent = peer.encode(clip).latent_dist.mode()
-            output = peer.decode(latent).sample
-    except (AttributeError, RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(f"{name} in {folder}: does not code a clip of {tuple(clip.shape)}: {error}") from None
-    if latent.ndim != 5 or latent.shape[2] != 2 or output.shape != clip.shape:
-        shapes = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
-        raise ValueError(
-            f"{name} in {folder}: {shapes}; only 1 + {ratio}*N frames to 1 + N latent frames and back are compared"
-        )
-    return peer, side // latent.shape[3], latent.shape[1]
+    ratio, found = peer.temporal_ratios[0], ""
+    for count in (1, 2):  # CogVideoX decodes latent frames in pairs and takes 1 + 8k frames
+        clip = torch.zeros(1, 3, 1 + count * ratio, PROBE, PROBE, dtype=peer.dtype)
+        try:
+            with torch.no_grad():
+                latent = peer.encode(clip).latent_dist.mode()
+                output = peer.decode(latent).sample
+        except (AttributeError, RuntimeError, ValueError, IndexError) as error:
+            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            continue
+        if latent.ndim == 5 and latent.shape[2] == 1 + count and output.shape == clip.shape:
+            return OpenedPeer(peer, PROBE // latent.shape[3], latent.shape[1], count * ratio)
+        found = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
+    raise ValueError(f"{name} in {folder}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {found}")
 
 
 def _stated_ratio(model: Any) -> int | None:
