@@ -186,9 +186,9 @@ def write_video(
     """Write uint8 `frames` (T, H, W, 3), H and W even, as an H.264 mp4 that appears at `path` only when whole.
 
     `frames` may come in chunks: an iterable of such arrays, which is never held whole. `crf` is x264's constant quality,
-    from 1 (best) to 51; 0 would be a profile that browsers do not play. At every `key_every`-th frame a player can start;
-    None leaves these to x264, whose files are smaller and slower to step through. Raises ValueError for frames of another
-    kind or size, a rate that is not positive and another crf.
+    from 1 (best) to 51; 0 would be a profile that browsers do not play. At every `key_every`-th frame, if
+    not before, a player can start; None leaves that to x264, whose files are smaller and slower to step through. Raises
+    ValueError for frames of another kind or size, a rate that is not positive and another crf.
     """
     import av
 
