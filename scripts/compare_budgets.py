@@ -32,6 +32,51 @@ from promag.training.run import append_result, provenance
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print tables, write results and the page; with --record append the results to a results file."""
+    arguments, rest = _parser().parse_known_args(argv)
+    config = parse_config(DiffusionConfig, ["--config", arguments.config, *rest], __doc__ or "")
+    budgets = _budgets(arguments)
+    pipelines = _pipelines(arguments.pipelines)
+    clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
+    lpips = LPIPS.load(arguments.lpips) if arguments.lpips else None
+    features = VideoFeatures(arguments.fvd) if arguments.fvd else None
+    shape = (arguments.frames, arguments.size, arguments.size)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found, facts = compare_reconstructions(budgets, clips, Path(folder), lpips, features, _tell)
+        figures = {b.name: {**b.facts(*shape), "reconstruction": found[b.name]} for b in budgets}
+        print(text_table(list(figures), {**token_lines(figures), **reconstruction_lines(figures)}))
+        own = [budget for budget in budgets if budget.own]
+        adaptive = adaptive_figures(own, found, clips, shape, arguments.segment, arguments.target)
+        print(_adaptive_text(adaptive))
+        costs, lengths = _measure_costs(budgets, config, arguments) if arguments.costs else ({}, {})
+        costed = {name: {**row, "cost": costs.get(name)} for name, row in figures.items()}
+        if costs:
+            print(text_table(list(costed), cost_lines(costed)))
+        generation = _generate(pipelines, arguments, features)
+        if generation:
+            print(text_table(list(generation), generation_lines(generation)))
+        records = _records(arguments, len(clips), figures, adaptive, costs, lengths, generation)
+        _write(arguments.out / "results.jsonl", records)
+        report = BudgetReport(
+            title=f"Token budgets of {Path(arguments.tokenizer).name} on {Path(arguments.videos).stem}",
+            budgets=costed,
+            levels=[budget.name for budget in own],
+            clips=facts,
+            adaptive=adaptive,
+            curves=_curves(lengths),
+            generation=generation,
+            facts=_facts(records[0], arguments),
+        )
+        shown = write_budget_page(arguments.out / "report.html", report)
+    if arguments.record:
+        for record in records:
+            append_result(arguments.record, _without_clips(record))
+    page = arguments.out / "report.html"
+    print(f"{page}: {shown} of {len(clips)} clips, {page.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -60,66 +105,44 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD")
     parser.add_argument("--record", type=Path, help="append the lines, without those of single clips, to this results file")
     parser.add_argument("--note", default="", help="what the lines say about the tokenizer")
-    arguments, rest = parser.parse_known_args(argv)
-    config = parse_config(DiffusionConfig, ["--config", arguments.config, *rest], __doc__ or "")
+    return parser
 
-    budgets = _budgets(arguments)
-    clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
-    lpips = LPIPS.load(arguments.lpips) if arguments.lpips else None
-    features = VideoFeatures(arguments.fvd) if arguments.fvd else None
-    shape = (arguments.frames, arguments.size, arguments.size)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        found, facts = compare_reconstructions(budgets, clips, Path(folder), lpips, features, _tell)
-        figures = {b.name: {**b.facts(*shape), "reconstruction": found[b.name]} for b in budgets}
-        names = list(figures)
-        print(text_table(names, {**token_lines(figures), **reconstruction_lines(figures)}))
 
-        own = [budget for budget in budgets if budget.own]
-        adaptive = adaptive_figures(own, found, clips, shape, arguments.segment, arguments.target)
-        print(_adaptive_text(adaptive))
-
-        records = [{"what": "reconstruction", "budget": name, **figures[name]} for name in names]
-        records.append({"what": "adaptive budget", **adaptive})
-        lengths: dict[str, Any] = {}
-        if arguments.costs:
-            costs, lengths = _measure_costs(budgets, config, arguments)
-            records += [{"what": "cost", "budget": name, **cost} for name, cost in costs.items()]
-            errors = fit_errors(lengths)
-            records.append({"what": "cost by length", "points": lengths, "error_at_longest_from_shorter": errors})
-            figures = {name: {**row, "cost": costs.get(name)} for name, row in figures.items()}
-            print(text_table(names, cost_lines(figures)))
-        generation = _generate(arguments, features)
-        if generation:
-            records += [{"what": "generation", "pipeline": name, **found} for name, found in generation.items()]
-            print(text_table(list(generation), generation_lines(generation)))
-        common = {
-            "note": arguments.note,
-            "videos": Path(arguments.videos).name,
-            "split": arguments.split,
-            "clips": len(clips),
-            "frames": arguments.frames,
-            "size": arguments.size,
-            "protocol": f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}",
-        }
-        _write(arguments.out / "results.jsonl", records, common)
-        report = BudgetReport(
-            title=f"Token budgets of {Path(arguments.tokenizer).name} on {Path(arguments.videos).stem}",
-            budgets=figures,
-            levels=[budget.name for budget in own],
-            clips=facts,
-            adaptive=adaptive,
-            curves=_curves(lengths),
-            generation=generation,
-            facts=_facts(common, arguments),
-        )
-        shown = write_budget_page(arguments.out / "report.html", report)
-    if arguments.record:
-        for record in records:
-            append_result(arguments.record, {**_without_clips(record), **common})
-    page = arguments.out / "report.html"
-    print(f"{page}: {shown} of {len(clips)} clips, {page.stat().st_size / 1e6:.1f} MB")
-    return 0
+def _records(
+    arguments: argparse.Namespace,
+    clips: int,
+    figures: dict[str, dict[str, Any]],
+    adaptive: dict[str, Any],
+    costs: dict[str, dict[str, Any]],
+    lengths: dict[str, Any],
+    generation: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return what results.jsonl holds: a line for each budget, kind of figure and pipeline, each with its protocol."""
+    common = {
+        "note": arguments.note,
+        "videos": Path(arguments.videos).name,
+        "split": arguments.split,
+        "clips": clips,
+        "frames": arguments.frames,
+        "size": arguments.size,
+    }
+    coded = f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}"
+    alone = f"{coded}; segments of {arguments.segment} frames are coded alone"
+    cost = (
+        f"preset {Path(arguments.config).stem}, bf16 autocast, random latents and text; train step of {arguments.batch} clips "
+        f"with its optimisers, {arguments.steps} denoising steps of one video with guidance, decoding it; medians of "
+        f"{arguments.rounds} rounds in turns; peaks are beyond what stands before; FLOPs counted, of one clip"
+    )
+    by_length = "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
+    sampled = f"bf16, {arguments.steps} steps, guidance {arguments.guidance:g}; Wilson 95 % intervals; decoding included"
+    lines = [("reconstruction", coded, {"budget": name, **row}) for name, row in figures.items()]
+    lines += [("adaptive budget", alone, adaptive)]
+    lines += [("cost", cost, {"budget": name, **row}) for name, row in costs.items()]
+    if lengths:
+        errors = {"error_at_longest_from_shorter": fit_errors(lengths)}
+        lines += [("cost by length", by_length, {"points": lengths, **errors})]
+    lines += [("generation", sampled, {"pipeline": name, **row}) for name, row in generation.items()]
+    return [{"what": what, **figures, **common, "protocol": protocol} for what, protocol, figures in lines]
 
 
 def _budgets(arguments: argparse.Namespace) -> list[Budget]:
@@ -179,26 +202,36 @@ def _curves(lengths: dict[str, Any]) -> dict[str, dict[str, list[Mark]]]:
     }
 
 
-def _generate(arguments: argparse.Namespace, features: VideoFeatures | None) -> dict[str, dict[str, Any]]:
-    """Sample from every pipeline at each of its ratios; return figures by pipeline and ratio."""
-    found = {}
-    for folder in map(Path, arguments.pipelines):
+def _pipelines(folders: Sequence[str]) -> dict[str, Any]:
+    """Load the pipelines, by a name that tells them apart."""
+    found: dict[str, Any] = {}
+    for folder in map(Path, folders):
         if not (folder / "model_index.json").exists():
             raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of train_diffusion.py")
-        pipe: Any = ProMAGPipeline.from_pretrained(folder)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        for ratio in trained_ratios(pipe):
-            name = f"{folder.parent.name if folder.name == 'pipeline' else folder.name} at {ratio}x"
-            found[name] = generation_figures(
-                pipe, ratio, arguments.prompts, arguments.steps, arguments.guidance, features=features
-            )
+        name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
+        if name in found:
+            raise UserError(f"pipeline {folder}: another one is called {name} too; names of folders must differ")
+        found[name] = ProMAGPipeline.from_pretrained(folder)
+        found[name].to("cuda" if torch.cuda.is_available() else "cpu")
     return found
 
 
-def _write(path: Path, records: Sequence[dict[str, Any]], common: dict[str, Any]) -> None:
+def _generate(
+    pipelines: dict[str, Any], arguments: argparse.Namespace, features: VideoFeatures | None
+) -> dict[str, dict[str, Any]]:
+    """Sample from every pipeline at each of its ratios; return figures by pipeline and ratio."""
+    how = {"prompts": arguments.prompts, "steps": arguments.steps, "guidance": arguments.guidance, "features": features}
+    return {
+        f"{name} at {ratio}x": generation_figures(pipe, ratio, **how)
+        for name, pipe in pipelines.items()
+        for ratio in trained_ratios(pipe)
+    }
+
+
+def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.unlink(missing_ok=True)
     for record in records:
-        append_result(path, {**record, **common})
+        append_result(path, record)
 
 
 def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
@@ -209,12 +242,12 @@ def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _facts(common: dict[str, Any], arguments: argparse.Namespace) -> dict[str, str]:
+def _facts(record: dict[str, Any], arguments: argparse.Namespace) -> dict[str, str]:
     facts = provenance()
     absent = [name for name in ("lpips", "fvd") if getattr(arguments, name) is None]
     return {
-        "Clips": f"{common['clips']} of {common['videos']}{' ' + common['split'] if common['split'] else ''}",
-        "Protocol": common["protocol"],
+        "Clips": f"{record['clips']} of {record['videos']}{' ' + record['split'] if record['split'] else ''}",
+        "Protocol": record["protocol"],
         "Not measured": f"for want of weights: {', '.join(absent)}" if absent else "nothing that was asked for",
         "Machine": facts["machine"],
         "Commit": facts["commit"],
