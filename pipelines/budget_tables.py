@@ -71,12 +71,12 @@ def reconstruction_lines(budgets: Mapping[str, Mapping[str, Any]]) -> Lines:
 
 
 COSTS = (
-    ("forward_gflops", "GFLOP of a forward pass", True),
-    ("training_gflops", "GFLOP of a training step", True),
-    ("train_step_seconds", "Training step (s)", True),
+    ("forward_gflops", "GFLOP of a forward pass, one clip", True),
+    ("training_gflops", "GFLOP of a training step, one clip", True),
+    ("train_step_seconds", "Training step, the whole batch (s)", True),
     ("denoising_seconds", "Denoising a video (s)", True),
     ("decoding_seconds", "Decoding a video (s)", True),
-    ("train_peak_mib", "Peak memory of a training step (MiB)", True),
+    ("train_peak_mib", "Peak memory of that training step (MiB)", True),
     ("denoising_peak_mib", "Peak memory of denoising (MiB)", True),
 )
 
@@ -89,7 +89,7 @@ def cost_lines(budgets: Mapping[str, Mapping[str, Any]]) -> Lines:
         for key, label, factor in COSTS
         if any(cost.get(key) is not None for cost in costs)
     ]
-    return {"For one clip": lines} if lines else {}
+    return {"At the length of the clips": lines} if lines else {}
 
 
 def generation_lines(generation: Mapping[str, Mapping[str, Any]]) -> Lines:
