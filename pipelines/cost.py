@@ -3,6 +3,7 @@
 Budgets are measured in turns, round after round, so that a slow moment of the machine meets all of them.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -19,6 +20,7 @@ from ..training.loop import Objective
 from ..training.optimizers import LoopSettings, make_optimizers
 
 Key = TypeVar("Key")
+TEXT_TOKENS = 24  # of the random text, from each text encoder
 
 
 def measure_in_turns(calls: Mapping[Key, Callable[[], Any]], rounds: int = 5) -> dict[Key, float]:
@@ -48,7 +50,14 @@ class TransformerAlone(Objective):
 
 
 def train_step(
-    transformer: Any, frames: int, height: int, width: int, ratio: int, batch_size: int, loop: LoopSettings | None
+    transformer: Any,
+    frames: int,
+    height: int,
+    width: int,
+    ratio: int,
+    batch_size: int,
+    loop: LoopSettings | None,
+    spatial: int = SPATIAL_RATIO,
 ) -> Callable[[], None]:
     """Return a call that does one training step (bf16) on random latents and text, with the optimisers of `loop`.
 
@@ -56,7 +65,8 @@ def train_step(
     a copy.
     """
     optimizers = make_optimizers(TransformerAlone(transformer), loop) if loop else []
-    loss = random_loss(transformer, frames, height, width, ratio, batch_size, [24] * len(transformer.text_dims))
+    text_tokens = [TEXT_TOKENS] * len(transformer.text_dims)
+    loss = random_loss(transformer, frames, height, width, ratio, batch_size, text_tokens, spatial)
 
     def step() -> None:
         loss().backward()
@@ -75,10 +85,11 @@ def random_loss(
     ratio: int,
     batch_size: int,
     text_tokens: Sequence[int],
+    spatial: int = SPATIAL_RATIO,
 ) -> Callable[[], Tensor]:
     """Return a call that makes the loss (bf16) of random latents and text, of so many tokens from each text encoder."""
     device, config = transformer.device, transformer.config
-    shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
+    shape = (config["in_channels"], latent_frames(frames, ratio), height // spatial, width // spatial)
     x, noise = torch.randn(2, batch_size, *shape, device=device)
     sizes = zip(text_tokens, transformer.text_dims, strict=True)
     text = [torch.randn(batch_size, length, width, device=device) for length, width in sizes]
@@ -94,16 +105,23 @@ def random_loss(
 
 
 def denoising(
-    transformer: Any, frames: int, height: int, width: int, ratio: int, steps: int, videos: int = 1
+    transformer: Any,
+    frames: int,
+    height: int,
+    width: int,
+    ratio: int,
+    steps: int,
+    videos: int = 1,
+    spatial: int = SPATIAL_RATIO,
 ) -> Callable[[], None]:
     """Return a call that denoises random latents of `videos` videos at once: bf16, text encoding and decoding aside.
 
     Each step predicts with and without text, as guidance needs.
     """
     device, config = transformer.device, transformer.config
-    shape = (config["in_channels"], latent_frames(frames, ratio), height // SPATIAL_RATIO, width // SPATIAL_RATIO)
+    shape = (config["in_channels"], latent_frames(frames, ratio), height // spatial, width // spatial)
     x = torch.randn(2 * videos, *shape, device=device)
-    text = [torch.randn(2 * videos, 24, width, device=device) for width in transformer.text_dims]
+    text = [torch.randn(2 * videos, TEXT_TOKENS, width, device=device) for width in transformer.text_dims]
     pooled = torch.randn(2 * videos, config["pooled_dim"], device=device) if config["pooled_dim"] else None
 
     @torch.no_grad()
@@ -133,6 +151,21 @@ def sampling(pipe: Any, prompts: list[str], steps: int, guidance: float, ratio: 
             ).frames
 
     return call
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Return the most memory that tensors take while `call` runs, beyond what was there before: call it once to warm up."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
+    taken = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))  # pyright: ignore
+    return max(taken, default=0)
 
 
 def _wait() -> None:

@@ -1,6 +1,7 @@
 """Line plots as inline SVG that follows the page's colours, without a plotting library."""
 # ruff: noqa: RUF001 (a minus sign)
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -58,13 +59,83 @@ def _draw(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_la
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return round(LEFT + right * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1)
 
-    drawn, told = _axes(x_ticks, y_ticks, place, x_label, y_label), []
+    drawn, told = _axes(x_ticks, y_ticks, place, x_label, y_label, _texts), []
     for i, (name, points) in enumerate(lines.items()):
         x, y = place(*points[-1])
         drawn += f'<polyline {_stroke(i)} points="{" ".join("{},{}".format(*place(*point)) for point in points)}"/>'
         drawn += f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{_colour(i)}"/>'
         told.append(f"{name} ends with {_last(points)}")
     return drawn, f"{y_label} by {x_label}: {'; '.join(told)}"
+
+
+Mark = tuple[float, float, bool]  # x, y, and whether it was measured: what was not is drawn open, its line dotted
+
+
+MARKS = 24  # of a line: more points are a line alone
+
+
+def marked_plot(
+    lines: Mapping[str, Sequence[Mark]], x_label: str, y_label: str, log: bool = False, names: Sequence[str] = ()
+) -> str:
+    """Return an SVG with a mark for every point of each line, and its legend as an HTML list.
+
+    With `log` both axes are logarithmic; `names` stand beside the marks of the first line. Raises ValueError for a line without
+    points and for points that a logarithmic axis does not have.
+    """
+    for name, marks in lines.items():
+        if not marks or (log and min(min(x, y) for x, y, _ in marks) <= 0):
+            raise ValueError(f"the line {name!r} has {len(marks)} points: at least one is needed, above 0 on logarithmic axes")
+    scaled: Callable[[float], float] = math.log10 if log else float
+    xs, ys = zip(*((x, y) for marks in lines.values() for x, y, _ in marks), strict=True)
+    ticks = [_log_ticks(min(v), max(v)) if log else _ticks(min(v), max(v), 4) for v in (xs, ys)]
+    (left, right), (low, high) = ((scaled(t[0]), scaled(t[-1])) for t in ticks)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        along, up = (scaled(x) - left) / (right - left), (scaled(y) - low) / (high - low)
+        return round(LEFT + along * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1)
+
+    drawn = _axes(ticks[0], ticks[1], place, x_label, y_label, _short if log else _texts)
+    drawn += "".join(_marked_line(i, marks, place) for i, marks in enumerate(lines.values()))
+    for (x, y, _), text in zip(next(iter(lines.values())), names, strict=False):
+        a, b = place(x, y)
+        end = ' text-anchor="end"' if a > WIDTH / 2 else ""
+        drawn += f'<text class="mark-name" x="{a - 7 if end else a + 7}" y="{b - 7}"{end}>{escape(text)}</text>'
+    told = "; ".join(f"{name} from {_last([marks[0][:2]])} to {_last([marks[-1][:2]])}" for name, marks in lines.items())
+    described = escape(f"{y_label} by {x_label}: {told}")
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{drawn}</svg>'
+    legend = "".join(f"<li>{_swatch(i)}{escape(name)}</li>" for i, name in enumerate(lines))
+    return f'{svg}<ul class="legend">{legend}</ul>'
+
+
+def _marked_line(line: int, marks: Sequence[Mark], place: Callable[[float, float], tuple[float, float]]) -> str:
+    drawn, stroke = "", f"stroke:{_colour(line)}"
+    for (x, y, _), (x1, y1, measured) in itertools.pairwise(marks):
+        (a, b), (c, d) = place(x, y), place(x1, y1)
+        drawn += f'<path class="line{"" if measured else " guess"}" style="{stroke}" d="M{a} {b}L{c} {d}"/>'
+    for x, y, measured in marks if len(marks) <= MARKS else ():
+        a, b = place(x, y)
+        fill = f' style="fill:{_colour(line)}"' if measured else f' class="open" style="{stroke}"'
+        drawn += f'<circle cx="{a}" cy="{b}" r="3.5"{fill}/>'
+    return drawn
+
+
+def _swatch(line: int) -> str:
+    style = f'class="line" style="stroke:{_colour(line)}"'
+    return f'<svg class="swatch" viewBox="0 0 32 8" aria-hidden="true"><path {style} d="M0 4H32"/></svg>'
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2, 5 times powers of ten, or those powers alone over more than two decades, that enclose [low, high]."""
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    first = max(i for i, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
+    last = min(i for i, tick in enumerate(ticks) if i > first and tick >= high * (1 - 1e-9))
+    return ticks[first : last + 1]
+
+
+def _short(ticks: Sequence[float]) -> list[str]:
+    return [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks]
 
 
 def _colour(line: int) -> str:
@@ -86,14 +157,15 @@ def _axes(
     place: Callable[[float, float], tuple[float, float]],
     x_label: str,
     y_label: str,
+    texts: Callable[[Sequence[float]], Sequence[str]],
 ) -> str:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     drawn = ""
-    for tick, text in zip(y_ticks, _texts(y_ticks), strict=True):
+    for tick, text in zip(y_ticks, texts(y_ticks), strict=True):
         y = place(x_ticks[0], tick)[1]
         drawn += f'<path class="grid" d="M{LEFT} {y}H{right}"/>'
         drawn += f'<text x="{LEFT - 8}" y="{y}" dy="0.35em" text-anchor="end">{text}</text>'
-    for tick, text in zip(x_ticks, _texts(x_ticks), strict=True):
+    for tick, text in zip(x_ticks, texts(x_ticks), strict=True):
         x = place(tick, y_ticks[0])[0]
         drawn += f'<path class="axis" d="M{x} {bottom}v5"/>'
         drawn += f'<text x="{x}" y="{bottom + 20}" text-anchor="middle">{text}</text>'

@@ -116,10 +116,10 @@ def _figure_line(line: _Line, rows: Sequence[BudgetRow]) -> str:
             cells += _cell(None, reason=row.missing.get(line.name))
             continue
         spread = getattr(row, line.spread) if line.spread else None
-        small = [] if spread is None else [f"± {_number(spread, line.digits)}"]
+        small = [] if spread is None else [f"± {number(spread, line.digits)}"]
         if i and values[0] is not None:
             small.append(_compared(line, value, values[0]))
-        cells += _cell(_number(value, line.digits), small, i == best)
+        cells += _cell(number(value, line.digits), small, i == best)
     return f'<tr><th scope="row">{escape(line.label)}</th>{cells}</tr>'
 
 
@@ -167,7 +167,8 @@ def _compared(line: _Line, value: float, first: float) -> str:
     return "the same" if ratio == "1.0" else f"{ratio}× {line.words[value > first]}"
 
 
-def _number(value: float, digits: int | None) -> str:
+def number(value: float, digits: int | None) -> str:
+    """Return a number with so many digits after the point, or with three significant ones."""
     if digits is None:
         digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{digits}f}".replace("-", "−")

@@ -11,11 +11,9 @@ from promag.tokenizer.geometry import check_frames, check_size
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
-from promag.training.clips import list_videos, prepare
 from promag.training.config import UserError, load_yaml, run_main
-from promag.training.datasets import ClipDataset, open_dataset
+from promag.training.datasets import open_evaluation
 from promag.training.run import append_result, write_atomically
-from promag.training.shards import is_shards
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,13 +38,7 @@ def main(argv: Sequence[str]) -> int:
         check_size(arguments.size, arguments.size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if arguments.videos == "shapes":
-        clips = open_dataset("shapes", "eval", arguments.frames, arguments.size, arguments.count)
-    elif _is_index(arguments.videos) or is_shards(arguments.videos):
-        clips = open_dataset(arguments.videos, "eval", arguments.frames, arguments.size, arguments.count)
-    else:
-        clips = ClipDataset(prepare(list_videos(arguments.videos, arguments.split)).clips, arguments.frames, arguments.size)
-
+    clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
     lpips = LPIPS.load(arguments.lpips) if arguments.lpips else None
     features = VideoFeatures(arguments.fvd) if arguments.fvd else None
     results = {}
@@ -88,14 +80,6 @@ def trained_by(checkpoint: str) -> dict[str, Any] | None:
         return None
     stages = {done.parent.name: json.loads(done.read_text()) for done in sorted(run.glob("*/done.json"))}
     return {"seed": load_yaml(str(run / "config.yaml")).get("seed"), "stages": stages}
-
-
-def _is_index(path: str) -> bool:
-    """Tell a clip index from a list of files with captions; both may be JSONL."""
-    if Path(path).suffix != ".jsonl" or not Path(path).is_file():
-        return False
-    with open(path) as file:
-        return '"sha256"' in file.readline()
 
 
 if __name__ == "__main__":

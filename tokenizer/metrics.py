@@ -159,7 +159,7 @@ def evaluate_fully(
     Beside the keys of `evaluate`: ms_ssim; flicker; high_frequency; psnr_key and psnr_between (means of per-frame PSNR over
     frames 0, r, 2r, ... and over the others); psnr_every_2nd and psnr_every_4th (frames 0, 2, 4, ... and 0, 4, 8, ...,
     whatever the ratio); psnr_per_frame, a list; psnr_low_motion, psnr_mid_motion and psnr_top_motion (terciles of the clips
-    by `motion`, from 3 clips on); and per_clip with psnr and motion of each.
+    by `motion`, from 3 clips on); and per_clip with those of each that are not over all clips, and its motion.
     """
     rows: list[dict[str, float]] = []
     frames: list[Tensor] = []
@@ -201,7 +201,7 @@ def evaluate_fully(
         found |= {f"psnr_{name}_motion": sum(values[i] for i in part) / len(part) for name, part in parts.items()}
     if len({len(f) for f in frames}) == 1:
         found["psnr_per_frame"] = torch.stack(frames).mean(0).tolist()
-    found["per_clip"] = [{"psnr": row["psnr"], "motion": row["motion"]} for row in rows]
+    found["per_clip"] = rows
     return found
 
 

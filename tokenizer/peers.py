@@ -1,16 +1,20 @@
 """Other video autoencoders of diffusers behind the interface that our training and evaluation use, for comparisons."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from .geometry import check_frames, check_ratio
 
+PROBE = 64  # pixels: height and width of the clip by which a loaded peer's arithmetic is learned
 # What diffusers' video autoencoders call their convolutions at pixels and latents.
 ENDS = {"conv_in", "conv_out", "quant_conv", "post_quant_conv"}
 
@@ -28,7 +32,7 @@ class PeerAutoencoder(nn.Module):
     def __init__(self, model: Any, temporal_ratio: int | None = None):
         super().__init__()
         self.model = model
-        known = temporal_ratio or model.config.get("scale_factor_temporal") or model.config.get("temporal_compression_ratio")
+        known = temporal_ratio or _stated_ratio(model)
         if not known:
             raise ValueError(f"{type(model).__name__}: its temporal ratio is not in its config; give temporal_ratio")
         self.temporal_ratios = (int(known),)
@@ -77,10 +81,12 @@ class PeerAutoencoder(nn.Module):
     def decode(self, z: Tensor, temporal_ratio: int | None = None) -> DecoderOutput:
         """b c 1+N h w -> B C 1+r*N H W."""
         self._ratio(temporal_ratio)
+        if self.config.get("timestep_conditioning"):  # LTX from 0.9.1 on: the decoder also takes away noise, here none
+            return self.model.decode(z, temb=z.new_zeros(len(z)))
         return self.model.decode(z)
 
     def forward(self, x: Tensor, temporal_ratio: int | None = None) -> DecoderOutput:
-        """Encode and decode the posterior's mean."""
+        """Encode and decode the posterior's mean; latents go through as they are, so no scaling of theirs plays a part."""
         return self.decode(self.encode(x, temporal_ratio).latent_dist.mode(), temporal_ratio)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -101,6 +107,54 @@ def build_peer(name: str, config: dict[str, Any]) -> PeerAutoencoder:
 def load_peer(name: str, folder: str | Path) -> PeerAutoencoder:
     """Load a peer that `save_pretrained` saved, for inference."""
     return PeerAutoencoder(_class(name).from_pretrained(folder)).eval()
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedPeer:
+    """A peer that was loaded, and its arithmetic: 1 + step*k frames of sides that are multiples of `spatial`."""
+
+    model: PeerAutoencoder
+    spatial: int
+    channels: int
+    step: int
+
+
+def open_peer(folder: str | Path) -> OpenedPeer:
+    """Load any causal video autoencoder of diffusers by the class that its config.json names.
+
+    What it takes is learned by coding small clips. Raises ValueError for a folder without one and for one that does not give
+    1 + ratio*N frames back from 1 + N latent frames.
+    """
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        raise ValueError(f"autoencoder {folder}: no config.json there; give a folder that save_pretrained wrote")
+    name = str(json.loads(config.read_text()).get("_class_name"))
+    try:
+        peer = load_peer(name, folder)
+    except (OSError, TypeError) as error:
+        raise ValueError(f"autoencoder {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    ratio, found = peer.temporal_ratios[0], ""
+    for count in (1, 2):  # CogVideoX decodes latent frames in pairs and takes 1 + 8k frames
+        clip = torch.zeros(1, 3, 1 + count * ratio, PROBE, PROBE, dtype=peer.dtype)
+        try:
+            with torch.no_grad():
+                latent = peer.encode(clip).latent_dist.mode()
+                output = peer.decode(latent).sample
+        except (AttributeError, RuntimeError, ValueError, IndexError) as error:
+            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            continue
+        if latent.ndim == 5 and latent.shape[2] == 1 + count and output.shape == clip.shape:
+            return OpenedPeer(peer, PROBE // latent.shape[3], latent.shape[1], count * ratio)
+        found = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
+    raise ValueError(f"{name} in {folder}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {found}")
+
+
+def _stated_ratio(model: Any) -> int | None:
+    """Return the temporal ratio as the models of diffusers state it, in one of the ways that they have."""
+    config = model.config
+    stated = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio")
+    stated = stated or vars(model).get("temporal_compression_ratio")
+    return stated or (2 ** sum(config["temperal_downsample"]) if config.get("temperal_downsample") else None)
 
 
 def _class(name: str) -> Any:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from . import shapes
 from .buckets import NONE, Bucket, Buckets, bucket_plan
 from .clip_index import Clip, column, load_clips, row_of, take
-from .clips import first_few
+from .clips import first_few, list_videos, prepare
 from .config import UserError
 from .sharded_clips import ShardedClips, Sharding
 from .shards import is_shards, open_shards
@@ -258,6 +258,26 @@ def open_dataset(
         bucket = Bucket(frames, height, width, batch_size=None)
         return ShardedClips(open_shards(source), [bucket], temporal_strides, flip=flip, timeout=timeout)
     return ClipDataset(_load_index(source), frames, size, temporal_strides, flip, timeout)
+
+
+def open_evaluation(
+    videos: str, split: str | None, frames: int, size: int, count: int
+) -> "ClipDataset | ShapesDataset | ShardedClips":
+    """Open whatever a user calls videos: what `open_dataset` opens, or a folder, a list of files, one video.
+
+    The latter are decoded strictly first; `split` keeps these rows of a list. Raises UserError as both do.
+    """
+    if videos == "shapes" or is_index(videos) or is_shards(videos):
+        return open_dataset(videos, "eval", frames, size, count)
+    return ClipDataset(prepare(list_videos(videos, split)).clips, frames, size)
+
+
+def is_index(path: str | os.PathLike) -> bool:
+    """Tell a clip index from a list of files with captions; both may be JSONL."""
+    if Path(path).suffix != ".jsonl" or not Path(path).is_file():
+        return False
+    with open(path) as file:
+        return '"sha256"' in file.readline()
 
 
 def _load_index(source: str | os.PathLike) -> Sequence[Clip]:

@@ -176,12 +176,19 @@ def pick_by_time(timestamps: np.ndarray, times: np.ndarray | Sequence[float]) ->
     return np.where(past <= (0.5 + TIE) * gaps[after - 1], after - 1, after)
 
 
-def write_video(path: str | os.PathLike, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18) -> None:
+def write_video(
+    path: str | os.PathLike,
+    frames: np.ndarray | Iterable[np.ndarray],
+    fps: float,
+    crf: int = 18,
+    key_every: int | None = None,
+) -> None:
     """Write uint8 `frames` (T, H, W, 3), H and W even, as an H.264 mp4 that appears at `path` only when whole.
 
     `frames` may come in chunks: an iterable of such arrays, which is never held whole. `crf` is x264's constant quality,
-    from 1 (best) to 51; 0 would be a profile that browsers do not play. Raises ValueError for frames of another kind or
-    size, a rate that is not positive and another crf.
+    from 1 (best) to 51; 0 would be a profile that browsers do not play. At every `key_every`-th frame, if
+    not before, a player can start; None leaves that to x264, whose files are smaller and slower to step through. Raises
+    ValueError for frames of another kind or size, a rate that is not positive and another crf.
     """
     import av
 
@@ -196,7 +203,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray | Iterable[np.ndarra
         stream.height, stream.width = first.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # Without x264's macroblock tree: on small pictures it made different files of the same frames.
-        stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
+        stream.options = {"crf": str(crf), "x264-params": "mbtree=0", **({"g": str(key_every)} if key_every else {})}
         for name, value in colour.items():
             setattr(stream.codec_context, name, value)
         for chunk in itertools.chain([first], chunks):
@@ -209,12 +216,12 @@ def write_video(path: str | os.PathLike, frames: np.ndarray | Iterable[np.ndarra
         container.mux(stream.encode())
 
 
-def encode_mp4(frames: np.ndarray, fps: float, crf: int = 18) -> bytes:
+def encode_mp4(frames: np.ndarray, fps: float, crf: int = 18, key_every: int | None = None) -> bytes:
     """Return what `write_video` would write: bytes of an mp4 that browsers play while it loads."""
     # A file and not a buffer: the muxer reads its output again to move the index to the front.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "video.mp4")
-        write_video(path, frames, fps, crf)
+        write_video(path, frames, fps, crf, key_every)
         return path.read_bytes()
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
-from promag.pipelines.report_plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, _ticks, line_plot
+from promag.pipelines.report_plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, _log_ticks, _ticks, line_plot, marked_plot
 from promag.training.video import read_frames
 
 COLOURS = {"original": (200, 40, 40), 4: (40, 180, 40), 8: (40, 40, 200), 16: (220, 220, 60)}
@@ -332,3 +332,29 @@ def test_ticks_are_round_even_and_enclose(low, span, count):
     assert np.allclose(np.diff(ticks), step, rtol=1e-4)
     assert count <= len(ticks) - 1 <= 2.5 * count + 2
     assert f"{step:.0e}"[0] in "125"
+
+
+def test_a_marked_plot_tells_measured_points_from_others():
+    svg = marked_plot({"4x": [(17, 1.0, True), (33, 2.0, True), (65, 4.0, False)]}, "frames", "seconds", log=True)
+    assert svg.count('class="open"') == 1
+    assert svg.count('class="line guess"') == 1
+    assert svg.count("<circle") == 3
+    # On logarithmic axes a line through powers is straight: equal steps for equal factors.
+    xs, ys = zip(*((float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)), strict=True)
+    assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2)
+    assert (xs[1] - xs[0]) / (xs[2] - xs[1]) == pytest.approx(math.log(33 / 17) / math.log(65 / 33), rel=0.01)
+
+
+@given(st.floats(1e-3, 1e4), st.floats(1.01, 1e6))
+def test_logarithmic_ticks_enclose_what_is_drawn(low, factor):
+    ticks = _log_ticks(low, low * factor)
+    assert len(ticks) >= 2
+    assert ticks[0] <= low * (1 + 1e-6)
+    assert ticks[-1] >= low * factor * (1 - 1e-6)
+
+
+def test_a_marked_plot_refuses_what_its_axes_do_not_have():
+    with pytest.raises(ValueError, match="0 points"):
+        marked_plot({"4x": []}, "frames", "seconds")
+    with pytest.raises(ValueError, match="above 0 on logarithmic axes"):
+        marked_plot({"4x": [(0, 1.0, True)]}, "frames", "seconds", log=True)

@@ -353,3 +353,13 @@ def test_the_same_frames_become_the_same_file():
     waves = [np.sin((x + k * y) / 9 + t / (3 + k)) + np.sin((y - k * x) / 5) for k in range(3)]
     frames = (np.stack(waves, -1) * 50 + 120).astype(np.uint8).transpose(2, 0, 1, 3)
     assert len({encode_mp4(frames, 16) for _ in range(12)}) == 1
+
+
+def test_key_frames_stand_where_they_are_asked_for(tmp_path):
+    import av
+
+    frames = np.full((20, 32, 32, 3), 90, np.uint8)  # without a cut, where x264 sets one on its own
+    for key_every, wanted in ((8, [0, 8, 16]), (None, [0])):
+        write_video(tmp_path / "v.mp4", frames, 10, key_every=key_every)
+        with av.open(str(tmp_path / "v.mp4")) as container:
+            assert [i for i, frame in enumerate(container.decode(video=0)) if frame.key_frame] == wanted

@@ -1,0 +1,67 @@
+"""How well a trained pipeline generates at each token budget that it was trained for.
+
+Videos are uint8 (T, H, W, 3). Prompts are captions of generated clips, so that a scorer can read the videos.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..tokenizer.metrics import from_uint8
+from ..tokenizer.perceptual import frechet_distance
+from ..training.datasets import open_dataset
+from .prompt_accuracy import accuracies, sample_videos, scenes_to_score
+
+Similarity = Callable[[np.ndarray, str], float]  # of a video and its prompt
+
+
+def trained_ratios(pipe: Any) -> list[int]:
+    """Return the temporal ratios that a pipeline's transformer has latent statistics for."""
+    return sorted(int(ratio) for ratio in pipe.transformer.config["latents_mean"] or {})
+
+
+def generation_figures(
+    pipe: Any,
+    ratio: int,
+    prompts: int,
+    steps: int,
+    guidance: float,
+    similarity: Similarity | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    """Sample one video for each of so many prompts at one ratio, in bf16, and return the figures.
+
+    Keys: accuracy (value and 95 % interval by part), sampling_seconds (a video, decoding included, in batches),
+    clip_similarity and fvd; the last two are None without `similarity` and `features` (a
+    `VideoFeatures`; compared are as many generated clips, of the pipeline's own frames and size).
+    """
+    pipe.register_to_config(temporal_ratio=ratio)
+    pipe.set_progress_bar_config(disable=True)
+    scenes = scenes_to_score(prompts, seed=0)
+    captions = [scene.caption() for scene in scenes]
+    started = time.perf_counter()
+    videos = sample_videos(pipe, captions, steps, guidance, "bf16", name=f"{ratio}x prompts")
+    seconds = time.perf_counter() - started
+    return {
+        "ratio": ratio,
+        "prompts": prompts,
+        "steps": steps,
+        "guidance": guidance,
+        "accuracy": accuracies(videos, scenes),
+        "sampling_seconds": seconds / prompts,
+        "clip_similarity": fmean(map(similarity, videos, captions)) if similarity else None,
+        "fvd": _fvd(videos, features) if features and prompts > 1 else None,
+    }
+
+
+def _fvd(videos: Sequence[np.ndarray], features: Callable[[Tensor], Tensor]) -> float:
+    frames, height, width, _ = videos[0].shape
+    real = open_dataset("shapes", "eval", frames, (height, width), len(videos))
+    seen = torch.cat([features(from_uint8(torch.from_numpy(video[None]))) for video in videos])
+    true = torch.cat([features(real.fixed(i)["video"][None]) for i in range(len(videos))])
+    return frechet_distance(true, seen)

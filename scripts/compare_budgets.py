@@ -1,0 +1,276 @@
+"""Compare token budgets on the same frames of the same clips: the levels of a tokenizer, and other video autoencoders.
+
+Writes figures (results.jsonl) and one self-contained page (report.html) with the videos side by side, in step.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promag import ProMAGPipeline
+from promag.diffusion.train import DiffusionConfig
+from promag.pipelines.adaptive_budget import adaptive_figures
+from promag.pipelines.budget_costs import LENGTHS, Costs, Effort, fit_errors
+from promag.pipelines.budget_page import BudgetReport, write_budget_page
+from promag.pipelines.budget_tables import cost_lines, generation_lines, reconstruction_lines, text_table, token_lines
+from promag.pipelines.budgets import Budget, check_budgets, compare_reconstructions, own_budgets, peer_budget
+from promag.pipelines.generation_figures import generation_figures, trained_ratios
+from promag.pipelines.report_plot import Mark
+from promag.tokenizer.geometry import check_frames
+from promag.tokenizer.metrics import PROTOCOL
+from promag.tokenizer.perceptual import LPIPS, VideoFeatures
+from promag.tokenizer.train import load_tokenizer
+from promag.training.config import UserError, parse_config, run_main
+from promag.training.datasets import open_evaluation
+from promag.training.run import append_result, provenance
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print tables, write results and the page; with --record append the results to a results file."""
+    arguments, rest = _parser().parse_known_args(argv)
+    config = parse_config(DiffusionConfig, ["--config", arguments.config, *rest], __doc__ or "")
+    budgets = _budgets(arguments)
+    pipelines = _pipelines(arguments.pipelines)
+    clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
+    lpips = LPIPS.load(arguments.lpips) if arguments.lpips else None
+    features = VideoFeatures(arguments.fvd) if arguments.fvd else None
+    shape = (arguments.frames, arguments.size, arguments.size)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found, facts = compare_reconstructions(budgets, clips, Path(folder), lpips, features, _tell)
+        figures = {b.name: {**b.facts(*shape), "reconstruction": found[b.name]} for b in budgets}
+        print(text_table(list(figures), {**token_lines(figures), **reconstruction_lines(figures)}))
+        own = [budget for budget in budgets if budget.own]
+        adaptive = adaptive_figures(own, found, clips, shape, arguments.segment, arguments.target)
+        print(_adaptive_text(adaptive))
+        costs, lengths = _measure_costs(budgets, config, arguments) if arguments.costs else ({}, {})
+        costed = {name: {**row, "cost": costs.get(name)} for name, row in figures.items()}
+        if costs:
+            print(text_table(list(costed), cost_lines(costed)))
+        generation = _generate(pipelines, arguments, features)
+        if generation:
+            print(text_table(list(generation), generation_lines(generation)))
+        records = _records(arguments, len(clips), figures, adaptive, costs, lengths, generation)
+        _write(arguments.out / "results.jsonl", records)
+        report = BudgetReport(
+            title=f"Token budgets of {Path(arguments.tokenizer).name} on {Path(arguments.videos).stem}",
+            budgets=costed,
+            levels=[budget.name for budget in own],
+            clips=facts,
+            adaptive=adaptive,
+            curves=_curves(lengths),
+            generation=generation,
+            facts=_facts(records[0], arguments),
+        )
+        shown = write_budget_page(arguments.out / "report.html", report)
+    if arguments.record:
+        for record in records:
+            append_result(arguments.record, _without_clips(record))
+    page = arguments.out / "report.html"
+    print(f"{page}: {shown} of {len(clips)} clips, {page.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer, or of a pipeline")
+    parser.add_argument("--videos", required=True, help="folder, CSV, JSONL, one video, a clips.jsonl, tar shards, or shapes")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write results.jsonl and report.html to")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME:PATH", help="another autoencoder of diffusers; may be repeated"
+    )
+    parser.add_argument("--pipelines", nargs="+", default=[], metavar="DIR", help="trained pipelines to sample from")
+    parser.add_argument("--split", help="keep these rows of a CSV")
+    parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is shapes")
+    parser.add_argument("--target", type=float, default=25.0, help="PSNR in dB that each clip should have, at its own level")
+    parser.add_argument("--segment", type=int, default=17, help="frames of the segments that can have a level each")
+    parser.add_argument("--config", default="configs/diffusion/tiny.yaml", help="preset of the transformer that is measured")
+    parser.add_argument("--costs", action=argparse.BooleanOptionalAction, default=True, help="measure the transformer's cost")
+    parser.add_argument("--batch", type=int, default=4, help="clips in the training step that is measured")
+    parser.add_argument("--steps", type=int, default=16, help="denoising steps of a video")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
+    parser.add_argument("--curve-seconds", type=float, default=120.0, help="for costs by length; the rest is extrapolated")
+    parser.add_argument("--prompts", type=int, default=64, help="videos sampled from each pipeline at each of its ratios")
+    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance")
+    parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
+    parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD")
+    parser.add_argument("--record", type=Path, help="append the lines, without those of single clips, to this results file")
+    parser.add_argument("--note", default="", help="what the lines say about the tokenizer")
+    return parser
+
+
+def _records(
+    arguments: argparse.Namespace,
+    clips: int,
+    figures: dict[str, dict[str, Any]],
+    adaptive: dict[str, Any],
+    costs: dict[str, dict[str, Any]],
+    lengths: dict[str, Any],
+    generation: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return what results.jsonl holds: a line for each budget, kind of figure and pipeline, each with its protocol."""
+    common = {
+        "note": arguments.note,
+        "videos": Path(arguments.videos).name,
+        "split": arguments.split,
+        "clips": clips,
+        "frames": arguments.frames,
+        "size": arguments.size,
+    }
+    coded = f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}"
+    alone = f"{coded}; segments of {arguments.segment} frames are coded alone"
+    cost = (
+        f"preset {Path(arguments.config).stem}, bf16 autocast, random latents and text; train step of {arguments.batch} clips "
+        f"with its optimisers, {arguments.steps} denoising steps of one video with guidance, decoding it; medians of "
+        f"{arguments.rounds} rounds in turns; peaks are beyond what stands before; FLOPs counted, of one clip"
+    )
+    by_length = "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
+    sampled = f"bf16, {arguments.steps} steps, guidance {arguments.guidance:g}; Wilson 95 % intervals; decoding included"
+    lines = [("reconstruction", coded, {"budget": name, **row}) for name, row in figures.items()]
+    lines += [("adaptive budget", alone, adaptive)]
+    lines += [("cost", cost, {"budget": name, **row}) for name, row in costs.items()]
+    if lengths:
+        errors = {"error_at_longest_from_shorter": fit_errors(lengths)}
+        lines += [("cost by length", by_length, {"points": lengths, **errors})]
+    lines += [("generation", sampled, {"pipeline": name, **row}) for name, row in generation.items()]
+    return [{"what": what, **figures, **common, "protocol": protocol} for what, protocol, figures in lines]
+
+
+def _budgets(arguments: argparse.Namespace) -> list[Budget]:
+    """Load all that is compared and check that names, frames and sizes suit it."""
+    model: Any = load_tokenizer(arguments.tokenizer)
+    budgets = own_budgets(model)
+    try:
+        check_frames(arguments.frames, model.temporal_ratios[-1])
+        check_frames(arguments.segment, model.temporal_ratios[-1])
+        for text in arguments.also:
+            name, colon, path = text.partition(":")
+            if not (name and colon and path):
+                raise UserError(f"--also {text}: NAME:PATH is needed, for example wan:models/Wan2.1/vae")
+            budgets.append(peer_budget(name, path))
+        check_budgets(budgets, arguments.size, arguments.size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for budget in budgets:
+        budget.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return budgets
+
+
+def _measure_costs(
+    budgets: Sequence[Budget], config: DiffusionConfig, arguments: argparse.Namespace
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return figures at the clips' length, and points over lengths, by budget."""
+    try:
+        costs = Costs(budgets, config, arguments.size, arguments.size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    effort = Effort(arguments.batch, arguments.steps, arguments.rounds, arguments.curve_seconds)
+    _tell(f"measuring costs: {arguments.rounds} rounds at {arguments.frames} frames")
+    found = costs.at_length(arguments.frames, effort)
+    _tell(f"measuring costs from {LENGTHS[0]} to {LENGTHS[-1]} frames, for about {arguments.curve_seconds:.0f} s")
+    how = {"preset": Path(arguments.config).stem, "batch": arguments.batch, "steps": arguments.steps}
+    return {name: {**row, **how} for name, row in found.items()}, costs.over_lengths(effort)
+
+
+CURVES = {
+    "Arithmetic of a training step, GFLOP": "training_gflops",
+    "Training step of one clip, s": "train_step_seconds",
+    "Denoising step with guidance, s": "denoising_step_seconds",
+    "Peak memory of forward and backward, MiB": "gradient_peak_mib",
+}
+
+
+def _curves(lengths: dict[str, Any]) -> dict[str, dict[str, list[Mark]]]:
+    """Return the points of each plot; arithmetic is counted at every length, so its points are none of the fitted ones."""
+    if not lengths:
+        return {}
+    return {
+        title: {
+            name: [(point["frames"], point[key], point["measured"] or key == "training_gflops") for point in points]
+            for name, points in lengths.items()
+        }
+        for title, key in CURVES.items()
+    }
+
+
+def _pipelines(folders: Sequence[str]) -> dict[str, Any]:
+    """Load the pipelines, by a name that tells them apart."""
+    found: dict[str, Any] = {}
+    for folder in map(Path, folders):
+        if not (folder / "model_index.json").exists():
+            raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of train_diffusion.py")
+        name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
+        if name in found:
+            raise UserError(f"pipeline {folder}: another one is called {name} too; names of folders must differ")
+        found[name] = ProMAGPipeline.from_pretrained(folder)
+        found[name].to("cuda" if torch.cuda.is_available() else "cpu")
+    return found
+
+
+def _generate(
+    pipelines: dict[str, Any], arguments: argparse.Namespace, features: VideoFeatures | None
+) -> dict[str, dict[str, Any]]:
+    """Sample from every pipeline at each of its ratios; return figures by pipeline and ratio."""
+    how = {"prompts": arguments.prompts, "steps": arguments.steps, "guidance": arguments.guidance, "features": features}
+    return {
+        f"{name} at {ratio}x": generation_figures(pipe, ratio, **how)
+        for name, pipe in pipelines.items()
+        for ratio in trained_ratios(pipe)
+    }
+
+
+def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    path.unlink(missing_ok=True)
+    for record in records:
+        append_result(path, record)
+
+
+def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is of single clips: a page and results.jsonl have it, a record of a set of clips need not."""
+    kept = {key: value for key, value in record.items() if key not in ("clip_psnr", "segment_psnr")}
+    if "reconstruction" in kept:
+        kept["reconstruction"] = {key: value for key, value in kept["reconstruction"].items() if key != "per_clip"}
+    return kept
+
+
+def _facts(record: dict[str, Any], arguments: argparse.Namespace) -> dict[str, str]:
+    facts = provenance()
+    absent = [name for name in ("lpips", "fvd") if getattr(arguments, name) is None]
+    return {
+        "Clips": f"{record['clips']} of {record['videos']}{' ' + record['split'] if record['split'] else ''}",
+        "Protocol": record["protocol"],
+        "Not measured": f"for want of weights: {', '.join(absent)}" if absent else "nothing that was asked for",
+        "Machine": facts["machine"],
+        "Commit": facts["commit"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+    }
+
+
+def _adaptive_text(adaptive: dict[str, Any]) -> str:
+    lines = []
+    for by in ("clip", "segment"):
+        found = adaptive[f"by_{by}"]
+        counts = ", ".join(f"{count} at {name}" for name, count in found["parts"].items())
+        lines.append(
+            f"{found['target']:g} dB by {by}: {counts}; {found['tokens']} tokens, {abs(100 * found['saved']):.1f} % "
+            f"{'more' if found['saved'] < 0 else 'fewer'} than {found['fixed']} everywhere; worst case "
+            f"{found['worst']:.2f} dB, {found['missed']} miss the target"
+        )
+    return "\n".join(lines)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

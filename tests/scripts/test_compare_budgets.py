@@ -1,0 +1,73 @@
+import json
+
+import pytest
+import torch
+
+from promag.tokenizer.peers import build_peer
+from scripts.compare_budgets import main
+from scripts.evaluate_tokenizer import main as evaluate
+from tests.tokenizer.test_peers import WAN
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wan")
+    build_peer("AutoencoderKLWan", WAN).save_pretrained(folder)
+    return folder
+
+
+def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, tmp_path, capsys):
+    tokenizer = next(demo_run.glob("**/vae")).parent
+    clips = ["--videos", "shapes", "--count", "3", "--frames", "17", "--size", "32"]
+    little = ["--batch", "1", "--steps", "1", "--rounds", "1", "--curve-seconds", "0", "--prompts", "2"]
+    smallest = ["--model.num_layers", "1", "--model.num_attention_heads", "2", "--model.attention_head_dim", "8"]
+    pipeline = demo_run / "video-16x" / "pipeline"
+    record, out = tmp_path / "budgets.jsonl", tmp_path / "report"
+    arguments = ["--tokenizer", str(tokenizer), *clips, "--also", f"wan:{peer}", "--pipelines", str(pipeline)]
+    assert main([*arguments, *little, *smallest, "--out", str(out), "--record", str(record)]) == 0
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [line["what"] for line in lines] == [
+        *["reconstruction"] * 4,
+        "adaptive budget",
+        *["cost"] * 4,
+        "cost by length",
+        "generation",
+    ]
+    assert all(line["commit"] and line["machine"] and line["versions"] and line["protocol"] for line in lines)
+
+    assert evaluate([str(tokenizer), *clips, "--json", str(tmp_path / "alone.json")]) == 0
+    alone = json.loads((tmp_path / "alone.json").read_text())["ratios"]
+    for line in lines[:3]:
+        figures = alone[str(line["ratio"])]
+        figures.pop("lift")
+        assert {key: line["reconstruction"][key] for key in figures} == figures
+    assert lines[3]["budget"] == "wan"
+    assert len(lines[3]["reconstruction"]["per_clip"]) == 3
+
+    recorded = record.read_text()
+    assert "per_clip" not in recorded
+    assert "clip_psnr" not in recorded
+    assert str(tmp_path) not in recorded
+    assert lines[-1]["pipeline"] == "video-16x at 16x"
+    assert lines[-1]["clip_similarity"] is None
+    page = (out / "report.html").read_text()
+    assert "Training step of one clip" in page
+    assert "video-16x at 16x" in page
+    shown = capsys.readouterr().out
+    assert f"{lines[2]['reconstruction']['psnr']:.2f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--also", "wan"], "--also wan: NAME:PATH is needed"),
+        (["--frames", "18"], "18 frames: 16x needs 1 + 16k; use 17 or 33"),
+        (["--segment", "16"], "16 frames: 16x needs 1 + 16k"),
+        (["--model.layers", "3"], "unknown key model.layers"),
+    ],
+)
+def test_mistakes_are_named(demo_run, tmp_path, change, said):
+    tokenizer = next(demo_run.glob("**/vae")).parent
+    with pytest.raises(ValueError, match=said.replace("+", r"\+")):
+        main(["--tokenizer", str(tokenizer), "--videos", "shapes", "--out", str(tmp_path), *change])
