@@ -6,6 +6,7 @@ Shapes: B C T H W pixels, b c t h w latents.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_size, latent_frames, tokens
 from ..training.config import UserError
-from ..training.safetensors_only import SafetensorsOnly
+from ..training.safetensors_only import PICKLES, SafetensorsOnly
 from .arguments import check_budget, check_names, check_numbers, check_prompts
 from .flow_times import check_flow, set_flow_times
 from .given_frames import hold, last_frames, read_given
@@ -108,7 +109,10 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         return {**ours, **parts}, *rest
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """Load LoRA adapters for the transformer, from safetensors alone, or from a dictionary of tensors."""
+        """Load LoRA adapters for the transformer, from safetensors or a dictionary; raises UserError for a pickle."""
+        for given in (pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")):
+            if not isinstance(given, dict) and Path(given or "").suffix in PICKLES:
+                raise UserError(f"LoRA {given}: may be a pickle, which runs code when loaded; only safetensors are loaded")
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **{**kwargs, "use_safetensors": True})
 
     def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
