@@ -65,32 +65,15 @@ class PipelineConfig:
     @pytest.fixture(autouse=True)
     def safetensors(self, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
         """Save safetensors where a test asks for a pickle, which our classes refuse, and note that it did."""
-        save, save_lora = SafetensorsOnly.save_pretrained, ProMAGPipeline.save_lora_weights
-        load_lora = ProMAGPipeline.load_lora_weights
-
-        def note(safe_serialization: bool) -> None:
-            if not safe_serialization:
-                record_property("asked_for", "a pickle")
+        save = SafetensorsOnly.save_pretrained
 
         @functools.wraps(save)  # pipelines look at what arguments their parts' methods have
         def save_pretrained(pipe: Any, folder: Any, safe_serialization: bool = True, **more: Any) -> None:
-            note(safe_serialization)
+            if not safe_serialization:
+                record_property("asked_for", "a pickle")
             save(pipe, folder, **more)
 
-        def save_lora_weights(save_directory: Any, safe_serialization: bool = True, **more: Any) -> None:
-            note(safe_serialization)
-            save_lora(save_directory, **more)
-
-        def load_lora_weights(pipe: Any, place: Any, *more: Any, **named: Any) -> None:
-            place = place if isinstance(place, dict) else str(place).replace(".bin", ".safetensors")
-            load_lora(pipe, place, *more, **named)
-
-        for owner, method in (
-            (SafetensorsOnly, save_pretrained),
-            (ProMAGPipeline, save_lora_weights),
-            (ProMAGPipeline, load_lora_weights),
-        ):
-            monkeypatch.setattr(owner, method.__name__, method)
+        monkeypatch.setattr(SafetensorsOnly, "save_pretrained", save_pretrained)
 
     def get_dummy_components(self, num_layers: int = 2) -> dict[str, Any]:
         """Every part of a pipeline, the same at every call."""

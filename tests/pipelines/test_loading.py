@@ -82,7 +82,7 @@ def test_a_folder_that_holds_a_pickle_is_refused_before_it_is_opened(folder, cls
 
 def test_nothing_is_saved_or_loaded_as_a_pickle_on_demand_either(pipe, saved, tmp_path):
     for part in (pipe, pipe.vae, pipe.transformer):
-        with pytest.raises(UserError, match="safe_serialization False: .* saved as safetensors alone"):
+        with pytest.raises(UserError, match=r"safe_serialization False: .* saved as safetensors alone"):
             part.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(UserError, match="use_safetensors False: ProMAGPipeline is loaded from safetensors alone"):
         ProMAGPipeline.from_pretrained(saved, use_safetensors=False)
