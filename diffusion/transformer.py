@@ -61,6 +61,8 @@ class ProMAGAttnProcessor:
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """B N D and, for cross-attention, B L D and its mask (True is seen) B 1 1 L -> B N D."""
+        q: Any
+        k: Any
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in attn.project(hidden_states, encoder_hidden_states))
         q, k = attn.norm_q(q), attn.norm_k(k)  # B N heads d
         if rotary is not None:

@@ -186,12 +186,13 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
             given = [given] * len(text.tokens[0]) if isinstance(given, str) else given
             negative = self._encode(given, max_sequence_length)
         device = device or self._execution_device
-        text, negative = (
-            part and part.map(lambda x: x.repeat_interleave(num_videos_per_prompt, 0).to(device)) for part in (text, negative)
-        )
-        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(text)
+
+        def for_videos(part: Embedded) -> Embedded:
+            return part.map(lambda x: x.repeat_interleave(num_videos_per_prompt, 0).to(device))
+
+        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(for_videos(text))
         if negative is not None:
-            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = unpack(negative)
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = unpack(for_videos(negative))
         return (
             prompt_embeds,
             prompt_attention_mask,
@@ -288,10 +289,11 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         known: Any = self.config
         height, width = int(height or known["height"]), int(width or known["width"])
         num_frames = int(num_frames or known["num_frames"])
-        ratio, fps = temporal_ratio or known["temporal_ratio"], fps or known["fps"]
+        ratio: int = temporal_ratio or known["temporal_ratio"]
+        rate: float = fps or known["fps"]
         check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
         check_budget(ratio, self.vae, self.transformer)
-        check_numbers(fps, num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt)
+        check_numbers(rate, num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt)
         check_names(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_flow(self.scheduler)
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
@@ -301,7 +303,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         self._current_timestep, self._interrupt = None, False
         device = self._execution_device
 
-        embedded = self.encode_prompt(
+        embedded: Any = self.encode_prompt(
             prompt,
             negative_prompt,
             self.do_classifier_free_guidance,
@@ -335,7 +337,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
                 with self.transformer.cache_context(
                     "cond_uncond", step_index=i, sigma=times[i].item() / 1000, num_inference_steps=len(times)
                 ):
-                    predicted = self._predict(x, times[i], prompts, given, ratio, fps)
+                    predicted = self._predict(x, times[i], prompts, given, ratio, rate)
                 x = hold(self.scheduler.step(predicted, t, x, **drawn, return_dict=False)[0], given)
                 if callback_on_step_end is not None:
                     tensors = {"latents": x, **prompts.tensors()}

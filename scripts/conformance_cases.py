@@ -25,11 +25,11 @@ torch.set_num_threads(1)
 torch.nn.init.zeros_ = lambda tensor: torch.nn.init.normal_(tensor, std=0.05)
 
 # One test reads the source of encode_prompt of the class that it finds there by name.
-diffusers.pipelines.ProMAGPipeline = ProMAGPipeline
+setattr(diffusers.pipelines, ProMAGPipeline.__name__, ProMAGPipeline)
 
 PROMPT = "dance monkey"
-STATISTICS = {"latents_mean": {"4": [0.0] * 4}, "latents_std": {"4": [1.0] * 4}}
-TRANSFORMER = {
+STATISTICS: dict[str, Any] = {"latents_mean": {"4": [0.0] * 4}, "latents_std": {"4": [1.0] * 4}}
+TRANSFORMER: dict[str, Any] = {
     "in_channels": 4,
     "patch_size": (1, 1, 1),
     "num_attention_heads": 2,
@@ -38,7 +38,7 @@ TRANSFORMER = {
     "temporal_ratios": (4,),
     "local_convolution": True,
 }
-TOKENIZER = {
+TOKENIZER: dict[str, Any] = {
     "latent_channels": 4,
     "patch_size": 4,
     "block_out_channels": (16, 16, 16),
@@ -79,7 +79,7 @@ class PipelineConfig:
         """Every part of a pipeline, the same at every call."""
         torch.manual_seed(0)
         tokenizer = learn_vocabulary([PROMPT, "a negative prompt, very long"], 300, max_length=16)
-        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
         return {
             "tokenizer": tokenizer,
             "text_encoder": T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).eval(),
