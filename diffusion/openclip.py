@@ -16,11 +16,12 @@ from transformers import CLIPTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..training.config import UserError
+from ..training.safetensors_only import SafetensorsOnly
 
 PROBES = ("", "a red disc moves left", "Two dogs, 3 cats: it's late!", "wordsthatnobodyknows " * 30)
 
 
-class OpenCLIPTextModel(ModelMixin, ConfigMixin):
+class OpenCLIPTextModel(SafetensorsOnly, ModelMixin, ConfigMixin):
     """The text tower of an OpenCLIP model.
 
     Args:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.utils.torch_utils import get_module_execution_device
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -192,11 +193,11 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = No
 
 
 def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:
-    """Run one text encoder on tokenized prompts, on the encoder's device.
+    """Run one text encoder on tokenized prompts, on the device where it runs, be its weights offloaded or not.
 
     Raises ValueError for more tokens than it takes.
     """
-    device = next(encoder.parameters()).device
+    device = get_module_execution_device(encoder)
     ids, mask = tokenized["input_ids"].to(device), tokenized["attention_mask"].to(device)
     check_length(encoder, ids.shape[1])
     output = encoder(input_ids=ids, attention_mask=mask)

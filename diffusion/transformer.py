@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -29,6 +30,8 @@ from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
+
+from ..training.safetensors_only import SafetensorsOnly
 
 # Rotary positions count latent frames of this ratio: a 16x latent frame stands four positions after the one before.
 POSITION_RATIO = 4
@@ -58,10 +61,10 @@ class ProMAGAttnProcessor:
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """B N D and, for cross-attention, B L D and its mask (True is seen) B 1 1 L -> B N D."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q: Any = attn.norm_q(attn.to_q(hidden_states).unflatten(2, (attn.heads, -1)))  # B N heads d
-        k: Any = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)))
-        v = attn.to_v(context).unflatten(2, (attn.heads, -1))
+        q: Any
+        k: Any
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in attn.project(hidden_states, encoder_hidden_states))
+        q, k = attn.norm_q(q), attn.norm_k(k)  # B N heads d
         if rotary is not None:
             q, k = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (q, k))  # pyright: ignore[reportArgumentType]
         if q.device.type == "cpu" and self._attention_backend is None and q.shape[1] * k.shape[1] <= PLAIN_SCORES:
@@ -84,23 +87,54 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 class ProMAGAttention(nn.Module, AttentionModuleMixin):
-    """Self- or cross-attention with RMS-normalised queries and keys."""
+    """Self- or cross-attention with RMS-normalised queries and keys.
+
+    diffusers reads `is_cross_attention` and `use_bias` where it caches attention or fuses its projections.
+    """
 
     _default_processor_cls = ProMAGAttnProcessor
     _available_processors = [ProMAGAttnProcessor]  # noqa: RUF012 (the name and kind that diffusers looks for)
+    use_bias = True
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, is_cross_attention: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.is_cross_attention = heads, is_cross_attention
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.norm_q, self.norm_k = RMSNorm(dim // heads, 1e-6), RMSNorm(dim // heads, 1e-6)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.set_processor(self._default_processor_cls())  # pyright: ignore[reportArgumentType]
 
+    def project(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, by one product where `fuse_qkv_projections` joined their matrices."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        fused: Any = self  # the joined layers exist while they are fused
+        if not self.fused_projections:
+            return self.to_q(hidden_states), self.to_k(context), self.to_v(context)
+        if self.is_cross_attention:
+            return self.to_q(hidden_states), *fused.to_kv(context).chunk(2, -1)
+        return fused.to_qkv(hidden_states).chunk(3, -1)
+
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Call the processor."""
         processor: Any = self.processor
         return processor(self, hidden_states, **kwargs)
+
+
+class LocalConvolution(nn.Conv3d):
+    """What a depthwise 3x3x3 convolution sees around each token of a grid; it starts small."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+        nn.init.normal_(self.weight, std=0.05)
+        nn.init.zeros_(self.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, hidden_states: Tensor, grid: tuple[int, int, int]) -> Tensor:  # pyright: ignore
+        """B N D tokens of a (t, h, w) grid -> the same."""
+        placed = hidden_states.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last_3d)
+        # CPUs have no good bf16 kernel for depthwise convolutions: in the weights' float32 this one is three times as fast.
+        with torch.autocast("cpu", enabled=False) if placed.device.type == "cpu" else nullcontext():
+            near = super().forward(placed.to(self.weight.dtype))
+        return near.to(hidden_states.dtype).flatten(2).transpose(1, 2)
 
 
 class ProMAGTransformerBlock(nn.Module):
@@ -111,14 +145,11 @@ class ProMAGTransformerBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, local_convolution: bool):
         super().__init__()
-        self.local = nn.Conv3d(dim, dim, 3, padding=1, groups=dim) if local_convolution else None
-        if self.local is not None:
-            nn.init.normal_(self.local.weight, std=0.05)
-            nn.init.zeros_(self.local.bias)  # pyright: ignore[reportArgumentType]
+        self.local = LocalConvolution(dim) if local_convolution else None
         self.norm1 = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.attn1 = ProMAGAttention(dim, heads)
         self.norm2 = FP32LayerNorm(dim, 1e-6, elementwise_affine=True)
-        self.attn2 = ProMAGAttention(dim, heads)
+        self.attn2 = ProMAGAttention(dim, heads, is_cross_attention=True)
         self.norm3 = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.ff = FeedForward(dim, mult=4, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
@@ -135,11 +166,7 @@ class ProMAGTransformerBlock(nn.Module):
     ) -> Tensor:
         """B N D tokens of a (t, h, w) grid, B L D text, B G 6 D modulation (G is 1, or t: one for each frame) -> B N D."""
         if self.local is not None:
-            placed = hidden_states.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last_3d)
-            # CPUs have no good bf16 kernel for depthwise convolutions: in float32 this one is three times as fast.
-            with torch.autocast("cpu", enabled=False) if placed.device.type == "cpu" else nullcontext():
-                near = self.local(placed.to(next(self.local.parameters()).dtype))
-            hidden_states = hidden_states + near.to(hidden_states.dtype).flatten(2).transpose(1, 2)
+            hidden_states = hidden_states + self.local(hidden_states, grid)
         table = (self.scale_shift_table + modulation.float()).to(hidden_states.dtype)
         shift1, scale1, gate1, shift3, scale3, gate3 = table.unsqueeze(3).unbind(2)  # each B G 1 D
         h = modulate(self.norm1(hidden_states), scale1, shift1)
@@ -148,6 +175,10 @@ class ProMAGTransformerBlock(nn.Module):
         hidden_states = hidden_states + h
         h = modulate(self.norm3(hidden_states), scale3, shift3)
         return hidden_states + scaled(self.ff(h), gate3)
+
+
+# First-block cache, MagCache and layer skipping ask what a block returns: one tensor, the tokens.
+TransformerBlockRegistry.register(ProMAGTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
@@ -160,7 +191,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (x.unflatten(1, (scale.shape[1], -1)) * (1 + scale) + shift).flatten(1, 2)
 
 
-class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Predicts the rectified-flow velocity of a video latent from its noisy version, text, time, ratio and frame rate.
 
     Args:
@@ -185,7 +216,7 @@ class ProMAGTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ProMAGTransformerBlock"]  # noqa: RUF012
     _repeated_blocks = ["ProMAGTransformerBlock"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "norm"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["_embed", "modulation", "norm"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

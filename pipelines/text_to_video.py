@@ -4,13 +4,14 @@ Shapes: B C T H W pixels, b c t h w latents.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -18,14 +19,21 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from ..diffusion.condition import frame_times
-from ..diffusion.flow import guide, token_shift
+from ..diffusion.flow import guide
 from ..diffusion.text import NULL_CAPTION, Embedded, encode, side_by_side, tokenize
 from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
-from ..tokenizer.geometry import check_ratio, check_size, latent_frames, tokens
+from ..tokenizer.geometry import check_size, latent_frames, tokens
+from ..training.config import UserError
+from ..training.safetensors_only import PICKLES, SafetensorsOnly
+from .arguments import check_budget, check_names, check_numbers, check_prompts
+from .flow_times import check_flow, set_flow_times
 from .given_frames import hold, last_frames, read_given
+from .pipeline_card import write_card
+from .prompts import NAMES, NEGATIVE_NAMES, Prompts, Tensors, pack, unpack
 
-OUTPUT_TYPES = ("np", "pil", "pt", "latent")
+# Whose classes a saved pipeline may name: to load a class is to import its library.
+LIBRARIES = ("promag", "diffusers", "transformers")
 
 
 @dataclass
@@ -36,7 +44,7 @@ class ProMAGPipelineOutput(BaseOutput):
 
 
 # Of Sana the mixin has the name alone: it is diffusers' loader for pipelines with one transformer and no LoRA elsewhere.
-class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
     """Text to video: text encoders, a transformer over latents of one or several temporal ratios, a grown tokenizer.
 
     Args:
@@ -59,7 +67,7 @@ class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     __module__ = "promag"
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
     _optional_components = ["tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"]  # noqa: RUF012
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (the name and kind that diffusers looks for)
+    _callback_tensor_inputs = ["latents", *NAMES, *NEGATIVE_NAMES]  # noqa: RUF012 (the name and kind diffusers looks for)
 
     def __init__(
         self,
@@ -88,6 +96,30 @@ class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self.register_to_config(height=height, width=width, num_frames=num_frames, fps=fps, temporal_ratio=temporal_ratio)
         self.video_processor = VideoProcessor(vae_scale_factor=vae.spatial_compression_ratio if vae else 8)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Read the saved index, first thing in any loading; raises UserError for classes of foreign libraries."""
+        named = {name: part for name, part in config_dict.items() if isinstance(part, list | tuple) and len(part) == 2}
+        for name, (library, kind) in named.items():
+            if library is not None and library not in LIBRARIES:
+                raise UserError(f"model_index.json: {name} is {kind} of {library!r}: legal are {', '.join(LIBRARIES)}")
+        parts, *rest = super().extract_init_dict(config_dict, **kwargs)  # pyright: ignore[reportArgumentType]
+        # Our own models come first: they refuse a folder that holds a pickle before anything else of it is loaded.
+        ours = {name: part for name, part in parts.items() if named.get(name, [None])[0] == "promag"}
+        return {**ours, **parts}, *rest
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Load LoRA adapters for the transformer, from safetensors or a dictionary; raises UserError for a pickle."""
+        for given in (pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")):
+            if not isinstance(given, dict) and Path(given or "").suffix in PICKLES:
+                raise UserError(f"LoRA {given}: may be a pickle, which runs code when loaded; only safetensors are loaded")
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **{**kwargs, "use_safetensors": True})
+
+    def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload what push_to_hub saved, with a card that says how to use it in place of an empty one."""
+        write_card(self, working_dir, repo_id)
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
+
     @property
     def guidance_scale(self) -> float:
         """Guidance of the call under way."""
@@ -95,8 +127,8 @@ class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Tell whether the call under way also predicts without text."""
-        return self._guidance_scale != 1
+        """Tell whether the call under way also predicts from the negative prompt."""
+        return self._guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
@@ -104,15 +136,73 @@ class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> Tensor | None:
+        """The scheduler's timestep of the step under way, None outside a call; some caches ask for it."""
+        return self._current_timestep
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """What the call under way got."""
+        return self._attention_kwargs
+
+    @property
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` from a callback to end the denoising early."""
         return self._interrupt
 
-    def encode_prompt(self, prompts: list[str], max_sequence_length: int | Sequence[int] | None = None) -> Embedded:
-        """Encode prompts by every text encoder, side by side; see Embedded.
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensors | None = None,
+        prompt_attention_mask: Tensors | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensors | None = None,
+        negative_prompt_attention_mask: Tensors | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | Sequence[int] | None = None,
+        device: torch.device | None = None,
+    ) -> tuple[Tensors, Tensors, Tensor | None, Tensors | None, Tensors | None, Tensor | None]:
+        """Encode prompts, and negative ones if there is guidance, by every text encoder; the call takes what this returns.
+
+        Arguments are those of the call. Returns tokens b L D, masks b L and pooled vectors b D (None where no encoder has
+        them) of the prompts, then of the negative prompts; of several text encoders, a sequence of tokens and of masks.
 
         Raises ValueError for more text tokens than an encoder takes, not as many lengths as encoders, and without encoders.
         """
+        if prompt_embeds is None:
+            text = self._encode([prompt] if isinstance(prompt, str) else list(prompt or ()), max_sequence_length)
+        else:
+            text = pack(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
+        negative = None
+        if negative_prompt_embeds is not None:
+            negative = pack(
+                negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds, NEGATIVE_NAMES
+            )
+        elif do_classifier_free_guidance:
+            given = NULL_CAPTION if negative_prompt is None else negative_prompt
+            given = [given] * len(text.tokens[0]) if isinstance(given, str) else given
+            negative = self._encode(given, max_sequence_length)
+        device = device or self._execution_device
+
+        def for_videos(part: Embedded) -> Embedded:
+            return part.map(lambda x: x.repeat_interleave(num_videos_per_prompt, 0).to(device))
+
+        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(for_videos(text))
+        if negative is not None:
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = unpack(for_videos(negative))
+        return (
+            prompt_embeds,
+            prompt_attention_mask,
+            pooled_prompt_embeds,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            negative_pooled_prompt_embeds,
+        )
+
+    def _encode(self, prompts: list[str], max_sequence_length: int | Sequence[int] | None) -> Embedded:
         pairs = [(getattr(self, f"tokenizer{n}"), getattr(self, f"text_encoder{n}")) for n in ("", "_2", "_3")]
         pairs = [pair for pair in pairs if None not in pair]
         if not pairs:
@@ -125,14 +215,15 @@ class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             encode(encoder, tokenize(tokenizer, prompts, length))
             for (tokenizer, encoder), length in zip(pairs, lengths, strict=True)
         ]
-        text, dtype = side_by_side(parts), self.transformer.dtype
+        text = side_by_side(parts)
+        dtype = text.tokens[0].dtype if self.transformer is None else self.transformer.dtype
         return text.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = NULL_CAPTION,
+        negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -145,25 +236,29 @@ class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         video: Any = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Embedded | None = None,
-        negative_prompt_embeds: Embedded | None = None,
+        prompt_embeds: Tensors | None = None,
+        prompt_attention_mask: Tensors | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensors | None = None,
+        negative_prompt_attention_mask: Tensors | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         max_sequence_length: int | Sequence[int] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ProMAGPipelineOutput | tuple[Any]:
         """Sample videos.
 
         Args:
             prompt: one text or a list of texts.
-            negative_prompt: what guidance moves away from; the empty text is what was trained as "no caption".
+            negative_prompt: what guidance moves away from; None is the empty text, which was trained as "no caption".
             height: pixels, a multiple of 8 times the transformer's patch; None is the trained size.
             width: likewise.
             num_frames: 1 + temporal_ratio*k; None is the trained count.
             num_inference_steps: denoising steps, at least 1.
-            guidance_scale: 1 turns guidance off.
+            guidance_scale: 1 and less turn guidance off.
             num_videos_per_prompt: videos of each prompt.
             temporal_ratio: token budget to sample at, one that the transformer was trained on.
             fps: frame rate the transformer is told, above 0.
@@ -171,124 +266,133 @@ class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 prompts or a list with one for each.
             video: a clip to continue, likewise (a list of pictures, T H W C or T C H W). Its last frames open the new video:
                 as many as the transformer was trained to be given, 1 + temporal_ratio*k of them.
-            generator: of the first noise; one, or one per video.
+            generator: of the noise: one per video, or one from which the videos' noise is drawn in turn.
             latents: first noise, b c t h w, instead of drawn noise.
-            prompt_embeds: what `encode_prompt` returned, instead of `prompt`.
-            negative_prompt_embeds: the same for `negative_prompt`.
+            prompt_embeds: instead of `prompt`; this and the next five are what `encode_prompt` returns, a row for each prompt.
+            prompt_attention_mask: needed with `prompt_embeds`.
+            pooled_prompt_embeds: needed with `prompt_embeds` where a text encoder has pooled vectors.
+            negative_prompt_embeds: instead of `negative_prompt`.
+            negative_prompt_attention_mask: needed with `negative_prompt_embeds`.
+            negative_pooled_prompt_embeds: likewise.
             max_sequence_length: text tokens, of every text encoder or of each; None is the text tokenizers' own.
             output_type: "np", "pil", "pt" or "latent" (the tokenizer's latents, not normalised).
             return_dict: return an output object instead of a tuple.
             attention_kwargs: may hold `scale`, the weight of LoRA adapters.
             callback_on_step_end: called as (pipe, step, timestep, tensors); may return changed tensors.
-            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets: latents.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets: latents, and the six arguments
+                of this call that hold encoded prompts.
 
         Raises ValueError naming the value got and what is legal.
         """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         known: Any = self.config
         height, width = int(height or known["height"]), int(width or known["width"])
         num_frames = int(num_frames or known["num_frames"])
-        ratio, fps = temporal_ratio or known["temporal_ratio"], fps or known["fps"]
-        self._check_inputs(
-            prompt, prompt_embeds, negative_prompt, ratio, num_inference_steps, num_videos_per_prompt, fps, output_type
-        )
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: legal are {self._callback_tensor_inputs}")
-        patch = self.transformer.config["patch_size"]
-        check_size(height, width, self.vae.spatial_compression_ratio * max(patch[1:]))
+        ratio: int = temporal_ratio or known["temporal_ratio"]
+        rate: float = fps or known["fps"]
+        check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
+        check_budget(ratio, self.vae, self.transformer)
+        check_numbers(rate, num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt)
+        check_names(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_flow(self.scheduler)
+        spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
+        check_size(height, width, spatial * max(patch[1:]))
         token_count = tokens(num_frames, height, width, ratio, tuple(patch))
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._current_timestep, self._interrupt = None, False
         device = self._execution_device
 
-        text = prompt_embeds or self.encode_prompt(
-            [prompt] if isinstance(prompt, str) else list(prompt or ()), max_sequence_length
+        embedded: Any = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            self.do_classifier_free_guidance,
+            num_videos_per_prompt,
+            prompt_embeds,
+            prompt_attention_mask,
+            pooled_prompt_embeds,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            negative_pooled_prompt_embeds,
+            max_sequence_length,
+            device,
         )
-        text = _repeat(text, num_videos_per_prompt)
-        batch = len(text.tokens[0])
-        if self.do_classifier_free_guidance:
-            count = batch // num_videos_per_prompt
-            negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
-            null = _repeat(negative_prompt_embeds or self.encode_prompt(negatives, max_sequence_length), num_videos_per_prompt)
-            text = _join(text, null)
-        text = text.map(lambda x: x.to(device))
+        negative = None if embedded[3] is None else pack(*embedded[3:], names=NEGATIVE_NAMES)
+        prompts = Prompts(pack(*embedded[:3]), negative)
 
-        shape = (
-            batch,
-            self.transformer.config["in_channels"],
-            latent_frames(num_frames, ratio),
-            height // self.vae.spatial_compression_ratio,
-            width // self.vae.spatial_compression_ratio,
-        )
+        frames = latent_frames(num_frames, ratio)
+        shape = (len(prompts), self.transformer.config["in_channels"], frames, height // spatial, width // spatial)
         given = self._given_latents(image, video, (height, width), shape, num_videos_per_prompt, ratio, device)
         x = hold(self._first_latents(shape, generator, latents, device), given)
-        self._set_timesteps(num_inference_steps, device, token_count)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
+        times = set_flow_times(self.scheduler, num_inference_steps, token_count, device)
+        self._num_timesteps = len(times)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        drawn = {"generator": generator} if takes_generator else {}  # of schedulers that add noise on the way
         progress: Any = self.progress_bar  # its decorator hides its arguments from type checkers
-        with progress(total=len(timesteps)) as bar:
-            for i, t in enumerate(timesteps):
+        with progress(total=len(times)) as bar:
+            for i, t in enumerate(self.scheduler.timesteps):
                 if self._interrupt:
                     break
-                doubled = torch.cat([x] * 2) if self.do_classifier_free_guidance else x
-                times = t.expand(len(doubled))
-                if given is not None:
-                    frames_given = torch.arange(shape[2], device=device) < given.shape[2]
-                    times = frame_times(times, frames_given.expand(len(doubled), -1))
-                predicted = self.transformer(
-                    doubled.to(self.transformer.dtype),
-                    times,
-                    text.tokens,
-                    encoder_attention_mask=text.masks,
-                    pooled_projections=text.pooled,
-                    temporal_ratio=ratio,
-                    fps=fps,
-                    attention_kwargs=attention_kwargs,
-                    return_dict=False,
-                )[0].float()
-                if self.do_classifier_free_guidance:
-                    predicted = guide(*predicted.chunk(2), guidance_scale)
-                x = hold(self.scheduler.step(predicted, t, x, return_dict=False)[0], given)
+                self._current_timestep = t
+                with self.transformer.cache_context(
+                    "cond_uncond", step_index=i, sigma=times[i].item() / 1000, num_inference_steps=len(times)
+                ):
+                    predicted = self._predict(x, times[i], prompts, given, ratio, rate)
+                x = hold(self.scheduler.step(predicted, t, x, **drawn, return_dict=False)[0], given)
                 if callback_on_step_end is not None:
-                    seen = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    x = hold((callback_on_step_end(self, i, t, seen) or {}).get("latents", x), given)
+                    tensors = {"latents": x, **prompts.tensors()}
+                    seen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, seen) or {}  # pyright: ignore[reportArgumentType]
+                    x, prompts = hold(changed.get("latents", x), given), prompts.changed(changed)
                 bar.update()
+        self._current_timestep = None
 
         x = self.transformer.denormalise(x, ratio)
-        if output_type == "latent":
-            frames: Any = x
-        else:
-            video = self.vae.decode(x.to(self.vae.dtype), ratio, return_dict=False)[0]
-            frames = self.video_processor.postprocess_video(video.float(), output_type=output_type)
+        result: Any = x if output_type == "latent" else self._decode(x, ratio, output_type)
         self.maybe_free_model_hooks()
-        return ProMAGPipelineOutput(frames=frames) if return_dict else (frames,)
+        return ProMAGPipelineOutput(frames=result) if return_dict else (result,)
 
-    def _check_inputs(self, prompt, prompt_embeds, negative_prompt, ratio, steps, videos, fps, output_type) -> None:
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("prompt and prompt_embeds: exactly one of them is needed")
-        if prompt is not None and (not isinstance(prompt, str | list) or (not prompt and isinstance(prompt, list))):
-            raise ValueError(f"prompt {prompt!r}: a text or a list of texts is needed")
-        if isinstance(negative_prompt, list) and len(negative_prompt) != (len(prompt) if isinstance(prompt, list) else 1):
-            raise ValueError(f"negative_prompt: {len(negative_prompt)} texts; give one text, or as many as prompts")
-        check_ratio(ratio, self.vae.temporal_ratios)
-        trained = sorted(map(int, self.transformer.config["latents_mean"] or {}))
-        if ratio not in trained:
-            raise ValueError(f"temporal_ratio {ratio}: the transformer was trained at {', '.join(f'{r}x' for r in trained)}")
-        for name, value in (("num_inference_steps", steps), ("num_videos_per_prompt", videos)):
-            if value < 1:
-                raise ValueError(f"{name} {value}: at least 1 is needed")
-        if fps <= 0:
-            raise ValueError(f"fps {fps}: must be above 0")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+    def _predict(self, x: Tensor, time: Tensor, prompts: Prompts, given: Tensor | None, ratio: int, fps: float) -> Tensor:
+        """Return the velocity of latents b c t h w at a time in [0, 1000], guided if the call is."""
+        guided = self.do_classifier_free_guidance
+        tokens, masks, pooled = unpack(prompts.guided if guided else prompts.text)
+        x = torch.cat([x] * 2) if guided else x
+        times = time.expand(len(x))
+        if given is not None:
+            frames_given = torch.arange(x.shape[2], device=x.device) < given.shape[2]
+            times = frame_times(times, frames_given.expand(len(x), -1))
+        # By name, and one call for both halves of the guidance: caches split them by these names.
+        predicted = self.transformer(
+            hidden_states=x.to(self.transformer.dtype),
+            timestep=times,
+            encoder_hidden_states=tokens,
+            encoder_attention_mask=masks,
+            pooled_projections=pooled,
+            temporal_ratio=ratio,
+            fps=fps,
+            attention_kwargs=self._attention_kwargs,
+            return_dict=False,
+        )[0].float()
+        if not guided:
+            return predicted
+        without, with_text = predicted.chunk(2)
+        return guide(with_text, without, self._guidance_scale)
+
+    def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:
+        """Decode latents b c t h w to videos of the wanted type."""
+        video = self.vae.decode(latents.to(self.vae.dtype), ratio, return_dict=False)[0]
+        return self.video_processor.postprocess_video(video.float(), output_type=output_type)
 
     def _first_latents(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
+        """Return the given noise, or draw each video's in turn, so that it does not depend on how many follow."""
         if latents is not None:
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents of shape {tuple(latents.shape)}: {shape} is needed")
             return latents.to(device, torch.float32)
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"generator: {len(generator)} given; use one, or one for each of the {shape[0]} videos")
-        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        generators = generator if isinstance(generator, list) else [generator] * shape[0]
+        if len(generators) != shape[0]:
+            raise ValueError(f"generator: {len(generators)} given; use one, or one for each of the {shape[0]} videos")
+        return torch.cat([randn_tensor((1, *shape[1:]), generator=g, device=device, dtype=torch.float32) for g in generators])
 
     def _given_latents(
         self,
@@ -316,24 +420,3 @@ class ProMAGPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         latents = self.vae.encode(pixels, ratio).latent_dist.mode().float()  # pyright: ignore
         latents = self.transformer.normalise(latents, ratio)
         return latents.expand(prompts, *latents.shape[1:]).repeat_interleave(times, 0)
-
-    def _set_timesteps(self, steps: int, device: torch.device, token_count: int) -> None:
-        """Set flow times from 1 down to 1/steps, shifted for the number of tokens where the scheduler can."""
-        sigmas = np.linspace(1.0, 1 / steps, steps)
-        known: Any = self.scheduler.config
-        dynamic = {"mu": token_shift(token_count, known["shift"])} if known.get("use_dynamic_shifting") else {}
-        accepts = inspect.signature(self.scheduler.set_timesteps).parameters
-        if "sigmas" in accepts:
-            self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device, **dynamic)
-        else:
-            self.scheduler.set_timesteps(steps, device=device, **dynamic)
-
-
-def _repeat(text: Embedded, times: int) -> Embedded:
-    return text.map(lambda x: x.repeat_interleave(times, 0))
-
-
-def _join(text: Embedded, null: Embedded) -> Embedded:
-    if len(text.tokens[0]) != len(null.tokens[0]):
-        raise ValueError(f"negative prompts: {len(null.tokens[0])} for {len(text.tokens[0])} videos; give as many as prompts")
-    return text.merge(null, lambda a, b: torch.cat([a, b]))

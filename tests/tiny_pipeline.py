@@ -9,8 +9,11 @@ from promag import ProMAGPipeline, ProMAGTransformer3DModel
 from promag.diffusion.text import learn_vocabulary, small_clip
 from tests.conftest import make_tokenizer
 
+PROMPTS = ["a red disc moves left", "a blue square grows"]
+SIZES = {"height": 16, "width": 24, "num_frames": 17, "fps": 8.0, "temporal_ratio": 16}
 
-def make_pipeline(prompts: Sequence[str] = ("a red disc moves left", "a blue square grows"), **trained) -> ProMAGPipeline:
+
+def make_pipeline(prompts: Sequence[str] = PROMPTS, **trained) -> ProMAGPipeline:
     """Return a pipeline of random weights, trained at 4x and 16x as far as it knows, that makes 17 frames of 24x16."""
     torch.manual_seed(0)
     vocabulary = learn_vocabulary(prompts, 300, max_length=10)
@@ -18,7 +21,7 @@ def make_pipeline(prompts: Sequence[str] = ("a red disc moves left", "a blue squ
     transformer = ProMAGTransformer3DModel(
         in_channels=4,
         patch_size=(1, 1, 1),
-        num_layers=1,
+        num_layers=2,
         num_attention_heads=2,
         attention_head_dim=8,
         text_dim=16,
@@ -36,7 +39,7 @@ def make_pipeline(prompts: Sequence[str] = ("a red disc moves left", "a blue squ
         transformer,
         make_tokenizer(settle=0.05),
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        **{"height": 16, "width": 24, "num_frames": 17, "fps": 8.0, "temporal_ratio": 16, **trained},
+        **{**SIZES, **trained},
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -19,6 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from ..training.safetensors_only import SafetensorsOnly
 from .base import BaseDecoder, BaseEncoder
 from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio, check_size
 from .growth import DecoderGrowth, EncoderGrowth, Growth
@@ -49,7 +50,7 @@ class _Encoding:
         return self.known[key]
 
 
-class AutoencoderKLProMAG(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A causal video autoencoder whose temporal ratio was grown: one checkpoint encodes and decodes at every level.
 
     Args:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.pipelines.test_text_to_video import PROMPTS, call, pipe  # noqa: F401 (a fixture)
+from tests.pipelines.conftest import call
+from tests.tiny_pipeline import PROMPTS
 
 
 @pytest.fixture
@@ -16,14 +17,14 @@ def clip():
     return video.permute(1, 2, 3, 0).numpy()
 
 
-def encoded(pipe, clip, ratio):  # noqa: F811
+def encoded(pipe, clip, ratio):
     x = torch.from_numpy(clip).permute(3, 0, 1, 2)[None] * 2 - 1
     with torch.no_grad():
         return pipe.vae.encode(x, ratio).latent_dist.mode()
 
 
 @pytest.mark.parametrize(("ratio", "given"), [(16, 17), (4, 5)])
-def test_a_continued_clip_opens_with_its_last_frames_unchanged(pipe, clip, ratio, given):  # noqa: F811
+def test_a_continued_clip_opens_with_its_last_frames_unchanged(pipe, clip, ratio, given):
     latents = call(pipe, video=clip, num_frames=33, temporal_ratio=ratio, output_type="latent")
     expected = encoded(pipe, clip[-given:], ratio)
     assert torch.allclose(latents[:, :, :2], expected, atol=1e-5)
@@ -32,7 +33,7 @@ def test_a_continued_clip_opens_with_its_last_frames_unchanged(pipe, clip, ratio
     assert not torch.allclose(latents[:, :, 2:], free[:, :, 2:], atol=1e-3)
 
 
-def test_the_decoded_first_frame_is_the_reconstructed_image(pipe, clip):  # noqa: F811
+def test_the_decoded_first_frame_is_the_reconstructed_image(pipe, clip):
     frames = call(pipe, image=clip[0], guidance_scale=3.0)
     with torch.no_grad():
         alone = pipe.vae.decode(encoded(pipe, clip[:1], 16), 16).sample[0, :, 0]
@@ -41,7 +42,7 @@ def test_the_decoded_first_frame_is_the_reconstructed_image(pipe, clip):  # noqa
     assert np.allclose(short[0, 0], call(pipe, image=clip[2])[0, 0], atol=1e-5)
 
 
-def test_every_kind_of_picture_means_the_same(pipe, clip):  # noqa: F811
+def test_every_kind_of_picture_means_the_same(pipe, clip):
     picture = Image.fromarray((clip[0] * 255).round().astype("uint8"))
     exact = np.asarray(picture).astype("float32") / 255
     expected = call(pipe, image=exact)
@@ -56,7 +57,7 @@ def test_every_kind_of_picture_means_the_same(pipe, clip):  # noqa: F811
         assert np.allclose(call(pipe, video=video), expected, atol=0.1)
 
 
-def test_each_prompt_may_have_its_own_image(pipe, clip):  # noqa: F811
+def test_each_prompt_may_have_its_own_image(pipe, clip):
     two = call(pipe, PROMPTS, image=[clip[0], clip[30]], num_videos_per_prompt=2, generator=None)
     assert np.allclose(two[0, 0], two[1, 0], atol=1e-5)
     assert np.allclose(two[2, 0], call(pipe, image=clip[30])[0, 0], atol=1e-5)
@@ -64,7 +65,7 @@ def test_each_prompt_may_have_its_own_image(pipe, clip):  # noqa: F811
     assert np.allclose(one[0, 0], one[1, 0], atol=1e-5)
 
 
-def test_callbacks_cannot_move_given_frames(pipe, clip):  # noqa: F811
+def test_callbacks_cannot_move_given_frames(pipe, clip):
     zeros = {"callback_on_step_end": lambda p, i, t, seen: {"latents": torch.zeros_like(seen["latents"])}}
     latents = call(pipe, image=clip[0], output_type="latent", **zeros)
     assert torch.allclose(latents[:, :, :1], encoded(pipe, clip[:1], 16), atol=1e-5)
@@ -88,12 +89,12 @@ def test_callbacks_cannot_move_given_frames(pipe, clip):  # noqa: F811
         ({"image": np.zeros((16, 24, 3)), "num_frames": 1}, "num_frames 1 with image: no frame is left to make; use 17"),
     ],
 )
-def test_mistakes_are_named(pipe, arguments, message):  # noqa: F811
+def test_mistakes_are_named(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(pipe, **arguments)
 
 
-def test_a_model_trained_without_given_frames_says_so(pipe):  # noqa: F811
+def test_a_model_trained_without_given_frames_says_so(pipe):
     config = dict(pipe.transformer.config)
     try:
         pipe.transformer.register_to_config(condition_frames=0)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from promag.pipelines.prompts import NAMES, NEGATIVE_NAMES
 from promag.pipelines.sampling import Seconds, trained_ratios
 from promag.pipelines.sampling_cost import Pace, SamplingCost, measure_pace, sampling_cost
 from tests.tiny_pipeline import make_pipeline
@@ -17,8 +18,8 @@ def test_tokens_and_flops_are_those_that_are_run(pipe, ratio, latents, guidance)
     cost = sampling_cost(pipe, ratio, 33, steps=3, guidance=guidance)
     assert (cost.latent_frames, cost.tokens) == (latents, latents * 2 * 3)
     counter = FlopCounterMode(display=False)
-    text = pipe.encode_prompt([""])
-    how = {"prompt_embeds": text, "negative_prompt_embeds": text, "output_type": "latent"}
+    text = dict(zip((*NAMES, *NEGATIVE_NAMES), pipe.encode_prompt("", ""), strict=True))
+    how = {**text, "output_type": "latent"}
     with counter, torch.no_grad():
         pipe(num_frames=33, temporal_ratio=ratio, num_inference_steps=3, guidance_scale=guidance, **how)
     assert cost.flops == counter.get_total_flops()

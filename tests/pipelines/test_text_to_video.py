@@ -4,27 +4,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-import promag
-from promag import ProMAGPipeline, ProMAGTransformer3DModel
+from promag import ProMAGTransformer3DModel
 from promag.diffusion.text import learn_vocabulary
 from promag.pipelines.prompt_accuracy import sample_videos
-from tests.tiny_pipeline import make_pipeline
-
-PROMPTS = ["a red disc moves left", "a blue square grows"]
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return make_pipeline(PROMPTS)
-
-
-def seed(n=0):
-    return torch.Generator().manual_seed(n)
-
-
-def call(pipe, prompt=PROMPTS[0], **arguments):
-    return pipe(prompt, **{"num_inference_steps": 2, "generator": seed(), **arguments}).frames
+from promag.pipelines.prompts import NAMES, NEGATIVE_NAMES, unpack
+from tests.pipelines.conftest import call, like, seed
+from tests.tiny_pipeline import PROMPTS
 
 
 def test_defaults_are_what_it_was_trained_on_and_values_are_colours(pipe):
@@ -58,40 +45,76 @@ def test_a_batch_equals_its_prompts_one_by_one(pipe):
         assert np.allclose(batch[i], call(pipe, prompt, generator=seed(i))[0], atol=1e-4)
 
 
-def test_saved_and_loaded_gives_the_same_video_through_the_stock_class_too(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["vae"] == ["promag", "AutoencoderKLProMAG"]
-    assert index["transformer"] == ["promag", "ProMAGTransformer3DModel"]
-    expected = call(pipe)
-    for cls in (ProMAGPipeline, DiffusionPipeline):
-        loaded = cls.from_pretrained(tmp_path)
-        assert type(loaded) is promag.ProMAGPipeline
-        loaded.set_progress_bar_config(disable=True)
-        assert np.array_equal(call(loaded), expected)
-        assert loaded.config["num_frames"] == 17
+def test_the_same_generator_gives_the_same_videos_however_many_are_drawn_from_it(pipe):
+    one, three = call(pipe), call(pipe, [*PROMPTS, PROMPTS[0]], num_videos_per_prompt=2)
+    assert len(three) == 6
+    assert np.allclose(three[0], one[0], atol=1e-4)
+    assert np.allclose(call(pipe, num_videos_per_prompt=2), three[:2], atol=1e-4)
+    assert np.abs(three[1] - three[0]).max() > 1e-3
 
 
 def test_guidance_of_one_ignores_the_negative_prompt_and_others_do_not(pipe):
     alone = call(pipe, guidance_scale=1)
+    assert np.array_equal(alone, call(pipe, guidance_scale=0))
     assert np.array_equal(alone, call(pipe, guidance_scale=1, negative_prompt="a blue square"))
     assert not np.array_equal(call(pipe), call(pipe, negative_prompt="a blue square"))
     assert not np.array_equal(call(pipe), alone)
 
 
-def test_prompt_embeds_replace_the_prompt(pipe):
-    text, null = pipe.encode_prompt([PROMPTS[0]]), pipe.encode_prompt([""])
-    assert np.array_equal(call(pipe, None, prompt_embeds=text, negative_prompt_embeds=null), call(pipe))
+def embeds(pipe, prompt=PROMPTS[0], **arguments):
+    """What encode_prompt returns, under the names of the call's arguments."""
+    with torch.no_grad():
+        return dict(zip((*NAMES, *NEGATIVE_NAMES), pipe.encode_prompt(prompt, **arguments), strict=True))
+
+
+@pytest.mark.parametrize("which", ["pipe", "two_encoders"])
+def test_prompt_embeds_with_their_masks_replace_the_prompt(which, request):
+    pipe = request.getfixturevalue(which)
+    encoded = embeds(pipe, PROMPTS, negative_prompt=["a", "b"])
+    expected = call(pipe, PROMPTS, negative_prompt=["a", "b"], num_videos_per_prompt=2)
+    assert np.array_equal(call(pipe, None, **encoded, num_videos_per_prompt=2), expected)
+    positive = {name: encoded[name] for name in NAMES}
+    assert np.array_equal(call(pipe, None, **positive), call(pipe, PROMPTS))
+    assert np.array_equal(call(pipe, None, **positive, negative_prompt="a"), call(pipe, PROMPTS, negative_prompt="a"))
+    negative = {name: encoded[name] for name in NEGATIVE_NAMES}
+    assert np.array_equal(call(pipe, PROMPTS, **negative), call(pipe, PROMPTS, negative_prompt=["a", "b"]))
+
+
+def test_a_prompt_is_encoded_once_for_each_of_its_videos_and_not_at_all_without_need(pipe):
+    encoded = embeds(pipe, PROMPTS, num_videos_per_prompt=3, do_classifier_free_guidance=False, max_sequence_length=8)
+    assert encoded["prompt_embeds"].shape == (6, 8, 16)
+    assert encoded["prompt_attention_mask"].shape == (6, 8)
+    assert torch.equal(encoded["pooled_prompt_embeds"][2], encoded["pooled_prompt_embeds"][0])
+    assert all(encoded[name] is None for name in NEGATIVE_NAMES)
 
 
 def test_a_pipeline_without_text_encoders_takes_embeds(pipe):
-    text, null = pipe.encode_prompt([PROMPTS[0]]), pipe.encode_prompt([""])
-    parts = {**pipe.components, "text_encoder": None, "tokenizer": None}
-    bare = ProMAGPipeline(**parts, height=16, width=24, num_frames=17, fps=8.0, temporal_ratio=16)
-    bare.set_progress_bar_config(disable=True)
-    assert np.array_equal(call(bare, None, prompt_embeds=text, negative_prompt_embeds=null), call(pipe))
+    bare = like(pipe, text_encoder=None, tokenizer=None)
+    encoded = embeds(pipe)
+    assert np.array_equal(call(bare, None, **encoded), call(pipe))
     with pytest.raises(ValueError, match="no text encoder is loaded: give prompt_embeds"):
-        call(bare, None, prompt_embeds=text)
+        call(bare, None, **{name: encoded[name] for name in NAMES})
+
+
+def test_text_can_be_encoded_by_a_pipeline_of_text_encoders_alone(pipe):
+    words = like(pipe, transformer=None, vae=None, scheduler=None)
+    assert torch.equal(embeds(words)["negative_prompt_embeds"], embeds(pipe)["negative_prompt_embeds"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_attention_mask": None}, "prompt_embeds without prompt_attention_mask: both are needed"),
+        ({"negative_prompt_attention_mask": None}, "negative_prompt_embeds without negative_prompt_attention_mask"),
+        ({"prompt_attention_mask": torch.ones(1, 7)}, r"of shapes \[\(1, 7\)\]: \[\(1, 10\)\] are needed"),
+        ({"pooled_prompt_embeds": torch.ones(2, 16)}, "pooled_prompt_embeds of 2 prompts: prompt_embeds are of 1"),
+        ({"prompt": "a disc"}, "prompt and prompt_embeds: exactly one"),
+        ({"negative_prompt": "a disc"}, "negative_prompt and negative_prompt_embeds: at most one"),
+    ],
+)
+def test_embeds_that_do_not_fit_are_named(pipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe, **{"prompt": None, **embeds(pipe), **changes})
 
 
 def test_several_videos_for_a_prompt(pipe):
@@ -126,6 +149,70 @@ def test_callbacks_see_every_step_may_change_latents_and_stop(pipe):
     assert seen == [0]
 
 
+def test_callbacks_may_change_prompts_and_guidance_on_the_way(pipe):
+    assert pipe._callback_tensor_inputs == ["latents", *NAMES, *NEGATIVE_NAMES]
+    other = embeds(pipe, PROMPTS[1], negative_prompt="a")
+
+    def swap(p, step, time, tensors):
+        assert list(tensors) == pipe._callback_tensor_inputs
+        assert float(p.current_timestep) == float(time)
+        return {**tensors, **other} if step == 0 else tensors
+
+    arguments = {"num_inference_steps": 2, "callback_on_step_end_tensor_inputs": pipe._callback_tensor_inputs}
+    swapped = call(pipe, callback_on_step_end=swap, **arguments)
+    assert np.abs(swapped - call(pipe)).max() > 1e-3
+    assert pipe.current_timestep is None
+
+    # The second step is one of the other prompt: from the first one's latents it goes where that prompt's own would go.
+    first, second = [], []
+    call(pipe, callback_on_step_end=lambda p, i, t, x: first.append(x["latents"]), output_type="latent")
+    resume = lambda p, i, t, x: second.append(x["latents"]) or ({"latents": first[0]} if i == 0 else {})  # noqa: E731
+    expected = call(pipe, PROMPTS[1], negative_prompt="a", callback_on_step_end=resume)
+    assert np.allclose(swapped, expected, atol=1e-5)
+
+    def unguide(p, step, time, tensors):
+        p._guidance_scale = 1.0
+        return {}
+
+    off = call(pipe, callback_on_step_end=unguide, output_type="latent")
+    assert pipe.num_timesteps == 2
+    assert not torch.allclose(off, call(pipe, output_type="latent"), atol=1e-3)
+
+    def raise_guidance(p, step, time, tensors):
+        p._guidance_scale = 2.0
+        return {}
+
+    with pytest.raises(ValueError, match="guidance_scale was raised above 1 while sampling"):
+        call(pipe, guidance_scale=1, callback_on_step_end=raise_guidance)
+
+
+def test_callback_objects_of_diffusers_choose_their_tensors(pipe):
+    class Halve(PipelineCallback):
+        tensor_inputs = ["latents"]  # noqa: RUF012
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"latents": callback_kwargs["latents"] / 2}
+
+    halve = lambda p, i, t, tensors: {"latents": tensors["latents"] / 2}  # noqa: E731
+    expected = call(pipe, callback_on_step_end=halve)
+    one = Halve(cutoff_step_ratio=None, cutoff_step_index=1)
+    assert np.array_equal(call(pipe, callback_on_step_end=one), expected)
+    twice = MultiPipelineCallbacks([one, one])
+    assert np.abs(call(pipe, callback_on_step_end=twice) - expected).max() > 1e-3
+
+
+def test_the_progress_bar_counts_steps(pipe, capsys):
+    shown = like(pipe)
+    shown.set_progress_bar_config(disable=False)
+    call(shown, num_inference_steps=3)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_a_tuple_holds_the_frames(pipe):
+    (frames,) = pipe(PROMPTS[0], num_inference_steps=2, generator=seed(), return_dict=False)
+    assert np.array_equal(frames, call(pipe))
+
+
 @pytest.fixture(scope="module")
 def two_encoders(pipe):
     """The same pipeline with a second text encoder, a T5 of another width."""
@@ -139,10 +226,7 @@ def two_encoders(pipe):
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    parts = {**pipe.components, "transformer": transformer, "tokenizer_2": vocabulary, "text_encoder_2": t5}
-    made = ProMAGPipeline(**parts, height=16, width=24, num_frames=17, fps=8.0, temporal_ratio=16)
-    made.set_progress_bar_config(disable=True)
-    return made
+    return like(pipe, transformer=transformer, tokenizer_2=vocabulary, text_encoder_2=t5)
 
 
 def test_a_second_text_encoder_is_saved_loaded_and_heard(two_encoders, tmp_path):
@@ -188,7 +272,8 @@ def test_guidance_moves_away_from_what_a_dropped_caption_was_in_training(two_enc
     batch = {"caption": PROMPTS[:1], **{key: value[None] for key, value in cache.row(0).items()}}
     with torch.no_grad():
         kept, dropped = text(batch), text(batch, [True])
-    from_training = call(two_encoders, None, prompt_embeds=kept, negative_prompt_embeds=dropped)
+    given = dict(zip((*NAMES, *NEGATIVE_NAMES), (*unpack(kept), *unpack(dropped)), strict=True))
+    from_training = call(two_encoders, None, **given)
     assert np.allclose(from_training, call(two_encoders), atol=1e-4)
     assert not np.allclose(from_training, call(two_encoders, negative_prompt="a"), atol=1e-4)
 

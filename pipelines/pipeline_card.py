@@ -1,0 +1,79 @@
+"""The model card of a pipeline that is pushed to the hub: what it is and how to call it, all read from the pipeline itself."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..tokenizer.autoencoder import parameter_count
+from ..tokenizer.geometry import latent_frames, tokens
+
+EMPTY = "This model card has been automatically generated."  # how diffusers ends the description of a card without content
+
+
+def write_card(pipe: Any, folder: str | Path, name: str) -> None:
+    """Put a card in the place of the empty one in `folder`; one that somebody wrote stays."""
+    path = Path(folder) / "README.md"
+    if path.exists() and EMPTY in path.read_text():
+        path.write_text(pipeline_card(pipe, name))
+
+
+def pipeline_card(pipe: Any, name: str) -> str:
+    """Return the card of a pipeline that people load as `name`, as Markdown."""
+    known = pipe.config
+    frames, height, width = (known[key] for key in ("num_frames", "height", "width"))
+    size = f"{frames} frames of {height}x{width} (height x width)"
+    parts = {key: part for key, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return "\n".join(
+        [
+            "---",
+            "library_name: diffusers",
+            "pipeline_tag: text-to-video",
+            "tags: [text-to-video, video, promag]",
+            "---",
+            "",
+            f"# {name}",
+            "",
+            "Text to video in the latent space of a progressively grown tokenizer (ProMAG, arXiv 2501.05442).",
+            f"Trained on {size} at {known['fps']:g} frames a second; these are the defaults of a call.",
+            "",
+            "```python",
+            "import promag",
+            "from diffusers import DiffusionPipeline",
+            "from promag.training.video import write_video",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{name}")',
+            'frames = pipe("what the video shows").frames[0]',
+            f'write_video("video.mp4", (frames * 255).round().astype("uint8"), {known["fps"]:g})',
+            "```",
+            "",
+            f"## Budgets for {size}",
+            "",
+            "| temporal_ratio | latent frames | tokens |",
+            "| --- | --- | --- |",
+            *(_budget(pipe, int(ratio), frames, height, width) for ratio in pipe.transformer.config["latents_mean"] or {}),
+            "",
+            f"Default: {known['temporal_ratio']}. {_given(pipe)}",
+            "",
+            "## Parts",
+            "",
+            "| part | class | parameters |",
+            "| --- | --- | --- |",
+            *(f"| {key} | {type(part).__name__} | {parameter_count([part]):,} |" for key, part in parts.items()),
+            "",
+        ]
+    )
+
+
+def _budget(pipe: Any, ratio: int, frames: int, height: int, width: int) -> str:
+    if (frames - 1) % ratio:
+        return f"| {ratio} | needs 1 + {ratio}k frames | |"
+    count = tokens(frames, height, width, ratio, tuple(pipe.transformer.config["patch_size"]))
+    return f"| {ratio} | {latent_frames(frames, ratio)} | {count:,} |"
+
+
+def _given(pipe: Any) -> str:
+    frames = pipe.transformer.config["condition_frames"]
+    if not frames:
+        return "Trained on text alone: without a first image or clip."
+    return f"Takes a first image (`image=`) or a clip to continue (`video=`), up to {frames} latent frames of it."

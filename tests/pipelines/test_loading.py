@@ -1,0 +1,160 @@
+"""Saved pipelines: loaded by the stock class, wherever a class's file lies, from safetensors alone, with a card when pushed."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import diffusers.utils.hub_utils as hub
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import RepositoryNotFoundError
+
+import promag
+from promag import AutoencoderKLProMAG, ProMAGPipeline, ProMAGTransformer3DModel
+from promag.training.config import UserError
+from tests.pipelines.conftest import call, like
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "pipeline"))
+
+
+def loaded(folder, cls=DiffusionPipeline, **arguments):
+    pipe = cls.from_pretrained(folder, **arguments)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_loaded_gives_the_same_video_through_the_stock_class_too(pipe, saved):
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["vae"] == ["promag", "AutoencoderKLProMAG"]
+    assert index["transformer"] == ["promag", "ProMAGTransformer3DModel"]
+    for cls in (ProMAGPipeline, DiffusionPipeline):
+        found = loaded(saved, cls)
+        assert type(found) is ProMAGPipeline
+        assert np.array_equal(call(found), call(pipe))
+        assert found.config["num_frames"] == 17
+
+
+def test_a_saved_folder_loads_after_the_file_of_a_class_has_moved(pipe, saved, monkeypatch):
+    spec = importlib.util.find_spec("promag.diffusion.transformer")
+    moved = importlib.util.spec_from_file_location("promag.diffusion.moved", spec.origin)
+    module = importlib.util.module_from_spec(moved)
+    monkeypatch.setitem(sys.modules, "promag.diffusion.moved", module)
+    moved.loader.exec_module(module)
+    monkeypatch.setitem(promag._HOME, "ProMAGTransformer3DModel", ".diffusion.moved")
+    found = loaded(saved)
+    assert type(found.transformer) is module.ProMAGTransformer3DModel is not ProMAGTransformer3DModel
+    assert np.array_equal(call(found), call(pipe))
+
+
+@pytest.mark.parametrize("cls", [DiffusionPipeline, ProMAGPipeline])
+def test_a_class_of_a_foreign_library_is_refused_before_it_is_imported(folder, cls):
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    (folder / "evil.py").write_text("raise SystemExit('imported')")
+    path.write_text(json.dumps({**index, "text_encoder": ["evil", "Encoder"]}))
+    with pytest.raises(UserError, match="text_encoder is Encoder of 'evil': legal are promag, diffusers, transformers"):
+        cls.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("cls", [DiffusionPipeline, ProMAGPipeline])
+@pytest.mark.parametrize("name", ["text_encoder/pytorch_model.bin", "vae/extra.pt", "notes.pkl"])
+def test_a_folder_that_holds_a_pickle_is_refused_before_it_is_opened(folder, cls, name):
+    (folder / name).write_bytes(b"no pickle at all")
+    with pytest.raises(UserError, match=f"{name}: may be pickles, which run code when loaded"):
+        cls.from_pretrained(folder)
+    with pytest.raises(UserError, match="only safetensors are loaded"):
+        AutoencoderKLProMAG.from_pretrained(folder, subfolder="vae")
+
+
+def test_nothing_is_saved_or_loaded_as_a_pickle_on_demand_either(pipe, saved, tmp_path):
+    for part in (pipe, pipe.vae, pipe.transformer):
+        with pytest.raises(UserError, match=r"safe_serialization False: .* saved as safetensors alone"):
+            part.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(UserError, match="use_safetensors False: ProMAGPipeline is loaded from safetensors alone"):
+        ProMAGPipeline.from_pretrained(saved, use_safetensors=False)
+    with pytest.raises(UserError, match=r"LoRA .*weights\.bin: may be a pickle"):
+        pipe.load_lora_weights(tmp_path / "weights.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_types_variants_and_shards_of_the_parts(pipe, tmp_path):
+    half = like(pipe).to(torch.bfloat16)
+    half.save_pretrained(tmp_path, variant="bf16", max_shard_size="20KB")
+    names = {path.name for path in (tmp_path / "transformer").iterdir()}
+    assert "diffusion_pytorch_model.safetensors.index.bf16.json" in names
+    assert len([name for name in names if name.startswith("diffusion_pytorch_model.bf16-0000")]) > 1
+    with pytest.raises(ValueError, match="variant=fp16"):
+        loaded(tmp_path, variant="fp16")
+    found = loaded(tmp_path, variant="bf16", dtype={"transformer": torch.bfloat16, "default": torch.float32})
+    assert (found.transformer.dtype, found.vae.dtype, found.text_encoder.dtype) == (torch.bfloat16, *[torch.float32] * 2)
+    again = loaded(tmp_path, variant="bf16", dtype=torch.bfloat16)
+    assert again.dtype == torch.bfloat16
+    assert np.array_equal(call(again), call(half))
+    assert np.abs(call(again) - call(pipe)).mean() < 0.02
+
+
+@pytest.fixture
+def hub_folder(monkeypatch, tmp_path):
+    """Where what would be uploaded is copied to; the hub knows no card yet."""
+
+    def unknown(*_, **__):
+        raise RepositoryNotFoundError("no such repository", response=_Answer())
+
+    class _Answer:
+        headers, request = {}, None
+
+    class _Repository:
+        repo_id = "someone/discs"
+
+    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: _Repository)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.create_repo", lambda *_, **__: _Repository)
+    monkeypatch.setattr(hub.ModelCard, "load", unknown)
+    monkeypatch.setattr(hub, "upload_folder", lambda folder_path, **_: shutil.copytree(folder_path, tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
+def test_what_is_pushed_has_a_card_that_says_how_to_use_it(pipe, hub_folder, tmp_path, how):
+    if how == "push_to_hub":
+        pipe.push_to_hub("discs")
+    else:
+        pipe.save_pretrained(str(tmp_path / "discs"), push_to_hub=True)
+    card = (hub_folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-video\n")
+    assert "automatically generated" not in card
+    assert 'DiffusionPipeline.from_pretrained("someone/discs")' in card
+    assert "17 frames of 16x24" in card
+    assert "| 4 | 5 | 30 |" in card
+    assert "| 16 | 2 | 12 |" in card
+    assert "up to 2 latent frames" in card
+    count = sum(p.numel() for p in pipe.transformer.parameters())
+    assert f"| transformer | ProMAGTransformer3DModel | {count:,} |" in card
+    assert np.array_equal(call(loaded(hub_folder)), call(pipe))
+
+
+def test_a_card_that_somebody_wrote_stays(pipe, hub_folder, monkeypatch):
+    written = hub.ModelCard("---\ntags: []\n---\n# My discs")
+    monkeypatch.setattr(hub.ModelCard, "load", lambda *_, **__: written)
+    pipe.push_to_hub("discs")
+    assert "# My discs" in (hub_folder / "README.md").read_text()
+
+
+def test_models_are_pushed_with_a_card_too(pipe, hub_folder):
+    pipe.vae.push_to_hub("tokenizer")
+    assert (hub_folder / "README.md").exists()
+    found = AutoencoderKLProMAG.from_pretrained(hub_folder)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), pipe.vae.parameters(), strict=True))
