@@ -253,6 +253,11 @@ class FlowObjective(Objective):
         """Return the weights of the blocks' linear layers."""
         return hidden_matrices(self.transformer)
 
+    def units(self) -> list[torch.nn.Module]:
+        """Return the transformer's blocks, the transformer, and the small text model."""
+        text = self.text.model
+        return [*self.transformer.transformer_blocks, self.transformer, *([] if text is None else [text])]
+
     def work(self, batch: dict[str, Any]) -> Work:
         """Return the transformer's tokens and FLOPs; those of the text model are left out."""
         x, config = batch["latents"], self.transformer.config
@@ -422,4 +427,4 @@ def train_diffusion(
 
     outcome = train(accelerator, run / config.stage, objective, open_stream, config.loop, config.pace, config.seed, validate)
     close_trackers(accelerator)
-    return Trained(transformer.cpu(), text.cpu().learned, fps, outcome)
+    return Trained(objective.transformer.cpu(), objective.text.cpu().learned, fps, outcome)
