@@ -140,16 +140,16 @@ def test_two_steps_resume_two_steps_equal_four_bit_for_bit(runs, whole, parts):
     assert logged(runs / whole / "16x") == logged(runs / parts / "16x")
 
 
-@pytest.mark.parametrize("name", ["spread", "spread-then-ddp"])
-def test_spread_weights_learn_what_whole_ones_do(runs, name):
-    """The second run changed over to DDP in the middle, and averaged its gradients over two batches."""
+@pytest.mark.parametrize(("name", "tolerance"), [("spread", 1e-5), ("spread-then-ddp", 1e-3)])
+def test_spread_weights_learn_what_whole_ones_do(runs, name, tolerance):
+    """The second run changed over to DDP in the middle, and averaged its gradients over two batches (see below)."""
     for key in ("loss", "gradient_norm", "held_out_loss"):
         assert logged(runs / name / "16x", key) == pytest.approx(logged(runs / "whole" / "16x", key), rel=1e-5)
     spread, whole = (load_checkpoint(checkpoints(runs / n / "16x")[-1])[0] for n in (name, "whole"))
     for group, tensors in whole.items():
         assert tensors.keys() == spread[group].keys()
         for key, value in tensors.items():
-            assert torch.allclose(spread[group][key], value, atol=1e-4), f"{group} {key}"
+            assert torch.allclose(spread[group][key], value, atol=tolerance), f"{group} {key}"
 
 
 def test_adapters_on_spread_weights_learn_what_they_do_on_whole_ones(runs):
