@@ -25,6 +25,7 @@ from ..training.config import UserError
 from ..training.datasets import open_apart
 from ..training.loop import main_process_first, processes, told_by_main
 from .prompt_accuracy import sample_videos
+from .sample_text import SampleText
 from .text_to_video import ProMAGPipeline
 
 
@@ -38,10 +39,14 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     vae = load_tokenizer(config.tokenizer)
     cached = cache(config, vae)
 
+    text = SampleText(config.text, config.samples.prompts if config.samples else ())
+
     def sample(so_far: Trained, samples: Samples) -> list[np.ndarray]:
-        pipe = assemble(config, so_far, vae)
+        pipe = assemble(config, so_far, vae, with_text=False)
         pipe.set_progress_bar_config(disable=True)
-        return sample_videos(pipe, samples.prompts, samples.steps, samples.guidance, config.precision, name=None)
+        how = (samples.steps, samples.guidance, config.precision)
+        encode = functools.partial(text.encode, learned=so_far.small_text)
+        return sample_videos(pipe, samples.prompts, *how, name=None, encode=encode)
 
     trained = train_diffusion(config, cached["train"], cached["eval"], sample)
     if not (trained.outcome and trained.outcome.finished):
@@ -69,13 +74,13 @@ class SavedLora:
         )
 
 
-def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG) -> ProMAGPipeline:
-    """Put a trained transformer, the text encoders and the tokenizer into a pipeline.
+def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG, with_text: bool = True) -> ProMAGPipeline:
+    """Put a trained transformer, the tokenizer and, `with_text`, the text encoders into a pipeline.
 
     Its defaults are what it was trained on. Frozen text encoders are loaded again: training did without them.
     """
-    text: dict[str, Any] = {}
-    for number, encoder in enumerate(config.text.encoders, 1):
+    text: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
+    for number, encoder in enumerate(config.text.encoders if with_text else (), 1):
         pair = trained.small_text if encoder == config.text.small else _load(encoder)
         suffix = "" if number == 1 else f"_{number}"
         text |= dict(zip((f"tokenizer{suffix}", f"text_encoder{suffix}"), pair or (), strict=True))

@@ -6,12 +6,13 @@ Videos are uint8 (T, H, W, 3). The scorer reads generated clips only (training/s
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from ..diffusion.text import NULL_CAPTION, Embedded
 from ..training import shapes_scorer as scorer
 from ..training.shapes import Scene, sample_scene
 
@@ -33,18 +34,22 @@ def sample_videos(
     precision: Literal["bf16", "no"] = "no",
     first_seed: int = 0,
     name: str | None = "sampling",
+    encode: Callable[[Sequence[str]], Embedded] | None = None,
 ) -> list[np.ndarray]:
     """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
 
-    What is done is told on stderr under `name`, None for silence.
+    What is done is told on stderr under `name`, None for silence. `encode` encodes prompts in place of the pipeline.
     """
+    ask: Callable[[Sequence[str]], Embedded] = encode or pipe.encode_prompt
     videos: list[np.ndarray] = []
     started = time.perf_counter()
     for first in range(0, len(prompts), BATCH):
         part = list(prompts[first : first + BATCH])
         generators = [torch.Generator().manual_seed(first_seed + first + i) for i in range(len(part))]
         with autocast(pipe.device, precision):
-            frames = pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators).frames
+            text, null = ask(part), ask([NULL_CAPTION] * len(part))
+            how = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators}
+            frames = pipe(prompt_embeds=text, negative_prompt_embeds=null, **how).frames
         videos += list((frames * 255).round().astype(np.uint8))
         if name is None:
             continue

@@ -51,7 +51,8 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config = build(DiffusionConfig, load_yaml(preset), preset)
     if config.model is None:
         raise UserError(f"preset {preset}: model null: a configuration with a transformer of its own is needed")
-    name, width = Path(preset).stem, arguments.text_width
+    path, width = Path(preset), arguments.text_width
+    name = path.stem if path.parent.name == "diffusion" else f"{path.parent.name}-{path.stem}"
     widths, pooled, lengths = text_shape(config, width)
     with torch.device("meta"):
         transformer = transformer_alone(config.model, widths, pooled)

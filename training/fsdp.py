@@ -72,17 +72,18 @@ def _without_data(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, empty)
 
 
-def held(parameter: nn.Parameter) -> nn.Parameter:
-    """Return a parameter as this process holds it: a plain one over the same memory, which is itself where it is whole."""
-    if not isinstance(parameter, DTensor):
-        return parameter
+def held(weight: Any) -> nn.Parameter:
+    """Return a weight as this process holds it: a plain parameter over the same memory, or itself where it is whole."""
+    if not isinstance(weight, DTensor):
+        return weight
     with torch.no_grad():
-        return nn.Parameter(parameter.to_local(), parameter.requires_grad)
+        return nn.Parameter(weight.to_local(), weight.requires_grad)
 
 
 def gather(tensor: Tensor) -> Tensor:
     """Return a tensor whole; all processes must ask for it together."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    free: Any = tensor.detach()
+    return free.full_tensor() if isinstance(free, DTensor) else free
 
 
 def gather_on_main(tensor: Tensor) -> Tensor:

