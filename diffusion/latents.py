@@ -209,7 +209,11 @@ class LatentDataset(Dataset):
             if text.clips != self.index["fingerprint"]["clips"]:
                 raise UserError(f"cache {text.folder}: its embeddings belong to other clips than the latents in {folder}")
         self.fps: float = self.index["fps"]  # median of the clips
-        self.mean, self.std = (torch.tensor(self.index[k]).view(-1, 1, 1, 1) for k in ("mean", "std"))
+        self.normalise_by(self.index["mean"], self.index["std"], scale)
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float], scale: Scale) -> None:
+        """Normalise by the given mean and deviation of each channel from now on."""
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (mean, std))
         if scale == "global":
             self.std = self.std.square().mean().sqrt().expand_as(self.std)
 
@@ -234,3 +238,16 @@ class LatentDataset(Dataset):
         for text in self.texts:
             item |= text.row(index)
         return item
+
+
+def normalise_alike(parts: Sequence[LatentDataset], scale: Scale) -> None:
+    """Normalise the latents of several buckets, of one ratio, by the mean and deviation over all of them."""
+    if len(parts) == 1:
+        return
+    values = np.array([len(part) * math.prod(part.index["shape"][1:]) for part in parts], float)
+    means, stds = (np.array([part.index[key] for part in parts]) for key in ("mean", "std"))  # parts x channels
+    weights = (values / values.sum())[:, None]
+    mean = (weights * means).sum(0)
+    std = np.sqrt((weights * (stds**2 + (means - mean) ** 2)).sum(0))  # variance within parts and between them
+    for part in parts:
+        part.normalise_by(mean.tolist(), std.tolist(), scale)

@@ -4,6 +4,7 @@ A run directory holds a folder (16x, or 4x-8x-16x) with checkpoints and metrics;
 pipelines/assemble.py's matter.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -17,9 +18,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..tokenizer.geometry import check_frames, check_size, latent_frames, tokens
+from ..training.buckets import Bucket, Buckets, bucket_plan
 from ..training.config import UserError, setting
 from ..training.datasets import Mixture, TrainingStream
-from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, seeded, train
+from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
 from ..training.optimizers import LoopSettings
 from ..training.run import open_run
 from ..training.throughput import Work
@@ -29,15 +31,12 @@ from .condition import Condition, draw_given, frame_times, mean_over_made
 from .embeddings import CaptionEncoder, EmbeddingCache
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
-from .latents import LatentDataset, Scale
+from .held_out import HeldOut, held_out_losses
+from .latents import LatentDataset, Scale, normalise_alike
 from .lora import Lora, add_lora
 from .start import load_transformer, take_up
 from .text import Embedded, draw_dropped, learn_vocabulary, load_frozen, small_clip
 from .transformer import ProMAGTransformer3DModel
-
-# Times at which the held-out loss is measured, the same for every shift: the middles of five equal parts of (0, 1).
-VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-
 
 SMALL = "small"  # the encoder that is trained along
 
@@ -99,13 +98,33 @@ class Data:
     train: str = setting("clips.jsonl from prepare_clips, or shapes for generated clips")
     validation: str = setting("the same, for the held-out loss; never trained on")
     shapes: int = setting("how many generated clips are cached for training")
-    validation_clips: int = setting("how many clips are cached for the held-out loss")
-    frames: int = setting("frames per clip: 1 + ratio*k")
-    size: int = setting("height and width in pixels")
+    validation_clips: int = setting("how many clips are cached for the held-out loss, of each bucket")
+    frames: int = setting("frames per clip, 1 + ratio*k; pipelines make as many by default")
+    size: int = setting("height and width in pixels; the same")
+    buckets: tuple[Bucket, ...] | None = setting(
+        "shapes of clips, a batch of each by turns, `frames` at `size` among them; null for that one alone"
+    )
     cache: str = setting("folder for latent caches; each ratio and split has its own folder in it")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of cached latents and text embeddings")
     shard_size: int = setting("clips per file of a cache: processes divide caching by files, a kill costs a part of one")
     scale: Scale = setting("channel: every latent channel weighs alike; global: strong channels weigh more, as they show more")
+
+    @property
+    def shapes_trained(self) -> tuple[Bucket, ...]:
+        """The shapes of clips that are trained on."""
+        return self.buckets or (self.default_shape,)
+
+    @property
+    def default_shape(self) -> Bucket:
+        """The shape that pipelines make by default."""
+        shape = Bucket(self.frames, self.size, self.size, batch_size=None)
+        return next((bucket for bucket in self.buckets or () if str(bucket) == str(shape)), shape)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for buckets without the default shape, or with a shape twice."""
+        shapes = [str(bucket) for bucket in self.shapes_trained]
+        if str(self.default_shape) not in shapes or len(set(shapes)) < len(shapes):
+            raise ValueError(f"buckets {', '.join(shapes)}: each shape once, {self.default_shape} (frames and size) among them")
 
 
 @dataclass(frozen=True)
@@ -167,11 +186,11 @@ class DiffusionConfig:
         """Raise ValueError where frames, size, ratio and patch do not fit together."""
         if not self.budgets or len(set(self.ratios)) < len(self.budgets):
             raise ValueError(f"budgets {list(self.ratios)}: one or more ratios are needed, each of them once")
-        check_size(self.data.size, self.data.size)
-        for ratio in self.ratios:
-            check_frames(self.data.frames, ratio)
+        for bucket, ratio in itertools.product(self.data.shapes_trained, self.ratios):
+            check_size(bucket.height, bucket.width)
+            check_frames(bucket.frames, ratio)
             if self.model:
-                tokens(self.data.frames, self.data.size, self.data.size, ratio, self.model.patch_size)
+                tokens(bucket.frames, bucket.height, bucket.width, ratio, self.model.patch_size)
         if self.data.shard_size < 1:
             raise ValueError(f"shard_size {self.data.shard_size}: at least 1 clip is needed")
         if (self.model is None) != (self.init is not None):
@@ -182,7 +201,8 @@ class DiffusionConfig:
             raise ValueError("lora: adapters need a trained transformer; name one with init")
         if self.condition.probability and self.model and self.model.patch_size[0] > 1:
             raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
-        fewest = min(latent_frames(self.data.frames, ratio) for ratio in self.ratios)
+        lengths = {bucket.frames for bucket in self.data.shapes_trained if bucket.frames > 1} or {1}
+        fewest = latent_frames(min(lengths), max(self.ratios))  # images aside, of which nothing can be given
         if self.condition.given >= fewest:
             raise ValueError(f"condition frames {self.condition.frames}: clips have {fewest} latent frames, one must be left")
         if self.samples and self.samples.every % self.pace.validate_every:
@@ -214,10 +234,11 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Cached:
-    """Where one split's latents lie, in the budgets' order, and the embeddings of each frozen text encoder, by its number."""
+    """Where the latents of one split and bucket lie, in the budgets' order, and the embeddings of each frozen text encoder."""
 
+    bucket: Bucket
     latents: Sequence[Path]
-    texts: Mapping[int, Path]
+    texts: Mapping[int, Path]  # by the encoder's number
 
 
 @dataclass(frozen=True)
@@ -252,6 +273,11 @@ class FlowObjective(Objective):
     def matrices(self) -> list[torch.nn.Parameter]:
         """Return the weights of the blocks' linear layers."""
         return hidden_matrices(self.transformer)
+
+    def units(self) -> list[torch.nn.Module]:
+        """Return the transformer's blocks, the transformer, and the small text model."""
+        text = self.text.model
+        return [*self.transformer.transformer_blocks, self.transformer, *([] if text is None else [text])]
 
     def work(self, batch: dict[str, Any]) -> Work:
         """Return the transformer's tokens and FLOPs; those of the text model are left out."""
@@ -299,42 +325,39 @@ class FlowObjective(Objective):
         return token_shift(x.shape[2] // pt * (x.shape[3] // ph) * (x.shape[4] // pw), self.shift)
 
 
-class HeldOut:
-    """Held-out clips at fixed times with fixed noise, so that the losses of two runs or steps differ by the model alone.
+def _open_latents(config: DiffusionConfig, cached: Sequence[Cached]) -> list[list[LatentDataset]]:
+    """Return the latents of each bucket, in the budgets' order; those of a ratio are normalised alike."""
+    scale, found = config.data.scale, []
+    for part in cached:
+        texts = [EmbeddingCache(folder, number) for number, folder in part.texts.items()]
+        pairs = zip(part.latents, config.ratios, strict=True)
+        found.append([LatentDataset(folder, ratio, scale, texts) for folder, ratio in pairs])
+    for parts in zip(*found, strict=True):
+        normalise_alike(parts, scale)
+    return found
 
-    The noise is that of a clip's index. Latents are normalised with the training clips' statistics: a model must not see the
-    held-out clips' own.
+
+def mixed(
+    config: DiffusionConfig, buckets: Sequence[Bucket], latents: Sequence[Sequence[LatentDataset]]
+) -> tuple[Mixture, str]:
+    """Return what batches are drawn from, each from one budget and bucket, and the plan of the buckets for the log.
+
+    A bucket is drawn as often as its clips fill batches, whatever the budget.
     """
-
-    def __init__(self, held_out: LatentDataset, transformer: ProMAGTransformer3DModel, device: torch.device):
-        fixed = [held_out.fixed(i) for i in range(len(held_out))]
-        x = torch.stack([f["latents"] for f in fixed]) * held_out.std + held_out.mean
-        self.ratio = held_out.ratio
-        self.x = transformer.normalise(x, self.ratio).to(device)
-        self.noise = torch.stack([torch.randn(x.shape[1:], generator=seeded(0, i)) for i in range(len(x))]).to(device)
-        self.fps = torch.tensor([f["fps"] for f in fixed], device=device)
-        rows = [key for text in held_out.texts for key in text.keys.values() if key in fixed[0]]
-        self.text: dict[str, Any] = {key: torch.stack([f[key] for f in fixed]).to(device) for key in rows}
-        self.text["caption"] = [f["caption"] for f in fixed]
-
-    def loss(self, objective: FlowObjective, first_given: bool = False) -> float:
-        """Return the mean over clips and times, of all frames or with the first latent frame given."""
-        times = [torch.full((len(self.x),), t, device=self.x.device) for t in VALIDATION_TIMES]
-        given = torch.arange(self.x.shape[2], device=self.x.device).expand(len(self.x), -1) < 1 if first_given else None
-        text = objective.text(self.text)
-        losses = [objective.errors(self.x, self.noise, t, text, self.fps, self.ratio, given).mean() for t in times]
-        return float(torch.stack(losses).mean())
+    counts, batches = [len(parts[0]) for parts in latents], Buckets(buckets).batch_sizes(config.loop.batch_size)
+    drawn = [count / size for count, size in zip(counts, batches, strict=True)]
+    shares = [budget.share * share for share in drawn for budget in config.budgets]
+    sizes = [bucket.batch_size for bucket in buckets for _ in config.budgets]
+    plan = bucket_plan(buckets, counts, batches, drawn)
+    return Mixture([part for parts in latents for part in parts], shares, sizes), plan
 
 
-def _open_latents(config: DiffusionConfig, cached: Cached) -> list[LatentDataset]:
-    texts = [EmbeddingCache(folder, number) for number, folder in cached.texts.items()]
-    pairs = zip(cached.latents, config.ratios, strict=True)
-    return [LatentDataset(folder, ratio, config.data.scale, texts) for folder, ratio in pairs]
+def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> CaptionEncoder:
+    """Return what encodes captions: the caches of frozen encoders, and the small CLIP, a new one or that of `init`.
 
-
-def open_text(config: DiffusionConfig, latents: LatentDataset) -> CaptionEncoder:
-    """Return what encodes captions: the caches of frozen encoders, and the small CLIP, a new one or that of `init`."""
-    frozen = {cache.number: cache for cache in latents.texts}
+    `latents` are of each bucket; captions are read from the caches of all, and what is not of captions from the first.
+    """
+    frozen = {cache.number: cache for cache in latents[0].texts}
     caches = [frozen.get(number) for number in range(1, len(config.text.encoders) + 1)]
     if not (small := config.text.small):
         return CaptionEncoder(caches)
@@ -342,7 +365,9 @@ def open_text(config: DiffusionConfig, latents: LatentDataset) -> CaptionEncoder
         tokenizer, model = load_frozen(config.init, None, small.max_length, caches.index(None) + 1)
         model.requires_grad_(config.lora is None)
     else:
-        tokenizer = learn_vocabulary(latents.captions(), config.text.vocabulary, small.max_length)
+        tokenizer = learn_vocabulary(
+            itertools.chain.from_iterable(part.captions() for part in latents), config.text.vocabulary, small.max_length
+        )
         model = small_clip(tokenizer, config.text.width, config.text.layers, config.text.heads)
     return CaptionEncoder(caches, tokenizer, model)
 
@@ -366,11 +391,11 @@ def new_transformer(
 
 def train_diffusion(
     config: DiffusionConfig,
-    cached: Cached,
-    validation: Cached,
+    cached: Sequence[Cached],
+    validation: Sequence[Cached],
     sample: Callable[["Trained", Samples], Sequence[np.ndarray]] | None = None,
 ) -> Trained:
-    """Train, or continue to train, a transformer on the caches of the training split and of the held-out one.
+    """Train, or continue to train, a transformer on the caches of the training split and of the held-out one, by bucket.
 
     `sample` makes the videos, T H W 3 of uint8, that `config.samples` asks for.
 
@@ -378,10 +403,11 @@ def train_diffusion(
     """
     accelerator = make_accelerator(Path(config.output_dir), config.precision, config.pace.trackers)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
-    latents, held_out = (_open_latents(config, split) for split in (cached, validation))
+    by_bucket, held_out = (_open_latents(config, split) for split in (cached, validation))
+    buckets, latents = [part.bucket for part in cached], [part for parts in by_bucket for part in parts]
 
     torch.manual_seed(config.seed)
-    text = open_text(config, latents[0])
+    text = open_text(config, [parts[0] for parts in by_bucket])
     channels = {part.index["shape"][0] for part in latents}
     if len(channels) > 1:
         raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
@@ -398,9 +424,16 @@ def train_diffusion(
         transformer.enable_gradient_checkpointing()
     objective = FlowObjective(transformer, text, config)
     count = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters trained, latents of {len(latents[0])} clips")
-    fps = latents[0].fps
-    checks = [HeldOut(part, transformer, accelerator.device) for part in held_out]
+    source, plan = mixed(config, buckets, by_bucket)
+    clips = f"latents of {sum(len(parts[0]) for parts in by_bucket)} clips" + (f"\n{plan}" if len(buckets) > 1 else "")
+    accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters trained, {clips}")
+    shown = buckets.index(config.data.default_shape) if config.data.default_shape in buckets else 0
+    fps = by_bucket[shown][0].fps
+    checks = [
+        HeldOut(part, str(cache.bucket), transformer, accelerator.device)
+        for cache, parts in zip(validation, held_out, strict=True)
+        for part in parts
+    ]
 
     def validate(log: Log, step: int) -> Metrics:
         if config.samples and sample and (step % config.samples.every == 0 or step == config.loop.steps):
@@ -409,17 +442,13 @@ def train_diffusion(
             for i, (prompt, video) in enumerate(zip(config.samples.prompts, videos, strict=True)):
                 log.video(f"{config.stage}/{i} {prompt}", video, fps, step)
         with accelerator.autocast():
-            losses = {f"held_out_loss_{check.ratio}x": check.loss(objective) for check in checks}
-            given = [check.loss(objective, first_given=True) for check in checks] if config.condition.given else []
-        losses = {"held_out_loss": sum(losses.values()) / len(losses), **(losses if len(losses) > 1 else {})}
-        return losses | ({"held_out_loss_first_given": sum(given) / len(given)} if given else {})
+            return held_out_losses(objective, checks, first_given=config.condition.given > 0)
 
     rank, world = accelerator.process_index, accelerator.num_processes
-    source = Mixture(latents, [budget.share for budget in config.budgets]) if len(latents) > 1 else latents[0]
 
     def open_stream(first: int) -> TrainingStream:
         return TrainingStream(source, config.seed, config.loop.batch_size, rank, world, first)
 
     outcome = train(accelerator, run / config.stage, objective, open_stream, config.loop, config.pace, config.seed, validate)
     close_trackers(accelerator)
-    return Trained(transformer.cpu(), text.cpu().learned, fps, outcome)
+    return Trained(objective.transformer.cpu(), objective.text.cpu().learned, fps, outcome)

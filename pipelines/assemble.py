@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio
 from ..tokenizer.train import load_tokenizer, save_model
+from ..training.buckets import Bucket
 from ..training.config import UserError
-from ..training.datasets import open_dataset
+from ..training.datasets import open_apart
 from ..training.loop import main_process_first, processes, told_by_main
 from .prompt_accuracy import sample_videos
+from .sample_text import SampleText
 from .text_to_video import ProMAGPipeline
 
 
@@ -37,10 +39,14 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     vae = load_tokenizer(config.tokenizer)
     cached = cache(config, vae)
 
+    text = SampleText(config.text, config.samples.prompts if config.samples else ())
+
     def sample(so_far: Trained, samples: Samples) -> list[np.ndarray]:
-        pipe = assemble(config, so_far, vae)
+        pipe = assemble(config, so_far, vae, with_text=False)
         pipe.set_progress_bar_config(disable=True)
-        return sample_videos(pipe, samples.prompts, samples.steps, samples.guidance, config.precision, name=None)
+        how = (samples.steps, samples.guidance, config.precision)
+        encode = functools.partial(text.encode, learned=so_far.small_text)
+        return sample_videos(pipe, samples.prompts, *how, name=None, encode=encode)
 
     trained = train_diffusion(config, cached["train"], cached["eval"], sample)
     if not (trained.outcome and trained.outcome.finished):
@@ -68,13 +74,13 @@ class SavedLora:
         )
 
 
-def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG) -> ProMAGPipeline:
-    """Put a trained transformer, the text encoders and the tokenizer into a pipeline.
+def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG, with_text: bool = True) -> ProMAGPipeline:
+    """Put a trained transformer, the tokenizer and, `with_text`, the text encoders into a pipeline.
 
     Its defaults are what it was trained on. Frozen text encoders are loaded again: training did without them.
     """
-    text: dict[str, Any] = {}
-    for number, encoder in enumerate(config.text.encoders, 1):
+    text: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
+    for number, encoder in enumerate(config.text.encoders if with_text else (), 1):
         pair = trained.small_text if encoder == config.text.small else _load(encoder)
         suffix = "" if number == 1 else f"_{number}"
         text |= dict(zip((f"tokenizer{suffix}", f"text_encoder{suffix}"), pair or (), strict=True))
@@ -91,17 +97,29 @@ def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG
     )
 
 
-def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, Cached]:
-    """Cache latents, and embeddings of frozen text encoders, of both splits, train and eval, where they are not cached yet."""
+def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, list[Cached]]:
+    """Cache latents, and embeddings of frozen text encoders, of both splits, train and eval, where they are not cached yet.
+
+    Returns for each split where each bucket lies.
+    """
     latents = {split: cache_latents(config, split, vae) for split in ("train", "eval")}
-    texts = cache_text(config, {split: folders[0] for split, folders in latents.items()})
-    return {split: Cached(latents[split], texts[split]) for split in latents}
+    folders = {_name(config, split, bucket): found[0] for split, parts in latents.items() for bucket, found in parts}
+    texts = cache_text(config, folders)
+    return {
+        split: [Cached(bucket, found, texts[_name(config, split, bucket)]) for bucket, found in parts]
+        for split, parts in latents.items()
+    }
+
+
+def _name(config: DiffusionConfig, split: str, bucket: Bucket, what: str = "") -> str:
+    """Return the name of a cache's folder: train-16x, or with buckets train-16x-17x64x64."""
+    return "-".join([split, *([what] if what else []), *([str(bucket)] if config.data.buckets else [])])
 
 
 def cache_latents(
     config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG, ratios: Sequence[int] | None = None
-) -> list[Path]:
-    """Cache the latents of one split ("train" or "eval") and return the caches' folders.
+) -> list[tuple[Bucket, list[Path]]]:
+    """Cache the latents of one split ("train" or "eval") and return for each bucket that has clips the caches' folders.
 
     They are encoded at the budgets' ratios, or at `ratios`; several cost little more than the highest alone.
     """
@@ -112,39 +130,46 @@ def cache_latents(
     except ValueError as error:
         raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
     source, count = (data.train, data.shapes) if split == "train" else (data.validation, data.validation_clips)
-    clips = open_dataset(source, split, data.frames, data.size, count)
-    count = len(clips) if split == "train" else min(count, len(clips))
-    caches = {
-        Path(data.cache) / f"{split}-{ratio}x": LatentFingerprint(
-            tokenizer=weights_hash(vae, ratio),
-            clips=clips.digest(count),
-            ratio=ratio,
-            frames=data.frames,
-            height=data.size,
-            width=data.size,
-            dtype=data.dtype,
-            shard_size=data.shard_size,
-        )
-        for ratio in ratios
-    }
-    device: Any = processes().device
-    return write_latents(caches, count, clips, encoder(vae, device), workers=config.pace.workers)
+    parts, device = open_apart(source, split, data.shapes_trained, count), processes().device
+    counts = [len(clips) if split == "train" else min(count, len(clips)) for _, clips in parts]
+    if len(parts) > 1 and processes().is_main_process:
+        print(", ".join(f"{bucket}: {n} clips" for (bucket, _), n in zip(parts, counts, strict=True)), flush=True)
+    found = []
+    for (bucket, clips), n in zip(parts, counts, strict=True):
+        digest = clips.digest(n)
+        caches = {
+            Path(data.cache) / _name(config, split, bucket, f"{ratio}x"): LatentFingerprint(
+                tokenizer=weights_hash(vae, ratio),
+                clips=digest,
+                ratio=ratio,
+                frames=bucket.frames,
+                height=bucket.height,
+                width=bucket.width,
+                dtype=data.dtype,
+                shard_size=data.shard_size,
+            )
+            for ratio in ratios
+        }
+        folders = write_latents(caches, n, clips, encoder(vae, cast(Any, device)), workers=config.pace.workers)
+        found.append((bucket, folders))
+    return found
 
 
 def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
-    """Cache what each frozen text encoder makes of the captions in `latents`, a folder for each split.
+    """Cache what each frozen text encoder makes of the captions in `latents`, a folder for each split and bucket, by name.
 
-    Returns for each split the folders by the encoders' numbers. An encoder is in memory only here, and each after the other.
+    Returns for each name the folders by the encoders' numbers. An encoder is in memory only here, and each after the other.
     """
-    found: dict[str, dict[int, Path]] = {split: {} for split in latents}
+    found: dict[str, dict[int, Path]] = {name: {} for name in latents}
     for number, encoder in config.text.frozen.items():
         load = functools.cache(lambda encoder=encoder: _load(encoder))
         digest = told_by_main(lambda load=load: hash_text_encoder(*load()))
-        for split, folder in latents.items():
+        for name, folder in latents.items():
+            split, dash, bucket = name.partition("-")
             clips = Shards(folder).index["fingerprint"]["clips"]
             wanted = TextFingerprint(digest, clips, encoder.max_length, config.data.dtype, config.data.shard_size)
-            place = Path(config.data.cache) / f"{split}-text-{number}"
-            found[split][number] = write_embeddings(place, wanted, folder, load)
+            place = Path(config.data.cache) / f"{split}-text-{number}{dash}{bucket}"
+            found[name][number] = write_embeddings(place, wanted, folder, load)
     return found
 
 

@@ -46,6 +46,33 @@ class Activations:
     per_step: int  # whatever the batch: autocast's bf16 copies of weights
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Bytes on each process where FSDP2 spreads a transformer and the text model trained along over several."""
+
+    stays: int  # weights, gradients, moments and averages, on the process that holds most
+    gathered: int  # at most: what is outside of blocks, two blocks, and gradients of what is being averaged
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.stays + self.gathered
+
+
+def spread_bytes(
+    transformer: ProMAGTransformer3DModel, text: Iterable[nn.Parameter], by_muon: Iterable[nn.Parameter], world: int
+) -> Spread:
+    """Return what each of `world` processes holds under bf16: rows are divided, and rounded up."""
+    theirs = {id(p) for p in by_muon}
+    trained = [*transformer.parameters(), *text]
+    parts = [(-(-p.shape[0] // world) * p[0].numel(), 4 if id(p) in theirs else 5) for p in trained]
+    block = sum(p.numel() for p in transformer.transformer_blocks[0].parameters())
+    outside = sum(p.numel() for p in trained) - len(transformer.transformer_blocks) * block
+    # Outside of blocks weights and gradients are float32. The next block is gathered, in bfloat16, while one computes; that
+    # one's gradients are in bfloat16, and once more in float32 while they are averaged.
+    return Spread(FLOAT * sum(size * times for size, times in parts), 2 * FLOAT * outside + (2 * 2 + 2 + FLOAT) * block)
+
+
 def standing_bytes(trained: Iterable[nn.Parameter], by_muon: Iterable[nn.Parameter]) -> Standing:
     """Return what `trained` weights take, with one moment for those that Muon trains and two, and a step, for the rest."""
     by_muon = list(by_muon)

@@ -5,12 +5,13 @@ Videos are uint8 (T, H, W, 3). The scorer reads generated clips only (training/s
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from ..diffusion.text import Embedded
 from ..tokenizer.metrics import to_uint8
 from ..training import shapes_scorer as scorer
 from ..training.shapes import Scene, parse_caption, sample_scene
@@ -34,16 +35,17 @@ def sample_videos(
     precision: Literal["bf16", "no"] = "no",
     first_seed: int = 0,
     name: str | None = "sampling",
+    encode: Callable[[Sequence[str]], Embedded] | None = None,
 ) -> list[np.ndarray]:
     """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
 
-    What is done is told on stderr under `name`, None for silence.
+    What is done is told on stderr under `name`, None for silence. `encode` encodes prompts in place of the pipeline.
     """
     videos: list[np.ndarray] = []
     started = time.perf_counter()
     orders = [Order(prompt, first_seed + i) for i, prompt in enumerate(prompts)]
     how = {"num_inference_steps": steps, "guidance_scale": guidance}
-    for made, _ in make_videos(pipe, orders, BATCH, precision, **how):
+    for made, _ in make_videos(pipe, orders, BATCH, precision, encode=encode, **how):
         videos += made
         if name is None:
             continue

@@ -14,7 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..diffusion.text import NULL_CAPTION, Embedded
 from ..training.config import UserError
+from .prompts import NAMES, NEGATIVE_NAMES, unpack
 from .text_to_video import ProMAGPipeline
 
 
@@ -69,12 +71,14 @@ def make_videos(
     batch: int = 1,
     precision: Literal["bf16", "no"] = "no",
     told: Callable[[int, int], None] | None = None,
+    encode: Callable[[Sequence[str]], Embedded] | None = None,
     **arguments: Any,
 ) -> Iterator[tuple[list[np.ndarray], Seconds]]:
     """Make the ordered videos, `batch` at once, and yield each batch's with the seconds it took.
 
     A video depends on its order and on `arguments` (the pipeline's) alone: another batch moves values by rounding.
-    `told` is called after each denoising step with the steps done and those to do, of all batches together.
+    `told` is called after each denoising step with the steps done and those to do, of all batches together; `encode` encodes
+    prompts, and the null caption, in place of the pipeline.
     Raises ValueError as the pipeline does.
     """
     batches = range(0, len(orders), batch)
@@ -83,12 +87,20 @@ def make_videos(
         generators = [torch.Generator().manual_seed(order.seed) for order in part]
         with Stopwatch(pipe, told, number, len(batches)) as watch, autocast(pipe.device, precision):
             made = pipe(
-                [order.prompt for order in part],
+                **_text([order.prompt for order in part], encode),
                 generator=generators,
                 callback_on_step_end=watch.step,
                 **arguments,
             ).frames
         yield list((made * 255).round().astype(np.uint8)), watch.seconds
+
+
+def _text(prompts: list[str], encode: Callable[[Sequence[str]], Embedded] | None) -> dict[str, Any]:
+    """Return the pipeline's arguments that say what to show."""
+    if encode is None:
+        return {"prompt": prompts}
+    negative = unpack(encode([NULL_CAPTION] * len(prompts)))
+    return dict(zip((*NAMES, *NEGATIVE_NAMES), (*unpack(encode(prompts)), *negative), strict=True))
 
 
 def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> contextlib.AbstractContextManager:

@@ -18,8 +18,8 @@ def main(argv: Sequence[str]) -> int:
     config = parse_config(DiffusionConfig, argv, __doc__ or "")
     cached = cache(config, load_tokenizer(config.tokenizer))
     if processes().is_main_process:
-        for split, folders in cached.items():
-            print(f"{split}: {', '.join(map(str, [*folders.latents, *folders.texts.values()]))}")
+        for split, part in ((split, part) for split, parts in cached.items() for part in parts):
+            print(f"{split}: {', '.join(map(str, [*part.latents, *part.texts.values()]))}")
     return 0
 
 

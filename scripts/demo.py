@@ -211,6 +211,7 @@ def diffusion_config(
             validation_clips=16,
             frames=config.frames,
             size=config.size,
+            buckets=None,
             cache=str(run / "latents"),
             dtype="bfloat16",
             shard_size=64,

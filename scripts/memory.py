@@ -14,7 +14,7 @@ import torch
 
 from promag.diffusion.flops import training_flops
 from promag.diffusion.train import DiffusionConfig, hidden_matrices
-from promag.pipelines.memory import activation_bytes, small_text, standing_bytes, text_shape, transformer_alone
+from promag.pipelines.memory import activation_bytes, small_text, spread_bytes, standing_bytes, text_shape, transformer_alone
 from promag.tokenizer.geometry import tokens
 from promag.training.config import UserError, build, load_yaml, run_main
 from promag.training.optimizers import muon_flops
@@ -31,6 +31,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="heights and widths beside the preset's own")
     parser.add_argument("--text-width", type=int, default=4096, help="of frozen text encoders; 4096 is T5-XXL's")
     parser.add_argument("--real", nargs="*", default=[], help="presets, by name, whose own size is measured on the CPU")
+    parser.add_argument("--processes", type=int, nargs="*", default=[], help="over which FSDP2 spreads what stays")
+    parser.add_argument("--no-clips", action="store_true", help="leave activations out: they take the most time to count")
     parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
     arguments = parser.parse_args(argv)
     rows = [_row(preset, arguments) for preset in arguments.presets]
@@ -38,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
         protocol = (
             "float32 weights, gradients, moments, averages: from parameter counts; activations under bf16 autocast with "
             "attention that keeps no scores: tensors that the graph keeps, each stretch of memory once, batches of 3 less 2; "
-            "checkpointed: with one block's own; on the CPU where measured is true, else on tensors without data"
+            "checkpointed: with one block's own; on the CPU where measured is true, else on tensors without data; fsdp2: "
+            "on the process with most rows; gathered: float32 outside of blocks, two blocks in bf16, gradients of one in both"
         )
         append_result(arguments.record, {"what": "training memory and arithmetic", "protocol": protocol, "rows": rows})
     return 0
@@ -48,7 +51,8 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config = build(DiffusionConfig, load_yaml(preset), preset)
     if config.model is None:
         raise UserError(f"preset {preset}: model null: a configuration with a transformer of its own is needed")
-    name, width = Path(preset).stem, arguments.text_width
+    path, width = Path(preset), arguments.text_width
+    name = path.stem if path.parent.name == "diffusion" else f"{path.parent.name}-{path.stem}"
     widths, pooled, lengths = text_shape(config, width)
     with torch.device("meta"):
         transformer = transformer_alone(config.model, widths, pooled)
@@ -67,6 +71,13 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "bytes": {**asdict(standing), "total": standing.total},
         "clips": [],
     }
+    for world in arguments.processes:
+        spread = spread_bytes(transformer, text, matrices, world)
+        row["fsdp2"] = {**row.get("fsdp2", {}), world: {**asdict(spread), "total": spread.total}}
+        said = f"{spread.stays / MIB:.0f} MiB on each, and up to {spread.gathered / MIB:.0f} gathered"
+        print(f"  FSDP2 on {world} processes: {said}")
+    if arguments.no_clips:
+        return row
     for size in sorted({config.data.size, *arguments.sizes}):
         for ratio in RATIOS:
             measured = name in arguments.real and size == config.data.size

@@ -36,7 +36,8 @@ def loop_settings(**changes) -> LoopSettings:
 def loop_pace(**changes) -> Pace:
     """Return the pace of such a training: every step is logged, every second validated and saved."""
     values = {"log_every": 1, "validate_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None, "workers": 0}
-    return Pace(**{**values, "stop_after": None, "trackers": ("tensorboard",), "peak_tflops": 1.0, **changes})
+    values |= {"parallel": "ddp", "stop_after": None, "trackers": ("tensorboard",), "peak_tflops": 1.0}
+    return Pace(**{**values, **changes})
 
 
 def make_tokenizer(levels: int = 3, seed: int = 0, settle: float = 0.0, **growth) -> AutoencoderKLProMAG:

@@ -90,8 +90,10 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def save_yaml(path: str | os.PathLike, config: Any) -> None:
-    """Write the resolved configuration as YAML, keys in the dataclass's order."""
-    Path(path).write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+    """Write the resolved configuration as YAML, keys in the dataclass's order; other processes see all of it or nothing."""
+    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    aside.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+    os.replace(aside, path)
 
 
 def _plain(value: Any) -> Any:

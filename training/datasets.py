@@ -280,6 +280,23 @@ def is_index(path: str | os.PathLike) -> bool:
         return '"sha256"' in file.readline()
 
 
+def open_apart(
+    source: str | os.PathLike, split: str, buckets: Sequence[Bucket], count: int
+) -> list[tuple[Bucket, "ClipDataset | ShapesDataset | ShardedClips"]]:
+    """Open the clips of each bucket by themselves, to be looked at by their number: of those that have any.
+
+    `source` and `count` are as for `open_dataset`; generated clips are there in every bucket. Raises UserError as that does,
+    and where no clip is long enough for any bucket.
+    """
+    if len(buckets) == 1 or source == "shapes":
+        return [(b, open_dataset(source, split, b.frames, (b.height, b.width), count)) for b in buckets]
+    if is_shards(source):
+        parts = ShardedClips(open_shards(source), buckets).apart()
+        return [(part.buckets.buckets[0], part) for part in parts]
+    used, parts = _parted(_load_index(source), buckets, stride=1)
+    return [(b, ClipDataset(part, b.frames, (b.height, b.width))) for b, part in zip(used, parts, strict=True)]
+
+
 def _load_index(source: str | os.PathLike) -> Sequence[Clip]:
     if Path(source).suffix != ".jsonl":
         raise UserError(

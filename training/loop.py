@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from .config import UserError, setting
+from .fsdp import gather, gather_on_main, held, joined, shard, spread_like
 from .optimizers import LoopSettings, from_saved, held_by, make_optimizers, to_saved
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
 from .throughput import Meter, Work
@@ -43,6 +44,7 @@ class Pace:
     keep_last: int = setting("newest checkpoints kept of each stage")
     keep_every: int | None = setting("checkpoints at multiples of so many steps are kept for good; null keeps none of them")
     workers: int = setting("data loading processes; 0 loads in the training process")
+    parallel: Literal["ddp", "fsdp2"] = setting("each of several processes holds all weights and moments (ddp) or parts")
     stop_after: int | None = setting("save and end this call after so many steps; null runs to the end")
     trackers: tuple[Tracker, ...] = setting("where curves, pictures and videos are shown: tensorboard, wandb, both or none")
     peak_tflops: float | None = setting("what the device is said to do in TFLOP/s, for MFU; null measures a matrix product")
@@ -81,6 +83,10 @@ class Objective(nn.Module):
 
     def matrices(self) -> list[nn.Parameter]:
         """Return the weights that Muon may train: matrices and kernels that map hidden features to hidden features."""
+        return []
+
+    def units(self) -> list[nn.Module]:
+        """Return modules whose weights FSDP2 gathers together, inner ones first; all that is trained must be in them."""
         return []
 
     def work(self, batch: dict[str, Any]) -> Work | None:
@@ -167,7 +173,8 @@ def train(
     Args:
         accelerator: the process's Accelerator.
         folder: where the checkpoints and metrics of this stage go; its last name is shown.
-        objective: holds the model; only parameters that require gradients are trained and saved.
+        objective: holds the model; only parameters that require gradients are trained and saved. With FSDP2 its units are
+            replaced, in the end by plain modules on the CPU: take what was trained from the objective.
         open_stream: returns the stream of this rank's batches from a given step on.
         settings: how to optimise.
         pace: how often to log, validate and save.
@@ -179,13 +186,13 @@ def train(
     in a row are not enough.
     """
     name = folder.name
+    wrapped, make_whole = _in_parallel(accelerator, objective, pace.parallel)  # lays weights out anew: first of all
     named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-    parameters = list(named.values())
     apart = [[p for p in module.parameters() if p.requires_grad] for module in objective.clipped_apart()]
     theirs = {id(p) for group in apart for p in group}
-    together = [p for p in parameters if id(p) not in theirs]
-    wrapped = accelerator.prepare(objective.to(accelerator.device))
-    optimizers = make_optimizers(objective, settings)  # for several processes the line before lays weights out anew
+    together = [p for p in named.values() if id(p) not in theirs]
+    optimizers = make_optimizers(objective, settings)
+    parameters = [held(p) for p in named.values()]
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
     global_batch = accelerator.num_processes * settings.batch_size * settings.accumulate
     state = _State(named, dict(objective.named_buffers()), optimizers, ema, global_batch)
@@ -230,7 +237,7 @@ def train(
                 batch: Any = next(batches)
                 generators = [seeded(seed, n, device=accelerator.device) for n in batch["sample"].tolist()]
                 batch = send_to_device(batch, accelerator.device)
-                summing = part < settings.accumulate - 1  # gradients cross processes once a step
+                summing = part < settings.accumulate - 1  # DDP's gradients cross processes once a step, FSDP2's each time
                 with accelerator.no_sync(wrapped) if summing else contextlib.nullcontext():
                     with accelerator.autocast():
                         found = wrapped(batch, generators, step)
@@ -238,8 +245,8 @@ def train(
                 for key, value in found.items():
                     losses[key] = losses.get(key, 0) + value.detach().float() / settings.accumulate
                 meter.count(len(batch["sample"]), objective.work(batch))
-            losses["gradient_norm"] = accelerator.clip_grad_norm_(together, settings.clip_norm)
-            others: list[Any] = [accelerator.clip_grad_norm_(group, settings.clip_norm) for group in apart]
+            norms: list[Any] = [accelerator.clip_grad_norm_(group, settings.clip_norm) for group in (together, *apart)]
+            losses["gradient_norm"], *others = (gather(norm) for norm in norms)
             bad = _not_finite({**losses, **{f"gradient norm {i + 2}": norm for i, norm in enumerate(others)}})
             skipping, stopping = _any_rank(accelerator, bool(bad), stop.received is not None)
             if skipping:
@@ -284,8 +291,19 @@ def train(
     if stop.received:
         accelerator.print(f"{name}: {stop.received} received, saved at step {step} of {settings.steps}")
     ema.copy_to(parameters)
+    make_whole()
     objective.eval()
     return Outcome(step, state.seconds + seconds, step >= settings.steps, metrics)
+
+
+def _in_parallel(
+    accelerator: Accelerator, objective: Objective, parallel: Literal["ddp", "fsdp2"]
+) -> tuple[nn.Module, Callable[[], None]]:
+    """Return what computes the losses on all processes together, and what makes the objective whole again at the end."""
+    device, world = accelerator.device, accelerator.num_processes
+    if parallel == "fsdp2":
+        return objective, shard(objective, objective.units(), device, world, accelerator.mixed_precision == "bf16")
+    return accelerator.prepare(objective.to(device)), lambda: None
 
 
 def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -337,8 +355,8 @@ class _State:
             )
         with torch.no_grad():
             for (name, parameter), shadow in zip(self.named.items(), self.ema.shadow_params, strict=True):
-                parameter.copy_(groups["weights"][name])
-                shadow.copy_(groups["ema"][name])
+                for place, group in ((held(parameter), "weights"), (shadow, "ema")):
+                    place.copy_(held(spread_like(groups[group][name], parameter)))
             for name, buffer in self.buffers.items():
                 buffer.copy_(groups["buffers"][name])
         slots: dict[str, dict[str, Tensor]] = {}
@@ -357,28 +375,35 @@ class _State:
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
         self.ema.optimization_step = self.step - self.skipped
 
-    def save(self, folder: Path, seconds: float) -> None:
-        """Write a checkpoint; `seconds` are those of this call."""
+    def groups(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield the groups of tensors, whole on the main process; all processes must ask for them together.
+
+        One after the other, since the whole of a spread model may be more than fits into memory several times.
+        """
+        yield "weights", {name: gather_on_main(p) for name, p in self.named.items()}
+        averages = zip(self.named.items(), self.ema.shadow_params, strict=True)
+        yield "ema", {name: gather_on_main(joined(shadow, p)) for (name, p), shadow in averages}
         slots = {
             id(p): {slot: to_saved(optimizer, value, p) for slot, value in optimizer.state.get(key, {}).items()}
             for optimizer in self.optimizers
             for p, key in held_by(optimizer)
         }
-        groups = {
-            "weights": dict(self.named),
-            "ema": dict(zip(self.named, self.ema.shadow_params, strict=True)),
-            "optimizer": {f"{n}/{k}": v for n, p in self.named.items() for k, v in slots[id(p)].items()},
-            "buffers": self.buffers,
-        }
+        yield "optimizer", {f"{n}/{k}": gather_on_main(v) for n, p in self.named.items() for k, v in slots[id(p)].items()}
+        yield "buffers", self.buffers
+
+    def meta(self, seconds: float) -> dict[str, Any]:
+        """Return what a checkpoint tells beside its tensors; `seconds` are those of this call."""
         counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        meta = {"seconds": self.seconds + seconds, "global_batch": self.global_batch, **counts}
-        save_checkpoint(folder, self.step, groups, meta)
+        return {"seconds": self.seconds + seconds, "global_batch": self.global_batch, **counts}
 
 
 def _save(accelerator: Accelerator, folder: Path, state: _State, seconds: float, pace: Pace) -> None:
     if accelerator.is_main_process:
-        state.save(folder, seconds)
+        save_checkpoint(folder, state.step, state.groups(), state.meta(seconds))
         thin_out(folder, pace.keep_last, pace.keep_every)
+    else:
+        for _ in state.groups():
+            pass  # this process's parts are gathered on the main one
     accelerator.wait_for_everyone()
 
 

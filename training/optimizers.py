@@ -1,14 +1,17 @@
 """How one stage is optimised: settings, learning rates, and the optimisers: AdamW, with Muon beside it where asked for."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import get_rank, get_world_size
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import UserError, setting
+from .fsdp import gather, held, joined, spread_like
 
 if TYPE_CHECKING:
     from .loop import Objective
@@ -69,15 +72,10 @@ def make_optimizers(objective: "Objective", settings: LoopSettings) -> list[torc
         raise UserError(f"muon {settings.muon}: nothing here has matrices that Muon may train; set it to null")
     theirs = {id(p) for p in matrices}
     rest = [p for p in objective.parameters() if p.requires_grad and id(p) not in theirs]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            _groups(rest, factors, 1.0),
-            settings.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest:  # adapters may be matrices alone
+        groups, options = _groups(rest, factors, 1.0), {"betas": (0.9, 0.99), "weight_decay": settings.weight_decay}
+        optimizers.append(torch.optim.AdamW(groups, settings.learning_rate, **options, fused=True))
     if settings.muon is not None:
         groups = _groups(matrices, factors, settings.muon / settings.learning_rate)
         optimizers.append(Muon(groups, lr=settings.muon, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS))
@@ -105,16 +103,24 @@ def held_by(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Par
 
 
 def to_saved(optimizer: torch.optim.Optimizer, value: Tensor, weight: Tensor) -> Tensor:
-    """Return a moment as checkpoints hold it: shaped like its weight, whatever the weight's memory layout."""
+    """Return a moment as checkpoints hold it: shaped like its weight, whatever the weight's memory layout.
+
+    That of a weight that is spread over processes is spread likewise (fsdp.py).
+    """
+    if isinstance(weight, DTensor):
+        return joined(value, weight) if isinstance(optimizer, Muon) else value
     if not isinstance(optimizer, Muon) or not _channels_last(weight):
         return value.view_as(weight) if value.numel() == weight.numel() else value
     return value.unflatten(1, (*weight.shape[2:], weight.shape[1])).movedim(-1, 1)
 
 
 def from_saved(optimizer: torch.optim.Optimizer, value: Tensor, weight: Tensor) -> Tensor:
-    """Invert `to_saved` for a weight of perhaps another layout."""
+    """Invert `to_saved` for a weight of perhaps another layout, or spread otherwise; `value` is whole on every process."""
     if value.shape != weight.shape:
         return value
+    if isinstance(weight, DTensor):
+        spread: Any = spread_like(value, weight)
+        return spread.to_local() if isinstance(optimizer, Muon) else spread
     # The fused AdamW walks weights and moments in memory order: both must have the weights' layout.
     laid_out = torch.empty_like(weight, dtype=value.dtype).copy_(value)
     return _matrix(laid_out, weight).clone() if isinstance(optimizer, Muon) else laid_out
@@ -129,16 +135,17 @@ class Muon(torch.optim.Muon):
         options: those of torch.optim.Muon.
 
     `weights` are trained in place. The optimiser's own parameters are their matrix views, in the same order, and its state
-    has the shape of those.
+    has the shape of those. Of weights that are spread over processes (fsdp.py), which must be matrices, they are the parts
+    that this process holds; each process orthogonalises some of the matrices whole and gives the others their parts.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **options: Any):
         given: list[Any] = list(weights)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
         self.weights: list[nn.Parameter] = [weight for group in groups for weight in group["params"]]
-        views = [nn.Parameter(_matrix(weight.data, weight)) for weight in self.weights]
+        views = [nn.Parameter(_matrix(held(weight).data, weight)) for weight in self.weights]
         for view, weight in zip(views, self.weights, strict=True):
-            if view.data_ptr() != weight.data_ptr():
+            if view.data_ptr() != held(weight).data_ptr() or (isinstance(weight, DTensor) and weight.ndim != 2):
                 raise ValueError(
                     f"weight of shape {tuple(weight.shape)}, strides {weight.stride()}: no matrix view of it exists"
                 )
@@ -151,13 +158,42 @@ class Muon(torch.optim.Muon):
 
     def step(self, closure: Any = None) -> Any:
         """Take one step with the gradients that the weights hold now."""
+        spread = {}
         for view, weight in zip(self._views, self.weights, strict=True):
-            if view.data_ptr() != weight.data_ptr():
+            if view.data_ptr() != held(weight).data_ptr():
                 raise RuntimeError(
                     f"weight of shape {tuple(weight.shape)} lies elsewhere now: build the optimiser after moving it"
                 )
-            view.grad = None if weight.grad is None else _matrix(weight.grad, weight)
-        return super().step(closure)
+            if isinstance(weight, DTensor):
+                spread[view] = weight
+            gradient: Any = weight.grad
+            if gradient is not None:
+                gradient = gradient._local_tensor if isinstance(gradient, DTensor) else _matrix(gradient, weight)
+            view.grad = gradient
+        if not spread:
+            return super().step(closure)
+        for group in self.param_groups:
+            views = [view for view in group["params"] if view.grad is not None]
+            for first in range(0, len(views), get_world_size()):
+                self._step_of_parts({view: spread[view] for view in views[first : first + get_world_size()]}, group)
+        return None
+
+    @torch.no_grad()
+    def _step_of_parts(self, weights: Mapping[nn.Parameter, Any], group: Mapping[str, Any]) -> None:
+        """Take a step of at most as many matrices as there are processes, given by the parts held here; one for each."""
+        mine: Tensor | None = None
+        for owner, (view, weight) in enumerate(weights.items()):
+            momentum = self.state[view].setdefault("momentum_buffer", torch.zeros_like(view))
+            momentum.lerp_(view.grad, 1 - group["momentum"])
+            update = view.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum  # pyright: ignore
+            whole = gather(joined(update.bfloat16(), weight))  # Newton-Schulz begins with that rounding
+            mine = whole.float() if owner == get_rank() else mine
+        # All have what they need before any begins: the products of one overlap with those of the others.
+        step = None if mine is None else _orthogonal_step(mine, group)
+        for owner, (view, weight) in enumerate(weights.items()):
+            whole = step if owner == get_rank() and step is not None else torch.empty(weight.shape, device=view.device)
+            part: Any = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=owner)
+            view.mul_(1 - group["lr"] * group["weight_decay"]).add_(part.to_local(), alpha=group["lr"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the weights, or set them to zero."""
@@ -167,6 +203,15 @@ class Muon(torch.optim.Muon):
                 weight.grad = None
             elif weight.grad is not None:
                 weight.grad.zero_()
+
+
+def _orthogonal_step(update: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Return what torch.optim.Muon adds to a matrix at a learning rate of 1: it steps a matrix of zeros, without momentum."""
+    matrix = nn.Parameter(torch.zeros_like(update))
+    matrix.grad = update
+    options = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+    torch.optim.Muon([matrix], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **options).step()
+    return matrix.data
 
 
 def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,15 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
-    """Write `folder/step-N` with one safetensors file per group and the JSON `meta`; complete or not there at all."""
+def save_checkpoint(
+    folder: Path, step: int, groups: Iterable[tuple[str, Mapping[str, Tensor]]], meta: Mapping[str, Any]
+) -> Path:
+    """Write `folder/step-N` with one safetensors file per named group and the JSON `meta`; complete or not there at all."""
     folder.mkdir(parents=True, exist_ok=True)
     final, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    for name, tensors in groups.items():
+    for name, tensors in groups:
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
         _sync(aside / f"{name}.safetensors")
     write_atomically(aside / "state.json", json.dumps({"step": step, **meta}))

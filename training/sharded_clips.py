@@ -4,6 +4,7 @@ Which samples the batch of a step holds is arithmetic (epochs.py); which window 
 everywhere else (datasets.py). What is open is only a cache: any step can be asked for.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -96,6 +97,17 @@ class ShardedClips:
     def __len__(self) -> int:
         """Count the clips of all buckets."""
         return sum(map(len, self.numbers))
+
+    def apart(self) -> list["ShardedClips"]:
+        """Return the clips of each bucket that has any by themselves, so that they can be looked at by their number."""
+        return [self._of(bucket) for bucket, numbers in enumerate(self.numbers) if len(numbers)]
+
+    def _of(self, bucket: int) -> "ShardedClips":
+        part = copy.copy(self)
+        part.buckets = Buckets([self.buckets.buckets[bucket]], self.buckets.stride)
+        part.windows, part.numbers = [self.windows[bucket]], [self.numbers[bucket]]
+        part._forget()
+        return part
 
     def largest_batch(self, default: int) -> int:
         """Return the largest batch size of the buckets; `default` is that of buckets that state none."""

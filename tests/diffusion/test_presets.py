@@ -18,7 +18,10 @@ def transformer(path: Path) -> ProMAGTransformer3DModel:
         return ProMAGTransformer3DModel(**vars(config.model), **text)
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/diffusion").glob("*.yaml")), ids=lambda p: p.stem)
+PRESETS = [*sorted(Path("configs/diffusion").glob("*.yaml")), Path("configs/paper/diffusion.yaml")]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_the_transformer_has_the_stated_parameters(path):
     model = transformer(path)
     number, unit = re.search(r": ([\d.]+) ([MB]) parameters", path.read_text().splitlines()[0]).groups()

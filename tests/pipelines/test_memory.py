@@ -11,6 +11,7 @@ from promag.pipelines.memory import (
     activation_bytes,
     saved_bytes,
     small_text,
+    spread_bytes,
     standing_bytes,
     transformer_alone,
 )
@@ -41,6 +42,22 @@ def test_what_stays_is_what_a_step_leaves(config, muon):
     assert stays.weights == sum(p.nbytes for p in transformer.parameters())
     assert stays.gradients == sum(gradients)
     assert stays.total == stays.weights + stays.gradients + stays.optimizer + stays.ema
+
+
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_what_is_spread_is_the_largest_part_of_each_weight(config, world):
+    """Rows are dealt out as torch.chunk does; weights, gradients and averages, and two moments or Muon's one."""
+    transformer = transformer_alone(SHAPE, [16], 16)
+    muon = {id(p) for p in hidden_matrices(transformer)}
+    parts = [(p.chunk(world)[0].nbytes, 4 if id(p) in muon else 5) for p in transformer.parameters()]
+    found = spread_bytes(transformer, [], hidden_matrices(transformer), world)
+    assert found.stays == sum(size * times for size, times in parts)
+    if world == 1:
+        counters = 4 * (len(parts) - len(muon))  # AdamW's steps
+        assert found.stays == standing_bytes(transformer.parameters(), hidden_matrices(transformer)).total - counters
+    blocks = sum(p.nbytes for p in transformer.transformer_blocks.parameters())
+    outside = sum(p.nbytes for p in transformer.parameters()) - blocks
+    assert found.gathered == 2 * outside + blocks // 3 * 5 // 2  # two in bf16, gradients in bf16 and float32
 
 
 def test_tensors_without_data_count_like_real_ones(config):

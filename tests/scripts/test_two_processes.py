@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from promag.training.config import UserError
 from promag.training.run import checkpoints, load_checkpoint
@@ -20,7 +21,7 @@ from tests.scripts.test_scripts import PACE, diffusion_arguments, encoder, token
 DRIVER = """
 import importlib, json, sys
 for script, arguments in json.load(open(sys.argv[1])):
-    importlib.import_module(f"scripts.{script}").main(arguments)
+    importlib.import_module(script).main(arguments)
 """
 # Rank 1 is killed, as by a machine that is out of memory, once a few steps have been logged.
 KILLED = """
@@ -76,16 +77,28 @@ def runs(tmp_path_factory) -> Path:
         change = {**fixed, "condition": {"probability": 0.5}, **change}
         return diffusion_arguments(folder / name, folder / "t" / "tokenizer", **change)
 
-    half = {**PACE, "stop_after": 2}
+    half, spread = {**PACE, "stop_after": 2}, {**PACE, "parallel": "fsdp2"}
+    half_spread = {**half, **spread}
     samples = {"prompts": ["a red disc"], "every": 2, "steps": 1, "guidance": 2.0}
+    accumulated = {**FOUR, "batch_size": 1, "accumulate": 2}
+    lora = {"init": str(folder / "whole" / "pipeline"), "model": None, "lora": {"rank": 2, "alpha": 2.0, "targets": ["to_q"]}}
+    lora |= {"budgets": [{"ratio": 16, "share": 1.0}]}
     trainings = [
-        ("train_tokenizer", tokenizer_arguments(folder / "t")),
-        ("train_diffusion", diffusion("whole", samples=samples)),
-        ("train_diffusion", diffusion("parts", pace=half)),
-        ("train_diffusion", diffusion("parts", pace=half)),
+        ("scripts.train_tokenizer", tokenizer_arguments(folder / "t")),
+        ("scripts.train_diffusion", diffusion("whole", samples=samples)),
+        ("scripts.train_diffusion", diffusion("parts", pace=half)),
+        ("scripts.train_diffusion", diffusion("parts", pace=half)),
+        ("scripts.train_diffusion", diffusion("spread", pace=spread, samples=samples)),
+        ("scripts.train_diffusion", diffusion("spread-parts", pace=half_spread)),
+        ("scripts.train_diffusion", diffusion("spread-parts", pace=half_spread, gradient_checkpointing=True)),
+        ("scripts.train_diffusion", diffusion("spread-then-ddp", pace=half_spread, loop=accumulated)),
+        ("scripts.train_diffusion", diffusion("spread-then-ddp", pace=half, loop=accumulated)),
+        ("scripts.train_diffusion", diffusion("spread-lora", pace=spread, **lora)),
+        ("tests.scripts.spread_weights", [str(folder)]),
     ]
     torchrun(folder, DRIVER, trainings)
     train_diffusion.main(diffusion("one", loop={**FOUR, "batch_size": 4}))
+    train_diffusion.main(diffusion("lora", loop={**FOUR, "batch_size": 4}, **lora))
     accumulated = {**FOUR, "batch_size": 2, "accumulate": 2}
     train_diffusion.main(diffusion("accumulated", loop=accumulated))
     return folder
@@ -115,14 +128,57 @@ def test_both_trainers_write_once_and_leave_a_pipeline(runs):
     assert json.loads((runs / "latents" / "train-16x" / "index.json").read_text())["clips"] == 6
 
 
-def test_two_steps_resume_two_steps_equal_four_bit_for_bit(runs):
-    left, right = (load_checkpoint(checkpoints(runs / name / "16x")[-1]) for name in ("whole", "parts"))
+@pytest.mark.parametrize(("whole", "parts"), [("whole", "parts"), ("spread", "spread-parts")])
+def test_two_steps_resume_two_steps_equal_four_bit_for_bit(runs, whole, parts):
+    """With weights on every process, and spread over both."""
+    left, right = (load_checkpoint(checkpoints(runs / name / "16x")[-1]) for name in (whole, parts))
     assert left[1]["step"] == right[1]["step"] == 4
     assert left[0].keys() == {"weights", "ema", "optimizer"} | ({"buffers"} & left[0].keys())
     for group, tensors in left[0].items():
         assert tensors.keys() == right[0][group].keys()
         assert all(torch.equal(value, right[0][group][name]) for name, value in tensors.items()), group
-    assert logged(runs / "whole" / "16x") == logged(runs / "parts" / "16x")
+    assert logged(runs / whole / "16x") == logged(runs / parts / "16x")
+
+
+@pytest.mark.parametrize("name", ["spread", "spread-then-ddp"])
+def test_spread_weights_learn_what_whole_ones_do(runs, name):
+    """The second run changed over to DDP in the middle, and averaged its gradients over two batches."""
+    for key in ("loss", "gradient_norm", "held_out_loss"):
+        assert logged(runs / name / "16x", key) == pytest.approx(logged(runs / "whole" / "16x", key), rel=1e-5)
+    spread, whole = (load_checkpoint(checkpoints(runs / n / "16x")[-1])[0] for n in (name, "whole"))
+    for group, tensors in whole.items():
+        assert tensors.keys() == spread[group].keys()
+        for key, value in tensors.items():
+            # Muon's products round to bfloat16, and see below of AdamW.
+            assert torch.allclose(spread[group][key], value, atol=1e-3), f"{group} {key}"
+
+
+def test_adapters_on_spread_weights_learn_what_they_do_on_whole_ones(runs):
+    names = ("spread-lora", "lora")
+    assert logged(runs / names[0] / "16x") == pytest.approx(logged(runs / names[1] / "16x"), rel=1e-5)
+    spread, whole = (load_file(runs / name / "lora" / "pytorch_lora_weights.safetensors") for name in names)
+    assert spread.keys() == whole.keys()
+    assert all(torch.allclose(spread[key], value, atol=1e-3) for key, value in whole.items())
+
+
+def test_each_process_holds_half_of_what_is_spread(runs):
+    """Of every tensor; gathered weights are let go of, and the whole model at the end is the one from the start."""
+    found = [json.loads((runs / f"spread-{rank}.json").read_text()) for rank in (0, 1)]
+    for precision, dtype in (("float32", "torch.float32"), ("bf16", "torch.bfloat16")):
+        both = [part[precision] for part in found]
+        assert sum(part["part"] for part in both) == pytest.approx(1)
+        for part in both:
+            assert part["part"] == pytest.approx(0.5, abs=0.01)
+            assert part["largest"][0] <= 2 / 3, part["largest"]
+            assert part["computed_in"] == dtype
+            assert part["gradients"] == ["DTensor"]
+            assert part["gathered_after_the_step"] == 0
+            assert (part["class"], part["equal"]) == ("ProMAGTransformer3DModel", True)
+
+
+def test_muon_steps_spread_matrices_as_whole_ones(runs):
+    for rank in (0, 1):
+        assert max(json.loads((runs / f"spread-{rank}.json").read_text())["muon"]) < 1e-6
 
 
 @pytest.mark.parametrize("other", ["one", "accumulated"])
@@ -135,10 +191,11 @@ def test_they_learn_what_one_process_learns_from_the_same_global_batch(runs, oth
     assert max(float((two[name] - one[name]).abs().max()) for name in two) < 1e-3
 
 
-def test_samples_are_shown_once(runs):
+@pytest.mark.parametrize("name", ["whole", "spread"])
+def test_samples_are_shown_once(runs, name):
     from tests.training.test_trackers import shown_videos
 
-    assert [step for step, _, _ in shown_videos(runs / "whole")["16x/0 a red disc"]] == [2, 4]
+    assert [step for step, _, _ in shown_videos(runs / name)["16x/0 a red disc"]] == [2, 4]
 
 
 def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_path):
@@ -152,12 +209,12 @@ def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_
     arguments = diffusion_arguments(tmp_path / "run", runs / "t" / "tokenizer", **change)
     metrics = tmp_path / "run" / "16x" / "metrics.jsonl"
     killed = tmp_path / "killed"
-    assert torchrun(tmp_path, KILLED + DRIVER, [("train_diffusion", arguments)], metrics, killed, check=False) != 0
+    assert torchrun(tmp_path, KILLED + DRIVER, [("scripts.train_diffusion", arguments)], metrics, killed, check=False) != 0
     assert time.time() - killed.stat().st_mtime < 60
     kept = checkpoints(tmp_path / "run" / "16x")
     steps = [int(path.name.removeprefix("step-")) for path in kept]
     assert steps[:2] == [2, 4]  # multiples of keep_every stay
     with pytest.raises(UserError, match="was trained on 4 samples a step, these processes have 2"):
         train_diffusion.main(arguments)
-    torchrun(tmp_path, DRIVER, [("train_diffusion", [*arguments, "--pace.stop_after", "1"])])
+    torchrun(tmp_path, DRIVER, [("scripts.train_diffusion", [*arguments, "--pace.stop_after", "1"])])
     assert max(logged(tmp_path / "run" / "16x")) == steps[-1] + 1

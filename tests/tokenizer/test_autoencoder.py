@@ -274,6 +274,27 @@ def test_hidden_kernels_are_all_but_those_at_pixels_and_latents():
     assert at_ends == {*skips, *grown, *lifts, *own, "encoder.body.0.weight", "decoder.body.0.weight"}
 
 
+def test_the_paper_preset_has_the_stated_parameters_at_every_level():
+    import re
+    from pathlib import Path
+
+    from promag.tokenizer.train import TokenizerConfig
+    from promag.training.config import build, load_yaml
+
+    path = "configs/paper/tokenizer.yaml"
+    config = build(TokenizerConfig, load_yaml(path), path)
+    stated = [float(n) for n in re.findall(r"([\d.]+) M", Path(path).read_text().splitlines()[0])]
+    with torch.device("meta"):
+        model, sizes = AutoencoderKLProMAG(**vars(config.model)), []
+        for stage in config.stages:
+            if stage.growth:
+                model.grow(stage.growth)
+            sizes.append(parameter_count([model]) / 1e6)
+    assert sizes == pytest.approx(stated, abs=0.05)
+    assert model.temporal_ratios == (4, 8, 16)
+    assert [(stage.ratio, stage.frames) for stage in config.stages] == [(4, 17), (8, 33), (16, 65)]
+
+
 def test_preset_sizes():
     """Presets as their files state them; the paper's base has 128 channels with multipliers 1, 2, 2, 4."""
     from promag.tokenizer.train import TokenizerConfig

@@ -304,7 +304,7 @@ def test_seeds_depend_on_every_number():
 
 
 def test_checkpoints_are_whole_or_absent(tmp_path):
-    save_checkpoint(tmp_path, 5, {"weights": {"a": torch.ones(2)}}, {"seconds": 1.5})
+    save_checkpoint(tmp_path, 5, [("weights", {"a": torch.ones(2)})], {"seconds": 1.5})
     (tmp_path / "step-00000006").mkdir()  # as if an interrupted copy had left it
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005"]
     groups, meta = load_checkpoint(checkpoints(tmp_path)[0])
@@ -315,7 +315,7 @@ def test_checkpoints_are_whole_or_absent(tmp_path):
 
 def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
     for step in range(2, 14, 2):
-        save_checkpoint(tmp_path, step, {"weights": {"a": torch.ones(1)}}, {})
+        save_checkpoint(tmp_path, step, [("weights", {"a": torch.ones(1)})], {})
     thin_out(tmp_path, keep_last=1, keep_every=4)
     assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [4, 8, 12]
     thin_out(tmp_path, keep_last=2)

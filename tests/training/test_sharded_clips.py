@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from promag.training.buckets import Bucket
 from promag.training.clip_index import Clip, load_clips, save_clips
 from promag.training.config import UserError
-from promag.training.datasets import ClipDataset, Mixture, TrainingStream, open_dataset, open_training
+from promag.training.datasets import ClipDataset, Mixture, TrainingStream, open_apart, open_dataset, open_training
 from promag.training.shard_reader import BadSample
 from promag.training.shard_writing import write_shards
 from promag.training.sharded_clips import ShardedClips, Sharding
@@ -284,3 +284,18 @@ def test_loaders_that_shuffle_nothing_away(folder):
     batches = [batch for batch, _ in zip(loader, range(13), strict=False)]
     assert [batch["step"] for batch in batches] == list(range(13))
     assert len({name for batch in batches for name in batch["caption"]}) == 26
+
+
+@pytest.mark.parametrize("source", ["index", "folder"])
+def test_clips_of_several_buckets_are_numbered_apart(index, folder, source):
+    """Each is in the bucket that training has it in, and is shown as a bucket by itself shows it."""
+    place = index if source == "index" else f"{folder}/*.tar"
+    parts = open_apart(place, "train", [VIDEO, IMAGE], 0)
+    assert [(bucket, len(clips)) for bucket, clips in parts] == [(VIDEO, 20), (IMAGE, 6)]
+    captions = [[clips.fixed(i)["caption"] for i in range(len(clips))] for _, clips in parts]
+    assert sorted(captions[0] + captions[1]) == sorted(f"clip {k}" for k in range(26))
+    assert {int(caption.split()[1]) for caption in captions[1]} == set(range(20, 26))
+    alone = open_dataset(place, "train", 3, (32, 64), 0)  # images are too short for it
+    for i in range(20):
+        assert torch.equal(parts[0][1].fixed(i)["video"], alone.fixed(i)["video"])
+    assert parts[0][1].digest(20) == alone.digest(20)

@@ -1,0 +1,152 @@
+"""Text-to-video on clips of several shapes: one normalisation, one shape a batch, exact resume, a loss for each shape."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from promag.diffusion.flow import token_shift
+from promag.diffusion.latents import LatentDataset, LatentFingerprint, normalise_alike, write_latents
+from promag.diffusion.train import Cached, DiffusionConfig, FlowObjective, mixed, train_diffusion
+from promag.training.buckets import Bucket
+from promag.training.config import build, load_yaml
+from promag.training.datasets import TrainingStream
+from promag.training.run import checkpoints, load_checkpoint
+
+VIDEO, WIDE, IMAGE = Bucket(17, 16, 16, None), Bucket(17, 16, 32, 1), Bucket(1, 16, 16, 4)
+CLIPS = {VIDEO: 6, WIDE: 3, IMAGE: 8}
+
+
+def read(bucket, index):
+    generator = torch.Generator().manual_seed(bucket.frames * 10000 + bucket.width * 100 + index)
+    scale = 1 + bucket.width / 16  # so that shapes have statistics of their own
+    video = torch.randn(3, bucket.frames, bucket.height, bucket.width, generator=generator) * scale + bucket.frames / 10
+    return {"video": video, "caption": f"clip {index} of {bucket}", "fps": 8.0}
+
+
+def encode(x, ratios):
+    return [torch.cat([x, x[:, :1] * 2], 1)[:, :, ::ratio, ::8, ::8] for ratio in ratios]
+
+
+def write(folder, bucket, ratio, count):
+    clips = type("Clips", (), {"fixed": staticmethod(lambda index: read(bucket, index))})
+    shape = (bucket.frames, bucket.height, bucket.width)
+    place = folder / f"{ratio}x-{bucket}"
+    fingerprint = LatentFingerprint("tokenizer", str(bucket), ratio, *shape, "float32", 3)
+    return write_latents({place: fingerprint}, count, clips(), encode)[0]
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory) -> list[Cached]:
+    folder = tmp_path_factory.mktemp("cache")
+    return [Cached(b, [write(folder, b, ratio, n) for ratio in (16, 8)], {}) for b, n in CLIPS.items()]
+
+
+def configuration(run: Path, **change) -> DiffusionConfig:
+    values = load_yaml("configs/diffusion/tiny.yaml")
+    values["data"] |= {"frames": 17, "size": 16, "buckets": [dataclasses.asdict(b) for b in CLIPS]}
+    values["model"] |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": [1, 1, 1]}
+    values["text"] |= {"width": 16, "layers": 1, "heads": 2}
+    values["loop"] |= {"steps": 8, "batch_size": 2, "warmup": 1}
+    values["pace"] |= {"log_every": 1, "validate_every": 8, "save_every": 4, "workers": 0, "trackers": []}
+    values |= {"output_dir": str(run), "precision": "no", "samples": None}
+    values |= {"budgets": [{"ratio": 16, "share": 3.0}, {"ratio": 8, "share": 1.0}]}
+    values |= {"condition": {"probability": 0.5, "frames": 1}, **change}
+    return build(DiffusionConfig, values, "test")
+
+
+def test_all_shapes_of_a_ratio_are_normalised_by_what_is_true_over_all_of_them(cached):
+    for scale in ("channel", "global"):
+        parts = [LatentDataset(part.latents[0], scale=scale) for part in cached]
+        raw = [part.fixed(i)["latents"] * part.std + part.mean for part in parts for i in range(len(part))]
+        every = torch.cat([x.flatten(1) for x in raw], 1).double()
+        normalise_alike(parts, scale)
+        std = every.std(1, correction=0)
+        std = std if scale == "channel" else std.square().mean().sqrt().expand(4)
+        for part in parts:
+            assert torch.allclose(part.mean.flatten().double(), every.mean(1), atol=1e-5)
+            assert torch.allclose(part.std.flatten().double(), std, rtol=1e-5)
+
+
+def test_a_batch_is_of_one_shape_and_ratio_the_same_on_all_ranks(cached, tmp_path):
+    """Each clip is shown equally often: a shape's share of the steps is that of the batches which its clips fill."""
+    latents = [[LatentDataset(folder) for folder in part.latents] for part in cached]
+    source, plan = mixed(configuration(tmp_path), list(CLIPS), latents)
+    assert [line.split() for line in plan.splitlines()[1:]] == [
+        ["17x16x16", "6", "2", "37.5%"],
+        ["17x16x32", "3", "1", "37.5%"],
+        ["1x16x16", "8", "4", "25.0%"],
+    ]
+    streams = [TrainingStream(source, 5, 2, rank, 2) for rank in (0, 1)]
+    seen, numbers, steps = Counter(), [], 800
+    for step in range(steps):
+        one, other = (stream.batch(step) for stream in streams)
+        assert one["latents"].shape == other["latents"].shape
+        assert set(one["ratio"].tolist()) == set(other["ratio"].tolist())
+        numbers += [*one["sample"].tolist(), *other["sample"].tolist()]
+        seen[tuple(one["latents"].shape), int(one["ratio"][0])] += 1
+    assert len(numbers) == len(set(numbers))
+    expected = {
+        ((2, 4, 2, 2, 2), 16): 0.375 * 0.75,
+        ((2, 4, 3, 2, 2), 8): 0.375 * 0.25,
+        ((1, 4, 2, 2, 4), 16): 0.375 * 0.75,
+        ((1, 4, 3, 2, 4), 8): 0.375 * 0.25,
+        ((4, 4, 1, 2, 2), 16): 0.25 * 0.75,
+        ((4, 4, 1, 2, 2), 8): 0.25 * 0.25,
+    }
+    assert seen.keys() == expected.keys()
+    for key, share in expected.items():
+        assert seen[key] / steps == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / steps))
+
+
+def test_the_time_shift_follows_the_tokens_of_each_shape():
+    transformer = type("Shape", (torch.nn.Module,), {"config": {"patch_size": (1, 2, 2)}})()
+    values = type("Values", (), {})()
+    values.learning_rate = 1.0
+    for name in ("text", "loop"):
+        setattr(values, name, values)
+    values.caption_dropout, values.shift, values.condition = 0.0, 3.0, None
+    objective = FlowObjective(transformer, torch.nn.Module(), values)  # pyright: ignore[reportArgumentType]
+    for shape, tokens in (((1, 4, 2, 8, 8), 32), ((3, 4, 5, 8, 16), 160), ((1, 4, 1, 8, 8), 16)):
+        assert objective.mu(torch.zeros(shape)) == token_shift(tokens, 3.0)
+    assert objective.mu(torch.zeros(1, 4, 4, 8, 8)) - objective.mu(torch.zeros(1, 4, 1, 8, 8)) == pytest.approx(math.log(2))
+
+
+def test_training_on_several_shapes_resumes_bit_for_bit_and_tells_the_loss_of_each(cached, tmp_path):
+    half = {"log_every": 1, "validate_every": 8, "save_every": 4, "workers": 1, "trackers": [], "stop_after": 4}
+    whole = configuration(tmp_path / "whole")
+    train_diffusion(whole, cached, cached)
+    parts = configuration(tmp_path / "parts", pace={**load_yaml("configs/diffusion/tiny.yaml")["pace"], **half})
+    for _ in range(2):
+        train_diffusion(parts, cached, cached)
+    ends = [load_checkpoint(checkpoints(tmp_path / name / "16x-8x")[-1])[0] for name in ("whole", "parts")]
+    for group, tensors in ends[0].items():
+        assert all(torch.equal(value, ends[1][group][name]) for name, value in tensors.items()), group
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "16x-8x" / "metrics.jsonl").read_text().splitlines()]
+    (losses,) = ({k: v for k, v in line.items() if k.startswith("held_out")} for line in lines if "held_out_loss" in line)
+    shapes = {f"held_out_loss_{bucket}": count for bucket, count in CLIPS.items()}
+    ratios = [losses[f"held_out_loss_{ratio}x"] for ratio in (16, 8)]
+    assert losses.keys() == {"held_out_loss", "held_out_loss_16x", "held_out_loss_8x", "held_out_loss_first_given", *shapes}
+    assert losses["held_out_loss"] == pytest.approx(np.mean(ratios))
+    by_clip = sum(losses[name] * count for name, count in shapes.items()) / sum(shapes.values())
+    assert losses["held_out_loss"] == pytest.approx(by_clip)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        ([(17, 16, 32, None)], "buckets 17x16x32: each shape once, 17x16x16"),
+        ([(17, 16, 16, None), (17, 16, 16, 2)], "each shape once"),
+        ([(17, 16, 16, None), (12, 16, 16, None)], "12 frames: 16x needs"),
+        ([(17, 16, 16, None), (33, 16, 20, None)], "20"),
+    ],
+)
+def test_illegal_buckets_are_named(tmp_path, buckets, message):
+    config = configuration(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=tuple(Bucket(*b) for b in buckets)))

@@ -1,0 +1,44 @@
+"""Prompts of samples: frozen encoders are asked once, the one that learns each time."""
+
+import shutil
+
+import pytest
+import torch
+
+from promag.diffusion.text import encode, learn_vocabulary, load_frozen, side_by_side, small_clip, tokenize
+from promag.diffusion.train import Text, TextEncoder
+from promag.pipelines.sample_text import SampleText
+from tests.scripts.test_scripts import write_t5
+
+PROMPTS = ["a red disc", "a blue square"]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_what_is_kept_is_what_the_encoders_give_and_what_learns_is_asked_anew(tmp_path, order):
+    write_t5(tmp_path / "t5")
+    encoders = [TextEncoder(str(tmp_path / "t5"), None, 8), TextEncoder("small", None, 6)]
+    text = Text(tuple(encoders[i] for i in order), vocabulary=300, width=16, layers=1, heads=2, learning_rate=1e-3)
+    vocabulary = learn_vocabulary(PROMPTS, 300, 6)
+    torch.manual_seed(0)
+    learned, frozen = (vocabulary, small_clip(vocabulary, 16, 1, 2)), load_frozen(str(tmp_path / "t5"), None, 8)
+    kept = SampleText(text, PROMPTS)
+    for round in range(2):
+        for prompts in (PROMPTS, [""], PROMPTS[1:]):
+            found = kept.encode(prompts, learned)
+            with torch.no_grad():
+                expected = side_by_side(
+                    [encode(pair[1], tokenize(pair[0], prompts)) for pair in _ordered(frozen, learned, order)]
+                )
+            for ours, theirs in zip((*found.tokens, *found.masks), (*expected.tokens, *expected.masks), strict=True):
+                assert torch.allclose(ours, theirs, atol=1e-6)
+            assert torch.allclose(found.pooled, expected.pooled, atol=1e-6)
+        if round == 0:
+            shutil.rmtree(tmp_path / "t5")  # is not needed again
+            with torch.no_grad():
+                for parameter in learned[1].parameters():
+                    parameter.mul_(1.5)
+
+
+def _ordered(frozen, learned, order):
+    pairs = (frozen, learned)
+    return [pairs[i] for i in order]

@@ -1,0 +1,110 @@
+"""FSDP2: every process holds a part of each weight, gradient, moment and average, by torch's fully_shard.
+
+A unit - one transformer block, say - is whole on each process only while it computes: its weights are gathered before it is
+called, in the forward and in the backward pass, and its gradients are averaged and cut into parts after it. Parts are rows: the
+first axis is divided. Source: PyTorch FSDP (arXiv 2304.11277), in the form that keeps a tensor for each weight.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import get_rank
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .config import UserError
+
+
+def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device, world: int, bf16: bool) -> Callable[[], None]:
+    """Spread the units' weights over `world` processes, in place, and move all else to `device`.
+
+    Args:
+        objective: what holds the units; every weight that is trained must be in one of them.
+        units: modules whose weights are gathered together, inner ones before those around them.
+        device: of this process.
+        world: processes.
+        bf16: gather the weights of inner units in bfloat16; gradients are summed in float32 all the same.
+
+    Returns a function that puts modules with whole weights, on the CPU, in the place of the spread ones, which can be neither
+    copied nor saved. Raises UserError for one process, for no units, and for trained weights outside of them.
+    """
+    if world < 2:
+        raise UserError("parallel fsdp2: one process has nobody to share weights with; start several, or use ddp")
+    inside = {id(p) for unit in units for p in unit.parameters()}
+    outside = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in inside]
+    if outside:
+        raise UserError(f"parallel fsdp2: {outside[0]} and {len(outside) - 1} more weights cannot be spread here; use ddp")
+    plain = {name: _without_data(objective.get_submodule(name)) for name in _outermost(objective, units)}
+    roots = {id(objective.get_submodule(name)) for name in plain}
+    mesh = init_device_mesh(device.type, (world,))
+    for unit in units:
+        narrow = bf16 and id(unit) not in roots  # embeddings, modulation and the small text model stay in float32
+        # Inputs stay as they are: times and rotary positions need float32, and autocast narrows the rest. Roots are let go of
+        # after the forward pass too: else validation would leave gathered averages that the next step takes for weights.
+        policy = MixedPrecisionPolicy(torch.bfloat16 if narrow else None, torch.float32, cast_forward_inputs=False)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    objective.to(device)
+
+    def make_whole() -> None:
+        for name, module in plain.items():
+            spread = objective.get_submodule(name)
+            whole = {key: gather(value).cpu() for key, value in spread.state_dict().items()}
+            module.load_state_dict(whole, assign=True)
+            parent, _, child = name.rpartition(".")
+            setattr(objective.get_submodule(parent), child, module)
+
+    return make_whole
+
+
+def _outermost(objective: nn.Module, units: Sequence[nn.Module]) -> list[str]:
+    """Return the names of the units that are in no other unit."""
+    names = [name for name, module in objective.named_modules() if any(module is unit for unit in units)]
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _without_data(module: nn.Module) -> nn.Module:
+    """Copy a module but for its weights' data."""
+    empty: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, empty)
+
+
+def held(weight: Any) -> nn.Parameter:
+    """Return a weight as this process holds it: a plain parameter over the same memory, or itself where it is whole."""
+    if not isinstance(weight, DTensor):
+        return weight
+    with torch.no_grad():
+        return nn.Parameter(weight.to_local(), weight.requires_grad)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Return a tensor whole; all processes must ask for it together."""
+    free: Any = tensor.detach()
+    return free.full_tensor() if isinstance(free, DTensor) else free
+
+
+def gather_on_main(tensor: Tensor) -> Tensor:
+    """Return a spread tensor whole, on the CPU, on the main process and an empty one on the others; plain ones as they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    whole = gather(tensor)
+    return whole.cpu() if get_rank() == 0 else whole.new_empty(0)
+
+
+def spread_like(whole: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor, whole on every process, spread as `weight` is; a plain one where that is not spread."""
+    if not isinstance(weight, DTensor):
+        return whole
+    return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+def joined(part: Tensor, weight: Tensor) -> Tensor:
+    """Return the tensor of which each process holds `part`, as it does of `weight`; `part` itself where that is whole."""
+    if not isinstance(weight, DTensor):
+        return part
+    return DTensor.from_local(
+        part, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
