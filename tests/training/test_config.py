@@ -124,7 +124,8 @@ def _class_of(path: Path):
 
     if path.stem == "demo":
         return DemoConfig
-    return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig, "claim": ClaimConfig}[path.parent.name]
+    kind = path.stem if path.parent.name == "paper" else path.parent.name
+    return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig, "claim": ClaimConfig}[kind]
 
 
 def _assert_complete(config, values, place):
