@@ -6,6 +6,7 @@ import two packages more, requests_mock and parameterized.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -70,7 +71,8 @@ def summary(report: ET.Element) -> list[dict[str, Any]]:
         row = rows.setdefault(name, empty)
         wrong = [found for kind in ("failure", "error") if (found := case.find(kind)) is not None]
         if wrong:
-            row["failed"][case.attrib["name"]] = wrong[0].attrib["message"].splitlines()[0][:200]
+            message = wrong[0].attrib["message"].splitlines()[0]
+            row["failed"][case.attrib["name"]] = re.sub(r"/\S*/", "", message)  # files without their temporary folders
         elif (skipped := case.find("skipped")) is not None:
             row["skipped"][skipped.attrib["message"]] += 1
         else:
