@@ -38,7 +38,8 @@ def tokenizer_card(
         name: folder of the checkpoint, as users give it.
         shape: parameters, latent_channels, temporal_ratios, dtype.
         record: what `scripts/evaluate_tokenizer.py` records, of the published weights.
-        recipe: of each stage: ratio, frames, size, steps, batch_size, learning_rate, muon, loss, seconds, encoder, decoder.
+        recipe: of each stage: ratio, frames, size, steps, batch_size, learning_rate, muon, loss, seconds, encoder, decoder, and
+            also: the share of the steps by other source.
         sources: of each source of the training clips: repository, commit, licence, clips.
         credits: Markdown, under the table of sources.
     """
@@ -130,7 +131,7 @@ def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         [
             f"{stage['ratio']}x",
             f"{stage['encoder']}, {stage['decoder']}",
-            f"{stage['frames']} frames, {stage['size']}x{stage['size']}",
+            "; ".join([f"{stage['frames']} frames, {stage['size']}x{stage['size']}", *_others(stage["also"])]),
             str(stage["steps"]),
             str(stage["batch_size"]),
             f"{stage['learning_rate']:g}, {stage['muon'] or '-'}",
@@ -139,6 +140,12 @@ def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ]
         for stage in recipe
     ]
+
+
+def _others(also: Mapping[str, float]) -> list[str]:
+    """Return in words what share of the steps draws from other sources, which are named by their file."""
+    names = {source: "generated clips" if source == "shapes" else Path(source).name for source in also}
+    return [f"{share:.0%} of the steps {names[source]}" for source, share in also.items()]
 
 
 def count_sources(table: Path, split: str) -> list[dict[str, Any]]:

@@ -79,6 +79,7 @@ def stages_of(run: Path) -> list[dict[str, Any]]:
             settings = {key: stage["loop"][key] for key in ("steps", "batch_size", "learning_rate", "muon")}
             lower = {key: growth[key] for key in ("encoder", "decoder")}
             shape = {"ratio": stage["ratio"], "frames": stage["frames"], "size": config["data"]["size"]}
+            shape["also"] = {source["train"]: source["share"] for source in config["data"].get("also") or ()}
             spent = {"loss": _loss(stage), "seconds": json.loads(done.read_text())["seconds"]}
             found.append({**shape, **settings, **lower, **spent})
     if not found:

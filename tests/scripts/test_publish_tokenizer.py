@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from promag.training.config import UserError
+from promag.pipelines.model_card import _stages
+from promag.training.config import UserError, load_yaml
 from scripts import publish_tokenizer
 
 
@@ -38,3 +40,16 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
             publish_tokenizer.main([*arguments, "--sources", str(table), *change])
     with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/tokenizer"):
         publish_tokenizer.main([str(out), *arguments[1:], "--sources", str(table)])
+
+
+def test_the_recipe_tells_what_else_was_trained_on(demo_run, tmp_path):
+    run = demo_run / "tokenizer-run"
+    config = load_yaml(run / "config.yaml")
+    config["data"]["also"] = [{"train": "shapes", "share": 0.4, "temporal_strides": [1]}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "8x").mkdir()
+    (tmp_path / "8x" / "done.json").write_text((run / "8x" / "done.json").read_text())
+    (stage,) = publish_tokenizer.stages_of(tmp_path)
+    assert stage["also"] == {"shapes": 0.4}
+    (row,) = _stages([stage])
+    assert row[2] == "9 frames, 32x32; 40% of the steps generated clips"
