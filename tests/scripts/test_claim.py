@@ -60,7 +60,7 @@ def config(tmp_path_factory):
         },
         "pace": {
             "log_every": 1, "validate_every": 2, "save_every": 50, "keep_last": 1, "keep_every": None, "workers": 0,
-            "stop_after": None, "trackers": ["tensorboard"], "peak_tflops": None,
+            "parallel": "ddp", "stop_after": None, "trackers": ["tensorboard"], "peak_tflops": None,
         },
         "arms": ARMS,
     }  # fmt: skip
