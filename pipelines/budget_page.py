@@ -26,6 +26,7 @@ from .budget_page_style import STYLE
 from .budget_tables import cost_lines, figure_table, generation_lines, reconstruction_lines, token_lines
 from .budgets import ORIGINAL, ClipFacts
 from .report_plot import COLOURS, Mark, marked_plot
+from .report_style import PAGE
 from .report_style import STYLE as REPORT_STYLE
 from .report_table import number
 
@@ -310,22 +311,27 @@ def _page(report: BudgetReport, order: Sequence[int], films: Mapping[int, str]) 
     if report.generation:
         table = figure_table("Pipeline", list(report.generation), generation_lines(report.generation))
         generation = _section("Generation", GENERATION, table)
+    parts = [
+        VIEWER.format(tiles=_tiles(report)),
+        _section("Clips", CLIPS + left_out, _clip_table(report, order)),
+        _section("Figures", FIGURES, figure_table("Budget", names, figures)),
+        _rate_distortion(report),
+        _adaptive(report),
+        _costs(report),
+        generation,
+        _section("How this was measured", "", f'<table class="facts"><tbody>{facts}</tbody></table>') if facts else "",
+    ]
+    scripts = [
+        f'<script type="application/json" id="data">{_data(report, order)}</script>\n',
+        *(f'<script type="text/plain" id="film-{n}">{films[i]}</script>\n' for n, i in enumerate(order) if films),
+        f"<script>{SCRIPT}</script>",
+    ]
     return PAGE.format(
         style=REPORT_STYLE + STYLE,
-        script=SCRIPT,
         title=escape(report.title),
-        summary=escape(_summary(report)),
-        lead=_lead(report),
-        viewer=VIEWER.format(tiles=_tiles(report)),
-        clips=_section("Clips", CLIPS + left_out, _clip_table(report, order)),
-        figures=_section("Figures", FIGURES, figure_table("Budget", names, figures)),
-        rate=_rate_distortion(report),
-        adaptive=_adaptive(report),
-        costs=_costs(report),
-        generation=generation,
-        facts=_section("How this was measured", "", f'<table class="facts"><tbody>{facts}</tbody></table>') if facts else "",
-        data=_data(report, order),
-        films="".join(f'<script type="text/plain" id="film-{n}">{films[i]}</script>\n' for n, i in enumerate(order) if films),
+        lead=f"<p>{escape(_summary(report))}</p>{_lead(report)}",
+        main="".join(parts),
+        scripts="".join(scripts),
     )
 
 
@@ -342,29 +348,6 @@ COSTS = (
     "lines, follow from a curve fitted to these."
 )
 GENERATION = "Videos sampled for the prompts of generated clips, and what a scorer that sees only the video reads in them."
-
-# The policy forbids the page every request, whatever stands in it.
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'; media-src data: blob:; img-src data:">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1><p>{summary}</p>{lead}</header>
-<main>
-{viewer}{clips}{figures}{rate}{adaptive}{costs}{generation}{facts}</main>
-<script type="application/json" id="data">{data}</script>
-{films}<script>{script}</script>
-</body>
-</html>
-"""
 
 VIEWER = """<section class="viewer" id="viewer" aria-label="Player">
 <header><h2 id="clip-name"></h2><p id="clip-caption"></p></header>

@@ -21,7 +21,7 @@ import numpy as np
 from ..training.video import encode_mp4, written_whole
 from .grid import GAP, grid
 from .report_plot import line_plot
-from .report_style import SCRIPT, STYLE
+from .report_style import PAGE, SCRIPT, STYLE
 from .report_table import BudgetRow, budget_table, dash
 
 CRF = 20
@@ -200,15 +200,18 @@ def _page(report: Report, films: Sequence[_Film]) -> str:
     count = len(report.reconstructions)
     videos = _reconstructions(report.reconstructions, films[:count]) if count else ""
     videos += _samples(report.samples, films[count:]) if report.samples else ""
+    parts = [
+        _section("Token budgets", BUDGETS, budget_table(report.rows, report.chance)) if report.rows else "",
+        f'<div class="videos">{CONTROLS}{videos}</div>' if videos else "",
+        _curves(report.curves) if report.curves else "",
+        _facts(report.facts) if report.facts else "",
+    ]
     return PAGE.format(
         style=STYLE,
-        script=SCRIPT,
         title=escape(report.title),
-        summary="".join(f"<p>{escape(sentence)}</p>" for sentence in report.summary),
-        budgets=_section("Token budgets", BUDGETS, budget_table(report.rows, report.chance)) if report.rows else "",
-        videos=f'<div class="videos">{CONTROLS}{videos}</div>' if videos else "",
-        curves=_curves(report.curves) if report.curves else "",
-        facts=_facts(report.facts) if report.facts else "",
+        lead="".join(f"<p>{escape(sentence)}</p>" for sentence in report.summary),
+        main="".join(parts),
+        scripts=f"<script>{SCRIPT}</script>",
     )
 
 
@@ -216,28 +219,6 @@ BUDGETS = (
     "Temporal compression r turns 1 + rN frames into 1 + N latent frames, the tokens of the text-to-video model. "
     "Small print compares with the first column."
 )
-
-# The policy forbids the page every request, whatever stands in it.
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'; media-src data: blob:; img-src data:">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1>{summary}</header>
-<main>
-{budgets}{videos}{curves}{facts}</main>
-<script>{script}</script>
-</body>
-</html>
-"""
 
 CONTROLS = """<div class="controls" role="group" aria-label="Video playback">
 <button type="button" id="play">Pause all</button>

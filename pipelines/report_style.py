@@ -112,3 +112,25 @@ if (videos.length) {
   update();
 }
 """
+
+# The policy forbids the page every request, whatever stands in it.
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+script-src 'unsafe-inline'; media-src data: blob:; img-src data:">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1>{lead}</header>
+<main>
+{main}</main>
+{scripts}
+</body>
+</html>
+"""
