@@ -4,6 +4,7 @@ Budgets are measured in turns, round after round, so that a slow moment of the m
 """
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -160,6 +161,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each start and stop of the profiler is a line on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None
