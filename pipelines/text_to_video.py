@@ -186,13 +186,11 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
             given = [given] * len(text.tokens[0]) if isinstance(given, str) else given
             negative = self._encode(given, max_sequence_length)
         device = device or self._execution_device
-
-        def for_videos(part: Embedded) -> Embedded:
-            return part.map(lambda x: x.repeat_interleave(num_videos_per_prompt, 0).to(device))
-
-        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(for_videos(text))
+        text = _for_videos(text, num_videos_per_prompt, device)
+        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(text)
         if negative is not None:
-            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = unpack(for_videos(negative))
+            negative = _for_videos(negative, num_videos_per_prompt, device)
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = unpack(negative)
         return (
             prompt_embeds,
             prompt_attention_mask,
@@ -420,3 +418,8 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         latents = self.vae.encode(pixels, ratio).latent_dist.mode().float()  # pyright: ignore
         latents = self.transformer.normalise(latents, ratio)
         return latents.expand(prompts, *latents.shape[1:]).repeat_interleave(times, 0)
+
+
+def _for_videos(text: Embedded, times: int, device: torch.device) -> Embedded:
+    """Repeat each prompt for its videos and move all to where they are made."""
+    return text.map(lambda x: x.repeat_interleave(times, 0).to(device))

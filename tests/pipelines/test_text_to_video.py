@@ -1,12 +1,16 @@
+import ast
+import inspect
 import json
+import textwrap
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 
-from promag import ProMAGTransformer3DModel
+from promag import ProMAGPipeline, ProMAGTransformer3DModel
 from promag.diffusion.text import learn_vocabulary
 from promag.pipelines.prompt_accuracy import sample_videos
 from promag.pipelines.prompts import NAMES, NEGATIVE_NAMES, unpack
@@ -78,6 +82,12 @@ def test_prompt_embeds_with_their_masks_replace_the_prompt(which, request):
     assert np.array_equal(call(pipe, None, **positive, negative_prompt="a"), call(pipe, PROMPTS, negative_prompt="a"))
     negative = {name: encoded[name] for name in NEGATIVE_NAMES}
     assert np.array_equal(call(pipe, PROMPTS, **negative), call(pipe, PROMPTS, negative_prompt=["a", "b"]))
+
+
+def test_tools_can_look_up_what_encode_prompt_returns():
+    visitor = ReturnNameVisitor()
+    visitor.visit(ast.parse(textwrap.dedent(inspect.getsource(ProMAGPipeline.encode_prompt))))
+    assert tuple(visitor.return_names) == (*NAMES, *NEGATIVE_NAMES)
 
 
 def test_a_prompt_is_encoded_once_for_each_of_its_videos_and_not_at_all_without_need(pipe):
