@@ -1,0 +1,96 @@
+"""What a training is made of between two steps, as a checkpoint holds it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from .config import UserError
+from .fsdp import gather_on_main, held, joined, spread_like
+from .optimizers import from_saved, held_by, to_saved
+from .run import checkpoints, load_checkpoint
+
+
+class State:
+    """What a checkpoint holds: weights, their averages, optimiser moments, buffers; step, seconds and skipped steps."""
+
+    def __init__(
+        self,
+        named: dict[str, nn.Parameter],
+        buffers: dict[str, Tensor],
+        optimizers: list[torch.optim.Optimizer],
+        ema: EMAModel,
+        global_batch: int,
+    ):
+        self.named, self.buffers, self.optimizers, self.ema = named, buffers, optimizers, ema
+        self.global_batch = global_batch  # samples a step, of all processes
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.seconds = 0.0  # of the calls before this one
+
+    def copy_of_buffers(self) -> dict[str, Tensor]:
+        """Copy what a forward pass may change: moving averages, for example."""
+        return {name: buffer.clone() for name, buffer in self.buffers.items() if buffer.is_floating_point()}
+
+    def skip(self, untouched: Mapping[str, Tensor]) -> None:
+        """Count a step that is to change nothing, and give the buffers back what they held before."""
+        for name, value in untouched.items():
+            self.buffers[name].copy_(value)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+
+    def resume(self, folder: Path) -> None:
+        """Read the newest checkpoint, if there is one; raises UserError where its steps had more or fewer samples."""
+        found = checkpoints(folder)
+        if not found:
+            return
+        groups, meta = load_checkpoint(found[-1])
+        if meta["global_batch"] != self.global_batch:
+            raise UserError(
+                f"{found[-1]}: was trained on {meta['global_batch']} samples a step, these processes have {self.global_batch} "
+                "(processes x batch_size x accumulate); start as many processes as before"
+            )
+        with torch.no_grad():
+            for (name, parameter), shadow in zip(self.named.items(), self.ema.shadow_params, strict=True):
+                for place, group in ((held(parameter), "weights"), (shadow, "ema")):
+                    place.copy_(held(spread_like(groups[group][name], parameter)))
+            for name, buffer in self.buffers.items():
+                buffer.copy_(groups["buffers"][name])
+        slots: dict[str, dict[str, Tensor]] = {}
+        for key, value in groups["optimizer"].items():
+            name, _, slot = key.rpartition("/")
+            slots.setdefault(name, {})[slot] = value
+        names = {id(p): name for name, p in self.named.items()}
+        for optimizer in self.optimizers:
+            moments = {
+                i: {slot: from_saved(optimizer, value, p) for slot, value in slots.get(names[id(p)], {}).items()}
+                for i, (p, _) in enumerate(held_by(optimizer))
+            }
+            moments = {i: slot for i, slot in moments.items() if slot}
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.step, self.seconds = meta["step"], meta["seconds"]
+        self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
+        self.ema.optimization_step = self.step - self.skipped
+
+    def groups(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield the groups of tensors, whole on the main process; all processes must ask for them together.
+
+        One after the other, since the whole of a spread model may be more than fits into memory several times.
+        """
+        yield "weights", {name: gather_on_main(p) for name, p in self.named.items()}
+        averages = zip(self.named.items(), self.ema.shadow_params, strict=True)
+        yield "ema", {name: gather_on_main(joined(shadow, p)) for (name, p), shadow in averages}
+        slots = {
+            id(p): {slot: to_saved(optimizer, value, p) for slot, value in optimizer.state.get(key, {}).items()}
+            for optimizer in self.optimizers
+            for p, key in held_by(optimizer)
+        }
+        yield "optimizer", {f"{n}/{k}": gather_on_main(v) for n, p in self.named.items() for k, v in slots[id(p)].items()}
+        yield "buffers", self.buffers
+
+    def meta(self, seconds: float) -> dict[str, Any]:
+        """Return what a checkpoint tells beside its tensors; `seconds` are those of this call."""
+        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {"seconds": self.seconds + seconds, "global_batch": self.global_batch, **counts}
