@@ -10,6 +10,7 @@ from promag.diffusion.train import DiffusionConfig
 from promag.pipelines.assemble import cache
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import parse_config, run_main
+from promag.training.fsdp import leave_process_group
 from promag.training.loop import processes
 
 
@@ -24,4 +25,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(main))
+    raise SystemExit(run_main(main, after=leave_process_group))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from promag.diffusion.train import DiffusionConfig
 from promag.pipelines.assemble import train_pipeline
 from promag.training.config import parse_config, run_main
+from promag.training.fsdp import leave_process_group
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,4 +21,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(main))
+    raise SystemExit(run_main(main, after=leave_process_group))

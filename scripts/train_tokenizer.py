@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from promag.tokenizer.train import TokenizerConfig, train_tokenizer
 from promag.training.config import parse_config, run_main
+from promag.training.fsdp import leave_process_group
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,4 +19,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(main))
+    raise SystemExit(run_main(main, after=leave_process_group))

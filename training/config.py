@@ -25,13 +25,15 @@ class UserError(ValueError):
     """A mistake in what the user gave: shown as one line, without a traceback."""
 
 
-def run_main(main: Callable[[Sequence[str]], int | None]) -> int:
-    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2.
+def run_main(main: Callable[[Sequence[str]], int | None], after: Callable[[], None] = lambda: None) -> int:
+    """Run `main(argv)`, then `after()` if it raised nothing; a UserError becomes one line on stderr and exit status 2.
 
     argparse's own errors already have that status.
     """
     try:
-        return main(sys.argv[1:]) or 0
+        status = main(sys.argv[1:]) or 0
+        after()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

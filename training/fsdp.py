@@ -6,17 +6,20 @@ first axis is divided. Source: PyTorch FSDP (arXiv 2304.11277), in the form that
 """
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import get_rank
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed import destroy_process_group, get_rank, is_initialized
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import UserError
+
+_meshes: list[DeviceMesh] = []  # none or one
 
 
 def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device, world: int, bf16: bool) -> Callable[[], None]:
@@ -40,7 +43,7 @@ def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device
         raise UserError(f"parallel fsdp2: {outside[0]} and {len(outside) - 1} more weights cannot be spread here; use ddp")
     plain = {name: _without_data(objective.get_submodule(name)) for name in _outermost(objective, units)}
     roots = {id(objective.get_submodule(name)) for name in plain}
-    mesh = init_device_mesh(device.type, (world,))
+    mesh = _mesh(device.type, world)
     for unit in units:
         narrow = bf16 and id(unit) not in roots  # embeddings, modulation and the small text model stay in float32
         # Inputs stay as they are: times and rotary positions need float32, and autocast narrows the rest. Roots are let go of
@@ -58,6 +61,28 @@ def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device
             setattr(objective.get_submodule(parent), child, module)
 
     return make_whole
+
+
+def _mesh(device_type: str, world: int) -> DeviceMesh:
+    """Return the one mesh of this process, made on first use."""
+    if not _meshes:
+        _meshes.append(init_device_mesh(device_type, (world,)))
+    return _meshes[0]
+
+
+def leave_process_group() -> None:
+    """End communication with the other processes and wait for the threads that did it; nothing where there are none.
+
+    To be called at the end of a process that did not fail: a thread of gloo that lets go of its last tensor while the
+    interpreter shuts down would abort it, and with it all others.
+    """
+    if not is_initialized():
+        return
+    gc.collect()  # modules are in cycles with their hooks, which know the group
+    for mesh in _meshes:
+        mesh.__dict__.get("_pg_registry", {}).clear()  # torch's caches keep meshes for good, and they the group
+    _meshes.clear()
+    destroy_process_group()
 
 
 def _outermost(objective: nn.Module, units: Sequence[nn.Module]) -> list[str]:

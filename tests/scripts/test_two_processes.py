@@ -19,9 +19,14 @@ from tests.scripts.test_scripts import PACE, diffusion_arguments, encoder, token
 
 # Several trainings after each other in one start, which takes much longer than they do.
 DRIVER = """
-import importlib, json, sys
+import importlib, json, os, sys
+from pathlib import Path
+from promag.training.fsdp import leave_process_group
 for script, arguments in json.load(open(sys.argv[1])):
     importlib.import_module(script).main(arguments)
+leave_process_group()
+threads = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+Path(sys.argv[1]).with_name(f"threads-{os.environ['RANK']}.json").write_text(json.dumps(threads))
 """
 # Rank 1 is killed, as by a machine that is out of memory, once a few steps have been logged.
 KILLED = """
@@ -174,6 +179,14 @@ def test_each_process_holds_half_of_what_is_spread(runs):
             assert part["gradients"] == ["DTensor"]
             assert part["gathered_after_the_step"] == 0
             assert (part["class"], part["equal"]) == ("ProMAGTransformer3DModel", True)
+
+
+def test_no_thread_of_communication_outlives_the_process_group(runs):
+    """One that does may abort the process while the interpreter shuts down."""
+    for rank in (0, 1):
+        threads = json.loads((runs / f"threads-{rank}.json").read_text())
+        assert threads
+        assert not [name for name in threads if "gloo" in name]
 
 
 def test_muon_steps_spread_matrices_as_whole_ones(runs):

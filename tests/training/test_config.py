@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promag.training.config import UserError, build, load_yaml, parse_config, save_yaml, setting
+from promag.training.config import UserError, build, load_yaml, parse_config, run_main, save_yaml, setting
 
 PRESETS = sorted(Path("configs").rglob("*.yaml"))
 
@@ -138,3 +138,16 @@ def _assert_complete(config, values, place):
             for inner, given_values in zip(value, values[field.name], strict=True):
                 if dataclasses.is_dataclass(inner):
                     _assert_complete(inner, given_values, f"{place}:{field.name}")
+
+
+def test_run_main_does_what_follows_only_after_success(capsys):
+    """Exit status and stderr of a script, and whether its last act was done."""
+
+    def fails(argv):
+        raise UserError("no such clip")
+
+    for main, status, acts in ((lambda argv: None, 0, 1), (lambda argv: 3, 3, 1), (fails, 2, 0)):
+        done = []
+        assert run_main(main, after=lambda done=done: done.append(1)) == status
+        assert len(done) == acts
+    assert capsys.readouterr().err == "error: no such clip\n"
