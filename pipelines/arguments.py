@@ -41,6 +41,16 @@ def check_numbers(fps: float, **counts: int) -> None:
         raise ValueError(f"fps {fps}: must be above 0")
 
 
+def check_latents(latents: Any, shape: tuple[int, ...], strength: float) -> None:
+    """Refuse latents of another shape, a share of the steps outside [0, 1], and one below 1 without latents to start from."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"denoise_strength {strength}: 0 to 1 are legal")
+    if latents is None and strength < 1:
+        raise ValueError(f"denoise_strength {strength}: needs the latents to start from; 1 starts from noise")
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ValueError(f"latents of shape {tuple(latents.shape)}: {shape} is needed")
+
+
 def check_names(output_type: str, callback_tensors: Sequence[str], legal: Sequence[str]) -> None:
     """Refuse an unknown output type and names of tensors that are not `legal` for a callback."""
     if output_type not in OUTPUT_TYPES:

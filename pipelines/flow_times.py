@@ -26,8 +26,10 @@ def check_flow(scheduler: Any) -> None:
     )
 
 
-def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.device) -> Tensor:
+def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.device, strength: float = 1.0) -> Tensor:
     """Set a scheduler's times from 1 down to 1/steps; return those that the transformer is told, one for each call of it.
+
+    Of these, only the last `strength` of the steps are to be made, rounded up: the scheduler starts there.
 
     Where the scheduler's configuration says `use_dynamic_shifting` - one made by `from_config` of the saved scheduler's
     keeps that - times are shifted for the number of tokens as in training, by its own means or by those of its constant
@@ -48,5 +50,6 @@ def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.d
             scheduler.set_timesteps(steps, device=device)
         finally:
             scheduler.register_to_config(**{constant: config[constant]})
-    scheduler.set_begin_index(0)
-    return 1000 * scheduler.sigmas[: len(scheduler.timesteps)].to(device, torch.float32)
+    skipped = (steps - math.ceil(steps * strength - 1e-6)) * scheduler.order
+    scheduler.set_begin_index(skipped)
+    return 1000 * scheduler.sigmas[skipped : len(scheduler.timesteps)].to(device, torch.float32)

@@ -19,14 +19,14 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from ..diffusion.condition import frame_times
-from ..diffusion.flow import guide
+from ..diffusion.flow import guide, interpolate
 from ..diffusion.text import NULL_CAPTION, Embedded, encode, side_by_side, tokenize
 from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_size, latent_frames, tokens
 from ..training.config import UserError
 from ..training.safetensors_only import PICKLES, SafetensorsOnly
-from .arguments import check_budget, check_names, check_numbers, check_prompts
+from .arguments import check_budget, check_latents, check_names, check_numbers, check_prompts
 from .flow_times import check_flow, set_flow_times
 from .given_frames import hold, last_frames, read_given
 from .pipeline_card import write_card
@@ -234,6 +234,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         video: Any = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        denoise_strength: float = 1.0,
         prompt_embeds: Tensors | None = None,
         prompt_attention_mask: Tensors | None = None,
         pooled_prompt_embeds: Tensor | None = None,
@@ -265,7 +266,10 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
             video: a clip to continue, likewise (a list of pictures, T H W C or T C H W). Its last frames open the new video:
                 as many as the transformer was trained to be given, 1 + temporal_ratio*k of them.
             generator: of the noise: one per video, or one from which the videos' noise is drawn in turn.
-            latents: first noise, b c t h w, instead of drawn noise.
+            latents: first noise, b c t h w, instead of drawn noise; below strength 1, what to refine: latents of this ratio as
+                output_type "latent" returns them.
+            denoise_strength: share of the steps that are made, the last ones. Below 1 they start from `latents`, noised to the
+                time of the first of them (SDEdit, arXiv 2108.01073); 0 returns them unchanged.
             prompt_embeds: instead of `prompt`; this and the next five are what `encode_prompt` returns, a row for each prompt.
             prompt_attention_mask: needed with `prompt_embeds`.
             pooled_prompt_embeds: needed with `prompt_embeds` where a text encoder has pooled vectors.
@@ -320,15 +324,21 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
 
         frames = latent_frames(num_frames, ratio)
         shape = (len(prompts), self.transformer.config["in_channels"], frames, height // spatial, width // spatial)
+        check_latents(latents, shape, denoise_strength)
         given = self._given_latents(image, video, (height, width), shape, num_videos_per_prompt, ratio, device)
-        x = hold(self._first_latents(shape, generator, latents, device), given)
-        times = set_flow_times(self.scheduler, num_inference_steps, token_count, device)
+        times = set_flow_times(self.scheduler, num_inference_steps, token_count, device, denoise_strength)
+        drawn = latents is None or denoise_strength < 1
+        x = self._first_noise(shape, generator, device) if drawn else latents.to(device, torch.float32)
+        if denoise_strength < 1:
+            clean = self.transformer.normalise(latents.to(device, torch.float32), ratio)  # pyright: ignore
+            x = interpolate(clean, x, times[:1] / 1000) if len(times) else clean
+        x = hold(x, given)
         self._num_timesteps = len(times)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         drawn = {"generator": generator} if takes_generator else {}  # of schedulers that add noise on the way
         progress: Any = self.progress_bar  # its decorator hides its arguments from type checkers
         with progress(total=len(times)) as bar:
-            for i, t in enumerate(self.scheduler.timesteps):
+            for i, t in enumerate(self.scheduler.timesteps[len(self.scheduler.timesteps) - len(times) :]):
                 if self._interrupt:
                     break
                 self._current_timestep = t
@@ -381,12 +391,8 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         video = self.vae.decode(latents.to(self.vae.dtype), ratio, return_dict=False)[0]
         return self.video_processor.postprocess_video(video.float(), output_type=output_type)
 
-    def _first_latents(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
-        """Return the given noise, or draw each video's in turn, so that it does not depend on how many follow."""
-        if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"latents of shape {tuple(latents.shape)}: {shape} is needed")
-            return latents.to(device, torch.float32)
+    def _first_noise(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
+        """Draw each video's noise in turn, so that it does not depend on how many follow."""
         generators = generator if isinstance(generator, list) else [generator] * shape[0]
         if len(generators) != shape[0]:
             raise ValueError(f"generator: {len(generators)} given; use one, or one for each of the {shape[0]} videos")

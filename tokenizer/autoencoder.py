@@ -360,6 +360,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         self._check_latents(z, level)
         return self._decode(z, level, state)
 
+    @apply_forward_hook
     def lift(self, z: Tensor, temporal_ratio: int, to_ratio: int) -> Tensor:
         """Estimate the latent of a lower ratio from a higher one, without pixels: b c 1+N h w -> b c 1+N*r/r' h w."""
         level, low = self.level_of(temporal_ratio), self.level_of(to_ratio)
@@ -367,7 +368,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
             raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: the target must be the lower ratio")
         self._check_latents(z, level)
         for i in range(level, low, -1):
-            z, _ = self.decoder_growth[i - 1](z)
+            z, _ = self.decoder_growth[i - 1](self._as(self.decoder_growth[i - 1], z))
         return z
 
     def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:

@@ -52,6 +52,15 @@ def test_every_scheduler_ends_where_the_others_do(pipe, exact, name):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_refines_to_where_the_others_do(pipe, name):
+    given = {"latents": torch.randn(1, 4, 2, 2, 3, generator=seed(5)), "denoise_strength": 0.7, "output_type": "latent"}
+    exact = call(pipe, num_inference_steps=500, **given)
+    swapped = like(pipe, scheduler=scheduler(name, pipe.scheduler.config))
+    refined = call(swapped, num_inference_steps=40, **given)
+    assert float((refined - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_batch_equals_its_prompts_one_by_one_under_every_scheduler(pipe, name):
     swapped = like(pipe, scheduler=scheduler(name, pipe.scheduler.config))
     batch = call(swapped, PROMPTS, num_inference_steps=3, generator=[seed(0), seed(1)])

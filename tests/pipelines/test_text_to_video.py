@@ -137,6 +137,29 @@ def test_given_latents_are_the_first_noise(pipe):
     assert np.array_equal(call(pipe, latents=noise, generator=None), call(pipe))
 
 
+@pytest.mark.parametrize("strength", [0.5, 0.75])
+def test_refining_makes_the_last_steps_from_noised_latents(pipe, strength):
+    """As a whole run does whose latents are exchanged for them at that time."""
+    clean, noise = torch.randn(2, 1, 4, 2, 2, 3, generator=seed(5))
+    arguments = {"num_inference_steps": 4, "output_type": "latent"}
+    given = {**arguments, "latents": clean, "denoise_strength": strength, "generator": seed(6)}
+    steps = []
+    refined = call(pipe, **given, callback_on_step_end=lambda p, i, t, x: steps.append(float(t)) or {})
+    noise = torch.randn(1, 4, 2, 2, 3, generator=seed(6))
+    made = round(4 * strength)
+    assert len(steps) == made
+
+    def exchange(p, step, time, tensors):
+        if step != 3 - made:
+            return {}
+        level = p.scheduler.sigmas[4 - made]
+        assert float(level) * 1000 == pytest.approx(steps[0])
+        return {"latents": (1 - level) * (clean - 0.5) / 0.5 + level * noise}  # the mean and deviation of these latents
+
+    assert torch.allclose(refined, call(pipe, **arguments, callback_on_step_end=exchange), atol=1e-5)
+    assert torch.allclose(call(pipe, **{**given, "denoise_strength": 0.0}), clean, atol=1e-6)
+
+
 def test_callbacks_see_every_step_may_change_latents_and_stop(pipe):
     seen = []
 
@@ -302,6 +325,8 @@ def test_guidance_moves_away_from_what_a_dropped_caption_was_in_training(two_enc
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 texts"),
         ({"generator": [seed(0), seed(1)]}, "generator: 2 given"),
         ({"latents": torch.zeros(1, 4, 3, 2, 3)}, r"\(1, 4, 2, 2, 3\) is needed"),
+        ({"denoise_strength": 1.5}, "denoise_strength 1.5: 0 to 1"),
+        ({"denoise_strength": 0.5}, "denoise_strength 0.5: needs the latents to start from"),
         ({"fps": -1.0}, "fps -1.0"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "legal are"),
     ],
