@@ -26,6 +26,17 @@ def check_flow(scheduler: Any) -> None:
     )
 
 
+def steps_left_out(steps: int, strength: float) -> int:
+    """Return how many of the first steps are not made where only a share of them, the last ones, is to be made."""
+    return steps - math.ceil(steps * strength - 1e-6)
+
+
+def count_of_times(scheduler: Any, steps: int, strength: float = 1.0) -> int:
+    """Return how many times `set_flow_times` sets: as often the transformer is called, and a call's callback."""
+    made = steps - steps_left_out(steps, strength)
+    return max(0, scheduler.order * made - (scheduler.order - 1))  # the last step of a second-order one needs one call
+
+
 def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.device, strength: float = 1.0) -> Tensor:
     """Set a scheduler's times from 1 down to 1/steps; return those that the transformer is told, one for each call of it.
 
@@ -50,6 +61,6 @@ def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.d
             scheduler.set_timesteps(steps, device=device)
         finally:
             scheduler.register_to_config(**{constant: config[constant]})
-    skipped = (steps - math.ceil(steps * strength - 1e-6)) * scheduler.order
+    skipped = steps_left_out(steps, strength) * scheduler.order
     scheduler.set_begin_index(skipped)
     return 1000 * scheduler.sigmas[skipped : len(scheduler.timesteps)].to(device, torch.float32)

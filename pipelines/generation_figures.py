@@ -3,7 +3,6 @@
 Videos are uint8 (T, H, W, 3). Prompts are captions of generated clips, so that a scorer can read the videos.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..tokenizer.metrics import from_uint8
 from ..tokenizer.perceptual import frechet_distance
 from ..training.datasets import open_dataset
-from .prompt_accuracy import accuracies, sample_videos, scenes_to_score
+from .prompt_accuracy import accuracies, sample_timed, scenes_to_score
 
 Similarity = Callable[[np.ndarray, str], float]  # of a video and its prompt
 
@@ -40,20 +39,18 @@ def generation_figures(
     clip_similarity and fvd; the last two are None without `similarity` and `features` (a
     `VideoFeatures`; compared are as many generated clips, of the pipeline's own frames and size).
     """
-    pipe.register_to_config(temporal_ratio=ratio)
     pipe.set_progress_bar_config(disable=True)
     scenes = scenes_to_score(prompts, seed=0)
     captions = [scene.caption() for scene in scenes]
-    started = time.perf_counter()
-    videos = sample_videos(pipe, captions, steps, guidance, "bf16", name=f"{ratio}x prompts")
-    seconds = time.perf_counter() - started
+    how = {"name": f"{ratio}x prompts", "temporal_ratio": ratio}
+    videos, seconds = sample_timed(pipe, captions, steps, guidance, "bf16", **how)
     return {
         "ratio": ratio,
         "prompts": prompts,
         "steps": steps,
         "guidance": guidance,
         "accuracy": accuracies(videos, scenes),
-        "sampling_seconds": seconds / prompts,
+        "sampling_seconds": seconds.total / prompts,
         "clip_similarity": fmean(map(similarity, videos, captions)) if similarity else None,
         "fvd": _fvd(videos, features) if features and prompts > 1 else None,
     }

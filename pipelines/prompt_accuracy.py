@@ -5,17 +5,16 @@ Videos are uint8 (T, H, W, 3). The scorer reads generated clips only (training/s
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from ..diffusion.text import Embedded
 from ..tokenizer.metrics import to_uint8
 from ..training import shapes_scorer as scorer
 from ..training.shapes import Scene, parse_caption, sample_scene
-from .sampling import Order, autocast, make_videos
+from .sampling import Order, Seconds, autocast, make_videos
 
 BATCH = 8  # videos sampled at once
 PARTS = ("shape", "colour", "motion", "all")
@@ -35,25 +34,41 @@ def sample_videos(
     precision: Literal["bf16", "no"] = "no",
     first_seed: int = 0,
     name: str | None = "sampling",
-    encode: Callable[[Sequence[str]], Embedded] | None = None,
+    **how: Any,
 ) -> list[np.ndarray]:
     """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
 
-    What is done is told on stderr under `name`, None for silence. `encode` encodes prompts in place of the pipeline.
+    What is done is told on stderr under `name`, None for silence. `how` is what else `make_videos` takes.
     """
+    return sample_timed(pipe, prompts, steps, guidance, precision, first_seed, name, **how)[0]
+
+
+def sample_timed(
+    pipe: Any,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float,
+    precision: Literal["bf16", "no"] = "no",
+    first_seed: int = 0,
+    name: str | None = "sampling",
+    **how: Any,
+) -> tuple[list[np.ndarray], Seconds]:
+    """Do as `sample_videos`, and return what all took, in batches, beside the videos."""
     videos: list[np.ndarray] = []
+    spent = Seconds()
     started = time.perf_counter()
     orders = [Order(prompt, first_seed + i) for i, prompt in enumerate(prompts)]
-    how = {"num_inference_steps": steps, "guidance_scale": guidance}
-    for made, _ in make_videos(pipe, orders, BATCH, precision, encode=encode, **how):
+    how |= {"num_inference_steps": steps, "guidance_scale": guidance}
+    for made, seconds in make_videos(pipe, orders, BATCH, precision, **how):
         videos += made
+        spent += seconds
         if name is None:
             continue
         to_go = (time.perf_counter() - started) / len(videos) * (len(prompts) - len(videos))
         print(f"\r{name}: {len(videos)}/{len(prompts)} videos, {to_go:.0f} s to go ", end="", file=sys.stderr, flush=True)
     if name is not None:
         print(file=sys.stderr)
-    return videos
+    return videos, spent
 
 
 def accuracies(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, tuple[float, float, float]]:
@@ -64,6 +79,11 @@ def accuracies(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[st
         right = sum(bool(getattr(score, part)) for score in scores)
         found[part] = (right / len(scores), *scorer.wilson_interval(right, len(scores)))
     return found
+
+
+def in_words(accuracy: Mapping[str, tuple[float, float, float]]) -> str:
+    """Return accuracies in per cent, with their intervals."""
+    return ", ".join("{} {:.0f} % ({:.0f} to {:.0f})".format(part, *(100 * x for x in accuracy[part])) for part in PARTS)
 
 
 @torch.no_grad()

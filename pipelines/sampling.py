@@ -5,6 +5,7 @@ Videos are uint8 (T, H, W, 3).
 
 import contextlib
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 
 from ..diffusion.text import NULL_CAPTION, Embedded
 from ..training.config import UserError
+from .flow_times import count_of_times
 from .prompts import NAMES, NEGATIVE_NAMES, unpack
 from .text_to_video import ProMAGPipeline
 
@@ -26,6 +28,15 @@ class Order:
 
     prompt: str
     seed: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How a video is drafted at a higher temporal ratio before it is refined at the one that is asked for."""
+
+    ratio: int  # of the draft, more than that of the video
+    steps: int  # of the draft
+    strength: float  # share of the video's steps that refine the draft, below 1; 0 decodes the lifted draft as it is
 
 
 @dataclass(frozen=True)
@@ -72,26 +83,43 @@ def make_videos(
     precision: Literal["bf16", "no"] = "no",
     told: Callable[[int, int], None] | None = None,
     encode: Callable[[Sequence[str]], Embedded] | None = None,
+    draft: Draft | None = None,
     **arguments: Any,
 ) -> Iterator[tuple[list[np.ndarray], Seconds]]:
     """Make the ordered videos, `batch` at once, and yield each batch's with the seconds it took.
 
     A video depends on its order and on `arguments` (the pipeline's) alone: another batch moves values by rounding.
     `told` is called after each denoising step with the steps done and those to do, of all batches together; `encode` encodes
-    prompts, and the null caption, in place of the pipeline.
-    Raises ValueError as the pipeline does.
+    prompts, and the null caption, in place of the pipeline. With a `draft`, a video is sampled at its ratio first, its latents
+    are lifted to the ratio asked for, without pixels, and refined there.
+    Raises ValueError as the pipeline does, and for a draft that is no higher ratio or refined with all steps.
     """
+    steps = arguments.get("num_inference_steps") or inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
+    ratio = arguments.get("temporal_ratio") or pipe.config["temporal_ratio"]
+    calls = count_of_times(pipe.scheduler, steps)
+    if draft is not None:
+        if draft.ratio <= ratio or not 0 <= draft.strength < 1:
+            raise ValueError(
+                f"draft at {draft.ratio}x with denoise_strength {draft.strength:g} for a video at {ratio}x: a higher ratio and "
+                "a strength from 0 to below 1 are needed"
+            )
+        calls = count_of_times(pipe.scheduler, draft.steps) + count_of_times(pipe.scheduler, steps, draft.strength)
     batches = range(0, len(orders), batch)
     for number, first in enumerate(batches):
         part = orders[first : first + batch]
-        generators = [torch.Generator().manual_seed(order.seed) for order in part]
-        with Stopwatch(pipe, told, number, len(batches)) as watch, autocast(pipe.device, precision):
-            made = pipe(
-                **_text([order.prompt for order in part], encode),
-                generator=generators,
-                callback_on_step_end=watch.step,
-                **arguments,
-            ).frames
+        watch = Stopwatch(pipe, told, number * calls, len(batches) * calls)
+        call = {
+            **_text([order.prompt for order in part], encode),
+            "generator": [torch.Generator().manual_seed(order.seed) for order in part],
+            "callback_on_step_end": watch.step,
+            **arguments,
+        }
+        with watch, autocast(pipe.device, precision):
+            if draft is not None:
+                higher = {"temporal_ratio": draft.ratio, "num_inference_steps": draft.steps, "output_type": "latent"}
+                lifted = pipe.vae.lift(pipe(**{**call, **higher}).frames, draft.ratio, ratio)
+                call |= {"latents": lifted, "denoise_strength": draft.strength}
+            made = pipe(**call).frames
         yield list((made * 255).round().astype(np.uint8)), watch.seconds
 
 
@@ -112,10 +140,11 @@ class Stopwatch:
     """Times the parts of one call of a pipeline that gets `step` as its callback.
 
     Denoising begins at the transformer's first call and ends with the last step; what comes before is text, after it decoding.
+    `told` gets the steps done, `before` this and in it, and `total`.
     """
 
-    def __init__(self, pipe: Any, told: Callable[[int, int], None] | None = None, calls_before: int = 0, calls: int = 1):
-        self.pipe, self.told, self.calls_before, self.calls = pipe, told, calls_before, calls
+    def __init__(self, pipe: Any, told: Callable[[int, int], None] | None = None, before: int = 0, total: int = 0):
+        self.pipe, self.told, self.done, self.total = pipe, told, before, total
         self.first: float | None = None
         self.last: float | None = None
 
@@ -131,8 +160,9 @@ class Stopwatch:
     def step(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Be the pipeline's callback."""
         self.last = self._now()
+        self.done += 1
         if self.told:
-            self.told(self.calls_before * pipe.num_timesteps + step + 1, self.calls * pipe.num_timesteps)
+            self.told(self.done, self.total)
         return tensors
 
     @property

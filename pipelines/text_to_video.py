@@ -327,11 +327,11 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         check_latents(latents, shape, denoise_strength)
         given = self._given_latents(image, video, (height, width), shape, num_videos_per_prompt, ratio, device)
         times = set_flow_times(self.scheduler, num_inference_steps, token_count, device, denoise_strength)
-        drawn = latents is None or denoise_strength < 1
-        x = self._first_noise(shape, generator, device) if drawn else latents.to(device, torch.float32)
-        if denoise_strength < 1:
-            clean = self.transformer.normalise(latents.to(device, torch.float32), ratio)  # pyright: ignore
-            x = interpolate(clean, x, times[:1] / 1000) if len(times) else clean
+        start = None if latents is None else latents.to(device, torch.float32)
+        x = self._first_noise(shape, generator, device) if start is None or denoise_strength < 1 else start
+        if start is not None and denoise_strength < 1:
+            start = self.transformer.normalise(start, ratio)
+            x = interpolate(start, x, times[:1] / 1000) if len(times) else start
         x = hold(x, given)
         self._num_timesteps = len(times)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters

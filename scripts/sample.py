@@ -17,7 +17,7 @@ from promag.diffusion.attention import choose_attention
 from promag.pipelines.clip_similarity import ClipSimilarity
 from promag.pipelines.contact_sheet import write_contact_sheet
 from promag.pipelines.grid import grid
-from promag.pipelines.sampling import Order, Seconds, load_pipeline, make_videos
+from promag.pipelines.sampling import Draft, Order, Seconds, load_pipeline, make_videos
 from promag.training.config import UserError, run_main
 from promag.training.gif import MOST_FPS, encode_gif
 from promag.training.video import frame_times, pick_by_time, read_frames, write_video, written_whole
@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(str(error)) from None
     _write_overviews(arguments, prompts, videos, fps)
     ratio = arguments.temporal_ratio or pipe.config["temporal_ratio"]
-    print(f"{_count(videos)} at {ratio}x, {arguments.steps} steps on {pipe.device}: {spent}")
+    drafted = f", drafted at {arguments.draft_ratio}x" if arguments.draft_ratio else ""
+    print(f"{_count(videos)} at {ratio}x{drafted}, {arguments.steps} steps on {pipe.device}: {spent}")
     if similarities:
         print(f"mean CLIP similarity {np.mean(similarities):.4f} by {arguments.clip}")
     else:
@@ -83,6 +84,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--height", type=int, help="pixels; left out: what it was trained on")
     add("--width", type=int, help="pixels; left out: what it was trained on")
     add("--temporal-ratio", type=int, help="token budget; left out: the first it was trained at")
+    add("--draft-ratio", type=int, help="sample at this higher ratio first, lift it to --temporal-ratio and refine it there")
+    add("--draft-steps", type=int, help="denoising steps of the draft; left out: --steps")
+    add("--denoise-strength", type=float, help="share of --steps that refine a draft, 0 to below 1; left out: 0.5")
     add("--steps", type=int, default=30, help="denoising steps")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
     add("--fps", type=float, help="frame rate told to the model and written; left out: as trained")
@@ -131,7 +135,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
-    for name in ("num_frames", "height", "width", "steps", "batch", "fps"):
+    for name in ("num_frames", "height", "width", "steps", "draft_steps", "batch", "fps"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
@@ -155,7 +159,18 @@ def _sampled(
             bar.total = total
             bar.update(done - bar.n)
 
-        yield from make_videos(pipe, orders, arguments.batch, arguments.precision, told, **_call(arguments, pipe, fps))
+        how = {"told": told, "draft": _draft(arguments), **_call(arguments, pipe, fps)}
+        yield from make_videos(pipe, orders, arguments.batch, arguments.precision, **how)
+
+
+def _draft(arguments: argparse.Namespace) -> Draft | None:
+    steps, strength = arguments.draft_steps, arguments.denoise_strength
+    if arguments.draft_ratio is None:
+        for option, value in (("--draft-steps", steps), ("--denoise-strength", strength)):
+            if value is not None:
+                raise UserError(f"{option} {value:g}: name the ratio of the draft, --draft-ratio")
+        return None
+    return Draft(arguments.draft_ratio, steps or arguments.steps, 0.5 if strength is None else strength)
 
 
 def _call(arguments: argparse.Namespace, pipe: Any, fps: float) -> dict[str, Any]:

@@ -27,11 +27,11 @@ def folder(pipe, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_every_block_of_the_pipelines_page_runs(folder):
-    assert len(BLOCKS) == 13
+    assert len(BLOCKS) == 14
     names = {}
     for number, block in enumerate(BLOCKS):
         code = compile(block, f"block {number} of {PAGE.name}", "exec")
         if not block.startswith("# needs a GPU") or torch.cuda.is_available():
             exec(code, names)
     assert (folder / "disc.mp4").stat().st_size > 0
-    assert names["cheap"].shape == (1, 33, 16, 24, 3)
+    assert names["cheap"].shape == names["close"].shape == (1, 33, 16, 24, 3)

@@ -102,6 +102,17 @@ def motion(clip: Tensor) -> Tensor:
     return 255 * _unit(clip).diff(dim=2).abs().mean((1, 2, 3, 4))
 
 
+def jitter(clip: Tensor) -> Tensor:
+    """Return how unsteady each pixel's change is, in 8-bit grey levels: shape (B,).
+
+    The mean absolute second difference over frames: 0 where all changes at a constant rate, and for fewer than 3 frames. Needs
+    no target, so it can be taken of generated videos.
+    """
+    if clip.shape[2] < 3:
+        return clip.new_zeros(len(clip), dtype=torch.float32)
+    return 255 * _unit(clip).diff(n=2, dim=2).abs().mean((1, 2, 3, 4))
+
+
 def high_frequency_energy(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Return the energy above half the Nyquist frequency as a fraction of the target's: shape (B,).
 

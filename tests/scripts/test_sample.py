@@ -70,6 +70,23 @@ def test_a_gif_a_budget_and_a_size_of_ones_own(folder, tmp_path, capsys):
     assert "1 video of 9 frames of 32x24 at 4x" in said
 
 
+def test_a_draft_is_refined(folder, tmp_path, capsys):
+    """More strength leads further away from the draft."""
+    asked = [folder, "--prompt", "a", *FEW, "--temporal-ratio", "4"]
+    strengths = ("0", "0.5", "0.9")
+    for strength in strengths:
+        drafted = ["--draft-ratio", "16", "--draft-steps", "3", "--denoise-strength", strength]
+        sample.main([*asked, *drafted, "--steps", "10", "--out", str(tmp_path / f"{strength}.mp4")])
+        assert "17 frames of 32x32 at 4x, drafted at 16x, 10 steps on cpu" in capsys.readouterr().out
+    draft, half, most = (read_frames(tmp_path / f"{s}.mp4", range(17)).astype(int) for s in strengths)
+    assert 2 < np.abs(half - draft).mean() < np.abs(most - draft).mean()
+    for option, value in (("--draft-steps", "3"), ("--denoise-strength", "0.5")):
+        with pytest.raises(UserError, match=f"{option} {value}: name the ratio of the draft"):
+            sample.main([*asked, option, value, "--out", str(tmp_path / "v.mp4")])
+    with pytest.raises(UserError, match=r"draft at 4x .* for a video at 4x: a higher ratio"):
+        sample.main([*asked, "--draft-ratio", "4", "--out", str(tmp_path / "v.mp4")])
+
+
 def test_guidance_and_a_negative_prompt_change_the_video(folder, tmp_path):
     found = []
     for name, change in {

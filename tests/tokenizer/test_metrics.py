@@ -10,6 +10,7 @@ from promag.tokenizer.metrics import (
     flicker,
     from_uint8,
     high_frequency_energy,
+    jitter,
     motion,
     ms_ssim,
     ms_ssim_scales,
@@ -91,6 +92,15 @@ def test_motion_is_the_mean_change_in_grey_levels():
     x = torch.zeros(2, 3, 3, 8, 8)
     x[1, :, 1:] += 30 / 127.5
     assert motion(x).tolist() == pytest.approx([0, 15], abs=0.3)
+
+
+def test_jitter_is_the_mean_second_difference_in_time():
+    """0 for what changes steadily; a frame that stands out by d counts d, 2d and d again."""
+    grey = (8.0 * torch.arange(9)).view(1, 1, 9, 1, 1).expand(2, 3, 9, 4, 5).clone()
+    grey[1, :, 4] += 16
+    clips = grey / 127.5 - 1
+    assert jitter(clips).tolist() == pytest.approx([0, 16 * (1 + 2 + 1) / 7], abs=1e-4)
+    assert jitter(clips[:, :, :2]).tolist() == [0, 0]
 
 
 def test_high_frequency_energy_of_blur_noise_and_itself():

@@ -1,0 +1,92 @@
+"""Prompt accuracy of trained pipelines at every token budget, on trained and on held-out combinations.
+
+Prompts are captions of generated clips (what `data.train: shapes` trains on): a scorer reads shape, colour and motion back. Of
+a pipeline that lies in the folder of its run, the steps, seconds and held-out loss of its training are told too.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from promag.pipelines.prompt_accuracy import accuracies, in_words, sample_timed, scenes_to_score
+from promag.pipelines.sampling import load_pipeline, trained_ratios
+from promag.training.config import UserError, run_main
+from promag.training.run import append_result
+
+PROTOCOL = "one video for each prompt, noise seeded by its number; Wilson 95 % intervals; seconds of a video, decoding included"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Sample, score, print a line for each pipeline, ratio and kind of prompts, and append them to --record."""
+    arguments = _parse(argv)
+    for folder in arguments.pipelines:
+        pipe: Any = load_pipeline(folder)
+        pipe.set_progress_bar_config(disable=True)
+        known = trained_ratios(pipe)
+        name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
+        for ratio in arguments.ratios or known:
+            if ratio not in known:
+                raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in known)}")
+            trained = training_figures(folder.parent, ratio)
+            for held_out in (False, True):
+                found = _figures(pipe, ratio, held_out, arguments)
+                print(f"{name} {ratio}x, {'held-out' if held_out else 'trained'} combinations: {in_words(found['accuracy'])}")
+                if arguments.record:
+                    facts = {"training": trained, "note": arguments.note, "protocol": PROTOCOL}
+                    record = {"what": "prompt accuracy", "pipeline": name, "ratio": ratio, "held_out": held_out}
+                    append_result(arguments.record, {**record, **found, **facts})
+            if trained:
+                print(f"{name} {ratio}x: " + ", ".join(f"{key} {value:g}" for key, value in trained.items()))
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("pipelines", nargs="+", type=Path, help="folders that train_diffusion.py wrote")
+    add("--ratios", type=int, nargs="+", help="temporal ratios; left out: all that a pipeline was trained at")
+    add("--prompts", type=int, default=64, help="prompts of each kind")
+    add("--steps", type=int, default=24, help="denoising steps")
+    add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
+    add("--precision", choices=("no", "bf16"), default="bf16", help="bf16 computes in bfloat16 where that is safe")
+    add("--record", type=Path, help="append the lines to this results file")
+    add("--note", default="", help="what the lines say about the training")
+    arguments = parser.parse_args(argv)
+    for name in ("prompts", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: at least 1 is needed")
+    return arguments
+
+
+def _figures(pipe: Any, ratio: int, held_out: bool, arguments: argparse.Namespace) -> dict[str, Any]:
+    scenes = scenes_to_score(arguments.prompts, seed=0, held_out=held_out)
+    how = {"prompts": arguments.prompts, "steps": arguments.steps, "guidance": arguments.guidance}
+    videos, seconds = sample_timed(
+        pipe,
+        [scene.caption() for scene in scenes],
+        arguments.steps,
+        arguments.guidance,
+        arguments.precision,
+        name=f"{ratio}x",
+        temporal_ratio=ratio,
+    )
+    found = {"accuracy": accuracies(videos, scenes), "sampling_seconds": seconds.total / len(videos)}
+    return {**how, "precision": arguments.precision, **found}
+
+
+def training_figures(run: Path, ratio: int) -> dict[str, float]:
+    """Return steps, seconds and the held-out loss at a ratio of the training that a run's folder holds; empty without one."""
+    files = [file for file in sorted(run.glob("*/metrics.jsonl")) if f"{ratio}x" in file.parent.name.split("-")]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    validated = [line for line in lines if "held_out_loss" in line]
+    if not validated:
+        return {}
+    last = validated[-1]
+    loss = last.get(f"held_out_loss_{ratio}x", last["held_out_loss"])
+    return {"steps": last["step"], "seconds": last["train_seconds"], "held_out_loss": loss}
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,92 @@
+"""Prompt accuracy of a pipeline, and drafting against sampling from noise, by their scripts on random weights."""
+
+import json
+
+import pytest
+
+from promag.pipelines.prompt_accuracy import PARTS
+from promag.training.config import UserError
+from scripts import draft_and_refine, evaluate_pipeline
+from tests.tiny_pipeline import make_pipeline
+
+FEW = ["--prompts", "3", "--steps", "2", "--precision", "no"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run whose pipeline has random weights, and the log of its training."""
+    place = tmp_path_factory.mktemp("run") / "mine"
+    make_pipeline(height=32, width=32).save_pretrained(place / "pipeline")
+    stage = place / "4x-16x"
+    stage.mkdir()
+    lines = [{"step": 5, "held_out_loss": 0.9, "train_seconds": 2.5}, {"step": 10, "loss": 1.0}]
+    lines += [{"step": 10, "held_out_loss": 0.5, "held_out_loss_4x": 0.4, "held_out_loss_16x": 0.6, "train_seconds": 5.0}]
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return place
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
+    record = tmp_path / "results.jsonl"
+    evaluate_pipeline.main([str(run / "pipeline"), *FEW, "--record", str(record), "--note", "random"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == [
+        f"mine {ratio}x{kind}" for ratio in (4, 16) for kind in (", trained combinations", ", held-out combinations", "")
+    ]
+    assert said[2] == "mine 4x: steps 10, seconds 5, held_out_loss 0.4"
+    found = lines(record)
+    assert [(line["ratio"], line["held_out"]) for line in found] == [(4, False), (4, True), (16, False), (16, True)]
+    for line in found:
+        assert (line["prompts"], line["steps"], line["guidance"], line["note"]) == (3, 2, 4.0, "random")
+        assert set(line["accuracy"]) == set(PARTS)
+        assert line["sampling_seconds"] > 0
+        assert line["training"] == {"steps": 10, "seconds": 5.0, "held_out_loss": 0.4 if line["ratio"] == 4 else 0.6}
+
+
+def test_a_pipeline_without_its_run_is_scored_too(run, tmp_path, capsys):
+    (run / "pipeline").rename(tmp_path / "moved")
+    try:
+        evaluate_pipeline.main([str(tmp_path / "moved"), *FEW, "--ratios", "16"])
+    finally:
+        (tmp_path / "moved").rename(run / "pipeline")
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert evaluate_pipeline.training_figures(run, 8) == {}
+
+
+def test_drafting_is_compared_with_sampling_from_noise(run, tmp_path, capsys):
+    record, sheet = tmp_path / "results.jsonl", tmp_path / "sheet.png"
+    ways = ["--strengths", "0", "0.5", "--from-noise-steps", "1", "3", "--draft-steps", "2", "--contact-sheet", str(sheet)]
+    draft_and_refine.main([str(run / "pipeline"), *FEW, *ways, "--record", str(record)])
+    draft, one, three, lifted, half = lines(record)
+    assert [row["way"] for row in (draft, one, three)] == ["16x alone", "4x from noise, 1 steps", "4x from noise, 3 steps"]
+    assert [row["way"] for row in (lifted, half)] == ["refined from 0", "refined from 0.5"]
+    assert "rival" not in draft
+    # A lifted draft that is not refined is the draft: a higher level's decoder lifts first, too.
+    assert lifted["psnr_to_draft"] > 50 > half["psnr_to_draft"]
+    assert lifted["rival"] in (one["way"], three["way"])
+    nearest = min((one, three), key=lambda row: abs(row["seconds"] - half["seconds"]))
+    assert half["rival"] == nearest["way"]
+    assert all(row["jitter"] > 0 and row["seconds"] > 0 for row in lines(record))
+    assert len({row["jitter_of_true_clips"] for row in lines(record)}) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 6
+    assert said[-1] == str(sheet)
+    assert sheet.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (evaluate_pipeline, ["--ratios", "8"], "--ratios 8: .* was trained at 4x, 16x"),
+        (evaluate_pipeline, ["--prompts", "0"], "--prompts 0: at least 1"),
+        (draft_and_refine, ["--ratio", "8"], "--ratio 8: the pipeline was trained at 4x, 16x"),
+        (draft_and_refine, ["--ratio", "16", "--prompts", "1", "--steps", "1"], "draft at 16x .* a higher ratio"),
+        (draft_and_refine, ["--prompts", "0"], "--prompts 0: at least 1"),
+    ],
+)
+def test_mistakes_are_named(run, script, arguments, message):
+    with pytest.raises(UserError, match=message):
+        script.main([str(run / "pipeline"), *arguments])
