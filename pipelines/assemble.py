@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..diffusion.embeddings import TextFingerprint, write_embeddings
 from ..diffusion.latents import LatentFingerprint, write_latents
+from ..diffusion.settings import DiffusionConfig, Samples, TextEncoder
 from ..diffusion.shards import Shards, hash_weights
 from ..diffusion.text import hash_text_encoder, load_frozen
-from ..diffusion.train import Cached, DiffusionConfig, Samples, TextEncoder, Trained, train_diffusion
+from ..diffusion.train import Cached, Trained, train_diffusion
 from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..tokenizer.autoencoder import AutoencoderKLProMAG
 from ..tokenizer.geometry import check_ratio

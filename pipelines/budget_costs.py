@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..diffusion.flops import forward_flops, training_flops
-from ..diffusion.train import DiffusionConfig
+from ..diffusion.settings import DiffusionConfig
 from ..diffusion.transformer import ProMAGTransformer3DModel
 from ..training.optimizers import LoopSettings
 from .budgets import Budget

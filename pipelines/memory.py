@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..diffusion.settings import DiffusionConfig, Model, Text
 from ..diffusion.text import learn_vocabulary, small_clip
-from ..diffusion.train import DiffusionConfig, Model, Text
 from ..diffusion.transformer import ProMAGAttention, ProMAGTransformer3DModel
 from .cost import random_loss
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from promag import ProMAGTransformer3DModel
-from promag.diffusion.train import DiffusionConfig
+from promag.diffusion.settings import DiffusionConfig
 from promag.pipelines.cost import denoising, measure_in_turns, train_step
 from promag.tokenizer.geometry import latent_frames, tokens
 from promag.training.config import UserError, parse_config, run_main

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from promag.diffusion.latents import LatentDataset, LatentFingerprint, write_latents
-from promag.diffusion.train import DiffusionConfig
+from promag.diffusion.settings import DiffusionConfig
 from promag.pipelines.assemble import encoder
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import parse_config, run_main

@@ -6,7 +6,7 @@ continues.
 
 from collections.abc import Sequence
 
-from promag.diffusion.train import DiffusionConfig
+from promag.diffusion.settings import DiffusionConfig
 from promag.pipelines.assemble import cache
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import parse_config, run_main

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from promag import ProMAGPipeline
-from promag.diffusion.train import DiffusionConfig
+from promag.diffusion.settings import DiffusionConfig
 from promag.pipelines.adaptive_budget import adaptive_figures
 from promag.pipelines.budget_costs import LENGTHS, Costs, Effort, fit_errors
 from promag.pipelines.budget_page import BudgetReport, write_budget_page

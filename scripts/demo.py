@@ -18,9 +18,9 @@ import torch
 from promag import ProMAGPipeline
 from promag.diffusion.condition import Condition
 from promag.diffusion.latents import Scale
-from promag.diffusion.train import Budget, DiffusionConfig, Text
-from promag.diffusion.train import Data as DiffusionData
-from promag.diffusion.train import Model as TransformerModel
+from promag.diffusion.settings import Budget, DiffusionConfig, Text
+from promag.diffusion.settings import Data as DiffusionData
+from promag.diffusion.settings import Model as TransformerModel
 from promag.pipelines.assemble import cache_latents, train_pipeline
 from promag.pipelines.contact_sheet import write_contact_sheet
 from promag.pipelines.cost import denoising, measure_in_turns, sampling, train_step

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from promag.diffusion.flops import training_flops
-from promag.diffusion.train import DiffusionConfig, hidden_matrices
+from promag.diffusion.settings import DiffusionConfig
+from promag.diffusion.train import hidden_matrices
 from promag.pipelines.memory import activation_bytes, small_text, spread_bytes, standing_bytes, text_shape, transformer_alone
 from promag.tokenizer.geometry import tokens
 from promag.training.config import UserError, build, load_yaml, run_main

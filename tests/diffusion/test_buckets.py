@@ -12,7 +12,8 @@ import torch
 
 from promag.diffusion.flow import token_shift
 from promag.diffusion.latents import LatentDataset, LatentFingerprint, normalise_alike, write_latents
-from promag.diffusion.train import Cached, DiffusionConfig, FlowObjective, mixed, train_diffusion
+from promag.diffusion.settings import DiffusionConfig
+from promag.diffusion.train import Cached, FlowObjective, mixed, train_diffusion
 from promag.training.buckets import Bucket
 from promag.training.config import build, load_yaml
 from promag.training.datasets import TrainingStream

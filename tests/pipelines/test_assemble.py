@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 
 from promag import ProMAGPipeline
-from promag.diffusion.train import DiffusionConfig
+from promag.diffusion.settings import DiffusionConfig
 from promag.pipelines.assemble import cache, train_pipeline
 from promag.training.config import build, load_yaml
 from tests.conftest import make_tokenizer

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from promag.diffusion.train import DiffusionConfig
+from promag.diffusion.settings import DiffusionConfig
 from promag.pipelines.budget_costs import LENGTHS, MEASURES, Costs, Effort, fit_curve, fit_errors
 from promag.pipelines.budgets import Budget, own_budgets
 from promag.pipelines.cost import denoising, peak_bytes

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from promag.diffusion.train import DiffusionConfig, Model, hidden_matrices
+from promag.diffusion.settings import DiffusionConfig, Model
+from promag.diffusion.train import hidden_matrices
 from promag.pipelines.cost import TransformerAlone, random_loss
 from promag.pipelines.memory import (
     activation_bytes,

@@ -117,7 +117,7 @@ def test_presets_are_complete_and_legal(path):
 
 
 def _class_of(path: Path):
-    from promag.diffusion.train import DiffusionConfig
+    from promag.diffusion.settings import DiffusionConfig
     from promag.tokenizer.train import TokenizerConfig
     from scripts.claim import ClaimConfig
     from scripts.demo import DemoConfig
