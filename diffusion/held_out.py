@@ -3,7 +3,9 @@
 Shapes: b c t h w latents.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,3 +78,15 @@ def _grouped(unit: str, parts: Sequence[HeldOut], losses: Sequence[float], keys:
         total[0] += loss * len(part)
         total[1] += len(part)
     return {name: total / clips for name, (total, clips) in sums.items()}
+
+
+def training_figures(run: Path, ratio: int) -> dict[str, float]:
+    """Return steps, seconds and the held-out loss at a ratio of the training that a run's folder holds; empty without one."""
+    files = [file for file in sorted(run.glob("*/metrics.jsonl")) if f"{ratio}x" in file.parent.name.split("-")]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    validated = [line for line in lines if "held_out_loss" in line]
+    if not validated:
+        return {}
+    last = validated[-1]
+    loss = last.get(f"held_out_loss_{ratio}x", last["held_out_loss"])
+    return {"steps": last["step"], "seconds": last["train_seconds"], "held_out_loss": loss}

@@ -75,7 +75,7 @@ def tokenizer_card(
             f"{record['protocol']}. {record['ratios'][str(some)]['clips']} clips at {record['size']}x{record['size']} that it "
             f"was never trained on. Commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}.",
             "",
-            *_table(["ratio", *(heading for _, heading, _ in COLUMNS)], _figures(record["ratios"])),
+            *table(["ratio", *(heading for _, heading, _ in COLUMNS)], _figures(record["ratios"])),
             "",
             *_lifts(record["ratios"]),
             "",
@@ -86,7 +86,7 @@ def tokenizer_card(
             "",
             "## Recipe",
             "",
-            *_table(STAGE_HEADS, _stages(recipe)),
+            *table(STAGE_HEADS, _stages(recipe)),
             "",
             f"Weights are moving averages. Minutes by the clock, on {record['machine']}.",
             "",
@@ -94,7 +94,7 @@ def tokenizer_card(
             "",
             f"{clips} clips; each keeps the licence of its source.",
             "",
-            *_table(
+            *table(
                 ["source", "commit", "licence", "clips"],
                 [[s["repository"], f"`{s['commit'][:12]}`", s["licence"], str(s["clips"])] for s in sources],
             ),
@@ -105,7 +105,8 @@ def tokenizer_card(
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     rule = ["---"] * len(heads)
     return [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]
 

@@ -5,11 +5,11 @@ a pipeline that lies in the folder of its run, the steps, seconds and held-out l
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from promag.diffusion.held_out import training_figures
 from promag.pipelines.prompt_accuracy import accuracies, in_words, sample_timed, scenes_to_score
 from promag.pipelines.sampling import load_pipeline, trained_ratios
 from promag.training.config import UserError, run_main
@@ -74,18 +74,6 @@ def _figures(pipe: Any, ratio: int, held_out: bool, arguments: argparse.Namespac
     )
     found = {"accuracy": accuracies(videos, scenes), "sampling_seconds": seconds.total / len(videos)}
     return {**how, "precision": arguments.precision, **found}
-
-
-def training_figures(run: Path, ratio: int) -> dict[str, float]:
-    """Return steps, seconds and the held-out loss at a ratio of the training that a run's folder holds; empty without one."""
-    files = [file for file in sorted(run.glob("*/metrics.jsonl")) if f"{ratio}x" in file.parent.name.split("-")]
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    validated = [line for line in lines if "held_out_loss" in line]
-    if not validated:
-        return {}
-    last = validated[-1]
-    loss = last.get(f"held_out_loss_{ratio}x", last["held_out_loss"])
-    return {"steps": last["step"], "seconds": last["train_seconds"], "held_out_loss": loss}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from promag.diffusion.held_out import training_figures
 from promag.pipelines.prompt_accuracy import PARTS
 from promag.training.config import UserError
 from scripts import draft_and_refine, evaluate_pipeline
@@ -53,7 +54,7 @@ def test_a_pipeline_without_its_run_is_scored_too(run, tmp_path, capsys):
     finally:
         (tmp_path / "moved").rename(run / "pipeline")
     assert len(capsys.readouterr().out.splitlines()) == 2
-    assert evaluate_pipeline.training_figures(run, 8) == {}
+    assert training_figures(run, 8) == {}
 
 
 def test_drafting_is_compared_with_sampling_from_noise(run, tmp_path, capsys):

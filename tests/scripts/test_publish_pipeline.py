@@ -1,0 +1,62 @@
+"""Publishing the demo's text-to-video model beside the demo's tokenizer."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from promag.pipelines.sampling import load_pipeline
+from promag.tokenizer.train import load_tokenizer, save_model
+from promag.training.config import UserError
+from scripts import publish_pipeline
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_run, tmp_path_factory):
+    """The demo's tokenizer as it would be published."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    model = load_tokenizer(demo_run / "tokenizer-run" / "tokenizer")
+    save_model(model.to(torch.bfloat16), folder)
+    return folder
+
+
+def test_it_links_to_the_tokenizer_and_its_card_has_its_own_figures(demo_run, tokenizer):
+    source, out, record = demo_run / "video-16x" / "pipeline", tokenizer.parent / "video", tokenizer.parent / "results.jsonl"
+    few = ["--prompts", "3", "--steps", "2"]
+    publish_pipeline.main([str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--record", str(record), *few])
+    assert (out / "vae").is_symlink()
+    assert (out / "vae").readlink().as_posix() == "../tiny"
+    published, trained = (load_file(folder / "transformer" / WEIGHTS) for folder in (out, source))
+    assert all(torch.equal(value, trained[key].bfloat16()) for key, value in published.items())
+    shutil.move(tokenizer.parent, tokenizer.parent.with_name("moved"))  # both together
+    try:
+        frames = load_pipeline(tokenizer.parent.with_name("moved") / "video")("a red disc", num_inference_steps=1).frames
+        assert frames.shape == (1, 17, 32, 32, 3)
+    finally:
+        shutil.move(tokenizer.parent.with_name("moved"), tokenizer.parent)
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [line["held_out"] for line in lines] == [False, True]
+    card = (out / "README.md").read_text()
+    for line, kind in zip(lines, ("trained", "held out"), strict=True):
+        assert line["note"] == f"published as {out}"
+        assert f"| 16x | {kind} | {100 * line['accuracy']['shape'][0]:.0f}% (" in card
+    assert "| 16x | 4 of 17 frames at 32x32 | 2 | 1 |" in card
+    assert "license: apache-2.0" in card
+
+
+def test_mistakes_are_named(demo_run, tokenizer, tmp_path):
+    source = demo_run / "video-16x" / "pipeline"
+    other = load_tokenizer(tokenizer)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    save_model(other, tmp_path / "other")
+    with pytest.raises(UserError, match="1 weights are not the pipeline's own"):
+        publish_pipeline.main([str(source), "--tokenizer", str(tmp_path / "other"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    shutil.copytree(source, tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/pipeline"):
+        publish_pipeline.main([str(tmp_path / "pipeline"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out")])
