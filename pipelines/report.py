@@ -55,7 +55,8 @@ class Report:
     """All that the page shows. The first of `rows` is the one that the others are compared with.
 
     `chance` has the accuracy of guessing, by the names of `BudgetRow.accuracy`. `curves` has (step, PSNR in dB) points
-    by name; a name "plot/line" puts the line into the plot of that name.
+    by name; a name "plot/line" puts the line into the plot of that name. `shipped` are samples of a pipeline that was trained
+    before, shown above all else.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Report:
     samples: Sequence[SampleClip]
     curves: Mapping[str, Sequence[tuple[float, float]]]
     facts: Mapping[str, str]
+    shipped: Sequence[SampleClip] = ()
 
 
 def write_report(folder: str | os.PathLike, report: Report) -> Path:
@@ -77,6 +79,7 @@ def write_report(folder: str | os.PathLike, report: Report) -> Path:
     folder = Path(folder)
     films = [_film(f"reconstruction-{i:02d}", clip) for i, clip in enumerate(report.reconstructions, 1)]
     films += [_film(f"sample-{i:02d}", clip) for i, clip in enumerate(report.samples, 1)]
+    films += [_film(f"shipped-{i:02d}", clip) for i, clip in enumerate(report.shipped, 1)]
     figures = json.dumps(_figures(report, films), indent=1, ensure_ascii=False) + "\n"
     files = {f"videos/{film.name}.mp4": film.mp4 for film in films}
     files |= {"report.json": figures.encode(), "report.html": _page(report, films).encode()}
@@ -151,7 +154,7 @@ def _reconstructions(clips: Sequence[ReconstructionClip], films: Sequence[_Film]
     return _section("Reconstructions", text, "".join(figures))
 
 
-def _samples(clips: Sequence[SampleClip], films: Sequence[_Film]) -> str:
+def _samples(title: str, clips: Sequence[SampleClip], films: Sequence[_Film]) -> str:
     figures = []
     for clip, film in zip(clips, films, strict=True):
         read = {} if clip.read is None else {r: _verdict(clip.read.get(r)) for r in sorted(clip.by_ratio)}
@@ -160,7 +163,7 @@ def _samples(clips: Sequence[SampleClip], films: Sequence[_Film]) -> str:
     text = "One video for each prompt and temporal compression."
     if any(clip.read for clip in clips):
         text += " Below each: what a scorer that sees only the video reads in it, ✓ where that is what was asked for."
-    return _section("Samples", text, f'<div class="cards">{"".join(figures)}</div>')
+    return _section(title, text, f'<div class="cards">{"".join(figures)}</div>')
 
 
 def _verdict(read: tuple[str, bool] | None) -> str:
@@ -197,9 +200,10 @@ def _section(title: str, text: str, content: str) -> str:
 
 def _page(report: Report, films: Sequence[_Film]) -> str:
     """Return the page; sections without content are left out."""
-    count = len(report.reconstructions)
-    videos = _reconstructions(report.reconstructions, films[:count]) if count else ""
-    videos += _samples(report.samples, films[count:]) if report.samples else ""
+    count, end = len(report.reconstructions), len(report.reconstructions) + len(report.samples)
+    videos = _samples(SHIPPED, report.shipped, films[end:]) if report.shipped else ""
+    videos += _reconstructions(report.reconstructions, films[:count]) if count else ""
+    videos += _samples("Samples", report.samples, films[count:end]) if report.samples else ""
     parts = [
         _section("Token budgets", BUDGETS, budget_table(report.rows, report.chance)) if report.rows else "",
         f'<div class="videos">{CONTROLS}{videos}</div>' if videos else "",
@@ -220,6 +224,8 @@ BUDGETS = (
     "Small print compares with the first column."
 )
 
+SHIPPED = "Samples of the trained pipeline that comes with the project"
+
 CONTROLS = """<div class="controls" role="group" aria-label="Video playback">
 <button type="button" id="play">Pause all</button>
 <label>Speed <select id="speed"><option value="0.1">0.1×</option><option value="0.25">0.25×</option>
@@ -235,20 +241,21 @@ def _figures(report: Report, films: Sequence[_Film]) -> dict[str, Any]:
     """Return what `report.json` holds; ValueError names a figure that is not finite."""
     clips = [
         *({"name": c.name, "caption": c.caption, "fps": c.fps, "psnr": c.psnr} for c in report.reconstructions),
-        *({"prompt": c.prompt, "fps": c.fps, "read": c.read} for c in report.samples),
+        *({"prompt": c.prompt, "fps": c.fps, "read": c.read} for c in (*report.samples, *report.shipped)),
     ]
     for clip, film in zip(clips, films, strict=True):
         frames, height, width = film.shape
         clip |= {"frames": frames, "height": height, "width": width}
         clip |= {"video": f"videos/{film.name}.mp4", "columns": film.labels}
-    count = len(report.reconstructions)
+    count, end = len(report.reconstructions), len(report.reconstructions) + len(report.samples)
     figures = {
         "title": report.title,
         "summary": report.summary,
         "rows": [dataclasses.asdict(row) for row in report.rows],
         "chance": report.chance,
         "reconstructions": clips[:count],
-        "samples": clips[count:],
+        "samples": clips[count:end],
+        "shipped": clips[end:],
         "curves": report.curves,
         "facts": report.facts,
     }

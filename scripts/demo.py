@@ -26,6 +26,7 @@ from promag.pipelines.contact_sheet import write_contact_sheet
 from promag.pipelines.cost import denoising, measure_in_turns, sampling, train_step
 from promag.pipelines.prompt_accuracy import accuracies, accuracies_of_reconstructions, sample_videos, scenes_to_score
 from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
+from promag.pipelines.sampling import load_pipeline, trained_ratios
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
 from promag.tokenizer.train import Data as TokenizerData
@@ -56,6 +57,7 @@ class DemoConfig:
     shapes: int = setting("generated clips that are trained on")
     held_out: float = setting("part of real videos kept for evaluation, at least one")
     evaluation_clips: int = setting("clips reconstructed for the report's figures")
+    shipped: str | None = setting("trained pipeline whose samples come first, where clips are generated; null for none")
     ratios: tuple[int, ...] = setting("temporal ratios at which text-to-video is trained")
     prompts: int = setting("prompts whose samples are shown")
     scored: int = setting("generated-clip prompts sampled at each ratio and read by the scorer")
@@ -86,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse_config(DemoConfig, argv, __doc__ or "")
     started, run = time.perf_counter(), Path(config.output_dir)
     clips = index_videos(config, run) if config.videos else ("shapes", "shapes")
+    shipped = sample_shipped(config, run) if config.shipped and not config.videos else []
 
     say("1/3 tokenizer: 4x, then grown on top of what is frozen below")
     tokenizer = train_tokenizer(tokenizer_config(config, run, *clips))
@@ -103,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
             return stopped()
         pipelines[ratio] = folder
     say("3/3 reconstructions, samples and timings")
-    report = make_report(config, run, tokenizer, pipelines, clips[1], started)
+    report = dataclasses.replace(make_report(config, run, tokenizer, pipelines, clips[1], started), shipped=shipped)
     page = write_report(run, report)
     shown = [(clip.caption, {"original": clip.original, **by_name(clip.by_ratio)}) for clip in report.reconstructions]
     write_contact_sheet(run / "reconstructions.png", shown)
@@ -132,6 +135,23 @@ def stopped() -> int:
     """Say that the demo was interrupted, for which 0 is the right exit status."""
     say("stopped early; the same command continues")
     return 0
+
+
+def sample_shipped(config: DemoConfig, run: Path) -> list[SampleClip]:
+    """Sample the trained pipeline that comes with the project, at the first ratio it knows, and write the frames at once."""
+    say(f"first: samples of {config.shipped}, which was trained before")
+    pipe: Any = load_pipeline(config.shipped or "")
+    pipe.set_progress_bar_config(disable=True)
+    ratio, scenes = trained_ratios(pipe)[0], scenes_to_score(config.prompts, config.seed)
+    how = {"steps": config.sampling_steps, "guidance": config.guidance, "precision": config.precision}
+    videos = sample_videos(pipe, [scene.caption() for scene in scenes], **how, name=f"{ratio}x prompts", temporal_ratio=ratio)
+    clips = []
+    for scene, video in zip(scenes, videos, strict=True):
+        read = {ratio: describe(scorer.read_scene(video), video, scene)}
+        clips.append(SampleClip(scene.caption(), pipe.config["fps"], {ratio: video}, read))
+    sheet = write_contact_sheet(run / "shipped.png", [(clip.prompt, by_name(clip.by_ratio)) for clip in clips])
+    say(f"frames: {sheet}")
+    return clips
 
 
 def index_videos(config: DemoConfig, run: Path) -> tuple[str, str]:

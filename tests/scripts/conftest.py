@@ -42,6 +42,7 @@ SMALLEST = overrides(
         "prompts": 2,
         "scored": 3,
         "sampling_steps": 2,
+        "shipped": None,
         "tokenizer": TINY_MODEL,
         "text": {"width": 16, "layers": 1, "heads": 2},
         "transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
