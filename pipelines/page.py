@@ -18,11 +18,10 @@ COLUMN = 256  # pixels: narrower videos are enlarged, or 4:2:0 would halve the r
 
 NO_PIPELINE = """
 <div class="promag note">
-<p>There is no text-to-video pipeline yet: this page was started with a tokenizer alone. To get one and try it here:</p>
-<pre>make demo
-.venv/bin/python scripts/app.py --pipeline runs/demo/video-16x/pipeline</pre>
-<p><code>make demo</code> trains a small one from generated clips on two CPU cores. On your own clips it is
-<code>scripts/train_diffusion.py</code>; docs/text_to_video.md has its settings.
+<p>This page was started with a tokenizer alone. To try the text-to-video pipeline that comes with the project:</p>
+<pre>python scripts/app.py --pipeline checkpoints/tiny-video</pre>
+<p>It knows generated clips alone: <q>a red disc moves left</q>. On your own clips it is <code>scripts/train_diffusion.py</code>;
+docs/training.md has the order of steps.
 Meanwhile, <b>Reconstruct a video</b> shows what the tokenizer keeps of a clip at each budget.</p>
 </div>
 """

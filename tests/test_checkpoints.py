@@ -7,22 +7,26 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from promag.pipelines.prompt_accuracy import PARTS, accuracies, sample_videos
+from promag.pipelines.sampling import load_pipeline
 from promag.tokenizer.metrics import psnr
 from promag.tokenizer.train import load_tokenizer
 from promag.training.datasets import ShapesDataset
+from promag.training.shapes import is_held_out, parse_caption
 
 FOLDER = Path("checkpoints")
-TINY = FOLDER / "tiny"
+TINY, VIDEO = FOLDER / "tiny", FOLDER / "tiny-video"
 
 
 def test_all_of_them_together_stay_small_and_are_safetensors():
-    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    files = [file for file in FOLDER.rglob("*") if file.is_file() and file.resolve() == Path.cwd() / file]  # no links
     assert sum(file.stat().st_size for file in files) < 40e6
     assert {file.suffix for file in files} == {".safetensors", ".json", ".md"}
 
 
-def test_the_weights_are_bf16():
-    with safe_open(TINY / "diffusion_pytorch_model.safetensors", "pt") as weights:
+@pytest.mark.parametrize("file", sorted(FOLDER.rglob("*.safetensors")), ids=lambda file: file.parent.name)
+def test_the_weights_are_bf16(file):
+    with safe_open(file, "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
 
 
@@ -43,3 +47,27 @@ def test_the_card_quotes_the_recorded_figures():
     for ratio, figures in record["ratios"].items():
         assert f"| {ratio}x | {figures['psnr']:.2f} |" in card
         assert figures["psnr"] == pytest.approx(sum(clip["psnr"] for clip in figures["per_clip"]) / figures["clips"], abs=1e-4)
+
+
+def test_the_tiny_pipeline_shows_what_prompts_ask_for():
+    """It was trained on these combinations; its tokenizer is the one beside it."""
+    pipe = load_pipeline(VIDEO)
+    pipe.set_progress_bar_config(disable=True)
+    assert (VIDEO / "vae").readlink() == Path("../tiny")
+    scenes = [parse_caption(text) for text in ("a red disc moves left", "a blue disc grows", "a green plus moves down")]
+    assert not any(is_held_out(scene) for scene in scenes)
+    videos = sample_videos(pipe, [scene.caption() for scene in scenes], steps=12, guidance=4.0, name=None)
+    assert videos[0].shape == (65, 64, 64, 3)
+    found = accuracies(videos, scenes)
+    assert found["colour"][0] == 1
+    assert found["motion"][0] == 1
+
+
+def test_the_pipelines_card_quotes_the_recorded_figures():
+    lines = [json.loads(line) for line in Path("docs/results/training.jsonl").read_text().splitlines()]
+    records = [line for line in lines if line.get("note") == f"published as {VIDEO}"][-2:]
+    assert [line["held_out"] for line in records] == [False, True]
+    card = (VIDEO / "README.md").read_text()
+    for line, kind in zip(records, ("trained", "held out"), strict=True):
+        shares = ["{:.0f}% ({:.0f}%-{:.0f}%)".format(*(100 * x for x in line["accuracy"][part])) for part in PARTS]
+        assert f"| {line['ratio']}x | {kind} | {' | '.join(shares)} |" in card

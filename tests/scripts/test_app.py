@@ -157,7 +157,7 @@ def test_without_a_pipeline_the_page_says_how_to_make_one(browser, tokenizer):
     browser.get(address)
     wait(browser, "#compare")
     wait(browser, "button[role=tab]", "Text to video").click()
-    assert "make demo" in wait(browser, ".promag.note pre").text
+    assert "--pipeline checkpoints/tiny-video" in wait(browser, ".promag.note pre").text
     assert errors_beside_refusals(browser) == []  # those of the page before may come late
     blocks.close()
 
