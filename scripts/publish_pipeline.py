@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     check_tokenizer(pipe.vae, arguments.tokenizer)
     pipe.to(dtype=torch.bfloat16)
     pipe.save_pretrained(arguments.out)
+    forget_where_it_was(arguments.out)
     link = arguments.out / "vae"
     shutil.rmtree(link)
     link.symlink_to(os.path.relpath(arguments.tokenizer, arguments.out), target_is_directory=True)
@@ -63,6 +64,14 @@ def main(argv: Sequence[str]) -> int:
             file.write(lines)
     print(arguments.out)
     return 0
+
+
+def forget_where_it_was(folder: Path) -> None:
+    """Take the path that a pipeline was loaded from out of its configurations."""
+    for file in folder.rglob("*.json"):
+        values = json.loads(file.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            write_atomically(file, json.dumps(values, indent=2) + "\n")
 
 
 def check_tokenizer(trained: Any, published: Path) -> None:

@@ -40,6 +40,7 @@ def test_it_links_to_the_tokenizer_and_its_card_has_its_own_figures(demo_run, to
         shutil.move(tokenizer.parent.with_name("moved"), tokenizer.parent)
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert [line["held_out"] for line in lines] == [False, True]
+    assert not [file for file in out.rglob("*.json") if str(source.parent) in file.read_text()]
     card = (out / "README.md").read_text()
     for line, kind in zip(lines, ("trained", "held out"), strict=True):
         assert line["note"] == f"published as {out}"
