@@ -20,7 +20,7 @@ NO_PIPELINE = """
 <div class="promag note">
 <p>This page was started with a tokenizer alone. To try the text-to-video pipeline that comes with the project:</p>
 <pre>python scripts/app.py --pipeline checkpoints/tiny-video</pre>
-<p>It knows generated clips alone: <q>a red disc moves left</q>. On your own clips it is <code>scripts/train_diffusion.py</code>;
+<p>It knows generated clips alone: <q>a red disc moves left</q>. For your own it is <code>scripts/train_diffusion.py</code>;
 docs/training.md has the order of steps.
 Meanwhile, <b>Reconstruct a video</b> shows what the tokenizer keeps of a clip at each budget.</p>
 </div>

@@ -22,10 +22,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
     """
     first = records[0]
     guessing = ", ".join(f"{part} {100 * value:.0f} %" for part, value in chance().items() if part != "all")
-    accuracy = [
-        [f"{r['ratio']}x", "held out" if r["held_out"] else "trained", *(_share(r["accuracy"][part]) for part in PARTS)]
-        for r in records
-    ]
+    accuracy = [[f"{r['ratio']}x", _kind(r), *(_share(r["accuracy"][part]) for part in PARTS)] for r in records]
     trainings = [
         [
             ", ".join(f"{ratio}x" for ratio in t["ratios"]),
@@ -63,6 +60,12 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             "",
         ]
     )
+
+
+def _kind(record: Mapping[str, Any]) -> str:
+    if "held_out" not in record:
+        return "what the tokenizer makes of unseen clips"
+    return "held out" if record["held_out"] else "trained"
 
 
 def _share(value: Sequence[float]) -> str:

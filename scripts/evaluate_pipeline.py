@@ -1,4 +1,5 @@
-"""Prompt accuracy of trained pipelines at every token budget, on trained and on held-out combinations.
+"""Prompt accuracy of trained pipelines at every token budget, on trained and on held-out combinations,
+and what the scorer reads in the tokenizer's reconstructions, which no text-to-video model of its latents can exceed.
 
 Prompts are captions of generated clips (what `data.train: shapes` trains on): a scorer reads shape, colour and motion back. Of
 a pipeline that lies in the folder of its run, the steps, seconds and held-out loss of its training are told too.
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from promag.diffusion.held_out import training_figures
-from promag.pipelines.prompt_accuracy import accuracies, in_words, sample_timed, scenes_to_score
+from promag.pipelines.prompt_accuracy import accuracies, accuracies_of_reconstructions, in_words, sample_timed, scenes_to_score
 from promag.pipelines.sampling import load_pipeline, trained_ratios
 from promag.training.config import UserError, run_main
+from promag.training.datasets import open_dataset
 from promag.training.run import append_result
 
 PROTOCOL = "one video for each prompt, noise seeded by its number; Wilson 95 % intervals; seconds of a video, decoding included"
@@ -29,14 +31,18 @@ def main(argv: Sequence[str]) -> int:
         for ratio in arguments.ratios or known:
             if ratio not in known:
                 raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in known)}")
-            trained = training_figures(folder.parent, ratio)
+            trained, facts = training_figures(folder.parent, ratio), {"pipeline": name, "ratio": ratio, "note": arguments.note}
             for held_out in (False, True):
                 found = _figures(pipe, ratio, held_out, arguments)
                 print(f"{name} {ratio}x, {'held-out' if held_out else 'trained'} combinations: {in_words(found['accuracy'])}")
                 if arguments.record:
-                    facts = {"training": trained, "note": arguments.note, "protocol": PROTOCOL}
-                    record = {"what": "prompt accuracy", "pipeline": name, "ratio": ratio, "held_out": held_out}
-                    append_result(arguments.record, {**record, **found, **facts})
+                    record = {"what": "prompt accuracy", "held_out": held_out, **facts, **found, "training": trained}
+                    append_result(arguments.record, {**record, "protocol": PROTOCOL})
+            most = reconstructions(pipe, ratio, arguments.prompts)
+            print(f"{name} {ratio}x, reconstructions of as many unseen clips: {in_words(most)}")
+            if arguments.record:
+                record = {"what": "prompt accuracy of reconstructions", **facts, "clips": arguments.prompts}
+                append_result(arguments.record, {**record, "accuracy": most})
             if trained:
                 print(f"{name} {ratio}x: " + ", ".join(f"{key} {value:g}" for key, value in trained.items()))
     return 0
@@ -74,6 +80,13 @@ def _figures(pipe: Any, ratio: int, held_out: bool, arguments: argparse.Namespac
     )
     found = {"accuracy": accuracies(videos, scenes), "sampling_seconds": seconds.total / len(videos)}
     return {**how, "precision": arguments.precision, **found}
+
+
+def reconstructions(pipe: Any, ratio: int, clips: int) -> dict[str, tuple[float, float, float]]:
+    """Return what the scorer reads in what the pipeline's tokenizer makes of unseen generated clips: the most it could show."""
+    known = pipe.config
+    source = open_dataset("shapes", "eval", known["num_frames"], (known["height"], known["width"]), clips)
+    return accuracies_of_reconstructions(pipe.vae, [source.fixed(i) for i in range(clips)], ratio)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,13 @@ def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
     record = tmp_path / "results.jsonl"
     evaluate_pipeline.main([str(run / "pipeline"), *FEW, "--record", str(record), "--note", "random"])
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in said] == [
-        f"mine {ratio}x{kind}" for ratio in (4, 16) for kind in (", trained combinations", ", held-out combinations", "")
-    ]
-    assert said[2] == "mine 4x: steps 10, seconds 5, held_out_loss 0.4"
+    kinds = (", trained combinations", ", held-out combinations", ", reconstructions of as many unseen clips", "")
+    assert [line.split(":")[0] for line in said] == [f"mine {ratio}x{kind}" for ratio in (4, 16) for kind in kinds]
+    assert said[3] == "mine 4x: steps 10, seconds 5, held_out_loss 0.4"
     found = lines(record)
+    most = [line for line in found if line["what"] == "prompt accuracy of reconstructions"]
+    assert [(line["ratio"], line["clips"], line["accuracy"].keys()) for line in most] == [(r, 3, {*PARTS}) for r in (4, 16)]
+    found = [line for line in found if line not in most]
     assert [(line["ratio"], line["held_out"]) for line in found] == [(4, False), (4, True), (16, False), (16, True)]
     for line in found:
         assert (line["prompts"], line["steps"], line["guidance"], line["note"]) == (3, 2, 4.0, "random")
@@ -53,7 +55,7 @@ def test_a_pipeline_without_its_run_is_scored_too(run, tmp_path, capsys):
         evaluate_pipeline.main([str(tmp_path / "moved"), *FEW, "--ratios", "16"])
     finally:
         (tmp_path / "moved").rename(run / "pipeline")
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
     assert training_figures(run, 8) == {}
 
 
