@@ -149,6 +149,7 @@ def sample_shipped(config: DemoConfig, run: Path) -> list[SampleClip]:
     for scene, video in zip(scenes, videos, strict=True):
         read = {ratio: describe(scorer.read_scene(video), video, scene)}
         clips.append(SampleClip(scene.caption(), pipe.config["fps"], {ratio: video}, read))
+    run.mkdir(parents=True, exist_ok=True)
     sheet = write_contact_sheet(run / "shipped.png", [(clip.prompt, by_name(clip.by_ratio)) for clip in clips])
     say(f"frames: {sheet}")
     return clips

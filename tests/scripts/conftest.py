@@ -8,6 +8,7 @@ import torch
 from promag.training.config import load_yaml
 from promag.training.shapes import clip
 from promag.training.video import write_video
+from tests.tiny_pipeline import make_pipeline
 
 TINY_MODEL = {
     "latent_channels": 4,
@@ -63,9 +64,10 @@ DEMO = ["--config", "configs/demo.yaml", *SMALLEST]
 def demo_run(tmp_path_factory) -> Path:
     from scripts.demo import main
 
-    run = tmp_path_factory.mktemp("demo")
+    run, shipped = tmp_path_factory.mktemp("demo") / "run", tmp_path_factory.mktemp("shipped")
     torch.set_num_threads(1)
-    assert main([*DEMO, "--output_dir", str(run), "--record", str(run / "results.jsonl")]) == 0
+    make_pipeline(height=32, width=32).save_pretrained(shipped)
+    assert main([*DEMO, "--output_dir", str(run), "--shipped", str(shipped), "--record", str(run / "results.jsonl")]) == 0
     return run
 
 
