@@ -157,17 +157,18 @@ def test_a_damaged_pipeline_is_one_line(folder, tmp_path):
 
 
 def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
-    text = Path("docs/app.md").read_text().replace("\\\n", " ").replace("runs/demo/video-16x/pipeline", folder)
+    text = Path("docs/app.md").read_text().replace("\\\n", " ")
+    text = text.replace("checkpoints/tiny-video", folder).replace("PIPELINE", folder)
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red disc\na blue square\n")
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python scripts/")]
     sampling = [words[2:] for words in commands if words[1] == "scripts/sample.py"]
     for words in sampling:
         sample.main([*words, "--steps", "1"])
-    assert len(sampling) == 3
+    assert len(sampling) == 4
     numbered = [f"videos/v-0{i}.mp4" for i in range(6)]
     assert sorted(str(path) for path in Path().rglob("*.*")) == sorted(
-        ["disc.mp4", "plus.gif", "prompts.txt", "videos/grid.mp4", "videos/sheet.png", *numbered]
+        ["disc.mp4", "plus.gif", "prompts.txt", "refined.mp4", "videos/grid.mp4", "videos/sheet.png", *numbered]
     )
     pages = [app._parse(words[2:]) for words in commands if words[1] == "scripts/app.py"]
     assert [page.pipeline for page in pages] == [None, folder]
