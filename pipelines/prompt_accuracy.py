@@ -26,21 +26,9 @@ def scenes_to_score(count: int, seed: int, held_out: bool = False) -> list[Scene
     return [sample_scene(rng, held_out=held_out) for _ in range(count)]
 
 
-def sample_videos(
-    pipe: Any,
-    prompts: Sequence[str],
-    steps: int,
-    guidance: float,
-    precision: Literal["bf16", "no"] = "no",
-    first_seed: int = 0,
-    name: str | None = "sampling",
-    **how: Any,
-) -> list[np.ndarray]:
-    """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
-
-    What is done is told on stderr under `name`, None for silence. `how` is what else `make_videos` takes.
-    """
-    return sample_timed(pipe, prompts, steps, guidance, precision, first_seed, name, **how)[0]
+def sample_videos(pipe: Any, prompts: Sequence[str], *arguments: Any, **how: Any) -> list[np.ndarray]:
+    """Sample one video per prompt, as `sample_timed` does."""
+    return sample_timed(pipe, prompts, *arguments, **how)[0]
 
 
 def sample_timed(
@@ -53,7 +41,11 @@ def sample_timed(
     name: str | None = "sampling",
     **how: Any,
 ) -> tuple[list[np.ndarray], Seconds]:
-    """Do as `sample_videos`, and return what all took, in batches, beside the videos."""
+    """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
+
+    What is done is told on stderr under `name`, None for silence. `how` is what else `make_videos` takes. Returns the videos,
+    and what all took, in batches.
+    """
     videos: list[np.ndarray] = []
     spent = Seconds()
     started = time.perf_counter()
