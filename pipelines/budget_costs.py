@@ -18,6 +18,7 @@ import torch
 from ..diffusion.flops import forward_flops, training_flops
 from ..diffusion.settings import DiffusionConfig
 from ..diffusion.transformer import ProMAGTransformer3DModel
+from ..training.device import best_device
 from ..training.optimizers import LoopSettings
 from .budgets import Budget
 from .cost import TEXT_TOKENS, denoising, measure_in_turns, peak_bytes, train_step
@@ -85,7 +86,7 @@ class Costs:
         self.height, self.width = height, width
         self.patch: tuple[int, int, int] = tuple(config.model.patch_size)  # pyright: ignore[reportAttributeAccessIssue]
         self.budgets = [b for b in budgets if b.tokens(LENGTHS[0], height, width, self.patch) is not None]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self._models: dict[int, Any] = {}
         for budget in self.budgets:
             if budget.channels not in self._models:

@@ -17,6 +17,7 @@ import torch
 
 from ..diffusion.text import NULL_CAPTION, Embedded
 from ..training.config import UserError
+from ..training.device import best_device
 from .flow_times import count_of_times
 from .prompts import NAMES, NEGATIVE_NAMES, unpack
 from .text_to_video import ProMAGPipeline
@@ -68,7 +69,7 @@ def load_pipeline(folder: str | Path) -> ProMAGPipeline:
         pipe: Any = ProMAGPipeline.from_pretrained(folder)
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise UserError(f"pipeline {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to(best_device())
 
 
 def trained_ratios(pipe: Any) -> tuple[int, ...]:

@@ -9,8 +9,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from promag.pipelines import page
 from promag.pipelines.sampling import load_pipeline, trained_ratios
 from promag.pipelines.sampling_cost import Pace, measure_pace
@@ -18,6 +16,7 @@ from promag.pipelines.studio import Studio
 from promag.pipelines.uploads import KINDS, MEGABYTE, UploadLimits
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
+from promag.training.device import best_device
 
 SIDES = (64, 128, 256)  # pixels of the shorter side of what is reconstructed
 KEPT = 3600  # seconds that uploaded files stay on the disk
@@ -32,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("nothing to show: give --tokenizer FOLDER, --pipeline FOLDER or both")
     pipe: Any = load_pipeline(arguments.pipeline) if arguments.pipeline else None
     tokenizer: Any = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else getattr(pipe, "vae", None)
-    tokenizer.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    tokenizer.to(best_device()).eval()
     pace = Pace()
     if pipe is not None:
         pipe.set_progress_bar_config(disable=True)

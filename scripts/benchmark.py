@@ -16,6 +16,7 @@ from promag.diffusion.settings import DiffusionConfig
 from promag.pipelines.cost import denoising, measure_in_turns, train_step
 from promag.tokenizer.geometry import latent_frames, tokens
 from promag.training.config import UserError, parse_config, run_main
+from promag.training.device import best_device
 from promag.training.run import append_result
 
 RATIOS = (4, 8, 16)
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse_config(DiffusionConfig, rest, __doc__ or "")
 
     size = {"frames": arguments.frames, "height": config.data.size, "width": config.data.size}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     models: dict[int, Any] = {r: _transformer(config) for r in RATIOS}
     for model in models.values():
         model.to(device)

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from promag import ProMAGPipeline
 from promag.diffusion.settings import DiffusionConfig
 from promag.pipelines.adaptive_budget import adaptive_figures
@@ -27,6 +25,7 @@ from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, parse_config, run_main
 from promag.training.datasets import open_evaluation
+from promag.training.device import best_device
 from promag.training.run import append_result, provenance
 
 
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     budgets = _budgets(arguments)
     pipelines = _pipelines(arguments.pipelines)
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
-    lpips = LPIPS.load(arguments.lpips) if arguments.lpips else None
+    lpips = LPIPS.load(arguments.lpips).to(best_device()) if arguments.lpips else None
     features = VideoFeatures(arguments.fvd) if arguments.fvd else None
     shape = (arguments.frames, arguments.size, arguments.size)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -161,7 +160,7 @@ def _budgets(arguments: argparse.Namespace) -> list[Budget]:
     except ValueError as error:
         raise UserError(str(error)) from None
     for budget in budgets:
-        budget.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        budget.model.to(best_device())
     return budgets
 
 
@@ -212,7 +211,7 @@ def _pipelines(folders: Sequence[str]) -> dict[str, Any]:
         if name in found:
             raise UserError(f"pipeline {folder}: another one is called {name} too; names of folders must differ")
         found[name] = ProMAGPipeline.from_pretrained(folder)
-        found[name].to("cuda" if torch.cuda.is_available() else "cpu")
+        found[name].to(best_device())
     return found
 
 

@@ -13,6 +13,7 @@ from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, load_yaml, run_main
 from promag.training.datasets import open_evaluation
+from promag.training.device import best_device
 from promag.training.run import append_result, write_atomically
 
 
@@ -32,14 +33,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--note", default="", help="what the recorded line says about the checkpoint")
     arguments = parser.parse_args(argv)
 
-    model = load_tokenizer(arguments.checkpoint)
+    model: Any = load_tokenizer(arguments.checkpoint)
+    model.to(best_device())
     try:
         check_frames(arguments.frames, model.temporal_ratios[-1])
         check_size(arguments.size, arguments.size)
     except ValueError as error:
         raise UserError(str(error)) from None
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
-    lpips = LPIPS.load(arguments.lpips) if arguments.lpips else None
+    lpips = LPIPS.load(arguments.lpips).to(best_device()) if arguments.lpips else None
     features = VideoFeatures(arguments.fvd) if arguments.fvd else None
     results = {}
     for ratio in model.temporal_ratios:

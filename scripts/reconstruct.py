@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from promag.pipelines.comparison import Comparison
 from promag.tokenizer.geometry import check_ratio
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
+from promag.training.device import best_device
 from promag.training.video import frame_times, write_video
 
 
@@ -33,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out {arguments.out}: an .mp4 file is needed")
 
     model: Any = load_tokenizer(arguments.checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(best_device())
     ratios = tuple(arguments.ratios or model.temporal_ratios)
     times = frame_times(arguments.video)
     count = min(arguments.frames or len(times), len(times))

@@ -99,11 +99,11 @@ class VideoFeatures:
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:
-        """B C T H W -> B D."""
+        """B C T H W on any device -> B D on the CPU."""
         frames = rearrange(clip.float().clamp(-1, 1), "b c t h w -> (b t) c h w")
         frames = F.interpolate(frames, (I3D_SIZE, I3D_SIZE), mode="bilinear", align_corners=False)
         x = rearrange(frames, "(b t) c h w -> b c t h w", b=len(clip))
-        return self.model(x, rescale=False, resize=False, return_features=True)
+        return self.model.to(x.device)(x, rescale=False, resize=False, return_features=True).cpu()
 
 
 def frechet_distance(one: Tensor, two: Tensor) -> float:
