@@ -141,6 +141,7 @@ class DiffusionConfig:
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
     attention: str = setting("auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used")
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
+    compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
     tokenizer: str = setting("folder of a trained video tokenizer")
     init: str | None = setting("a trained pipeline to train further, its small text encoder too; null starts anew")
     lora: Lora | None = setting("train adapters on the transformer of `init` alone; null trains all weights")
@@ -202,6 +203,6 @@ class DiffusionConfig:
 
 # Keys that may differ when a run is continued: they do not change what is learned.
 MAY_CHANGE = (
-    *("output_dir", "pace", "samples", "attention", "gradient_checkpointing"),
+    *("output_dir", "pace", "samples", "attention", "gradient_checkpointing", "compile"),
     *("tokenizer", "data.cache", "data.shard_size"),
 )

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..training.buckets import Bucket, Buckets, bucket_plan
+from ..training.compilation import compile_blocks
 from ..training.config import UserError
 from ..training.datasets import Mixture, TrainingStream
 from ..training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
@@ -228,6 +229,8 @@ def train_diffusion(
     accelerator.print(f"attention: {choose_attention(transformer, config.attention, accelerator.device, compute)}")
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if config.compile:
+        compile_blocks(transformer)
     objective = FlowObjective(transformer, text, config)
     count = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     source, plan = mixed(config, buckets, by_bucket)

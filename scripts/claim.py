@@ -20,6 +20,7 @@ from promag.tokenizer.peers import build_peer, load_peer
 from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training.config import parse_config, run_main, setting
 from promag.training.datasets import open_dataset
+from promag.training.device import best_device
 from promag.training.loop import Pace, seeded
 from promag.training.run import append_result, write_atomically
 
@@ -60,6 +61,7 @@ class ClaimConfig:
     only: tuple[str, ...] | None = setting("names of arms to run, with those they start from; null runs all")
     precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
+    compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
     frames: int = setting("frames of the clips that are scored")
     data: Data = setting("clips to train on and, never trained on, to score")
     pace: Pace = setting("logging, validation, checkpoints")
@@ -118,6 +120,7 @@ def train_arm(config: ClaimConfig, arm: Arm, seed: int) -> Path | None:
         seed=seed,
         precision=config.precision,
         gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
         init=str(run_folder(config, arm.base, seed) / "tokenizer") if arm.base else None,
         only=None,
         model=arm.model,
@@ -137,6 +140,7 @@ def score_arm(config: ClaimConfig, arms: Mapping[str, Arm], arm: Arm, seed: int,
     if kept.exists():
         return json.loads(kept.read_text())
     model: Any = load_peer(arm.peer.name, folder) if arm.peer else load_tokenizer(folder)
+    model.to(best_device())
     source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
     count = len(source) if Path(config.data.validation).suffix == ".jsonl" else config.data.validation_clips
     clips = [source.fixed(i)["video"][None] for i in range(count)]

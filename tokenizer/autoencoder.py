@@ -70,6 +70,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
     # model_index.json records this name: moving this file must not break a saved pipeline
     __module__ = "promag"
     _supports_gradient_checkpointing = True
+    _repeated_blocks = ["ResBlock", "Downsample", "Upsample", "Head", "CrossLevelAttention"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

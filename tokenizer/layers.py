@@ -11,6 +11,7 @@ Gradient checkpointing: on whole clips, layers whose `gradient_checkpointing` is
 alone and compute the rest again in the backward pass.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -76,7 +77,14 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """B C T H W -> the same."""
         # A channels-last tensor permutes to a contiguous one: the fused kernel then runs at full speed.
-        y = F.layer_norm(x.permute(0, 2, 3, 4, 1), (self.channels,), self.weight, self.bias, 1e-6)
+        x, weight, bias = x.permute(0, 2, 3, 4, 1), self.weight, self.bias
+        half = x.is_cuda and x.dtype != torch.float32
+        if half and weight is not None and bias is not None:
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        # Autocast would widen what is normalised, and with it all up to the next convolution: on a GPU that is bound by
+        # memory it costs more than the convolutions. The kernel computes in float32 whatever it reads and writes.
+        with torch.autocast("cuda", enabled=False) if half else contextlib.nullcontext():
+            y = F.layer_norm(x, (self.channels,), weight, bias, 1e-6)
         return y.permute(0, 4, 1, 2, 3)
 
 

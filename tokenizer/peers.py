@@ -67,6 +67,10 @@ class PeerAutoencoder(nn.Module):
         """Let the model compute blocks again in the backward pass; raises ValueError where it cannot."""
         self.model.enable_gradient_checkpointing()
 
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        """Compile the blocks that the model repeats; raises ValueError where it names none."""
+        self.model.compile_repeated_blocks(**options)
+
     def hidden_kernels(self) -> list[nn.Parameter]:
         """Return the 2D and 3D kernels that map hidden features to hidden features, not those at pixels and latents."""
         convolutions = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from .compilation import as_it_stands
 from .config import setting
 from .fsdp import gather, held, shard
 from .optimizers import LoopSettings, make_optimizers
@@ -110,6 +111,7 @@ def make_accelerator(
     Raises UserError for a tracker that is not installed.
     """
     check_trackers(trackers)
+    torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, and of 3D kernels the best by far is to be found
     return Accelerator(
         mixed_precision=precision,
         log_with=list(trackers) or None,
@@ -194,7 +196,7 @@ def train(
     together = [p for p in named.values() if id(p) not in theirs]
     optimizers = make_optimizers(objective, settings)
     parameters = [held(p) for p in named.values()]
-    ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     global_batch = accelerator.num_processes * settings.batch_size * settings.accumulate
     state = State(named, dict(objective.named_buffers()), optimizers, ema, global_batch)
     state.resume(folder)
@@ -212,6 +214,7 @@ def train(
         open_stream(first * settings.accumulate),
         batch_size=None,
         num_workers=pace.workers,
+        pin_memory=accelerator.device.type == "cuda",  # copied while the device works on
         worker_init_fn=_leave_signals_to_the_parent,
     )
     batches = iter(loader) if first < last else iter(())
@@ -237,7 +240,7 @@ def train(
             for part in range(settings.accumulate):
                 batch: Any = next(batches)
                 generators = [seeded(seed, n, device=accelerator.device) for n in batch["sample"].tolist()]
-                batch = send_to_device(batch, accelerator.device)
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 summing = part < settings.accumulate - 1  # DDP's gradients cross processes once a step, FSDP2's each time
                 with accelerator.no_sync(wrapped) if summing else contextlib.nullcontext():
                     with accelerator.autocast():
@@ -330,7 +333,7 @@ def _validate(validate, log: Log, step: int, objective: nn.Module, ema: EMAModel
     ema.store(parameters)
     ema.copy_to(parameters)
     objective.eval()
-    with torch.no_grad():
+    with torch.no_grad(), as_it_stands():
         metrics = validate(log, step)
     objective.train()
     ema.restore(parameters)

@@ -52,6 +52,7 @@ def config(tmp_path_factory):
         "only": None,
         "precision": "no",
         "gradient_checkpointing": False,
+        "compile": False,
         "frames": 17,
         "data": {
             "train": "shapes", "also": None, "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1],

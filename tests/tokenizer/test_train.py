@@ -35,6 +35,7 @@ def make_config(run, **change):
         seed=0,
         precision="no",
         gradient_checkpointing=False,
+        compile=False,
         init=None,
         only=None,
         model=Model(**TINY),

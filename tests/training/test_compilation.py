@@ -1,0 +1,66 @@
+"""Compiling blocks, traced but not translated: what the compiler makes of them is PyTorch's matter."""
+
+import pytest
+import torch
+
+from promag.tokenizer.peers import PeerAutoencoder
+from promag.training import compilation
+from promag.training.compilation import as_it_stands, compile_blocks
+from promag.training.config import UserError
+from tests.conftest import make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def traced_alone(monkeypatch):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    yield
+    torch.compiler.reset()
+
+
+def losses_and_gradients(model, clip):
+    model.zero_grad()
+    posterior = model.encode(clip, 8).latent_dist
+    loss = model.decode(posterior.mode(), 8).sample.square().mean()
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_compiled_blocks_compute_the_same_and_keep_their_names(clip):
+    model = make_tokenizer(levels=2, settle=0.05)
+    names = list(model.state_dict())
+    loss, gradients = losses_and_gradients(model, clip[:, :, :17])
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(model)
+    found = losses_and_gradients(model, clip[:, :, :17])
+    assert list(model.state_dict()) == names
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(found[0], loss)
+    torch.testing.assert_close(found[1], gradients)
+
+
+def test_streaming_through_compiled_blocks_equals_the_whole(clip):
+    model = make_tokenizer(levels=2, settle=0.05)
+    with torch.no_grad():
+        whole = model.encode(clip, 8).latent_dist.mode()
+        compile_blocks(model)
+        torch.testing.assert_close(model.encode(clip, 8).latent_dist.mode(), whole)
+
+
+def test_nothing_new_is_compiled_where_it_shall_stand_as_it_is(clip):
+    model = make_tokenizer(levels=1)
+    compile_blocks(model)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad(), as_it_stands():
+        model.encode(clip, 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_a_model_that_names_no_blocks_is_refused():
+    from diffusers import AutoencoderKLCogVideoX
+
+    down, up = ("CogVideoXDownBlock3D",) * 2, ("CogVideoXUpBlock3D",) * 2
+    small = {"block_out_channels": (8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
+    peer = AutoencoderKLCogVideoX(down_block_types=down, up_block_types=up, **small)
+    with pytest.raises(UserError, match=r"compile: .*set it to false"):
+        compile_blocks(PeerAutoencoder(peer, temporal_ratio=4))
