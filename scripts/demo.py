@@ -199,6 +199,7 @@ def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str)
             shapes=config.shapes,
             size=config.size,
             temporal_strides=(1,),
+            in_memory=False,
             validation_clips=8,
             sharding=IN_ORDER,
         ),

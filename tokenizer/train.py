@@ -55,6 +55,10 @@ class Data:
     shapes: int = setting("how many generated clips there are, where shapes are trained on")
     size: int = setting("height and width in pixels")
     temporal_strides: tuple[int, ...] = setting("frame steps at which clips are read: 1 is their own rate")
+    in_memory: bool = setting(
+        "keep each clip of an index, decoded and scaled, in memory after its first read, shared by the loader's processes: "
+        "for sets of clips that fit; shapes are generated as ever"
+    )
     validation_clips: int = setting("how many clips each validation reconstructs")
     sharding: Sharding = setting("how shards are read, where shards are trained on")
 
@@ -142,7 +146,16 @@ class TokenizerConfig:
 
 # Keys that may differ when a run is continued: they do not change what is learned. A run that ended at a bad sample may go
 # on without it.
-MAY_CHANGE = ("output_dir", "only", "pace", "gradient_checkpointing", "compile", "data.validation_clips", "data.sharding.bad")
+MAY_CHANGE = (
+    "output_dir",
+    "only",
+    "pace",
+    "gradient_checkpointing",
+    "compile",
+    "data.in_memory",
+    "data.validation_clips",
+    "data.sharding.bad",
+)
 
 
 class StageObjective(Objective):
@@ -253,6 +266,7 @@ def train_stage(
         world_size=world,
         temporal_strides=data.temporal_strides,
         sharding=data.sharding,
+        in_memory=data.in_memory,
     )
     fixed = open_dataset(data.validation, "eval", frames=stage.frames, size=data.size, count=data.validation_clips)
     clips = [fixed.fixed(i)["video"][None] for i in range(min(data.validation_clips, len(fixed)))]

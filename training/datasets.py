@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from . import shapes
 from .buckets import NONE, Bucket, Buckets, bucket_plan
 from .clip_index import Clip, column, load_clips, row_of, take
+from .clip_memory import ClipMemory
 from .clips import first_few, list_videos, prepare
 from .config import UserError
 from .sharded_clips import ShardedClips, Sharding
@@ -43,8 +44,9 @@ class ClipDataset(Dataset):
     Args:
         clips: of one index; those too short for the smallest stride and for stride 1 are left out and named in the log.
         frames, size, temporal_strides, flip, timeout: see Windows.
+        in_memory: keep each clip's frames from its first reading on; see ClipMemory. The items are the same.
 
-    Raises UserError if no clip is long enough. `skipped` counts the clips left out.
+    Raises UserError if no clip is long enough, or there is not the memory. `skipped` counts the clips left out.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ClipDataset(Dataset):
         temporal_strides: Sequence[int] = (1,),
         flip: bool = False,
         timeout: float = READ_TIMEOUT,
+        in_memory: bool = False,
     ):
         self.windows = windows = Windows(frames, size, temporal_strides, flip, timeout)
         self._leave_out_short(clips)
@@ -62,6 +65,7 @@ class ClipDataset(Dataset):
         small = np.count_nonzero((column(self.clips, "height") < height) | (column(self.clips, "width") < width))
         if small:
             logger.warning("%d of %d clips are smaller than %dx%d and enlarged", small, len(self.clips), height, width)
+        self.memory = ClipMemory(self.clips, windows) if in_memory else None
 
     def _leave_out_short(self, clips: Sequence[Clip]) -> None:
         frames, needed = column(clips, "frames"), self.windows.needed
@@ -87,12 +91,15 @@ class ClipDataset(Dataset):
         """Return a random window, at a random place, of a random clip."""
         index = int(rng.integers(len(self.clips)))
         clip = self.clips[index]
-        return {"clip": index, **self.windows.random(clip.path, clip, rng)}
+        return {"clip": index, **self.windows.random(self._video(index, clip), clip, rng)}
 
     def fixed(self, index: int) -> dict[str, Any]:
         """Return the first frames of clip `index`, cropped in the centre."""
         clip = self.clips[index]
-        return {"clip": index, **self.windows.first(clip.path, clip)}
+        return {"clip": index, **self.windows.first(self._video(index, clip), clip)}
+
+    def _video(self, index: int, clip: Clip) -> str | Tensor:
+        return self.memory.frames(index, clip) if self.memory else clip.path
 
     def digest(self, count: int) -> str:
         """Hash the contents, stretches and captions of the first `count` clips; where the files lie does not matter."""
@@ -314,14 +321,21 @@ def open_training(
     world_size: int,
     temporal_strides: Sequence[int],
     sharding: Sharding,
+    in_memory: bool = False,
 ) -> tuple[Mixture | ShardedClips, str]:
     """Open what a training draws from, in one bucket or several, and the plan of the buckets as lines for the log.
 
     Clips of an index are drawn at random, a bucket as often as its clips fill batches; those in shards come in the order
-    of epochs (epochs.py). `count` is that of generated clips, `batch_size` that of buckets that state none. Raises
-    UserError as `open_dataset` does, and where no clip is long enough for any bucket.
+    of epochs (epochs.py). `count` is that of generated clips, `batch_size` that of buckets that state none. `in_memory` keeps
+    an index's clips in memory; generated clips are generated all the same. Raises UserError as `open_dataset` does, where no
+    clip is long enough for any bucket, and for shards in memory.
     """
     if is_shards(source):
+        if in_memory:
+            raise UserError(
+                f"in_memory true with shards {os.fspath(source)}: only the clips of an index (.jsonl) can be held in memory; "
+                "use false, or train on an index"
+            )
         clips = ShardedClips(open_shards(source), buckets, temporal_strides, sharding)
         return clips, clips.plan(world_size, batch_size)
     datasets: list[Any]
@@ -331,7 +345,8 @@ def open_training(
     else:
         used, parts = _parted(_load_index(source), buckets, min(temporal_strides))
         datasets = [
-            ClipDataset(part, b.frames, (b.height, b.width), temporal_strides) for part, b in zip(parts, used, strict=True)
+            ClipDataset(part, b.frames, (b.height, b.width), temporal_strides, in_memory=in_memory)
+            for part, b in zip(parts, used, strict=True)
         ]
     counts, batches = [len(part) for part in datasets], Buckets(used).batch_sizes(batch_size)
     shares = [number / size for number, size in zip(counts, batches, strict=True)]

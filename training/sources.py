@@ -32,6 +32,7 @@ def open_sources(
     world_size: int,
     temporal_strides: Sequence[int],
     sharding: Sharding,
+    in_memory: bool = False,
 ) -> tuple[Mixture | ShardedClips, str]:
     """Open the clips of `train`, and those of `also` beside them; see `open_training` for the rest and what is returned.
 
@@ -44,7 +45,7 @@ def open_sources(
     sources = [(train, temporal_strides), *((source.train, source.temporal_strides) for source in also)]
     found, plans, weights = [], [], []
     for (name, strides), share in zip(sources, shares, strict=True):
-        clips, plan = open_training(name, buckets, count, batch_size, world_size, strides, sharding)
+        clips, plan = open_training(name, buckets, count, batch_size, world_size, strides, sharding, in_memory)
         if not also:
             return clips, plan
         if isinstance(clips, ShardedClips):

@@ -16,6 +16,8 @@ from .clip_index import Clip
 from .config import UserError
 from .video import READ_TIMEOUT, VideoSource, frame_times, pick_by_time, read_frames
 
+PIECE = 256  # frames of a clip read at a time where all are: pixels of files are many times as large as scaled ones
+
 
 class Windows:
     """Windows of `frames` frames, resized and cropped to `size`.
@@ -55,8 +57,16 @@ class Windows:
         """Return how many frames of a clip a window reaches over."""
         return (self.frames - 1) * stride + 1
 
-    def random(self, video: VideoSource, clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
-        """Return a random window, at a random place: video, caption, start, stride and fps."""
+    def scaled(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size of a picture that is scaled to cover `size`."""
+        scale = max(self.size[0] / height, self.size[1] / width)
+        return max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))
+
+    def random(self, video: VideoSource | Tensor, clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
+        """Return a random window, at a random place: video, caption, start, stride and fps.
+
+        `video` is a file, or what `all_frames` returned of it.
+        """
         stride = int(rng.choice([s for s in self.strides if self.span(s) <= clip.frames]))
         start = int(rng.integers(clip.frames - self.span(stride) + 1))
         pixels = self._resized(video, clip, start, stride)
@@ -64,24 +74,31 @@ class Windows:
         mirror = self.flip and bool(rng.integers(2))
         return self._item(clip, start, stride, pixels, top, left, mirror)
 
-    def first(self, video: VideoSource, clip: Clip) -> dict[str, Any]:
+    def first(self, video: VideoSource | Tensor, clip: Clip) -> dict[str, Any]:
         """Return the first frames, cropped in the centre."""
         pixels = self._resized(video, clip, 0, 1)
         top, left = ((have - want) // 2 for have, want in zip(pixels.shape[2:], self.size, strict=True))
         return self._item(clip, 0, 1, pixels, top, left, False)
 
-    def _resized(self, video: VideoSource, clip: Clip, start: int, stride: int) -> Tensor:
-        """Read a window and scale it to cover `size`: uint8 T C H W."""
-        offsets = start + stride * np.arange(self.frames)
+    def all_frames(self, video: VideoSource, clip: Clip) -> Tensor:
+        """Read all frames of a clip, scaled to cover `size`: uint8 T C H W, of which every window is a slice."""
+        pieces = np.split(np.arange(clip.frames), range(PIECE, clip.frames, PIECE))
+        return torch.cat([self._read(video, clip, offsets) for offsets in pieces])
+
+    def _resized(self, video: VideoSource | Tensor, clip: Clip, start: int, stride: int) -> Tensor:
+        """Return a window, scaled to cover `size`: uint8 T C H W."""
+        if isinstance(video, Tensor):
+            return video[start : start + self.span(stride) : stride]
+        return self._read(video, clip, start + stride * np.arange(self.frames))
+
+    def _read(self, video: VideoSource, clip: Clip, offsets: np.ndarray) -> Tensor:
+        """Read the frames of a clip at `offsets` and scale them to cover `size`: uint8 T C H W."""
         indices = pick_by_time(_frame_times(video, self.timeout), clip.start + offsets / clip.fps)
         pixels = read_frames(video, indices, self.timeout)
         frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-        height, width = frames.shape[2:]
-        scale = max(self.size[0] / height, self.size[1] / width)
-        new = [max(want, round(have * scale)) for have, want in zip((height, width), self.size, strict=True)]
         # In 8 bits this is eight times as fast as in float32, within one grey level of it. decord can decode to this
         # size itself; that saves a quarter at 720p and nothing at 256p, and its scaler aliases at the edges.
-        return F.interpolate(frames, new, mode="bilinear", antialias=True)
+        return F.interpolate(frames, self.scaled(*frames.shape[2:]), mode="bilinear", antialias=True)
 
     def _item(self, clip: Clip, start: int, stride: int, pixels: Tensor, top: int, left: int, mirror: bool) -> dict[str, Any]:
         height, width = self.size

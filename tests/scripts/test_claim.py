@@ -56,7 +56,7 @@ def config(tmp_path_factory):
         "frames": 17,
         "data": {
             "train": "shapes", "also": None, "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1],
-            "validation_clips": 3,
+            "in_memory": False, "validation_clips": 3,
             "sharding": {"lanes": 1, "shuffle": 1, "bad": "stop"},
         },
         "pace": {

@@ -39,7 +39,7 @@ def make_config(run, **change):
         init=None,
         only=None,
         model=Model(**TINY),
-        data=Data("shapes", None, "shapes", 8, 32, (1,), 2, Sharding(1, 4, "stop")),
+        data=Data("shapes", None, "shapes", 8, 32, (1,), False, 2, Sharding(1, 4, "stop")),
         stages=(stage(4, 5), stage(8, 9, Growth(), 2), stage(16, 17, Growth(decoder="finetune"))),
         pace=PACE,
     )
@@ -219,7 +219,7 @@ def bucketed(shards):
     def config(run, **change):
         four = dataclasses.replace(stage(4, 5), buckets=(Bucket(5, 32, 48, None), Bucket(1, 32, 32, 2)))
         eight = dataclasses.replace(stage(8, 9, Growth(), 2), buckets=(Bucket(9, 32, 32, None), Bucket(1, 32, 32, 2)))
-        data = Data(f"{shards}/*.tar", None, f"{shards}/*.tar", 0, 32, (1,), 2, Sharding(2, 4, "stop"))
+        data = Data(f"{shards}/*.tar", None, f"{shards}/*.tar", 0, 32, (1,), False, 2, Sharding(2, 4, "stop"))
         return make_config(run, data=data, stages=(four, eight), pace=loop_pace(validate_every=4, save_every=50), **change)
 
     return config
@@ -238,6 +238,25 @@ def test_training_on_bucketed_shards_continues_bit_for_bit(bucketed, tmp_path, c
     assert folder == tmp_path / "half" / "tokenizer"
     a, b = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("whole", "half"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_may_take_its_clips_into_memory_on_the_way(shards, tmp_path):
+    index = str(shards.parent / "clips.jsonl")
+
+    def half(run, in_memory):
+        data = Data(index, None, index, 0, 32, (1, 2), in_memory, 2, Sharding(2, 4, "stop"))
+        pace = dataclasses.replace(PACE, stop_after=2, workers=2)
+        return train_tokenizer(make_config(tmp_path / run, data=data, stages=(stage(4, 5),), pace=pace))
+
+    for run, first, second in (("files", False, False), ("into", False, True), ("out", True, False)):
+        assert half(run, first) is None
+        assert half(run, second) == tmp_path / run / "tokenizer"
+    files, *others = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("files", "into", "out"))
+    for other in others:
+        assert all(torch.equal(files[key], other[key]) for key in files)
+    data = Data(f"{shards}/*.tar", None, index, 0, 32, (1,), True, 2, Sharding(2, 4, "stop"))
+    with pytest.raises(UserError, match="in_memory true with shards"):
+        train_tokenizer(make_config(tmp_path / "shards", data=data, stages=(stage(4, 5),)))
 
 
 def test_buckets_must_fit_their_level(bucketed, tmp_path):
