@@ -29,6 +29,7 @@ def measure_in_turns(calls: Mapping[Key, Callable[[], Any]], rounds: int = 5) ->
     times: dict[Key, list[float]] = {key: [] for key in calls}
     for call in calls.values():
         call()
+    _wait()  # else the first round would wait for the warm-up
     for _ in range(rounds):
         for key, call in calls.items():
             started = time.perf_counter()

@@ -388,8 +388,9 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         return [self.decoder_growth[level - 1], *(self.decoding_path(level - 1) if own is None else own)]
 
     def _as(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Convert an input to a module's type; under autocast the context decides instead."""
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(get_parameter_dtype(module))
+        """Convert an input to a module's type; under autocast, which tensors without data do not know, it decides instead."""
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        return x if autocast else x.to(get_parameter_dtype(module))
 
     def _check_latents(self, z: Tensor, level: int) -> None:
         channels = self.level_channels[level]

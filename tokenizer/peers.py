@@ -115,7 +115,7 @@ def load_peer(name: str, folder: str | Path) -> PeerAutoencoder:
 
 @dataclass(frozen=True, eq=False)
 class OpenedPeer:
-    """A peer that was loaded, and its arithmetic: 1 + step*k frames of sides that are multiples of `spatial`."""
+    """A peer and its arithmetic: 1 + step*k frames of sides that are multiples of `spatial`."""
 
     model: PeerAutoencoder
     spatial: int
@@ -137,9 +137,20 @@ def open_peer(folder: str | Path) -> OpenedPeer:
         peer = load_peer(name, folder)
     except (OSError, TypeError) as error:
         raise ValueError(f"autoencoder {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    try:
+        return probe_peer(peer)
+    except ValueError as error:
+        raise ValueError(f"autoencoder {folder}: {error}") from None
+
+
+def probe_peer(peer: PeerAutoencoder) -> OpenedPeer:
+    """Learn a peer's arithmetic by coding small clips, which on the meta device takes no time.
+
+    Raises ValueError for one that does not give 1 + ratio*N frames back from 1 + N latent frames.
+    """
     ratio, found = peer.temporal_ratios[0], ""
     for count in (1, 2):  # CogVideoX decodes latent frames in pairs and takes 1 + 8k frames
-        clip = torch.zeros(1, 3, 1 + count * ratio, PROBE, PROBE, dtype=peer.dtype)
+        clip = torch.zeros(1, 3, 1 + count * ratio, PROBE, PROBE, dtype=peer.dtype, device=peer.device)
         try:
             with torch.no_grad():
                 latent = peer.encode(clip).latent_dist.mode()
@@ -150,7 +161,8 @@ def open_peer(folder: str | Path) -> OpenedPeer:
         if latent.ndim == 5 and latent.shape[2] == 1 + count and output.shape == clip.shape:
             return OpenedPeer(peer, PROBE // latent.shape[3], latent.shape[1], count * ratio)
         found = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
-    raise ValueError(f"{name} in {folder}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {found}")
+    name = type(peer.model).__name__
+    raise ValueError(f"{name}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {found}")
 
 
 def _stated_ratio(model: Any) -> int | None:
