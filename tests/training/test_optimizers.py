@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from promag.training import optimizers
 from promag.training.optimizers import NEWTON_SCHULZ_STEPS, Muon, from_saved, muon_flops, to_saved
 
 OPTIONS = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 5}
@@ -75,3 +76,25 @@ def test_momentum_is_saved_in_the_weights_shape_whatever_the_layout():
     assert saved[0].shape == start.shape
     for value in saved:
         assert all(torch.equal(from_saved(o, value, k), m) for o, k, m in zip(optimizers, kernels, moments, strict=True))
+
+
+def test_matrices_of_a_shape_in_one_product_move_as_one_by_one(monkeypatch):
+    monkeypatch.setattr(optimizers, "BATCHED", 2 * 6 * 4)  # two of the three matrices of 6 x 4 at once
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 4)]
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    both = [[nn.Parameter(weight.clone()) for weight in weights] for _ in range(2)]
+    ours, reference = Muon(both[0], **OPTIONS), torch.optim.Muon(both[1], **OPTIONS)
+    ours.batched = True
+    for _ in range(3):
+        gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+        for mine, theirs, gradient in zip(*both, gradients, strict=True):
+            mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        reference.step()
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=0)  # bfloat16 products of another kernel
+    states = [optimizer.state_dict()["state"] for optimizer in (ours, reference)]
+    assert states[0].keys() == states[1].keys()
+    for number, state in states[0].items():
+        torch.testing.assert_close(state["momentum_buffer"], states[1][number]["momentum_buffer"])
