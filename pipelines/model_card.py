@@ -21,7 +21,7 @@ COLUMNS = (
     ("flicker", "flicker", 2),
     ("high_frequency", "high freq.", 2),
 )
-STAGE_HEADS = ("ratio", "lower encoder, decoder", "clips", "steps", "batch", "AdamW, Muon", "loss", "minutes")
+STAGE_HEADS = ("ratio", "lower encoder, decoder", "clips", "steps", "batch", "AdamW, Muon", "loss", "minutes", "on")
 
 
 def tokenizer_card(
@@ -39,7 +39,7 @@ def tokenizer_card(
         shape: parameters, latent_channels, temporal_ratios, dtype.
         record: what `scripts/evaluate_tokenizer.py` records, of the published weights.
         recipe: of each stage: ratio, frames, size, steps, batch_size, learning_rate, muon, loss, seconds, encoder, decoder, and
-            also: the share of the steps by other source.
+            also: the share of the steps by other source, and machines.
         sources: of each source of the training clips: repository, commit, licence, clips.
         credits: Markdown, under the table of sources.
     """
@@ -88,7 +88,7 @@ def tokenizer_card(
             "",
             *table(STAGE_HEADS, _stages(recipe)),
             "",
-            f"Weights are moving averages. Minutes by the clock, on {record['machine']}.",
+            "Weights are moving averages. Minutes by the clock.",
             "",
             "## Training data",
             "",
@@ -137,10 +137,16 @@ def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             str(stage["batch_size"]),
             f"{stage['learning_rate']:g}, {stage['muon'] or '-'}",
             stage["loss"],
-            f"{stage['seconds'] / 60:.0f}",
+            f"{stage['seconds'] / 60:.1f}",
+            where(stage["machines"]),
         ]
         for stage in recipe
     ]
+
+
+def where(machines: Sequence[str]) -> str:
+    """Return the machines of a training in words."""
+    return ", then ".join(machines) or "not written down"
 
 
 def _others(also: Mapping[str, float]) -> list[str]:

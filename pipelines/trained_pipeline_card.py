@@ -5,7 +5,7 @@ from typing import Any
 
 from ..training.shapes import COLOURS, MOTIONS, SHAPES
 from ..training.shapes_scorer import chance
-from .model_card import table
+from .model_card import table, where
 from .pipeline_card import pipeline_card
 from .prompt_accuracy import PARTS
 
@@ -18,7 +18,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
         name: folder, as users give it.
         records: what `scripts/evaluate_pipeline.py` records of it.
         recipe: of each training: ratios, shapes (clips), frames, size, steps, batch_size, accumulate, learning_rate, muon,
-            ema_decay, shift, seconds.
+            ema_decay, shift, seconds, machines.
     """
     first = records[0]
     guessing = ", ".join(f"{part} {100 * value:.0f} %" for part, value in chance().items() if part != "all")
@@ -31,7 +31,8 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             str(t["batch_size"] * t["accumulate"]),
             f"{t['learning_rate']:g}, {t['muon'] or '-'}",
             f"{t['shift']:g}",
-            f"{t['seconds'] / 60:.0f}",
+            f"{t['seconds'] / 60:.1f}",
+            where(t["machines"]),
         ]
         for t in recipe
     ]
@@ -53,10 +54,10 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             "",
             "## Recipe",
             "",
-            *table(["ratios", "generated clips", "steps", "batch", "AdamW, Muon", "shift", "minutes"], trainings),
+            *table(["ratios", "generated clips", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"], trainings),
             "",
-            "Every training starts from the one above it. Weights are moving averages. Minutes by the clock, on one core of "
-            "that machine. `vae` links to the folder of the tokenizer, which must lie beside this one.",
+            "Every training starts from the one above it. Weights are moving averages. Minutes by the clock. `vae` links to "
+            "the folder of the tokenizer, which must lie beside this one.",
             "",
         ]
     )

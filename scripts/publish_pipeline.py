@@ -21,7 +21,7 @@ from promag.pipelines.sampling import load_pipeline
 from promag.pipelines.trained_pipeline_card import trained_card
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, load_yaml, run_main
-from promag.training.run import write_atomically
+from promag.training.run import machines_of, write_atomically
 
 SETTINGS = ("steps", "batch_size", "accumulate", "learning_rate", "muon", "ema_decay")
 
@@ -101,7 +101,8 @@ def trainings_of(run: Path) -> list[dict[str, Any]]:
         raise UserError(f"{run}: its training left no figures")
     settings = {key: config["loop"][key] for key in SETTINGS}
     data = {key: config["data"][key] for key in ("shapes", "frames", "size")}
-    return [*before, {"ratios": ratios, **data, **settings, "shift": config["shift"], "seconds": found["seconds"]}]
+    spent = {"steps": found["steps"], "seconds": found["seconds"], "machines": machines_of(run)}  # it may have ended early
+    return [*before, {"ratios": ratios, **data, **settings, "shift": config["shift"], **spent}]
 
 
 if __name__ == "__main__":

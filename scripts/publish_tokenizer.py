@@ -15,7 +15,7 @@ from promag.pipelines.model_card import count_sources, tokenizer_card
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.train import load_tokenizer, save_model
 from promag.training.config import UserError, load_yaml, run_main
-from promag.training.run import write_atomically
+from promag.training.run import machines_of, write_atomically
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,7 +80,7 @@ def stages_of(run: Path) -> list[dict[str, Any]]:
             lower = {key: growth[key] for key in ("encoder", "decoder")}
             shape = {"ratio": stage["ratio"], "frames": stage["frames"], "size": config["data"]["size"]}
             shape["also"] = {source["train"]: source["share"] for source in config["data"].get("also") or ()}
-            spent = {"loss": _loss(stage), "seconds": json.loads(done.read_text())["seconds"]}
+            spent = {"loss": _loss(stage), "seconds": json.loads(done.read_text())["seconds"], "machines": machines_of(run)}
             found.append({**shape, **settings, **lower, **spent})
     if not found:
         raise UserError(f"{run}: no stage of it is finished")

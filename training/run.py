@@ -1,6 +1,7 @@
 """The run directory: resolved configuration, atomic checkpoints, metrics, and the signals that end a run early.
 
 run/config.yaml                 what the run was started with
+run/machines.txt                where it was trained
 run/NAME/step-00001000/         a checkpoint of stage NAME: safetensors and state.json
 run/NAME/metrics.jsonl          one line per logged or validated step
 """
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import UserError, save_yaml, to_plain
+
+MACHINES = "machines.txt"
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
@@ -64,7 +67,14 @@ def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (
     elif write:
         path.mkdir(parents=True, exist_ok=True)
         save_yaml(known, config)
+    if write and (here := _machine()) not in (before := machines_of(path)):
+        write_atomically(path / MACHINES, "".join(f"{name}\n" for name in (*before, here)))
     return path
+
+
+def machines_of(run: Path) -> list[str]:
+    """Return the machines that a run was trained on, the first one first; empty where they were not written down."""
+    return (run / MACHINES).read_text().splitlines() if (run / MACHINES).exists() else []
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

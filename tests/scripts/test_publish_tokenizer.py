@@ -53,3 +53,6 @@ def test_the_recipe_tells_what_else_was_trained_on(demo_run, tmp_path):
     assert stage["also"] == {"shapes": 0.4}
     (row,) = _stages([stage])
     assert row[2] == "9 frames, 32x32; 40% of the steps generated clips"
+    assert row[-1] == "not written down"
+    (tmp_path / "machines.txt").write_text("one GPU\na laptop\n")
+    assert _stages(publish_tokenizer.stages_of(tmp_path))[0][-1] == "one GPU, then a laptop"
