@@ -19,7 +19,7 @@ import torch
 from promag.diffusion.held_out import training_figures
 from promag.pipelines.sampling import load_pipeline
 from promag.pipelines.trained_pipeline_card import trained_card
-from promag.tokenizer.train import load_tokenizer
+from promag.tokenizer.train import forget_where_it_was, load_tokenizer
 from promag.training.config import UserError, load_yaml, run_main
 from promag.training.run import machines_of, write_atomically
 
@@ -64,14 +64,6 @@ def main(argv: Sequence[str]) -> int:
             file.write(lines)
     print(arguments.out)
     return 0
-
-
-def forget_where_it_was(folder: Path) -> None:
-    """Take the path that a pipeline was loaded from out of its configurations."""
-    for file in folder.rglob("*.json"):
-        values = json.loads(file.read_text())
-        if values.pop("_name_or_path", None) is not None:
-            write_atomically(file, json.dumps(values, indent=2) + "\n")
 
 
 def check_tokenizer(trained: Any, published: Path) -> None:

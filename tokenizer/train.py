@@ -3,6 +3,7 @@
 A run directory holds one folder per stage (checkpoints, metrics) and `tokenizer/`, the model with all levels trained so far.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -362,10 +363,19 @@ def save_model(model: Any, folder: Path) -> None:
     for stale in (aside, old):
         shutil.rmtree(stale, ignore_errors=True)
     model.save_pretrained(aside)
+    forget_where_it_was(aside)
     if folder.exists():
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def forget_where_it_was(folder: Path) -> None:
+    """Take the path that a saved model, or the parts of a pipeline, were loaded from out of the configurations."""
+    for file in folder.rglob("*.json"):
+        values = json.loads(file.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            write_atomically(file, json.dumps(values, indent=2) + "\n")
 
 
 @torch.no_grad()

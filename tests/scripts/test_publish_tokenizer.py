@@ -25,6 +25,7 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
     weights, trained = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (out, tokenizer))
     assert weights.keys() == trained.keys()
     assert all(torch.equal(value, trained[key].bfloat16()) for key, value in weights.items())
+    assert "_name_or_path" not in json.loads((out / "config.json").read_text())
     card, figures = (out / "README.md").read_text(), json.loads(record.read_text())["ratios"]
     for ratio in (4, 8, 16):
         assert f"| {ratio}x | {figures[str(ratio)]['psnr']:.2f} |" in card
