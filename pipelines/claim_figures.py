@@ -26,6 +26,7 @@ COLUMNS = (
 UNITS = {"params": 1e6, "flops": 1e15, "seconds": 60}
 RATIO = 16  # at which the ways are compared
 OURS = "progressive"
+WIDE = "_16_channels"  # ends the names of arms with a wider latent, which are compared among themselves
 # What is compared at 16x: metric, its unit.
 DIFFERENCES = (("psnr", "dB"), ("psnr_top_motion", "dB"), ("psnr_key", "dB"), ("psnr_between", "dB"), ("ssim", ""))
 
@@ -57,23 +58,25 @@ def read(path: Path) -> list[Row]:
     return list(newest.values())
 
 
-def gains(rows: Sequence[Row]) -> str:
-    """Return a Markdown table of growth minus each other way to 16x, on the seeds that both were trained with.
+def gains(rows: Sequence[Row], ours: str = OURS) -> str:
+    """Return a Markdown table of an arm, growth, minus each other way to 16x, on the seeds that both were trained with.
 
-    Of several seeds each cell has the mean, and in brackets the difference of each.
+    Of several seeds each cell has the mean, and in brackets the difference of each. Growth with a wider latent is compared
+    with ways that have it too; the others with each other, and with growth that has it.
     """
     by_arm: dict[str, dict[int, Row]] = {}
     for row in rows:
-        if row["ratio"] == RATIO:
+        alike = row["arm"].endswith(WIDE) == ours.endswith(WIDE) or row["arm"] == ours + WIDE
+        if row["ratio"] == RATIO and alike:
             by_arm.setdefault(row["arm"], {})[row["seed"]] = row
-    ours = by_arm.pop(OURS, {})
+    own = by_arm.pop(ours, {})
     heads = [f"{name} {unit}".strip() for name, unit in DIFFERENCES]
-    lines = ["| " + " | ".join([f"{OURS} minus", "seeds", *heads, "compute"]) + " |", "| --- " * (3 + len(heads)) + "|"]
+    lines = ["| " + " | ".join([f"{ours} minus", "seeds", *heads, "compute"]) + " |", "| --- " * (3 + len(heads)) + "|"]
     for arm, theirs in by_arm.items():
-        seeds = sorted(ours.keys() & theirs.keys())
+        seeds = sorted(own.keys() & theirs.keys())
         if seeds:
-            cells = [_difference([ours[s][name] - theirs[s][name] for s in seeds]) for name, _ in DIFFERENCES]
-            compute = mean(ours[s]["flops"] / theirs[s]["flops"] for s in seeds)
+            cells = [_difference([own[s][name] - theirs[s][name] for s in seeds]) for name, _ in DIFFERENCES]
+            compute = mean(own[s]["flops"] / theirs[s]["flops"] for s in seeds)
             lines.append("| " + " | ".join([arm, ", ".join(map(str, seeds)), *cells, f"{compute:.2f}x"]) + " |")
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from promag.pipelines.claim_figures import RATIO, curves, gains, read, table
+from promag.pipelines.claim_figures import OURS, RATIO, WIDE, curves, gains, read, table
 from promag.pipelines.report_plot import plot_file
 from promag.training.config import run_main
 from promag.training.run import write_atomically
@@ -18,7 +18,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     rows = read(arguments.results)
     print(table(rows))
-    print("\n" + gains(rows))
+    for ours in (OURS, OURS + WIDE):
+        if any(row["arm"] == ours for row in rows):
+            print("\n" + gains(rows, ours))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for name, (lines, x_label) in curves(rows).items():

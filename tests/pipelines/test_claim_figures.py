@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from promag.pipelines.claim_figures import curves, gains, read, table
+from promag.pipelines.claim_figures import OURS, WIDE, curves, gains, read, table
 from promag.pipelines.report_plot import plot_file
 from promag.training.config import UserError
 
@@ -39,6 +39,15 @@ def test_gains_are_taken_on_the_seeds_that_both_have():
         ["direct", "0, 1", *["+1.000 (+0.50, +1.50)"] * 4, "+0.025 (+0.01, +0.04)", "0.50x"],
         ["plain", "1", "+4.000", "+4.000", "+4.000", "+4.000", "+0.100", "0.75x"],
     ]
+
+
+def test_ways_with_a_wider_latent_are_compared_among_themselves():
+    wide = [row("progressive_16_channels", 1, 28.0, 3e15), row("direct_16_channels", 1, 27.5, 6e15)]
+    names = [
+        [line.split("|")[1].strip() for line in gains([*ROWS, *wide], ours).splitlines()[2:]] for ours in (OURS, OURS + WIDE)
+    ]
+    assert names == [["direct", "plain", "progressive_16_channels"], ["direct_16_channels"]]
+    assert "| +0.500 |" in gains([*ROWS, *wide], OURS + WIDE)
 
 
 def test_curves_count_compute_with_and_without_what_was_inherited():
