@@ -19,11 +19,6 @@ from .prompt_accuracy import accuracies, sample_timed, scenes_to_score
 Similarity = Callable[[np.ndarray, str], float]  # of a video and its prompt
 
 
-def trained_ratios(pipe: Any) -> list[int]:
-    """Return the temporal ratios that a pipeline's transformer has latent statistics for."""
-    return sorted(int(ratio) for ratio in pipe.transformer.config["latents_mean"] or {})
-
-
 def generation_figures(
     pipe: Any,
     ratio: int,

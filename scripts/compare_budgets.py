@@ -17,8 +17,9 @@ from promag.pipelines.budget_costs import LENGTHS, Costs, Effort, fit_errors
 from promag.pipelines.budget_page import BudgetReport, write_budget_page
 from promag.pipelines.budget_tables import cost_lines, generation_lines, reconstruction_lines, text_table, token_lines
 from promag.pipelines.budgets import Budget, check_budgets, compare_reconstructions, own_budgets, peer_budget
-from promag.pipelines.generation_figures import generation_figures, trained_ratios
+from promag.pipelines.generation_figures import generation_figures
 from promag.pipelines.report_plot import Mark
+from promag.pipelines.sampling import trained_ratios
 from promag.tokenizer.geometry import check_frames
 from promag.tokenizer.metrics import PROTOCOL
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures

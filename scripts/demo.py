@@ -26,7 +26,7 @@ from promag.pipelines.contact_sheet import write_contact_sheet
 from promag.pipelines.cost import denoising, measure_in_turns, sampling, train_step
 from promag.pipelines.prompt_accuracy import accuracies, accuracies_of_reconstructions, sample_videos, scenes_to_score
 from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
-from promag.pipelines.sampling import load_pipeline, trained_ratios
+from promag.pipelines.sampling import load_pipeline
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
 from promag.tokenizer.train import Data as TokenizerData
@@ -138,11 +138,11 @@ def stopped() -> int:
 
 
 def sample_shipped(config: DemoConfig, run: Path) -> list[SampleClip]:
-    """Sample the trained pipeline that comes with the project, at the first ratio it knows, and write the frames at once."""
+    """Sample the trained pipeline that comes with the project, at its own default ratio, and write the frames at once."""
     say(f"first: samples of {config.shipped}, which was trained before")
     pipe: Any = load_pipeline(config.shipped or "")
     pipe.set_progress_bar_config(disable=True)
-    ratio, scenes = trained_ratios(pipe)[0], scenes_to_score(config.prompts, config.seed)
+    ratio, scenes = pipe.config["temporal_ratio"], scenes_to_score(config.prompts, config.seed)
     how = {"steps": config.sampling_steps, "guidance": config.guidance, "precision": config.precision}
     videos = sample_videos(pipe, [scene.caption() for scene in scenes], **how, name=f"{ratio}x prompts", temporal_ratio=ratio)
     clips = []
