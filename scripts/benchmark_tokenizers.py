@@ -25,7 +25,9 @@ from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
 from promag.tokenizer.peers import build_peer, probe_peer
 from promag.tokenizer.train import Stage, StageObjective, TokenizerConfig
+from promag.training.compilation import compile_blocks
 from promag.training.config import UserError, build, load_yaml, run_main
+from promag.training.device import best_device
 from promag.training.loop import seeded
 from promag.training.optimizers import make_optimizers
 from promag.training.run import append_result
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     subjects = [_preset(path) for path in arguments.presets] + [_peer(name) for name in arguments.peers]
     sizes = [_size(text) for text in arguments.sizes]
     _check(subjects, sizes, arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     bad = 0
     for subject in subjects:
         bad += _measure(subject, sizes, device, arguments)
@@ -139,8 +141,6 @@ def _check(subjects: Sequence[Subject], sizes: Sequence[Size], arguments: argpar
     for name in ("rounds", "train_batch"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
-    if arguments.compile and not getattr(AutoencoderKLProMAG, "_repeated_blocks", None):
-        raise UserError("--compile: AutoencoderKLProMAG names no blocks to compile (_repeated_blocks); leave it out")
     for subject, (frames, height, width) in itertools.product(subjects, sizes):
         try:
             check_frames(frames, subject.step)
@@ -161,9 +161,7 @@ def _measure(subject: Subject, sizes: Sequence[Size], device: torch.device, argu
     bad = 0
     for compiled in (False, True) if arguments.compile and subject.config else (False,):
         if compiled:
-            # A limit that was hit would leave some blocks as they are without a word.
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**12
-            model.compile_repeated_blocks(dynamic=False)
+            compile_blocks(model)
         for size in sizes:
             rows = []
             for ratio in subject.ratios:

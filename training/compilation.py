@@ -12,7 +12,7 @@ import torch
 from .config import UserError
 
 BACKEND = "inductor"
-SHAPES = 64  # for which one kind of block may be compiled; PyTorch's own limit is 8
+SHAPES = 256  # for which one kind of block may be compiled; PyTorch leaves blocks beyond its own 8 as they are without a word
 
 
 def compile_blocks(model: Any) -> None:

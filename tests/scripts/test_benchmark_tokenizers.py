@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import diffusers
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
 from promag.tokenizer.peers import build_peer
+from promag.training import compilation
 from promag.training.config import UserError
 from scripts.benchmark_tokenizers import _peer, main
 from tests.conftest import make_tokenizer
@@ -160,10 +162,10 @@ def test_mistakes_are_named_before_anything_is_measured(arguments, message, smal
     assert capsys.readouterr().out == ""
 
 
-def test_compiling_needs_a_class_that_names_its_blocks(smallest, monkeypatch):
-    monkeypatch.setattr(AutoencoderKLProMAG, "_repeated_blocks", [])
-    with pytest.raises(UserError, match="--compile: AutoencoderKLProMAG names no blocks to compile"):
-        run(smallest, "--compile")
+def test_compiled_blocks_are_measured_beside_eager_ones(smallest, monkeypatch, capsys):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    run(smallest, "--compile")
+    assert re.findall(r" (eager|compiled): encode", capsys.readouterr().out) == ["eager"] * 3 + ["compiled"] * 3
 
 
 @pytest.mark.parametrize(
