@@ -28,7 +28,7 @@ def test_it_leaves_a_report_figures_and_videos(demo_run):
     assert recorded["seconds"] > 0
     assert recorded["config"]["diffusion"]["steps"] == 2
     assert page.index("Samples of the trained pipeline") < page.index("<h2>Reconstructions")
-    assert [clip["columns"] for clip in figures["shipped"]] == [["4×"], ["4×"]]  # noqa: RUF001
+    assert [clip["columns"] for clip in figures["shipped"]] == [["16×"], ["16×"]]  # noqa: RUF001
     assert all((demo_run / clip["video"]).stat().st_size > 0 for clip in figures["shipped"])
     assert (demo_run / "shipped.png").exists()
 
