@@ -42,9 +42,8 @@ def main(argv: Sequence[str]) -> int:
     device = best_device()
     ratios, steps = arguments.ratios, arguments.steps
     models: dict[int, Any] = {r: _transformer(config) for r in ratios}
-    compute = torch.bfloat16
     for model in models.values():
-        attention = choose_attention(model.to(device), config.attention, device, compute)
+        attention = choose_attention(model.to(device), config.attention, device, torch.bfloat16)
         if config.compile:
             compile_blocks(model)
     gradients, trained = (

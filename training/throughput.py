@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is timed: large enough to fill the device
+SIDE = 2048  # of the matrices whose product is timed on a CPU
+LARGE_SIDE = 8192  # on other devices, which smaller ones do not fill
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Meter:
 def matmul_tflops(device: torch.device | str, bf16: bool, rounds: int = 5) -> float:
     """Return the best of a few products of two square matrices of random numbers, in TFLOP/s."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    side = SIDES[torch.device(device).type]
+    side = SIDE if torch.device(device).type == "cpu" else LARGE_SIDE
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(rounds + 1):
