@@ -79,6 +79,14 @@ def in_words(accuracy: Mapping[str, tuple[float, float, float]]) -> str:
 
 
 @torch.no_grad()
+def describe(reading: Any, video: np.ndarray, scene: Scene) -> tuple[str, bool]:
+    """Return what the scorer read in words, and whether it is what was asked for."""
+    said = " ".join(str(part) for part in (reading.colour, reading.shape, reading.motion) if part)
+    if reading.other:
+        said += f", {reading.other[1]} {reading.other[0]}"
+    return said or "nothing readable", bool(scorer.score(video, scene).all)
+
+
 def accuracies_of_reconstructions(
     model: Any, items: Sequence[Mapping[str, Any]], temporal_ratio: int
 ) -> dict[str, tuple[float, float, float]]:

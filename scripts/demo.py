@@ -24,7 +24,13 @@ from promag.diffusion.settings import Model as TransformerModel
 from promag.pipelines.assemble import cache_latents, train_pipeline
 from promag.pipelines.contact_sheet import write_contact_sheet
 from promag.pipelines.cost import denoising, measure_in_turns, sampling, train_step
-from promag.pipelines.prompt_accuracy import accuracies, accuracies_of_reconstructions, sample_videos, scenes_to_score
+from promag.pipelines.prompt_accuracy import (
+    accuracies,
+    accuracies_of_reconstructions,
+    describe,
+    sample_videos,
+    scenes_to_score,
+)
 from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
 from promag.pipelines.sampling import load_pipeline
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
@@ -144,11 +150,11 @@ def sample_shipped(config: DemoConfig, run: Path) -> list[SampleClip]:
     pipe.set_progress_bar_config(disable=True)
     ratio, scenes = pipe.config["temporal_ratio"], scenes_to_score(config.prompts, config.seed)
     how = {"steps": config.sampling_steps, "guidance": config.guidance, "precision": config.precision}
-    videos = sample_videos(pipe, [scene.caption() for scene in scenes], **how, name=f"{ratio}x prompts", temporal_ratio=ratio)
-    clips = []
-    for scene, video in zip(scenes, videos, strict=True):
-        read = {ratio: describe(scorer.read_scene(video), video, scene)}
-        clips.append(SampleClip(scene.caption(), pipe.config["fps"], {ratio: video}, read))
+    videos = sample_videos(pipe, [s.caption() for s in scenes], **how, name=f"{ratio}x prompts", temporal_ratio=ratio)
+    clips = [
+        SampleClip(s.caption(), pipe.config["fps"], {ratio: v}, {ratio: describe(scorer.read_scene(v), v, s)})
+        for s, v in zip(scenes, videos, strict=True)
+    ]
     run.mkdir(parents=True, exist_ok=True)
     sheet = write_contact_sheet(run / "shipped.png", [(clip.prompt, by_name(clip.by_ratio)) for clip in clips])
     say(f"frames: {sheet}")
@@ -318,14 +324,6 @@ def measure(config: DemoConfig, pipelines: Mapping[int, Any], prompts: list[str]
         "denoising_seconds": {r: s / count for r, s in measure_in_turns(denoised, rounds=3).items()},
         "sampling_seconds": {r: s / count for r, s in measure_in_turns(sampled, rounds=3).items()},
     }
-
-
-def describe(reading: Any, video: np.ndarray, scene: Any) -> tuple[str, bool]:
-    """Return what the scorer read in words, and whether it is what was asked for."""
-    said = " ".join(str(part) for part in (reading.colour, reading.shape, reading.motion) if part)
-    if reading.other:
-        said += f", {reading.other[1]} {reading.other[0]}"
-    return said or "nothing readable", bool(scorer.score(video, scene).all)
 
 
 @torch.no_grad()
