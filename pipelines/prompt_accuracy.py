@@ -79,8 +79,9 @@ def in_words(accuracy: Mapping[str, tuple[float, float, float]]) -> str:
 
 
 @torch.no_grad()
-def describe(reading: Any, video: np.ndarray, scene: Scene) -> tuple[str, bool]:
-    """Return what the scorer read in words, and whether it is what was asked for."""
+def describe(video: np.ndarray, scene: Scene) -> tuple[str, bool]:
+    """Return what the scorer reads in a video, in words, and whether it is what was asked for."""
+    reading = scorer.read_scene(video)
     said = " ".join(str(part) for part in (reading.colour, reading.shape, reading.motion) if part)
     if reading.other:
         said += f", {reading.other[1]} {reading.other[0]}"

@@ -152,7 +152,7 @@ def sample_shipped(config: DemoConfig, run: Path) -> list[SampleClip]:
     how = {"steps": config.sampling_steps, "guidance": config.guidance, "precision": config.precision}
     videos = sample_videos(pipe, [s.caption() for s in scenes], **how, name=f"{ratio}x prompts", temporal_ratio=ratio)
     clips = [
-        SampleClip(s.caption(), pipe.config["fps"], {ratio: v}, {ratio: describe(scorer.read_scene(v), v, s)})
+        SampleClip(s.caption(), pipe.config["fps"], {ratio: v}, {ratio: describe(v, s)})
         for s, v in zip(scenes, videos, strict=True)
     ]
     run.mkdir(parents=True, exist_ok=True)
@@ -272,12 +272,11 @@ def make_report(
     prompts = [s.caption() for s in scenes[: config.prompts]] or [item["caption"] for item in items[: config.prompts]]
     how = {"steps": config.sampling_steps, "guidance": config.guidance, "precision": config.precision}
     samples = {ratio: sample_videos(pipe, prompts, **how, name=f"{ratio}x prompts") for ratio, pipe in loaded.items()}
-    readings, accuracy = {}, {}
+    accuracy = {}
     for ratio, pipe in loaded.items():
         if scenes:
             more = [s.caption() for s in scenes[config.prompts :]]
             videos = samples[ratio] + sample_videos(pipe, more, **how, first_seed=config.prompts, name=f"{ratio}x scored")
-            readings[ratio] = [scorer.read_scene(video) for video in videos]
             accuracy[ratio] = accuracies(videos, scenes)
 
     readable = {r: accuracies_of_reconstructions(model, items, r) for r in model.temporal_ratios} if scenes else {}
@@ -300,7 +299,7 @@ def make_report(
                 prompt=prompt,
                 fps=loaded[config.ratios[0]].config["fps"],
                 by_ratio={ratio: samples[ratio][i] for ratio in loaded},
-                read={r: describe(readings[r][i], samples[r][i], scenes[i]) for r in loaded} if scenes else None,
+                read={r: describe(samples[r][i], scenes[i]) for r in loaded} if scenes else None,
             )
             for i, prompt in enumerate(prompts)
         ],
