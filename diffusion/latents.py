@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..training.config import UserError
 from ..training.loop import processes, told_by_main
 from .embeddings import EmbeddingCache
+from .emphasis import Emphasis, Emphasised
 from .shards import DTYPES, Fingerprint, Shards, claim, clips_of, finish, pack_texts, shard_path, write_shard
 
 Encode = Callable[[Tensor, Sequence[int]], Sequence[Tensor]]
@@ -209,6 +210,7 @@ class LatentDataset(Dataset):
             if text.clips != self.index["fingerprint"]["clips"]:
                 raise UserError(f"cache {text.folder}: its embeddings belong to other clips than the latents in {folder}")
         self.fps: float = self.index["fps"]  # median of the clips
+        self.emphasised: Emphasised | None = None
         self.normalise_by(self.index["mean"], self.index["std"], scale)
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float], scale: Scale) -> None:
@@ -227,7 +229,7 @@ class LatentDataset(Dataset):
 
     def item(self, rng: np.random.Generator) -> dict[str, Any]:
         """Return a random clip's latents."""
-        return self.fixed(int(rng.integers(len(self))))
+        return self.fixed(self.emphasised.draw(rng) if self.emphasised else int(rng.integers(len(self))))
 
     def fixed(self, index: int) -> dict[str, Any]:
         """Return the latents of clip `index`."""
@@ -251,3 +253,20 @@ def normalise_alike(parts: Sequence[LatentDataset], scale: Scale) -> None:
     std = np.sqrt((weights * (stds**2 + (means - mean) ** 2)).sum(0))  # variance within parts and between them
     for part in parts:
         part.normalise_by(mean.tolist(), std.tolist(), scale)
+
+
+def emphasise(by_bucket: Sequence[Sequence[LatentDataset]], emphasis: Sequence[Emphasis]) -> None:
+    """Draw clips by the words of their captions from now on; those of a bucket are the same at each of its ratios.
+
+    Raises UserError for words that no caption holds in any bucket.
+    """
+    if not emphasis:
+        return
+    drawn = [Emphasised(parts[0].captions(), emphasis) for parts in by_bucket]
+    for one, count in zip(emphasis, np.sum([part.found for part in drawn], axis=0), strict=True):
+        if not count:
+            clips = sum(len(part.ends) for part in drawn)
+            raise UserError(f"emphasis on {one.words!r}: none of the {clips} captions holds these words")
+    for parts, part in zip(by_bucket, drawn, strict=True):
+        for latents in parts:
+            latents.emphasised = part

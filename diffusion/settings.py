@@ -10,6 +10,7 @@ from ..training.config import setting
 from ..training.loop import Pace
 from ..training.optimizers import LoopSettings
 from .condition import Condition
+from .emphasis import Emphasis
 from .latents import Scale
 from .lora import Lora
 
@@ -83,6 +84,7 @@ class Data:
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of cached latents and text embeddings")
     shard_size: int = setting("clips per file of a cache: processes divide caching by files, a kill costs a part of one")
     scale: Scale = setting("channel: every latent channel weighs alike; global: strong channels weigh more, as they show more")
+    emphasis: tuple[Emphasis, ...] = setting("clips drawn more often in training, by words of their captions; [] for none")
 
     @property
     def shapes_trained(self) -> tuple[Bucket, ...]:

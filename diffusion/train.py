@@ -31,7 +31,7 @@ from .embeddings import CaptionEncoder, EmbeddingCache
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .held_out import HeldOut, held_out_losses
-from .latents import LatentDataset, normalise_alike
+from .latents import LatentDataset, emphasise, normalise_alike
 from .lora import add_lora
 from .settings import MAY_CHANGE, DiffusionConfig, Samples
 from .start import load_transformer, take_up
@@ -211,6 +211,7 @@ def train_diffusion(
     accelerator = make_accelerator(Path(config.output_dir), config.precision, config.pace.trackers)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     by_bucket, held_out = (_open_latents(config, split) for split in (cached, validation))
+    emphasise(by_bucket, config.data.emphasis)
     buckets, latents = [part.bucket for part in cached], [part for parts in by_bucket for part in parts]
 
     torch.manual_seed(config.seed)

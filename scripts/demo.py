@@ -246,6 +246,7 @@ def diffusion_config(
             dtype="bfloat16",
             shard_size=64,
             scale=config.latent_scale,
+            emphasis=(),
         ),
         loop=config.diffusion,
         samples=None,
