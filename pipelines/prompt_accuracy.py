@@ -13,7 +13,7 @@ import torch
 
 from ..tokenizer.metrics import to_uint8
 from ..training import shapes_scorer as scorer
-from ..training.shapes import Scene, parse_caption, sample_scene
+from ..training.shapes import MOTIONS, Scene, parse_caption, sample_scene
 from .sampling import Order, Seconds, autocast, make_videos
 
 BATCH = 8  # videos sampled at once
@@ -65,12 +65,21 @@ def sample_timed(
 
 def accuracies(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, tuple[float, float, float]]:
     """Return how often the scorer reads what the prompt said: value and 95 % Wilson interval for each part."""
+    return accuracy_figures(videos, scenes)["accuracy"]
+
+
+def accuracy_figures(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Return accuracy, as `accuracies` does, and right_by_motion: how many videos of each motion are all right, of how many."""
     scores = [scorer.score(video, scene) for video, scene in zip(videos, scenes, strict=True)]
     found = {}
     for part in PARTS:
         right = sum(bool(getattr(score, part)) for score in scores)
         found[part] = (right / len(scores), *scorer.wilson_interval(right, len(scores)))
-    return found
+    motions: dict[str, tuple[int, int]] = {}
+    for motion in MOTIONS:
+        right = [bool(score.all) for score, scene in zip(scores, scenes, strict=True) if scene.motion == motion]
+        motions |= {motion: (sum(right), len(right))} if right else {}
+    return {"accuracy": found, "right_by_motion": motions}
 
 
 def in_words(accuracy: Mapping[str, tuple[float, float, float]]) -> str:

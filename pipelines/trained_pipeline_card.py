@@ -17,8 +17,8 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
         pipe: the pipeline.
         name: folder, as users give it.
         records: what `scripts/evaluate_pipeline.py` records of it.
-        recipe: of each training: ratios, shapes (clips), frames, size, steps, batch_size, accumulate, learning_rate, muon,
-            ema_decay, shift, seconds, machines.
+        recipe: of each training: ratios, shapes (clips), frames, size, emphasis, steps, batch_size, accumulate, learning_rate,
+            muon, ema_decay, shift, seconds, machines.
     """
     first = records[0]
     guessing = ", ".join(f"{part} {100 * value:.0f} %" for part, value in chance().items() if part != "all")
@@ -27,6 +27,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
         [
             ", ".join(f"{ratio}x" for ratio in t["ratios"]),
             f"{t['shapes']} of {t['frames']} frames at {t['size']}x{t['size']}",
+            ", ".join(f"{one['words']} x{one['factor']:g}" for one in t["emphasis"]) or "-",
             str(t["steps"]),
             str(t["batch_size"] * t["accumulate"]),
             f"{t['learning_rate']:g}, {t['muon'] or '-'}",
@@ -35,6 +36,11 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             where(t["machines"]),
         ]
         for t in recipe
+    ]
+    sampled = [r for r in records if "right_by_motion" in r]
+    motions = [
+        [f"{r['ratio']}x", _kind(r), *(" of ".join(map(str, r["right_by_motion"].get(m, (0, 0)))) for m in MOTIONS)]
+        for r in sampled
     ]
     heads = ["ratio", "combinations of shape, colour and motion", *(f"{part} right" for part in PARTS)]
     return "\n".join(
@@ -52,9 +58,15 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             f"% intervals (Wilson). A combination that is held out was never trained on. Guessing: {guessing}. "
             f"Commit {first['commit']}, {first['machine']}, torch {first['versions']['torch']}.",
             "",
+            "All right, of how many prompts, by motion:",
+            "",
+            *table(["ratio", "combinations", *MOTIONS], motions),
+            "",
             "## Recipe",
             "",
-            *table(["ratios", "generated clips", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"], trainings),
+            *table(
+                ["ratios", "generated clips", "emphasis", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"], trainings
+            ),
             "",
             "Every training starts from the one above it. Weights are moving averages. Minutes by the clock. `vae` links to "
             "the folder of the tokenizer, which must lie beside this one.",

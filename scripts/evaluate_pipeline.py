@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from promag.diffusion.held_out import training_figures
-from promag.pipelines.prompt_accuracy import accuracies, accuracies_of_reconstructions, in_words, sample_timed, scenes_to_score
+from promag.pipelines.prompt_accuracy import (
+    accuracies_of_reconstructions,
+    accuracy_figures,
+    in_words,
+    sample_timed,
+    scenes_to_score,
+)
 from promag.pipelines.sampling import load_pipeline, trained_ratios
 from promag.training.config import UserError, run_main
 from promag.training.datasets import open_dataset
@@ -35,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
             for held_out in (False, True):
                 found = _figures(pipe, ratio, held_out, arguments)
                 print(f"{name} {ratio}x, {'held-out' if held_out else 'trained'} combinations: {in_words(found['accuracy'])}")
+                motions = [f"{motion} {right} of {count}" for motion, (right, count) in found["right_by_motion"].items()]
+                print(f"  all right by motion: {', '.join(motions)}")
                 if arguments.record:
                     record = {"what": "prompt accuracy", "held_out": held_out, **facts, **found, "training": trained}
                     append_result(arguments.record, {**record, "protocol": PROTOCOL})
@@ -78,7 +86,7 @@ def _figures(pipe: Any, ratio: int, held_out: bool, arguments: argparse.Namespac
         name=f"{ratio}x",
         temporal_ratio=ratio,
     )
-    found = {"accuracy": accuracies(videos, scenes), "sampling_seconds": seconds.total / len(videos)}
+    found = {**accuracy_figures(videos, scenes), "sampling_seconds": seconds.total / len(videos)}
     return {**how, "precision": arguments.precision, **found}
 
 

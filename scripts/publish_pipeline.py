@@ -92,7 +92,7 @@ def trainings_of(run: Path) -> list[dict[str, Any]]:
     if not found:
         raise UserError(f"{run}: its training left no figures")
     settings = {key: config["loop"][key] for key in SETTINGS}
-    data = {key: config["data"][key] for key in ("shapes", "frames", "size")}
+    data = {key: config["data"][key] for key in ("shapes", "frames", "size")} | {"emphasis": config["data"].get("emphasis", ())}
     spent = {"steps": found["steps"], "seconds": found["seconds"], "machines": machines_of(run)}  # it may have ended early
     return [*before, {"ratios": ratios, **data, **settings, "shift": config["shift"], **spent}]
 

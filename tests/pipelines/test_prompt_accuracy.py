@@ -3,9 +3,9 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from promag.pipelines.prompt_accuracy import accuracies, accuracies_of_reconstructions, scenes_to_score
+from promag.pipelines.prompt_accuracy import accuracies, accuracies_of_reconstructions, accuracy_figures, scenes_to_score
 from promag.training.datasets import ShapesDataset
-from promag.training.shapes import is_held_out, render
+from promag.training.shapes import is_held_out, parse_caption, render
 
 
 def test_true_clips_are_right_and_each_wrong_part_is_counted():
@@ -17,6 +17,16 @@ def test_true_clips_are_right_and_each_wrong_part_is_counted():
     share, low, high = accuracies(videos[:6] + still[6:], scenes)["all"]
     assert share == pytest.approx(0.5)
     assert 0 < low < 0.5 < high < 1
+
+
+def test_right_videos_are_counted_by_the_motion_asked_for():
+    scenes = [parse_caption(f"a red {words}") for words in ("plus grows", "disc grows", "plus turns clockwise", "disc circles")]
+    videos = [render(scene, i, frames=17) for i, scene in enumerate(scenes)]
+    videos[2] = videos[2][:1].repeat(17, 0)
+    videos[0] = render(parse_caption("a blue plus grows"), 0, frames=17)
+    found = accuracy_figures(videos, scenes)
+    assert found["right_by_motion"] == {"turns clockwise": (0, 1), "circles": (1, 1), "grows": (1, 2)}
+    assert found["accuracy"] == accuracies(videos, scenes)
 
 
 def test_scenes_are_decided_by_the_seed_and_the_split():

@@ -34,6 +34,7 @@ def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
     record = tmp_path / "results.jsonl"
     evaluate_pipeline.main([str(run / "pipeline"), *FEW, "--record", str(record), "--note", "random"])
     said = capsys.readouterr().out.splitlines()
+    motions, said = [line for line in said if line[:2] == "  "], [line for line in said if line[:2] != "  "]
     kinds = (", trained combinations", ", held-out combinations", ", reconstructions of as many unseen clips", "")
     assert [line.split(":")[0] for line in said] == [f"mine {ratio}x{kind}" for ratio in (4, 16) for kind in kinds]
     assert said[3] == "mine 4x: steps 10, seconds 5, held_out_loss 0.4"
@@ -45,6 +46,10 @@ def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
     for line in found:
         assert (line["prompts"], line["steps"], line["guidance"], line["note"]) == (3, 2, 4.0, "random")
         assert set(line["accuracy"]) == set(PARTS)
+        right, clips = (sum(counts) for counts in zip(*line["right_by_motion"].values(), strict=True))
+        assert (right, clips) == (round(3 * line["accuracy"]["all"][0]), 3)
+        told = ", ".join(f"{motion} {right} of {clips}" for motion, (right, clips) in line["right_by_motion"].items())
+        assert motions.pop(0) == f"  all right by motion: {told}"
         assert line["sampling_seconds"] > 0
         assert line["training"] == {"steps": 10, "seconds": 5.0, "held_out_loss": 0.4 if line["ratio"] == 4 else 0.6}
 
@@ -55,7 +60,7 @@ def test_a_pipeline_without_its_run_is_scored_too(run, tmp_path, capsys):
         evaluate_pipeline.main([str(tmp_path / "moved"), *FEW, "--ratios", "16"])
     finally:
         (tmp_path / "moved").rename(run / "pipeline")
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 5
     assert training_figures(run, 8) == {}
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from promag.pipelines.sampling import load_pipeline
 from promag.tokenizer.train import load_tokenizer, save_model
 from promag.training.config import UserError
+from promag.training.shapes import MOTIONS
 from scripts import publish_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -45,7 +46,10 @@ def test_it_links_to_the_tokenizer_and_its_card_has_its_own_figures(demo_run, to
     for line, kind in zip(lines, ("trained", "held out", "what the tokenizer makes of unseen clips"), strict=True):
         assert line["note"] == f"published as {out}"
         assert f"| 16x | {kind} | {100 * line['accuracy']['shape'][0]:.0f}% (" in card
-    assert "| 16x | 4 of 17 frames at 32x32 | 2 | 1 |" in card
+    assert "| 16x | 4 of 17 frames at 32x32 | - | 2 | 1 |" in card
+    for line, kind in zip(lines[:2], ("trained", "held out"), strict=True):
+        asked = {motion: "{} of {}".format(*line["right_by_motion"].get(motion, (0, 0))) for motion in MOTIONS}
+        assert f"| 16x | {kind} | {' | '.join(asked.values())} |" in card
     assert "license: apache-2.0" in card
 
 
