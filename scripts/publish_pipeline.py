@@ -42,9 +42,11 @@ def main(argv: Sequence[str]) -> int:
     pipe: Any = load_pipeline(arguments.pipeline)
     check_tokenizer(pipe.vae, arguments.tokenizer)
     pipe.to(dtype=torch.bfloat16)
+    link = arguments.out / "vae"
+    if link.is_symlink():  # of an earlier publication: weights must not be written through it
+        link.unlink()
     pipe.save_pretrained(arguments.out)
     forget_where_it_was(arguments.out)
-    link = arguments.out / "vae"
     shutil.rmtree(link)
     link.symlink_to(os.path.relpath(arguments.tokenizer, arguments.out), target_is_directory=True)
     # Scored as a user would, from the folder that is published.

@@ -53,6 +53,15 @@ def test_it_links_to_the_tokenizer_and_its_card_has_its_own_figures(demo_run, to
     assert "license: apache-2.0" in card
 
 
+def test_publishing_again_leaves_the_tokenizer_beside_it_alone(demo_run, tokenizer):
+    source, out = demo_run / "video-16x" / "pipeline", tokenizer.parent / "again"
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tokenizer.iterdir()}
+    for _ in range(2):
+        publish_pipeline.main([str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--prompts", "1", "--steps", "1"])
+    assert (out / "vae").is_symlink()
+    assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tokenizer.iterdir()}
+
+
 def test_mistakes_are_named(demo_run, tokenizer, tmp_path):
     source = demo_run / "video-16x" / "pipeline"
     other = load_tokenizer(tokenizer)
