@@ -17,8 +17,8 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
         pipe: the pipeline.
         name: folder, as users give it.
         records: what `scripts/evaluate_pipeline.py` records of it.
-        recipe: of each training: ratios, shapes (clips), frames, size, emphasis, steps, batch_size, accumulate, learning_rate,
-            muon, ema_decay, shift, seconds, machines.
+        recipe: of each training: ratios, shapes (clips), frames, size, emphasis, steps, batch (samples a step, of all
+            processes), learning_rate, muon, ema_decay, shift, seconds, machines.
     """
     first = records[0]
     guessing = ", ".join(f"{part} {100 * value:.0f} %" for part, value in chance().items() if part != "all")
@@ -29,7 +29,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             f"{t['shapes']} of {t['frames']} frames at {t['size']}x{t['size']}",
             ", ".join(f"{one['words']} x{one['factor']:g}" for one in t["emphasis"]) or "-",
             str(t["steps"]),
-            str(t["batch_size"] * t["accumulate"]),
+            str(t["batch"]),
             f"{t['learning_rate']:g}, {t['muon'] or '-'}",
             f"{t['shift']:g}",
             f"{t['seconds'] / 60:.1f}",

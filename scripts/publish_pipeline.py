@@ -23,7 +23,7 @@ from promag.tokenizer.train import forget_where_it_was, load_tokenizer
 from promag.training.config import UserError, load_yaml, run_main
 from promag.training.run import machines_of, write_atomically
 
-SETTINGS = ("steps", "batch_size", "accumulate", "learning_rate", "muon", "ema_decay")
+SETTINGS = ("steps", "learning_rate", "muon", "ema_decay")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,7 +96,15 @@ def trainings_of(run: Path) -> list[dict[str, Any]]:
     settings = {key: config["loop"][key] for key in SETTINGS}
     data = {key: config["data"][key] for key in ("shapes", "frames", "size")} | {"emphasis": config["data"].get("emphasis", ())}
     spent = {"steps": found["steps"], "seconds": found["seconds"], "machines": machines_of(run)}  # it may have ended early
-    return [*before, {"ratios": ratios, **data, **settings, "shift": config["shift"], **spent}]
+    return [*before, {"ratios": ratios, **data, **settings, "batch": samples_a_step(run), "shift": config["shift"], **spent}]
+
+
+def samples_a_step(run: Path) -> int:
+    """Return the samples of a step, of all processes; a run without its checkpoints is taken to be of one process."""
+    if states := sorted(run.glob("*/step-*/state.json")):
+        return json.loads(states[-1].read_text())["global_batch"]
+    loop: Any = load_yaml(str(run / "config.yaml"))["loop"]
+    return loop["batch_size"] * loop["accumulate"]
 
 
 if __name__ == "__main__":

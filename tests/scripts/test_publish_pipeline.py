@@ -62,6 +62,15 @@ def test_publishing_again_leaves_the_tokenizer_beside_it_alone(demo_run, tokeniz
     assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tokenizer.iterdir()}
 
 
+def test_the_batch_is_that_of_all_processes(tmp_path):
+    (tmp_path / "config.yaml").write_text("loop: {batch_size: 4, accumulate: 3}\n")
+    assert publish_pipeline.samples_a_step(tmp_path) == 12
+    for step, batch in (("step-00000002", 12), ("step-00000010", 24)):
+        (tmp_path / "16x" / step).mkdir(parents=True)
+        (tmp_path / "16x" / step / "state.json").write_text(json.dumps({"global_batch": batch}))
+    assert publish_pipeline.samples_a_step(tmp_path) == 24
+
+
 def test_mistakes_are_named(demo_run, tokenizer, tmp_path):
     source = demo_run / "video-16x" / "pipeline"
     other = load_tokenizer(tokenizer)
