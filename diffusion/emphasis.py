@@ -48,4 +48,5 @@ class Emphasised:
 
     def draw(self, rng: np.random.Generator) -> int:
         """Return the number of a random clip, decided by `rng` alone."""
-        return int(np.searchsorted(self.ends, rng.uniform(0, self.ends[-1]), side="right"))
+        place = np.searchsorted(self.ends, rng.uniform(0, self.ends[-1]), side="right")
+        return min(int(place), len(self.ends) - 1)  # a number may round to the upper bound

@@ -87,7 +87,6 @@ def in_words(accuracy: Mapping[str, tuple[float, float, float]]) -> str:
     return ", ".join("{} {:.0f} % ({:.0f} to {:.0f})".format(part, *(100 * x for x in accuracy[part])) for part in PARTS)
 
 
-@torch.no_grad()
 def describe(video: np.ndarray, scene: Scene) -> tuple[str, bool]:
     """Return what the scorer reads in a video, in words, and whether it is what was asked for."""
     reading = scorer.read_scene(video)
@@ -97,6 +96,7 @@ def describe(video: np.ndarray, scene: Scene) -> tuple[str, bool]:
     return said or "nothing readable", bool(scorer.score(video, scene).all)
 
 
+@torch.no_grad()
 def accuracies_of_reconstructions(
     model: Any, items: Sequence[Mapping[str, Any]], temporal_ratio: int
 ) -> dict[str, tuple[float, float, float]]:
