@@ -21,11 +21,12 @@ lint: setup
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml .ci/torchvision_schemas.py
+$(VENV)/.installed: pyproject.toml .ci/torchvision_schemas.py .ci/link_rooms.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python .ci/torchvision_schemas.py
+	$(BIN)/python .ci/link_rooms.py
 	touch $@
 
 clean:

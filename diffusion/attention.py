@@ -17,7 +17,8 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor
 
-from ..training.config import UserError
+from promag.training.config import UserError
+
 from .transformer import ProMAGTransformer3DModel, plain_attention
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from peft import LoraConfig
 from torch import nn
 
-from ..training.config import UserError, setting
+from promag.training.config import UserError, setting
+
 from .transformer import ProMAGTransformer3DModel
 
 

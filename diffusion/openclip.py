@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..training.config import UserError
-from ..training.safetensors_only import SafetensorsOnly
+from promag.training.config import UserError
+from promag.training.safetensors_only import SafetensorsOnly
 
 PROBES = ("", "a red disc moves left", "Two dogs, 3 cats: it's late!", "wordsthatnobodyknows " * 30)
 

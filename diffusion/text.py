@@ -23,9 +23,10 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from ..training.config import UserError
+from promag.training.config import UserError
+
+from .cache_store import hash_weights
 from .openclip import OpenCLIPTextModel, load_openclip
-from .shards import hash_weights
 
 OPEN_CLIP = "open_clip:"  # before a model's name
 NULL_CAPTION = ""  # what a dropped caption becomes while training, and what guidance moves away from

@@ -1,7 +1,7 @@
 """Training a text-to-video transformer on cached latents of one temporal ratio, or of several by turns.
 
 A run directory holds a folder (16x, or 4x-8x-16x) with checkpoints and metrics; assembling a pipeline from what was trained is
-pipelines/assemble.py's matter.
+pipelines/build.py's matter.
 """
 
 import itertools
@@ -17,26 +17,27 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..training.buckets import Bucket, Buckets, bucket_plan
-from ..training.compilation import compile_blocks
-from ..training.config import UserError
-from ..training.datasets import Mixture, TrainingStream
-from ..training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
-from ..training.run import open_run
-from ..training.throughput import Work
-from ..training.trackers import Log
+from promag.data.buckets import Bucket, Buckets, bucket_plan
+from promag.data.datasets import Mixture, TrainingStream
+from promag.training.compilation import compile_blocks
+from promag.training.config import UserError
+from promag.training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
+from promag.training.run import open_run
+from promag.training.throughput import Work
+from promag.training.trackers import Log
+
 from .attention import choose_attention
-from .condition import draw_given, frame_times, mean_over_made
-from .embeddings import CaptionEncoder, EmbeddingCache
+from .conditioning import draw_given, frame_times, mean_over_made
+from .config import MAY_CHANGE, DiffusionConfig, Samples
+from .finetune import load_transformer, take_up
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
-from .held_out import HeldOut, held_out_losses
-from .latents import LatentDataset, emphasise, normalise_alike
+from .latent_cache import LatentDataset, emphasise, normalise_alike
 from .lora import add_lora
-from .settings import MAY_CHANGE, DiffusionConfig, Samples
-from .start import load_transformer, take_up
 from .text import Embedded, draw_dropped, learn_vocabulary, load_frozen, small_clip
+from .text_cache import CaptionEncoder, EmbeddingCache
 from .transformer import ProMAGTransformer3DModel
+from .validation import HeldOut, held_out_losses
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..training.safetensors_only import SafetensorsOnly
+from promag.training.safetensors_only import SafetensorsOnly
 
 # Rotary positions count latent frames of this ratio: a 16x latent frame stands four positions after the one before.
 POSITION_RATIO = 4

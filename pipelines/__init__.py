@@ -1,1 +1,1 @@
-"""What people call: the diffusers pipeline, and reports on what it gives."""
+"""The text-to-video pipeline, and what builds and samples it."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..tokenizer.geometry import check_ratio
+from promag.tokenizer.geometry import check_ratio
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 

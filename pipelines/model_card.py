@@ -1,172 +1,79 @@
-"""The model card of a published tokenizer: what it does, how well, what it was trained on and how."""
+"""The model card of a pipeline that is pushed to the hub: what it is and how to call it, all read from the pipeline itself."""
 
-import csv
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.config import UserError
+from torch import nn
 
-# Figures of the card: name, heading, digits after the point.
-COLUMNS = (
-    ("psnr", "PSNR", 2),
-    ("psnr_first", "first frames", 2),
-    ("psnr_key", "key frames", 2),
-    ("psnr_between", "in between", 2),
-    ("psnr_low_motion", "least motion", 2),
-    ("psnr_top_motion", "most motion", 2),
-    ("ssim", "SSIM", 3),
-    ("ms_ssim", "MS-SSIM", 3),
-    ("flicker", "flicker", 2),
-    ("high_frequency", "high freq.", 2),
-)
-STAGE_HEADS = ("ratio", "lower encoder, decoder", "clips", "steps", "batch", "AdamW, Muon", "loss", "minutes", "on")
+from promag.tokenizer.autoencoder import parameter_count
+from promag.tokenizer.geometry import latent_frames, tokens
+
+EMPTY = "This model card has been automatically generated."  # how diffusers ends the description of a card without content
 
 
-def tokenizer_card(
-    name: str,
-    shape: Mapping[str, Any],
-    record: Mapping[str, Any],
-    recipe: Sequence[Mapping[str, Any]],
-    sources: Sequence[Mapping[str, Any]],
-    credits: str,
-) -> str:
-    """Return the card as Markdown.
+def write_card(pipe: Any, folder: str | Path, name: str) -> None:
+    """Put a card in the place of the empty one in `folder`; one that somebody wrote stays."""
+    path = Path(folder) / "README.md"
+    if path.exists() and EMPTY in path.read_text():
+        path.write_text(pipeline_card(pipe, name))
 
-    Args:
-        name: folder of the checkpoint, as users give it.
-        shape: parameters, latent_channels, temporal_ratios, dtype.
-        record: what `scripts/evaluate_tokenizer.py` records, of the published weights.
-        recipe: of each stage: ratio, frames, size, steps, batch_size, learning_rate, muon, loss, seconds, encoder, decoder, and
-            also: the share of the steps by other source, and machines.
-        sources: of each source of the training clips: repository, commit, licence, clips.
-        credits: Markdown, under the table of sources.
-    """
-    ratios = [f"{ratio}x" for ratio in shape["temporal_ratios"]]
-    clips = sum(source["clips"] for source in sources)
-    some = shape["temporal_ratios"][-1]
+
+def pipeline_card(pipe: Any, name: str) -> str:
+    """Return the card of a pipeline that people load as `name`, as Markdown."""
+    known = pipe.config
+    frames, height, width = (known[key] for key in ("num_frames", "height", "width"))
+    size = f"{frames} frames of {height}x{width} (height x width)"
+    parts = {key: part for key, part in pipe.components.items() if isinstance(part, nn.Module)}
     return "\n".join(
         [
             "---",
-            "license: apache-2.0",
             "library_name: diffusers",
-            "tags: [video, autoencoder, promag]",
+            "pipeline_tag: text-to-video",
+            "tags: [text-to-video, video, promag]",
             "---",
             "",
             f"# {name}",
             "",
-            f"A causal video tokenizer with {shape['parameters'] / 1e6:.1f} M parameters in {shape['dtype']}: one checkpoint "
-            f"for {', '.join(ratios)} temporal compression, 8x in height and width, {shape['latent_channels']} latent "
-            "channels. Grown level by level after ProMAG (arXiv 2501.05442).",
+            "Text to video in the latent space of a progressively grown tokenizer (ProMAG, arXiv 2501.05442).",
+            f"Trained on {size} at {known['fps']:g} frames a second; these are the defaults of a call.",
             "",
             "```python",
             "import promag",
+            "from diffusers import DiffusionPipeline",
+            "from promag.data.video import write_video",
             "",
-            f'tokenizer = promag.AutoencoderKLProMAG.from_pretrained("{name}")',
-            f"z = tokenizer.encode(clip, temporal_ratio={some}).latent_dist.mode()  # clip: B 3 1+{some}N H W in [-1, 1]",
-            f"video = tokenizer.decode(z, temporal_ratio={some}).sample",
+            f'pipe = DiffusionPipeline.from_pretrained("{name}")',
+            'frames = pipe("what the video shows").frames[0]',
+            f'write_video("video.mp4", (frames * 255).round().astype("uint8"), {known["fps"]:g})',
             "```",
             "",
-            f"`python scripts/reconstruct.py {name} VIDEO --out compared.mp4` shows your own clip at every ratio.",
+            f"## Budgets for {size}",
             "",
-            "## How well it reconstructs",
+            "| temporal_ratio | latent frames | tokens |",
+            "| --- | --- | --- |",
+            *(_budget(pipe, int(ratio), frames, height, width) for ratio in pipe.transformer.config["latents_mean"] or {}),
             "",
-            f"{record['protocol']}. {record['ratios'][str(some)]['clips']} clips at {record['size']}x{record['size']} that it "
-            f"was never trained on. Commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}.",
+            f"Default: {known['temporal_ratio']}. {_given(pipe)}",
             "",
-            *table(["ratio", *(heading for _, heading, _ in COLUMNS)], _figures(record["ratios"])),
+            "## Parts",
             "",
-            *_lifts(record["ratios"]),
-            "",
-            "PSNR in dB; key frames are frames 0, r, 2r, ...; least and most motion are thirds of the clips; high freq. is the "
-            "energy above half the Nyquist frequency against the original's (below 1 is blur). It is small and was trained "
-            "at a low resolution: expect blur, and more of it where much moves. LPIPS and FVD were not measured for want of "
-            "weights.",
-            "",
-            "## Recipe",
-            "",
-            *table(STAGE_HEADS, _stages(recipe)),
-            "",
-            "Weights are moving averages. Minutes by the clock.",
-            "",
-            "## Training data",
-            "",
-            f"{clips} clips; each keeps the licence of its source.",
-            "",
-            *table(
-                ["source", "commit", "licence", "clips"],
-                [[s["repository"], f"`{s['commit'][:12]}`", s["licence"], str(s["clips"])] for s in sources],
-            ),
-            "",
-            credits.strip(),
+            "| part | class | parameters |",
+            "| --- | --- | --- |",
+            *(f"| {key} | {type(part).__name__} | {parameter_count([part]):,} |" for key, part in parts.items()),
             "",
         ]
     )
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    rule = ["---"] * len(heads)
-    return [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]
+def _budget(pipe: Any, ratio: int, frames: int, height: int, width: int) -> str:
+    if (frames - 1) % ratio:
+        return f"| {ratio} | needs 1 + {ratio}k frames | |"
+    count = tokens(frames, height, width, ratio, tuple(pipe.transformer.config["patch_size"]))
+    return f"| {ratio} | {latent_frames(frames, ratio)} | {count:,} |"
 
 
-def _figures(ratios: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    def cell(values: Mapping[str, Any], key: str, digits: int) -> str:
-        return f"{values[key]:.{digits}f}" if key in values else "-"  # few clips have no terciles, small ones no MS-SSIM
-
-    return [[f"{ratio}x", *(cell(values, key, digits) for key, _, digits in COLUMNS)] for ratio, values in ratios.items()]
-
-
-def _lifts(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a line for each latent that lifts to lower ones."""
-    found = []
-    for ratio, values in ratios.items():
-        for low, lift in values["lift"].items():
-            found.append(f"{low}x from {ratio}x: {lift['latent_error']:.2f} of its variance, {lift['psnr']:.2f} dB decoded")
-    return [f"Latents estimated without pixels: {'; '.join(found)}."] if found else []
-
-
-def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    return [
-        [
-            f"{stage['ratio']}x",
-            f"{stage['encoder']}, {stage['decoder']}",
-            "; ".join([f"{stage['frames']} frames, {stage['size']}x{stage['size']}", *_others(stage["also"])]),
-            str(stage["steps"]),
-            str(stage["batch_size"]),
-            f"{stage['learning_rate']:g}, {stage['muon'] or '-'}",
-            stage["loss"],
-            f"{stage['seconds'] / 60:.1f}",
-            where(stage["machines"]),
-        ]
-        for stage in recipe
-    ]
-
-
-def where(machines: Sequence[str]) -> str:
-    """Return the machines of a training in words."""
-    return ", then ".join(machines) or "not written down"
-
-
-def _others(also: Mapping[str, float]) -> list[str]:
-    """Return in words what share of the steps draws from other sources, which are named by their file."""
-    names = {source: "generated clips" if source == "shapes" else Path(source).name for source in also}
-    return [f"{share:.0%} of the steps {names[source]}" for source, share in also.items()]
-
-
-def count_sources(table: Path, split: str) -> list[dict[str, Any]]:
-    """Count the clips of each source in a CSV with the columns split, source_repo, source_commit and licence.
-
-    Raises UserError where a column is missing or no row is of the split.
-    """
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
-    needed = {"split", "source_repo", "source_commit", "licence"}
-    if not rows or (missing := needed - rows[0].keys()):
-        raise UserError(f"{table}: columns {', '.join(sorted(missing if rows else needed))} are missing")
-    keys = ((row["source_repo"], row["source_commit"], row["licence"]) for row in rows if row["split"] == split)
-    counted = Counter(keys).most_common()
-    if not counted:
-        raise UserError(f"{table}: no row has the split {split}")
-    return [{"repository": r, "commit": c, "licence": licence, "clips": n} for (r, c, licence), n in counted]
+def _given(pipe: Any) -> str:
+    frames = pipe.transformer.config["condition_frames"]
+    if not frames:
+        return "Trained on text alone: without a first image or clip."
+    return f"Takes a first image (`image=`) or a clip to continue (`video=`), up to {frames} latent frames of it."

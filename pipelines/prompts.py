@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.text import Embedded
+from promag.diffusion.text import Embedded
 
 NAMES = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
 NEGATIVE_NAMES = tuple(f"negative_{name}" for name in NAMES)

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..diffusion.settings import Text, TextEncoder
-from ..diffusion.text import NULL_CAPTION, Embedded, encode, load_frozen, side_by_side, tokenize
+from promag.diffusion.config import Text, TextEncoder
+from promag.diffusion.text import NULL_CAPTION, Embedded, encode, load_frozen, side_by_side, tokenize
 
 
 class SampleText:

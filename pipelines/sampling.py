@@ -6,6 +6,7 @@ Videos are uint8 (T, H, W, 3).
 import contextlib
 import dataclasses
 import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..diffusion.text import NULL_CAPTION, Embedded
-from ..training.config import UserError
-from ..training.device import best_device
-from .flow_times import count_of_times
+from promag.diffusion.text import NULL_CAPTION, Embedded
+from promag.training.config import UserError
+from promag.training.device import best_device
+
 from .prompts import NAMES, NEGATIVE_NAMES, unpack
 from .text_to_video import ProMAGPipeline
+from .timesteps import count_of_times
+
+BATCH = 8  # videos sampled at once
 
 
 @dataclass(frozen=True)
@@ -181,3 +185,40 @@ class Stopwatch:
         if self.pipe.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def sample_videos(pipe: Any, prompts: Sequence[str], *arguments: Any, **how: Any) -> list[np.ndarray]:
+    """Sample one video per prompt, as `sample_timed` does."""
+    return sample_timed(pipe, prompts, *arguments, **how)[0]
+
+
+def sample_timed(
+    pipe: Any,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float,
+    precision: Literal["bf16", "no"] = "no",
+    first_seed: int = 0,
+    name: str | None = "sampling",
+    **how: Any,
+) -> tuple[list[np.ndarray], Seconds]:
+    """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
+
+    What is done is told on stderr under `name`, None for silence. `how` is what else `make_videos` takes. Returns the videos,
+    and what all took, in batches.
+    """
+    videos: list[np.ndarray] = []
+    spent = Seconds()
+    started = time.perf_counter()
+    orders = [Order(prompt, first_seed + i) for i, prompt in enumerate(prompts)]
+    how |= {"num_inference_steps": steps, "guidance_scale": guidance}
+    for made, seconds in make_videos(pipe, orders, BATCH, precision, **how):
+        videos += made
+        spent += seconds
+        if name is None:
+            continue
+        to_go = (time.perf_counter() - started) / len(videos) * (len(prompts) - len(videos))
+        print(f"\r{name}: {len(videos)}/{len(prompts)} videos, {to_go:.0f} s to go ", end="", file=sys.stderr, flush=True)
+    if name is not None:
+        print(file=sys.stderr)
+    return videos, spent

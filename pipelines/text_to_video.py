@@ -18,19 +18,20 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from ..diffusion.condition import frame_times
-from ..diffusion.flow import guide, interpolate
-from ..diffusion.text import NULL_CAPTION, Embedded, encode, side_by_side, tokenize
-from ..diffusion.transformer import ProMAGTransformer3DModel
-from ..tokenizer.autoencoder import AutoencoderKLProMAG
-from ..tokenizer.geometry import check_size, latent_frames, tokens
-from ..training.config import UserError
-from ..training.safetensors_only import PICKLES, SafetensorsOnly
+from promag.diffusion.conditioning import frame_times
+from promag.diffusion.flow import guide, interpolate
+from promag.diffusion.text import NULL_CAPTION, Embedded, encode, side_by_side, tokenize
+from promag.diffusion.transformer import ProMAGTransformer3DModel
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from promag.tokenizer.geometry import check_size, latent_frames, tokens
+from promag.training.config import UserError
+from promag.training.safetensors_only import PICKLES, SafetensorsOnly
+
 from .arguments import check_budget, check_latents, check_names, check_numbers, check_prompts
-from .flow_times import check_flow, set_flow_times
 from .given_frames import hold, last_frames, read_given
-from .pipeline_card import write_card
+from .model_card import write_card
 from .prompts import NAMES, NEGATIVE_NAMES, Prompts, Tensors, pack, unpack
+from .timesteps import check_flow, set_flow_times
 
 # Whose classes a saved pipeline may name: to load a class is to import its library.
 LIBRARIES = ("promag", "diffusers", "transformers")

@@ -6,16 +6,22 @@ The public classes are imported on first use, and are known to diffusers: after 
 
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .diffusion.openclip import OpenCLIPTextModel
-    from .diffusion.transformer import ProMAGTransformer3DModel
-    from .pipelines.text_to_video import ProMAGPipeline
-    from .tokenizer.autoencoder import AutoencoderKLProMAG
+    from promag.diffusion.openclip import OpenCLIPTextModel
+    from promag.diffusion.transformer import ProMAGTransformer3DModel
+    from promag.pipelines.text_to_video import ProMAGPipeline
+    from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 
 __all__ = ["AutoencoderKLProMAG", "OpenCLIPTextModel", "ProMAGPipeline", "ProMAGTransformer3DModel"]
 __version__ = "0.1.0"
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").exists() and (_root / "tokenizer" / "__init__.py").exists():
+    # In a checkout the subpackages lie beside this folder; an installed package holds them itself.
+    __path__.append(str(_root))
 
 _HOME = {
     "OpenCLIPTextModel": ".diffusion.openclip",

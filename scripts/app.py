@@ -9,11 +9,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from promag.pipelines import page
+from promag.evaluation.sampling_cost import Pace, measure_pace
 from promag.pipelines.sampling import load_pipeline, trained_ratios
-from promag.pipelines.sampling_cost import Pace, measure_pace
-from promag.pipelines.studio import Studio
-from promag.pipelines.uploads import KINDS, MEGABYTE, UploadLimits
+from promag.reports import app_html as page
+from promag.reports.app_backend import Studio
+from promag.reports.uploads import KINDS, MEGABYTE, UploadLimits
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
 from promag.training.device import best_device

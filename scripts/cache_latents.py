@@ -6,8 +6,8 @@ continues.
 
 from collections.abc import Sequence
 
-from promag.diffusion.settings import DiffusionConfig
-from promag.pipelines.assemble import cache
+from promag.diffusion.config import DiffusionConfig
+from promag.pipelines.build import cache
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import parse_config, run_main
 from promag.training.fsdp import leave_process_group

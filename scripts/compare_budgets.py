@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from promag import ProMAGPipeline
-from promag.diffusion.settings import DiffusionConfig
-from promag.pipelines.adaptive_budget import adaptive_figures
-from promag.pipelines.budget_costs import LENGTHS, Costs, Effort, fit_errors
-from promag.pipelines.budget_page import BudgetReport, write_budget_page
-from promag.pipelines.budget_tables import cost_lines, generation_lines, reconstruction_lines, text_table, token_lines
-from promag.pipelines.budgets import Budget, check_budgets, compare_reconstructions, own_budgets, peer_budget
-from promag.pipelines.generation_figures import generation_figures
-from promag.pipelines.report_plot import Mark
+from promag.data.datasets import open_evaluation
+from promag.diffusion.config import DiffusionConfig
+from promag.evaluation.adaptive_budget import adaptive_figures
+from promag.evaluation.budget_costs import LENGTHS, Costs, Effort, fit_errors
+from promag.evaluation.budgets import Budget, check_budgets, compare_reconstructions, own_budgets, peer_budget
+from promag.evaluation.generation import generation_figures
 from promag.pipelines.sampling import trained_ratios
+from promag.reports.budget_report import BudgetReport, write_budget_page
+from promag.reports.budget_tables import cost_lines, generation_lines, reconstruction_lines, text_table, token_lines
+from promag.reports.plots import Mark
 from promag.tokenizer.geometry import check_frames
 from promag.tokenizer.metrics import PROTOCOL
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, parse_config, run_main
-from promag.training.datasets import open_evaluation
 from promag.training.device import best_device
 from promag.training.run import append_result, provenance
 

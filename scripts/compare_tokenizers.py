@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from promag.pipelines.contact_sheet import write_contact_sheet
+from promag.data.datasets import open_dataset
+from promag.reports.contact_sheet import write_contact_sheet
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.metrics import motion, psnr, to_uint8
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
-from promag.training.datasets import open_dataset
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,37 +16,36 @@ import numpy as np
 import torch
 
 from promag import ProMAGPipeline
-from promag.diffusion.condition import Condition
-from promag.diffusion.latents import Scale
-from promag.diffusion.settings import Budget, DiffusionConfig, Text
-from promag.diffusion.settings import Data as DiffusionData
-from promag.diffusion.settings import Model as TransformerModel
-from promag.pipelines.assemble import cache_latents, train_pipeline
-from promag.pipelines.contact_sheet import write_contact_sheet
-from promag.pipelines.cost import denoising, measure_in_turns, sampling, train_step
-from promag.pipelines.prompt_accuracy import (
+from promag.data.clip_index import save_clips
+from promag.data.clips import list_videos, prepare
+from promag.data.datasets import open_dataset
+from promag.data.tar_stream import IN_ORDER
+from promag.diffusion.conditioning import Condition
+from promag.diffusion.config import Budget, DiffusionConfig, Text
+from promag.diffusion.config import Data as DiffusionData
+from promag.diffusion.config import Model as TransformerModel
+from promag.diffusion.latent_cache import Scale
+from promag.evaluation import synthetic_scorer as scorer
+from promag.evaluation.cost import denoising, measure_in_turns, sampling, train_step
+from promag.evaluation.prompt_accuracy import (
     accuracies,
     accuracies_of_reconstructions,
     describe,
-    sample_videos,
     scenes_to_score,
 )
-from promag.pipelines.report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
-from promag.pipelines.sampling import load_pipeline
+from promag.pipelines.build import cache_latents, train_pipeline
+from promag.pipelines.sampling import load_pipeline, sample_videos
+from promag.reports.contact_sheet import write_contact_sheet
+from promag.reports.demo_report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
 from promag.tokenizer.train import Data as TokenizerData
 from promag.tokenizer.train import Model as TokenizerModel
 from promag.tokenizer.train import Stage, TokenizerConfig, load_tokenizer, train_tokenizer
-from promag.training import shapes_scorer as scorer
-from promag.training.clip_index import save_clips
-from promag.training.clips import list_videos, prepare
 from promag.training.config import UserError, parse_config, run_main, setting, to_plain
-from promag.training.datasets import open_dataset
 from promag.training.loop import Pace
 from promag.training.optimizers import LoopSettings
 from promag.training.run import append_result, provenance
-from promag.training.sharded_clips import IN_ORDER
 
 
 @dataclass(frozen=True)

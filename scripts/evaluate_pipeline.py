@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promag.diffusion.held_out import training_figures
-from promag.pipelines.prompt_accuracy import (
+from promag.data.datasets import open_dataset
+from promag.diffusion.validation import training_figures
+from promag.evaluation.prompt_accuracy import (
     accuracies_of_reconstructions,
     accuracy_figures,
     in_words,
-    sample_timed,
     scenes_to_score,
 )
-from promag.pipelines.sampling import load_pipeline, trained_ratios
+from promag.pipelines.sampling import load_pipeline, sample_timed, trained_ratios
 from promag.training.config import UserError, run_main
-from promag.training.datasets import open_dataset
 from promag.training.run import append_result
 
 PROTOCOL = "one video for each prompt, noise seeded by its number; Wilson 95 % intervals; seconds of a video, decoding included"

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from promag.data.datasets import open_evaluation
 from promag.tokenizer.geometry import check_frames, check_size
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, load_yaml, run_main
-from promag.training.datasets import open_evaluation
 from promag.training.device import best_device
 from promag.training.run import append_result, write_atomically
 

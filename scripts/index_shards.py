@@ -10,8 +10,8 @@ import argparse
 import time
 from collections.abc import Sequence
 
+from promag.data.tar_writer import index_shards
 from promag.training.config import run_main
-from promag.training.shard_writing import index_shards
 
 
 def main(argv: Sequence[str]) -> None:

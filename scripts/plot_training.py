@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from promag.pipelines.report_plot import plot_file
+from promag.reports.plots import plot_file
 from promag.training.config import UserError, run_main
 from promag.training.run import read_curve, write_atomically
 

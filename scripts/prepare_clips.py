@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from promag.training.clip_index import save_clips
-from promag.training.clips import list_licences, list_videos, prepare
+from promag.data.clip_index import save_clips
+from promag.data.clips import list_licences, list_videos, prepare
+from promag.data.video import REENCODE
 from promag.training.config import run_main
 from promag.training.run import write_atomically
-from promag.training.video import REENCODE
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ Its video tokenizer is not copied: the folder links to a published one, which mu
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,9 +15,9 @@ from typing import Any
 
 import torch
 
-from promag.diffusion.held_out import training_figures
+from promag.diffusion.validation import training_figures
 from promag.pipelines.sampling import load_pipeline
-from promag.pipelines.trained_pipeline_card import trained_card
+from promag.reports.pipeline_card import trained_card
 from promag.tokenizer.train import forget_where_it_was, load_tokenizer
 from promag.training.config import UserError, load_yaml, run_main
 from promag.training.run import machines_of, write_atomically
@@ -42,13 +41,14 @@ def main(argv: Sequence[str]) -> int:
     pipe: Any = load_pipeline(arguments.pipeline)
     check_tokenizer(pipe.vae, arguments.tokenizer)
     pipe.to(dtype=torch.bfloat16)
-    link = arguments.out / "vae"
-    if link.is_symlink():  # of an earlier publication: weights must not be written through it
-        link.unlink()
+    vae = arguments.out / "vae"
+    if vae.is_symlink():  # as published by earlier versions: weights must not be written through it
+        vae.unlink()
     pipe.save_pretrained(arguments.out)
     forget_where_it_was(arguments.out)
-    shutil.rmtree(link)
-    link.symlink_to(os.path.relpath(arguments.tokenizer, arguments.out), target_is_directory=True)
+    # The same bytes as the published tokenizer: git stores them once, and the folder can be copied alone.
+    shutil.rmtree(vae)
+    shutil.copytree(arguments.tokenizer, vae, ignore=shutil.ignore_patterns("README.md"))
     # Scored as a user would, from the folder that is published.
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "record.jsonl"

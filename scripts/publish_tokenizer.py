@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from promag.pipelines.model_card import count_sources, tokenizer_card
+from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.train import load_tokenizer, save_model
 from promag.training.config import UserError, load_yaml, run_main

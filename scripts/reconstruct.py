@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promag.pipelines.comparison import Comparison
+from promag.data.video import frame_times, write_video
+from promag.reports.side_by_side import Comparison
 from promag.tokenizer.geometry import check_ratio
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
 from promag.training.device import best_device
-from promag.training.video import frame_times, write_video
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from promag.data.video import frame_times, pick_by_time, read_frames, write_video, written_whole
 from promag.diffusion.attention import choose_attention
-from promag.pipelines.clip_similarity import ClipSimilarity
-from promag.pipelines.contact_sheet import write_contact_sheet
-from promag.pipelines.grid import grid
+from promag.evaluation.clip_similarity import ClipSimilarity
 from promag.pipelines.sampling import Draft, Order, Seconds, load_pipeline, make_videos
+from promag.reports.contact_sheet import write_contact_sheet
+from promag.reports.grid import grid
 from promag.training.config import UserError, run_main
 from promag.training.gif import MOST_FPS, encode_gif
-from promag.training.video import frame_times, pick_by_time, read_frames, write_video, written_whole
 
 MP4, GIF = ".mp4", ".gif"
 CRF = 18

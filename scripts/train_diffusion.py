@@ -6,8 +6,8 @@ command again continues a run.
 
 from collections.abc import Sequence
 
-from promag.diffusion.settings import DiffusionConfig
-from promag.pipelines.assemble import train_pipeline
+from promag.diffusion.config import DiffusionConfig
+from promag.pipelines.build import train_pipeline
 from promag.training.config import parse_config, run_main
 from promag.training.fsdp import leave_process_group
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import yaml
 
-from promag.training.buckets import Bucket
+from promag.data.buckets import Bucket
+from promag.data.tar_writer import write_shards
 from promag.training.config import UserError, run_main
-from promag.training.shard_writing import write_shards
 
 
 def main(argv: Sequence[str]) -> None:

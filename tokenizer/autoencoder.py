@@ -19,7 +19,8 @@ from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from ..training.safetensors_only import SafetensorsOnly
+from promag.training.safetensors_only import SafetensorsOnly
+
 from .base import BaseDecoder, BaseEncoder
 from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio, check_size
 from .growth import DecoderGrowth, EncoderGrowth, Growth

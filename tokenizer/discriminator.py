@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..training.config import setting
+from promag.training.config import setting
 
 LECAM_DECAY = 0.99
 

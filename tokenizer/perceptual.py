@@ -14,7 +14,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..training.config import UserError
+from promag.training.config import UserError
 
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
 TAPS = (1, 3, 6, 9, 12)  # convolutions whose activations are compared: relu1_2, 2_2, 3_3, 4_3, 5_3

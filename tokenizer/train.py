@@ -15,16 +15,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..training.buckets import Bucket
-from ..training.compilation import compile_blocks
-from ..training.config import UserError, setting
-from ..training.datasets import TrainingStream, open_dataset
-from ..training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
-from ..training.optimizers import LoopSettings
-from ..training.run import open_run, write_atomically
-from ..training.sharded_clips import Sharding
-from ..training.sources import Source, open_sources
-from ..training.trackers import Log
+from promag.data.buckets import Bucket
+from promag.data.datasets import TrainingStream, open_dataset
+from promag.data.sources import Source, open_sources
+from promag.data.tar_stream import Sharding
+from promag.training.compilation import compile_blocks
+from promag.training.config import UserError, setting
+from promag.training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
+from promag.training.optimizers import LoopSettings
+from promag.training.run import open_run, write_atomically
+from promag.training.trackers import Log
+
 from .autoencoder import AutoencoderKLProMAG, parameter_count
 from .discriminator import Adversarial, AdversarialLoss
 from .geometry import check_frames, check_size

@@ -1,1 +1,1 @@
-"""What every training run needs and no model defines: configuration, run directories, clips, video files."""
+"""The training engine, which knows no model and no clip: configuration, run directory, checkpoints, the loop."""

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from promag.data.buckets import Bucket
+from promag.data.datasets import TrainingStream
+from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.flow import token_shift
-from promag.diffusion.latents import LatentDataset, LatentFingerprint, normalise_alike, write_latents
-from promag.diffusion.settings import DiffusionConfig
+from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, normalise_alike, write_latents
 from promag.diffusion.train import Cached, FlowObjective, mixed, train_diffusion
-from promag.training.buckets import Bucket
 from promag.training.config import build, load_yaml
-from promag.training.datasets import TrainingStream
 from promag.training.run import checkpoints, load_checkpoint
 
 VIDEO, WIDE, IMAGE = Bucket(17, 16, 16, None), Bucket(17, 16, 32, 1), Bucket(1, 16, 16, 4)

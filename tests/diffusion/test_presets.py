@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from promag import ProMAGTransformer3DModel
-from promag.diffusion.settings import DiffusionConfig
+from promag.diffusion.config import DiffusionConfig
 from promag.training.config import build, load_yaml
 
 

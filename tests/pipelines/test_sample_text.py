@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from promag.diffusion.settings import Text, TextEncoder
+from promag.diffusion.config import Text, TextEncoder
 from promag.diffusion.text import encode, learn_vocabulary, load_frozen, side_by_side, small_clip, tokenize
 from promag.pipelines.sample_text import SampleText
 from tests.scripts.test_scripts import write_t5

@@ -12,8 +12,8 @@ from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 
 from promag import ProMAGPipeline, ProMAGTransformer3DModel
 from promag.diffusion.text import learn_vocabulary
-from promag.pipelines.prompt_accuracy import sample_videos
 from promag.pipelines.prompts import NAMES, NEGATIVE_NAMES, unpack
+from promag.pipelines.sampling import sample_videos
 from tests.pipelines.conftest import call, like, seed
 from tests.tiny_pipeline import PROMPTS
 
@@ -289,8 +289,8 @@ def test_every_text_encoder_may_get_a_length_of_its_own(two_encoders):
 
 def test_guidance_moves_away_from_what_a_dropped_caption_was_in_training(two_encoders, tmp_path):
     """The null embedding a training reads from the cache, and that of the encoder trained along, are the pipeline's default."""
-    from promag.diffusion.embeddings import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
-    from promag.diffusion.latents import LatentFingerprint, write_latents
+    from promag.diffusion.latent_cache import LatentFingerprint, write_latents
+    from promag.diffusion.text_cache import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
 
     class Clips:
         def fixed(self, index):

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from promag.data.synthetic import clip
+from promag.data.video import write_video
 from promag.training.config import load_yaml
-from promag.training.shapes import clip
-from promag.training.video import write_video
 from tests.tiny_pipeline import make_pipeline
 
 TINY_MODEL = {
@@ -62,7 +62,7 @@ DEMO = ["--config", "configs/demo.yaml", *SMALLEST]
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory) -> Path:
-    from scripts.demo import main
+    from promag.scripts.demo import main
 
     run, shipped = tmp_path_factory.mktemp("demo") / "run", tmp_path_factory.mktemp("shipped")
     torch.set_num_threads(1)

@@ -6,15 +6,15 @@ import socket
 
 import pytest
 
-from promag.pipelines.sampling_cost import Pace, measure_pace
-from promag.pipelines.studio import Studio
-from promag.pipelines.uploads import UploadLimits
+from promag.data.video import write_video
+from promag.evaluation.sampling_cost import Pace, measure_pace
+from promag.reports.app_backend import Studio
+from promag.reports.uploads import UploadLimits
+from promag.scripts import app
 from promag.training.config import UserError
-from promag.training.video import write_video
-from scripts import app
 from tests.browser import console_errors
+from tests.data.test_video import drifting
 from tests.tiny_pipeline import make_pipeline
-from tests.training.test_video import drifting
 
 LIMITS = UploadLimits(megabytes=0.2, seconds=2.0, frames=40, side=100)
 PATIENCE = 60  # seconds, on busy machines

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from promag.tokenizer.peers import build_peer
-from scripts.compare_budgets import main
-from scripts.evaluate_tokenizer import main as evaluate
-from tests.tokenizer.test_peers import WAN
+from promag.evaluation.baselines import build_peer
+from promag.scripts.compare_budgets import main
+from promag.scripts.evaluate_tokenizer import main as evaluate
+from tests.evaluation.test_baselines import WAN
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from promag.scripts.demo import main
 from promag.training.config import UserError
-from scripts.demo import main
 from tests.scripts.conftest import DEMO
 
 

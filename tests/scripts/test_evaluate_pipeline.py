@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from promag.diffusion.held_out import training_figures
-from promag.pipelines.prompt_accuracy import PARTS
+from promag.diffusion.validation import training_figures
+from promag.evaluation.prompt_accuracy import PARTS
+from promag.scripts import evaluate_pipeline
+from promag.scripts.experiments import draft_and_refine
 from promag.training.config import UserError
-from scripts import draft_and_refine, evaluate_pipeline
 from tests.tiny_pipeline import make_pipeline
 
 FEW = ["--prompts", "3", "--steps", "2", "--precision", "no"]

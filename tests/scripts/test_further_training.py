@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from promag import ProMAGPipeline
+from promag.scripts import train_diffusion
 from promag.training.config import UserError
-from scripts import train_diffusion
 from tests.scripts.conftest import LOOP, overrides
 from tests.scripts.test_scripts import PACE, diffusion_arguments, encoder
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from promag.training.clip_index import load_clips
+from promag.data.clip_index import load_clips
+from promag.data.video import REENCODE, write_video
 from promag.training.config import UserError
-from promag.training.video import REENCODE, write_video
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_clips.py"
 

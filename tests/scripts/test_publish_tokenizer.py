@@ -7,9 +7,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from promag.pipelines.model_card import _stages
+from promag.reports.tokenizer_card import _stages
+from promag.scripts import publish_tokenizer
 from promag.training.config import UserError, load_yaml
-from scripts import publish_tokenizer
 
 
 def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(demo_run, tmp_path):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from promag.data.video import decode_strictly, read_frames
+from promag.scripts import app, sample
 from promag.training.config import UserError
-from promag.training.video import decode_strictly, read_frames
-from scripts import app, sample
 from tests.diffusion.test_text import OPEN_CLIP, write_openclip
 from tests.tiny_pipeline import make_pipeline
 

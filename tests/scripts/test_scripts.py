@@ -9,11 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from promag.training.config import UserError
-from promag.training.video import decode_strictly, read_frames
-from scripts import (
-    benchmark,
-    benchmark_cache,
+from promag.data.video import decode_strictly, read_frames
+from promag.scripts import (
     cache_latents,
     compare_runs,
     compare_tokenizers,
@@ -21,10 +18,13 @@ from scripts import (
     plot_training,
     reconstruct,
     sample,
-    soak,
     train_diffusion,
     train_tokenizer,
 )
+from promag.scripts.benchmarks import latent_cache as benchmark_cache
+from promag.scripts.benchmarks import long_video as soak
+from promag.scripts.benchmarks import transformer as benchmark
+from promag.training.config import UserError
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
 
 PACE = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
@@ -71,7 +71,7 @@ def write_t5(folder):
 
 
 def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
-    from scripts import prepare_clips
+    from promag.scripts import prepare_clips
 
     for split in ("train", "eval"):
         prepare_clips.main([str(video_folder), "--split", split, "--out", str(tmp_path / f"{split}.jsonl")])
@@ -217,7 +217,7 @@ def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
 def test_samples_while_training_are_videos_in_tensorboard(demo_run, tmp_path):
     """Both times the noise is the same; the last ones are what the finished pipeline makes, as it has the same weights."""
     from promag import ProMAGPipeline
-    from promag.pipelines.prompt_accuracy import sample_videos
+    from promag.pipelines.sampling import sample_videos
     from tests.training.test_trackers import shown_videos
 
     prompts = ["a red disc", "a blue plus moves up"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from promag.scripts import cache_latents, train_diffusion
 from promag.training.config import UserError
 from promag.training.run import checkpoints, load_checkpoint
-from scripts import cache_latents, train_diffusion
 from tests.scripts.conftest import LOOP
 from tests.scripts.test_scripts import PACE, diffusion_arguments, encoder, tokenizer_arguments, write_t5
 
@@ -89,16 +89,16 @@ def runs(tmp_path_factory) -> Path:
     lora = {"init": str(folder / "whole" / "pipeline"), "model": None, "lora": {"rank": 2, "alpha": 2.0, "targets": ["to_q"]}}
     lora |= {"budgets": [{"ratio": 16, "share": 1.0}]}
     trainings = [
-        ("scripts.train_tokenizer", tokenizer_arguments(folder / "t")),
-        ("scripts.train_diffusion", diffusion("whole", samples=samples)),
-        ("scripts.train_diffusion", diffusion("parts", pace=half)),
-        ("scripts.train_diffusion", diffusion("parts", pace=half)),
-        ("scripts.train_diffusion", diffusion("spread", pace=spread, samples=samples)),
-        ("scripts.train_diffusion", diffusion("spread-parts", pace=half_spread)),
-        ("scripts.train_diffusion", diffusion("spread-parts", pace=half_spread, gradient_checkpointing=True)),
-        ("scripts.train_diffusion", diffusion("spread-then-ddp", pace=half_spread, loop=accumulated)),
-        ("scripts.train_diffusion", diffusion("spread-then-ddp", pace=half, loop=accumulated)),
-        ("scripts.train_diffusion", diffusion("spread-lora", pace=spread, **lora)),
+        ("promag.scripts.train_tokenizer", tokenizer_arguments(folder / "t")),
+        ("promag.scripts.train_diffusion", diffusion("whole", samples=samples)),
+        ("promag.scripts.train_diffusion", diffusion("parts", pace=half)),
+        ("promag.scripts.train_diffusion", diffusion("parts", pace=half)),
+        ("promag.scripts.train_diffusion", diffusion("spread", pace=spread, samples=samples)),
+        ("promag.scripts.train_diffusion", diffusion("spread-parts", pace=half_spread)),
+        ("promag.scripts.train_diffusion", diffusion("spread-parts", pace=half_spread, gradient_checkpointing=True)),
+        ("promag.scripts.train_diffusion", diffusion("spread-then-ddp", pace=half_spread, loop=accumulated)),
+        ("promag.scripts.train_diffusion", diffusion("spread-then-ddp", pace=half, loop=accumulated)),
+        ("promag.scripts.train_diffusion", diffusion("spread-lora", pace=spread, **lora)),
         ("tests.scripts.spread_weights", [str(folder)]),
     ]
     torchrun(folder, DRIVER, trainings)
@@ -222,12 +222,14 @@ def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_
     arguments = diffusion_arguments(tmp_path / "run", runs / "t" / "tokenizer", **change)
     metrics = tmp_path / "run" / "16x" / "metrics.jsonl"
     killed = tmp_path / "killed"
-    assert torchrun(tmp_path, KILLED + DRIVER, [("scripts.train_diffusion", arguments)], metrics, killed, check=False) != 0
+    assert (
+        torchrun(tmp_path, KILLED + DRIVER, [("promag.scripts.train_diffusion", arguments)], metrics, killed, check=False) != 0
+    )
     assert time.time() - killed.stat().st_mtime < 60
     kept = checkpoints(tmp_path / "run" / "16x")
     steps = [int(path.name.removeprefix("step-")) for path in kept]
     assert steps[:2] == [2, 4]  # multiples of keep_every stay
     with pytest.raises(UserError, match="was trained on 4 samples a step, these processes have 2"):
         train_diffusion.main(arguments)
-    torchrun(tmp_path, DRIVER, [("scripts.train_diffusion", [*arguments, "--pace.stop_after", "1"])])
+    torchrun(tmp_path, DRIVER, [("promag.scripts.train_diffusion", [*arguments, "--pace.stop_after", "1"])])
     assert max(logged(tmp_path / "run" / "16x")) == steps[-1] + 1

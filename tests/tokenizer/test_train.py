@@ -7,19 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
+from promag.data.buckets import Bucket
+from promag.data.clip_index import save_clips
+from promag.data.clips import list_videos, prepare
+from promag.data.tar_stream import Sharding
+from promag.data.tar_writer import write_shards
 from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
-from promag.training.buckets import Bucket
-from promag.training.clip_index import save_clips
-from promag.training.clips import list_videos, prepare
 from promag.training.config import UserError
 from promag.training.optimizers import held_by, make_optimizers
 from promag.training.run import load_checkpoint
-from promag.training.shard_writing import write_shards
-from promag.training.sharded_clips import Sharding
 from tests.conftest import TINY, loop_pace, loop_settings, make_tokenizer
-from tests.training.conftest import counting
+from tests.data.conftest import counting
 
 LOOP = loop_settings(muon=0.01)
 PACE = loop_pace(validate_every=4, save_every=50, keep_last=1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from promag.tokenizer.peers import PeerAutoencoder
+from promag.evaluation.baselines import PeerAutoencoder
 from promag.training import compilation
 from promag.training.compilation import as_it_stands, compile_blocks
 from promag.training.config import UserError

@@ -9,8 +9,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from promag.data.datasets import TrainingStream
 from promag.training.config import UserError
-from promag.training.datasets import TrainingStream
 from promag.training.loop import Objective, close_trackers, make_accelerator, seeded, train
 from promag.training.run import (
     append_metrics,

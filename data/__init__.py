@@ -1,0 +1,1 @@
+"""Videos, images and captions: clips and their index, buckets, crops, tar shards, generated clips."""

@@ -1,0 +1,87 @@
+"""Buckets: the few lengths and sizes at which clips are trained on, so that every batch is of one shape.
+
+Each clip belongs to one bucket, chosen by its own length and size; each batch is of one bucket, the same on all ranks.
+An image, or a video that is too short for the others, is for a bucket of one frame.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from promag.training.config import UserError, setting
+
+NONE = -1  # in place of a bucket: a clip too short for all of them
+_CHUNK = 65_536  # clips assigned at a time, which bounds the memory it takes
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One shape of clips."""
+
+    frames: int = setting("frames of its clips: 1 + ratio*k; 1 takes images")
+    height: int = setting("of its clips, in pixels")
+    width: int = setting("of its clips, in pixels")
+    batch_size: int | None = setting("clips of a batch on each process; null for the loop's")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a shape without pixels or an empty batch."""
+        if min(self.frames, self.height, self.width) < 1 or (self.batch_size is not None and self.batch_size < 1):
+            raise ValueError(f"bucket {self}, batch_size {self.batch_size}: whole numbers from 1 up are legal")
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+class Buckets:
+    """Assigns clips to buckets.
+
+    A clip goes to the longest windows that it has the frames for; among their sizes to the nearest in aspect ratio; among
+    those of one aspect ratio to the largest that needs no enlarging, else to the smallest.
+
+    Args:
+        buckets: of different shapes.
+        stride: the smallest step from one frame of a window to the next, in frames of the clip.
+
+    Raises UserError for none, and for two of one shape.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], stride: int = 1):
+        names = [str(bucket) for bucket in buckets]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"buckets {', '.join(names) or 'none'}: one or more are needed, each shape once")
+        self.buckets, self.stride = tuple(buckets), stride
+
+    def assign(self, frames: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
+        """Return each clip's place in `buckets`, or NONE; all arguments are (clips,), of the clips themselves."""
+        starts = range(0, len(frames), _CHUNK)
+        parts = [self._assign(*(values[i : i + _CHUNK] for values in (frames, height, width))) for i in starts]
+        return np.concatenate([np.empty(0, np.int16), *parts])
+
+    def _assign(self, frames: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
+        length, high, wide = (
+            np.array([getattr(bucket, key) for bucket in self.buckets])[:, None] for key in ("frames", "height", "width")
+        )
+        fits = (length - 1) * self.stride + 1 <= frames  # buckets x clips, as all below
+        unlike = np.abs(np.log(wide / high) - np.log(width / height))
+        enlarged = (high > height) | (wide > width)
+        area = np.where(enlarged, high * wide, -high * wide)
+        order = np.lexsort((area, enlarged, unlike, np.broadcast_to(-length, fits.shape), ~fits), axis=0)
+        return np.where(fits.any(0), order[0], NONE).astype(np.int16)
+
+    def counts(self, assigned: np.ndarray) -> np.ndarray:
+        """Return how many clips each bucket has."""
+        return np.bincount(assigned[assigned != NONE], minlength=len(self.buckets))
+
+    def batch_sizes(self, default: int) -> list[int]:
+        """Return each bucket's batch size; `default` is that of buckets that state none."""
+        return [default if bucket.batch_size is None else bucket.batch_size for bucket in self.buckets]
+
+
+def bucket_plan(buckets: Sequence[Bucket], clips: Sequence[int], batch_sizes: Sequence[int], weights: Sequence[float]) -> str:
+    """Return the plan as lines for the log: bucket, clips, batch, share of steps (in the proportion of `weights`)."""
+    rows = [("bucket", "clips", "batch", "steps")]
+    for bucket, count, size, weight in zip(buckets, clips, batch_sizes, weights, strict=True):
+        rows.append((str(bucket), f"{count}", f"{size}", f"{weight / sum(weights):.1%}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)

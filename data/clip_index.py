@@ -1,0 +1,215 @@
+"""The clip index: a JSONL file with one clip a line, opened without holding its rows.
+
+A clip is a stretch of a video at a stated rate: its frame k is the video's frame nearest to start + k / fps.
+
+An open index is a few numbers for each clip (where its line stands, frames, height, width, fps: 32 bytes); a row is read
+and parsed when it is asked for. Of a long index these columns are kept beside it, in FILE.columns, so that it is read
+whole, and its videos looked for, once and not at every start of every process.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, overload
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from promag.training.config import UserError
+from promag.training.run import write_atomically
+
+KEPT_FROM = 10_000  # rows; shorter indices open in a tenth of a second without columns beside them
+
+_COLUMNS = {
+    "offset": np.int64,
+    "length": np.int32,
+    "frames": np.int32,
+    "height": np.int32,
+    "width": np.int32,
+    "fps": np.float64,
+}
+
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One line of a clip index."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    path: Annotated[str, Field(min_length=1)]  # of the video or image
+    start: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds after the video's first frame
+    frames: _Count  # at `fps`
+    fps: _Positive
+    width: _Count  # of the video
+    height: _Count
+    caption: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the video file
+    licence: str | None = None
+
+
+class ClipIndex(Sequence[Clip]):
+    """The clips of an index file, or some of them, in order; a row is parsed when it is asked for.
+
+    It goes to other processes as the columns and the file's name. `load_clips` opens one.
+    """
+
+    def __init__(self, path: Path, columns: Mapping[str, np.ndarray]):
+        self.path, self._columns = path, dict(columns)
+        self._file: int | None = None
+
+    def column(self, name: str) -> np.ndarray:
+        """Return frames, height, width or fps of every clip."""
+        return self._columns[name]
+
+    def take(self, which: np.ndarray) -> "ClipIndex":
+        """Return the clips at these places, as an index of their own."""
+        return ClipIndex(self.path, {name: values[which] for name, values in self._columns.items()})
+
+    def __len__(self) -> int:
+        """Count the clips."""
+        return len(self._columns["offset"])
+
+    @overload
+    def __getitem__(self, place: int) -> Clip: ...
+    @overload
+    def __getitem__(self, place: slice) -> "ClipIndex": ...
+    def __getitem__(self, place: int | slice) -> "Clip | ClipIndex":
+        """Read one row, with the absolute path of its video; raises UserError where the file has changed."""
+        if isinstance(place, slice):
+            return self.take(np.arange(len(self))[place])
+        offset, length = int(self._columns["offset"][place]), int(self._columns["length"][place])
+        try:
+            # pread has no position that forked workers would share.
+            return _located(_adapter().validate_json(os.pread(self._opened(), length, offset), strict=True), self.path)
+        except (OSError, ValidationError):
+            raise UserError(f"{self.path}: has changed or gone since it was opened; start again") from None
+
+    def _opened(self) -> int:
+        if self._file is None:
+            self._file = os.open(self.path, os.O_RDONLY)
+        return self._file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+
+def column(clips: Sequence[Clip], name: str) -> np.ndarray:
+    """Return frames, height, width or fps of every clip of an index or a list."""
+    return clips.column(name) if isinstance(clips, ClipIndex) else np.array([getattr(clip, name) for clip in clips])
+
+
+def take(clips: Sequence[Clip], which: np.ndarray) -> Sequence[Clip]:
+    """Return the clips at these places of an index or a list."""
+    return clips.take(which) if isinstance(clips, ClipIndex) else [clips[place] for place in which]
+
+
+def row_of(clip: Clip) -> dict[str, Any]:
+    """Return a clip as its line's keys and values; what is not known is left out."""
+    return {key: value for key, value in dataclasses.asdict(clip).items() if value is not None}
+
+
+def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
+    """Write the index, complete or not at all; videos below its folder are named relative to it."""
+    folder = Path(os.path.abspath(path)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for clip in clips:
+        video = Path(os.path.abspath(clip.path))
+        name = video.relative_to(folder).as_posix() if video.is_relative_to(folder) else str(video)
+        lines.append(json.dumps(row_of(clip) | {"path": name}, ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(lines))
+
+
+def load_clips(path: str | os.PathLike) -> ClipIndex:
+    """Open an index that `save_clips` wrote; its paths are absolute.
+
+    Raises UserError, with the line's number, for unknown or missing keys, wrong types and videos that are not there. Where
+    the columns of this very file are kept beside it, they were checked when they were written.
+    """
+    path = Path(os.path.abspath(path))
+    try:
+        state = os.stat(path)
+        mark = {"size": str(state.st_size), "modified": str(state.st_mtime_ns), "folder": str(path.parent)}
+        columns = _kept_columns(path, mark)
+        if columns is None:
+            columns = _read_columns(path)
+            if len(columns["offset"]) >= KEPT_FROM:
+                _keep_columns(path, mark, columns)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a clip index: {error}") from None
+    if not len(columns["offset"]):
+        raise UserError(f"{path}: holds no clips")
+    return ClipIndex(path, columns)
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Clip]:
+    return TypeAdapter(Clip)
+
+
+def _located(clip: Clip, index: Path) -> Clip:
+    return dataclasses.replace(clip, path=os.path.normpath(index.parent / clip.path))
+
+
+def _read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Read and check every row once, holding none."""
+    adapter, offset = _adapter(), 0
+    found = {name: array({"i": "l", "f": "d"}[np.dtype(kind).kind]) for name, kind in _COLUMNS.items()}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                clip = _located(adapter.validate_json(line, strict=True), path)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                raise UserError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}") from None
+            if not os.path.isfile(clip.path):
+                raise UserError(f"{path}, line {number}: {clip.path} is not there; prepare the clips again")
+            row = (offset, len(line), clip.frames, clip.height, clip.width, clip.fps)
+            for values, value in zip(found.values(), row, strict=True):
+                values.append(value)
+            offset += len(line)
+    return {name: np.array(found[name], kind) for name, kind in _COLUMNS.items()}
+
+
+def _columns_file(path: Path) -> Path:
+    return path.with_name(path.name + ".columns")
+
+
+def _kept_columns(path: Path, mark: Mapping[str, str]) -> dict[str, np.ndarray] | None:
+    """Return the columns kept beside an index, if they are of this very file."""
+    try:
+        with safe_open(_columns_file(path), "np") as file:
+            if file.metadata() == mark and set(file.keys()) == set(_COLUMNS):
+                return {name: file.get_tensor(name) for name in _COLUMNS}
+    except (OSError, SafetensorError):
+        pass  # none there, or another program's
+    return None
+
+
+def _keep_columns(path: Path, mark: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> None:
+    place = _columns_file(path)
+    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        save_file(dict(columns), aside, metadata=dict(mark))
+        os.replace(aside, place)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        logger.warning("%s: cannot be written, so every start reads the whole index: %s", place, error)

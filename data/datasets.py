@@ -1,0 +1,371 @@
+"""Datasets that sample clips without any state, and the stream of batches that a trainer reads.
+
+Sampling is addressed: whatever is drawn comes from a generator made of the seed and a sample's number in the whole
+training, so a run continues at any step, with any number of loader workers, on the same data.
+
+Shapes: C T H W float32 in [-1, 1] of items, B C T H W of batches.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from promag.training.config import UserError
+
+from . import synthetic as shapes
+from .buckets import NONE, Bucket, Buckets, bucket_plan
+from .clip_index import Clip, column, load_clips, row_of, take
+from .clip_memory import ClipMemory
+from .clips import first_few, list_videos, prepare
+from .crops import Windows, to_model
+from .tar_shards import is_shards, open_shards
+from .tar_stream import ShardedClips, Sharding
+from .video import READ_TIMEOUT
+
+logger = logging.getLogger(__name__)
+
+MIXTURE_STREAM = 2**31  # in place of a rank: which dataset a step draws from is drawn apart from its elements
+
+
+class ClipDataset(Dataset):
+    """Windows of the clips of one index that are long enough.
+
+    An item is a dictionary: video (float32 C T H W in [-1, 1]), caption, clip (index), start (the window's first frame
+    in the clip), stride (clip frames from one frame to the next), fps (of the window). Reading raises UnreadableVideo.
+
+    Args:
+        clips: of one index; those too short for the smallest stride and for stride 1 are left out and named in the log.
+        frames, size, temporal_strides, flip, timeout: see Windows.
+        in_memory: keep each clip's frames from its first reading on; see ClipMemory. The items are the same.
+
+    Raises UserError if no clip is long enough, or there is not the memory. `skipped` counts the clips left out.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        frames: int,
+        size: int | tuple[int, int],
+        temporal_strides: Sequence[int] = (1,),
+        flip: bool = False,
+        timeout: float = READ_TIMEOUT,
+        in_memory: bool = False,
+    ):
+        self.windows = windows = Windows(frames, size, temporal_strides, flip, timeout)
+        self._leave_out_short(clips)
+        height, width = windows.size
+        small = np.count_nonzero((column(self.clips, "height") < height) | (column(self.clips, "width") < width))
+        if small:
+            logger.warning("%d of %d clips are smaller than %dx%d and enlarged", small, len(self.clips), height, width)
+        self.memory = ClipMemory(self.clips, windows) if in_memory else None
+
+    def _leave_out_short(self, clips: Sequence[Clip]) -> None:
+        frames, needed = column(clips, "frames"), self.windows.needed
+        long = frames >= needed
+        self.skipped = int(np.count_nonzero(~long))
+        if not long.any():
+            longest = clips[int(frames.argmax())]
+            raise UserError(
+                f"no clip has {needed} frames: the longest of {len(clips)}, {longest.path}, has {longest.frames}; "
+                "ask for fewer frames or smaller strides"
+            )
+        if self.skipped:
+            short = (clips[int(place)] for place in np.flatnonzero(~long))
+            names = first_few((f"{clip.path} ({clip.frames})" for clip in short), count=self.skipped)
+            logger.warning("%d of %d clips are shorter than %d frames: %s", self.skipped, len(clips), needed, names)
+        self.clips = take(clips, np.flatnonzero(long)) if self.skipped else clips
+
+    def __len__(self) -> int:
+        """Count the clips that are long enough."""
+        return len(self.clips)
+
+    def item(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Return a random window, at a random place, of a random clip."""
+        index = int(rng.integers(len(self.clips)))
+        clip = self.clips[index]
+        return {"clip": index, **self.windows.random(self._video(index, clip), clip, rng)}
+
+    def fixed(self, index: int) -> dict[str, Any]:
+        """Return the first frames of clip `index`, cropped in the centre."""
+        clip = self.clips[index]
+        return {"clip": index, **self.windows.first(self._video(index, clip), clip)}
+
+    def _video(self, index: int, clip: Clip) -> str | Tensor:
+        return self.memory.frames(index, clip) if self.memory else clip.path
+
+    def digest(self, count: int) -> str:
+        """Hash the contents, stretches and captions of the first `count` clips; where the files lie does not matter."""
+        rows = [row_of(self.clips[place]) | {"path": ""} for place in range(min(count, len(self)))]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+class ShapesDataset(Dataset):
+    """The generated clips 0 to count - 1 of a split of `shapes`, with the interface and items of ClipDataset.
+
+    A generated clip shows its whole motion whatever its length, so start is always 0 and stride 1.
+    Raises UserError for a split, count, length or size that cannot be generated.
+    """
+
+    skipped = 0
+
+    def __init__(self, split: str, count: int, frames: int, size: int | tuple[int, int]):
+        if count < 1:
+            raise UserError(f"count {count}: at least 1 generated clip is needed")
+        self.split, self.count, self.frames, self.size = split, count, frames, size
+        try:
+            self.fixed(0)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def __len__(self) -> int:
+        """Count the clips."""
+        return self.count
+
+    def item(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Return a random clip."""
+        return self.fixed(int(rng.integers(self.count)))
+
+    def fixed(self, index: int) -> dict[str, Any]:
+        """Return clip `index`."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"clip {index}: legal are 0 to {self.count - 1}")
+        pixels, scene = shapes.clip(index, self.split, frames=self.frames, size=self.size)
+        video = to_model(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        return {"video": video, "caption": scene.caption(), "clip": index, "start": 0, "stride": 1, "fps": shapes.FPS}
+
+    def digest(self, count: int) -> str:
+        """Hash the split, the count and the first clip's pixels, which change when the generator does."""
+        pixels, _ = shapes.clip(0, self.split, frames=self.frames, size=self.size)
+        return hashlib.sha256(f"shapes {self.split} {count} ".encode() + pixels.tobytes()).hexdigest()
+
+
+class Drawn(Protocol):
+    """What a stream draws from."""
+
+    def item(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Return one element, decided by `rng` alone."""
+        ...
+
+
+class Mixture:
+    """Several datasets of which each batch draws from one, at random by their shares; every rank from the same one.
+
+    `batch_sizes` are those of the datasets' batches, None for the stream's. Raises ValueError for shares that are not
+    positive or not as many as the datasets.
+    """
+
+    def __init__(self, datasets: Sequence[Drawn], shares: Sequence[float], batch_sizes: Sequence[int | None] | None = None):
+        if len(datasets) != len(shares) or not datasets or min(shares) <= 0:
+            raise ValueError(f"{len(datasets)} datasets with shares {list(shares)}: one share above 0 for each is needed")
+        self.datasets, self.shares = list(datasets), np.asarray(shares, float) / sum(shares)
+        self.batch_sizes = batch_sizes or [None] * len(datasets)
+
+    def largest_batch(self, default: int) -> int:
+        """Return the largest batch size of the datasets; `default` is that of those that have none of their own."""
+        return max(size or default for size in self.batch_sizes)
+
+    def choose(self, seed: int, step: int) -> tuple[Drawn, int | None]:
+        """Return the dataset of a step, and its batch size where it has its own."""
+        rng = np.random.default_rng((seed, step, MIXTURE_STREAM))
+        chosen = int(rng.choice(len(self.datasets), p=self.shares))
+        return self.datasets[chosen], self.batch_sizes[chosen]
+
+
+class TrainingStream(IterableDataset):
+    """An endless stream of batches for one rank, from `first_step` on; the batch of a step depends on nothing else.
+
+    Samples are numbered through the whole training, step by step and in a step rank by rank; sample n is drawn by
+    `default_rng((seed, n))`. So processes, batch sizes and accumulation may be traded against each other. (Where buckets
+    have batch sizes of their own, every batch is numbered like the largest.) Shards decide by step and rank which clips
+    come (epochs.py), and draw their windows so. Read it through
+    `DataLoader(stream, batch_size=None, num_workers=any)`: batches come in the order of their steps. A batch holds the
+    keys of an item, collated (video B C T H W, caption a list, numbers as tensors), step, and sample: the numbers.
+    """
+
+    def __init__(
+        self,
+        dataset: Drawn | Mixture | ShardedClips,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        first_step: int = 0,
+    ):
+        if not 0 <= rank < world_size or batch_size < 1 or seed < 0 or first_step < 0:
+            raise ValueError(
+                f"rank {rank} of {world_size}, batch_size {batch_size}, seed {seed}, first_step {first_step}: "
+                "0 <= rank < world_size, batch_size >= 1, seed >= 0, first_step >= 0 are legal"
+            )
+        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        several = isinstance(dataset, (Mixture, ShardedClips))
+        self.largest = dataset.largest_batch(batch_size) if several else batch_size  # pyright: ignore
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield this worker's share: worker w of W makes the whole batches of steps first_step + w, + W, ..."""
+        worker = get_worker_info()
+        step, stride = (self.first_step + worker.id, worker.num_workers) if worker else (self.first_step, 1)
+        while True:
+            yield self.batch(step)
+            step += stride
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """Return the batch of one step."""
+        dataset, size = self.dataset, self.batch_size
+        first = (step * self.world_size + self.rank) * self.largest
+        if isinstance(dataset, ShardedClips):
+            items = dataset.items(self.seed, step, self.rank, self.world_size, size, first)
+        else:
+            if isinstance(dataset, Mixture):
+                dataset, own = dataset.choose(self.seed, step)
+                size = own or size
+            items = [dataset.item(np.random.default_rng((self.seed, n))) for n in range(first, first + size)]
+        numbers = {"step": step, "sample": torch.arange(first, first + len(items))}
+        return {**numbers, **{key: _collate([item[key] for item in items]) for key in items[0]}}
+
+
+def _collate(values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)
+    return values if isinstance(values[0], str) else torch.tensor(values)
+
+
+def open_dataset(
+    source: str | os.PathLike,
+    split: str,
+    frames: int,
+    size: int | tuple[int, int],
+    count: int,
+    temporal_strides: Sequence[int] = (1,),
+    flip: bool = False,
+    timeout: float = READ_TIMEOUT,
+) -> "ClipDataset | ShapesDataset | ShardedClips":
+    """Open clips of one shape, to be looked at by their number or drawn from.
+
+    `source` is `shapes` (generated clips: `count` of `split`), a clip index (.jsonl, which is one split, taken whole) or a
+    pattern of shards (.tar, the same). Raises UserError for another source, and what the datasets raise.
+    """
+    if source == "shapes":
+        if tuple(temporal_strides) != (1,) or flip:
+            raise UserError(
+                f"temporal_strides {list(temporal_strides)}, flip {flip} with shapes: a generated clip shows its whole "
+                "motion whatever its length, and its caption says left or right; use [1] and no flip"
+            )
+        return ShapesDataset(split, count, frames, size)
+    if is_shards(source):
+        height, width = (size, size) if isinstance(size, int) else size
+        bucket = Bucket(frames, height, width, batch_size=None)
+        return ShardedClips(open_shards(source), [bucket], temporal_strides, flip=flip, timeout=timeout)
+    return ClipDataset(_load_index(source), frames, size, temporal_strides, flip, timeout)
+
+
+def open_evaluation(
+    videos: str, split: str | None, frames: int, size: int, count: int
+) -> "ClipDataset | ShapesDataset | ShardedClips":
+    """Open whatever a user calls videos: what `open_dataset` opens, or a folder, a list of files, one video.
+
+    The latter are decoded strictly first; `split` keeps these rows of a list. Raises UserError as both do.
+    """
+    if videos == "shapes" or is_index(videos) or is_shards(videos):
+        return open_dataset(videos, "eval", frames, size, count)
+    return ClipDataset(prepare(list_videos(videos, split)).clips, frames, size)
+
+
+def is_index(path: str | os.PathLike) -> bool:
+    """Tell a clip index from a list of files with captions; both may be JSONL."""
+    if Path(path).suffix != ".jsonl" or not Path(path).is_file():
+        return False
+    with open(path) as file:
+        return '"sha256"' in file.readline()
+
+
+def open_apart(
+    source: str | os.PathLike, split: str, buckets: Sequence[Bucket], count: int
+) -> list[tuple[Bucket, "ClipDataset | ShapesDataset | ShardedClips"]]:
+    """Open the clips of each bucket by themselves, to be looked at by their number: of those that have any.
+
+    `source` and `count` are as for `open_dataset`; generated clips are there in every bucket. Raises UserError as that does,
+    and where no clip is long enough for any bucket.
+    """
+    if len(buckets) == 1 or source == "shapes":
+        return [(b, open_dataset(source, split, b.frames, (b.height, b.width), count)) for b in buckets]
+    if is_shards(source):
+        parts = ShardedClips(open_shards(source), buckets).apart()
+        return [(part.buckets.buckets[0], part) for part in parts]
+    used, parts = _parted(_load_index(source), buckets, stride=1)
+    return [(b, ClipDataset(part, b.frames, (b.height, b.width))) for b, part in zip(used, parts, strict=True)]
+
+
+def _load_index(source: str | os.PathLike) -> Sequence[Clip]:
+    if Path(source).suffix != ".jsonl":
+        raise UserError(
+            f"clips {os.fspath(source)!r}: give shapes, or a .jsonl index made by scripts/prepare_clips.py, "
+            "or shards as a pattern of .tar files"
+        )
+    return load_clips(source)
+
+
+def open_training(
+    source: str | os.PathLike,
+    buckets: Sequence[Bucket],
+    count: int,
+    batch_size: int,
+    world_size: int,
+    temporal_strides: Sequence[int],
+    sharding: Sharding,
+    in_memory: bool = False,
+) -> tuple[Mixture | ShardedClips, str]:
+    """Open what a training draws from, in one bucket or several, and the plan of the buckets as lines for the log.
+
+    Clips of an index are drawn at random, a bucket as often as its clips fill batches; those in shards come in the order
+    of epochs (epochs.py). `count` is that of generated clips, `batch_size` that of buckets that state none. `in_memory` keeps
+    an index's clips in memory; generated clips are generated all the same. Raises UserError as `open_dataset` does, where no
+    clip is long enough for any bucket, and for shards in memory.
+    """
+    if is_shards(source):
+        if in_memory:
+            raise UserError(
+                f"in_memory true with shards {os.fspath(source)}: only the clips of an index (.jsonl) can be held in memory; "
+                "use false, or train on an index"
+            )
+        clips = ShardedClips(open_shards(source), buckets, temporal_strides, sharding)
+        return clips, clips.plan(world_size, batch_size)
+    datasets: list[Any]
+    if source == "shapes":
+        used = list(buckets)
+        datasets = [open_dataset(source, "train", b.frames, (b.height, b.width), count, temporal_strides) for b in used]
+    else:
+        used, parts = _parted(_load_index(source), buckets, min(temporal_strides))
+        datasets = [
+            ClipDataset(part, b.frames, (b.height, b.width), temporal_strides, in_memory=in_memory)
+            for part, b in zip(parts, used, strict=True)
+        ]
+    counts, batches = [len(part) for part in datasets], Buckets(used).batch_sizes(batch_size)
+    shares = [number / size for number, size in zip(counts, batches, strict=True)]
+    return Mixture(datasets, shares, [bucket.batch_size for bucket in used]), bucket_plan(used, counts, batches, shares)
+
+
+def _parted(clips: Sequence[Clip], buckets: Sequence[Bucket], stride: int) -> tuple[list[Bucket], list[Sequence[Clip]]]:
+    """Return the buckets that have clips, and the clips of each; names what is in none, and buckets without any."""
+    assigned = Buckets(buckets, stride).assign(*(column(clips, name) for name in ("frames", "height", "width")))
+    short = np.flatnonzero(assigned == NONE)
+    names = first_few((f"{clips[int(k)].path} ({clips[int(k)].frames})" for k in short), count=len(short))
+    if len(short) == len(clips):
+        raise UserError(f"no clip of {len(clips)} is long enough for {', '.join(map(str, buckets))}: {names}")
+    if len(short):
+        logger.warning("%d of %d clips are too short for every bucket: %s", len(short), len(clips), names)
+    used = [number for number in range(len(buckets)) if (assigned == number).any()]
+    if len(used) < len(buckets):
+        empty = ", ".join(str(bucket) for number, bucket in enumerate(buckets) if number not in used)
+        logger.warning("no clip is for the buckets %s", empty)
+    parts = [take(clips, np.flatnonzero(assigned == number)) for number in used]
+    return [buckets[number] for number in used], parts

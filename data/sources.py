@@ -1,0 +1,59 @@
+"""What a training draws from: one source of clips, or several by their shares of the steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from promag.training.config import UserError, setting
+
+from .buckets import Bucket
+from .datasets import Mixture, open_training
+from .tar_stream import ShardedClips, Sharding
+
+
+@dataclass(frozen=True)
+class Source:
+    """Clips that are trained on beside the main ones."""
+
+    train: str = setting("clips.jsonl, or shapes for generated clips")
+    share: float = setting("part of the steps whose batch comes from here; the main clips have what is left")
+    temporal_strides: tuple[int, ...] = setting("frame steps at which these clips are read")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a share that leaves a source without steps."""
+        if not 0 < self.share < 1:
+            raise ValueError(f"share {self.share} of {self.train}: must be above 0 and below 1")
+
+
+def open_sources(
+    train: str,
+    also: Sequence[Source],
+    buckets: Sequence[Bucket],
+    count: int,
+    batch_size: int,
+    world_size: int,
+    temporal_strides: Sequence[int],
+    sharding: Sharding,
+    in_memory: bool = False,
+) -> tuple[Mixture | ShardedClips, str]:
+    """Open the clips of `train`, and those of `also` beside them; see `open_training` for the rest and what is returned.
+
+    A batch holds clips of one source. Raises UserError for shares of 1 or more together, and for shards among several
+    sources: shards promise every clip once an epoch, which steps left to others would break.
+    """
+    shares = [1 - sum(source.share for source in also), *(source.share for source in also)]
+    if shares[0] <= 0:
+        raise UserError(f"shares {', '.join(map(str, shares[1:]))} of other sources: together they must stay below 1")
+    sources = [(train, temporal_strides), *((source.train, source.temporal_strides) for source in also)]
+    found, plans, weights = [], [], []
+    for (name, strides), share in zip(sources, shares, strict=True):
+        clips, plan = open_training(name, buckets, count, batch_size, world_size, strides, sharding, in_memory)
+        if not also:
+            return clips, plan
+        if isinstance(clips, ShardedClips):
+            raise UserError(f"shards {name} among {len(sources)} sources: name all shards in one pattern, without others")
+        found.append(clips)
+        plans.append(f"{name}, {share:.1%} of the steps\n{plan}")
+        weights += [share * part for part in clips.shares]
+    datasets = [dataset for clips in found for dataset in clips.datasets]
+    sizes = [size for clips in found for size in clips.batch_sizes]
+    return Mixture(datasets, weights, sizes), "\n".join(plans)

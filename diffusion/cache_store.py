@@ -1,0 +1,150 @@
+"""A cache on disk: numbered files of tensors, what they were made from, and an index that marks them whole.
+
+    cache/fingerprint.json         written first: what the cache belongs to, finished or not
+    cache/shard-00000.safetensors  each complete or not there at all, written by any of several processes
+    cache/index.json               written last: it marks a whole cache
+
+Nothing is held in memory for each clip: what a shard tells of its clips is read when it is asked for. Processes on several
+machines need a folder that all of them see.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from promag.training.config import UserError
+from promag.training.run import save_tensors_atomically, write_atomically
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPEN_FILES = 128  # shards that one reader keeps mapped into memory
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a cache was made from; two caches are interchangeable only if all of it agrees."""
+
+    hashed: ClassVar[Mapping[str, str]] = {}  # fields that are hashes: what to say where one differs
+
+    def check(self, other: Mapping[str, Any], place: Path) -> None:
+        """Raise UserError naming what differs between a cache found in `place` and the one asked for."""
+        differs = [
+            self.hashed.get(key) or f"{key} {other.get(key)} instead of {value}"
+            for key, value in asdict(self).items()
+            if other.get(key) != value
+        ]
+        if differs:
+            raise UserError(f"cache {place}: was made from {', '.join(differs)}; delete it or name another folder")
+
+
+def hash_weights(modules: Iterable[nn.Module]) -> str:
+    """Return a hash of all that modules hold, by name, as float32."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def claim(folder: Path, fingerprint: Fingerprint, shards: int) -> list[int] | None:
+    """Mark a folder as this cache's, or find it marked; return which of its shards are missing, None for a whole cache.
+
+    Raises UserError naming what differs where the folder holds another cache.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / "fingerprint.json"
+    if mark.exists():
+        fingerprint.check(json.loads(mark.read_text()), folder)
+    else:
+        write_atomically(mark, json.dumps(asdict(fingerprint)))
+    if (folder / "index.json").exists():
+        return None
+    for half_written in folder.glob(".shard-*"):
+        half_written.unlink()
+    return [number for number in range(shards) if not shard_path(folder, number).exists()]
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Return the place of one shard."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write one shard; after a kill it is there in full or not at all."""
+    save_tensors_atomically(shard_path(folder, number), tensors)
+
+
+def finish(folder: Path, fingerprint: Fingerprint, clips: int, shard_size: int, **facts: Any) -> None:
+    """Write the index of a cache whose shards are all there."""
+    index = {"fingerprint": asdict(fingerprint), "clips": clips, "shard_size": shard_size, **facts}
+    write_atomically(folder / "index.json", json.dumps(index, indent=1))
+
+
+def clips_of(shard: int, shard_size: int, clips: int) -> range:
+    """Return the indices of a shard's clips."""
+    return range(shard * shard_size, min((shard + 1) * shard_size, clips))
+
+
+def pack_texts(texts: Sequence[str]) -> dict[str, Tensor]:
+    """Return texts as UTF-8 bytes in one row, and where each ends."""
+    parts = [text.encode() for text in texts]
+    joined = torch.tensor(list(b"".join(parts)), dtype=torch.uint8)
+    return {"captions": joined, "caption_ends": torch.tensor([len(part) for part in parts]).cumsum(0)}
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """A whole cache, its shards mapped into memory when they are read.
+
+    Raises UserError for a folder that holds no whole cache.
+    """
+
+    def __init__(self, folder: Path):
+        if not (folder / "index.json").exists():
+            raise UserError(f"cache {folder}: no index.json there; write it with cache_latents.py, or let it finish")
+        self.folder = folder
+        self.index = json.loads((folder / "index.json").read_text())
+        self.clips, self.size = self.index["clips"], self.index["shard_size"]
+        self._open: dict[int, Any] = {}
+
+    def place(self, clip: int) -> tuple[Any, int]:
+        """Return the open shard of a clip, and its number in it; raises IndexError where there is no such clip."""
+        if not 0 <= clip < self.clips:
+            raise IndexError(f"clip {clip}: legal are 0 to {self.clips - 1}")
+        number, row = divmod(clip, self.size)
+        return self.shard(number), row
+
+    def shard(self, number: int) -> Any:
+        """Return one shard, open."""
+        if number not in self._open:
+            while len(self._open) >= OPEN_FILES:
+                self._open.pop(next(iter(self._open)))
+            self._open[number] = safe_open(shard_path(self.folder, number), "pt")
+        return self._open[number]
+
+    def caption(self, clip: int) -> str:
+        """Return the caption of one clip."""
+        shard, row = self.place(clip)
+        first, end = stretch(shard.get_tensor("caption_ends"), row)
+        return bytes(shard.get_slice("captions")[first:end].tolist()).decode() if end > first else ""
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of all clips in order."""
+        return (self.caption(clip) for clip in range(self.clips))
+
+
+def stretch(ends: Tensor, row: int) -> tuple[int, int]:
+    """Return where a row's part begins and ends, given where each row's part ends."""
+    return int(ends[row - 1]) if row else 0, int(ends[row])

@@ -1,0 +1,211 @@
+"""The settings of a text-to-video training: what its YAML file holds."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+from promag.data.buckets import Bucket
+from promag.tokenizer.geometry import check_frames, check_size, latent_frames, tokens
+from promag.training.config import setting
+from promag.training.loop import Pace
+from promag.training.optimizers import LoopSettings
+
+from .caption_weights import Emphasis
+from .conditioning import Condition
+from .latent_cache import Scale
+from .lora import Lora
+
+SMALL = "small"  # the encoder that is trained along
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One source of text vectors."""
+
+    model: str = setting("small: a CLIP trained along; folder or hub name of a T5, UMT5 or CLIP, kept frozen; open_clip:NAME")
+    weights: str | None = setting("of an open_clip:NAME model: a tag or a file; null for all others")
+    max_length: int = setting("text tokens; longer captions are cut")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Where text vectors come from."""
+
+    encoders: tuple[TextEncoder, ...] = setting("one to three; the transformer sees the tokens of all")
+    vocabulary: int = setting("size of the vocabulary learned from the captions, for the small CLIP")
+    width: int = setting("of the small CLIP")
+    layers: int = setting("of the small CLIP")
+    heads: int = setting("of the small CLIP")
+    learning_rate: float = setting("peak rate of the small CLIP: at the transformer's, captions may become all alike to it")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a rate that would not train, and for encoders that a pipeline cannot hold."""
+        if self.learning_rate <= 0:
+            raise ValueError(f"text learning_rate {self.learning_rate}: must be above 0")
+        models = [encoder.model for encoder in self.encoders]
+        if not 1 <= len(models) <= 3 or models.count(SMALL) > 1:
+            raise ValueError(f"text encoders {models}: one to three are needed, the small one at most once")
+
+    @property
+    def frozen(self) -> dict[int, TextEncoder]:
+        """The encoders that are not trained, by their number from 1, as in text_encoder, text_encoder_2, ..."""
+        return {n: encoder for n, encoder in enumerate(self.encoders, 1) if encoder.model != SMALL}
+
+    @property
+    def small(self) -> TextEncoder | None:
+        """The encoder that is trained along, if there is one."""
+        return next((encoder for encoder in self.encoders if encoder.model == SMALL), None)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The transformer's shape; see ProMAGTransformer3DModel."""
+
+    patch_size: tuple[int, int, int] = setting("(t, h, w) latent positions per token")
+    num_layers: int = setting("transformer blocks")
+    num_attention_heads: int = setting("heads")
+    attention_head_dim: int = setting("width of a head")
+    local_convolution: bool = setting("whether each block begins with a depthwise convolution over neighbouring tokens")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Clips, and how their latents are cached."""
+
+    train: str = setting("clips.jsonl from prepare_clips, or shapes for generated clips")
+    validation: str = setting("the same, for the held-out loss; never trained on")
+    shapes: int = setting("how many generated clips are cached for training")
+    validation_clips: int = setting("how many clips are cached for the held-out loss, of each bucket")
+    frames: int = setting("frames per clip, 1 + ratio*k; pipelines make as many by default")
+    size: int = setting("height and width in pixels; the same")
+    buckets: tuple[Bucket, ...] | None = setting(
+        "shapes of clips, a batch of each by turns, `frames` at `size` among them; null for that one alone"
+    )
+    cache: str = setting("folder for latent caches; each ratio and split has its own folder in it")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("of cached latents and text embeddings")
+    shard_size: int = setting("clips per file of a cache: processes divide caching by files, a kill costs a part of one")
+    scale: Scale = setting("channel: every latent channel weighs alike; global: strong channels weigh more, as they show more")
+    emphasis: tuple[Emphasis, ...] = setting("clips drawn more often in training, by words of their captions; [] for none")
+
+    @property
+    def shapes_trained(self) -> tuple[Bucket, ...]:
+        """The shapes of clips that are trained on."""
+        return self.buckets or (self.default_shape,)
+
+    @property
+    def default_shape(self) -> Bucket:
+        """The shape that pipelines make by default."""
+        shape = Bucket(self.frames, self.size, self.size, batch_size=None)
+        return next((bucket for bucket in self.buckets or () if str(bucket) == str(shape)), shape)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for buckets without the default shape, or with a shape twice."""
+        shapes = [str(bucket) for bucket in self.shapes_trained]
+        if str(self.default_shape) not in shapes or len(set(shapes)) < len(shapes):
+            raise ValueError(f"buckets {', '.join(shapes)}: each shape once, {self.default_shape} (frames and size) among them")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One temporal ratio that the model learns to generate at."""
+
+    ratio: int = setting("temporal ratio of the latents")
+    share: float = setting("part of the batches, among the shares of all budgets")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a share that would never be drawn."""
+        if self.share <= 0:
+            raise ValueError(f"budget {self.ratio}x, share {self.share}: must be above 0")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Videos made while training, of the same noise each time, under the averaged weights; the trackers show them."""
+
+    prompts: tuple[str, ...] = setting("one video each")
+    every: int = setting("steps between two times, a multiple of validate_every; the last step has them too")
+    steps: int = setting("denoising steps")
+    guidance: float = setting("classifier-free guidance")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that cannot be meant."""
+        if not self.prompts or self.every < 1 or self.steps < 1:
+            raise ValueError(
+                f"samples: {len(self.prompts)} prompts, every {self.every}, steps {self.steps}: at least 1 of each is needed"
+            )
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """A whole text-to-video training."""
+
+    output_dir: str = setting("run directory")
+    seed: int = setting("decides weights, data order and noise")
+    precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    attention: str = setting("auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
+    compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
+    tokenizer: str = setting("folder of a trained video tokenizer")
+    init: str | None = setting("a trained pipeline to train further, its small text encoder too; null starts anew")
+    lora: Lora | None = setting("train adapters on the transformer of `init` alone; null trains all weights")
+    budgets: tuple[Budget, ...] = setting(
+        "temporal ratios that one model is trained at; pipelines sample at the first by default"
+    )
+    caption_dropout: float = setting("part of the captions replaced by the null caption, for guidance")
+    shift: float = setting("of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
+    condition: Condition = setting("given first frames, for image-to-video and continuation")
+    text: Text = setting("text encoders")
+    model: Model | None = setting("transformer; null where `init` has it")
+    data: Data = setting("clips and latents")
+    loop: LoopSettings = setting("optimisation")
+    samples: Samples | None = setting("videos made while training; null for none")
+    pace: Pace = setting("logging, validation, checkpoints")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where frames, size, ratio and patch do not fit together."""
+        if not self.budgets or len(set(self.ratios)) < len(self.budgets):
+            raise ValueError(f"budgets {list(self.ratios)}: one or more ratios are needed, each of them once")
+        for bucket, ratio in itertools.product(self.data.shapes_trained, self.ratios):
+            check_size(bucket.height, bucket.width)
+            check_frames(bucket.frames, ratio)
+            if self.model:
+                tokens(bucket.frames, bucket.height, bucket.width, ratio, self.model.patch_size)
+        if self.data.shard_size < 1:
+            raise ValueError(f"shard_size {self.data.shard_size}: at least 1 clip is needed")
+        if (self.model is None) != (self.init is not None):
+            raise ValueError(
+                f"init {self.init}, model {'null' if self.model is None else 'given'}: exactly one of both is needed"
+            )
+        if self.lora and self.init is None:
+            raise ValueError("lora: adapters need a trained transformer; name one with init")
+        if self.condition.probability and self.model and self.model.patch_size[0] > 1:
+            raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
+        lengths = {bucket.frames for bucket in self.data.shapes_trained if bucket.frames > 1} or {1}
+        fewest = latent_frames(min(lengths), max(self.ratios))  # images aside, of which nothing can be given
+        if self.condition.given >= fewest:
+            raise ValueError(f"condition frames {self.condition.frames}: clips have {fewest} latent frames, one must be left")
+        if self.samples and self.samples.every % self.pace.validate_every:
+            raise ValueError(
+                f"samples every {self.samples.every}: a multiple of validate_every, {self.pace.validate_every}, is needed"
+            )
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
+        if self.shift <= 0:
+            raise ValueError(f"shift {self.shift}: must be above 0")
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """The temporal ratios of the budgets."""
+        return tuple(budget.ratio for budget in self.budgets)
+
+    @property
+    def stage(self) -> str:
+        """The name of the training's folder in the run directory: 16x, or 4x-8x-16x."""
+        return "-".join(f"{ratio}x" for ratio in self.ratios)
+
+
+# Keys that may differ when a run is continued: they do not change what is learned.
+MAY_CHANGE = (
+    *("output_dir", "pace", "samples", "attention", "gradient_checkpointing", "compile"),
+    *("tokenizer", "data.cache", "data.shard_size"),
+)

@@ -1,0 +1,69 @@
+"""Starting a training from a trained transformer: with all its weights, or with adapters on them alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from promag.training.config import UserError
+
+from .latent_cache import LatentDataset
+from .text_cache import CaptionEncoder
+from .transformer import ProMAGTransformer3DModel
+
+
+def load_transformer(init: str) -> ProMAGTransformer3DModel:
+    """Load the transformer of a pipeline's folder, or one that lies in the folder itself; raises UserError without one."""
+    folder = Path(init) / "transformer"
+    folder = folder if folder.is_dir() else Path(init)
+    try:
+        model = ProMAGTransformer3DModel.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"init {init}: no transformer can be loaded there: {' '.join(str(error).split())}") from None
+    assert isinstance(model, ProMAGTransformer3DModel)
+    return model.train()
+
+
+def take_up(
+    transformer: ProMAGTransformer3DModel,
+    latents: Sequence[LatentDataset],
+    text: CaptionEncoder,
+    condition_frames: int,
+    frozen: bool,
+) -> None:
+    """Fit a trained transformer and the latents that it is to be trained on to each other.
+
+    At ratios it was trained at, its statistics stay in force, and the latents are normalised by them: it must go on seeing
+    what it knows. Others are added to it, as are given frames; not so where it is `frozen` under adapters.
+
+    Raises UserError where channels, the text's widths or ratios do not fit.
+    """
+    config = transformer.config
+    for name, has, wants in (
+        ("latent channels", config["in_channels"], latents[0].index["shape"][0]),
+        ("text widths", transformer.text_dims, list(text.widths)),
+        ("pooled text width", config["pooled_dim"], text.pooled_width),
+    ):
+        if has != wants:
+            raise UserError(f"init: its transformer was trained with {name} {has}, this training has {wants}")
+    mean, std = (dict(config[key] or {}) for key in ("latents_mean", "latents_std"))
+    for part in latents:
+        key = str(part.ratio)
+        if key in mean:
+            part.mean, part.std = (torch.tensor(values[key]).view(-1, 1, 1, 1) for values in (mean, std))
+        elif frozen:
+            known = ", ".join(f"{ratio}x" for ratio in mean)
+            raise UserError(f"budget {key}x with lora: the transformer was trained at {known}; train all weights for another")
+        else:
+            mean[key], std[key] = part.mean.flatten().tolist(), part.std.flatten().tolist()
+    if frozen and condition_frames > config["condition_frames"]:
+        raise UserError(
+            f"condition frames {condition_frames} with lora: the transformer was trained to be given "
+            f"{config['condition_frames']}; train all weights for more"
+        )
+    transformer.register_to_config(
+        latents_mean=mean,
+        latents_std=std,
+        temporal_ratios=sorted(map(int, mean)),
+        condition_frames=max(condition_frames, config["condition_frames"]),
+    )

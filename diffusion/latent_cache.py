@@ -1,0 +1,273 @@
+"""Cached latents: each clip encoded once by the frozen tokenizer, on any number of processes, at one or several ratios.
+
+A shard (see shards.py) holds for its n clips: latents (n c t h w), fps (n), captions, and the latents' sums and sums of squares
+by channel, of which the index has mean and standard deviation.
+
+Shapes: B C T H W pixels, b c t h w latents. Latents are the posterior's mean, not normalised; LatentDataset normalises.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from promag.training.config import UserError
+from promag.training.loop import processes, told_by_main
+
+from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, pack_texts, shard_path, write_shard
+from .caption_weights import Emphasis, Emphasised
+from .text_cache import EmbeddingCache
+
+Encode = Callable[[Tensor, Sequence[int]], Sequence[Tensor]]
+Scale = Literal["channel", "global"]
+
+
+@dataclass(frozen=True)
+class LatentFingerprint(Fingerprint):
+    """What a cache of latents was made from."""
+
+    hashed: ClassVar[Mapping[str, str]] = {"tokenizer": "another tokenizer", "clips": "other clips"}
+
+    tokenizer: str  # hash of the weights
+    clips: str  # hash of the clip list
+    ratio: int
+    frames: int
+    height: int
+    width: int
+    dtype: str
+    shard_size: int
+
+
+class Clips(Protocol):
+    """What is cached: clip i as a mapping with video (C T H W), caption and fps."""
+
+    def fixed(self, index: int) -> Mapping[str, Any]:
+        """Return clip `index`."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Reading(Dataset):
+    """Clips as a map-style dataset that passes on what is cached, so that worker processes can decode them."""
+
+    clips: Clips
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str, float]:
+        clip = self.clips.fixed(index)
+        return clip["video"], str(clip["caption"]), float(clip["fps"])
+
+
+def write_latents(
+    caches: Mapping[Path, LatentFingerprint], count: int, clips: Clips, encode: Encode, batch_size: int = 8, workers: int = 0
+) -> list[Path]:
+    """Encode clips 0 to count - 1, at several ratios at once, where they are not cached yet; return the folders.
+
+    The processes that run together divide the missing shards among them. Each shard, and the statistics, are the same for any
+    number of processes and interruptions.
+
+    Args:
+        caches: folder of each cache, and what it is to hold. An interrupted one continues at the first missing shard.
+        count: clips in all.
+        clips: what is encoded.
+        encode: B C T H W and ratios -> b c t h w for each of those ratios.
+        batch_size: clips per call of `encode`.
+        workers: processes that decode clips ahead for each process that encodes; 0 decodes in that one.
+
+    Raises UserError where a folder holds something else.
+    """
+    shard_size = next(iter(caches.values())).shard_size
+    shards = math.ceil(count / shard_size)
+    missing = told_by_main(lambda: {folder: claim(folder, wanted, shards) for folder, wanted in caches.items()})
+    unfinished = {folder: found for folder, found in missing.items() if found is not None}
+    if not unfinished:
+        return list(caches)
+    state, started = processes(), time.perf_counter()
+    numbers = sorted({number for found in unfinished.values() for number in found})
+    mine = _Batches(numbers[state.process_index :: state.num_processes], count, shard_size, batch_size)
+    holders = {folder: (caches[folder], frozenset(found)) for folder, found in unfinished.items()}
+    _write_shards(holders, mine, clips, encode, workers, state.is_main_process)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for folder in unfinished:
+            finish(folder, caches[folder], count, shard_size, **_statistics(folder, shards))
+        frames = next(iter(caches.values())).frames * sum(len(clips_of(n, shard_size, count)) for n in numbers)
+        _say_speed(frames, time.perf_counter() - started, state.num_processes)
+    state.wait_for_everyone()
+    return list(caches)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Which clips are read, in what order: those of some shards, in batches that never cross shards."""
+
+    shards: Sequence[int]
+    clips: int
+    shard_size: int
+    batch_size: int
+
+    def of(self, shard: int) -> Iterator[range]:
+        """Yield the batches of one shard."""
+        indices = clips_of(shard, self.shard_size, self.clips)
+        for first in range(0, len(indices), self.batch_size):
+            yield indices[first : first + self.batch_size]
+
+    def __iter__(self) -> Iterator[range]:
+        for shard in self.shards:
+            yield from self.of(shard)
+
+
+def _write_shards(
+    caches: Mapping[Path, tuple[LatentFingerprint, frozenset[int]]],
+    batches: _Batches,
+    clips: Clips,
+    encode: Encode,
+    workers: int,
+    show: bool,
+) -> None:
+    """Write this process's shards, each into the caches that lack it; what several ratios share is computed once."""
+    order: Any = batches  # of ranges, where lists are declared
+    read = iter(DataLoader(_Reading(clips), batch_sampler=order, num_workers=workers, collate_fn=list))
+    total = sum(len(clips_of(shard, batches.shard_size, batches.clips)) for shard in batches.shards)
+    bar = tqdm(total=total, desc="caching latents", unit="clip", mininterval=2, disable=not show)
+    for shard in batches.shards:
+        lacking = {folder: fingerprint for folder, (fingerprint, missing) in caches.items() if shard in missing}
+        ratios = [fingerprint.ratio for fingerprint in lacking.values()]
+        latents: dict[Path, list[Tensor]] = {folder: [] for folder in lacking}
+        captions, rates = [], []
+        for _ in batches.of(shard):
+            videos, texts, fps = zip(*next(read), strict=True)
+            encoded = encode(torch.stack(videos), ratios)
+            for (folder, fingerprint), z in zip(lacking.items(), encoded, strict=True):
+                latents[folder].append(z.to(DTYPES[fingerprint.dtype]).cpu())
+            captions += texts
+            rates += fps
+            bar.update(len(texts))
+        facts = {**pack_texts(captions), "fps": torch.tensor(rates, dtype=torch.float64)}
+        for folder, parts in latents.items():
+            z = torch.cat(parts)
+            write_shard(folder, shard, {"latents": z, **facts, **_sums(z)})
+    bar.close()
+
+
+def _sums(latents: Tensor) -> dict[str, Tensor]:
+    x = latents.double()
+    return {"sum": x.sum((0, 2, 3, 4)), "squares": x.square().sum((0, 2, 3, 4))}
+
+
+def _statistics(folder: Path, shards: int) -> dict[str, Any]:
+    """Mean and deviation of each channel over the whole cache, the shape of one latent, the median frame rate.
+
+    Shards are added up in their order, in float64: which process wrote one makes no difference.
+    """
+    total, squares, values, shape, rates = 0.0, 0.0, 0, [], []
+    for number in range(shards):
+        with safe_open(shard_path(folder, number), "pt") as file:
+            n, *shape = file.get_slice("latents").get_shape()
+            total, squares = total + file.get_tensor("sum"), squares + file.get_tensor("squares")
+            rates.append(file.get_tensor("fps").numpy())
+        values += n * math.prod(shape[1:])
+    mean = torch.as_tensor(total) / values
+    std = (torch.as_tensor(squares) / values - mean.square()).clamp_min(1e-12).sqrt()
+    return {"shape": shape, "mean": mean.tolist(), "std": std.tolist(), "fps": float(np.median(np.concatenate(rates)))}
+
+
+def _say_speed(frames: int, seconds: float, number: int) -> None:
+    on = f" on {number} processes" if number > 1 else ""
+    print(f"cached {frames} frames in {seconds:.1f} s: {frames / seconds:.1f} frames/s{on}", flush=True)
+
+
+class LatentDataset(Dataset):
+    """Normalised latents of a whole cache, sampled like any clip source, with the cached embeddings of their captions.
+
+    An item is a dictionary: latents (float32 c t h w), ratio, caption, fps, clip (index), and for each of `texts` what
+    EmbeddingCache.row gives. Latents have zero mean over the cache in each channel, and unit deviation: of each channel with
+    scale "channel", over all channels with "global".
+
+    Raises UserError for a folder that holds no whole cache, or one of another ratio, and for embeddings of other clips.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        ratio: int | None = None,
+        scale: Scale = "channel",
+        texts: Sequence[EmbeddingCache] = (),
+    ):
+        self.shards = Shards(Path(folder))
+        self.index, self.texts = self.shards.index, texts
+        self.ratio = self.index["fingerprint"]["ratio"]
+        if ratio not in (None, self.ratio):
+            raise UserError(f"latent cache {folder}: holds {self.ratio}x latents, {ratio}x is asked for")
+        for text in texts:
+            if text.clips != self.index["fingerprint"]["clips"]:
+                raise UserError(f"cache {text.folder}: its embeddings belong to other clips than the latents in {folder}")
+        self.fps: float = self.index["fps"]  # median of the clips
+        self.emphasised: Emphasised | None = None
+        self.normalise_by(self.index["mean"], self.index["std"], scale)
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float], scale: Scale) -> None:
+        """Normalise by the given mean and deviation of each channel from now on."""
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (mean, std))
+        if scale == "global":
+            self.std = self.std.square().mean().sqrt().expand_as(self.std)
+
+    def __len__(self) -> int:
+        """Count the clips."""
+        return self.shards.clips
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of all clips in order."""
+        return self.shards.captions()
+
+    def item(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Return a random clip's latents."""
+        return self.fixed(self.emphasised.draw(rng) if self.emphasised else int(rng.integers(len(self))))
+
+    def fixed(self, index: int) -> dict[str, Any]:
+        """Return the latents of clip `index`."""
+        shard, row = self.shards.place(index)
+        latents = (shard.get_slice("latents")[row].float() - self.mean) / self.std
+        item = {"latents": latents, "ratio": self.ratio, "fps": float(shard.get_slice("fps")[row])}
+        item |= {"caption": self.shards.caption(index), "clip": index}
+        for text in self.texts:
+            item |= text.row(index)
+        return item
+
+
+def normalise_alike(parts: Sequence[LatentDataset], scale: Scale) -> None:
+    """Normalise the latents of several buckets, of one ratio, by the mean and deviation over all of them."""
+    if len(parts) == 1:
+        return
+    values = np.array([len(part) * math.prod(part.index["shape"][1:]) for part in parts], float)
+    means, stds = (np.array([part.index[key] for part in parts]) for key in ("mean", "std"))  # parts x channels
+    weights = (values / values.sum())[:, None]
+    mean = (weights * means).sum(0)
+    std = np.sqrt((weights * (stds**2 + (means - mean) ** 2)).sum(0))  # variance within parts and between them
+    for part in parts:
+        part.normalise_by(mean.tolist(), std.tolist(), scale)
+
+
+def emphasise(by_bucket: Sequence[Sequence[LatentDataset]], emphasis: Sequence[Emphasis]) -> None:
+    """Draw clips by the words of their captions from now on; those of a bucket are the same at each of its ratios.
+
+    Raises UserError for words that no caption holds in any bucket.
+    """
+    if not emphasis:
+        return
+    drawn = [Emphasised(parts[0].captions(), emphasis) for parts in by_bucket]
+    for one, count in zip(emphasis, np.sum([part.found for part in drawn], axis=0), strict=True):
+        if not count:
+            clips = sum(len(part.ends) for part in drawn)
+            raise UserError(f"emphasis on {one.words!r}: none of the {clips} captions holds these words")
+    for parts, part in zip(by_bucket, drawn, strict=True):
+        for latents in parts:
+            latents.emphasised = part

@@ -1,0 +1,180 @@
+"""Cached text embeddings: captions encoded once by frozen encoders, which need not be in memory while training.
+
+One cache for each encoder (see shards.py), made from the captions in a cache of latents. A shard holds for its n captions:
+tokens (those that are real, of all captions in one row, S D), ends (where each caption's end, n) and pooled (n D), where the
+encoder has a pooled vector. null.safetensors holds the same of the null caption, once.
+
+Shapes: B captions, L text tokens, D width.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from promag.training.loop import processes, told_by_main
+from promag.training.run import save_tensors_atomically
+
+from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, stretch, write_shard
+from .text import NULL_CAPTION, Embedded, encode, side_by_side, text_widths, tokenize
+
+BATCH = 32  # captions encoded at once
+
+
+@dataclass(frozen=True)
+class TextFingerprint(Fingerprint):
+    """What a cache of embeddings was made from."""
+
+    hashed: ClassVar[Mapping[str, str]] = {"encoder": "another text encoder", "clips": "other clips"}
+
+    encoder: str  # hash of the weights and the text tokenizer
+    clips: str  # hash of the clip list
+    max_length: int
+    dtype: str
+    shard_size: int
+
+
+def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, load: Callable[[], tuple[Any, Any]]) -> Path:
+    """Encode the captions of a cache of latents where they are not cached yet; return the folder.
+
+    The processes that run together divide the missing shards among them; a shard is the same for any number of processes and
+    interruptions.
+
+    Args:
+        folder: of the cache. An interrupted one continues at the first missing shard.
+        fingerprint: what it is to hold.
+        latents: folder of the whole cache of latents that has the captions.
+        load: returns the text tokenizer and the encoder; not called where nothing is missing.
+
+    Raises UserError where the folder holds something else.
+    """
+    captions, size = Shards(latents), fingerprint.shard_size
+    shards = math.ceil(captions.clips / size)
+    missing = told_by_main(lambda: claim(folder, fingerprint, shards))
+    if missing is None:
+        return folder
+    state, dtype = processes(), DTYPES[fingerprint.dtype]
+    mine = missing[state.process_index :: state.num_processes]
+    if mine or state.is_main_process:
+        tokenizer, encoder = load()
+        encoder.to(state.device)
+        for number in tqdm(mine, desc="caching text", unit="shard", mininterval=2, disable=not state.is_main_process):
+            texts = [captions.caption(clip) for clip in clips_of(number, size, captions.clips)]
+            write_shard(folder, number, _encode(tokenizer, encoder, texts, dtype))
+        if state.is_main_process:
+            save_tensors_atomically(folder / "null.safetensors", _encode(tokenizer, encoder, [NULL_CAPTION], dtype))
+            width, pooled = text_widths(encoder)
+            facts = {"width": width, "pooled": pooled}
+        encoder.cpu()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(folder, fingerprint, captions.clips, size, **facts)
+    state.wait_for_everyone()
+    return folder
+
+
+@torch.no_grad()
+def _encode(tokenizer: Any, encoder: Any, texts: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    tokens, lengths, pooled = [], [], []
+    for first in range(0, len(texts), BATCH):
+        text = encode(encoder, tokenize(tokenizer, texts[first : first + BATCH]))
+        real = text.masks[0].bool()
+        tokens.append(text.tokens[0][real].to(dtype).cpu())
+        lengths.append(real.sum(1).cpu())
+        if text.pooled is not None:
+            pooled.append(text.pooled.to(dtype).cpu())
+    found = {"tokens": torch.cat(tokens), "ends": torch.cat(lengths).cumsum(0)}
+    return {**found, "pooled": torch.cat(pooled)} if pooled else found
+
+
+class EmbeddingCache:
+    """Embeddings of all captions by one frozen encoder, the `number`th of a training.
+
+    Raises UserError for a folder that holds no whole cache.
+    """
+
+    def __init__(self, folder: Path, number: int):
+        self.shards, self.folder, self.number = Shards(folder), folder, number
+        index = self.shards.index
+        self.width, self.pooled_width = index["width"], index["pooled"]
+        self.length: int = index["fingerprint"]["max_length"]
+        self.clips: str = index["fingerprint"]["clips"]
+        self.keys = {name: f"text_{number}_{name}" for name in ("tokens", "mask", "pooled")}
+
+    def row(self, clip: int) -> dict[str, Tensor]:
+        """Return a caption's tokens, L D, mask, L, and pooled vector, D, under keys of this encoder."""
+        shard, row = self.shards.place(clip)
+        first, end = stretch(shard.get_tensor("ends"), row)
+        pooled = shard.get_slice("pooled")[row] if self.pooled_width else None
+        return self._padded(shard.get_slice("tokens")[first:end] if end > first else None, pooled)
+
+    def null(self) -> Embedded:
+        """Return the embedding of the null caption, a batch of one."""
+        found = load_file(self.folder / "null.safetensors")
+        row = self._padded(found["tokens"], found["pooled"][0] if self.pooled_width else None)
+        return self.embedded({key: value[None] for key, value in row.items()})
+
+    def embedded(self, batch: Mapping[str, Any]) -> Embedded:
+        """Return this encoder's part of a batch of rows, as float32."""
+        pooled = batch[self.keys["pooled"]].float() if self.pooled_width else None
+        return Embedded((batch[self.keys["tokens"]].float(),), (batch[self.keys["mask"]],), pooled)
+
+    def _padded(self, real: Tensor | None, pooled: Tensor | None) -> dict[str, Tensor]:
+        dtype = DTYPES[self.shards.index["fingerprint"]["dtype"]]
+        tokens, mask = torch.zeros(self.length, self.width, dtype=dtype), torch.zeros(self.length, dtype=torch.bool)
+        if real is not None:
+            tokens[: len(real)], mask[: len(real)] = real, True
+        row = {self.keys["tokens"]: tokens, self.keys["mask"]: mask}
+        return row if pooled is None else {**row, self.keys["pooled"]: pooled}
+
+
+class CaptionEncoder(nn.Module):
+    """What a training makes of captions: cached embeddings of frozen encoders, and a small text model that learns along.
+
+    Args:
+        caches: for each encoder, in order: its cache, or None for the text model that learns.
+        tokenizer: of the text model that learns.
+        model: the text model that learns.
+    """
+
+    def __init__(self, caches: Sequence[EmbeddingCache | None], tokenizer: Any = None, model: Any = None):
+        super().__init__()
+        self.caches, self.tokenizer, self.model = caches, tokenizer, model
+        self.nulls = [cache and cache.null() for cache in caches]
+        learned = text_widths(model) if model is not None else (0, 0)
+        self.widths = tuple(cache.width if cache else learned[0] for cache in caches)
+        self.pooled_width = sum(cache.pooled_width if cache else learned[1] for cache in caches)
+        self.lengths = tuple(cache.length if cache else int(tokenizer.model_max_length) for cache in caches)
+
+    @property
+    def learned(self) -> tuple[Any, Any] | None:
+        """Tokenizer and text model of the encoder that learns, if there is one."""
+        return None if self.model is None else (self.tokenizer, self.model)
+
+    def forward(self, batch: Mapping[str, Any], dropped: Sequence[bool] | None = None) -> Embedded:
+        """Encode the captions of a batch: `caption`, and what EmbeddingCache.row gave; `dropped` ones as the null caption."""
+        captions, parts = list(batch["caption"]), []
+        dropped = dropped or [False] * len(captions)
+        for cache, null in zip(self.caches, self.nulls, strict=True):
+            if cache is None or null is None:
+                texts = [NULL_CAPTION if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+                parts.append(encode(self.model, tokenize(self.tokenizer, texts)))
+            else:
+                parts.append(_replace(cache.embedded(batch), null, dropped))
+        return side_by_side(parts)
+
+
+def _replace(text: Embedded, null: Embedded, dropped: Sequence[bool]) -> Embedded:
+    device = text.tokens[0].device
+    which = torch.tensor(dropped, device=device)
+
+    def replace(x: Tensor, by: Tensor) -> Tensor:
+        return torch.where(which.view(-1, *[1] * (x.ndim - 1)), by.to(device), x)
+
+    return text.merge(null, replace)

@@ -1,0 +1,1 @@
+"""What token budgets give and cost: reconstruction, prompt accuracy, time, memory."""

@@ -1,0 +1,196 @@
+"""Token budgets side by side: how levels of a tokenizer, and other autoencoders, give the same frames of the same clips back.
+
+Shapes: B C T H W pixels in [-1, 1], b c t h w latents; kept videos are uint8 (T, H, W, 3).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import Tensor
+
+from promag.tokenizer.geometry import SPATIAL_RATIO, check_size, latent_frames, tokens
+from promag.tokenizer.metrics import evaluate_fully, from_uint8, psnr_per_frame, to_uint8
+
+from .baselines import open_peer
+from .bitrate import RateMeter
+
+PATCHES = ((1, 1, 1), (1, 2, 2))
+STORED_BITS = 16  # of a latent value in a cache, bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """One way to spend tokens on a clip: a model at one temporal ratio."""
+
+    name: str
+    model: Any
+    ratio: int
+    spatial: int  # pixels a side of a latent position
+    channels: int  # of the latent
+    own: bool  # a level of the checkpoint that is looked at, not another model
+    step: int | None = None  # frames from one length that it takes to the next; None is the ratio
+
+    def coded_frames(self, frames: int) -> int:
+        """Return the frames that are coded for `frames`: the next length that the model takes."""
+        return frames + -(frames - 1) % (self.step or self.ratio)
+
+    def size(self, frames: int, height: int, width: int) -> dict[str, int]:
+        """Return the arguments by which geometry and costs know a clip at this budget."""
+        size = {"frames": self.coded_frames(frames), "height": height, "width": width}
+        return {**size, "ratio": self.ratio, "spatial": self.spatial}
+
+    def tokens(self, frames: int, height: int, width: int, patch: tuple[int, int, int]) -> int | None:
+        """Return the tokens of a clip at a transformer's patch size; None where the latent does not divide by it."""
+        try:
+            return tokens(**self.size(frames, height, width), patch=patch)
+        except ValueError:
+            return None
+
+    def latent_values(self, frames: int, height: int, width: int) -> int:
+        """Return how many numbers a clip becomes."""
+        positions = tokens(**self.size(frames, height, width), patch=(1, 1, 1))
+        return self.channels * positions
+
+    def facts(self, frames: int, height: int, width: int) -> dict[str, Any]:
+        """Return what is known without a clip: ratios, latent frames, tokens by patch size, values and bits per pixel."""
+        values = self.latent_values(frames, height, width)
+        pixels = frames * height * width
+        return {
+            "ratio": self.ratio,
+            "spatial_ratio": self.spatial,
+            "latent_channels": self.channels,
+            "latent_frames": latent_frames(self.coded_frames(frames), self.ratio),
+            "coded_frames": self.coded_frames(frames),
+            "tokens": {"x".join(map(str, p)): self.tokens(frames, height, width, p) for p in PATCHES},
+            "latent_values": values,
+            "latent_values_per_pixel": values / pixels,
+            "stored_bits_per_pixel": STORED_BITS * values / pixels,
+        }
+
+
+def own_budgets(model: Any) -> list[Budget]:
+    """Return a budget for each temporal ratio of one of our tokenizers, most tokens first."""
+    levels = zip(model.temporal_ratios, model.level_channels, strict=True)
+    return [Budget(f"{ratio}x", model, ratio, SPATIAL_RATIO, channels, True) for ratio, channels in levels]
+
+
+def peer_budget(name: str, folder: str | Path) -> Budget:
+    """Return the budget of another autoencoder of diffusers; raises ValueError as `open_peer` does."""
+    peer = open_peer(folder)
+    return Budget(name, peer.model, peer.model.temporal_ratios[0], peer.spatial, peer.channels, False, peer.step)
+
+
+def check_budgets(budgets: Sequence[Budget], height: int, width: int) -> None:
+    """Raise ValueError where two budgets have one name or the picture does not suit one of them."""
+    names = [budget.name for budget in budgets]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two budgets are called {', '.join(twice)}: names must differ")
+    for budget in budgets:
+        try:
+            check_size(height, width, budget.spatial)
+        except ValueError as error:
+            raise ValueError(f"{budget.name}: {error}") from None
+
+
+class Watched(torch.nn.Module):
+    """A budget's model as evaluation calls it, whose latents are measured and whose videos are kept on the way."""
+
+    def __init__(self, budget: Budget, keep: Callable[[np.ndarray], None]):
+        super().__init__()
+        self.budget, self.keep, self.rate = budget, keep, RateMeter()
+
+    @property
+    def device(self) -> Any:
+        """Where the weights are."""
+        return self.budget.model.device
+
+    @property
+    def dtype(self) -> Any:
+        """Of the weights."""
+        return self.budget.model.dtype
+
+    def forward(self, clip: Tensor, temporal_ratio: int) -> DecoderOutput:
+        """Code a clip from the posterior's mean; what its length lacks is padded by its last frame and cropped again."""
+        added = self.budget.coded_frames(clip.shape[2]) - clip.shape[2]
+        padded = F.pad(clip, (0, 0, 0, 0, 0, added), mode="replicate") if added else clip
+        posterior = self.budget.model.encode(padded, temporal_ratio).latent_dist
+        self.rate.add(posterior)
+        output = self.budget.model.decode(posterior.mode(), temporal_ratio).sample
+        if output.shape != padded.shape:
+            raise ValueError(f"{self.budget.name}: clips of {tuple(padded.shape)} come back as {tuple(output.shape)}")
+        output = output[:, :, : clip.shape[2]]
+        self.keep(to_uint8(output)[0].cpu().numpy())
+        return DecoderOutput(sample=output)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipFacts:
+    """A clip that was compared, and where its videos lie: the original and what each budget makes of it, as .npy files."""
+
+    name: str
+    caption: str
+    fps: float
+    videos: Mapping[str, Path]
+    psnr_per_frame: dict[str, list[float]]
+
+
+ORIGINAL = "original"
+
+
+def compare_reconstructions(
+    budgets: Sequence[Budget],
+    clips: Any,
+    folder: Path,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    told: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, dict[str, Any]], list[ClipFacts]]:
+    """Reconstruct every clip at every budget; return the figures by budget, and the clips.
+
+    The figures are those of `evaluate_fully`, and `kl_bits_per_pixel` (rate.py; None where a model has no variance).
+
+    Args:
+        budgets: see Budget.
+        clips: an open dataset; the first frames of each clip are taken, as evaluate_tokenizer.py takes them.
+        folder: where the videos are written, one file for each clip and budget.
+        lpips: see `evaluate_fully`; likewise the next.
+        features: a `VideoFeatures`.
+        told: called with a line on what was done.
+    """
+    names = (ORIGINAL, *(budget.name for budget in budgets))
+    facts, pixels = [], 0
+    for i, label in enumerate(_labels(clips)):
+        item = clips.fixed(i)
+        paths = {name: folder / f"{i:04d}-{j:02d}.npy" for j, name in enumerate(names)}
+        np.save(paths[ORIGINAL], to_uint8(item["video"][None])[0].numpy())
+        facts.append(ClipFacts(label, item["caption"], float(item["fps"]), paths, {}))
+        pixels += item["video"][0].numel()
+    figures: dict[str, dict[str, Any]] = {}
+    for budget in budgets:
+        left = iter(facts)
+
+        def keep(video: np.ndarray, name: str = budget.name, left: Iterator[ClipFacts] = left) -> None:
+            clip = next(left)
+            np.save(clip.videos[name], video)
+            pair = (from_uint8(torch.from_numpy(x[None])) for x in (video, np.load(clip.videos[ORIGINAL])))
+            clip.psnr_per_frame[name] = psnr_per_frame(*pair)[0].tolist()
+
+        watched = Watched(budget, keep)
+        videos = (clips.fixed(i)["video"][None] for i in range(len(facts)))
+        found = evaluate_fully(watched, videos, budget.ratio, lpips, features)
+        bits = watched.rate.bits()
+        figures[budget.name] = {**found, "kl_bits_per_pixel": None if bits is None else bits / pixels}
+        told(f"{budget.name}: {len(facts)} clips, {found['psnr']:.2f} dB")
+    return figures, facts
+
+
+def _labels(clips: Any) -> list[str]:
+    """Return a name for each clip: its number, and its file's name where it has one."""
+    rows = getattr(clips, "clips", None)
+    return [str(i) if rows is None else f"{i} {Path(str(rows[i].path)).stem}" for i in range(len(clips))]

@@ -1,0 +1,197 @@
+"""From clips and frozen models to a saved pipeline: cache latents and text, train the transformer, put all together."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from promag.data.buckets import Bucket
+from promag.data.datasets import open_apart
+from promag.diffusion.cache_store import Shards, hash_weights
+from promag.diffusion.config import DiffusionConfig, Samples, TextEncoder
+from promag.diffusion.latent_cache import LatentFingerprint, write_latents
+from promag.diffusion.text import hash_text_encoder, load_frozen
+from promag.diffusion.text_cache import TextFingerprint, write_embeddings
+from promag.diffusion.train import Cached, Trained, train_diffusion
+from promag.diffusion.transformer import ProMAGTransformer3DModel
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from promag.tokenizer.geometry import check_ratio
+from promag.tokenizer.train import load_tokenizer, save_model
+from promag.training.config import UserError
+from promag.training.loop import main_process_first, processes, told_by_main
+
+from .sample_text import SampleText
+from .sampling import sample_videos
+from .text_to_video import ProMAGPipeline
+
+
+def train_pipeline(config: DiffusionConfig) -> Path | None:
+    """Train a text-to-video pipeline, or adapters for one, as configured; return its folder, None if stopped early.
+
+    What is already there - latents, embeddings, checkpoints, the finished pipeline - is used again.
+    Raises UserError for unsuitable tokenizers, text encoders, clips, caches and run directories.
+    """
+    folder = Path(config.output_dir) / ("lora" if config.lora else "pipeline")
+    vae = load_tokenizer(config.tokenizer)
+    cached = cache(config, vae)
+
+    text = SampleText(config.text, config.samples.prompts if config.samples else ())
+
+    def sample(so_far: Trained, samples: Samples) -> list[np.ndarray]:
+        pipe = assemble(config, so_far, vae, with_text=False)
+        pipe.set_progress_bar_config(disable=True)
+        how = (samples.steps, samples.guidance, config.precision)
+        encode = functools.partial(text.encode, learned=so_far.small_text)
+        return sample_videos(pipe, samples.prompts, *how, name=None, encode=encode)
+
+    trained = train_diffusion(config, cached["train"], cached["eval"], sample)
+    if not (trained.outcome and trained.outcome.finished):
+        return None
+    with main_process_first() as main:
+        if main and not folder.exists():
+            save_model(SavedLora(trained.transformer) if config.lora else assemble(config, trained, vae), folder)
+    return folder
+
+
+class SavedLora:
+    """The adapters of a transformer, to be saved in the format that `load_lora_weights` of a pipeline reads."""
+
+    def __init__(self, transformer: ProMAGTransformer3DModel):
+        self.transformer = transformer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapters' weights and, beside them in the file, their ranks, scales and targets."""
+        config: Any = self.transformer.peft_config
+        weights: Any = get_peft_model_state_dict(self.transformer)
+        ProMAGPipeline.save_lora_weights(
+            folder,
+            weights,
+            transformer_lora_adapter_metadata=config["default"].to_dict(),
+        )
+
+
+def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG, with_text: bool = True) -> ProMAGPipeline:
+    """Put a trained transformer, the tokenizer and, `with_text`, the text encoders into a pipeline.
+
+    Its defaults are what it was trained on. Frozen text encoders are loaded again: training did without them.
+    """
+    text: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
+    for number, encoder in enumerate(config.text.encoders if with_text else (), 1):
+        pair = trained.small_text if encoder == config.text.small else _load(encoder)
+        suffix = "" if number == 1 else f"_{number}"
+        text |= dict(zip((f"tokenizer{suffix}", f"text_encoder{suffix}"), pair or (), strict=True))
+    return ProMAGPipeline(
+        **text,
+        transformer=trained.transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift, use_dynamic_shifting=True),
+        height=config.data.size,
+        width=config.data.size,
+        num_frames=config.data.frames,
+        fps=trained.fps,
+        temporal_ratio=config.ratios[0],
+    )
+
+
+def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, list[Cached]]:
+    """Cache latents, and embeddings of frozen text encoders, of both splits, train and eval, where they are not cached yet.
+
+    Returns for each split where each bucket lies.
+    """
+    latents = {split: cache_latents(config, split, vae) for split in ("train", "eval")}
+    folders = {_name(config, split, bucket): found[0] for split, parts in latents.items() for bucket, found in parts}
+    texts = cache_text(config, folders)
+    return {
+        split: [Cached(bucket, found, texts[_name(config, split, bucket)]) for bucket, found in parts]
+        for split, parts in latents.items()
+    }
+
+
+def _name(config: DiffusionConfig, split: str, bucket: Bucket, what: str = "") -> str:
+    """Return the name of a cache's folder: train-16x, or with buckets train-16x-17x64x64."""
+    return "-".join([split, *([what] if what else []), *([str(bucket)] if config.data.buckets else [])])
+
+
+def cache_latents(
+    config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG, ratios: Sequence[int] | None = None
+) -> list[tuple[Bucket, list[Path]]]:
+    """Cache the latents of one split ("train" or "eval") and return for each bucket that has clips the caches' folders.
+
+    They are encoded at the budgets' ratios, or at `ratios`; several cost little more than the highest alone.
+    """
+    data, ratios = config.data, ratios or config.ratios
+    try:
+        for ratio in ratios:
+            check_ratio(ratio, vae.temporal_ratios)
+    except ValueError as error:
+        raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
+    source, count = (data.train, data.shapes) if split == "train" else (data.validation, data.validation_clips)
+    parts, device = open_apart(source, split, data.shapes_trained, count), processes().device
+    counts = [len(clips) if split == "train" else min(count, len(clips)) for _, clips in parts]
+    if len(parts) > 1 and processes().is_main_process:
+        print(", ".join(f"{bucket}: {n} clips" for (bucket, _), n in zip(parts, counts, strict=True)), flush=True)
+    found = []
+    for (bucket, clips), n in zip(parts, counts, strict=True):
+        digest = clips.digest(n)
+        caches = {
+            Path(data.cache) / _name(config, split, bucket, f"{ratio}x"): LatentFingerprint(
+                tokenizer=weights_hash(vae, ratio),
+                clips=digest,
+                ratio=ratio,
+                frames=bucket.frames,
+                height=bucket.height,
+                width=bucket.width,
+                dtype=data.dtype,
+                shard_size=data.shard_size,
+            )
+            for ratio in ratios
+        }
+        folders = write_latents(caches, n, clips, encoder(vae, cast(Any, device)), workers=config.pace.workers)
+        found.append((bucket, folders))
+    return found
+
+
+def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
+    """Cache what each frozen text encoder makes of the captions in `latents`, a folder for each split and bucket, by name.
+
+    Returns for each name the folders by the encoders' numbers. An encoder is in memory only here, and each after the other.
+    """
+    found: dict[str, dict[int, Path]] = {name: {} for name in latents}
+    for number, encoder in config.text.frozen.items():
+        load = functools.cache(lambda encoder=encoder: _load(encoder))
+        digest = told_by_main(lambda load=load: hash_text_encoder(*load()))
+        for name, folder in latents.items():
+            split, dash, bucket = name.partition("-")
+            clips = Shards(folder).index["fingerprint"]["clips"]
+            wanted = TextFingerprint(digest, clips, encoder.max_length, config.data.dtype, config.data.shard_size)
+            place = Path(config.data.cache) / f"{split}-text-{number}{dash}{bucket}"
+            found[name][number] = write_embeddings(place, wanted, folder, load)
+    return found
+
+
+def _load(encoder: TextEncoder) -> tuple[Any, Any]:
+    return load_frozen(encoder.model, encoder.weights, encoder.max_length)
+
+
+def encoder(vae: AutoencoderKLProMAG, device: torch.device) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
+    """Return B C T H W and ratios -> mean latents b c t h w at each of them, under bf16 autocast on `device`."""
+    model: Any = vae
+    model.to(device).eval()
+
+    @torch.no_grad()
+    def encode(x: Tensor, ratios: Sequence[int]) -> list[Tensor]:
+        with torch.autocast(device.type, torch.bfloat16):
+            return [posterior.mode().float() for posterior in model.encode_levels(x.to(device), ratios)]
+
+    return encode
+
+
+def weights_hash(vae: AutoencoderKLProMAG, ratio: int) -> str:
+    """Return a hash of the weights that encode at `ratio`: growing further or fine-tuning a decoder keeps it."""
+    return hash_weights([vae.encoder, *vae.encoder_growth[: vae.level_of(ratio)]])

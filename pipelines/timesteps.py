@@ -1,0 +1,66 @@
+"""The times of a sampling, for any scheduler of diffusers that integrates a flow.
+
+Times are the schedulers' sigmas: 1 is noise, 0 is clean; the transformer is told 1000 times as much.
+"""
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from promag.diffusion.flow import token_shift
+
+
+def check_flow(scheduler: Any) -> None:
+    """Raise ValueError for a scheduler that does not integrate a flow."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if name.startswith("FlowMatch") or (config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"):
+        return
+    raise ValueError(
+        f"scheduler {name}: the transformer predicts the velocity of a flow; use FlowMatchEulerDiscreteScheduler, "
+        "FlowMatchHeunDiscreteScheduler, or UniPCMultistepScheduler or DPMSolverMultistepScheduler with "
+        "use_flow_sigmas=True, prediction_type='flow_prediction'"
+    )
+
+
+def steps_left_out(steps: int, strength: float) -> int:
+    """Return how many of the first steps are not made where only a share of them, the last ones, is to be made."""
+    return steps - math.ceil(steps * strength - 1e-6)
+
+
+def count_of_times(scheduler: Any, steps: int, strength: float = 1.0) -> int:
+    """Return how many times `set_flow_times` sets: as often the transformer is called, and a call's callback."""
+    made = steps - steps_left_out(steps, strength)
+    return max(0, scheduler.order * made - (scheduler.order - 1))  # the last step of a second-order one needs one call
+
+
+def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.device, strength: float = 1.0) -> Tensor:
+    """Set a scheduler's times from 1 down to 1/steps; return those that the transformer is told, one for each call of it.
+
+    Of these, only the last `strength` of the steps are to be made, rounded up: the scheduler starts there.
+
+    Where the scheduler's configuration says `use_dynamic_shifting` - one made by `from_config` of the saved scheduler's
+    keeps that - times are shifted for the number of tokens as in training, by its own means or by those of its constant
+    shift. Elsewhere its constant shift stays as it is.
+    """
+    config = scheduler.config
+    dynamic = config.get("use_dynamic_shifting", False)
+    mu = token_shift(token_count, config.get("shift", config.get("flow_shift", 1.0))) if dynamic else None
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        shifted = {"mu": mu} if dynamic else {}
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, **shifted)
+    elif mu is None:
+        scheduler.set_timesteps(steps, device=device)
+    else:
+        constant = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+        scheduler.register_to_config(**{constant: math.exp(mu)})
+        try:
+            scheduler.set_timesteps(steps, device=device)
+        finally:
+            scheduler.register_to_config(**{constant: config[constant]})
+    skipped = steps_left_out(steps, strength) * scheduler.order
+    scheduler.set_begin_index(skipped)
+    return 1000 * scheduler.sigmas[skipped : len(scheduler.timesteps)].to(device, torch.float32)

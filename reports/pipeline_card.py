@@ -1,0 +1,86 @@
+"""The model card of a published pipeline that was trained on generated clips."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from promag.data.synthetic import COLOURS, MOTIONS, SHAPES
+from promag.evaluation.prompt_accuracy import PARTS
+from promag.evaluation.synthetic_scorer import chance
+from promag.pipelines.model_card import pipeline_card
+
+from .tokenizer_card import table, where
+
+
+def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], recipe: Sequence[Mapping[str, Any]]) -> str:
+    """Return the card of a pipeline trained on generated clips, with how it follows prompts and how it was trained.
+
+    Args:
+        pipe: the pipeline.
+        name: folder, as users give it.
+        records: what `scripts/evaluate_pipeline.py` records of it.
+        recipe: of each training: ratios, shapes (clips), frames, size, emphasis, steps, batch (samples a step, of all
+            processes), learning_rate, muon, ema_decay, shift, seconds, machines.
+    """
+    first = records[0]
+    guessing = ", ".join(f"{part} {100 * value:.0f} %" for part, value in chance().items() if part != "all")
+    accuracy = [[f"{r['ratio']}x", _kind(r), *(_share(r["accuracy"][part]) for part in PARTS)] for r in records]
+    trainings = [
+        [
+            ", ".join(f"{ratio}x" for ratio in t["ratios"]),
+            f"{t['shapes']} of {t['frames']} frames at {t['size']}x{t['size']}",
+            ", ".join(f"{one['words']} x{one['factor']:g}" for one in t["emphasis"]) or "-",
+            str(t["steps"]),
+            str(t["batch"]),
+            f"{t['learning_rate']:g}, {t['muon'] or '-'}",
+            f"{t['shift']:g}",
+            f"{t['seconds'] / 60:.1f}",
+            where(t["machines"]),
+        ]
+        for t in recipe
+    ]
+    sampled = [r for r in records if "right_by_motion" in r]
+    motions = [
+        [f"{r['ratio']}x", _kind(r), *(" of ".join(map(str, r["right_by_motion"].get(m, (0, 0)))) for m in MOTIONS)]
+        for r in sampled
+    ]
+    heads = ["ratio", "combinations of shape, colour and motion", *(f"{part} right" for part in PARTS)]
+    return "\n".join(
+        [
+            pipeline_card(pipe, name).replace("---\nlibrary_name", "---\nlicense: apache-2.0\nlibrary_name", 1),
+            "## How well it follows prompts",
+            "",
+            "It knows generated clips alone: one or two objects on a panning background (`a red disc moves left`, `a blue plus "
+            f"and a green square cross`). Shapes: {', '.join(SHAPES)}. Colours: {', '.join(COLOURS)}. Motions: "
+            f"{', '.join(MOTIONS)}. A scorer reads them back from the video.",
+            "",
+            *table(heads, accuracy),
+            "",
+            f"{first['prompts']} prompts of each kind, {first['steps']} steps, guidance {first['guidance']:g}; in brackets 95 "
+            f"% intervals (Wilson). A combination that is held out was never trained on. Guessing: {guessing}. "
+            f"Commit {first['commit']}, {first['machine']}, torch {first['versions']['torch']}.",
+            "",
+            "All right, of how many prompts, by motion:",
+            "",
+            *table(["ratio", "combinations", *MOTIONS], motions),
+            "",
+            "## Recipe",
+            "",
+            *table(
+                ["ratios", "generated clips", "emphasis", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"], trainings
+            ),
+            "",
+            "Every training starts from the one above it. Weights are moving averages. Minutes by the clock. `vae` links to "
+            "the folder of the tokenizer, which must lie beside this one.",
+            "",
+        ]
+    )
+
+
+def _kind(record: Mapping[str, Any]) -> str:
+    if "held_out" not in record:
+        return "what the tokenizer makes of unseen clips"
+    return "held out" if record["held_out"] else "trained"
+
+
+def _share(value: Sequence[float]) -> str:
+    return "{:.0f}% ({:.0f}%-{:.0f}%)".format(*(100 * x for x in value))

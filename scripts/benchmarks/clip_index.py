@@ -1,0 +1,118 @@
+"""Measure what opening a long clip index, and the index of as many clips in shards, costs: seconds and resident memory.
+
+Each is opened in a process of its own.
+
+benchmark_index.py --rows 1000000 --record docs/results/training.jsonl
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from promag.data.buckets import Bucket
+from promag.data.clip_index import Clip, load_clips, row_of
+from promag.data.epochs import EpochPlan
+from promag.data.tar_shards import ShardRow, open_shards
+from promag.data.tar_stream import ShardedClips, Sharding
+from promag.training.config import run_main
+from promag.training.run import append_result
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="clips in the index (1000000)")
+    parser.add_argument("--read", type=int, default=10_000, help="rows that are then read at random (10000)")
+    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
+    parser.add_argument("--note", default="", help="what the recorded line says about the code that was measured")
+    arguments = parser.parse_args(argv)
+
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder, "clips.jsonl")
+        write_index(index, arguments.rows)
+        figures = {"rows": arguments.rows, "index_bytes": index.stat().st_size}
+        for name in ("first", "again"):
+            figures[name] = found = apart(_open, str(index), arguments.read)
+            tell(f"opened {name}", found)
+        write_shard_index(Path(folder, "shards.jsonl"), arguments.rows)
+        figures["shards"] = found = apart(_open_shards, folder, arguments.rows)
+        tell("index of shards, with the order of an epoch", found)
+    if arguments.record:
+        append_result(arguments.record, {"what": "clip index", **figures, "note": arguments.note})
+    else:
+        print(json.dumps(figures))
+
+
+def write_index(path: Path, rows: int) -> None:
+    """Write an index of clips of many lengths and captions of 15 words; all of them are of one file, which is there."""
+    (path.parent / "video.mp4").touch()
+    rng = np.random.default_rng(0)
+    words = ["red", "disc", "moves", "slowly", "over", "a", "textured", "meadow", "while", "clouds", "pass"]
+    with open(path, "w") as file:
+        for row in range(rows):
+            caption = " ".join(words[k] for k in rng.integers(len(words), size=15))
+            height, frames = (int(rng.choice(v)) for v in ((256, 360, 720), (65, 150, 300)))
+            clip = Clip("video.mp4", 0.0, frames, 30.0, height * 16 // 9, height, caption, f"{row:064x}")
+            file.write(json.dumps(row_of(clip)) + "\n")
+
+
+def write_shard_index(path: Path, rows: int) -> None:
+    """Write the index of shards of 1000 samples each."""
+    rng = np.random.default_rng(0)
+    with open(path, "w") as file:
+        for number in range(-(-rows // 1000)):
+            frames, height = (rng.choice(v, 1000).tolist() for v in ((65, 150, 300), (256, 360, 720)))
+            width, fixed = [h * 16 // 9 for h in height], {"start": [0.0] * 1000, "fps": [30.0] * 1000}
+            columns = {"frames": frames, "height": height, "width": width, **fixed}
+            row = ShardRow(f"shard-{number:06d}.tar", 1000, 10**9, f"{number:064x}", **columns)
+            file.write(json.dumps(asdict(row)) + "\n")
+
+
+def tell(what: str, found: dict[str, float]) -> None:
+    """Print figures as one line."""
+    print(f"{what}: {found['seconds']:.2f} s, {found['resident_bytes'] / 2**20:.0f} MiB more resident memory")
+
+
+def apart(action: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """Return what `action` measures in a new process: seconds, and resident bytes that it adds."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(action, arguments)
+
+
+def _open_shards(folder: str, rows: int) -> dict[str, float]:
+    before, started = _resident(), time.perf_counter()
+    shards = open_shards(f"pipe:cat {folder}/shard-{{000000..{-(-rows // 1000) - 1:06d}}}.tar")  # a pipe is not looked for
+    buckets = [Bucket(frames, *size, batch_size=8) for frames in (1, 17, 65) for size in ((256, 448), (720, 1280))]
+    plan = ShardedClips(shards, buckets, (1,), Sharding(lanes=4, shuffle=64, bad="stop"))
+    step = EpochPlan([len(numbers) for numbers in plan.numbers], [8] * len(buckets), 8, 4, 0)
+    step.batch(100, 0)
+    return {"seconds": time.perf_counter() - started, "resident_bytes": _resident() - before}
+
+
+def _open(index: str, read: int) -> dict[str, float]:
+    before, started = _resident(), time.perf_counter()
+    clips = load_clips(index)
+    seconds, after = time.perf_counter() - started, _resident()
+    places = np.random.default_rng(1).integers(len(clips), size=read)
+    started = time.perf_counter()
+    for place in places:
+        _ = clips[int(place)].caption
+    per_row = (time.perf_counter() - started) / max(1, read)
+    return {"seconds": seconds, "resident_bytes": after - before, "seconds_per_row": per_row}
+
+
+def _resident() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

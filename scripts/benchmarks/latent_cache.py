@@ -1,0 +1,133 @@
+"""Measure how fast latents are cached, against its parts alone: decoding clips, and encoding clips that are ready.
+
+What the weights are does not matter: any tokenizer of the shape that is meant will do. Work is measured in turns, in one
+process and its decoding workers (pace.workers); CPU seconds too, which tell more than the clock where other programs run.
+"""
+
+import argparse
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from promag.data.datasets import open_dataset
+from promag.diffusion.config import DiffusionConfig
+from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
+from promag.pipelines.build import encoder
+from promag.tokenizer.train import load_tokenizer
+from promag.training.config import parse_config, run_main
+from promag.training.loop import processes
+from promag.training.run import append_result
+
+BATCH = 8
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print frames per second of each part; with --record append them as a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--clips", type=int, default=64, help="clips that are cached in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
+    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
+    arguments, rest = parser.parse_known_args(argv)
+    config = parse_config(DiffusionConfig, rest, __doc__ or "")
+
+    load, data = os.getloadavg()[0], config.data
+    source = open_dataset(data.train, "train", data.frames, data.size, arguments.clips)
+    clips, count = _Videos(source), min(arguments.clips, len(source))
+    device: Any = processes().device
+    encode = encoder(load_tokenizer(config.tokenizer), device)
+    ready = torch.stack([source.fixed(i % count)["video"] for i in range(BATCH)])
+
+    def decode_alone() -> None:
+        for _ in DataLoader(Subset(clips, range(count)), BATCH, num_workers=config.pace.workers):
+            pass
+
+    def encode_alone() -> None:
+        for _ in range(count // BATCH):
+            encode(ready, config.ratios)
+
+    def cache() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_latents(_caches(config, Path(folder)), count, source, encode, BATCH, config.pace.workers)
+
+    calls = {"decode": decode_alone, "encode": encode_alone, "cache": cache}
+    frames = {"decode": count, "encode": count // BATCH * BATCH, "cache": count}
+    record: dict[str, Any] = {}
+    for clock, found in _measure_in_turns(calls, arguments.rounds).items():
+        rates = {name: frames[name] * data.frames / seconds for name, seconds in found.items()}
+        in_turn = 1 / (1 / rates["decode"] + 1 / rates["encode"])
+        record |= {f"{name}_frames_per_{clock}": rate for name, rate in rates.items()}
+        record[f"cache_against_both_in_turn_{clock}"] = rates["cache"] / in_turn
+    record["read_milliseconds"] = _read_milliseconds(config, source, encode, count)
+    print("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+    if arguments.record:
+        protocol = (
+            f"{count} clips of {data.frames} frames at {data.size}x{data.size}, ratios {list(config.ratios)}, bf16 autocast, "
+            f"batches of {BATCH}, {config.pace.workers} decoding workers; decoding alone, encoding ready clips alone, and "
+            f"caching (decoding, encoding, writing {data.dtype} shards): medians of {arguments.rounds} rounds in turns; "
+            "reading cached latents in random order: median"
+        )
+        kind = "generated clips" if data.train == "shapes" else "video files"
+        note = {"load_average_before": round(load, 2)}  # above 0: other programs were running
+        append_result(arguments.record, {"what": "caching latents", "clips": kind, "protocol": protocol, **note, **record})
+    return 0
+
+
+class _Videos(torch.utils.data.Dataset):
+    """The pixels of clips, as caching reads them."""
+
+    def __init__(self, clips: Any):
+        self.clips = clips
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.clips.fixed(index)["video"]
+
+
+def _caches(config: DiffusionConfig, folder: Path) -> dict[Path, LatentFingerprint]:
+    size, data = config.data.size, config.data
+    return {
+        folder / f"{ratio}x": LatentFingerprint("any", "any", ratio, data.frames, size, size, data.dtype, data.shard_size)
+        for ratio in config.ratios
+    }
+
+
+def _measure_in_turns(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
+    """Call each once to warm up, then in turns; return median seconds by the clock, and of the CPU, children's included."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            clock, cpu = time.perf_counter(), _cpu_seconds()
+            call()
+            if turn:
+                times[name].append((time.perf_counter() - clock, _cpu_seconds() - cpu))
+    pairs = {name: [median(column) for column in zip(*found, strict=True)] for name, found in times.items()}
+    return {clock: {name: pair[i] for name, pair in pairs.items()} for i, clock in enumerate(("second", "cpu_second"))}
+
+
+def _cpu_seconds() -> float:
+    """Return what this process and its ended children have computed, to the microsecond; os.times counts in hundredths."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _read_milliseconds(config: DiffusionConfig, source: Any, encode: Any, count: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        place = write_latents(_caches(config, Path(folder)), count, source, encode, BATCH)[0]
+        cached, order = LatentDataset(place), torch.randperm(count).tolist()
+        times = []
+        for clip in order:
+            started = time.perf_counter()
+            cached.fixed(clip)
+            times.append(1000 * (time.perf_counter() - started))
+        return median(times)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,114 @@
+"""Check on a trained tokenizer what long and large videos need: memory by length, and tiles against the whole picture."""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from promag.data.video import frame_times, read_frames
+from promag.tokenizer.geometry import check_ratio
+from promag.tokenizer.metrics import from_uint8, psnr
+from promag.tokenizer.streaming import chunk_plan, pad_clip, reconstruct_stream
+from promag.tokenizer.train import load_tokenizer
+from promag.training.config import UserError, run_main
+from promag.training.run import append_result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print, and with --record append to a results file, peak memory by length and the PSNR of tiled against whole."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", help="folder of a tokenizer, or of a pipeline")
+    parser.add_argument("--video", type=Path, help="a video larger than a tile; left out: tiles are not compared")
+    parser.add_argument("--ratios", type=int, nargs="+", help="temporal ratios; left out: all that the tokenizer has")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[100, 2000], help="frames that are streamed")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the streamed frames")
+    parser.add_argument("--chunk", type=int, default=32, help="frames in work at a time, a multiple of every ratio")
+    parser.add_argument("--frames", type=int, default=17, help="frames of the video that are tiled")
+    parser.add_argument("--tile", type=int, default=128, help="side of a tile in pixels; tiles overlap by half of it")
+    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
+    arguments = parser.parse_args(argv)
+
+    model: Any = load_tokenizer(arguments.checkpoint)
+    ratios = tuple(arguments.ratios or model.temporal_ratios)
+    try:
+        for ratio in ratios:
+            check_ratio(ratio, model.temporal_ratios)
+            chunk_plan(1 + ratio, ratio, arguments.chunk)
+        model.enable_tiling(*[arguments.tile] * 2, *[arguments.tile // 16 * 8] * 2)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    rows = []
+    for ratio in ratios:
+        row: dict[str, Any] = {"ratio": ratio, "peak_bytes": {}}
+        for length in arguments.lengths:
+            row["peak_bytes"][str(length)] = peak = peak_memory(
+                arguments.checkpoint, ratio, length, arguments.size, arguments.chunk
+            )
+            print(f"{ratio:>3}x  {length} frames of {arguments.size}x{arguments.size}: peak memory {peak / 2**20:.0f} MiB")
+        if arguments.video:
+            row["tiled_psnr"] = tiled = tiled_against_whole(
+                model, first_frames(arguments.video, arguments.frames, ratio), ratio
+            )
+            print(f"{ratio:>3}x  tiles of {arguments.tile} against the whole picture: {tiled:.1f} dB")
+        rows.append(row)
+    if arguments.record:
+        settings = {key: getattr(arguments, key) for key in ("size", "chunk", "frames", "tile")}
+        video = arguments.video.name if arguments.video else None
+        checkpoint = "/".join(Path(arguments.checkpoint).parts[-2:])
+        append_result(arguments.record, {"what": "soak", "checkpoint": checkpoint, **settings, "video": video, "rows": rows})
+    else:
+        print(json.dumps(rows))
+    return 0
+
+
+def peak_memory(checkpoint: str, ratio: int, length: int, size: int, chunk: int) -> int:
+    """Return the peak resident bytes of a process that loads the tokenizer and streams `length` frames through it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_stream, (checkpoint, ratio, length, size, chunk))
+
+
+def _stream(checkpoint: str, ratio: int, length: int, size: int, chunk: int) -> int:
+    model = load_tokenizer(checkpoint)
+    frames = length + -(length - 1) % ratio
+
+    def chunks() -> Iterator[Tensor]:
+        for i, count in enumerate(chunk_plan(frames, ratio, chunk)):
+            yield torch.rand(1, 3, count, size, size, generator=torch.Generator().manual_seed(i)) * 2 - 1
+
+    seen = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        for sample in reconstruct_stream(model, chunks(), ratio):
+            seen += sample.shape[2]
+    if seen != frames:
+        raise RuntimeError(f"{seen} frames came back of {frames}")
+    # Not getrusage's figure: a new process starts with its parent's there.
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def first_frames(video: Path, frames: int, ratio: int) -> Tensor:
+    """Return the first frames of a video, padded to what the ratio takes and cropped to multiples of 8: 1 C T H W."""
+    pixels = read_frames(video, range(min(frames, len(frame_times(video)))))
+    height, width = (side // 8 * 8 for side in pixels.shape[1:3])
+    return pad_clip(from_uint8(torch.from_numpy(pixels[None]))[..., :height, :width], ratio)[0]
+
+
+@torch.no_grad()
+def tiled_against_whole(model: Any, clip: Tensor, ratio: int) -> float:
+    """Return the PSNR of a tiled reconstruction against the untiled one, in dB; raises UserError for a clip of one tile."""
+    if max(clip.shape[3:]) <= model.tiling.height:
+        raise UserError(f"video of {clip.shape[3]}x{clip.shape[4]}: is no larger than a tile of {model.tiling.height}")
+    outputs = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for model.use_tiling in (True, False):
+            outputs.append(model(clip, ratio).sample)
+    return float(psnr(*outputs))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,99 @@
+"""Count the memory that training each text-to-video preset takes - what stays between steps, activations per clip - and FLOPs.
+
+Nothing is trained, and large models are counted on tensors without data. Left out: activations of the small text model, what a
+backward pass needs for a moment, and what an allocator and a device's libraries take beside tensors.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promag.diffusion.config import DiffusionConfig
+from promag.diffusion.flops import training_flops
+from promag.diffusion.train import hidden_matrices
+from promag.evaluation.memory import activation_bytes, small_text, spread_bytes, standing_bytes, text_shape, transformer_alone
+from promag.tokenizer.geometry import tokens
+from promag.training.config import UserError, build, load_yaml, run_main
+from promag.training.optimizers import muon_flops
+from promag.training.run import append_result
+
+RATIOS = (4, 16)
+GIB, MIB = 2**30, 2**20
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a table for each preset; with --record append all as a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("presets", nargs="+", help="configs/diffusion/*.yaml")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="heights and widths beside the preset's own")
+    parser.add_argument("--text-width", type=int, default=4096, help="of frozen text encoders; 4096 is T5-XXL's")
+    parser.add_argument("--real", nargs="*", default=[], help="presets, by name, whose own size is measured on the CPU")
+    parser.add_argument("--processes", type=int, nargs="*", default=[], help="over which FSDP2 spreads what stays")
+    parser.add_argument("--no-clips", action="store_true", help="leave activations out: they take the most time to count")
+    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
+    arguments = parser.parse_args(argv)
+    rows = [_row(preset, arguments) for preset in arguments.presets]
+    if arguments.record:
+        protocol = (
+            "float32 weights, gradients, moments, averages: from parameter counts; activations under bf16 autocast with "
+            "attention that keeps no scores: tensors that the graph keeps, each stretch of memory once, batches of 3 less 2; "
+            "checkpointed: with one block's own; on the CPU where measured is true, else on tensors without data; fsdp2: "
+            "on the process with most rows; gathered: float32 outside of blocks, two blocks in bf16, gradients of one in both"
+        )
+        append_result(arguments.record, {"what": "training memory and arithmetic", "protocol": protocol, "rows": rows})
+    return 0
+
+
+def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    config = build(DiffusionConfig, load_yaml(preset), preset)
+    if config.model is None:
+        raise UserError(f"preset {preset}: model null: a configuration with a transformer of its own is needed")
+    path, width = Path(preset), arguments.text_width
+    name = path.stem if path.parent.name == "diffusion" else f"{path.parent.name}-{path.stem}"
+    widths, pooled, lengths = text_shape(config, width)
+    with torch.device("meta"):
+        transformer = transformer_alone(config.model, widths, pooled)
+    text = small_text(config.text)
+    trained = [*transformer.parameters(), *text]
+    matrices = [] if config.loop.muon is None else hidden_matrices(transformer)
+    standing = standing_bytes(trained, matrices)
+    print(f"{name}: {sum(p.numel() for p in trained) / 1e6:.1f} M weights, {standing.total / GIB:.2f} GiB: {standing}")
+    print(f"  Muon: {sum(muon_flops(*p.shape) for p in matrices) / 1e9:.4g} GFLOP a step")
+    row: dict[str, Any] = {
+        "preset": name,
+        "transformer_parameters": sum(p.numel() for p in transformer.parameters()),
+        "text_parameters": sum(p.numel() for p in text),
+        "muon_parameters": sum(p.numel() for p in matrices),
+        "muon_flops_per_step": sum(muon_flops(*p.shape) for p in matrices),
+        "bytes": {**asdict(standing), "total": standing.total},
+        "clips": [],
+    }
+    for world in arguments.processes:
+        spread = spread_bytes(transformer, text, matrices, world)
+        row["fsdp2"] = {**row.get("fsdp2", {}), world: {**asdict(spread), "total": spread.total}}
+        said = f"{spread.stays / MIB:.0f} MiB on each, and up to {spread.gathered / MIB:.0f} gathered"
+        print(f"  FSDP2 on {world} processes: {said}")
+    if arguments.no_clips:
+        return row
+    for size in sorted({config.data.size, *arguments.sizes}):
+        for ratio in RATIOS:
+            measured = name in arguments.real and size == config.data.size
+            found = activation_bytes(config, width, ratio, size, fake=not measured)
+            count = tokens(config.data.frames, size, size, ratio, config.model.patch_size)
+            clip = {"frames": config.data.frames, "size": size, "ratio": ratio, "tokens": count, "measured": measured}
+            clip |= {**asdict(found), "training_flops": training_flops(transformer.config, count, lengths)}
+            row["clips"].append(clip)
+            print(
+                f"  {clip['frames']} frames of {size}x{size} at {ratio}x, {count} tokens: {found.per_clip / MIB:.0f} MiB "
+                f"a clip, {found.per_clip_checkpointed / MIB:.0f} with checkpointing, and {found.per_step / MIB:.0f} a step; "
+                f"{clip['training_flops'] / 1e9:.4g} GFLOP a clip"
+            )
+    return row
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

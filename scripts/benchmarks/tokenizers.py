@@ -1,0 +1,388 @@
+"""Measure how fast, and with how much memory, video autoencoders encode and decode: every level of ours, and published ones.
+
+Weights are untrained: cost does not depend on them. Published architectures (--peers) are built from the defaults of their
+classes in diffusers. What does not fit into memory is recorded as such, and the run goes on.
+"""
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from promag import AutoencoderKLProMAG
+from promag.evaluation.baselines import build_peer, probe_peer
+from promag.evaluation.cost import measure_in_turns, peak_bytes
+from promag.tokenizer.autoencoder import parameter_count
+from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
+from promag.tokenizer.train import Stage, StageObjective, TokenizerConfig
+from promag.training.compilation import compile_blocks
+from promag.training.config import UserError, build, load_yaml, run_main
+from promag.training.device import best_device
+from promag.training.loop import seeded
+from promag.training.optimizers import make_optimizers
+from promag.training.run import append_result
+from promag.training.throughput import matmul_tflops
+
+# Classes whose defaults are a published architecture (diffusers 0.42.1), and whose it is.
+PEERS = {
+    "AutoencoderKLWan": "Wan 2.1",
+    "AutoencoderKLLTXVideo": "LTX-Video 0.9.0",
+    "AutoencoderKLCogVideoX": "CogVideoX",
+    "AutoencoderKLHunyuanVideo": "HunyuanVideo",
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MIB = 2**20
+Size = tuple[int, int, int]  # frames, height, width in pixels
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An autoencoder that is measured."""
+
+    name: str
+    architecture: str
+    make: Callable[[], Any]  # an untrained one, where torch.device says
+    ratios: tuple[int, ...]  # at which it is measured
+    step: int  # it takes 1 + step*k frames
+    spatial: int  # of sides that are multiples of this
+    config: TokenizerConfig | None  # of ours
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a line for each measurement; with --record append a JSON line for each model and size. 1: some had errors."""
+    arguments = _parser().parse_args(argv)
+    subjects = [_preset(path) for path in arguments.presets] + [_peer(name) for name in arguments.peers]
+    sizes = [_size(text) for text in arguments.sizes]
+    _check(subjects, sizes, arguments)
+    device = best_device()
+    bad = 0
+    for subject in subjects:
+        bad += _measure(subject, sizes, device, arguments)
+        if subject.config and arguments.train_batch:
+            bad += _measure_training(subject, subject.config, sizes, device, arguments)
+    return int(bad > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("presets", nargs="*", default=[], help="configs/tokenizer/*.yaml: all levels that their stages grow")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="CLASS", help=f"of diffusers: {', '.join(PEERS)}")
+    parser.add_argument("--sizes", nargs="+", default=["17x128x128", "65x256x256"], help="FRAMESxHEIGHTxWIDTH")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and pixels; training is bf16 autocast")
+    parser.add_argument("--compile", action="store_true", help="measure ours again with its repeated blocks compiled")
+    parser.add_argument("--train-batch", type=int, metavar="CLIPS", help="measure training steps of ours, too")
+    parser.add_argument("--record", type=Path, help="append JSON lines with commit and machine to this results file")
+    return parser
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+def _preset(path: str) -> Subject:
+    config = build(TokenizerConfig, load_yaml(path), path)
+    stem, parent = Path(path).stem, Path(path).parent.name
+    name = stem if parent in ("tokenizer", "") else f"{parent}-{stem}"
+    if config.model is None or config.stages[0].growth is not None:
+        raise UserError(f"preset {path}: a configuration with a model of its own, and a first stage without growth, is needed")
+    ratios = tuple(stage.ratio for stage in config.stages)
+    with torch.device("meta"):
+        levels = _grow(config, config.stages[-1])[0].temporal_ratios
+    if levels[0] != ratios[0]:
+        raise UserError(f"preset {path}: stage {ratios[0]}x without growth: the base's strides make it {levels[0]}x")
+    return Subject(name, "ProMAG", lambda: _grow(config, config.stages[-1])[0], ratios, ratios[-1], SPATIAL_RATIO, config)
+
+
+def _grow(config: TokenizerConfig, last: Stage) -> tuple[Any, Sequence[int]]:
+    """Return an untrained tokenizer with the levels up to a stage, and the ratios that this stage adds."""
+    model: Any = AutoencoderKLProMAG(**asdict(config.model))  # pyright: ignore[reportArgumentType]
+    added = model.temporal_ratios
+    for stage in config.stages[1 : config.stages.index(last) + 1]:
+        have = len(model.temporal_ratios)
+        while model.temporal_ratios[-1] < stage.ratio:
+            model.grow(stage.growth)
+        added = model.temporal_ratios[have:]
+    return model, added
+
+
+def _peer(name: str) -> Subject:
+    if name not in PEERS:
+        raise UserError(f"--peers {name}: use one of {', '.join(PEERS)}")
+    with torch.device("meta"):
+        probed = probe_peer(build_peer(name, {}).eval())
+    ratios = probed.model.temporal_ratios
+    return Subject(name, PEERS[name], lambda: build_peer(name, {}), ratios, probed.step, probed.spatial, None)
+
+
+def _size(text: str) -> Size:
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if not found:
+        raise UserError(f"--sizes {text}: FRAMESxHEIGHTxWIDTH is needed, for example 17x128x128")
+    frames, height, width = map(int, found.groups())
+    return frames, height, width
+
+
+def _check(subjects: Sequence[Subject], sizes: Sequence[Size], arguments: argparse.Namespace) -> None:
+    """Raise UserError for what could not be measured, before anything is."""
+    if not subjects:
+        raise UserError("nothing to measure: give presets (configs/tokenizer/small.yaml) or --peers")
+    for name in ("rounds", "train_batch"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    for subject, (frames, height, width) in itertools.product(subjects, sizes):
+        try:
+            check_frames(frames, subject.step)
+            check_size(height, width, subject.spatial)
+        except ValueError as error:
+            raise UserError(f"--sizes {frames}x{height}x{width}, {subject.name}: {error}") from None
+
+
+# -- encoding and decoding -------------------------------------------------------------------------------------------
+
+
+def _measure(subject: Subject, sizes: Sequence[Size], device: torch.device, arguments: argparse.Namespace) -> int:
+    """Measure one autoencoder at every size and ratio; return how many rows had errors."""
+    counted = {(size, ratio): _count(subject, size, ratio) for size in sizes for ratio in subject.ratios}
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = subject.make().to(DTYPES[arguments.dtype]).eval()
+    bad = 0
+    for compiled in (False, True) if arguments.compile and subject.config else (False,):
+        if compiled:
+            compile_blocks(model)
+        for size in sizes:
+            rows = []
+            for ratio in subject.ratios:
+                row = {"model": subject.name, "ratio": ratio, **_facts(size), "compiled": compiled}
+                row |= {"parameters": _parameters(model, ratio), **counted[size, ratio]}
+                row |= _row(model, size, ratio, row["latent_shape"], arguments.rounds)
+                _tell(row, "compiled" if compiled else "eager")
+                rows.append(row)
+            bad += sum("error" in row for row in rows)
+            if arguments.record:
+                described = {"model": subject.name, "architecture": subject.architecture, **_facts(size)}
+                described |= {"dtype": arguments.dtype, "compiled": compiled, "rounds": arguments.rounds}
+                protocol = _protocol(arguments, subject)
+                append_result(arguments.record, {"what": "tokenizer speed", **described, "protocol": protocol, "rows": rows})
+    del model
+    torch.compiler.reset()
+    _free()
+    return bad
+
+
+def _count(subject: Subject, size: Size, ratio: int) -> dict[str, Any]:
+    """Return the latent's shape and the arithmetic of encoding and decoding one clip, counted on tensors without data."""
+    with torch.device("meta"), torch.no_grad():
+        model = subject.make().eval()
+        with FlopCounterMode(display=False) as encoding:
+            z = model.encode(torch.empty(1, 3, *size), ratio).latent_dist.mode()
+        with FlopCounterMode(display=False) as decoding:
+            model.decode(z, ratio)
+    return {
+        "latent_shape": list(z.shape),
+        "latent_values": prod(z.shape),
+        "encode_gflops": encoding.get_total_flops() / 1e9,
+        "decode_gflops": decoding.get_total_flops() / 1e9,
+    }
+
+
+def _parameters(model: Any, ratio: int) -> int:
+    """Return how many parameters coding at a ratio uses: levels above it play no part."""
+    if not isinstance(model, AutoencoderKLProMAG):
+        return parameter_count([model])
+    level = model.level_of(ratio)
+    return parameter_count([*model.encoding_path(level), *model.decoding_path(level)])
+
+
+def _row(model: Any, size: Size, ratio: int, latent: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Return seconds, frames a second and peak memory of encoding and of decoding; without those of what did not fit."""
+    x = torch.rand(1, 3, *size, device=model.device, dtype=model.dtype) * 2 - 1
+    z = torch.randn(*latent, device=model.device, dtype=model.dtype)
+    calls: dict[str, Callable[[], Any]] = {
+        "encode": lambda: model.encode(x, ratio).latent_dist.mode(),
+        "decode": lambda: model.decode(z, ratio).sample,
+    }
+    found: dict[str, Any] = {"out_of_memory": False}
+    for name, call in calls.items():
+        measured = _guarded(torch.no_grad()(lambda call=call: _seconds_and_peak(call, rounds)))
+        if isinstance(measured, dict):
+            found |= measured
+        else:
+            seconds, peak = measured
+            found |= {f"{name}_seconds": seconds, f"{name}_frames_per_second": size[0] / seconds}
+            found[f"{name}_peak_mib"] = peak / MIB
+    return found
+
+
+def _seconds_and_peak(call: Callable[[], Any], rounds: int) -> tuple[float, int]:
+    return measure_in_turns({"call": call}, rounds)["call"], peak_bytes(call)
+
+
+def _guarded(measure: Callable[[], Any]) -> Any:
+    """Return what `measure` returns, or how it failed, as keys of a row."""
+    try:
+        return measure()
+    except torch.cuda.OutOfMemoryError:
+        failed: dict[str, Any] = {"out_of_memory": True}
+    except RuntimeError as error:  # a kernel that refuses so large a tensor must not end an unattended run
+        failed = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    _free()  # here, where no traceback holds tensors any more
+    return failed
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def _measure_training(
+    subject: Subject, config: TokenizerConfig, sizes: Sequence[Size], device: torch.device, arguments: argparse.Namespace
+) -> int:
+    """Measure a training step of every stage at every height and width; return how many rows had errors."""
+    peak, bad = matmul_tflops(device, bf16=True), 0
+    for height, width in dict.fromkeys(size[1:] for size in sizes):
+        rows = []
+        for stage in config.stages:
+            size = (stage.frames, height, width)
+            row = {"model": subject.name, "ratio": stage.ratio, **_facts(size), "batch": arguments.train_batch}
+            row |= {"gradient_checkpointing": config.gradient_checkpointing, "out_of_memory": False}
+            row |= _training_row(config, stage, size, device, arguments, peak)
+            _free()
+            _tell(row, "training")
+            rows.append(row)
+        bad += sum("error" in row for row in rows)
+        if arguments.record:
+            protocol = (
+                f"a step of {arguments.train_batch} random clips with float32 weights under bf16 autocast: forward, backward "
+                "of the stage's pixel losses and KL (without LPIPS, discriminator and latent regression), clipping, the "
+                f"optimisers of the stage's loop, which train what the stage trains; median of {arguments.rounds} rounds; "
+                "FLOPs of forward and backward, recomputation and optimisers left out; MFU against matmul_tflops; peak "
+                "beyond weights and moments, gradients included"
+            )
+            described = {"model": subject.name, "architecture": subject.architecture, "height": height, "width": width}
+            described |= {"batch": arguments.train_batch, "rounds": arguments.rounds, "matmul_tflops": peak}
+            append_result(
+                arguments.record, {"what": "tokenizer training speed", **described, "protocol": protocol, "rows": rows}
+            )
+    return bad
+
+
+def _training_row(
+    config: TokenizerConfig, stage: Stage, size: Size, device: torch.device, arguments: argparse.Namespace, peak: float
+) -> dict[str, Any]:
+    batch, pixels = arguments.train_batch, dataclasses.replace(stage, latent_steps=0, perceptual=None, adversarial=None)
+    with torch.device("meta"):
+        objective = _objective(config, stage, pixels)
+        with FlopCounterMode(display=False) as counter:
+            objective({"video": torch.empty(batch, 3, *size)}, [seeded(i) for i in range(batch)], 0)["loss"].backward()
+    flops = counter.get_total_flops()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    found: dict[str, Any] = {"trained_parameters": sum(p.numel() for p in trained), "step_gflops": flops / 1e9}
+
+    def measure() -> dict[str, float]:
+        step = _training_step(config, stage, pixels, size, batch, device)
+        seconds, taken = _seconds_and_peak(step, arguments.rounds)
+        tflops = flops / seconds / 1e12
+        speed = {"step_seconds": seconds, "clips_per_second": batch / seconds, "tflops": tflops, "mfu": tflops / peak}
+        return {**speed, "step_peak_mib": taken / MIB}
+
+    return {**found, **_guarded(measure)}
+
+
+def _objective(config: TokenizerConfig, stage: Stage, pixels: Stage) -> StageObjective:
+    """Return what a stage trains, on a new model, with the losses of `pixels`; as train_stage prepares it."""
+    model, added = _grow(config, stage)
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    model.train_only(*(added if stage.trains == "new" else model.temporal_ratios))
+    return StageObjective(model, pixels, model.inherited_modules(added))
+
+
+def _training_step(
+    config: TokenizerConfig, stage: Stage, pixels: Stage, size: Size, batch: int, device: torch.device
+) -> Callable[[], None]:
+    torch.manual_seed(0)
+    with torch.device(device):
+        objective = _objective(config, stage, pixels).train()
+        x = torch.rand(batch, 3, *size) * 2 - 1
+    if config.gradient_checkpointing:
+        objective.model.enable_gradient_checkpointing()
+    optimizers = make_optimizers(objective, stage.loop)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    generators = [seeded(i, device=device) for i in range(batch)]
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = objective({"video": x}, generators, 0)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, stage.loop.clip_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    return step
+
+
+# -- telling ---------------------------------------------------------------------------------------------------------
+
+
+def _facts(size: Size) -> dict[str, int]:
+    return dict(zip(("frames", "height", "width"), size, strict=True))
+
+
+def _protocol(arguments: argparse.Namespace, subject: Subject) -> str:
+    said = (
+        f"untrained {arguments.dtype} weights, random pixels and latents, batch 1, no_grad, no autocast; median of "
+        f"{arguments.rounds} rounds after a warm-up; peaks are of tensors beyond weights and input; FLOPs: 2 for a "
+        "multiply-add in convolutions, products and attention, counted on tensors without data"
+    )
+    if arguments.dtype == "fp32":
+        said += "; convolutions in TF32 where torch's default has it"
+    if subject.config:
+        return f"{said}; whole clips without tiles or chunks; parameters: those that the ratio uses"
+    return f"{said}; defaults of diffusers, its framewise coding and temporal tiles, where they are on, included"
+
+
+def _tell(row: dict[str, Any], how: str) -> None:
+    said = []
+    for name in ("encode", "decode"):
+        if f"{name}_seconds" in row:
+            said.append(
+                f"{name} {row[f'{name}_seconds']:.4g} s, {row[f'{name}_frames_per_second']:.4g} frames/s, "
+                f"{row[f'{name}_peak_mib']:.0f} MiB, {row[f'{name}_gflops']:.4g} GFLOP"
+            )
+    if "step_seconds" in row:
+        said.append(
+            f"step of {row['batch']} {row['step_seconds']:.4g} s, {row['clips_per_second']:.4g} clips/s, "
+            f"{row['step_peak_mib']:.0f} MiB, {row['tflops']:.4g} TFLOP/s, MFU {row['mfu']:.3f}"
+        )
+    if "latent_shape" in row:
+        latent = f"latent {'x'.join(map(str, row['latent_shape']))}"
+        said.append(f"{row['parameters'] / 1e6:.4g} M parameters, {latent} = {row['latent_values']} values")
+    if row["out_of_memory"]:
+        said.append("out of memory")
+    if "error" in row:
+        said.append(row["error"])
+    size = f"{row['frames']}x{row['height']}x{row['width']}"
+    print(f"{row['model']} {row['ratio']}x, {size} {how}: {'; '.join(said)}", flush=True)
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,129 @@
+"""Does it pay to draft a video at a high temporal ratio and refine it at a low one? Against sampling at the low one from noise.
+
+Same prompts, same seeds, in turns: from noise at the low ratio with several numbers of steps; the draft alone; the draft
+lifted to the low ratio without pixels, noised to several times and refined. Compared are ways of about equal seconds.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from promag.data.synthetic import render
+from promag.evaluation.prompt_accuracy import accuracies, in_words, scenes_to_score
+from promag.pipelines.sampling import Draft, load_pipeline, sample_timed, trained_ratios
+from promag.reports.contact_sheet import write_contact_sheet
+from promag.tokenizer.metrics import from_uint8, high_frequency_energy, jitter, psnr
+from promag.training.config import UserError, run_main
+from promag.training.run import append_result
+
+PROTOCOL = (
+    "one video for each prompt, noise seeded by its number, all ways in one process, batches of 8 on otherwise idle cores; "
+    "seconds of a video, text and decoding included; Wilson 95 % intervals; jitter and high-frequency energy against rendered "
+    "clips of the same captions; PSNR between the videos of two ways, mean over videos"
+)
+SHOWN = 6  # prompts on the contact sheet
+
+
+def main(argv: Sequence[str]) -> int:
+    """Sample every way, print a table of them, and append a line for each to --record."""
+    arguments = _parse(argv)
+    pipe: Any = load_pipeline(arguments.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    ratio, known = arguments.ratio, trained_ratios(pipe)
+    for option, value in (("--ratio", ratio), ("--draft-ratio", arguments.draft_ratio)):
+        if value not in known:
+            raise UserError(f"{option} {value}: the pipeline was trained at {', '.join(f'{r}x' for r in known)}")
+    scenes = scenes_to_score(arguments.prompts, seed=0)
+    known_size = (pipe.config["num_frames"], (pipe.config["height"], pipe.config["width"]))
+    true = [_tensor(render(scene, i, *known_size)) for i, scene in enumerate(scenes)]
+
+    def sample(name: str, steps: int, at: int, draft: Draft | None = None) -> tuple[list[np.ndarray], dict[str, Any]]:
+        how = {"temporal_ratio": at, "draft": draft}
+        prompts = [scene.caption() for scene in scenes]
+        videos, spent = sample_timed(pipe, prompts, steps, arguments.guidance, arguments.precision, name=name, **how)
+        return videos, {
+            "way": name,
+            "seconds": spent.total / len(videos),
+            "accuracy": accuracies(videos, scenes),
+            "jitter": _mean(jitter, videos),
+            "jitter_of_true_clips": fmean(float(jitter(x)) for x in true),
+            "high_frequency": fmean(float(high_frequency_energy(_tensor(v), t)) for v, t in zip(videos, true, strict=True)),
+        }
+
+    try:
+        draft_videos, draft_row = sample(f"{arguments.draft_ratio}x alone", arguments.draft_steps, arguments.draft_ratio)
+        direct = [sample(f"{ratio}x from noise, {n} steps", n, ratio) for n in arguments.from_noise_steps]
+        refined = [
+            sample(f"refined from {s:g}", arguments.steps, ratio, Draft(arguments.draft_ratio, arguments.draft_steps, s))
+            for s in arguments.strengths
+        ]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for videos, row in refined:
+        others, rival = min(direct, key=lambda pair: abs(pair[1]["seconds"] - row["seconds"]))
+        row |= {"psnr_to_draft": _psnr(videos, draft_videos), "rival": rival["way"], "psnr_to_rival": _psnr(videos, others)}
+    rows = [draft_row, *(row for _, row in direct), *(row for _, row in refined)]
+    names = ("ratio", "draft_ratio", "draft_steps", "steps", "prompts", "guidance", "note")
+    common = {name: getattr(arguments, name) for name in names} | {"protocol": PROTOCOL}
+    for row in rows:
+        print(_said(row))
+        if arguments.record:
+            append_result(arguments.record, {"what": "draft and refine", **row, **common})
+    if arguments.contact_sheet:
+        ways = {row["way"]: videos for videos, row in [(draft_videos, draft_row), *direct[-1:], *refined]}
+        shown = [(s.caption(), {way: videos[i] for way, videos in ways.items()}) for i, s in enumerate(scenes[:SHOWN])]
+        print(write_contact_sheet(arguments.contact_sheet, shown))
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("pipeline", type=Path, help="folder of train_diffusion.py, trained at both ratios")
+    add("--ratio", type=int, default=4, help="temporal ratio of the videos")
+    add("--draft-ratio", type=int, default=16, help="temporal ratio of the drafts")
+    add("--draft-steps", type=int, default=24, help="denoising steps of a draft")
+    add("--steps", type=int, default=24, help="denoising steps at the low ratio, of which a strength makes its share")
+    add("--strengths", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="shares of the steps that refine the draft")
+    add("--from-noise-steps", type=int, nargs="+", default=[12, 18, 24, 32], help="numbers of steps from noise")
+    add("--prompts", type=int, default=64, help="prompts")
+    add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
+    add("--precision", choices=("no", "bf16"), default="bf16", help="bf16 computes in bfloat16 where that is safe")
+    add("--contact-sheet", type=Path, help="PNG with frames of a few prompts by every way")
+    add("--record", type=Path, help="append the lines to this results file")
+    add("--note", default="", help="what the lines say about the pipeline")
+    arguments = parser.parse_args(argv)
+    for name in ("prompts", "steps", "draft_steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed")
+    return arguments
+
+
+def _tensor(video: np.ndarray) -> Tensor:
+    return from_uint8(torch.from_numpy(video[None]))
+
+
+def _mean(figure: Callable[[Tensor], Tensor], videos: Sequence[np.ndarray]) -> float:
+    return fmean(float(figure(_tensor(video))) for video in videos)
+
+
+def _psnr(videos: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+    return fmean(float(psnr(_tensor(a), _tensor(b))) for a, b in zip(videos, others, strict=True))
+
+
+def _said(row: dict[str, Any]) -> str:
+    text = f"{row['way']}: {row['seconds']:.3f} s, {in_words(row['accuracy'])}; jitter {row['jitter']:.2f} (of true clips "
+    text += f"{row['jitter_of_true_clips']:.2f}), high frequencies {row['high_frequency']:.2f}"
+    if "rival" in row:
+        text += f"; {row['psnr_to_draft']:.1f} dB to the draft, {row['psnr_to_rival']:.1f} dB to {row['rival']}"
+    return text
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

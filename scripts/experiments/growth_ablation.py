@@ -1,0 +1,267 @@
+"""The paper's claim, measured: does growing 4x -> 8x -> 16x beat training 16x directly, and what does each part give?
+
+Every arm is trained by the same trainer on the same clips and scored on the same unseen ones. A finished arm is not trained
+again, an unfinished one continues; `--only "[progressive]"` runs some arms and what they start from.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from promag.data.datasets import open_dataset
+from promag.evaluation.baselines import build_peer, load_peer
+from promag.evaluation.growth_ablation import table
+from promag.tokenizer.autoencoder import parameter_count
+from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
+from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
+from promag.training.config import parse_config, run_main, setting
+from promag.training.device import best_device
+from promag.training.loop import Pace, seeded
+from promag.training.run import append_result, write_atomically
+
+COSTS = ("steps", "clips_seen", "frames_seen", "seconds", "flops")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another architecture."""
+
+    name: str = setting("class of diffusers, AutoencoderKLWan for example")
+    config: dict[str, Any] = setting("what it is built with")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to reach a ratio. Exactly one of `base`, `model` and `peer` says what it starts from."""
+
+    name: str = setting("what the results call it")
+    seeds: tuple[int, ...] = setting("one training for each")
+    base: str | None = setting("an earlier arm whose tokenizer, of the same seed, it continues")
+    model: Model | None = setting("a tokenizer of ours from scratch")
+    peer: Peer | None = setting("a peer from scratch")
+    stages: tuple[Stage, ...] = setting("what is trained, one after the other")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless one start is given."""
+        if sum(start is not None for start in (self.base, self.model, self.peer)) != 1:
+            raise ValueError(f"arm {self.name}: exactly one of base, model and peer is needed")
+
+
+@dataclass(frozen=True)
+class ClaimConfig:
+    """The whole experiment."""
+
+    output_dir: str = setting("folder of the arms' run directories")
+    record: str | None = setting("results file that gets a JSON line for each arm, seed and ratio; null for none")
+    only: tuple[str, ...] | None = setting("names of arms to run, with those they start from; null runs all")
+    precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
+    compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
+    frames: int = setting("frames of the clips that are scored")
+    data: Data = setting("clips to train on and, never trained on, to score")
+    pace: Pace = setting("logging, validation, checkpoints")
+    arms: tuple[Arm, ...] = setting("in an order in which each one's base comes before it")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for names that do not resolve."""
+        known: dict[str, Arm] = {}
+        for arm in self.arms:
+            if arm.name in known:
+                raise ValueError(f"arm {arm.name}: there are two of that name")
+            if arm.base is not None:
+                base = known.get(arm.base)
+                if base is None or not set(arm.seeds) <= set(base.seeds):
+                    raise ValueError(f"arm {arm.name}: base {arm.base} must be an earlier arm with seeds {arm.seeds}")
+            known[arm.name] = arm
+        unknown = sorted(set(self.only or ()) - known.keys())
+        if unknown:
+            raise ValueError(f"only {', '.join(unknown)}: the arms are {', '.join(known)}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train and score the arms that are not finished, then print the table of all that are."""
+    config = parse_config(ClaimConfig, argv, __doc__ or "")
+    arms = {arm.name: arm for arm in config.arms}
+    wanted = {name for chosen in config.only or arms for name in _lineage(arms, chosen)}
+    rows: list[dict[str, Any]] = []
+    for arm in config.arms:
+        for seed in arm.seeds if arm.name in wanted else ():
+            print(f"== {arm.name}, seed {seed}", flush=True)
+            folder = train_arm(config, arm, seed)
+            if folder is None:
+                print("stopped early; the same command continues")
+                return 0
+            rows += score_arm(config, arms, arm, seed, folder)
+    print(table(rows))
+    return 0
+
+
+def _lineage(arms: Mapping[str, Arm], name: str) -> list[str]:
+    """Return the names of an arm and of all it starts from, the first one first."""
+    base = arms[name].base
+    return [*(_lineage(arms, base) if base else ()), name]
+
+
+def run_folder(config: ClaimConfig, name: str, seed: int) -> Path:
+    """Return the run directory of an arm's training."""
+    return Path(config.output_dir) / f"{name}-{seed}"
+
+
+def train_arm(config: ClaimConfig, arm: Arm, seed: int) -> Path | None:
+    """Train one arm with one seed; None if stopped early."""
+    peer = arm.peer
+    tokenizer = TokenizerConfig(
+        output_dir=str(run_folder(config, arm.name, seed)),
+        seed=seed,
+        precision=config.precision,
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
+        init=str(run_folder(config, arm.base, seed) / "tokenizer") if arm.base else None,
+        only=None,
+        model=arm.model,
+        data=config.data,
+        stages=arm.stages,
+        pace=config.pace,
+    )
+    return train_tokenizer(tokenizer, (lambda: build_peer(peer.name, peer.config)) if peer else None)
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score_arm(config: ClaimConfig, arms: Mapping[str, Arm], arm: Arm, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Score one trained arm at the ratios it added, record the lines and return them; a scored arm is read back."""
+    kept = run_folder(config, arm.name, seed) / "scores.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    model: Any = load_peer(arm.peer.name, folder) if arm.peer else load_tokenizer(folder)
+    model.to(best_device())
+    source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
+    count = len(source) if Path(config.data.validation).suffix == ".jsonl" else config.data.validation_clips
+    clips = [source.fixed(i)["video"][None] for i in range(count)]
+    inherited = [
+        _cost(config, arms[name], seed, stage) for name in _lineage(arms, arm.name)[:-1] for stage in arms[name].stages
+    ]
+    own = [_cost(config, arm, seed, stage) for stage in arm.stages]
+    rows = []
+    for i, stage in enumerate(arm.stages):
+        spent = _total(inherited + own[: i + 1])
+        row = {
+            "what": "claim",
+            "arm": arm.name,
+            "seed": seed,
+            "ratio": stage.ratio,
+            "split": "eval",
+            "frames": config.frames,
+            "size": config.data.size,
+            "params": _used_parameters(model, stage.ratio),
+            **spent,
+            # What of it went into this stage alone, and what into the arms that this one starts from.
+            "stage": own[i],
+            "inherited": _total(inherited),
+            **evaluate_fully(model, clips, stage.ratio),
+            "lift": evaluate_lift(model, clips, stage.ratio),
+            "curve": _curve(config, arm, seed, stage, spent),
+            "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}",
+        }
+        rows.append(row)
+        # The paper's observation: the lowest level on subsampled clips, scored on the frames that are left.
+        for step in (2, 4) if arm.base is None and not arm.peer and stage.ratio == 4 else ():
+            part = evaluate_fully(model, [clip[:, :, ::step] for clip in clips], stage.ratio)
+            rows.append({**row, "arm": f"{arm.name}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []})
+    if config.record:
+        for row in rows:
+            append_result(config.record, _rounded(row))
+    write_atomically(kept, json.dumps(rows))
+    return rows
+
+
+def _nth(step: int) -> str:
+    return {2: "2nd"}.get(step, f"{step}th")
+
+
+def _used_parameters(model: Any, ratio: int) -> int:
+    """Count the weights that encoding and decoding at a ratio touch."""
+    if not hasattr(model, "level_of"):
+        return parameter_count([model])
+    level = model.level_of(ratio)
+    encoders = model.encoding_path(level)
+    return parameter_count([*encoders, *model.decoding_path(level)]) - parameter_count(_idle_heads(encoders))
+
+
+def _idle_heads(encoders: Sequence[Any]) -> list[Any]:
+    """Return the heads below the highest level that nothing reads: those below one that starts from no key-frame latent."""
+    top = len(encoders) - 1
+    used = {top}
+    for i in range(top, 0, -1):
+        if i in used and encoders[i].adds_to_key_latent:
+            used.add(i - 1)
+    return [encoders[i].head for i in range(top) if i not in used]
+
+
+def _cost(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> dict[str, float]:
+    """Return steps, clips, frames, seconds and FLOPs of one stage's training; seconds are this machine's."""
+    clips = stage.loop.steps * stage.loop.batch_size * stage.loop.accumulate
+    done = run_folder(config, arm.name, seed) / f"{stage.ratio}x" / "done.json"
+    return {
+        "steps": stage.loop.steps,
+        "clips_seen": clips,
+        "frames_seen": clips * stage.frames,
+        "seconds": json.loads(done.read_text())["seconds"],
+        "flops": _stage_flops(config, arm, seed, stage),
+    }
+
+
+def _total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: sum(cost[key] for cost in costs) for key in COSTS}
+
+
+def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> float:
+    """Count the FLOPs of a stage: one forward and backward of each kind of step, times how many there were."""
+    folder = run_folder(config, arm.name, seed) / "tokenizer"
+    model: Any = load_peer(arm.peer.name, folder) if arm.peer else load_tokenizer(folder)
+    ratios = [r for r in model.temporal_ratios if r <= stage.ratio]
+    below = [s.ratio for s in arm.stages if s.ratio < stage.ratio]
+    if stage.trains == "new" and stage.growth:
+        ratios = [r for r in ratios if r > (max(below) if below else _base_highest(config, arm, seed))]
+    model.train_only(*ratios)
+    objective = StageObjective(model, stage)
+    video = torch.zeros(1, 3, stage.frames, config.data.size, config.data.size)
+    latent = min(stage.latent_steps, stage.loop.steps) if stage.growth else 0
+    total = 0.0
+    for step, count in ((0, latent), (stage.latent_steps, stage.loop.steps - latent)):
+        if count:
+            with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+                objective({"video": video}, [seeded(0)], step)["loss"].backward()
+            total += counter.get_total_flops() * count * stage.loop.batch_size * stage.loop.accumulate
+    return total
+
+
+def _base_highest(config: ClaimConfig, arm: Arm, seed: int) -> int:
+    return load_tokenizer(run_folder(config, arm.base or "", seed) / "tokenizer").temporal_ratios[-1]
+
+
+def _curve(config: ClaimConfig, arm: Arm, seed: int, stage: Stage, spent: Mapping[str, Any]) -> list[list[float]]:
+    """Return validation points of a stage: steps and seconds since the first arm began, PSNR."""
+    folder = run_folder(config, arm.name, seed) / f"{stage.ratio}x"
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    before = spent["steps"] - stage.loop.steps
+    since = spent["seconds"] - json.loads((folder / "done.json").read_text())["seconds"]
+    return [[before + p["step"], since + p["train_seconds"], p["psnr"]] for p in points if "psnr" in p]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

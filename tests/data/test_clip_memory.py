@@ -1,0 +1,176 @@
+"""Clips in memory: the items of clips in files, whoever read them first, without the files."""
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from promag.data.buckets import Bucket
+from promag.data.clip_index import save_clips
+from promag.data.clips import list_videos, prepare
+from promag.data.crops import PIECE, Windows
+from promag.data.datasets import ClipDataset, TrainingStream, open_training
+from promag.data.sources import Source, open_sources
+from promag.data.tar_stream import Sharding
+from promag.data.tar_writer import write_shards
+from promag.data.video import UnreadableVideo, write_video
+from promag.training.config import UserError
+
+REST = {"count": 8, "batch_size": 2, "world_size": 1, "temporal_strides": (1,), "sharding": Sharding(1, 1, "stop")}
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """Two videos and an image without two equal frames or places; of the first also a part at another rate."""
+    folder = tmp_path_factory.mktemp("noisy")
+    rng = np.random.default_rng(0)
+    for name, frames, height, width in (("wide", 30, 50, 70), ("tall", 13, 64, 34)):
+        write_video(folder / f"{name}.mp4", rng.integers(0, 256, (frames, height, width, 3), np.uint8), 25)
+    Image.fromarray(rng.integers(0, 256, (41, 57, 3), np.uint8)).save(folder / "still.png")
+    clips = prepare(list_videos(folder, images=True), progress=False).clips
+    wide = next(clip for clip in clips if clip.path.endswith("wide.mp4"))
+    return [*clips, dataclasses.replace(wide, start=0.13, fps=17.0, frames=17, caption="resampled")]
+
+
+@pytest.fixture
+def copied(noisy, tmp_path):
+    """The same clips, of files that a test may spoil."""
+    for path in {clip.path for clip in noisy}:
+        shutil.copy(path, tmp_path)
+    return [dataclasses.replace(clip, path=str(tmp_path / Path(clip.path).name)) for clip in noisy]
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [16, (32, 20), (50, 70), (96, 80)])
+@pytest.mark.parametrize(("frames", "strides"), [(1, (1,)), (5, (1,)), (5, (2,)), (6, (1, 2, 3))])
+def test_items_are_those_of_files(noisy, frames, strides, size, flip):
+    plain = ClipDataset(noisy, frames, size, strides, flip)
+    held = ClipDataset(noisy, frames, size, strides, flip, in_memory=True)
+    for index in range(len(plain)):
+        same(held.fixed(index), plain.fixed(index))
+    drawn = set()
+    for seed in range(24):
+        one, other = (dataset.item(np.random.default_rng(seed)) for dataset in (held, plain))
+        same(one, other)
+        drawn.add((one["caption"], one["stride"], one["start"]))
+    assert len(drawn) > len(plain)
+
+
+def test_all_frames_are_the_windows_one_after_the_other(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (2 * PIECE + 20, 34, 50, 3), np.uint8)
+    write_video(tmp_path / "long.mp4", frames, 25)
+    (clip,) = prepare([(str(tmp_path / "long.mp4"), "")], progress=False).clips
+    windows = Windows(76, (32, 20))
+    pixels = windows.all_frames(clip.path, clip)
+    assert pixels.shape == (2 * PIECE + 20, 3, 32, 47)
+    for seed in range(12):
+        same(*(windows.random(video, clip, np.random.default_rng(seed)) for video in (clip.path, pixels)))
+    last = dataclasses.replace(clip, start=(2 * PIECE - 56) / 25, frames=76)
+    same(windows.first(last.path, last), windows.first(pixels[-76:], last))
+
+
+def test_room_is_that_of_the_scaled_frames_and_named(noisy, caplog):
+    with caplog.at_level(logging.INFO):
+        memory = ClipDataset(noisy, 5, 20, in_memory=True).memory
+    # The image is too short; 20 x 28 pixels cover the wide video's picture, 38 x 20 the tall one's.
+    assert memory.bytes == 3 * ((30 + 17) * 20 * 28 + 13 * 38 * 20)
+    assert memory.held == 0
+    assert "3 clips are held in 0.00 GiB of shared memory" in caplog.text
+
+
+def test_a_file_is_read_once(copied):
+    dataset = ClipDataset(copied, 5, 20, (1, 2), in_memory=True)
+    plain = ClipDataset(copied, 5, 20, (1, 2))
+    expected = [plain.item(np.random.default_rng(seed)) for seed in range(12)]
+    for index in range(len(dataset)):
+        dataset.fixed(index)
+        assert dataset.memory.held == index + 1
+    for path in {clip.path for clip in copied}:
+        Path(path).unlink()
+    for seed, item in enumerate(expected):
+        same(dataset.item(np.random.default_rng(seed)), item)
+
+
+def test_what_a_loader_process_read_is_there_for_all(copied):
+    plain = TrainingStream(ClipDataset(copied, 5, 20, (1, 2)), 7, 2, 0, 1)
+    held = ClipDataset(copied, 5, 20, (1, 2), in_memory=True)
+    expected = [plain.batch(step) for step in range(16)]
+
+    def batches(first):
+        loader = iter(DataLoader(TrainingStream(held, 7, 2, 0, 1, first), batch_size=None, num_workers=2))
+        found = [next(loader) for _ in range(first, first + 8)]
+        loader._shutdown_workers()
+        return found
+
+    for one, other in zip(batches(0), expected[:8], strict=True):
+        same(one, other)
+    assert held.memory.held == len(held) == 3
+    for path in {clip.path for clip in copied}:
+        Path(path).unlink()
+    for one, other in zip(batches(8), expected[8:], strict=True):
+        same(one, other)
+    same(TrainingStream(held, 7, 2, 0, 1).batch(3), expected[3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 100}, r"wide\.mp4: its picture .* states, 100x50 \(28x20 after scaling, 40x20 expected\)"),
+        ({"frames": 40}, r"wide\.mp4: it is not as long as the index states \(time 1\.2000 s"),
+    ],
+)
+def test_a_video_that_is_not_what_the_index_states(noisy, change, message):
+    wide = dataclasses.replace(next(clip for clip in noisy if clip.path.endswith("wide.mp4")), **change)
+    dataset = ClipDataset([wide], 5, 20, in_memory=True)
+    for _ in range(2):  # what failed is not held
+        with pytest.raises(UnreadableVideo, match=message):
+            dataset.fixed(0)
+    assert dataset.memory.held == 0
+
+
+def test_an_unreadable_video_is_not_held(copied):
+    wide = next(clip for clip in copied if clip.path.endswith("wide.mp4"))
+    dataset = ClipDataset([wide], 5, 20, in_memory=True)
+    Path(wide.path).write_bytes(Path(wide.path).read_bytes()[:900])
+    with pytest.raises(UnreadableVideo, match=r"wide\.mp4"):
+        dataset.fixed(0)
+    assert dataset.memory.held == 0
+
+
+def test_more_than_there_is(noisy):
+    long = [dataclasses.replace(clip, frames=2**31 - 1, height=50, width=100) for clip in noisy]
+    with pytest.raises(UserError, match=r"in_memory true: 4 clips need 12582911\.99 GiB .* in_memory: false reads them"):
+        ClipDataset(long, 5, 512, in_memory=True)
+
+
+def test_sources_hold_what_comes_from_an_index(noisy, tmp_path):
+    save_clips(tmp_path / "clips.jsonl", noisy)
+    buckets = [Bucket(5, 32, 32, None), Bucket(5, 48, 32, 4)]
+    index, shapes = str(tmp_path / "clips.jsonl"), Source("shapes", 0.3, (1,))
+    held, plan = open_sources(index, [shapes], buckets, **REST, in_memory=True)
+    plain, plan_of_files = open_sources(index, [shapes], buckets, **REST)
+    assert plan == plan_of_files
+    for step in range(24):
+        same(*(TrainingStream(clips, 3, 2, 0, 1).batch(step) for clips in (held, plain)))
+    assert [dataset.memory.held for dataset in held.datasets[:2]] == [2, 1]
+    assert [dataset.memory for dataset in plain.datasets[:2]] == [None, None]
+
+
+def test_shards_are_refused(noisy, tmp_path):
+    save_clips(tmp_path / "clips.jsonl", noisy[:3])
+    write_shards(tmp_path / "clips.jsonl", tmp_path, 2, progress=False)
+    shards = str(tmp_path / "*.tar")
+    with pytest.raises(UserError, match=r"in_memory true with shards .*\*\.tar: only the clips of an index"):
+        open_training(shards, [Bucket(1, 32, 32, None)], **REST, in_memory=True)

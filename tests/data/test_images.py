@@ -1,0 +1,95 @@
+"""An image is a clip of one frame, from a file, from memory and through the index."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from promag.data.clips import list_videos, prepare
+from promag.data.datasets import ClipDataset
+from promag.data.images import IMAGE_FPS, read_image
+from promag.data.video import UnreadableVideo, VideoBytes, decode_strictly, frame_times, read_frames
+from promag.training.config import UserError
+from tests.data.conftest import counting
+
+RED_LEFT = np.zeros((20, 40, 3), np.uint8)
+RED_LEFT[:, :20, 0] = 200
+
+
+def encoded(kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(RED_LEFT).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("JPEG", {"quality": 95}), ("WEBP", {"lossless": True})])
+def test_formats(kind, options, tmp_path):
+    data = encoded(kind, **options)
+    (tmp_path / "a").write_bytes(data)
+    for source in (data, tmp_path / "a"):
+        pixels = read_image(source)
+        assert (pixels.shape, pixels.dtype) == ((1, 20, 40, 3), np.uint8)
+        assert np.abs(pixels[0, :, :18].astype(int) - RED_LEFT[:, :18]).max() <= 3
+
+
+def test_orientation_palettes_and_transparency():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter clockwise
+    turned = read_image(encoded("JPEG", quality=95, exif=exif))
+    assert turned.shape == (1, 40, 20, 3)
+    assert turned[0, :18, :, 0].min() > 190  # the left half is above
+    clear = Image.new("RGBA", (4, 2), (0, 0, 255, 0))
+    buffer = io.BytesIO()
+    clear.save(buffer, "PNG")
+    assert read_image(buffer.getvalue()).min() == 255
+    buffer = io.BytesIO()
+    Image.fromarray(RED_LEFT).convert("P").save(buffer, "PNG")
+    assert read_image(buffer.getvalue())[0, 5, 5].tolist()[0] > 180
+
+
+def test_an_image_is_read_as_a_video_of_one_frame():
+    image = VideoBytes("shard.tar: 7.png", encoded("PNG"))
+    facts = decode_strictly(image)
+    assert (facts.frames, facts.width, facts.height, facts.fps) == (1, 40, 20, IMAGE_FPS)
+    assert frame_times(image).tolist() == [0]
+    assert np.array_equal(read_frames(image, [0, 0]), np.stack([RED_LEFT] * 2))
+    with pytest.raises(ValueError, match="legal: 0 to 0"):
+        read_frames(image, [1])
+
+
+@pytest.mark.parametrize("data", [b"", b"text", encoded("PNG")[:60], encoded("JPEG")[:-40]])
+def test_damaged_images_are_named(data):
+    with pytest.raises(UnreadableVideo, match=r"shard.tar: 7.jpg: "):
+        decode_strictly(VideoBytes("shard.tar: 7.jpg", data))
+
+
+def test_images_stand_in_an_index_where_they_are_asked_for(tmp_path):
+    counting(tmp_path / "clip.mp4", 6)
+    (tmp_path / "red_left.png").write_bytes(encoded("PNG"))
+    assert [caption for _, caption in list_videos(tmp_path)] == ["clip"]
+    both = list_videos(tmp_path, images=True)
+    assert [caption for _, caption in both] == ["clip", "red left"]
+    prepared = prepare(both, fps=40, progress=False)
+    assert [(c.frames, c.width, c.height) for c in prepared.clips] == [(7, 64, 32), (1, 40, 20)]
+    assert [path for path, _ in prepared.slower] == [both[0][0]]  # an image has no rate
+    item = ClipDataset(prepared.clips[1:], 1, (20, 40)).item(np.random.default_rng(0))
+    assert item["video"].shape == (3, 1, 20, 40)
+    assert (item["video"][0, 0, :, :20].mean().item() + 1) * 127.5 == pytest.approx(200, abs=1)
+    (tmp_path / "list.csv").write_text("file,caption\nred_left.png,a red half\n")
+    assert list_videos(tmp_path / "list.csv") == [(both[1][0], "a red half")]
+    (tmp_path / "only").mkdir()
+    with pytest.raises(UserError, match=r"holds no video \(.*\.webp\)"):
+        list_videos(tmp_path / "only", images=True)
+
+
+def test_a_video_in_memory_is_read_like_its_file(tmp_path):
+    path = counting(tmp_path / "a.mp4", 12)
+    video = VideoBytes("shard.tar: a.mp4", (tmp_path / "a.mp4").read_bytes())
+    strict, there = decode_strictly(video), decode_strictly(path)
+    assert (strict.frames, strict.fps, strict.width) == (there.frames, there.fps, there.width) == (12, 30, 64)
+    for _ in range(20):  # the decoder keeps no pointer into memory that is gone
+        assert np.array_equal(read_frames(video, [7, 0, 11]), read_frames(path, [7, 0, 11]))
+    assert np.array_equal(frame_times(video), frame_times(path))
+    with pytest.raises(UnreadableVideo, match=r"^shard.tar: a.mp4: "):
+        read_frames(VideoBytes("shard.tar: a.mp4", video.data[:900]), [0])

@@ -1,0 +1,328 @@
+"""Shards are written, found, described and read; what is wrong with one is said of it and its samples by name."""
+
+import dataclasses
+import io
+import json
+import re
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from promag.data.buckets import Bucket
+from promag.data.clip_index import load_clips, save_clips
+from promag.data.tar_reader import BadSample, ShardReader
+from promag.data.tar_shards import find_shards, index_url, is_shards, open_shards
+from promag.data.tar_writer import index_shards, write_shards
+from promag.training.config import UserError
+
+
+@pytest.fixture(scope="module")
+def index(clips, tmp_path_factory):
+    """Seven clips: three videos twice, and an image."""
+    folder = tmp_path_factory.mktemp("index")
+    Image.new("RGB", (48, 40), "red").save(folder / "red.png")
+    import hashlib
+
+    digest = hashlib.sha256((folder / "red.png").read_bytes()).hexdigest()
+    image = dataclasses.replace(clips[0], path=str(folder / "red.png"), frames=1, width=48, height=40, sha256=digest)
+    again = [dataclasses.replace(clip, caption=f"{clip.caption} again", start=0.1, frames=4) for clip in clips]
+    save_clips(folder / "clips.jsonl", [*clips, *again, dataclasses.replace(image, caption="rot", licence="CC0-1.0")])
+    return folder / "clips.jsonl"
+
+
+@pytest.fixture(scope="module")
+def shards(index, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    assert write_shards(index, folder, 3, progress=False).shards == 3
+    return folder
+
+
+def tar(path, *files):
+    """Write a tar of (name, bytes)."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def png(colour="red"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 32), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_the_clips_of_an_index_and_their_facts(index, shards):
+    clips, found = list(load_clips(index)), open_shards(shards / "*.tar")
+    assert [len(clips), len(found), found.samples.tolist()] == [7, 7, [3, 3, 1]]
+    seen = []
+    for shard, url in enumerate(found.urls):
+        count = int(found.samples[shard])
+        for number, sample in ShardReader(url, count).read(range(count)).items():
+            clip = clips[int(sample.key)]
+            place = int(found.offsets[shard]) + number
+            there = found.clip(place, sample)
+            facts = ("start", "frames", "fps", "height", "width", "caption")
+            assert [getattr(there, name) for name in facts] == [getattr(clip, name) for name in facts]
+            assert sample.video.name == f"{url}: {sample.key}.{clip.path.rsplit('.')[-1]}"
+            with open(clip.path, "rb") as file:
+                assert sample.video.data == file.read()
+            seen.append(int(sample.key))
+    assert sorted(seen) == list(range(7)) != seen  # shuffled
+
+
+def test_a_samples_row_keeps_what_the_index_knows(index, shards):
+    rows = []
+    for url in find_shards(shards / "*.tar"):
+        with tarfile.open(url) as archive:
+            rows += [json.load(archive.extractfile(m)) for m in archive if m.name.endswith(".json")]
+    (image,) = (row for row in rows if row["path"] == "red.png")
+    assert {key: image[key] for key in ("caption", "frames", "width", "height", "licence")} == {
+        **{"caption": "rot", "frames": 1, "width": 48, "height": 40},
+        "licence": "CC0-1.0",
+    }
+    assert {row["path"] for row in rows} == {"a_grey-wall_01.mp4", "b.mp4", "short.mp4", "red.png"}
+
+
+def test_shards_are_the_same_again_and_continue_after_an_interruption(index, shards, tmp_path, monkeypatch):
+    from promag.data import tar_writer as shard_writing
+
+    whole, count = shard_writing._write_shard, 0
+
+    def interrupted(*arguments):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(shard_writing, "_write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(index, tmp_path / "s", 3, progress=False)
+    assert not (tmp_path / "s" / "shards.jsonl").exists()
+    with pytest.raises(UserError, match="an interrupted call with other clips or settings"):
+        write_shards(index, tmp_path / "s", 2, progress=False)
+    written = write_shards(index, tmp_path / "s", 3, progress=False)
+    assert (count, written.shards, written.samples, written.repeated) == (4, 3, 7, 3)
+    names = [p.name for p in sorted((tmp_path / "s").iterdir())]
+    assert names == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar", "shards.jsonl"]
+    assert all((tmp_path / "s" / name).read_bytes() == (shards / name).read_bytes() for name in names)
+    with pytest.raises(UserError, match="holds whole shards already"):
+        write_shards(index, tmp_path / "s", 3, progress=False)
+
+
+def test_shards_of_one_bucket_each(index, tmp_path, caplog):
+    buckets = [Bucket(5, 32, 64, None), Bucket(1, 40, 40, None)]
+    written = write_shards(index, tmp_path, 2, 0, buckets, progress=False)
+    assert (written.shards, written.left_out) == (4, 0)
+    found = open_shards(tmp_path / "*.tar")
+    by_name = {}
+    for url, first, end in zip(found.urls, found.offsets, found.offsets[1:], strict=False):
+        name = url.rsplit("/", 1)[1].rpartition("-")[0]
+        by_name.setdefault(name, []).extend(found.column("frames")[first:end].tolist())
+    assert {name: sorted(frames) for name, frames in by_name.items()} == {"5x32x64": [5, 21, 30], "1x40x40": [1, 4, 4, 4]}
+    assert write_shards(index, tmp_path / "long", 2, 0, buckets[:1], progress=False).left_out == 4
+    assert "4 of 7 clips are too short for every bucket" in caplog.text
+
+
+def test_a_video_that_changed_is_named(clips, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"other")
+    save_clips(tmp_path / "clips.jsonl", [dataclasses.replace(clips[0], path=str(tmp_path / "a.mp4"))])
+    with pytest.raises(UserError, match=r"a\.mp4: has changed since it was prepared"):
+        write_shards(tmp_path / "clips.jsonl", tmp_path / "s", 1, progress=False)
+    assert not list((tmp_path / "s").glob("*.tar*"))
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------
+
+
+def test_patterns(shards):
+    files = [str(shards / f"shard-00000{k}.tar") for k in range(3)]
+    assert find_shards(shards / "*.tar") == files
+    assert find_shards(f"{shards}/shard-{{000000..000002}}.tar") == files
+    assert find_shards("https://host/a/x-{08..10}.tar?v=1") == [f"https://host/a/x-{k}.tar?v=1" for k in ("08", "09", "10")]
+    assert find_shards("pipe:cat /d/{a,b}.tar") == ["pipe:cat /d/a.tar", "pipe:cat /d/b.tar"]
+    for pattern, message in ((f"{shards}/x*.tar", "no file matches"), (f"{shards}/{{s,sh}}*.tar", "3 shards more than once")):
+        with pytest.raises(UserError, match=message):
+            find_shards(pattern)
+    assert [is_shards(s) for s in ("a.tar", "x/*.tar.gz", "pipe:cat a.tar | b", "clips.jsonl", "shapes", "a.tarnish")] == [
+        *(True, True, True),
+        *(False, False, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shard", "place"),
+    [
+        ("/d/shard-000000.tar", "/d/shards.jsonl"),
+        ("https://h/d/a.tar?key=1", "https://h/d/shards.jsonl?key=1"),
+        ("pipe:aws s3 cp s3://b/d/a.tar.gz -", "pipe:aws s3 cp s3://b/d/shards.jsonl -"),
+    ],
+)
+def test_the_index_lies_beside_the_shards(shard, place):
+    assert index_url(shard) == place
+
+
+def test_some_shards_and_shards_by_pipe_have_the_same_facts(shards):
+    whole = open_shards(shards / "*.tar")
+    some = open_shards(f"{shards}/shard-{{000002,000000}}.tar")
+    assert some.urls == [whole.urls[2], whole.urls[0]]
+    assert some.column("frames").tolist() == [*whole.column("frames")[6:], *whole.column("frames")[:3]]
+    piped = open_shards(f"pipe:cat {shards}/shard-{{000000..000002}}.tar")
+    assert piped.offsets.tolist() == whole.offsets.tolist() == [0, 3, 6, 7]
+    assert piped.damaged() == {}
+
+
+def test_indices_that_do_not_fit_are_named(shards, tmp_path):
+    (tmp_path / "shard-000009.tar").touch()
+    with pytest.raises(UserError, match=r"shards\.jsonl: No such file.*write_shards\.py or scripts/index_shards\.py"):
+        open_shards(tmp_path / "*.tar")
+    lines = (shards / "shards.jsonl").read_text()
+    (tmp_path / "shards.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=r"1 shards have no line in the shards\.jsonl beside them: .*shard-000009\.tar"):
+        open_shards(tmp_path / "*.tar")
+    (tmp_path / "shards.jsonl").write_text(lines.replace('"samples": 3', '"samples": 4', 1))
+    with pytest.raises(UserError, match=r"shards\.jsonl, line 1: .*4 samples, but as many values as"):
+        open_shards(tmp_path / "*.tar")
+    with pytest.raises(UserError, match=r"shards\.jsonl.*exit 1"):
+        open_shards(f"pipe:cat {tmp_path}/absent/a.tar 2>/dev/null")
+
+
+def test_a_local_shard_of_another_length_is_damaged(shards, tmp_path):
+    for name in ("shard-000000.tar", "shard-000001.tar", "shards.jsonl"):
+        (tmp_path / name).write_bytes((shards / name).read_bytes()[: 700 if "1" in name else None])
+    found = open_shards(f"{tmp_path}/shard-00000{{0..2}}.tar").damaged()
+    assert set(found) == {1, 2}
+    assert re.search(r"shard-000001\.tar has 700 bytes, shards\.jsonl says \d+", found[1])
+    assert found[2].endswith("shard-000002.tar is not there")
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """A shard of eight images of one pixel's worth of grey each; names with folders, and files that are no samples."""
+    files = [("readme", b"no ending"), ("__meta__", b"{}"), ("__meta__/x.json", b"{}")]
+    for k in range(8):
+        files += [(f"p/{k:03d}.png", png((k, k, k))), (f"p/{k:03d}.json", json.dumps({"caption": f"grey {k}"}).encode())]
+    return tar(tmp_path / "numbered.tar", *files)
+
+
+@pytest.mark.parametrize("how", ["{}", "pipe:cat {}", "file:{}"])
+def test_samples_are_read_by_number_forwards_and_back(numbered, how):
+    reader = ShardReader(how.format(numbered), 8)
+    for numbers in ([0, 1], [2], [4, 6], [7], [3, 5], [0], [0, 7]):
+        found = reader.read(numbers)
+        assert [(n, s.key, s.caption) for n, s in found.items()] == [(n, f"p/{n:03d}", f"grey {n}") for n in numbers]
+        assert all(s.video.data == png((n, n, n)) for n, s in found.items())
+    reader.close()
+
+
+def test_a_stream_is_opened_once_on_the_way_forwards(numbered, tmp_path):
+    reader = ShardReader(f"pipe:echo x >> {tmp_path}/opened; cat {numbered}", 8)
+    for numbers in ([0], [1, 2], [3, 5], [6], [7]):
+        reader.read(numbers)
+    assert (tmp_path / "opened").read_text() == "x\n"
+    reader.read([2])
+    assert (tmp_path / "opened").read_text() == "x\nx\n"
+    reader.close()
+
+
+def test_a_stream_that_breaks_off_between_two_reads_is_opened_once_more(numbered, tmp_path):
+    with tarfile.open(numbered) as archive:
+        cut = archive.getmember("p/004.png").offset_data + 10
+    command = f"pipe:echo x >> {tmp_path}/opened; if [ $(wc -l < {tmp_path}/opened) = 2 ]; then cat {numbered}"
+    reader = ShardReader(f"{command}; else head -c {cut} {numbered}; fi", 8)
+    assert reader.read([1])[1].caption == "grey 1"
+    assert [s.caption for s in reader.read([3, 4, 6]).values()] == ["grey 3", "grey 4", "grey 6"]
+    assert isinstance(reader.read([2, 5])[5], BadSample)  # a third opening, whose break is its own
+    assert (tmp_path / "opened").read_text() == "x\n" * 3
+    reader.close()
+
+
+@pytest.mark.parametrize("how", ["{}", "pipe:cat {}"])
+@pytest.mark.parametrize("cut", ["inside a file", "between two", "inside a header"])
+def test_a_truncated_shard_is_named(numbered, tmp_path, how, cut):
+    with tarfile.open(numbered) as archive:
+        members = {m.name: m for m in archive}
+    end = {
+        "inside a file": members["p/005.png"].offset_data + 20,
+        "between two": members["p/005.png"].offset,
+        "inside a header": members["p/005.png"].offset + 100,
+    }[cut]
+    (tmp_path / "cut.tar").write_bytes(numbered.read_bytes()[:end])
+    found = ShardReader(how.format(tmp_path / "cut.tar"), 8).read(range(8))
+    assert [found[n].caption for n in range(4)] == [f"grey {n}" for n in range(4)]
+    for number in (5, 6, 7):
+        assert isinstance(found[number], BadSample)
+        assert re.search(r"shard .*cut\.tar, sample .*: the shard (cannot be read on|ends after 5 of 8)", str(found[number]))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([("a.png", png())], "sample a: no caption"),
+        ([("a.png", png()), ("a.json", b"{")], "sample a: Expecting"),
+        ([("a.png", png()), ("a.json", b'{"caption": 3}')], "sample a: no caption"),
+        ([("a.txt", b"red")], r"sample a: no videos or images among its files \.txt"),
+        ([("a.txt", b"red"), ("a.png", b""), ("a.mp4", b"")], "sample a: 2 videos or images"),
+        ([("a.txt", b"red"), ("a.png", b""), ("a.PNG", b"")], r"sample a: holds two files \.png"),
+        ([("a.txt", b"\xff"), ("a.png", b"")], "sample a: .*can't decode"),
+        ([("a.png", png()), ("a.txt", b"red"), ("b.txt", b"")], "sample a: the shard has more than the 1 samples"),
+        ([("readme", b"")], "sample number 0: the shard ends after 0 of 1 samples"),
+    ],
+)
+def test_bad_samples_are_named(tmp_path, files, message):
+    path = tar(tmp_path / "bad.tar", *files)
+    found = ShardReader(str(path), 1).read([0])[0]
+    assert isinstance(found, BadSample)
+    assert re.search(rf"shard {path}, {message}", str(found))
+
+
+@pytest.mark.parametrize("url", ["{}/absent.tar", "pipe:cat {}/absent.tar 2>/dev/null"])
+def test_a_shard_that_cannot_be_opened_is_named(tmp_path, url):
+    found = ShardReader(url.format(tmp_path), 2).read([1])[1]
+    assert re.search(r"shard .*absent\.tar.*, sample number 1: the shard cannot be opened: ", str(found))
+
+
+def test_a_caption_may_be_a_text_file(tmp_path):
+    path = tar(tmp_path / "t.tar", ("a.png", png()), ("a.json", b'{"url": 1}'), ("a.txt", b" rot \n"))
+    assert ShardReader(str(path), 1).read([0])[0].caption == "rot"
+
+
+# -- shards that others wrote ----------------------------------------------------------------------------------------
+
+
+def test_shards_of_others_are_indexed_by_decoding_them(clips, numbered, tmp_path):
+    with open(clips[1].path, "rb") as file:
+        video = file.read()
+    tar(tmp_path / "other.tar", ("x.mp4", video), ("x.txt", b"b"), ("y.mp4", video[:900]), ("y.txt", b""), ("z.png", png()))
+    with pytest.raises(
+        UserError, match=r"2 of 11 samples are bad, at most 1\.0% may be: .*other\.tar: y\.mp4: .*sample z: no caption"
+    ):
+        index_shards(f"{tmp_path}/{{other,numbered}}.tar", tmp_path / "shards.jsonl", progress=False)
+    samples, bad = index_shards(f"{tmp_path}/*.tar", tmp_path / "shards.jsonl", max_bad=0.5, workers=1, progress=False)
+    assert (samples, len(bad)) == (11, 2)
+    found = open_shards(tmp_path / "*.tar")
+    assert found.column("frames").tolist() == [1] * 8 + [21, 0, 0]
+    assert found.column("width").tolist() == [40] * 8 + [64, 0, 0]
+    assert found.damaged() == {}
+    (tmp_path / "other.tar").write_bytes((tmp_path / "other.tar").read_bytes()[:4000])
+    with pytest.raises(UserError, match=r"other\.tar, sample x: the shard cannot be read on"):
+        index_shards(f"{tmp_path}/other.tar", tmp_path / "shards.jsonl", progress=False)
+
+
+def test_written_and_indexed_facts_agree(shards, tmp_path):
+    index_shards(f"{shards}/*.tar", tmp_path / "shards.jsonl", progress=False)
+    ours, theirs = ([json.loads(x) for x in (f / "shards.jsonl").read_text().splitlines()] for f in (shards, tmp_path))
+    for row, other in zip(ours, theirs, strict=True):
+        same = ("shard", "samples", "bytes", "sha256", "height", "width")
+        assert {key: row[key] for key in same} == {key: other[key] for key in same}
+        assert np.all(np.array(other["frames"]) >= row["frames"])  # whole files, which these clips are stretches of

@@ -1,0 +1,365 @@
+"""Strict decoding refuses real damage, both fast readers agree, frames are picked by time, files are written whole."""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from promag.data.video import (
+    UnreadableVideo,
+    decode_strictly,
+    encode_mp4,
+    frame_times,
+    pick_by_time,
+    read_frames,
+    read_with_decord,
+    read_with_pyav,
+    write_video,
+)
+
+
+def drifting(frames: int, height: int = 32, width: int = 64) -> np.ndarray:
+    """Smooth colours that move to the right."""
+    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
+    waves = [np.sin((x - t) / 6), np.sin((y + t) / 5), np.cos((x + y - 2 * t) / 9)]
+    return np.stack([127.5 + 100 * wave for wave in waves], axis=-1).round().astype(np.uint8)
+
+
+def encode(path, pixels, times=None, aspect=Fraction(1)):
+    """Encode without the care of `write_video`: frames at `times` (ms), pixels of a given aspect ratio."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
+        stream.codec_context.sample_aspect_ratio = aspect
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for k, frame in enumerate(pixels):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = int(40 * k if times is None else times[k]), Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def remux(source, target, change=lambda stream: None, keep=lambda number: True):
+    """Copy the packets of a video that `keep` names by number, after `change(stream)`."""
+    with av.open(source) as old, av.open(target, "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        change(stream)
+        for number, packet in enumerate(old.demux(video=0)):
+            if packet.dts is not None and keep(number):
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "clean.mp4"
+    write_video(path, drifting(40), 25)
+    return path
+
+
+def test_importing_loads_no_decoder():
+    code = "import promag.data.video, sys; print({'av', 'decord', 'torch'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("fps", [10, 23.976, 24000 / 1001, 30000 / 1001, 60])
+def test_facts_of_a_written_video(tmp_path, fps):
+    write_video(tmp_path / "a.mp4", drifting(9), fps)
+    facts = decode_strictly(tmp_path / "a.mp4")
+    assert (facts.frames, facts.width, facts.height) == (9, 64, 32)
+    assert facts.fps == pytest.approx(fps, rel=1e-4)
+    assert facts.duration == pytest.approx(9 / fps, rel=1e-4)
+    np.testing.assert_allclose(facts.timestamps, np.arange(9) / fps, atol=1e-4)
+
+
+def test_one_frame_is_a_video(tmp_path):
+    write_video(tmp_path / "a.mp4", drifting(1), 24)
+    facts = decode_strictly(tmp_path / "a.mp4")
+    assert (facts.frames, facts.fps, facts.duration) == (1, 24, 1 / 24)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_variable_frame_rate_is_measured_by_timestamps(tmp_path, name):
+    times = np.cumsum([0, *np.random.default_rng(0).integers(15, 120, 19)])
+    facts = decode_strictly(encode(tmp_path / name, drifting(20), times))
+    np.testing.assert_allclose(facts.timestamps, times / 1000, atol=1e-4)
+    assert facts.fps == pytest.approx(19 / (times[-1] / 1000), rel=1e-3)
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(data: bytes, places) -> bytes:
+    damaged = bytearray(data)
+    for place in places:
+        damaged[place] ^= 16
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: b"", "cannot be opened"),
+        (lambda data: b"no video at all\n" * 100, "cannot be opened"),
+        (lambda data: data[: data.index(b"mdat") - 200], "cannot be opened"),
+        (lambda data: data[: len(data) // 2], "corrupt data after"),
+        (lambda data: data[:-20], "corrupt data after"),
+        (lambda data: flip(data, range(data.index(b"mdat") + 1500, len(data), 700)), "decod"),
+    ],
+    ids=["empty", "text", "index cut", "half", "end cut", "bits flipped"],
+)
+def test_damaged_files_are_refused(clean, tmp_path, damage, reason):
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(damage(clean.read_bytes()))
+    with pytest.raises(UnreadableVideo, match=reason) as caught:
+        decode_strictly(path)
+    assert caught.value.path == str(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_strict_decoding_finds_what_decord_hides(clean, tmp_path):
+    pytest.importorskip("decord", reason="has wheels for x86-64 only")
+    data, path, wanted = clean.read_bytes(), tmp_path / "flipped.mp4", list(range(40))
+    right, hidden = read_with_decord(str(clean), wanted), 0
+    for place in range(data.index(b"mdat") + 800, len(data), 300):
+        path.write_bytes(flip(data, [place]))
+        try:
+            decode_strictly(path)
+        except UnreadableVideo as error:
+            if "decod" in error.reason:
+                with contextlib.suppress(UnreadableVideo):  # some damage decord does see
+                    hidden += np.abs(read_with_decord(str(path), wanted).astype(int) - right).mean() > 1
+    assert hidden >= 2
+
+
+def test_other_unreadable_files_are_refused(clean, tmp_path):
+    with av.open(tmp_path / "sound.mp4", "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    encode(tmp_path / "oblong.mp4", drifting(5), aspect=Fraction(4, 3))
+    remux(clean, tmp_path / "tilted.mp4", lambda stream: stream.set_display_rotation(30))
+    for name, size in (("small.ts", 64), ("large.ts", 96)):
+        encode(tmp_path / name, drifting(30, size, size))
+    (tmp_path / "joined.ts").write_bytes((tmp_path / "small.ts").read_bytes() + (tmp_path / "large.ts").read_bytes())
+    for name, reason in {
+        "absent.mp4": "No such file",
+        "sound.mp4": "no video stream",
+        "oblong.mp4": "pixels are not square",
+        "tilted.mp4": "rotated by",
+        "joined.ts": "corrupt|increase|those before",
+    }.items():
+        with pytest.raises(UnreadableVideo, match=reason):
+            decode_strictly(tmp_path / name)
+
+
+def test_an_index_without_a_frame_is_refused(clean, tmp_path):
+    """A file cut without re-encoding lists frames that are not shown; decord's index then is off by some."""
+    data = clean.read_bytes()
+    # The edit list's media time says where in the track to begin: two frames later.
+    place = data.index(b"elst") + 4 + 4 + 4 + 4
+    later = int.from_bytes(data[place : place + 4], "big") + 2 * 12800 // 25
+    (tmp_path / "cut.mp4").write_bytes(data[:place] + later.to_bytes(4, "big") + data[place + 4 :])
+    with pytest.raises(UnreadableVideo, match="38 frames decoded, its container states 40"):
+        decode_strictly(tmp_path / "cut.mp4")
+
+
+def test_the_exception_survives_a_process_border():
+    error = pickle.loads(pickle.dumps(UnreadableVideo("a.mp4", "frame 3 is corrupt")))
+    assert (str(error), error.path, error.reason) == ("a.mp4: frame 3 is corrupt", "a.mp4", "frame 3 is corrupt")
+
+
+# -- fast reading ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def videos(clean, tmp_path_factory):
+    """Files of several kinds, all readable: name -> path."""
+    folder = tmp_path_factory.mktemp("kinds")
+    write_video(folder / "long.mp4", drifting(300), 30)  # key frames at 0 and 250, with B-frames between
+    encode(folder / "variable.mkv", drifting(40), np.cumsum(np.random.default_rng(1).integers(15, 99, 40)))
+    remux(clean, folder / "turned.mp4", lambda stream: stream.set_display_rotation(90))
+    return {path.stem: str(path) for path in (clean, *folder.iterdir())}
+
+
+@pytest.mark.parametrize("name", ["clean", "long", "variable", "turned"])
+def test_decord_and_pyav_read_identical_frames(videos, name):
+    pytest.importorskip("decord", reason="has wheels for x86-64 only")
+    last = decode_strictly(videos[name]).frames - 1
+    for wanted in ([0], [last], [17, 3, 3, last, 30], list(range(20, 37)), [last - 1, 1]):
+        fast, slow = read_with_decord(videos[name], wanted), read_with_pyav(videos[name], wanted)
+        assert fast.dtype == slow.dtype == np.uint8
+        np.testing.assert_array_equal(fast, slow)
+
+
+def test_frames_are_those_that_were_written(videos):
+    wanted = [250, 0, 133, 299]
+    read = read_frames(videos["long"], wanted)
+    written = drifting(300).astype(int)
+    assert read.shape == (4, 32, 64, 3)
+    assert [int(np.abs(frame - written).mean(axis=(1, 2, 3)).argmin()) for frame in read] == wanted
+
+
+def test_rotation_is_applied(clean, videos):
+    turned, upright = read_frames(videos["turned"], [5, 9]), read_frames(clean, [5, 9])
+    np.testing.assert_array_equal(turned, np.rot90(upright, 1, axes=(1, 2)))
+    facts = decode_strictly(videos["turned"])
+    assert (facts.width, facts.height) == (32, 64)
+
+
+@pytest.mark.parametrize("name", ["clean", "variable"])
+def test_frame_times_are_those_of_the_strict_pass(videos, name):
+    np.testing.assert_allclose(frame_times(videos[name]), decode_strictly(videos[name]).timestamps, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [[], [-1], [40], [3, 99]])
+def test_indices_outside_are_refused(clean, wanted):
+    for read in (read_frames, read_with_pyav):
+        with pytest.raises(ValueError, match="legal: 0 to 39"):
+            read(str(clean), wanted)
+
+
+def test_a_read_that_hangs_ends_at_its_limit(tmp_path):
+    pipe = tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)  # opening it blocks until somebody writes, for ever here
+    with pytest.raises(UnreadableVideo, match=r"pipe\.mp4: no answer within 0\.05 s"):
+        read_frames(pipe, [0], timeout=0.05)
+    os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # let the thread end
+
+
+# -- picking by time -------------------------------------------------------------------------------------------------
+
+RATES = st.sampled_from([10, 12.5, 23.976, 24000 / 1001, 25, 29.97, 30000 / 1001, 50, 60000 / 1001])
+TICKS = st.sampled_from([1 / 1000, 1 / 90_000, 1 / 12_800])
+
+
+@given(fps=RATES, tick=TICKS, frames=st.integers(2, 2000), single=st.booleans())
+def test_at_its_own_rate_every_frame_is_picked_once(fps, tick, frames, single):
+    stamps = np.round(np.arange(frames) / fps / tick) * tick
+    own = (frames - 1) / stamps[-1]
+    if single:  # as decord gives them
+        stamps = stamps.astype(np.float32).astype(np.float64)
+    np.testing.assert_array_equal(pick_by_time(stamps, np.arange(frames) / own), np.arange(frames))
+
+
+@given(gaps=st.lists(st.floats(0.004, 2.0), min_size=1, max_size=60))
+def test_at_their_own_times_variable_frames_are_picked_once(gaps):
+    stamps = np.cumsum([0.0, *gaps])
+    np.testing.assert_array_equal(pick_by_time(stamps, stamps.astype(np.float32)), np.arange(len(stamps)))
+
+
+@given(gaps=st.lists(st.floats(0.004, 2.0), min_size=1, max_size=30), parts=st.lists(st.floats(0, 1), min_size=1))
+@settings(max_examples=50)
+def test_the_picked_frame_is_the_nearest(gaps, parts):
+    stamps = np.cumsum([0.0, *gaps])
+    times = np.array(parts) * stamps[-1]
+    away = np.abs(times - stamps[pick_by_time(stamps, times)])
+    nearest = np.abs(times[:, None] - stamps).min(axis=1)
+    assert np.all(away <= nearest + 0.02 * max(gaps))
+
+
+@given(fps=RATES, tick=st.sampled_from([1 / 90_000, 1 / 12_800]), keep=st.integers(2, 6))
+def test_a_divided_rate_takes_every_nth_frame(fps, tick, keep):
+    stamps = np.round(np.arange(120) / fps / tick) * tick
+    np.testing.assert_array_equal(pick_by_time(stamps, np.arange(120 // keep) * keep / fps), np.arange(120 // keep) * keep)
+
+
+@given(fps=RATES, noise=st.floats(-0.005, 0.005))
+def test_in_the_middle_the_earlier_frame_is_taken_whatever_the_rounding(fps, noise):
+    stamps = np.arange(10) / fps
+    np.testing.assert_array_equal(pick_by_time(stamps, (np.arange(9) + 0.5 + noise) / fps), np.arange(9))
+
+
+@pytest.mark.parametrize("time", [-0.03, 0.43, 7.0])
+def test_a_time_outside_is_refused(time):
+    with pytest.raises(ValueError, match=r"frames from 0\.0000 to 0\.4000 s"):
+        pick_by_time(np.arange(11) * 0.04, [0.2, time])
+    assert pick_by_time(np.arange(11) * 0.04, [-0.019, 0.419]).tolist() == [0, 10]
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_colours_survive(tmp_path):
+    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (128, 64, 200), (0, 0, 0)], np.uint8)
+    frames = np.repeat(np.repeat(colours, 16, axis=0)[None, None], 32, axis=1).repeat(3, axis=0)
+    write_video(tmp_path / "colours.mp4", frames, 24, crf=1)
+    read = read_frames(tmp_path / "colours.mp4", [1])[0, 16, 8::16]
+    assert np.abs(read.astype(int) - colours).max() <= 3
+
+
+def test_encoded_bytes_play_while_they_load(tmp_path):
+    data = encode_mp4(drifting(8), 12)
+    assert data.index(b"moov") < data.index(b"mdat")
+    (tmp_path / "a.mp4").write_bytes(data)
+    facts = decode_strictly(tmp_path / "a.mp4")
+    assert (facts.frames, facts.fps) == (8, 12)
+    with av.open(tmp_path / "a.mp4") as container:
+        assert (container.streams.video[0].codec.name, container.streams.video[0].pix_fmt) == ("h264", "yuv420p")
+
+
+def test_a_lower_quality_is_smaller():
+    assert len(encode_mp4(drifting(8), 12, crf=40)) < len(encode_mp4(drifting(8), 12, crf=18))
+
+
+@pytest.mark.parametrize("crf", [0, 52])
+def test_qualities_that_are_refused(crf):
+    with pytest.raises(ValueError, match=f"crf {crf}: .* 1 to 51"):
+        encode_mp4(drifting(1), 12, crf=crf)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fps", "message"),
+    [
+        ((2, 33, 64, 3), 24, "33x64 .* use 32x64 or 34x64"),
+        ((2, 33, 65, 3), 24, "use 32x64 or 34x66"),
+        ((0, 32, 64, 3), 24, "T >= 1"),
+        ((2, 32, 64, 4), 24, "uint8"),
+        ((2, 32, 64, 3), 0, "fps 0"),
+    ],
+)
+def test_frames_that_cannot_be_written(tmp_path, shape, fps, message):
+    with pytest.raises(ValueError, match=message):
+        write_video(tmp_path / "a.mp4", np.zeros(shape, np.uint8), fps)
+    with pytest.raises(ValueError, match="float64"):
+        write_video(tmp_path / "a.mp4", np.zeros((2, 32, 64, 3)), 24)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+    with pytest.raises(av.error.FFmpegError):  # wider than H.264 allows
+        write_video(path, np.zeros((1, 2, 20_000, 3), np.uint8), 24)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_same_frames_become_the_same_file():
+    """Smooth, slowly changing pictures: those that x264's macroblock tree encoded differently from call to call."""
+    y, x, t = np.meshgrid(np.arange(64), np.arange(64), np.arange(33), indexing="ij")
+    waves = [np.sin((x + k * y) / 9 + t / (3 + k)) + np.sin((y - k * x) / 5) for k in range(3)]
+    frames = (np.stack(waves, -1) * 50 + 120).astype(np.uint8).transpose(2, 0, 1, 3)
+    assert len({encode_mp4(frames, 16) for _ in range(12)}) == 1
+
+
+def test_key_frames_stand_where_they_are_asked_for(tmp_path):
+    import av
+
+    frames = np.full((20, 32, 32, 3), 90, np.uint8)  # without a cut, where x264 sets one on its own
+    for key_every, wanted in ((8, [0, 8, 16]), (None, [0])):
+        write_video(tmp_path / "v.mp4", frames, 10, key_every=key_every)
+        with av.open(str(tmp_path / "v.mp4")) as container:
+            assert [i for i, frame in enumerate(container.decode(video=0)) if frame.key_frame] == wanted

@@ -1,0 +1,193 @@
+import dataclasses
+import json
+import multiprocessing
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
+from promag.training.config import UserError
+
+PRINT = LatentFingerprint("tokenizer", "clips", 16, 17, 8, 8, "float32", 3)
+CAPTIONS = ["a", "", "čtyři — four", "clip\n3", "x" * 300, "5", "6", "7", "8", "9"]
+
+
+def read(index):
+    generator = torch.Generator().manual_seed(index)
+    return {"video": torch.randn(3, 17, 8, 8, generator=generator), "caption": CAPTIONS[index], "fps": 8.0 + index}
+
+
+class Clips:
+    fixed = staticmethod(read)
+
+
+class DiesAt:
+    """Clips of which one takes its process with it, as a kill from outside does: nothing is cleaned up."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def fixed(self, index):
+        if index == self.index:
+            os.kill(os.getpid(), 9)
+        return read(index)
+
+
+def encode(x, ratios=(16,)):
+    return [latent(x, 2 + (r != 16)) for r in ratios]
+
+
+def latent(x, frames=2):
+    return torch.cat([x, x[:, :1] * 3 + 1], 1)[:, :, :frames, ::8, ::8]
+
+
+def make(folder, count=7, fingerprint=PRINT, encode=encode, **options):
+    return write_latents({folder: fingerprint}, count, Clips(), encode, batch_size=2, **options)[0]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_clip_is_there_once_in_order(tmp_path):
+    data = LatentDataset(make(tmp_path))
+    assert len(data) == 7
+    for i in range(7):
+        item = data.fixed(i)
+        assert item["caption"] == CAPTIONS[i]
+        assert item["fps"] == 8.0 + i
+        raw = item["latents"] * data.std + data.mean
+        assert torch.allclose(raw, latent(read(i)["video"][None])[0], atol=1e-5)
+    assert list(data.captions()) == CAPTIONS[:7]
+    assert data.fps == 8.0 + 3  # the median
+    with pytest.raises(IndexError, match="clip 7: legal are 0 to 6"):
+        data.fixed(7)
+
+
+def test_workers_change_nothing(tmp_path):
+    assert files(make(tmp_path / "a", workers=2)) == files(make(tmp_path / "b"))
+
+
+def test_a_cache_of_many_shards_is_read_through_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("promag.diffusion.cache_store.OPEN_FILES", 2)
+    data = LatentDataset(make(tmp_path, 10))
+    rows = [data.fixed(i)["latents"] for i in range(10)]
+    assert all(torch.equal(data.fixed(i)["latents"], rows[i]) for i in reversed(range(10)))
+    assert len(data.shards._open) == 2
+
+
+@given(st.integers(2, 9))
+@settings(max_examples=5, deadline=None)
+def test_latents_are_normalised_per_channel(tmp_path_factory, count):
+    data = LatentDataset(make(tmp_path_factory.mktemp("cache"), count))
+    x = torch.stack([data.fixed(i)["latents"] for i in range(count)])
+    assert x.mean((0, 2, 3, 4)).abs().max() < 1e-5
+    assert torch.allclose(x.std((0, 2, 3, 4), correction=0), torch.ones(4), atol=1e-4)
+
+
+def test_one_scale_for_all_channels_keeps_their_proportions(tmp_path):
+    data = LatentDataset(make(tmp_path), scale="global")
+    x = torch.stack([data.fixed(i)["latents"] for i in range(7)])
+    assert x.mean((0, 2, 3, 4)).abs().max() < 1e-5
+    deviations = x.std((0, 2, 3, 4), correction=0)
+    assert deviations.square().mean().item() == pytest.approx(1, abs=1e-4)
+    assert (deviations[3] / deviations[0]).item() == pytest.approx(3, rel=1e-3)  # the fourth channel is three times the first
+    raw = x[0] * data.std + data.mean
+    assert torch.allclose(raw, latent(read(0)["video"][None])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("dies_at", [0, 4, 6])
+def test_a_killed_cache_continues_bit_for_bit(tmp_path, dies_at):
+    arguments = ({tmp_path / "a": PRINT}, 7, DiesAt(dies_at), encode, 2)
+    process = multiprocessing.get_context("fork").Process(target=write_latents, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    assert len(list((tmp_path / "a").glob("shard-*"))) == dies_at // 3
+    (tmp_path / "a" / ".shard-00002.safetensors.1").write_bytes(b"half a shard")  # killed while writing
+    assert files(make(tmp_path / "a")) == files(make(tmp_path / "b"))
+
+
+def test_statistics_are_those_of_all_values(tmp_path):
+    data = LatentDataset(make(tmp_path))
+    x = torch.stack([latent(read(i)["video"][None])[0] for i in range(7)]).double()
+    assert torch.allclose(torch.tensor(data.index["mean"], dtype=torch.float64), x.mean((0, 2, 3, 4)), rtol=1e-12)
+    assert torch.allclose(torch.tensor(data.index["std"], dtype=torch.float64), x.std((0, 2, 3, 4), correction=0), rtol=1e-9)
+
+
+def test_an_interrupted_cache_continues_without_losing_or_doubling(tmp_path):
+    calls = []
+
+    def dies(x, ratios):
+        calls.append(len(x))
+        if sum(calls) > 4:
+            raise KeyboardInterrupt
+        return encode(x, ratios)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "a", encode=dies)
+    assert [p.name for p in (tmp_path / "a").glob("shard*")] == ["shard-00000.safetensors"]
+    with pytest.raises(UserError, match=r"no index\.json"):
+        LatentDataset(tmp_path / "a")
+    encoded = []
+    make(tmp_path / "a", encode=lambda x, ratios: encoded.append(len(x)) or encode(x, ratios))
+    assert sum(encoded) == 4  # the first three were kept
+    make(tmp_path / "b")
+    a, b = LatentDataset(tmp_path / "a"), LatentDataset(tmp_path / "b")
+    assert a.index == b.index
+    assert all(torch.equal(a.fixed(i)["latents"], b.fixed(i)["latents"]) for i in range(7))
+
+
+def test_several_ratios_share_a_pass_and_equal_their_own(tmp_path):
+    """What is missing is encoded at the missing ratios alone; each cache is what it would be by itself."""
+    low = dataclasses.replace(PRINT, ratio=8)
+    alone = {16: make(tmp_path / "16-alone"), 8: make(tmp_path / "8-alone", fingerprint=low)}
+    calls = []
+
+    def counting(x, ratios):
+        calls.append((len(x), tuple(ratios)))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(x, ratios)
+
+    both = {tmp_path / "16": PRINT, tmp_path / "8": low}
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(both, 7, Clips(), counting, batch_size=2)
+    (tmp_path / "8" / "shard-00000.safetensors").unlink()
+    assert write_latents(both, 7, Clips(), counting, batch_size=2) == [tmp_path / "16", tmp_path / "8"]
+    # Two batches and the one that was cut off; then shard 0 of 8x alone, the other two of both.
+    assert calls[3:] == [(2, (8,)), (1, (8,)), (2, (16, 8)), (1, (16, 8)), (1, (16, 8))]
+    for ratio, place in alone.items():
+        a, b = LatentDataset(place), LatentDataset(tmp_path / str(ratio))
+        assert a.index == b.index
+        assert all(torch.equal(a.fixed(i)["latents"], b.fixed(i)["latents"]) for i in range(7))
+
+
+def test_a_whole_cache_is_not_written_again(tmp_path):
+    make(tmp_path)
+    make(tmp_path, encode=None)  # would fail if called
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "x"}, "was made from another tokenizer; delete it"),
+        ({"clips": "x"}, "was made from other clips"),
+        ({"ratio": 8}, "was made from ratio 16 instead of 8"),
+        ({"dtype": "bfloat16", "frames": 33}, "was made from frames 17 instead of 33, dtype float32 instead of bfloat16"),
+        ({"shard_size": 5}, "was made from shard_size 3 instead of 5"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_by_name(tmp_path, change, message):
+    make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, fingerprint=dataclasses.replace(PRINT, **change))
+
+
+def test_another_ratio_is_refused_when_read(tmp_path):
+    with pytest.raises(UserError, match="holds 16x latents, 8x is asked for"):
+        LatentDataset(make(tmp_path), ratio=8)
+    assert json.loads((tmp_path / "fingerprint.json").read_text())["ratio"] == 16

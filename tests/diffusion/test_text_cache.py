@@ -1,0 +1,146 @@
+import dataclasses
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+from promag.data.datasets import TrainingStream
+from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
+from promag.diffusion.text import encode, learn_vocabulary, small_clip, tokenize
+from promag.diffusion.text_cache import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
+from promag.training.config import UserError
+
+CAPTIONS = ["a red disc", "", "a blue square moves right", "a red disc", "discs", "left", "a"]
+PRINT = TextFingerprint("encoder", "clips", 9, "float32", 3)
+LATENTS = LatentFingerprint("tokenizer", "clips", 16, 17, 8, 8, "float32", 3)
+
+
+class Clips:
+    def fixed(self, index):
+        return {"video": torch.full((3, 17, 8, 8), float(index)), "caption": CAPTIONS[index], "fps": 8.0}
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    place = tmp_path_factory.mktemp("latents")
+    return write_latents({place: LATENTS}, len(CAPTIONS), Clips(), lambda x, ratios: [x[:, :, :2, ::8, ::8]])[0]
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """A CLIP with pooled vectors and a T5 without."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    vocabulary = learn_vocabulary(CAPTIONS, 300, max_length=9)
+    sizes = {"d_model": 12, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    t5 = T5EncoderModel(T5Config(vocab_size=len(vocabulary), **sizes)).eval()
+    return {"clip": (vocabulary, small_clip(vocabulary, 16, 1, 2).eval()), "t5": (vocabulary, t5)}
+
+
+def make(folder, latents, pair, fingerprint=PRINT):
+    return write_embeddings(folder, fingerprint, latents, lambda: pair)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_a_cached_caption_is_what_the_encoder_makes_of_it(tmp_path, latents, encoders, kind):
+    tokenizer, encoder = encoders[kind]
+    cache = EmbeddingCache(make(tmp_path, latents, encoders[kind]), 1)
+    with torch.no_grad():
+        expected = encode(encoder, tokenize(tokenizer, [*CAPTIONS, ""]))
+    rows = [{key: value[None] for key, value in cache.row(i).items()} for i in range(len(CAPTIONS))]
+    found = [*(cache.embedded(row) for row in rows), cache.null()]
+    assert (cache.width, cache.pooled_width, cache.length) == {"clip": (16, 16, 9), "t5": (12, 0, 9)}[kind]
+    for i, text in enumerate(found):
+        real = expected.masks[0][i].bool()
+        assert torch.equal(text.masks[0][0], real)
+        assert torch.allclose(text.tokens[0][0, real], expected.tokens[0][i, real], atol=1e-6)
+        if kind == "clip":
+            assert torch.allclose(text.pooled[0], expected.pooled[i], atol=1e-6)
+    assert len(list(tmp_path.glob("null*"))) == 1
+
+
+def test_rows_travel_with_the_latents_of_their_clips(tmp_path, latents, encoders):
+    text = EmbeddingCache(make(tmp_path, latents, encoders["clip"]), 2)
+    data = LatentDataset(latents, texts=[text])
+    batch = TrainingStream(data, seed=0, batch_size=4, rank=0, world_size=1).batch(3)
+    assert batch["text_2_tokens"].shape == (4, 9, 16)
+    for b, clip in enumerate(batch["clip"].tolist()):
+        assert batch["caption"][b] == CAPTIONS[clip]
+        assert torch.equal(batch["text_2_pooled"][b], text.row(clip)["text_2_pooled"])
+
+
+def test_a_killed_cache_continues_bit_for_bit(tmp_path, latents, encoders):
+    calls = []
+
+    def kill_at_the_third(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), 9)
+
+    def load():
+        encoders["clip"][1].register_forward_pre_hook(kill_at_the_third)
+        return encoders["clip"]
+
+    whole, parts = make(tmp_path / "whole", latents, encoders["clip"]), tmp_path / "parts"
+    process = multiprocessing.get_context("fork").Process(target=write_embeddings, args=(parts, PRINT, latents, load))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    assert len(list(parts.glob("shard*"))) == 2
+    with pytest.raises(UserError, match=r"no index\.json there"):
+        EmbeddingCache(parts, 1)
+    assert files(make(parts, latents, encoders["clip"])) == files(whole)
+
+
+def test_a_whole_cache_needs_no_encoder(tmp_path, latents, encoders):
+    make(tmp_path, latents, encoders["t5"])
+    write_embeddings(tmp_path, PRINT, latents, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": "x"}, "was made from another text encoder; delete it"),
+        ({"clips": "x"}, "was made from other clips"),
+        ({"max_length": 12}, "was made from max_length 9 instead of 12"),
+        ({"dtype": "bfloat16"}, "was made from dtype float32 instead of bfloat16"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_by_name(tmp_path, latents, encoders, change, message):
+    make(tmp_path, latents, encoders["t5"])
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, latents, encoders["t5"], dataclasses.replace(PRINT, **change))
+
+
+def test_embeddings_of_other_clips_are_refused(tmp_path, latents, encoders):
+    other = make(tmp_path, latents, encoders["t5"], dataclasses.replace(PRINT, clips="x"))
+    with pytest.raises(UserError, match="belong to other clips than the latents"):
+        LatentDataset(latents, texts=[EmbeddingCache(other, 1)])
+
+
+def test_dropped_captions_become_the_null_caption_by_every_encoder(tmp_path, latents, encoders):
+    """Three encoders: two from a cache, the second one trained along."""
+    caches = [EmbeddingCache(make(tmp_path / name, latents, encoders[name]), n) for n, name in ((1, "t5"), (3, "clip"))]
+    text = CaptionEncoder([caches[0], None, caches[1]], *encoders["clip"])
+    assert text.widths == (12, 16, 16)
+    assert text.pooled_width == 32
+    assert text.lengths == (9, 9, 9)
+    data = LatentDataset(latents, texts=caches)
+    stream = TrainingStream(data, seed=0, batch_size=3, rank=0, world_size=1)
+    batch = next(batch for batch in map(stream.batch, range(99)) if "" not in batch["caption"])
+    with torch.no_grad():
+        kept, dropped = text(batch), text(batch, [False, True, False])
+        nulls = [encode(encoder, tokenize(tokenizer, [""])) for tokenizer, encoder in (encoders["t5"], *[encoders["clip"]] * 2)]
+    for part, (a, b, null) in enumerate(zip(kept.tokens, dropped.tokens, nulls, strict=True)):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+        real = null.masks[0][0].bool()
+        assert torch.equal(dropped.masks[part][1].bool(), real)
+        assert torch.allclose(b[1][real], null.tokens[0][0][real], atol=1e-6)
+        assert not torch.allclose(a[1][real], b[1][real], atol=1e-2)
+    assert torch.allclose(dropped.pooled[1], torch.cat([nulls[1].pooled[0], nulls[2].pooled[0]]), atol=1e-6)

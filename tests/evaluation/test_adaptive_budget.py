@@ -1,0 +1,73 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from promag.evaluation.adaptive_budget import adaptive_figures, allocate, segment_psnr, sweep
+from promag.evaluation.budgets import own_budgets
+from promag.tokenizer.metrics import psnr
+
+TOKENS = {"4x": 17, "8x": 9, "16x": 5}
+PARTS = [{"4x": 30.0, "8x": 29.0, "16x": 28.0}, {"4x": 26.0, "8x": 24.0, "16x": 21.0}, {"4x": 20.0, "8x": 19.0, "16x": 18.0}]
+
+
+def test_each_part_gets_the_smallest_level_that_is_good_enough():
+    found = allocate(PARTS[:2], TOKENS, 23.0)
+    assert found.levels == ("16x", "8x")
+    assert (found.tokens, found.worst, found.missed) == (14, 24.0, 0)
+    # 8x everywhere has the same worst part, and costs 18.
+    assert (found.fixed, found.fixed_tokens) == ("8x", 18)
+    assert found.saved == pytest.approx(4 / 18)
+
+
+def test_what_misses_the_target_at_every_level_gets_its_best_level_and_is_counted():
+    found = allocate(PARTS, TOKENS, 25.0)
+    assert found.levels == ("16x", "4x", "4x")
+    assert (found.missed, found.worst, found.fixed) == (1, 20.0, "4x")
+
+
+def test_levels_without_falling_tokens_are_refused():
+    with pytest.raises(ValueError, match="falling tokens"):
+        allocate(PARTS, {"4x": 9, "8x": 9, "16x": 5}, 25.0)
+    with pytest.raises(ValueError, match="0 parts"):
+        allocate([], TOKENS, 25.0)
+
+
+part = st.fixed_dictionaries({name: st.floats(10, 40) for name in TOKENS})
+
+
+@given(st.lists(part, min_size=1, max_size=8), st.floats(5, 45))
+def test_where_all_reach_the_target_it_costs_no_more_than_a_fixed_level_that_is_as_good(parts, target):
+    found = allocate(parts, TOKENS, target)
+    if not found.missed:
+        assert found.tokens <= found.fixed_tokens
+        assert found.worst >= target
+    assert found.worst == min(row[name] for row, name in zip(parts, found.levels, strict=True))
+    (row,) = sweep(parts, TOKENS, [target])
+    assert sum(row["parts"].values()) == len(parts)
+
+
+def test_segments_are_coded_alone_and_compared_on_their_own_frames(tokenizer, clip):
+    budgets = own_budgets(tokenizer)
+    video = torch.nn.functional.interpolate(clip[:, :, :27], (27, 32, 32), mode="trilinear")
+    found = segment_psnr(budgets, video, 17)
+    assert len(found) == 2
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first = tokenizer(video[:, :, :17], 16).sample
+        padded = torch.cat([video[:, :, 17:], video[:, :, -1:].expand(-1, -1, 7, -1, -1)], 2)
+        last = tokenizer(padded, 8).sample[:, :, :10]
+    assert found[0]["16x"] == pytest.approx(float(psnr(first, video[:, :, :17])), abs=1e-4)
+    assert found[1]["8x"] == pytest.approx(float(psnr(last, video[:, :, 17:])), abs=1e-4)
+
+
+def test_figures_count_the_first_frame_of_every_segment(tokenizer):
+    from promag.data.datasets import ShapesDataset
+
+    clips = ShapesDataset("eval", 1, 33, 32)
+    budgets = own_budgets(tokenizer)
+    reconstruction = {b.name: {"per_clip": [{"psnr": 20.0}]} for b in budgets}
+    found = adaptive_figures(budgets, reconstruction, clips, (33, 32, 32), 17, 0.0)
+    assert found["tokens"]["16x"] == {"clip_tokens": 3 * 4, "segment_tokens": 2 * 4}
+    assert found["by_clip"]["tokens"] == 12  # nothing is too bad for 0 dB
+    assert found["by_segment"]["tokens"] == 16
+    assert len(found["segment_psnr"][0]) == 2

@@ -1,0 +1,101 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from promag.diffusion.config import DiffusionConfig
+from promag.evaluation.budget_costs import LENGTHS, MEASURES, Costs, Effort, fit_curve, fit_errors
+from promag.evaluation.budgets import Budget, own_budgets
+from promag.evaluation.cost import denoising, peak_bytes
+from promag.training.config import build, load_yaml
+
+
+@pytest.fixture(scope="module")
+def config():
+    preset = build(DiffusionConfig, load_yaml("configs/diffusion/tiny.yaml"), "tiny")
+    return replace(preset, model=replace(preset.model, num_layers=1, num_attention_heads=2, attention_head_dim=8))
+
+
+@pytest.fixture
+def costs(config, tokenizer):
+    return Costs(own_budgets(tokenizer), config, 32, 32)
+
+
+def test_a_curve_is_found_again():
+    tokens = (32, 48, 80, 144, 272, 528)
+    curve = fit_curve([(n, 3 + 0.2 * n + 0.004 * n**2) for n in tokens])
+    assert curve.coefficients == pytest.approx((3, 0.2, 0.004), rel=1e-6)
+    assert curve.at(4112) == pytest.approx(3 + 0.2 * 4112 + 0.004 * 4112**2)
+
+
+def test_no_term_is_negative_and_few_points_make_a_simple_curve():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        points = [(n, float(rng.uniform(1, 2))) for n in (32, 48, 80, 144, 272, 528)]
+        assert min(fit_curve(points).coefficients) >= 0
+    assert np.count_nonzero(fit_curve([(10, 1.0), (20, 2.1), (30, 2.9)]).coefficients) == 1
+    with pytest.raises(ValueError, match="at least one is needed"):
+        fit_curve([])
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 2])
+def test_arithmetic_is_what_torch_counts(costs, ratio):
+    budget = costs.budgets[ratio]
+    with FlopCounterMode(display=False) as counter:
+        costs.denoising(budget, 33, 1)()
+    # One step of a video predicts with and without text; the positions' features are computed once for both.
+    model = costs._models[budget.channels]
+    places = 2 * costs.tokens(budget, 33) * model.place_embed.weight.numel()
+    assert counter.get_total_flops() == 2 * 1e9 * costs.gflops(budget, 33, training=False) - places
+
+
+def test_peak_memory_is_the_largest_that_was_alive_at_once():
+    def call():
+        a = torch.ones(1000, 1000)  # 4 MB
+        b = a + 1  # 8 MB
+        del a
+        return b * 2  # again 8 MB
+
+    if not torch.cuda.is_available():
+        assert peak_bytes(call) == pytest.approx(8e6, rel=0.01)
+
+
+def test_costs_at_one_length(costs):
+    found = costs.at_length(33, Effort(batch=1, steps=1, rounds=1, seconds=0))
+    assert [found[name]["tokens"] for name in ("4x", "8x", "16x")] == [36, 20, 12]
+    assert found["4x"]["training_gflops"] > found["8x"]["training_gflops"] > found["16x"]["training_gflops"]
+    for row in found.values():
+        assert row["sampling_seconds"] == row["denoising_seconds"] + row["decoding_seconds"] > 0
+        assert row["train_peak_mib"] > 0
+
+
+def test_lengths_beyond_the_limit_follow_the_curve_and_are_told_apart(costs):
+    found = costs.over_lengths(Effort(batch=1, steps=1, rounds=1, seconds=0))
+    for name, points in found.items():
+        assert [point["frames"] for point in points] == list(LENGTHS)
+        assert [point["measured"] for point in points] == [True, *[False] * 6]
+        assert all(point[measure] > 0 for point in points for measure in MEASURES)
+        assert points[-1]["tokens"] == costs.tokens(next(b for b in costs.budgets if b.name == name), 1025)
+    assert fit_errors(found) == dict.fromkeys(MEASURES)
+
+
+def test_how_far_a_curve_leads_is_measured_on_the_longest_clip():
+    points = [{"tokens": n, "measured": True, **dict.fromkeys(MEASURES, float(n))} for n in (10, 20, 40, 80)]
+    points[-1]["train_step_seconds"] = 100.0
+    found = fit_errors({"4x": points})
+    assert found["train_step_seconds"] == pytest.approx(0.2)
+    assert found["denoising_step_seconds"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_peer_with_another_grid_costs_what_its_tokens_cost(config, tokenizer):
+    torch.manual_seed(0)
+    peer = Budget("ltx", tokenizer, 8, 16, 6, False)
+    costs = Costs([*own_budgets(tokenizer), peer], config, 32, 32)
+    assert costs.tokens(peer, 33) == 5
+    model = costs._models[6]
+    with FlopCounterMode(display=False) as counter:
+        denoising(model, 33, 32, 32, 8, 1, spatial=16)()
+    places = 2 * 5 * model.place_embed.weight.numel()
+    assert counter.get_total_flops() == 2 * 1e9 * costs.gflops(peer, 33, training=False) - places

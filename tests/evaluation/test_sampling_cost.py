@@ -1,0 +1,52 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from promag.evaluation.sampling_cost import Pace, SamplingCost, measure_pace, sampling_cost
+from promag.pipelines.prompts import NAMES, NEGATIVE_NAMES
+from promag.pipelines.sampling import Seconds, trained_ratios
+from tests.tiny_pipeline import make_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+@pytest.mark.parametrize(("ratio", "latents", "guidance"), [(4, 9, 2.0), (16, 3, 2.0), (16, 3, 1)])
+def test_tokens_and_flops_are_those_that_are_run(pipe, ratio, latents, guidance):
+    cost = sampling_cost(pipe, ratio, 33, steps=3, guidance=guidance)
+    assert (cost.latent_frames, cost.tokens) == (latents, latents * 2 * 3)
+    counter = FlopCounterMode(display=False)
+    text = dict(zip((*NAMES, *NEGATIVE_NAMES), pipe.encode_prompt("", ""), strict=True))
+    how = {**text, "output_type": "latent"}
+    with counter, torch.no_grad():
+        pipe(num_frames=33, temporal_ratio=ratio, num_inference_steps=3, guidance_scale=guidance, **how)
+    assert cost.flops == counter.get_total_flops()
+
+
+def test_frames_that_a_ratio_does_not_allow_are_refused(pipe):
+    with pytest.raises(ValueError, match="20 frames: 16x needs"):
+        sampling_cost(pipe, 16, 20, 3, 4.0)
+
+
+def test_expectations_follow_the_last_measurement():
+    pace, cost = Pace(), SamplingCost(16, 33, 3, 18, 100.0)
+    assert pace.expect(cost) is None
+    pace.learn(cost, Seconds(1, 2, 3), "before")
+    assert pace.expect(cost) == (Seconds(1, 2, 3), "before")
+    assert pace.expect(SamplingCost(16, 66, 6, 36, 250.0)) == (Seconds(1, 5, 6), "before")
+    pace.learn(cost, Seconds(1, 4, 3), "last")
+    assert pace.expect(cost) == (Seconds(1, 4, 3), "last")
+    assert pace.expect(SamplingCost(4, 33, 9, 54, 300.0)) is None
+
+
+def test_every_trained_ratio_is_measured(pipe):
+    told = []
+    pace = measure_pace(pipe, "no", told.append)
+    assert [line.split()[0] for line in told] == ["4x:", "16x:"]
+    for ratio in trained_ratios(pipe):
+        expected = pace.expect(sampling_cost(pipe, ratio, 17, 2, 2.0))
+        assert expected
+        assert expected[0].denoising > 0
+        assert expected[1] == "2 steps at the start"

@@ -1,0 +1,53 @@
+"""From clips of several shapes to a pipeline: a cache for each shape, and one model that makes what it was told to."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from promag import ProMAGPipeline
+from promag.diffusion.config import DiffusionConfig
+from promag.pipelines.build import cache, train_pipeline
+from promag.training.config import build, load_yaml
+from tests.conftest import make_tokenizer
+from tests.scripts.test_scripts import encoder, write_t5
+
+BUCKETS = ((17, 32, 32, None), (17, 32, 48, 1), (33, 32, 32, 2))
+
+
+@pytest.fixture
+def config(tmp_path) -> DiffusionConfig:
+    write_t5(tmp_path / "t5")
+    make_tokenizer(settle=0.05).save_pretrained(tmp_path / "tokenizer")
+    values = load_yaml("configs/diffusion/tiny.yaml")
+    buckets = [dict(zip(("frames", "height", "width", "batch_size"), b, strict=True)) for b in BUCKETS]
+    values["data"] |= {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "buckets": buckets, "shard_size": 2}
+    values["data"] |= {"cache": str(tmp_path / "latents")}
+    values["model"] |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    values["text"] |= {"encoders": [encoder(tmp_path / "t5"), encoder("small")], "width": 16, "layers": 1, "heads": 2}
+    values["loop"] |= {"steps": 3, "batch_size": 1, "warmup": 1}
+    values["pace"] |= {"log_every": 1, "validate_every": 3, "save_every": 3, "workers": 0, "trackers": []}
+    values["samples"] |= {"prompts": ["a red disc"], "every": 3, "steps": 1}
+    values |= {"output_dir": str(tmp_path / "run"), "tokenizer": str(tmp_path / "tokenizer"), "precision": "no"}
+    return build(DiffusionConfig, values, "test")
+
+
+def test_clips_of_several_shapes_are_cached_apart_and_trained_on_together(config, tmp_path, capsys):
+    cached = cache(config, make_tokenizer(settle=0.05))
+    assert "17x32x32: 3 clips, 17x32x48: 3 clips, 33x32x32: 3 clips" in capsys.readouterr().out
+    for split, count in (("train", 3), ("eval", 2)):
+        assert [str(part.bucket) for part in cached[split]] == ["17x32x32", "17x32x48", "33x32x32"]
+        for part, latent in zip(cached[split], ((2, 4, 4), (2, 4, 6), (3, 4, 4)), strict=True):
+            assert [folder.name for folder in part.latents] == [f"{split}-16x-{part.bucket}"]
+            assert {n: folder.name for n, folder in part.texts.items()} == {1: f"{split}-text-1-{part.bucket}"}
+            shards = sorted(part.latents[0].glob("shard-*"))
+            shapes = [safe_open(shard, "pt").get_slice("latents").get_shape() for shard in shards]
+            assert sum(shape[0] for shape in shapes) == count
+            assert all(tuple(shape[2:]) == latent for shape in shapes)
+    folder = train_pipeline(config)
+    pipe = ProMAGPipeline.from_pretrained(folder)
+    assert (pipe.config["num_frames"], pipe.config["height"], pipe.config["width"]) == (17, 32, 32)
+    for size in ({}, {"width": 48}, {"num_frames": 33}):
+        pipe.set_progress_bar_config(disable=True)
+        frames = pipe("a red disc", num_inference_steps=1, generator=torch.Generator().manual_seed(0), **size).frames
+        assert frames.shape[1:4] == (size.get("num_frames", 17), 32, size.get("width", 32))
+    assert "cached" not in capsys.readouterr().out  # training found all of it

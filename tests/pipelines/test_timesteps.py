@@ -1,0 +1,108 @@
+"""Schedulers are exchangeable: they walk the same path, at the same times, to the same video."""
+
+import math
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from promag.diffusion.flow import shift_times, token_shift
+from promag.pipelines.timesteps import set_flow_times
+from tests.pipelines.conftest import call, like, seed
+from tests.tiny_pipeline import PROMPTS
+
+CPU = torch.device("cpu")
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SCHEDULERS = {
+    "euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "heun": (FlowMatchHeunDiscreteScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, FLOW),
+    "dpm++": (DPMSolverMultistepScheduler, FLOW),
+}
+GRID = torch.linspace(1, 0.1, 10)
+GRIDS = {"heun": torch.linspace(1, 0.001, 10)}  # it has no argument for times and divides all of 1 to 1/1000
+
+
+def scheduler(name, config, **changes):
+    kind, more = SCHEDULERS[name]
+    return kind.from_config(config, **more, **changes)
+
+
+@pytest.fixture(scope="module")
+def exact(pipe):
+    """The latents at the path's end."""
+    return call(pipe, num_inference_steps=500, output_type="latent")
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_ends_where_the_others_do(pipe, exact, name):
+    swapped = like(pipe, scheduler=scheduler(name, pipe.scheduler.config))
+    errors = {
+        steps: float((call(swapped, num_inference_steps=steps, output_type="latent") - exact).norm() / exact.norm())
+        for steps in (5, 40)
+    }
+    assert errors[40] < 0.03 < errors[5]
+    assert call(swapped, num_inference_steps=1).shape == (1, 17, 16, 24, 3)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_refines_to_where_the_others_do(pipe, name):
+    given = {"latents": torch.randn(1, 4, 2, 2, 3, generator=seed(5)), "denoise_strength": 0.7, "output_type": "latent"}
+    exact = call(pipe, num_inference_steps=500, **given)
+    swapped = like(pipe, scheduler=scheduler(name, pipe.scheduler.config))
+    refined = call(swapped, num_inference_steps=40, **given)
+    assert float((refined - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_batch_equals_its_prompts_one_by_one_under_every_scheduler(pipe, name):
+    swapped = like(pipe, scheduler=scheduler(name, pipe.scheduler.config))
+    batch = call(swapped, PROMPTS, num_inference_steps=3, generator=[seed(0), seed(1)])
+    for i, prompt in enumerate(PROMPTS):
+        alone = call(swapped, prompt, num_inference_steps=3, generator=seed(i))
+        assert abs(batch[i] - alone[0]).max() < 1e-4
+
+
+def test_a_scheduler_that_adds_noise_draws_each_videos_from_its_own_generator(pipe):
+    noisy = like(pipe, scheduler=scheduler("dpm++", pipe.scheduler.config, algorithm_type="sde-dpmsolver++"))
+    batch = call(noisy, PROMPTS, num_inference_steps=3, generator=[seed(0), seed(1)])
+    for i, prompt in enumerate(PROMPTS):
+        assert abs(batch[i] - call(noisy, prompt, num_inference_steps=3, generator=seed(i))[0]).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_times_are_shifted_for_the_tokens_as_in_training(name):
+    trained = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    made = scheduler(name, trained.config)
+    times = set_flow_times(made, 10, 64, CPU)
+    straight = shift_times(GRIDS.get(name, GRID), token_shift(64, 3.0)) * 1000
+    assert torch.allclose(times.unique().flip(0), straight, rtol=0.02, atol=4)
+    assert torch.allclose(times, made.timesteps.float(), atol=1)
+    assert made.sigmas[-1] == 0
+    before = dict(made.config)
+    set_flow_times(made, 10, 1024, CPU)
+    assert dict(made.config) == before
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_constant_shift_stays_what_the_user_set(name):
+    constant = {"flow_shift": 2.0} if "use_flow_sigmas" in SCHEDULERS[name][1] else {"shift": 2.0}
+    made = SCHEDULERS[name][0](**SCHEDULERS[name][1], **constant)
+    times = [set_flow_times(made, 10, count, CPU) for count in (64, 1024)]
+    assert torch.equal(*times)
+    expected = shift_times(GRIDS.get(name, GRID), math.log(2)) * 1000
+    assert torch.allclose(times[0].unique().flip(0), expected, rtol=0.02, atol=4)
+
+
+@pytest.mark.parametrize(
+    "made", [DDIMScheduler(), UniPCMultistepScheduler(), DPMSolverMultistepScheduler(use_flow_sigmas=True)]
+)
+def test_a_scheduler_that_integrates_no_flow_is_refused(pipe, made):
+    with pytest.raises(ValueError, match=f"scheduler {type(made).__name__}: .* use FlowMatchEulerDiscreteScheduler"):
+        call(like(pipe, scheduler=made))

@@ -1,0 +1,221 @@
+"""The page of token budgets, in a real browser where there is one."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from promag.data.datasets import ShapesDataset
+from promag.data.video import read_frames
+from promag.evaluation.adaptive_budget import adaptive_figures
+from promag.evaluation.budgets import ORIGINAL, compare_reconstructions, own_budgets
+from promag.reports.budget_report import ACROSS, BudgetReport, enlargement, write_budget_page
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from tests.browser import console_errors
+from tests.conftest import TINY
+
+FRAMES, SIZE = 17, 32
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A comparison of a tokenizer that gives block means back, of every frame at 4x, on three generated clips."""
+    torch.manual_seed(0)
+    tokenizer = AutoencoderKLProMAG(**TINY).eval()
+    tokenizer.start_from_means()
+    tokenizer.grow()
+    tokenizer.grow()
+    clips = ShapesDataset("eval", 3, FRAMES, SIZE)
+    budgets = own_budgets(tokenizer)
+    found, facts = compare_reconstructions(budgets, clips, tmp_path_factory.mktemp("videos"))
+    figures = {b.name: {**b.facts(FRAMES, SIZE, SIZE), "reconstruction": found[b.name]} for b in budgets}
+    adaptive = adaptive_figures(budgets, found, clips, (FRAMES, SIZE, SIZE), 17, 15.0)
+    curves = {"Training step, s": {name: [(17, 1.0, True), (33, 2.0, False)] for name in figures}}
+    return BudgetReport("</title><script>alert(1)</script>", figures, list(figures), facts, adaptive, curves)
+
+
+@pytest.fixture(scope="module")
+def page(report, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    assert write_budget_page(path, report) == 3
+    return path
+
+
+def test_the_page_is_one_file_that_asks_for_nothing_and_shows_the_worst_first(page, report):
+    text = page.read_text()
+    assert "<script>alert(1)" not in text
+    assert not re.search(r"""(src|href)=["']?(?!data:)[\w./]+""", text.split("<script")[0])
+    assert "default-src 'none'" in text
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["clips"]
+    last = [clip["psnr"]["16x"] for clip in shown]
+    assert last == sorted(last)
+    assert {clip["name"] for clip in shown} == {clip.name for clip in report.clips}
+
+
+def test_the_films_show_what_was_measured(page, report, tmp_path):
+    """From the tiles of a film follow the figures beside it, but for what its compression takes."""
+    text = page.read_text()
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["clips"]
+    film = tmp_path / "film.mp4"
+    film.write_bytes(base64.b64decode(re.search(r'id="film-0">(.*?)</script>', text)[1]))
+    pixels = read_frames(film, range(FRAMES)).astype(float)
+    side = SIZE * enlargement(SIZE)
+    tiles = [pixels[:, :side, i * side : (i + 1) * side] for i in range(ACROSS)]
+    for name, tile in zip(("4x", "8x", "16x"), tiles[1:], strict=True):
+        measured = -10 * np.log10(np.square((tile - tiles[0]) / 255).mean())
+        assert measured == pytest.approx(shown[0]["psnr"][name], abs=0.3)
+
+
+def test_fewer_clips_are_shown_where_the_page_would_grow_too_large(report, tmp_path, monkeypatch):
+    size = write_size(report, tmp_path)
+    monkeypatch.setattr("promag.reports.budget_report.LIMIT", size - 1000)
+    assert write_budget_page(tmp_path / "small.html", report) == 2
+    text = (tmp_path / "small.html").read_text()
+    assert "The 2 worst of 3 clips are shown" in text
+    assert len(text.encode()) < size - 1000
+
+
+def write_size(report, folder):
+    write_budget_page(folder / "whole.html", report)
+    return (folder / "whole.html").stat().st_size
+
+
+# -- in a browser ----------------------------------------------------------------------------------------------------
+
+
+def until(browser, script, seconds=30):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, seconds, 0.05).until(lambda driver: driver.execute_script(f"return {script}"))
+
+
+PICTURE = """[...document.querySelectorAll('canvas')[arguments[0]].getContext('2d').getImageData(0, 0, 32, 32).data]"""
+
+
+def picture(browser, tile):
+    return np.array(browser.execute_script(f"return {PICTURE}", tile)).reshape(SIZE, SIZE, 4)[..., :3]
+
+
+@pytest.fixture
+def opened(browser, page):
+    browser.get(page.as_uri())
+    until(browser, "document.getElementById('film').readyState >= 2")
+    return browser
+
+
+def press(browser, name):
+    browser.find_element("id", name).click()
+
+
+def go_to(browser, frame):
+    browser.execute_script(f"seek({frame})")
+    until(browser, "!film.seeking && film.paused")
+    until(browser, f"document.getElementById('where').textContent.startsWith('frame {frame + 1} of')")
+
+
+def test_it_plays_and_pauses(opened):
+    until(opened, "film.currentTime > 0 && !film.paused")
+    assert opened.find_element("id", "play").text == "Pause"
+    press(opened, "play")
+    until(opened, "film.paused && document.getElementById('play').textContent === 'Play'")
+    assert console_errors(opened) == []
+
+
+def test_scrubbing_shows_the_frame_itself_in_every_tile(opened, report):
+    index = opened.execute_script("return data.clips[shown.clip].name")
+    clip = next(clip for clip in report.clips if clip.name == index)
+    names = [ORIGINAL, *report.budgets]
+    for frame in (0, 11, 16, 5):
+        go_to(opened, frame)
+        for tile, name in enumerate(names):
+            wanted = np.load(clip.videos[name]).astype(float)
+            errors = [np.abs(picture(opened, tile) - other).mean() for other in wanted]
+            assert errors[frame] < 6
+            if tile == 0:  # reconstructions of random weights may look alike from frame to frame
+                assert int(np.argmin(errors)) == frame
+    assert console_errors(opened) == []
+
+
+def test_stepping_by_keys_and_by_buttons(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    go_to(opened, 3)
+    press(opened, "forth")
+    until(opened, "shown.frame === 4")
+    opened.find_element("tag name", "body").send_keys(Keys.ARROW_LEFT)
+    until(opened, "shown.frame === 3")
+    opened.find_element("tag name", "body").send_keys("n")
+    until(opened, "document.querySelectorAll('.clips tbody tr')[1].classList.contains('chosen')")
+    assert console_errors(opened) == []
+
+
+def test_the_error_map_is_dark_where_nothing_is_wrong(opened):
+    go_to(opened, 8)
+    plain = [picture(opened, tile) for tile in range(4)]
+    press(opened, "error")
+    assert opened.find_element("id", "heat").is_displayed()
+    assert np.array_equal(picture(opened, 0), plain[0])
+    for tile in (1, 2, 3):
+        error = np.abs(plain[tile] - plain[0]).mean(2)
+        brightness = picture(opened, tile).sum(2)
+        assert np.corrcoef(np.minimum(error * 4, 255).ravel(), brightness.ravel())[0, 1] > 0.9
+    press(opened, "original")
+    assert picture(opened, 2).max() <= 4  # the original against itself
+    press(opened, "original")
+    press(opened, "error")
+    assert np.array_equal(picture(opened, 1), plain[1])
+    assert console_errors(opened) == []
+
+
+def test_zoom_is_one_for_all_tiles(opened):
+    press(opened, "in")
+    press(opened, "in")
+    shapes = opened.execute_script("return [...document.querySelectorAll('canvas')].map(c => getComputedStyle(c).transform)")
+    assert len(set(shapes)) == 1
+    assert shapes[0].startswith("matrix(2.25")
+    press(opened, "zoomed")
+    assert opened.execute_script("return getComputedStyle(document.querySelector('canvas')).transform").startswith("matrix(1,")
+
+
+def test_a_heading_sorts(opened):
+    read = "[...document.querySelectorAll('.clips tbody tr')].map(row => Number(row.cells[2].dataset.value))"
+    head = opened.find_elements("css selector", ".clips thead th")[2]
+    head.find_element("tag name", "button").click()
+    motion = opened.execute_script(f"return {read}")
+    assert motion == sorted(motion)
+    assert head.get_attribute("aria-sort") == "ascending"
+    head.find_element("tag name", "button").click()
+    assert opened.execute_script(f"return {read}") == sorted(motion, reverse=True)
+
+
+@pytest.mark.parametrize("by", ["clip", "segment"])
+def test_the_slider_says_what_the_figures_say(opened, report, by):
+    opened.execute_script(f"document.querySelector('[name=by][value={by}]').click()")
+    for row in report.adaptive[f"sweep_by_{by}"]:
+        opened.execute_script(f"$('target').min = 0; $('target').value = {row['target']}; adapt()")
+        told = opened.find_element("id", "told").text
+        assert told.startswith(", ".join(f"{count} at {name}" for name, count in row["parts"].items()))
+        compared = f"{abs(100 * row['saved']):.1f} % {'more' if row['saved'] < 0 else 'fewer'} than {row['fixed']} everywhere"
+        assert f"{row['tokens']:,} tokens, {compared}. Worst case {row['worst']:.2f} dB" in told
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling_in_either_scheme(opened, scheme):
+    feature = [{"name": "prefers-color-scheme", "value": scheme}]
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
+        tops = opened.execute_script("return [...document.querySelectorAll('.tile')].map(t => t.getBoundingClientRect().top)")
+        assert len(set(tops)) == 2  # four tiles in two rows
+        colour = opened.execute_script("return getComputedStyle(document.body).backgroundColor")
+        brightness = sum(map(int, re.findall(r"\d+", colour)[:3]))
+        assert brightness < 150 if scheme == "dark" else brightness > 600
+    finally:
+        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert console_errors(opened) == []
