@@ -21,7 +21,7 @@ lint: setup
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml .ci/torchvision_schemas.py .ci/link_rooms.py
+$(VENV)/.installed: pyproject.toml setup.py .ci/torchvision_schemas.py .ci/link_rooms.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -1,4 +1,6 @@
-"""A page to try a tokenizer and a text-to-video pipeline on: sample at a budget, and see what each budget keeps of a video.
+"""Serve a web page for trying a tokenizer and a text-to-video pipeline.
+
+It samples videos at a token budget and shows what each budget keeps of a video.
 
 It is served on this machine alone unless --host says otherwise, and asks nothing of any other.
 """

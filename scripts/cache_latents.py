@@ -1,4 +1,6 @@
-"""Encode a diffusion configuration's clips once with the frozen tokenizer, its captions with the frozen text encoders.
+"""Encode the clips and captions of a text-to-video training into its caches.
+
+Clips are encoded by the frozen tokenizer, captions by the frozen text encoders.
 
 Start it plainly, with `accelerate launch`, or with torchrun, which divides the work; after an interruption the same command
 continues.
@@ -10,7 +12,6 @@ from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import cache
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import parse_config, run_main
-from promag.training.fsdp import leave_process_group
 from promag.training.loop import processes
 
 
@@ -25,4 +26,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(main, after=leave_process_group))
+    raise SystemExit(run_main(main))

@@ -1,4 +1,4 @@
-"""Compare token budgets on the same frames of the same clips: the levels of a tokenizer, and other video autoencoders.
+"""Compare token budgets, a tokenizer's own and other autoencoders', on the same clips.
 
 Writes figures (results.jsonl) and one self-contained page (report.html) with the videos side by side, in step.
 """

@@ -1,4 +1,4 @@
-"""Compare the curves of two trainings that should be alike, step by step: one process and several, for example.
+"""Compare the curves of two trainings that should be alike, step by step.
 
 Both are the stage folders of finished runs, of the same global batch: runs/x/16x.
 """

@@ -1,4 +1,4 @@
-"""Draw the same clips as several tokenizers make of them, one line of frames each, with the PSNR of each line."""
+"""Draw the same clips as several tokenizers reconstruct them, with PSNR."""
 
 import argparse
 from collections.abc import Sequence

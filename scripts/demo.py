@@ -1,4 +1,6 @@
-"""The whole system at a small size: grow a tokenizer 4x -> 8x -> 16x, train text-to-video at 4x and at 16x, compare.
+"""Run the whole system at a small size and write a page of results.
+
+It grows a tokenizer 4x -> 8x -> 16x, trains text-to-video at 4x and at 16x, and compares them.
 
 What an earlier call trained is used again, and what it left unfinished continues.
 """

@@ -1,5 +1,7 @@
-"""Prompt accuracy of trained pipelines at every token budget, on trained and on held-out combinations,
-and what the scorer reads in the tokenizer's reconstructions, which no text-to-video model of its latents can exceed.
+"""Measure the prompt accuracy of pipelines at every token budget.
+
+It is measured on trained and on held-out combinations, and on the tokenizer's reconstructions, which no text-to-video model
+of its latents can exceed.
 
 Prompts are captions of generated clips (what `data.train: shapes` trains on): a scorer reads shape, colour and motion back. Of
 a pipeline that lies in the folder of its run, the steps, seconds and held-out loss of its training are told too.

@@ -1,4 +1,4 @@
-"""Reconstruct clips at every temporal ratio of a tokenizer and report how close they come."""
+"""Measure a tokenizer's reconstructions at every temporal ratio."""
 
 import argparse
 import json

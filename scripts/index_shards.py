@@ -1,4 +1,4 @@
-"""Decode every sample of webdataset tar shards strictly, once, and write the index that training reads beside them.
+"""Decode the samples of tar shards once, strictly, and write the index that training reads.
 
 index_shards.py "shards/{000000..000099}.tar" --out shards/shards.jsonl
 

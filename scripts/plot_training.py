@@ -1,4 +1,4 @@
-"""Draw curves of trainings from the metrics.jsonl files that they leave, as an SVG that stands alone."""
+"""Draw curves of trainings from their metrics.jsonl files, as one SVG."""
 
 import argparse
 from collections.abc import Sequence

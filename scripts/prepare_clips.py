@@ -1,4 +1,4 @@
-"""Decode captioned videos once, strictly, and write the index of clips that training and evaluation read.
+"""Decode captioned videos once, strictly, and write the clip index that training reads.
 
 prepare_clips.py videos/ --out clips.jsonl
 prepare_clips.py manifest.csv --split train --out clips-train.jsonl --fps 24 --frames 65

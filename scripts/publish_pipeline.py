@@ -1,4 +1,4 @@
-"""Save a trained pipeline in bf16 with a model card: how often videos show what prompts ask for, recipe, licence.
+"""Save a trained pipeline in bf16 with a model card.
 
 Its video tokenizer is not copied: the folder links to a published one, which must be the one that was trained with.
 """

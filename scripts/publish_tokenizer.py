@@ -1,4 +1,4 @@
-"""Save a trained tokenizer as bf16 safetensors with a model card: figures on unseen clips, recipe, data and licences."""
+"""Save a trained tokenizer as bf16 safetensors with a model card."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Reconstruct a video with a tokenizer: the original beside what each temporal ratio makes of it, in one mp4, with PSNR.
+"""Write a video beside its reconstruction at each temporal ratio, and print PSNR.
 
 Any length works: the video is read, encoded, decoded and written in chunks. Sides are cropped to even multiples of 8.
 """

@@ -1,4 +1,6 @@
-"""Sample videos from a trained pipeline: every prompt at every seed, from text alone or from a first image or clip too.
+"""Sample videos from a trained pipeline.
+
+Every prompt is sampled at every seed, from text alone or from a first image or clip too.
 
 A video depends on its prompt and its seed alone: other prompts, seeds and --batch change nothing but rounding.
 """

@@ -1,4 +1,6 @@
-"""Train a text-to-video transformer in a frozen tokenizer's latent space into a pipeline, or train one further, by LoRA too.
+"""Train a text-to-video transformer in a frozen tokenizer's latent space.
+
+The result is a pipeline. A trained one is trained further, whole or by LoRA.
 
 Latents are cached first, or found in the cache. Start it plainly, with `accelerate launch`, or with torchrun; the same
 command again continues a run.
@@ -9,7 +11,6 @@ from collections.abc import Sequence
 from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import train_pipeline
 from promag.training.config import parse_config, run_main
-from promag.training.fsdp import leave_process_group
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,4 +22,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(main, after=leave_process_group))
+    raise SystemExit(run_main(main))

@@ -1,4 +1,4 @@
-"""Train a video tokenizer: the 4x base, then each grown level, or one of them.
+"""Train a video tokenizer: the 4x base, then each grown level.
 
 Start it plainly, with `accelerate launch`, or with torchrun; the same command again continues a run.
 """
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from promag.tokenizer.train import TokenizerConfig, train_tokenizer
 from promag.training.config import parse_config, run_main
-from promag.training.fsdp import leave_process_group
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,4 +18,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(main, after=leave_process_group))
+    raise SystemExit(run_main(main))

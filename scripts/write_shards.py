@@ -1,4 +1,4 @@
-"""Write the clips of an index as webdataset tar shards, shuffled, with the index that training reads beside them.
+"""Write the clips of an index as shuffled tar shards, with the index that training reads.
 
 write_shards.py clips.jsonl --out shards/ --per-shard 1000
 write_shards.py clips.jsonl --out shards/ --buckets "[[1, 256, 256], [17, 128, 224], [17, 128, 128]]"

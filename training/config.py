@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import importlib.resources
 import os
 import sys
 import typing
@@ -25,14 +26,18 @@ class UserError(ValueError):
     """A mistake in what the user gave: shown as one line, without a traceback."""
 
 
-def run_main(main: Callable[[Sequence[str]], int | None], after: Callable[[], None] = lambda: None) -> int:
-    """Run `main(argv)`, then `after()` if it raised nothing; a UserError becomes one line on stderr and exit status 2.
+def run_main(main: Callable[[Sequence[str]], int | None]) -> int:
+    """Run `main(argv)` and return its exit status; a UserError becomes one line on stderr and status 2.
 
-    argparse's own errors already have that status.
+    argparse's own errors already have that status. A process of several leaves their group, unless `main` raised.
     """
     try:
         status = main(sys.argv[1:]) or 0
-        after()
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_initialized():
+            from .fsdp import leave_process_group
+
+            leave_process_group()
         return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,7 +62,7 @@ def parse_config(cls: type[Config], argv: Sequence[str], description: str) -> Co
         epilog="options of the configuration, each also `--name value`:\n" + "\n".join(_describe(cls)),
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE.yaml", required=True, help="a complete preset, see configs/")
+    parser.add_argument("--config", metavar="PRESET", required=True, help="a YAML file, or a preset such as tokenizer/tiny")
     arguments, rest = parser.parse_known_args(argv)
     values = _plain(load_yaml(arguments.config))  # what YAML shares by an anchor becomes each place's own
     for name, value in _pair_options(rest):
@@ -66,9 +71,9 @@ def parse_config(cls: type[Config], argv: Sequence[str], description: str) -> Co
 
 
 def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the mapping in a YAML file; raises UserError for a missing or malformed file."""
+    """Return the mapping in a YAML file, given by its path or as a preset's name; raises UserError where there is none."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(find_preset(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror or error}") from None
     except yaml.YAMLError as error:
@@ -76,6 +81,19 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config {path}: holds {type(values).__name__}, a mapping of keys is needed")
     return values
+
+
+def find_preset(name: str | os.PathLike) -> Path:
+    """Return the file `name`, or the preset that is called so (`tokenizer/tiny`); raises UserError for an unknown name."""
+    if Path(name).is_file() or Path(name).suffix:
+        return Path(name)
+    folder = Path(str(importlib.resources.files("promag.configs")))
+    presets = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    if preset := presets.get(str(name)):
+        return preset
+    close = difflib.get_close_matches(str(name), presets, 1)
+    nearest = f"did you mean {close[0]}? " if close else ""
+    raise UserError(f"config {name}: neither a file nor a preset; {nearest}presets: {', '.join(presets)}")
 
 
 def build(cls: type[Config], values: dict[str, Any], source: str) -> Config:

@@ -1,4 +1,4 @@
-"""Measure what opening a long clip index, and the index of as many clips in shards, costs: seconds and resident memory.
+"""Measure seconds and memory of opening a long clip index, and the index of shards.
 
 Each is opened in a process of its own.
 

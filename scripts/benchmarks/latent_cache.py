@@ -1,4 +1,4 @@
-"""Measure how fast latents are cached, against its parts alone: decoding clips, and encoding clips that are ready.
+"""Measure how fast latents are cached, against decoding and encoding alone.
 
 What the weights are does not matter: any tokenizer of the shape that is meant will do. Work is measured in turns, in one
 process and its decoding workers (pace.workers); CPU seconds too, which tell more than the clock where other programs run.

@@ -1,4 +1,4 @@
-"""Check on a trained tokenizer what long and large videos need: memory by length, and tiles against the whole picture."""
+"""Measure memory by the length of a video, and tiles against the whole picture."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Count the memory that training each text-to-video preset takes - what stays between steps, activations per clip - and FLOPs.
+"""Count the memory and FLOPs of training each text-to-video preset.
 
 Nothing is trained, and large models are counted on tensors without data. Left out: activations of the small text model, what a
 backward pass needs for a moment, and what an allocator and a device's libraries take beside tensors.

@@ -1,4 +1,4 @@
-"""Measure how fast, and with how much memory, video autoencoders encode and decode: every level of ours, and published ones.
+"""Measure speed and memory of video autoencoders, ours at every level and published ones.
 
 Weights are untrained: cost does not depend on them. Published architectures (--peers) are built from the defaults of their
 classes in diffusers. What does not fit into memory is recorded as such, and the run goes on.

@@ -1,4 +1,4 @@
-"""Measure what a token budget costs a text-to-video transformer: gradients, a whole training step, and denoising.
+"""Measure what a token budget costs a transformer in training and denoising.
 
 Weights are untrained: cost does not depend on them. Budgets are measured in turns; speedups are against the first. MFU is the
 model's own arithmetic over the best of a few large matrix products in the same run.

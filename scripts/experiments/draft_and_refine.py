@@ -1,4 +1,4 @@
-"""Does it pay to draft a video at a high temporal ratio and refine it at a low one? Against sampling at the low one from noise.
+"""Draft a video at a high temporal ratio, refine it at a low one: does it pay?
 
 Same prompts, same seeds, in turns: from noise at the low ratio with several numbers of steps; the draft alone; the draft
 lifted to the low ratio without pixels, noised to several times and refined. Compared are ways of about equal seconds.

@@ -1,4 +1,4 @@
-"""The paper's claim, measured: does growing 4x -> 8x -> 16x beat training 16x directly, and what does each part give?
+"""Measure whether growing 4x -> 8x -> 16x beats training 16x directly.
 
 Every arm is trained by the same trainer on the same clips and scored on the same unseen ones. A finished arm is not trained
 again, an unfinished one continues; `--only "[progressive]"` runs some arms and what they start from.

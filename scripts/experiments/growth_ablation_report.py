@@ -1,4 +1,4 @@
-"""Table and curves of the experiment from its recorded lines; the newest line of each arm, seed and ratio counts."""
+"""Write table and curves of the growth ablation from its recorded lines."""
 
 import argparse
 from collections.abc import Sequence

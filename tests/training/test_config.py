@@ -140,14 +140,24 @@ def _assert_complete(config, values, place):
                     _assert_complete(inner, given_values, f"{place}:{field.name}")
 
 
-def test_run_main_does_what_follows_only_after_success(capsys):
-    """Exit status and stderr of a script, and whether its last act was done."""
-
+def test_run_main_returns_the_exit_status_and_shows_a_mistake_in_one_line(capsys):
     def fails(argv):
         raise UserError("no such clip")
 
-    for main, status, acts in ((lambda argv: None, 0, 1), (lambda argv: 3, 3, 1), (fails, 2, 0)):
-        done = []
-        assert run_main(main, after=lambda done=done: done.append(1)) == status
-        assert len(done) == acts
+    assert [run_main(main) for main in (lambda argv: None, lambda argv: 3, fails)] == [0, 3, 2]
     assert capsys.readouterr().err == "error: no such clip\n"
+
+
+def test_a_preset_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
+    presets = {str(path.relative_to("configs").with_suffix("")): load_yaml(path) for path in PRESETS}
+    monkeypatch.chdir(tmp_path)
+    assert {name: load_yaml(name) for name in presets} == presets
+    (tmp_path / "tokenizer").mkdir()  # a folder of the same name is no file
+    assert load_yaml("tokenizer/tiny") == presets["tokenizer/tiny"]
+    (tmp_path / "demo").write_text("seed: 7")  # a file goes before a preset
+    assert load_yaml("demo") == {"seed": 7}
+
+
+def test_an_unknown_preset_names_the_nearest_and_all():
+    with pytest.raises(UserError, match=r"config tokenizer/tyni: neither .* did you mean tokenizer/tiny\? presets: demo, diff"):
+        load_yaml("tokenizer/tyni")

@@ -1,0 +1,1 @@
+"""Presets by name: `--config tokenizer/tiny` is tokenizer/tiny.yaml here."""

@@ -1,0 +1,5 @@
+"""`python -m promag COMMAND` is `promag COMMAND`."""
+
+from promag.cli import main
+
+raise SystemExit(main())

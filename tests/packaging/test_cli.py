@@ -1,0 +1,64 @@
+"""The program `promag`: its list of commands, their names, and mistakes in them."""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from promag.cli import GROUPS, list_commands
+
+PACKAGES = ["promag.scripts", *(package for package, _ in GROUPS.values())]
+
+
+def promag(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "promag", *arguments], capture_output=True, text=True)
+
+
+def test_help_lists_every_command_without_importing_any():
+    done = promag("--help")
+    listed = dict(line[2:].split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  "))
+    assert set(listed) == {*list_commands("promag.scripts"), *GROUPS}
+    assert listed["prepare-clips"].startswith("Decode captioned videos")
+    code = "import sys; sys.argv = ['promag', '--help']; from promag.cli import main; main(); print('torch' in sys.modules)"
+    started = time.process_time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_is_a_command_with_a_summary_in_one_line(package):
+    for name, path in list_commands(package).items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+        assert re.fullmatch(r"[A-Z].{,87}[.?]", summary), f"{name}: {summary!r} is no sentence of at most 89 characters"
+        assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, path
+
+
+def test_names_are_alike_with_dashes_and_underscores():
+    for name in ("prepare-clips", "prepare_clips"):
+        done = promag(name, "--help")
+        assert (done.returncode, done.stdout.split()[:3]) == (0, ["usage:", "promag", "prepare-clips"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smaple"], "error: no command 'smaple'; did you mean sample? `promag --help` lists all\n"),
+        (["benchmrk"], "error: no command 'benchmrk'; did you mean benchmark? `promag --help` lists all\n"),
+        (["xyz"], "error: no command 'xyz'; `promag --help` lists all\n"),
+        (["benchmark", "memroy"], "error: no command 'memroy'; did you mean memory? `promag benchmark --help` lists all\n"),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(arguments, message):
+    done = promag(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_benchmarks_and_experiments_are_groups_of_commands():
+    assert "  transformer " in promag("benchmark").stdout
+    assert promag("experiment", "--help").stdout.startswith("usage: promag experiment COMMAND")
+    assert promag("--version").stdout == "promag 0.1.0\n"
