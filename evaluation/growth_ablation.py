@@ -50,11 +50,11 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 def read(path: Path) -> list[Row]:
     """Return the newest line of each arm, seed and ratio, in the order in which they first appear."""
     if not path.is_file():
-        raise UserError(f"results {path}: no such file; claim.py --record FILE writes one")
+        raise UserError(f"results {path}: no such file; `promag experiment growth-ablation --record FILE` writes one")
     lines = [json.loads(line) for line in path.read_text().splitlines() if line]
     newest = {(r["arm"], r["seed"], r["ratio"]): r for r in lines if r.get("what") == "claim"}
     if not newest:
-        raise UserError(f"results {path}: none of its {len(lines)} lines is one of claim.py's")
+        raise UserError(f"results {path}: none of its {len(lines)} lines is one of the growth ablation's")
     return list(newest.values())
 
 

@@ -2,8 +2,10 @@
 
 Every arm is trained by the same trainer on the same clips and scored on the same unseen ones. A finished arm is not trained
 again, an unfinished one continues; `--only "[progressive]"` runs some arms and what they start from.
+`promag experiment growth-ablation report RESULTS.jsonl` prints and draws what was recorded.
 """
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promag.data.datasets import open_dataset
 from promag.evaluation.baselines import build_peer, load_peer
-from promag.evaluation.growth_ablation import table
+from promag.evaluation.growth_ablation import OURS, RATIO, WIDE, curves, gains, read, table
+from promag.reports.plots import plot_file
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
@@ -84,7 +87,9 @@ class ClaimConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train and score the arms that are not finished, then print the table of all that are."""
+    """Train and score the arms that are not finished, then print the table of all that are; `report` prints results."""
+    if argv[:1] == ["report"]:
+        return report(argv[1:])
     config = parse_config(ClaimConfig, argv, __doc__ or "")
     arms = {arm.name: arm for arm in config.arms}
     wanted = {name for chosen in config.only or arms for name in _lineage(arms, chosen)}
@@ -98,6 +103,30 @@ def main(argv: Sequence[str]) -> int:
                 return 0
             rows += score_arm(config, arms, arm, seed, folder)
     print(table(rows))
+    return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    """Print the table of recorded lines, what growth gains on the other ways to 16x, and draw PSNR by steps and compute."""
+    parser = argparse.ArgumentParser(
+        prog="promag experiment growth-ablation report",
+        description=f"{report.__doc__} The newest line of each arm, seed and ratio counts.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("results", type=Path, help="results file that the experiment recorded")
+    parser.add_argument("--out", type=Path, help="folder for the plots; without it none are drawn")
+    arguments = parser.parse_args(argv)
+    rows = read(arguments.results)
+    print(table(rows))
+    for ours in (OURS, OURS + WIDE):
+        if any(row["arm"] == ours for row in rows):
+            print("\n" + gains(rows, ours))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for name, (lines, x_label) in curves(rows).items():
+            path = arguments.out / f"claim-{name}.svg"
+            write_atomically(path, plot_file(lines, x_label, f"PSNR at {RATIO}x, dB"))
+            print(path)
     return 0
 
 

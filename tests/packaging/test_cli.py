@@ -1,6 +1,7 @@
 """The program `promag`: its list of commands, their names, and mistakes in them."""
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -62,3 +63,9 @@ def test_benchmarks_and_experiments_are_groups_of_commands():
     assert "  transformer " in promag("benchmark").stdout
     assert promag("experiment", "--help").stdout.startswith("usage: promag experiment COMMAND")
     assert promag("--version").stdout == "promag 0.1.0\n"
+
+
+def test_no_script_hides_a_library():
+    """`python scripts/NAME.py` puts the script's folder before all libraries: tokenizers.py there would hide tokenizers."""
+    libraries = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
+    assert not [path for package in PACKAGES for path in list_commands(package).values() if path.stem in libraries]

@@ -10,7 +10,6 @@ import yaml
 from promag import AutoencoderKLProMAG
 from promag.evaluation.baselines import build_peer
 from promag.scripts.experiments import growth_ablation as claim
-from promag.scripts.experiments import growth_ablation_report as claim_report
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, parse_config
@@ -149,7 +148,7 @@ def test_costs_are_told_by_stage_and_by_what_was_inherited(lines):
 
 
 def test_the_report_draws_what_was_recorded(lines, config, tmp_path, capsys):
-    claim_report.main([str(config.parent / "claim.jsonl"), "--out", str(tmp_path)])
+    claim.main(["report", str(config.parent / "claim.jsonl"), "--out", str(tmp_path)])
     said = capsys.readouterr().out
     progressive, warm = (next(r for r in lines if r["arm"] == arm and r["ratio"] == 16) for arm in ("progressive", "warm"))
     assert f"| warm | 0 | {progressive['psnr'] - warm['psnr']:+.3f} |" in said

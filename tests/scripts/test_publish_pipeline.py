@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from promag.data.synthetic import MOTIONS
 from promag.pipelines.sampling import load_pipeline
-from promag.scripts import publish_pipeline
+from promag.scripts import publish
 from promag.tokenizer.train import load_tokenizer, save_model
 from promag.training.config import UserError
 
@@ -28,7 +28,7 @@ def tokenizer(demo_run, tmp_path_factory):
 def test_it_holds_the_tokenizer_and_its_card_has_its_own_figures(demo_run, tokenizer):
     source, out, record = demo_run / "video-16x" / "pipeline", tokenizer.parent / "video", tokenizer.parent / "results.jsonl"
     few = ["--prompts", "3", "--steps", "2"]
-    publish_pipeline.main([str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--record", str(record), *few])
+    publish.main(["pipeline", str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--record", str(record), *few])
     assert (out / "vae" / WEIGHTS).read_bytes() == (tokenizer / WEIGHTS).read_bytes()
     assert not (out / "vae").is_symlink()
     published, trained = (load_file(folder / "transformer" / WEIGHTS) for folder in (out, source))
@@ -55,18 +55,20 @@ def test_publishing_again_leaves_the_tokenizer_beside_it_alone(demo_run, tokeniz
     (out / "vae").parent.mkdir()
     (out / "vae").symlink_to(tokenizer)  # as published by earlier versions
     for _ in range(2):
-        publish_pipeline.main([str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--prompts", "1", "--steps", "1"])
+        publish.main(
+            ["pipeline", str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--prompts", "1", "--steps", "1"]
+        )
     assert not (out / "vae").is_symlink()
     assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tokenizer.iterdir()}
 
 
 def test_the_batch_is_that_of_all_processes(tmp_path):
     (tmp_path / "config.yaml").write_text("loop: {batch_size: 4, accumulate: 3}\n")
-    assert publish_pipeline.samples_a_step(tmp_path) == 12
+    assert publish.samples_a_step(tmp_path) == 12
     for step, batch in (("step-00000002", 12), ("step-00000010", 24)):
         (tmp_path / "16x" / step).mkdir(parents=True)
         (tmp_path / "16x" / step / "state.json").write_text(json.dumps({"global_batch": batch}))
-    assert publish_pipeline.samples_a_step(tmp_path) == 24
+    assert publish.samples_a_step(tmp_path) == 24
 
 
 def test_mistakes_are_named(demo_run, tokenizer, tmp_path):
@@ -76,8 +78,8 @@ def test_mistakes_are_named(demo_run, tokenizer, tmp_path):
         next(other.parameters()).add_(1)
     save_model(other, tmp_path / "other")
     with pytest.raises(UserError, match="1 weights are not the pipeline's own"):
-        publish_pipeline.main([str(source), "--tokenizer", str(tmp_path / "other"), "--out", str(tmp_path / "out")])
+        publish.main(["pipeline", str(source), "--tokenizer", str(tmp_path / "other"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     shutil.copytree(source, tmp_path / "pipeline")
     with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/pipeline"):
-        publish_pipeline.main([str(tmp_path / "pipeline"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out")])
+        publish.main(["pipeline", str(tmp_path / "pipeline"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out")])

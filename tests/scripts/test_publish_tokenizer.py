@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from promag.reports.tokenizer_card import _stages
-from promag.scripts import publish_tokenizer
+from promag.scripts import publish
 from promag.training.config import UserError, load_yaml
 
 
@@ -21,7 +21,7 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
     credits.write_text("Thanks to all.")
     tokenizer = demo_run / "tokenizer-run" / "tokenizer"
     arguments = [str(tokenizer), "--out", str(out), "--videos", "shapes", "--frames", "17", "--size", "32"]
-    publish_tokenizer.main([*arguments, "--sources", str(table), "--credits", str(credits), "--record", str(record)])
+    publish.main(["tokenizer", *arguments, "--sources", str(table), "--credits", str(credits), "--record", str(record)])
     weights, trained = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (out, tokenizer))
     assert weights.keys() == trained.keys()
     assert all(torch.equal(value, trained[key].bfloat16()) for key, value in weights.items())
@@ -38,9 +38,9 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
         (["--sources", str(credits)], "columns licence, source_commit, source_repo, split are missing"),
     ):
         with pytest.raises(UserError, match=message):
-            publish_tokenizer.main([*arguments, "--sources", str(table), *change])
+            publish.main(["tokenizer", *arguments, "--sources", str(table), *change])
     with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/tokenizer"):
-        publish_tokenizer.main([str(out), *arguments[1:], "--sources", str(table)])
+        publish.main(["tokenizer", str(out), *arguments[1:], "--sources", str(table)])
 
 
 def test_the_recipe_tells_what_else_was_trained_on(demo_run, tmp_path):
@@ -50,10 +50,10 @@ def test_the_recipe_tells_what_else_was_trained_on(demo_run, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "8x").mkdir()
     (tmp_path / "8x" / "done.json").write_text((run / "8x" / "done.json").read_text())
-    (stage,) = publish_tokenizer.stages_of(tmp_path)
+    (stage,) = publish.list_stages(tmp_path)
     assert stage["also"] == {"shapes": 0.4}
     (row,) = _stages([stage])
     assert row[2] == "9 frames, 32x32; 40% of the steps generated clips"
     assert row[-1] == "not written down"
     (tmp_path / "machines.txt").write_text("one GPU\na laptop\n")
-    assert _stages(publish_tokenizer.stages_of(tmp_path))[0][-1] == "one GPU, then a laptop"
+    assert _stages(publish.list_stages(tmp_path))[0][-1] == "one GPU, then a laptop"

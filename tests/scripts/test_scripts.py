@@ -7,15 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from promag.data.video import decode_strictly, read_frames
 from promag.scripts import (
     cache_latents,
-    compare_runs,
-    compare_tokenizers,
+    curves,
     evaluate_tokenizer,
-    plot_training,
     reconstruct,
     sample,
     train_diffusion,
@@ -100,34 +99,40 @@ def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     assert {name: stage["steps"] for name, stage in recorded["training"]["stages"].items()} == {"4x": 2, "8x": 2, "16x": 2}
 
 
-def test_compare_tokenizers_draws_the_clips_with_most_motion(demo_run, tmp_path, capsys):
+def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, capsys):
     tokenizer, out = demo_run / "tokenizer-run" / "tokenizer", tmp_path / "sheet.png"
-    arguments = [f"low={tokenizer}:4", f"high={tokenizer}:16", "--out", str(out), "--frames", "17", "--size", "32"]
-    compare_tokenizers.main([*arguments, "--videos", "shapes"])
-    said = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("dB")]
-    assert [line[2] for line in said] == ["low", "high"] * 3
-    clips = [line[1] for line in said[::2]]
+    arguments = [str(tokenizer), "--videos", "shapes", "--count", "8", "--frames", "17", "--size", "32"]
+    arguments += ["--contact-sheet", str(out)]
+    evaluate_tokenizer.main([*arguments, "--also", f"again={tokenizer}:16"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("dB")]
+    assert [line[2] for line in lines] == ["4x", "8x", "16x", "again"] * 3
+    assert all(high[3:] == again[3:] for high, again in zip(lines[2::4], lines[3::4], strict=True))
+    clips = [line[1] for line in lines[::4]]
     assert len(set(clips)) == 3
-    compare_tokenizers.main([*arguments, "--videos", "shapes", "--clips", clips[1], "--across", "3"])
-    again = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("dB")]
-    assert again == said[2:4]
+    with Image.open(out) as image:
+        whole = image.size
+    evaluate_tokenizer.main([*arguments, "--clips", clips[1], "--across", "3"])
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("dB")] == lines[4:7]
+    with Image.open(out) as image:
+        assert image.width < whole[0]
+        assert image.height < whole[1] / 3
     for change, message in (
-        ([f"a={tokenizer}"], "NAME=CHECKPOINT:RATIO is needed"),
-        ([f"a={tokenizer}:12"], "temporal ratio 12: this tokenizer has 4x, 8x, 16x"),
-        ([f"a={tokenizer}:16", "--clips", "64"], "--clips 64: there are 0 to 63"),
-        ([f"a={tokenizer}:16", "--out", "sheet.jpg"], r"sheet\.jpg: a \.png file is needed"),
+        (["--also", f"a={tokenizer}"], "NAME=CHECKPOINT:RATIO is needed"),
+        (["--also", f"a={tokenizer}:12"], "temporal ratio 12: this tokenizer has 4x, 8x, 16x"),
+        (["--clips", "8"], "--clips 8: there are 0 to 7"),
+        (["--contact-sheet", "sheet.jpg"], r"sheet\.jpg: a \.png file is needed"),
     ):
         with pytest.raises(UserError, match=message):
-            compare_tokenizers.main(["--out", str(out), "--frames", "17", "--size", "32", "--videos", "shapes", *change])
+            evaluate_tokenizer.main([*arguments, *change])
 
 
-def test_plot_training_draws_what_was_logged(demo_run, tmp_path):
+def test_curves_draws_what_was_logged(demo_run, tmp_path):
     stage, out = demo_run / "tokenizer-run" / "4x", tmp_path / "curve.svg"
     logged = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in logged if "loss" in record]
-    plot_training.main([f"ours={stage}", "--keys", "loss", "--out", str(out)])
+    curves.main(["plot", f"ours={stage}", "--keys", "loss", "--out", str(out)])
     assert f"ours: {losses[-1]:.2f} at 2" in out.read_text()
-    plot_training.main([f"ours={stage}", "--keys", "loss", "l1", "--out", str(out), "--mean-over", "2"])
+    curves.main(["plot", f"ours={stage}", "--keys", "loss", "l1", "--out", str(out), "--mean-over", "2"])
     assert f"ours loss: {sum(losses) / 2:.2f} at 2" in out.read_text()
     assert "ours l1: " in out.read_text()
     for stages, keys, message in (
@@ -136,27 +141,27 @@ def test_plot_training_draws_what_was_logged(demo_run, tmp_path):
         (f"ours={stage}", "lpips", "no figure 'lpips'; there are clips, gradient_norm, "),
     ):
         with pytest.raises(UserError, match=message):
-            plot_training.main([stages, "--keys", keys, "--out", str(out)])
+            curves.main(["plot", stages, "--keys", keys, "--out", str(out)])
 
 
-def test_compare_runs_finds_the_largest_difference(tmp_path, capsys):
-    record, curves = tmp_path / "training.jsonl", {"one": [1.0, 0.5, 0.25], "two": [1.0, 0.5, 0.2501]}
-    for name, losses in curves.items():
+def test_curves_finds_the_largest_difference(tmp_path, capsys):
+    record, losses_of = tmp_path / "training.jsonl", {"one": [1.0, 0.5, 0.25], "two": [1.0, 0.5, 0.2501]}
+    for name, losses in losses_of.items():
         (tmp_path / name / "16x").mkdir(parents=True)
         (tmp_path / name / "config.yaml").write_text(f"output_dir: {name}\nseed: 0\n")
         lines = [json.dumps({"step": i + 1, "loss": loss}) for i, loss in enumerate(losses)]
         (tmp_path / name / "16x" / "metrics.jsonl").write_text("\n".join(lines))
-    stages = [f"{name}={tmp_path / name / '16x'}" for name in curves]
-    compare_runs.main([*stages, "--keys", "loss", "--record", str(record)])
+    stages = [f"{name}={tmp_path / name / '16x'}" for name in losses_of]
+    curves.main(["diff", *stages, "--keys", "loss", "--record", str(record)])
     assert "loss: at most 0.0004 apart, relatively, over 3 logged steps" in capsys.readouterr().out
     line = json.loads(record.read_text())
     assert line["relative_difference"]["loss"] == pytest.approx(1e-4 / 0.2501)
     assert line["curves"]["loss"]["two"] == [[1, 1.0], [2, 0.5], [3, 0.2501]]
-    with pytest.raises(UserError, match="two different NAME=FOLDER are needed"):
-        compare_runs.main([stages[0], stages[0], "--keys", "loss"])
+    with pytest.raises(UserError, match="there are two stages named one"):
+        curves.main(["diff", stages[0], stages[0], "--keys", "loss"])
     (tmp_path / "two" / "16x" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}))
     with pytest.raises(UserError, match="curves of 3 and 1 points"):
-        compare_runs.main([*stages, "--keys", "loss"])
+        curves.main(["diff", *stages, "--keys", "loss"])
 
 
 def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder, tmp_path, capsys):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
 from promag.evaluation.baselines import build_peer
-from promag.scripts.benchmarks.tokenizers import _peer, main
+from promag.scripts.benchmarks.autoencoders import _peer, main
 from promag.training import compilation
 from promag.training.config import UserError
 from tests.conftest import make_tokenizer

@@ -1,0 +1,200 @@
+"""Save a trained tokenizer or pipeline in bf16 with a model card of its figures.
+
+promag publish tokenizer RUN/tokenizer --out checkpoints/tiny --videos eval.jsonl --sources clips.csv
+promag publish pipeline RUN/pipeline --out checkpoints/tiny-video --tokenizer checkpoints/tiny
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promag.diffusion.validation import training_figures
+from promag.pipelines.sampling import load_pipeline
+from promag.reports.pipeline_card import trained_card
+from promag.reports.tokenizer_card import count_sources, tokenizer_card
+from promag.tokenizer.autoencoder import parameter_count
+from promag.tokenizer.train import forget_where_it_was, load_tokenizer, save_model
+from promag.training.config import UserError, load_yaml, run_main
+from promag.training.run import machines_of, write_atomically
+
+LOOP_KEYS = ("steps", "learning_rate", "muon", "ema_decay")  # of a text-to-video training, on its card
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the folder; with --record also the figures as JSON lines. Raises UserError for mistakes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+
+    summary = "save a tokenizer with a card of its figures on unseen clips, its recipe, data and licences"
+    tokenizer = kinds.add_parser("tokenizer", help=summary, description=summary, **options)
+    tokenizer.set_defaults(run=_publish_tokenizer)
+    tokenizer.add_argument("checkpoint", type=Path, help="RUN/tokenizer of a finished training")
+    tokenizer.add_argument("--videos", required=True, help="unseen clips, as `promag evaluate-tokenizer` takes them")
+    tokenizer.add_argument("--sources", type=Path, required=True, help="CSV: split, source_repo, source_commit, licence")
+    tokenizer.add_argument("--split", default="train", help="rows of that CSV that were trained on")
+    tokenizer.add_argument("--credits", type=Path, help="Markdown to put under the sources")
+    tokenizer.add_argument("--frames", type=int, default=65, help="frames from the start of each clip that is scored")
+    tokenizer.add_argument("--size", type=int, default=64, help="height and width of the clips that are scored")
+
+    summary = "save a pipeline trained on generated clips with a card of its prompt accuracy, recipe and licence"
+    pipeline = kinds.add_parser("pipeline", help=summary, description=summary, **options)
+    pipeline.set_defaults(run=_publish_pipeline)
+    pipeline.add_argument("checkpoint", type=Path, help="RUN/pipeline of a finished training on generated clips")
+    pipeline.add_argument("--tokenizer", type=Path, required=True, help="published tokenizer that it was trained with")
+    pipeline.add_argument("--prompts", type=int, default=64, help="prompts of trained, and of held-out combinations")
+    pipeline.add_argument("--steps", type=int, default=24, help="denoising steps")
+    pipeline.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance")
+
+    for kind in (tokenizer, pipeline):
+        kind.add_argument("--out", type=Path, required=True, help="folder to write; its path is the name on the card")
+        kind.add_argument("--record", type=Path, help="append the figures to this results file")
+    arguments = parser.parse_args(argv)
+    lines, card = arguments.run(arguments)
+    write_atomically(arguments.out / "README.md", card)
+    if arguments.record:
+        with open(arguments.record, "a", encoding="utf-8") as file:
+            file.write(lines)
+    print(arguments.out)
+    return 0
+
+
+def _score(command: str, folder: Path, options: dict[str, Any]) -> str:
+    """Return the lines that a command records of a published folder, in a process of its own, as a user would run it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        record = Path(temporary) / "record.jsonl"
+        words = [command, str(folder), "--record", str(record), "--note", f"published as {folder}"]
+        words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        if subprocess.run([sys.executable, "-m", "promag", *words], check=False).returncode:
+            raise UserError(f"{folder}: `promag {' '.join(words)}` failed")
+        return record.read_text(encoding="utf-8")
+
+
+# -- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Write the weights; return the figures as a JSON line, and the card."""
+    recipe = list_stages(arguments.checkpoint.parent)
+    sources = count_sources(arguments.sources, arguments.split)
+    model: Any = load_tokenizer(arguments.checkpoint)
+    model.to(torch.bfloat16)
+    save_model(model, arguments.out)
+    line = _score("evaluate-tokenizer", arguments.out, {key: getattr(arguments, key) for key in ("videos", "frames", "size")})
+    shape = {
+        "parameters": parameter_count([model]),
+        "latent_channels": model.config["latent_channels"],
+        "temporal_ratios": model.temporal_ratios,
+        "dtype": "bfloat16",
+    }
+    credits = arguments.credits.read_text(encoding="utf-8") if arguments.credits else ""
+    return line, tokenizer_card(str(arguments.out), shape, json.loads(line), recipe, sources, credits)
+
+
+def list_stages(run: Path) -> list[dict[str, Any]]:
+    """Return how each level of a run's tokenizer was trained, those of the runs that it started from first.
+
+    Raises UserError for a folder that is no run, and for a run that finished no stage.
+    """
+    config = _config_of(run, "tokenizer")
+    before = list_stages(Path(config["init"]).parent) if config["init"] else []
+    stages = []
+    for stage in config["stages"]:
+        done = run / f"{stage['ratio']}x" / "done.json"
+        if done.exists():
+            growth = stage["growth"] or {"encoder": "-", "decoder": "-"}
+            settings = {key: stage["loop"][key] for key in ("steps", "batch_size", "learning_rate", "muon")}
+            lower = {key: growth[key] for key in ("encoder", "decoder")}
+            shape = {"ratio": stage["ratio"], "frames": stage["frames"], "size": config["data"]["size"]}
+            shape["also"] = {source["train"]: source["share"] for source in config["data"].get("also") or ()}
+            spent = {"seconds": json.loads(done.read_text(encoding="utf-8"))["seconds"], "machines": machines_of(run)}
+            stages.append({**shape, **settings, **lower, "loss": _loss(stage), **spent})
+    if not stages:
+        raise UserError(f"{run}: no stage of it is finished")
+    return before + stages
+
+
+def _loss(stage: dict[str, Any]) -> str:
+    parts = ["L1", f"{stage['squared_weight']:g} squared", f"{stage['kl_weight']:g} KL"]
+    if stage["latent_steps"]:
+        parts.insert(0, f"first {stage['latent_steps']} steps the lower latent; then")
+    parts += [f"{stage[name]['weight']:g} {name}" for name in ("perceptual", "adversarial") if stage[name]]
+    return " + ".join(parts).replace("; then + ", "; then ")
+
+
+# -- pipelines -------------------------------------------------------------------------------------------------------
+
+
+def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Write the pipeline, with a copy of its published tokenizer; return the figures as JSON lines, and the card."""
+    recipe = list_trainings(arguments.checkpoint.parent)
+    pipe: Any = load_pipeline(arguments.checkpoint)
+    check_tokenizer(pipe.vae, arguments.tokenizer)
+    pipe.to(dtype=torch.bfloat16)
+    vae = arguments.out / "vae"
+    if vae.is_symlink():  # as published by earlier versions: weights must not be written through it
+        vae.unlink()
+    pipe.save_pretrained(arguments.out)
+    forget_where_it_was(arguments.out)
+    # The same bytes as the published tokenizer: git stores them once, and the folder can be copied alone.
+    shutil.rmtree(vae)
+    shutil.copytree(arguments.tokenizer, vae, ignore=shutil.ignore_patterns("README.md"))
+    lines = _score(
+        "evaluate-pipeline", arguments.out, {key: getattr(arguments, key) for key in ("prompts", "steps", "guidance")}
+    )
+    return lines, trained_card(pipe, str(arguments.out), [json.loads(line) for line in lines.splitlines()], recipe)
+
+
+def check_tokenizer(trained: Any, published: Path) -> None:
+    """Raise UserError where a published tokenizer is not, in bfloat16, the one that a pipeline was trained with."""
+    weights = load_tokenizer(published).state_dict()
+    own = trained.state_dict()
+    differs = list(own.keys() ^ weights.keys())
+    differs += [name for name in own.keys() & weights.keys() if not torch.equal(own[name].bfloat16(), weights[name].bfloat16())]
+    if differs:
+        raise UserError(f"--tokenizer {published}: {len(differs)} weights are not the pipeline's own, {min(differs)} first")
+
+
+def list_trainings(run: Path) -> list[dict[str, Any]]:
+    """Return how a run's transformer was trained, in the runs that it started from first.
+
+    Raises UserError for a folder that is no run, and for one that was not trained on generated clips.
+    """
+    config = _config_of(run, "pipeline")
+    if config["data"]["train"] != "shapes":
+        raise UserError(f"{run}: trained on {config['data']['train']}; only prompts of generated clips (shapes) can be scored")
+    before = list_trainings(Path(config["init"]).parent) if config["init"] else []
+    ratios = [budget["ratio"] for budget in config["budgets"]]
+    figures = training_figures(run, ratios[0])
+    if not figures:
+        raise UserError(f"{run}: its training left no figures")
+    settings = {key: config["loop"][key] for key in LOOP_KEYS}
+    data = {key: config["data"][key] for key in ("shapes", "frames", "size")} | {"emphasis": config["data"].get("emphasis", ())}
+    spent = {"steps": figures["steps"], "seconds": figures["seconds"], "machines": machines_of(run)}  # it may have ended early
+    return [*before, {"ratios": ratios, **data, **settings, "batch": samples_a_step(run), "shift": config["shift"], **spent}]
+
+
+def samples_a_step(run: Path) -> int:
+    """Return the samples of a step, of all processes; a run without its checkpoints is taken to be of one process."""
+    if states := sorted(run.glob("*/step-*/state.json")):
+        return json.loads(states[-1].read_text(encoding="utf-8"))["global_batch"]
+    loop: Any = load_yaml(str(run / "config.yaml"))["loop"]
+    return loop["batch_size"] * loop["accumulate"]
+
+
+def _config_of(run: Path, kind: str) -> Any:
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: no config.yaml there; give RUN/{kind} of a training")
+    return load_yaml(str(run / "config.yaml"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
