@@ -308,7 +308,7 @@ def open_apart(
 def _load_index(source: str | os.PathLike) -> Sequence[Clip]:
     if Path(source).suffix != ".jsonl":
         raise UserError(
-            f"clips {os.fspath(source)!r}: give shapes, or a .jsonl index made by scripts/prepare_clips.py, "
+            f"clips {os.fspath(source)!r}: give shapes, or a .jsonl index made by `promag prepare-clips`, "
             "or shards as a pattern of .tar files"
         )
     return load_clips(source)

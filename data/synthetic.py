@@ -1,7 +1,7 @@
 """Generated captioned clips: textured shapes that move, turn, bounce and hide each other over a panning background.
 
-Without a dataset the system trains and tests on these; shapes_scorer.py reads shape, colour and motion back out of a
-video, so that prompt accuracy is a number. Pixels are uint8 (T, H, W, 3); a clip spans its whole motion at any length.
+Without a dataset the system trains and tests on these; evaluation/synthetic_scorer.py reads shape, colour and motion back out
+of a video, so that prompt accuracy is a number. Pixels are uint8 (T, H, W, 3); a clip spans its whole motion at any length.
 """
 
 import itertools

@@ -178,7 +178,7 @@ def _read_index(place: str, wanted: Sequence[str]) -> dict[str, _Shard]:
                     shards[by_name[row.shard]] = _Shard(row.samples, row.bytes, row.sha256, columns)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{place}: {reason}; scripts/write_shards.py or scripts/index_shards.py makes it") from None
+        raise UserError(f"{place}: {reason}; `promag shards write` or `promag shards index` makes it") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{place}, line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -113,7 +113,7 @@ class Shards:
 
     def __init__(self, folder: Path):
         if not (folder / "index.json").exists():
-            raise UserError(f"cache {folder}: no index.json there; write it with cache_latents.py, or let it finish")
+            raise UserError(f"cache {folder}: no index.json there; write it with `promag cache-latents`, or let it finish")
         self.folder = folder
         self.index = json.loads((folder / "index.json").read_text())
         self.clips, self.size = self.index["clips"], self.index["shard_size"]

@@ -1,7 +1,7 @@
 """Cached latents: each clip encoded once by the frozen tokenizer, on any number of processes, at one or several ratios.
 
-A shard (see shards.py) holds for its n clips: latents (n c t h w), fps (n), captions, and the latents' sums and sums of squares
-by channel, of which the index has mean and standard deviation.
+A shard (see cache_store.py) holds for its n clips: latents (n c t h w), fps (n), captions, and the latents' sums and sums of
+squares by channel, of which the index has mean and standard deviation.
 
 Shapes: B C T H W pixels, b c t h w latents. Latents are the posterior's mean, not normalised; LatentDataset normalises.
 """

@@ -1,6 +1,6 @@
 """Cached text embeddings: captions encoded once by frozen encoders, which need not be in memory while training.
 
-One cache for each encoder (see shards.py), made from the captions in a cache of latents. A shard holds for its n captions:
+One cache for each encoder (see cache_store.py), made from the captions in a cache of latents. A shard holds for its n captions:
 tokens (those that are real, of all captions in one row, S D), ends (where each caption's end, n) and pooled (n D), where the
 encoder has a pooled vector. null.safetensors holds the same of the null caption, once.
 

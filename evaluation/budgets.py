@@ -153,11 +153,11 @@ def compare_reconstructions(
 ) -> tuple[dict[str, dict[str, Any]], list[ClipFacts]]:
     """Reconstruct every clip at every budget; return the figures by budget, and the clips.
 
-    The figures are those of `evaluate_fully`, and `kl_bits_per_pixel` (rate.py; None where a model has no variance).
+    The figures are those of `evaluate_fully`, and `kl_bits_per_pixel` (bitrate.py; None where a model has no variance).
 
     Args:
         budgets: see Budget.
-        clips: an open dataset; the first frames of each clip are taken, as evaluate_tokenizer.py takes them.
+        clips: an open dataset; the first frames of each clip are taken, as `promag evaluate-tokenizer` takes them.
         folder: where the videos are written, one file for each clip and budget.
         lpips: see `evaluate_fully`; likewise the next.
         features: a `VideoFeatures`.

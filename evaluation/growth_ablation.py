@@ -1,4 +1,4 @@
-"""Figures of scripts/experiments/growth_ablation.py from its recorded lines: the table, what growth gains, and the curves."""
+"""Figures of `promag experiment growth-ablation` from its recorded lines: the table, what growth gains, and the curves."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

@@ -68,7 +68,7 @@ class Seconds:
 def load_pipeline(folder: str | Path) -> ProMAGPipeline:
     """Return the pipeline of a folder, on the GPU if there is one; raises UserError where none can be loaded."""
     if not (Path(folder) / "model_index.json").exists():
-        raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of train_diffusion.py")
+        raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of `promag train-diffusion`")
     try:
         pipe: Any = ProMAGPipeline.from_pretrained(folder)
     except (OSError, ValueError, ImportError, AttributeError) as error:

@@ -20,8 +20,8 @@ COLUMN = 256  # pixels: narrower videos are enlarged, or 4:2:0 would halve the r
 NO_PIPELINE = """
 <div class="promag note">
 <p>This page was started with a tokenizer alone. To try the text-to-video pipeline that comes with the project:</p>
-<pre>python scripts/app.py --pipeline checkpoints/tiny-video</pre>
-<p>It knows generated clips alone: <q>a red disc moves left</q>. For your own it is <code>scripts/train_diffusion.py</code>;
+<pre>promag app --pipeline checkpoints/tiny-video</pre>
+<p>It knows generated clips alone: <q>a red disc moves left</q>. For your own it is <code>promag train-diffusion</code>;
 docs/training.md has the order of steps.
 Meanwhile, <b>Reconstruct a video</b> shows what the tokenizer keeps of a clip at each budget.</p>
 </div>

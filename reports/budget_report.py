@@ -44,8 +44,8 @@ class BudgetReport:
 
     Args:
         title: of the page.
-        budgets: figures by name, as `compare_budgets.py` records them; the levels of the checkpoint, most tokens first, then
-            other autoencoders.
+        budgets: figures by name, as `promag compare-budgets` records them; the levels of the checkpoint, most tokens
+            first, then other autoencoders.
         levels: names of the checkpoint's levels.
         clips: in the order of `per_clip` of the figures.
         adaptive: what `adaptive_figures` returned, or None.

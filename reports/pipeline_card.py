@@ -17,7 +17,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
     Args:
         pipe: the pipeline.
         name: folder, as users give it.
-        records: what `scripts/evaluate_pipeline.py` records of it.
+        records: what `promag evaluate-pipeline` records of it.
         recipe: of each training: ratios, shapes (clips), frames, size, emphasis, steps, batch (samples a step, of all
             processes), learning_rate, muon, ema_decay, shift, seconds, machines.
     """

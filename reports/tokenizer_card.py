@@ -37,7 +37,7 @@ def tokenizer_card(
     Args:
         name: folder of the checkpoint, as users give it.
         shape: parameters, latent_channels, temporal_ratios, dtype.
-        record: what `scripts/evaluate_tokenizer.py` records, of the published weights.
+        record: what `promag evaluate-tokenizer` records, of the published weights.
         recipe: of each stage: ratio, frames, size, steps, batch_size, learning_rate, muon, loss, seconds, encoder, decoder, and
             also: the share of the steps by other source, and machines.
         sources: of each source of the training clips: repository, commit, licence, clips.
@@ -68,7 +68,7 @@ def tokenizer_card(
             f"video = tokenizer.decode(z, temporal_ratio={some}).sample",
             "```",
             "",
-            f"`python scripts/reconstruct.py {name} VIDEO --out compared.mp4` shows your own clip at every ratio.",
+            f"`promag reconstruct {name} VIDEO --out compared.mp4` shows your own clip at every ratio.",
             "",
             "## How well it reconstructs",
             "",

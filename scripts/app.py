@@ -55,7 +55,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     limits = UploadLimits()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--tokenizer", help="folder of a tokenizer; left out: the pipeline's own")
-    parser.add_argument("--pipeline", help="folder that train_diffusion.py wrote; left out: no text to video")
+    parser.add_argument("--pipeline", help="folder that `promag train-diffusion` wrote; left out: no text to video")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is every one of this machine")
     parser.add_argument("--port", type=int, default=7860, help="port to serve at")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of sampling; bf16 where that is safe")

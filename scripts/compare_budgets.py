@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is shapes")
     parser.add_argument("--target", type=float, default=25.0, help="PSNR in dB that each clip should have, at its own level")
     parser.add_argument("--segment", type=int, default=17, help="frames of the segments that can have a level each")
-    parser.add_argument("--config", default="configs/diffusion/tiny.yaml", help="preset of the transformer that is measured")
+    parser.add_argument("--config", default="diffusion/tiny", help="preset of the transformer that is measured")
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, default=True, help="measure the transformer's cost")
     parser.add_argument("--batch", type=int, default=4, help="clips in the training step that is measured")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps of a video")
@@ -207,7 +207,7 @@ def _pipelines(folders: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for folder in map(Path, folders):
         if not (folder / "model_index.json").exists():
-            raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of train_diffusion.py")
+            raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of `promag train-diffusion`")
         name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
         if name in found:
             raise UserError(f"pipeline {folder}: another one is called {name} too; names of folders must differ")

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("pipelines", nargs="+", type=Path, help="folders that train_diffusion.py wrote")
+    add("pipelines", nargs="+", type=Path, help="folders that `promag train-diffusion` wrote")
     add("--ratios", type=int, nargs="+", help="temporal ratios; left out: all that a pipeline was trained at")
     add("--prompts", type=int, default=64, help="prompts of each kind")
     add("--steps", type=int, default=24, help="denoising steps")

@@ -1,7 +1,7 @@
 """Decode captioned videos once, strictly, and write the clip index that training reads.
 
-prepare_clips.py videos/ --out clips.jsonl
-prepare_clips.py manifest.csv --split train --out clips-train.jsonl --fps 24 --frames 65
+promag prepare-clips videos/ --out clips.jsonl
+promag prepare-clips manifest.csv --split train --out clips-train.jsonl --fps 24 --frames 65
 """
 
 import argparse

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("pipeline", help="folder that train_diffusion.py wrote")
+    add("pipeline", help="folder that `promag train-diffusion` wrote")
     add("--prompt", action="append", default=[], help="text; give it again for more videos")
     add("--prompt-file", type=Path, help="text file with a prompt a line, after those of --prompt; empty lines do not count")
     add("--negative-prompt", default="", help="what guidance moves away from")

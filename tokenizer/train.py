@@ -349,7 +349,7 @@ def load_tokenizer(folder: str | os.PathLike) -> AutoencoderKLProMAG:
     if (folder / "vae" / "config.json").exists():
         folder = folder / "vae"  # a whole pipeline
     if not (folder / "config.json").exists():
-        raise UserError(f"tokenizer {folder}: no config.json there; give a folder that train_tokenizer.py or a pipeline saved")
+        raise UserError(f"tokenizer {folder}: no config.json there; give a folder of `promag train-tokenizer`, or a pipeline")
     try:
         model = AutoencoderKLProMAG.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:

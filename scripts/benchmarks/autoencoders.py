@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("presets", nargs="*", default=[], help="configs/tokenizer/*.yaml: all levels that their stages grow")
+    parser.add_argument("presets", nargs="*", default=[], help="presets of tokenizers: all levels that their stages grow")
     parser.add_argument("--peers", nargs="+", default=[], metavar="CLASS", help=f"of diffusers: {', '.join(PEERS)}")
     parser.add_argument("--sizes", nargs="+", default=["17x128x128", "65x256x256"], help="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
@@ -137,7 +137,7 @@ def _size(text: str) -> Size:
 def _check(subjects: Sequence[Subject], sizes: Sequence[Size], arguments: argparse.Namespace) -> None:
     """Raise UserError for what could not be measured, before anything is."""
     if not subjects:
-        raise UserError("nothing to measure: give presets (configs/tokenizer/small.yaml) or --peers")
+        raise UserError("nothing to measure: give presets (tokenizer/small) or --peers")
     for name in ("rounds", "train_batch"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")

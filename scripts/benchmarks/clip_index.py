@@ -2,7 +2,7 @@
 
 Each is opened in a process of its own.
 
-benchmark_index.py --rows 1000000 --record docs/results/training.jsonl
+promag benchmark clip-index --rows 1000000 --record docs/results/training.jsonl
 """
 
 import argparse

@@ -28,7 +28,7 @@ GIB, MIB = 2**30, 2**20
 def main(argv: Sequence[str]) -> int:
     """Print a table for each preset; with --record append all as a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("presets", nargs="+", help="configs/diffusion/*.yaml")
+    parser.add_argument("presets", nargs="+", help="presets of text-to-video trainings: diffusion/tiny ...")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="heights and widths beside the preset's own")
     parser.add_argument("--text-width", type=int, default=4096, help="of frozen text encoders; 4096 is T5-XXL's")
     parser.add_argument("--real", nargs="*", default=[], help="presets, by name, whose own size is measured on the CPU")

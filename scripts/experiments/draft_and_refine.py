@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("pipeline", type=Path, help="folder of train_diffusion.py, trained at both ratios")
+    add("pipeline", type=Path, help="folder of `promag train-diffusion`, trained at both ratios")
     add("--ratio", type=int, default=4, help="temporal ratio of the videos")
     add("--draft-ratio", type=int, default=16, help="temporal ratio of the drafts")
     add("--draft-steps", type=int, default=24, help="denoising steps of a draft")

@@ -181,7 +181,7 @@ def test_some_shards_and_shards_by_pipe_have_the_same_facts(shards):
 
 def test_indices_that_do_not_fit_are_named(shards, tmp_path):
     (tmp_path / "shard-000009.tar").touch()
-    with pytest.raises(UserError, match=r"shards\.jsonl: No such file.*write_shards\.py or scripts/index_shards\.py"):
+    with pytest.raises(UserError, match=r"shards\.jsonl: No such file.*`promag shards write` or `promag shards index`"):
         open_shards(tmp_path / "*.tar")
     lines = (shards / "shards.jsonl").read_text()
     (tmp_path / "shards.jsonl").write_text(lines)

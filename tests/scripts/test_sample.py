@@ -1,4 +1,4 @@
-"""scripts/sample.py on a pipeline of random weights: what it writes and says, and its user's mistakes."""
+"""`promag sample` on a pipeline of random weights: what it writes and says, and its user's mistakes."""
 
 import json
 import re
@@ -161,8 +161,8 @@ def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
     text = text.replace("checkpoints/tiny-video", folder).replace("PIPELINE", folder)
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red disc\na blue square\n")
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python scripts/")]
-    sampling = [words[2:] for words in commands if words[1] == "scripts/sample.py"]
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("promag ")]
+    sampling = [words[2:] for words in commands if words[1] == "sample"]
     for words in sampling:
         sample.main([*words, "--steps", "1"])
     assert len(sampling) == 4
@@ -170,7 +170,7 @@ def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
     assert sorted(str(path) for path in Path().rglob("*.*")) == sorted(
         ["disc.mp4", "plus.gif", "prompts.txt", "refined.mp4", "videos/grid.mp4", "videos/sheet.png", *numbered]
     )
-    pages = [app._parse(words[2:]) for words in commands if words[1] == "scripts/app.py"]
+    pages = [app._parse(words[2:]) for words in commands if words[1] == "app"]
     assert [page.pipeline for page in pages] == [None, folder]
 
 
