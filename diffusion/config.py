@@ -9,6 +9,7 @@ from promag.tokenizer.geometry import check_frames, check_size, latent_frames, t
 from promag.training.config import setting
 from promag.training.loop import Pace
 from promag.training.optimizers import LoopSettings
+from promag.training.precision import Precision, check_training_precision
 
 from .caption_weights import Emphasis
 from .conditioning import Condition
@@ -141,7 +142,7 @@ class DiffusionConfig:
 
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
-    precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
     attention: str = setting("auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used")
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
     compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
@@ -163,6 +164,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError where frames, size, ratio and patch do not fit together."""
+        check_training_precision(self.precision)
         if not self.budgets or len(set(self.ratios)) < len(self.budgets):
             raise ValueError(f"budgets {list(self.ratios)}: one or more ratios are needed, each of them once")
         for bucket, ratio in itertools.product(self.data.shapes_trained, self.ratios):

@@ -6,7 +6,7 @@ pipelines/build.py's matter.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from promag.data.buckets import Bucket, Buckets, bucket_plan
 from promag.data.datasets import Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
-from promag.training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
+from promag.training.loop import Metrics, Objective, Outcome, choose_precision_once, close_trackers, make_accelerator, train
+from promag.training.precision import DTYPES
 from promag.training.run import open_run
 from promag.training.throughput import Work
 from promag.training.trackers import Log
@@ -209,7 +210,9 @@ def train_diffusion(
 
     Raises UserError for a cache of another ratio or other clips, or an unsuitable run directory.
     """
-    accelerator = make_accelerator(Path(config.output_dir), config.precision, config.pace.trackers)
+    precision = choose_precision_once(config.precision, config.output_dir)
+    config = replace(config, precision=precision)
+    accelerator = make_accelerator(Path(config.output_dir), precision, config.pace.trackers)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     by_bucket, held_out = (_open_latents(config, split) for split in (cached, validation))
     emphasise(by_bucket, config.data.emphasis)
@@ -227,8 +230,8 @@ def train_diffusion(
         transformer = new_transformer(config, latents, text)
     if config.lora:
         add_lora(transformer, config.lora)
-    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    accelerator.print(f"attention: {choose_attention(transformer, config.attention, accelerator.device, compute)}")
+    attention = choose_attention(transformer, config.attention, accelerator.device, DTYPES[precision])
+    accelerator.print(f"attention: {attention}")
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if config.compile:

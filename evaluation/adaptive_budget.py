@@ -15,6 +15,7 @@ from torch import Tensor
 
 from promag.tokenizer.metrics import psnr
 from promag.tokenizer.streaming import reconstruct
+from promag.training.precision import autocast
 
 from .budgets import Budget
 
@@ -82,7 +83,7 @@ def segment_psnr(budgets: Sequence[Budget], clip: Tensor, frames: int) -> list[d
         row = {}
         for budget in budgets:
             x = window.to(budget.model.device)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=budget.model.dtype == torch.float32):
+            with autocast(x.device, enabled=budget.model.dtype == torch.float32):
                 output = reconstruct(budget.model, _filled(x, frames), budget.ratio).sample[:, :, : x.shape[2]]
             row[budget.name] = float(psnr(output, x))
         found.append(row)

@@ -20,6 +20,7 @@ from promag.diffusion.flops import forward_flops, training_flops
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.training.device import best_device
 from promag.training.optimizers import LoopSettings
+from promag.training.precision import Precision, autocast
 
 from .budgets import Budget
 from .cost import TEXT_TOKENS, denoising, measure_in_turns, peak_bytes, train_step
@@ -80,11 +81,13 @@ class Costs:
     Raises ValueError for a configuration without a transformer of its own.
     """
 
-    def __init__(self, budgets: Sequence[Budget], config: DiffusionConfig, height: int, width: int):
+    def __init__(
+        self, budgets: Sequence[Budget], config: DiffusionConfig, height: int, width: int, precision: Precision = "auto"
+    ):
         if config.model is None:
             raise ValueError("model null: a configuration with a transformer of its own is needed")
         self.loop: LoopSettings = config.loop
-        self.height, self.width = height, width
+        self.height, self.width, self.precision = height, width, precision
         self.patch: tuple[int, int, int] = tuple(config.model.patch_size)  # pyright: ignore[reportAttributeAccessIssue]
         self.budgets = [b for b in budgets if b.tokens(LENGTHS[0], height, width, self.patch) is not None]
         self.device = best_device()
@@ -110,15 +113,17 @@ class Costs:
     def training(self, budget: Budget, frames: int, batch: int) -> Callable[[], None]:
         """Return a call that does a training step, optimisers included."""
         size = budget.size(frames, self.height, self.width)
-        return train_step(self._models[budget.channels].train(), **size, batch_size=batch, loop=self.loop)
+        return train_step(
+            self._models[budget.channels].train(), **size, batch_size=batch, loop=self.loop, precision=self.precision
+        )
 
     def denoising(self, budget: Budget, frames: int, steps: int) -> Callable[[], None]:
         """Return a call that denoises one video with guidance."""
         size = budget.size(frames, self.height, self.width)
-        return denoising(self._models[budget.channels], **size, steps=steps)
+        return denoising(self._models[budget.channels], **size, steps=steps, precision=self.precision)
 
     def decoding(self, budget: Budget, frames: int) -> Callable[[], None]:
-        """Return a call that decodes the latents of one video, in bf16 where the weights are float32."""
+        """Return a call that decodes the latents of one video."""
         model, size = budget.model, budget.size(frames, self.height, self.width)
         t = 1 + (size["frames"] - 1) // budget.ratio
         shape = (1, budget.channels, t, self.height // budget.spatial, self.width // budget.spatial)
@@ -126,7 +131,7 @@ class Costs:
 
         @torch.no_grad()
         def call() -> None:
-            with torch.autocast(z.device.type, torch.bfloat16, enabled=z.dtype == torch.float32):
+            with autocast(z.device, self.precision, enabled=z.dtype == torch.float32):
                 model.decode(z, budget.ratio)
 
         return call
@@ -183,7 +188,7 @@ class Costs:
         trained, denoised = self.training(budget, frames, 1), self.denoising(budget, frames, 1)
         seconds = [measure_in_turns({"": call}, 1)[""] for call in (trained, denoised)]
         size = budget.size(frames, self.height, self.width)
-        gradients = train_step(self._models[budget.channels].train(), **size, batch_size=1, loop=None)
+        gradients = train_step(self._models[budget.channels].train(), **size, batch_size=1, loop=None, precision=self.precision)
         return dict(zip(MEASURES, (*seconds, peak_bytes(gradients) / MIB), strict=True))
 
     def _has_room(self, points: Sequence[Mapping[str, Any]], gflops: float) -> bool:

@@ -19,6 +19,7 @@ from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames
 from promag.training.loop import Objective
 from promag.training.optimizers import LoopSettings, make_optimizers
+from promag.training.precision import Precision, autocast
 
 Key = TypeVar("Key")
 TEXT_TOKENS = 24  # of the random text, from each text encoder
@@ -60,15 +61,16 @@ def train_step(
     batch_size: int,
     loop: LoopSettings | None,
     spatial: int = SPATIAL_RATIO,
+    precision: Precision = "auto",
 ) -> Callable[[], None]:
-    """Return a call that does one training step (bf16) on random latents and text, with the optimisers of `loop`.
+    """Return a call that does one training step on random latents and text, with the optimisers of `loop`.
 
     With `loop` None it ends with the gradients: forward and backward alone. The weights of `transformer` change: give it
     a copy.
     """
     optimizers = make_optimizers(TransformerAlone(transformer), loop) if loop else []
     text_tokens = [TEXT_TOKENS] * len(transformer.text_dims)
-    loss = random_loss(transformer, frames, height, width, ratio, batch_size, text_tokens, spatial)
+    loss = random_loss(transformer, frames, height, width, ratio, batch_size, text_tokens, spatial, precision)
 
     def step() -> None:
         loss().backward()
@@ -88,8 +90,9 @@ def random_loss(
     batch_size: int,
     text_tokens: Sequence[int],
     spatial: int = SPATIAL_RATIO,
+    precision: Precision = "auto",
 ) -> Callable[[], Tensor]:
-    """Return a call that makes the loss (bf16) of random latents and text, of so many tokens from each text encoder."""
+    """Return a call that makes the loss of random latents and text, of so many tokens from each text encoder."""
     device, config = transformer.device, transformer.config
     shape = (config["in_channels"], latent_frames(frames, ratio), height // spatial, width // spatial)
     x, noise = torch.randn(2, batch_size, *shape, device=device)
@@ -99,7 +102,7 @@ def random_loss(
 
     def loss() -> Tensor:
         times = torch.full((batch_size,), 500.0, device=device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device, precision):
             predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[0]
             return (predicted.float() - velocity(x, noise)).square().mean()
 
@@ -115,8 +118,9 @@ def denoising(
     steps: int,
     videos: int = 1,
     spatial: int = SPATIAL_RATIO,
+    precision: Precision = "auto",
 ) -> Callable[[], None]:
-    """Return a call that denoises random latents of `videos` videos at once: bf16, text encoding and decoding aside.
+    """Return a call that denoises random latents of `videos` videos at once, text encoding and decoding aside.
 
     Each step predicts with and without text, as guidance needs.
     """
@@ -128,7 +132,7 @@ def denoising(
 
     @torch.no_grad()
     def call() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device, precision):
             for step in range(steps):
                 times = torch.full((2 * videos,), 1000 * (1 - step / steps), device=device)
                 transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)
@@ -136,13 +140,21 @@ def denoising(
     return call
 
 
-def sampling(pipe: Any, prompts: list[str], steps: int, guidance: float, ratio: int, **size: int) -> Callable[[], Any]:
-    """Return a call that samples one video for each prompt, in one batch, from text to pixels, in bf16."""
+def sampling(
+    pipe: Any,
+    prompts: list[str],
+    steps: int,
+    guidance: float,
+    ratio: int,
+    precision: Precision = "auto",
+    **size: int,
+) -> Callable[[], Any]:
+    """Return a call that samples one video for each prompt, in one batch, from text to pixels."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
 
     def call() -> Any:
-        with torch.autocast(pipe.device.type, torch.bfloat16):
+        with autocast(pipe.device, precision):
             return pipe(
                 prompts,
                 num_inference_steps=steps,

@@ -15,6 +15,7 @@ from promag.data.datasets import open_dataset
 from promag.pipelines.sampling import sample_timed
 from promag.tokenizer.metrics import from_uint8
 from promag.tokenizer.perceptual import frechet_distance
+from promag.training.precision import Precision
 
 from .prompt_accuracy import accuracies, scenes_to_score
 
@@ -29,8 +30,9 @@ def generation_figures(
     guidance: float,
     similarity: Similarity | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
+    precision: Precision = "auto",
 ) -> dict[str, Any]:
-    """Sample one video for each of so many prompts at one ratio, in bf16, and return the figures.
+    """Sample one video for each of so many prompts at one ratio and return the figures.
 
     Keys: accuracy (value and 95 % interval by part), sampling_seconds (a video, decoding included, in batches),
     clip_similarity and fvd; the last two are None without `similarity` and `features` (a
@@ -40,7 +42,7 @@ def generation_figures(
     scenes = scenes_to_score(prompts, seed=0)
     captions = [scene.caption() for scene in scenes]
     how = {"name": f"{ratio}x prompts", "temporal_ratio": ratio}
-    videos, seconds = sample_timed(pipe, captions, steps, guidance, "bf16", **how)
+    videos, seconds = sample_timed(pipe, captions, steps, guidance, precision, **how)
     return {
         "ratio": ratio,
         "prompts": prompts,

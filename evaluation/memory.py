@@ -124,7 +124,7 @@ def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, siz
             transformer = transformer_alone(model, widths, pooled)
             if checkpointing:
                 transformer.enable_gradient_checkpointing()
-            loss = random_loss(transformer, config.data.frames, size, size, ratio, batch, tokens)
+            loss = random_loss(transformer, config.data.frames, size, size, ratio, batch, tokens, precision="bf16")
             return saved_bytes(loss, transformer)
 
     shallower = replace(config.model, num_layers=config.model.num_layers - 1)

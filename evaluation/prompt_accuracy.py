@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from promag.data.synthetic import MOTIONS, Scene, parse_caption, sample_scene
-from promag.pipelines.sampling import autocast
 from promag.tokenizer.metrics import to_uint8
+from promag.training.precision import Precision, autocast
 
 from . import synthetic_scorer as scorer
 
@@ -59,7 +59,7 @@ def describe(video: np.ndarray, scene: Scene) -> tuple[str, bool]:
 
 @torch.no_grad()
 def accuracies_of_reconstructions(
-    model: Any, items: Sequence[Mapping[str, Any]], temporal_ratio: int
+    model: Any, items: Sequence[Mapping[str, Any]], temporal_ratio: int, precision: Precision = "auto"
 ) -> dict[str, tuple[float, float, float]]:
     """Score what the tokenizer makes of generated clips, as `accuracies` does.
 
@@ -68,7 +68,7 @@ def accuracies_of_reconstructions(
     """
     videos = []
     for item in items:
-        with autocast(model.device, "bf16"):
+        with autocast(model.device, precision):
             output = model(item["video"][None].to(model.device), temporal_ratio).sample
         videos.append(to_uint8(output)[0].cpu().numpy())
     return accuracies(videos, [parse_caption(item["caption"]) for item in items])

@@ -5,11 +5,12 @@ Expectations come from what this machine took for the same budget before, scaled
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from promag.diffusion.flops import forward_flops
 from promag.pipelines.sampling import Order, Seconds, make_videos, trained_ratios
 from promag.tokenizer.geometry import latent_frames, tokens
+from promag.training.precision import Precision
 
 PROBE_STEPS = 2
 
@@ -55,7 +56,7 @@ class Pace:
         return Seconds(took.text, denoising, took.decoding * cost.frames / known.frames), when
 
 
-def measure_pace(pipe: Any, precision: Literal["bf16", "no"], told: Callable[[str], None]) -> Pace:
+def measure_pace(pipe: Any, precision: Precision, told: Callable[[str], None]) -> Pace:
     """Make a video of two denoising steps at every ratio that the pipeline was trained at; the second time counts."""
     pace, frames = Pace(), pipe.config["num_frames"]
     how = {"num_inference_steps": PROBE_STEPS, "guidance_scale": 2.0}

@@ -1,5 +1,6 @@
 """From clips and frozen models to a saved pipeline: cache latents and text, train the transformer, put all together."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.geometry import check_ratio
 from promag.tokenizer.train import load_tokenizer, save_model
 from promag.training.config import UserError
-from promag.training.loop import main_process_first, processes, told_by_main
+from promag.training.loop import choose_precision_once, main_process_first, processes, told_by_main
+from promag.training.precision import Precision, autocast
 
 from .sample_text import SampleText
 from .sampling import sample_videos
@@ -37,6 +39,7 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     What is already there - latents, embeddings, checkpoints, the finished pipeline - is used again.
     Raises UserError for unsuitable tokenizers, text encoders, clips, caches and run directories.
     """
+    config = dataclasses.replace(config, precision=choose_precision_once(config.precision, config.output_dir))
     folder = Path(config.output_dir) / ("lora" if config.lora else "pipeline")
     vae = load_tokenizer(config.tokenizer)
     cached = cache(config, vae)
@@ -136,6 +139,7 @@ def cache_latents(
     counts = [len(clips) if split == "train" else min(count, len(clips)) for _, clips in parts]
     if len(parts) > 1 and processes().is_main_process:
         print(", ".join(f"{bucket}: {n} clips" for (bucket, _), n in zip(parts, counts, strict=True)), flush=True)
+    encode = encoder(vae, cast(Any, device), choose_precision_once(config.precision, config.output_dir))
     found = []
     for (bucket, clips), n in zip(parts, counts, strict=True):
         digest = clips.digest(n)
@@ -152,7 +156,7 @@ def cache_latents(
             )
             for ratio in ratios
         }
-        folders = write_latents(caches, n, clips, encoder(vae, cast(Any, device)), workers=config.pace.workers)
+        folders = write_latents(caches, n, clips, encode, workers=config.pace.workers)
         found.append((bucket, folders))
     return found
 
@@ -179,14 +183,16 @@ def _load(encoder: TextEncoder) -> tuple[Any, Any]:
     return load_frozen(encoder.model, encoder.weights, encoder.max_length)
 
 
-def encoder(vae: AutoencoderKLProMAG, device: torch.device) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
-    """Return B C T H W and ratios -> mean latents b c t h w at each of them, under bf16 autocast on `device`."""
+def encoder(
+    vae: AutoencoderKLProMAG, device: torch.device, precision: Precision = "auto"
+) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
+    """Return B C T H W and ratios -> mean latents b c t h w at each of them, computed on `device`."""
     model: Any = vae
     model.to(device).eval()
 
     @torch.no_grad()
     def encode(x: Tensor, ratios: Sequence[int]) -> list[Tensor]:
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device, precision):
             return [posterior.mode().float() for posterior in model.encode_levels(x.to(device), ratios)]
 
     return encode

@@ -3,7 +3,6 @@
 Videos are uint8 (T, H, W, 3).
 """
 
-import contextlib
 import dataclasses
 import inspect
 import sys
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import torch
 from promag.diffusion.text import NULL_CAPTION, Embedded
 from promag.training.config import UserError
 from promag.training.device import best_device
+from promag.training.precision import Precision, autocast
 
 from .prompts import NAMES, NEGATIVE_NAMES, unpack
 from .text_to_video import ProMAGPipeline
@@ -85,7 +85,7 @@ def make_videos(
     pipe: Any,
     orders: Sequence[Order],
     batch: int = 1,
-    precision: Literal["bf16", "no"] = "no",
+    precision: Precision = "auto",
     told: Callable[[int, int], None] | None = None,
     encode: Callable[[Sequence[str]], Embedded] | None = None,
     draft: Draft | None = None,
@@ -134,11 +134,6 @@ def _text(prompts: list[str], encode: Callable[[Sequence[str]], Embedded] | None
         return {"prompt": prompts}
     negative = unpack(encode([NULL_CAPTION] * len(prompts)))
     return dict(zip((*NAMES, *NEGATIVE_NAMES), (*unpack(encode(prompts)), *negative), strict=True))
-
-
-def autocast(device: torch.device, precision: Literal["bf16", "no"]) -> contextlib.AbstractContextManager:
-    """Return the context in which models of float32 weights run at `precision`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 class Stopwatch:
@@ -197,7 +192,7 @@ def sample_timed(
     prompts: Sequence[str],
     steps: int,
     guidance: float,
-    precision: Literal["bf16", "no"] = "no",
+    precision: Precision = "auto",
     first_seed: int = 0,
     name: str | None = "sampling",
     **how: Any,

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from promag.data.video import encode_mp4
 from promag.evaluation.sampling_cost import Pace, sampling_cost
 from promag.pipelines.sampling import Order, make_videos, trained_ratios
 from promag.training.config import UserError
+from promag.training.precision import Precision
 
 from . import app_html as page
 from .side_by_side import Comparison, fit_size
@@ -29,12 +30,12 @@ class Studio:
         pipe: samples videos; without, `lengths`, `costs` and `sample` cannot be called.
         pace: how fast this machine was at each ratio.
         limits: of uploaded videos.
-        precision: of sampling.
+        precision: of sampling and reconstructing.
     """
 
-    def __init__(self, tokenizer: Any, pipe: Any, pace: Pace, limits: UploadLimits, precision: Literal["bf16", "no"] = "no"):
+    def __init__(self, tokenizer: Any, pipe: Any, pace: Pace, limits: UploadLimits, precision: Precision = "auto"):
         self.tokenizer, self.pipe, self.pace, self.limits = tokenizer, pipe, pace, limits
-        self.precision: Literal["bf16", "no"] = precision
+        self.precision: Precision = precision
         self.lock = threading.Lock()
 
     @property
@@ -91,6 +92,7 @@ class Studio:
             facts.frames,
             size=size,
             enlarge=max(1, page.COLUMN // size[1]),
+            precision=self.precision,
             told=lambda done: told(done, facts.frames),
         )
         with self.lock, torch.no_grad():

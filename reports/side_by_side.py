@@ -16,6 +16,7 @@ from promag.data.video import VideoSource, read_frames
 from promag.tokenizer.geometry import SPATIAL_RATIO
 from promag.tokenizer.metrics import from_uint8, psnr_per_frame, to_uint8
 from promag.tokenizer.streaming import Padding, chunk_plan, crop_clip, pad_clip, reconstruct_stream
+from promag.training.precision import Precision, autocast
 
 from .grid import grid
 
@@ -33,6 +34,7 @@ class Comparison:
         chunk: frames in work at a time, a multiple of every ratio.
         size: (height, width) to scale to; None crops sides to multiples of 8.
         enlarge: by how much each pixel is enlarged in what is shown.
+        precision: see training/precision.py.
         told: called after each chunk with the frames done.
 
     Raises ValueError for an illegal chunk.
@@ -47,10 +49,11 @@ class Comparison:
         chunk: int = 64,
         size: tuple[int, int] | None = None,
         enlarge: int = 1,
+        precision: Precision = "auto",
         told: Callable[[int], None] = lambda done: None,
     ):
         self.model, self.ratios, self.video, self.count, self.size = model, ratios, video, count, size
-        self.enlarge, self.told = enlarge, told
+        self.enlarge, self.precision, self.told = enlarge, precision, told
         self.plan = chunk_plan(count + -(count - 1) % max(ratios), max(ratios), chunk)
         self.seconds = dict.fromkeys(ratios, 0.0)
         self.frame_psnr: dict[int, list[float]] = {ratio: [] for ratio in ratios}
@@ -69,7 +72,7 @@ class Comparison:
             columns = []
             for ratio, stream in streams.items():
                 started = time.perf_counter()
-                with torch.autocast(self.model.device.type, torch.bfloat16):
+                with autocast(self.model.device, self.precision):
                     columns.append(next(stream).float().cpu())
                 self.seconds[ratio] += time.perf_counter() - started
             original = queue.pop()

@@ -19,6 +19,7 @@ from promag.reports.uploads import KINDS, MEGABYTE, UploadLimits
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
 from promag.training.device import best_device
+from promag.training.precision import HELP, PRECISIONS, choose_precision
 
 SIDES = (64, 128, 256)  # pixels of the shorter side of what is reconstructed
 KEPT = 3600  # seconds that uploaded files stay on the disk
@@ -34,12 +35,12 @@ def main(argv: Sequence[str]) -> int:
     pipe: Any = load_pipeline(arguments.pipeline) if arguments.pipeline else None
     tokenizer: Any = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else getattr(pipe, "vae", None)
     tokenizer.to(best_device()).eval()
-    pace = Pace()
+    precision, pace = choose_precision(arguments.precision, best_device()), Pace()
     if pipe is not None:
         pipe.set_progress_bar_config(disable=True)
         print("measuring what a video takes on this machine", flush=True)
-        pace = measure_pace(pipe, arguments.precision, print)
-    blocks, launch = build_page(Studio(tokenizer, pipe, pace, limits, arguments.precision))
+        pace = measure_pace(pipe, precision, print)
+    blocks, launch = build_page(Studio(tokenizer, pipe, pace, limits, precision))
     try:
         _, address, _ = blocks.launch(server_name=arguments.host, server_port=arguments.port, **launch)
     except OSError as error:
@@ -58,7 +59,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pipeline", help="folder that `promag train-diffusion` wrote; left out: no text to video")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is every one of this machine")
     parser.add_argument("--port", type=int, default=7860, help="port to serve at")
-    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of sampling; bf16 where that is safe")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=HELP)
     parser.add_argument("--max-megabytes", type=float, default=limits.megabytes, help="of an uploaded video")
     parser.add_argument("--max-seconds", type=float, default=limits.seconds, help="of an uploaded video")
     parser.add_argument("--max-frames", type=int, default=limits.frames, help="of an uploaded video")

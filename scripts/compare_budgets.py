@@ -27,6 +27,7 @@ from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, parse_config, run_main
 from promag.training.device import best_device
+from promag.training.precision import choose_precision
 from promag.training.run import append_result, provenance
 
 
@@ -118,6 +119,7 @@ def _records(
     generation: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Return what results.jsonl holds: a line for each budget, kind of figure and pipeline, each with its protocol."""
+    precision = choose_precision("auto", best_device())
     common = {
         "note": arguments.note,
         "videos": Path(arguments.videos).name,
@@ -129,12 +131,12 @@ def _records(
     coded = f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}"
     alone = f"{coded}; segments of {arguments.segment} frames are coded alone"
     cost = (
-        f"preset {Path(arguments.config).stem}, bf16 autocast, random latents and text; train step of {arguments.batch} clips "
+        f"preset {Path(arguments.config).stem}, {precision}, random latents and text; train step of {arguments.batch} clips "
         f"with its optimisers, {arguments.steps} denoising steps of one video with guidance, decoding it; medians of "
         f"{arguments.rounds} rounds in turns; peaks are beyond what stands before; FLOPs counted, of one clip"
     )
     by_length = "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
-    sampled = f"bf16, {arguments.steps} steps, guidance {arguments.guidance:g}; Wilson 95 % intervals; decoding included"
+    sampled = f"{precision}, {arguments.steps} steps, guidance {arguments.guidance:g}; Wilson 95 % intervals; decoding included"
     lines = [("reconstruction", coded, {"budget": name, **row}) for name, row in figures.items()]
     lines += [("adaptive budget", alone, adaptive)]
     lines += [("cost", cost, {"budget": name, **row}) for name, row in costs.items()]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +45,10 @@ from promag.tokenizer.train import Data as TokenizerData
 from promag.tokenizer.train import Model as TokenizerModel
 from promag.tokenizer.train import Stage, TokenizerConfig, load_tokenizer, train_tokenizer
 from promag.training.config import UserError, parse_config, run_main, setting, to_plain
+from promag.training.device import best_device
 from promag.training.loop import Pace
 from promag.training.optimizers import LoopSettings
+from promag.training.precision import Precision, autocast, check_training_precision, choose_for_run
 from promag.training.run import append_result, provenance
 
 
@@ -58,7 +60,7 @@ class DemoConfig:
     videos: str | None = setting("folder of real videos, 65 frames or longer; null generates clips")
     record: str | None = setting("results file that gets a JSON line with the report's figures; null for none")
     seed: int = setting("decides weights, data order and noise")
-    precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
     size: int = setting("height and width in pixels")
     frames: int = setting("frames that text-to-video is trained on and samples: 1 + 16k")
     shapes: int = setting("generated clips that are trained on")
@@ -83,6 +85,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError where ratios and frames do not fit together."""
+        check_training_precision(self.precision)
         levels = [stage.ratio for stage in self.stages]
         unknown = [ratio for ratio in self.ratios if ratio not in levels]
         if unknown or not self.ratios:
@@ -94,6 +97,8 @@ def main(argv: Sequence[str]) -> int:
     """Train, sample, compare, and print where the report and the videos lie."""
     config = parse_config(DemoConfig, argv, __doc__ or "")
     started, run = time.perf_counter(), Path(config.output_dir)
+    precision = choose_for_run(config.precision, best_device(), run / "tokenizer-run")
+    config = dataclasses.replace(config, precision=precision)
     clips = index_videos(config, run) if config.videos else ("shapes", "shapes")
     shipped = sample_shipped(config, run) if config.shipped and not config.videos else []
 
@@ -265,7 +270,7 @@ def make_report(
     model = load_tokenizer(tokenizer)
     source = open_dataset(evaluation, "eval", config.frames, config.size, config.evaluation_clips)
     items = [source.fixed(i) for i in range(min(config.evaluation_clips, len(source)))]
-    quality = {r: evaluate(model, (item["video"][None] for item in items), r) for r in model.temporal_ratios}
+    quality = {r: evaluate(model, (item["video"][None] for item in items), r, config.precision) for r in model.temporal_ratios}
 
     loaded = {ratio: ProMAGPipeline.from_pretrained(folder) for ratio, folder in pipelines.items()}
     for pipe in loaded.values():
@@ -281,7 +286,9 @@ def make_report(
             videos = samples[ratio] + sample_videos(pipe, more, **how, first_seed=config.prompts, name=f"{ratio}x scored")
             accuracy[ratio] = accuracies(videos, scenes)
 
-    readable = {r: accuracies_of_reconstructions(model, items, r) for r in model.temporal_ratios} if scenes else {}
+    readable = (
+        {r: accuracies_of_reconstructions(model, items, r, config.precision) for r in model.temporal_ratios} if scenes else {}
+    )
     times = measure(config, loaded, prompts)
     rows = [
         budget_row(config, ratio, quality[ratio], times, accuracy.get(ratio), readable.get(ratio), run)
@@ -295,7 +302,7 @@ def make_report(
         summary=summarise(config, quality, times, accuracy),
         rows=rows,
         chance=scorer.chance() if scenes else None,
-        reconstructions=[reconstruct(model, i, item) for i, item in enumerate(items[:4])],
+        reconstructions=[reconstruct(model, i, item, config.precision) for i, item in enumerate(items[:4])],
         samples=[
             SampleClip(
                 prompt=prompt,
@@ -317,9 +324,13 @@ def measure(config: DemoConfig, pipelines: Mapping[int, Any], prompts: list[str]
     training, denoised, sampled = {}, {}, {}
     for ratio, pipe in pipelines.items():
         own = copy.deepcopy(pipe.transformer)
-        training[ratio] = train_step(own, **size, ratio=ratio, batch_size=batch, loop=config.diffusion)
-        denoised[ratio] = denoising(pipe.transformer, **size, ratio=ratio, steps=steps, videos=count)
-        sampled[ratio] = sampling(pipe, prompts, steps, config.guidance, ratio)
+        training[ratio] = train_step(
+            own, **size, ratio=ratio, batch_size=batch, loop=config.diffusion, precision=config.precision
+        )
+        denoised[ratio] = denoising(
+            pipe.transformer, **size, ratio=ratio, steps=steps, videos=count, precision=config.precision
+        )
+        sampled[ratio] = sampling(pipe, prompts, steps, config.guidance, ratio, config.precision)
     return {
         "train_step_seconds": measure_in_turns(training),
         "denoising_seconds": {r: s / count for r, s in measure_in_turns(denoised, rounds=3).items()},
@@ -328,10 +339,10 @@ def measure(config: DemoConfig, pipelines: Mapping[int, Any], prompts: list[str]
 
 
 @torch.no_grad()
-def reconstruct(model: Any, index: int, item: dict[str, Any]) -> ReconstructionClip:
+def reconstruct(model: Any, index: int, item: dict[str, Any], precision: Precision) -> ReconstructionClip:
     """Reconstruct one clip at every ratio."""
     x = item["video"][None]
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu", precision):
         outputs = {ratio: model(x, ratio).sample.float() for ratio in model.temporal_ratios}
     return ReconstructionClip(
         name=f"clip {index}",
@@ -437,7 +448,7 @@ def facts(config: DemoConfig, run: Path, clips: int, scored: int, started: float
         "Text-to-video training": f"{config.diffusion.steps} steps of {config.diffusion.batch_size} clips at each ratio",
         "Reconstruction protocol": f"{clips} unseen clips, {config.frames} frames, {config.size}x{config.size}; {PROTOCOL}",
         "Sampling": (
-            f"{config.sampling_steps} steps, guidance {config.guidance}, bf16; seconds per video in a batch of "
+            f"{config.sampling_steps} steps, guidance {config.guidance}, {config.precision}; seconds per video in a batch of "
             f"{config.prompts} prompts: the transformer alone, and from text to pixels"
         ),
         "Train step": f"batch {config.diffusion.batch_size}, forward, backward and {optimizers}, median of 5 in turns",

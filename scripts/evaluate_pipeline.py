@@ -22,6 +22,8 @@ from promag.evaluation.prompt_accuracy import (
 )
 from promag.pipelines.sampling import load_pipeline, sample_timed, trained_ratios
 from promag.training.config import UserError, run_main
+from promag.training.device import best_device
+from promag.training.precision import HELP, PRECISIONS, Precision, choose_precision
 from promag.training.run import append_result
 
 PROTOCOL = "one video for each prompt, noise seeded by its number; Wilson 95 % intervals; seconds of a video, decoding included"
@@ -30,6 +32,7 @@ PROTOCOL = "one video for each prompt, noise seeded by its number; Wilson 95 % i
 def main(argv: Sequence[str]) -> int:
     """Sample, score, print a line for each pipeline, ratio and kind of prompts, and append them to --record."""
     arguments = _parse(argv)
+    arguments.precision = choose_precision(arguments.precision, best_device())
     for folder in arguments.pipelines:
         pipe: Any = load_pipeline(folder)
         pipe.set_progress_bar_config(disable=True)
@@ -47,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
                 if arguments.record:
                     record = {"what": "prompt accuracy", "held_out": held_out, **facts, **found, "training": trained}
                     append_result(arguments.record, {**record, "protocol": PROTOCOL})
-            most = reconstructions(pipe, ratio, arguments.prompts)
+            most = reconstructions(pipe, ratio, arguments.prompts, arguments.precision)
             print(f"{name} {ratio}x, reconstructions of as many unseen clips: {in_words(most)}")
             if arguments.record:
                 record = {"what": "prompt accuracy of reconstructions", **facts, "clips": arguments.prompts}
@@ -65,7 +68,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prompts", type=int, default=64, help="prompts of each kind")
     add("--steps", type=int, default=24, help="denoising steps")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
-    add("--precision", choices=("no", "bf16"), default="bf16", help="bf16 computes in bfloat16 where that is safe")
+    add("--precision", choices=PRECISIONS, default="auto", help=HELP)
     add("--record", type=Path, help="append the lines to this results file")
     add("--note", default="", help="what the lines say about the training")
     arguments = parser.parse_args(argv)
@@ -91,11 +94,11 @@ def _figures(pipe: Any, ratio: int, held_out: bool, arguments: argparse.Namespac
     return {**how, "precision": arguments.precision, **found}
 
 
-def reconstructions(pipe: Any, ratio: int, clips: int) -> dict[str, tuple[float, float, float]]:
+def reconstructions(pipe: Any, ratio: int, clips: int, precision: Precision = "auto") -> dict[str, tuple[float, float, float]]:
     """Return what the scorer reads in what the pipeline's tokenizer makes of unseen generated clips: the most it could show."""
     known = pipe.config
     source = open_dataset("shapes", "eval", known["num_frames"], (known["height"], known["width"]), clips)
-    return accuracies_of_reconstructions(pipe.vae, [source.fixed(i) for i in range(clips)], ratio)
+    return accuracies_of_reconstructions(pipe.vae, [source.fixed(i) for i in range(clips)], ratio, precision)
 
 
 if __name__ == "__main__":

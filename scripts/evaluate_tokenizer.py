@@ -21,6 +21,7 @@ from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, load_yaml, run_main
 from promag.training.device import best_device
+from promag.training.precision import HELP, PRECISIONS, choose_precision
 from promag.training.run import append_result, write_atomically
 
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is shapes")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=HELP)
     parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
     parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD")
     sheet = parser.add_argument_group("contact sheet")
@@ -48,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
     model: Any = load_tokenizer(arguments.checkpoint)
     model.to(best_device())
+    precision = choose_precision(arguments.precision, best_device())
     try:
         check_frames(arguments.frames, model.temporal_ratios[-1])
         check_size(arguments.size, arguments.size)
@@ -61,8 +64,9 @@ def main(argv: Sequence[str]) -> int:
     for ratio in model.temporal_ratios:
         started = time.perf_counter()
         videos = (clips.fixed(i)["video"][None] for i in range(len(clips)))
-        results[ratio] = evaluate_fully(model, videos, ratio, lpips, features)
-        results[ratio]["lift"] = evaluate_lift(model, (clips.fixed(i)["video"][None] for i in range(len(clips))), ratio)
+        results[ratio] = evaluate_fully(model, videos, ratio, lpips, features, precision)
+        videos = (clips.fixed(i)["video"][None] for i in range(len(clips)))
+        results[ratio]["lift"] = evaluate_lift(model, videos, ratio, precision)
         figures = {key: value for key, value in results[ratio].items() if isinstance(value, int | float)}
         found = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
         print(f"{ratio:>3}x  {found}  ({time.perf_counter() - started:.1f} s)")
@@ -82,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
         "split": arguments.split,
         "frames": arguments.frames,
         "size": arguments.size,
+        "precision": precision,
         "protocol": f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}",
         "ratios": {str(ratio): values for ratio, values in results.items()},
     }

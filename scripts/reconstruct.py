@@ -14,6 +14,7 @@ from promag.tokenizer.geometry import check_ratio
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
 from promag.training.device import best_device
+from promag.training.precision import HELP, PRECISIONS, choose_precision
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--frames", type=int, help="frames from the start; left out: all")
     parser.add_argument("--chunk", type=int, default=64, help="frames in work at a time, a multiple of every ratio")
     parser.add_argument("--tile", type=int, help="work on tiles of so many pixels a side; left out: the picture at once")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=HELP)
     parser.add_argument("--crf", type=int, default=14, help="quality of the mp4, 1 (best) to 51")
     arguments = parser.parse_args(argv)
     if arguments.out.suffix != ".mp4":
@@ -33,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
     model: Any = load_tokenizer(arguments.checkpoint)
     model.to(best_device())
+    precision = choose_precision(arguments.precision, best_device())
     ratios = tuple(arguments.ratios or model.temporal_ratios)
     times = frame_times(arguments.video)
     count = min(arguments.frames or len(times), len(times))
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         for ratio in ratios:
             check_ratio(ratio, model.temporal_ratios)
-        comparison = Comparison(model, ratios, arguments.video, count, arguments.chunk)
+        comparison = Comparison(model, ratios, arguments.video, count, arguments.chunk, precision=precision)
         if arguments.tile:
             stride = max(8, arguments.tile * 3 // 4 // 8 * 8)
             model.enable_tiling(arguments.tile, arguments.tile, stride, stride)

@@ -23,6 +23,7 @@ from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.grid import grid
 from promag.training.config import UserError, run_main
 from promag.training.gif import MOST_FPS, encode_gif
+from promag.training.precision import HELP, PRECISIONS
 
 MP4, GIF = ".mp4", ".gif"
 CRF = 18
@@ -93,7 +94,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
     add("--fps", type=float, help="frame rate told to the model and written; left out: as trained")
     add("--batch", type=int, default=1, help="videos made at once")
-    add("--precision", choices=("no", "bf16"), default="no", help="bf16 computes in bfloat16 where that is safe")
+    add("--precision", choices=PRECISIONS, default="auto", help=HELP)
     add("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")

@@ -15,6 +15,8 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+from promag.training.precision import Precision, autocast
+
 from .losses import latent_loss
 from .perceptual import frechet_distance
 
@@ -136,13 +138,13 @@ def _check_pair(reconstruction: Tensor, target: Tensor) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> dict[str, float]:
+def evaluate(model: Any, clips: Iterable[Tensor], temporal_ratio: int, precision: Precision = "auto") -> dict[str, float]:
     """Reconstruct clips (each 1 C T H W) at one ratio from the posterior's mean; return means over clips.
 
     Keys: psnr, psnr_std, psnr_first (first frame), ssim, clips.
     """
     values: dict[str, list[float]] = {"psnr": [], "psnr_first": [], "ssim": []}
-    for clip, output in _reconstructions(model, clips, temporal_ratio):
+    for clip, output in _reconstructions(model, clips, temporal_ratio, precision):
         values["psnr"] += psnr(output, clip).tolist()
         values["psnr_first"] += psnr(output[:, :, :1], clip[:, :, :1]).tolist()
         values["ssim"] += ssim(output, clip).tolist()
@@ -157,6 +159,7 @@ def evaluate_fully(
     temporal_ratio: int,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
+    precision: Precision = "auto",
 ) -> dict[str, Any]:
     """Reconstruct as `evaluate` does and return every metric.
 
@@ -166,6 +169,7 @@ def evaluate_fully(
         temporal_ratio: one of the model's.
         lpips: an `LPIPS`, for the key lpips, which is None without.
         features: a `VideoFeatures`, for the key fvd, which is None without and with fewer than 2 clips.
+        precision: of models with float32 weights.
 
     Beside the keys of `evaluate`: ms_ssim; flicker; high_frequency; psnr_key and psnr_between (means of per-frame PSNR over
     frames 0, r, 2r, ... and over the others); psnr_every_2nd and psnr_every_4th (frames 0, 2, 4, ... and 0, 4, 8, ...,
@@ -175,7 +179,7 @@ def evaluate_fully(
     rows: list[dict[str, float]] = []
     frames: list[Tensor] = []
     seen: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for clip, output in _reconstructions(model, clips, temporal_ratio):
+    for clip, output in _reconstructions(model, clips, temporal_ratio, precision):
         per_frame = psnr_per_frame(output, clip)[0]
         key = torch.arange(clip.shape[2]) % temporal_ratio == 0
         row = {
@@ -217,7 +221,9 @@ def evaluate_fully(
 
 
 @torch.no_grad()
-def evaluate_lift(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> dict[str, dict[str, float]]:
+def evaluate_lift(
+    model: Any, clips: Iterable[Tensor], temporal_ratio: int, precision: Precision = "auto"
+) -> dict[str, dict[str, float]]:
     """Lift latents of one ratio to estimates of every lower one, without pixels; return by ratio (as text) means over clips.
 
     Keys: latent_error, the squared error of the estimate in units of the true latent's variance in each channel (1 is what
@@ -227,7 +233,7 @@ def evaluate_lift(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> d
     found: dict[int, list[tuple[float, float]]] = {ratio: [] for ratio in lower}
     for clip in clips if lower else ():
         clip = clip.to(model.device)
-        with torch.autocast(clip.device.type, torch.bfloat16, enabled=model.dtype == torch.float32):
+        with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
             z, *true = (posterior.mode() for posterior in model.encode_levels(clip, (temporal_ratio, *lower)))
             for ratio, target in zip(lower, true, strict=True):
                 estimate = model.lift(z, temporal_ratio, ratio)
@@ -239,12 +245,14 @@ def evaluate_lift(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> d
     }
 
 
-def _reconstructions(model: Any, clips: Iterable[Tensor], temporal_ratio: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each clip and its reconstruction, under bf16 autocast where the weights are float32."""
+def _reconstructions(
+    model: Any, clips: Iterable[Tensor], temporal_ratio: int, precision: Precision
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each clip and its reconstruction, under autocast where the weights are float32."""
     count = 0
     for clip in clips:
         clip = clip.to(model.device)
-        with torch.autocast(clip.device.type, torch.bfloat16, enabled=model.dtype == torch.float32):
+        with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
             output = model(clip, temporal_ratio).sample
         yield clip, output
         count += 1

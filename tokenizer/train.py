@@ -3,6 +3,7 @@
 A run directory holds one folder per stage (checkpoints, metrics) and `tokenizer/`, the model with all levels trained so far.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,8 +22,18 @@ from promag.data.sources import Source, open_sources
 from promag.data.tar_stream import Sharding
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError, setting
-from promag.training.loop import Metrics, Objective, Outcome, Pace, close_trackers, make_accelerator, train
+from promag.training.loop import (
+    Metrics,
+    Objective,
+    Outcome,
+    Pace,
+    choose_precision_once,
+    close_trackers,
+    make_accelerator,
+    train,
+)
 from promag.training.optimizers import LoopSettings
+from promag.training.precision import Precision, check_training_precision
 from promag.training.run import open_run, write_atomically
 from promag.training.trackers import Log
 
@@ -114,7 +125,7 @@ class TokenizerConfig:
 
     output_dir: str = setting("run directory")
     seed: int = setting("decides weights, data order and noise")
-    precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
     compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
     init: str | None = setting("a trained tokenizer to grow, or to train its highest level further; null starts anew")
@@ -126,6 +137,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError where stages, frames and sizes do not fit together."""
+        check_training_precision(self.precision)
         check_size(self.data.size, self.data.size)
         ratios = [stage.ratio for stage in self.stages]
         if not ratios:
@@ -222,9 +234,11 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     `build` makes the base instead of `config.model`: another autoencoder behind AutoencoderKLProMAG's interface.
     Raises UserError for a missing or unsuitable checkpoint, clips or run directory.
     """
+    precision = choose_precision_once(config.precision, config.output_dir)
+    config = dataclasses.replace(config, precision=precision)
     accelerator = make_accelerator(
         Path(config.output_dir),
-        config.precision,
+        precision,
         config.pace.trackers,
         unused=any(_leaves_unused(stage) for stage in config.stages),
     )
@@ -294,7 +308,7 @@ def train_stage(
     def validate(log: Log, step: int) -> Metrics:
         if log.trackers:
             log.picture(f"{stage.ratio}x/reconstruction", _sheet(model, clips[:4], stage.ratio), step)
-        return evaluate(model, clips, stage.ratio)
+        return evaluate(model, clips, stage.ratio, config.precision)
 
     objective = StageObjective(model, stage, model.inherited_modules(added))
     outcome = train(accelerator, folder, objective, open_stream, stage.loop, config.pace, config.seed, validate)

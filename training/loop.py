@@ -27,6 +27,7 @@ from .compilation import as_it_stands
 from .config import setting
 from .fsdp import gather, held, shard
 from .optimizers import LoopSettings, make_optimizers
+from .precision import Chosen, Precision, choose_for_run
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
 from .state import State
 from .throughput import Meter, Work
@@ -102,7 +103,7 @@ class Objective(nn.Module):
 
 def make_accelerator(
     run: Path,
-    precision: Literal["bf16", "no"],
+    precision: Chosen,
     trackers: Sequence[Tracker] = ("tensorboard",),
     unused: bool = False,
 ) -> Accelerator:
@@ -113,7 +114,7 @@ def make_accelerator(
     check_trackers(trackers)
     torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, and of 3D kernels the best by far is to be found
     return Accelerator(
-        mixed_precision=precision,
+        mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "tensorboard")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
@@ -153,6 +154,12 @@ def told_by_main(find: Callable[[], T]) -> T:
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def choose_precision_once(precision: Precision, *runs: str | Path) -> Chosen:
+    """Return `choose_for_run` of the main process's device, on every process."""
+    device: Any = processes().device
+    return told_by_main(lambda: choose_for_run(precision, device, *runs))
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:

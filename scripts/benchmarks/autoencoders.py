@@ -30,6 +30,7 @@ from promag.training.config import UserError, build, load_yaml, run_main
 from promag.training.device import best_device
 from promag.training.loop import seeded
 from promag.training.optimizers import make_optimizers
+from promag.training.precision import DTYPES, PRECISIONS, autocast, choose_precision
 from promag.training.run import append_result
 from promag.training.throughput import matmul_tflops
 
@@ -40,7 +41,6 @@ PEERS = {
     "AutoencoderKLCogVideoX": "CogVideoX",
     "AutoencoderKLHunyuanVideo": "HunyuanVideo",
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MIB = 2**20
 Size = tuple[int, int, int]  # frames, height, width in pixels
 
@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     sizes = [_size(text) for text in arguments.sizes]
     _check(subjects, sizes, arguments)
     device = best_device()
+    arguments.dtype = choose_precision(arguments.dtype, device)
     bad = 0
     for subject in subjects:
         bad += _measure(subject, sizes, device, arguments)
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="+", default=[], metavar="CLASS", help=f"of diffusers: {', '.join(PEERS)}")
     parser.add_argument("--sizes", nargs="+", default=["17x128x128", "65x256x256"], help="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and pixels; training is bf16 autocast")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="auto", help="of weights and pixels; trainings use autocast")
     parser.add_argument("--compile", action="store_true", help="measure ours again with its repeated blocks compiled")
     parser.add_argument("--train-batch", type=int, metavar="CLIPS", help="measure training steps of ours, too")
     parser.add_argument("--record", type=Path, help="append JSON lines with commit and machine to this results file")
@@ -249,7 +250,8 @@ def _measure_training(
     subject: Subject, config: TokenizerConfig, sizes: Sequence[Size], device: torch.device, arguments: argparse.Namespace
 ) -> int:
     """Measure a training step of every stage at every height and width; return how many rows had errors."""
-    peak, bad = matmul_tflops(device, bf16=True), 0
+    precision = choose_precision(config.precision, device)
+    peak, bad = matmul_tflops(device, bf16=precision == "bf16"), 0
     for height, width in dict.fromkeys(size[1:] for size in sizes):
         rows = []
         for stage in config.stages:
@@ -263,7 +265,7 @@ def _measure_training(
         bad += sum("error" in row for row in rows)
         if arguments.record:
             protocol = (
-                f"a step of {arguments.train_batch} random clips with float32 weights under bf16 autocast: forward, backward "
+                f"a step of {arguments.train_batch} random clips with float32 weights in {precision}: forward, backward "
                 "of the stage's pixel losses and KL (without LPIPS, discriminator and latent regression), clipping, the "
                 f"optimisers of the stage's loop, which train what the stage trains; median of {arguments.rounds} rounds; "
                 "FLOPs of forward and backward, recomputation and optimisers left out; MFU against matmul_tflops; peak "
@@ -323,7 +325,7 @@ def _training_step(
     generators = [seeded(i, device=device) for i in range(batch)]
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device, config.precision):
             loss = objective({"video": x}, generators, 0)["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(trained, stage.loop.clip_norm)

@@ -24,6 +24,7 @@ from promag.pipelines.build import encoder
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import parse_config, run_main
 from promag.training.loop import processes
+from promag.training.precision import choose_precision
 from promag.training.run import append_result
 
 BATCH = 8
@@ -42,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     source = open_dataset(data.train, "train", data.frames, data.size, arguments.clips)
     clips, count = _Videos(source), min(arguments.clips, len(source))
     device: Any = processes().device
-    encode = encoder(load_tokenizer(config.tokenizer), device)
+    precision = choose_precision(config.precision, device)
+    encode = encoder(load_tokenizer(config.tokenizer), device, precision)
     ready = torch.stack([source.fixed(i % count)["video"] for i in range(BATCH)])
 
     def decode_alone() -> None:
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     print("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
     if arguments.record:
         protocol = (
-            f"{count} clips of {data.frames} frames at {data.size}x{data.size}, ratios {list(config.ratios)}, bf16 autocast, "
+            f"{count} clips of {data.frames} frames at {data.size}x{data.size}, ratios {list(config.ratios)}, {precision}, "
             f"batches of {BATCH}, {config.pace.workers} decoding workers; decoding alone, encoding ready clips alone, and "
             f"caching (decoding, encoding, writing {data.dtype} shards): medians of {arguments.rounds} rounds in turns; "
             "reading cached latents in random order: median"

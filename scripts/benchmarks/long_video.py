@@ -16,6 +16,7 @@ from promag.tokenizer.metrics import from_uint8, psnr
 from promag.tokenizer.streaming import chunk_plan, pad_clip, reconstruct_stream
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
+from promag.training.precision import autocast
 from promag.training.run import append_result
 
 
@@ -81,7 +82,7 @@ def _stream(checkpoint: str, ratio: int, length: int, size: int, chunk: int) -> 
             yield torch.rand(1, 3, count, size, size, generator=torch.Generator().manual_seed(i)) * 2 - 1
 
     seen = 0
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu"):
         for sample in reconstruct_stream(model, chunks(), ratio):
             seen += sample.shape[2]
     if seen != frames:
@@ -104,7 +105,7 @@ def tiled_against_whole(model: Any, clip: Tensor, ratio: int) -> float:
     if max(clip.shape[3:]) <= model.tiling.height:
         raise UserError(f"video of {clip.shape[3]}x{clip.shape[4]}: is no larger than a tile of {model.tiling.height}")
     outputs = []
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu"):
         for model.use_tiling in (True, False):
             outputs.append(model(clip, ratio).sample)
     return float(psnr(*outputs))

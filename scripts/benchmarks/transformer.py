@@ -21,6 +21,7 @@ from promag.tokenizer.geometry import latent_frames, tokens
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError, parse_config, run_main
 from promag.training.device import best_device
+from promag.training.precision import DTYPES, choose_precision
 from promag.training.run import append_result
 from promag.training.throughput import matmul_tflops
 
@@ -40,22 +41,30 @@ def main(argv: Sequence[str]) -> int:
 
     size = {"frames": arguments.frames, "height": config.data.size, "width": config.data.size}
     device = best_device()
+    precision = choose_precision(config.precision, device)
     ratios, steps = arguments.ratios, arguments.steps
     models: dict[int, Any] = {r: _transformer(config) for r in ratios}
     for model in models.values():
-        attention = choose_attention(model.to(device), config.attention, device, torch.bfloat16)
+        attention = choose_attention(model.to(device), config.attention, device, DTYPES[precision])
         if config.compile:
             compile_blocks(model)
     gradients, trained = (
         measure_in_turns(
-            {r: train_step(models[r], **size, ratio=r, batch_size=arguments.batch, loop=loop) for r in ratios},
+            {
+                r: train_step(models[r], **size, ratio=r, batch_size=arguments.batch, loop=loop, precision=precision)
+                for r in ratios
+            },
             arguments.rounds,
         )
         for loop in (None, config.loop)
     )
-    calls = {r: denoising(models[r].eval(), **size, ratio=r, steps=steps, videos=arguments.videos) for r in ratios if steps}
+    calls = {
+        r: denoising(models[r].eval(), **size, ratio=r, steps=steps, videos=arguments.videos, precision=precision)
+        for r in ratios
+        if steps
+    }
     denoised = measure_in_turns(calls, arguments.rounds)
-    peak = matmul_tflops(device, bf16=True)
+    peak = matmul_tflops(device, bf16=precision == "bf16")
 
     rows: list[dict[str, Any]] = []
     for ratio in ratios:
@@ -82,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         count = sum(p.numel() for p in models[ratios[0]].parameters())
         optimizers = "AdamW" if config.loop.muon is None else "Muon for the blocks' matrices, AdamW for the rest"
         protocol = (
-            f"bf16 autocast, batch {arguments.batch}: gradients (forward, backward) and train step (with {optimizers}); "
+            f"{precision}, batch {arguments.batch}: gradients (forward, backward) and train step (with {optimizers}); "
             f"{arguments.steps} denoising steps of {arguments.videos} videos at once with guidance, without decoding, "
             f"seconds per video; medians of {arguments.rounds} rounds in turns"
         )

@@ -20,6 +20,8 @@ from promag.pipelines.sampling import Draft, load_pipeline, sample_timed, traine
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.tokenizer.metrics import from_uint8, high_frequency_energy, jitter, psnr
 from promag.training.config import UserError, run_main
+from promag.training.device import best_device
+from promag.training.precision import HELP, PRECISIONS, choose_precision
 from promag.training.run import append_result
 
 PROTOCOL = (
@@ -33,6 +35,7 @@ SHOWN = 6  # prompts on the contact sheet
 def main(argv: Sequence[str]) -> int:
     """Sample every way, print a table of them, and append a line for each to --record."""
     arguments = _parse(argv)
+    arguments.precision = choose_precision(arguments.precision, best_device())
     pipe: Any = load_pipeline(arguments.pipeline)
     pipe.set_progress_bar_config(disable=True)
     ratio, known = arguments.ratio, trained_ratios(pipe)
@@ -94,7 +97,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--from-noise-steps", type=int, nargs="+", default=[12, 18, 24, 32], help="numbers of steps from noise")
     add("--prompts", type=int, default=64, help="prompts")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
-    add("--precision", choices=("no", "bf16"), default="bf16", help="bf16 computes in bfloat16 where that is safe")
+    add("--precision", choices=PRECISIONS, default="auto", help=HELP)
     add("--contact-sheet", type=Path, help="PNG with frames of a few prompts by every way")
     add("--record", type=Path, help="append the lines to this results file")
     add("--note", default="", help="what the lines say about the pipeline")

@@ -8,9 +8,9 @@ again, an unfinished one continues; `--only "[progressive]"` runs some arms and 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +25,7 @@ from promag.tokenizer.train import Data, Model, Stage, StageObjective, Tokenizer
 from promag.training.config import parse_config, run_main, setting
 from promag.training.device import best_device
 from promag.training.loop import Pace, seeded
+from promag.training.precision import Precision, autocast, check_training_precision, choose_for_run
 from promag.training.run import append_result, write_atomically
 
 COSTS = ("steps", "clips_seen", "frames_seen", "seconds", "flops")
@@ -62,7 +63,7 @@ class ClaimConfig:
     output_dir: str = setting("folder of the arms' run directories")
     record: str | None = setting("results file that gets a JSON line for each arm, seed and ratio; null for none")
     only: tuple[str, ...] | None = setting("names of arms to run, with those they start from; null runs all")
-    precision: Literal["bf16", "no"] = setting("autocast, or plain float32")
+    precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
     compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
     frames: int = setting("frames of the clips that are scored")
@@ -72,6 +73,7 @@ class ClaimConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for names that do not resolve."""
+        check_training_precision(self.precision)
         known: dict[str, Arm] = {}
         for arm in self.arms:
             if arm.name in known:
@@ -92,6 +94,8 @@ def main(argv: Sequence[str]) -> int:
         return report(argv[1:])
     config = parse_config(ClaimConfig, argv, __doc__ or "")
     arms = {arm.name: arm for arm in config.arms}
+    runs = [run_folder(config, arm.name, seed) for arm in config.arms for seed in arm.seeds]
+    config = replace(config, precision=choose_for_run(config.precision, best_device(), *runs))
     wanted = {name for chosen in config.only or arms for name in _lineage(arms, chosen)}
     rows: list[dict[str, Any]] = []
     for arm in config.arms:
@@ -193,7 +197,7 @@ def score_arm(config: ClaimConfig, arms: Mapping[str, Arm], arm: Arm, seed: int,
             # What of it went into this stage alone, and what into the arms that this one starts from.
             "stage": own[i],
             "inherited": _total(inherited),
-            **evaluate_fully(model, clips, stage.ratio),
+            **evaluate_fully(model, clips, stage.ratio, precision=config.precision),
             "lift": evaluate_lift(model, clips, stage.ratio),
             "curve": _curve(config, arm, seed, stage, spent),
             "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}",
@@ -201,7 +205,7 @@ def score_arm(config: ClaimConfig, arms: Mapping[str, Arm], arm: Arm, seed: int,
         rows.append(row)
         # The paper's observation: the lowest level on subsampled clips, scored on the frames that are left.
         for step in (2, 4) if arm.base is None and not arm.peer and stage.ratio == 4 else ():
-            part = evaluate_fully(model, [clip[:, :, ::step] for clip in clips], stage.ratio)
+            part = evaluate_fully(model, [clip[:, :, ::step] for clip in clips], stage.ratio, precision=config.precision)
             rows.append({**row, "arm": f"{arm.name}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []})
     if config.record:
         for row in rows:
@@ -265,7 +269,7 @@ def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> floa
     total = 0.0
     for step, count in ((0, latent), (stage.latent_steps, stage.loop.steps - latent)):
         if count:
-            with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+            with FlopCounterMode(display=False) as counter, autocast("cpu", config.precision):
                 objective({"video": video}, [seeded(0)], step)["loss"].backward()
             total += counter.get_total_flops() * count * stage.loop.batch_size * stage.loop.accumulate
     return total

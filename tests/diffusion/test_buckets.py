@@ -55,7 +55,7 @@ def configuration(run: Path, **change) -> DiffusionConfig:
     values["text"] |= {"width": 16, "layers": 1, "heads": 2}
     values["loop"] |= {"steps": 8, "batch_size": 2, "warmup": 1}
     values["pace"] |= {"log_every": 1, "validate_every": 8, "save_every": 4, "workers": 0, "trackers": []}
-    values |= {"output_dir": str(run), "precision": "no", "samples": None}
+    values |= {"output_dir": str(run), "precision": "fp32", "samples": None}
     values |= {"budgets": [{"ratio": 16, "share": 3.0}, {"ratio": 8, "share": 1.0}]}
     values |= {"condition": {"probability": 0.5, "frames": 1}, **change}
     return build(DiffusionConfig, values, "test")

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from promag.evaluation.adaptive_budget import adaptive_figures, allocate, segment_psnr, sweep
 from promag.evaluation.budgets import own_budgets
 from promag.tokenizer.metrics import psnr
+from promag.training.precision import autocast
 
 TOKENS = {"4x": 17, "8x": 9, "16x": 5}
 PARTS = [{"4x": 30.0, "8x": 29.0, "16x": 28.0}, {"4x": 26.0, "8x": 24.0, "16x": 21.0}, {"4x": 20.0, "8x": 19.0, "16x": 18.0}]
@@ -52,7 +53,7 @@ def test_segments_are_coded_alone_and_compared_on_their_own_frames(tokenizer, cl
     video = torch.nn.functional.interpolate(clip[:, :, :27], (27, 32, 32), mode="trilinear")
     found = segment_psnr(budgets, video, 17)
     assert len(found) == 2
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast("cpu"):
         first = tokenizer(video[:, :, :17], 16).sample
         padded = torch.cat([video[:, :, 17:], video[:, :, -1:].expand(-1, -1, 7, -1, -1)], 2)
         last = tokenizer(padded, 8).sample[:, :, :10]

@@ -43,7 +43,7 @@ def test_expectations_follow_the_last_measurement():
 
 def test_every_trained_ratio_is_measured(pipe):
     told = []
-    pace = measure_pace(pipe, "no", told.append)
+    pace = measure_pace(pipe, "fp32", told.append)
     assert [line.split()[0] for line in told] == ["4x:", "16x:"]
     for ratio in trained_ratios(pipe):
         expected = pace.expect(sampling_cost(pipe, ratio, 17, 2, 2.0))

@@ -27,7 +27,7 @@ def config(tmp_path) -> DiffusionConfig:
     values["loop"] |= {"steps": 3, "batch_size": 1, "warmup": 1}
     values["pace"] |= {"log_every": 1, "validate_every": 3, "save_every": 3, "workers": 0, "trackers": []}
     values["samples"] |= {"prompts": ["a red disc"], "every": 3, "steps": 1}
-    values |= {"output_dir": str(tmp_path / "run"), "tokenizer": str(tmp_path / "tokenizer"), "precision": "no"}
+    values |= {"output_dir": str(tmp_path / "run"), "tokenizer": str(tmp_path / "tokenizer"), "precision": "fp32"}
     return build(DiffusionConfig, values, "test")
 
 

@@ -7,7 +7,7 @@ from promag.training.config import UserError
 from tests.tiny_pipeline import make_pipeline
 
 ORDERS = [Order("a red disc moves left", 5), Order("a blue square grows", 5), Order("a red disc moves left", 6)]
-HOW = {"num_inference_steps": 3, "guidance_scale": 2.0}
+HOW = {"precision": "fp32", "num_inference_steps": 3, "guidance_scale": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_draft_is_lifted_and_refined(pipe):
     draft = Draft(16, steps=2, strength=0.5)
     how = {"temporal_ratio": 4, "num_inference_steps": 4, "guidance_scale": 2.0}
     told = lambda *count: said.append(count)  # noqa: E731
-    [(videos, seconds)] = make_videos(pipe, [order], told=told, draft=draft, **how)
+    [(videos, seconds)] = make_videos(pipe, [order], 1, "fp32", told, draft=draft, **how)
     assert said == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert seconds.denoising > 0
     noise = torch.Generator().manual_seed(order.seed)
@@ -55,7 +55,7 @@ def test_a_draft_is_lifted_and_refined(pipe):
     lifted = pipe.vae.lift(pipe(order.prompt, generator=noise, **coarse).frames, 16, 4)
     frames = pipe(order.prompt, generator=noise, latents=lifted, denoise_strength=0.5, **how).frames
     assert np.array_equal(videos[0], (frames[0] * 255).round().astype(np.uint8))
-    [(plain, _)] = make_videos(pipe, [order], draft=Draft(16, 2, 0.0), **how)
+    [(plain, _)] = make_videos(pipe, [order], 1, "fp32", draft=Draft(16, 2, 0.0), **how)
     decoded = pipe.vae.decode(lifted, 4).sample[0].movedim(0, -1) / 2 + 0.5
     assert np.abs(plain[0].astype(int) - decoded.clamp(0, 1).mul(255).round().int().numpy()).max() <= 1
 

@@ -24,7 +24,7 @@ def shown(comparison, width=64):
 
 def test_columns_and_psnr_are_those_of_the_whole_clip(tokenizer, video):
     told = []
-    comparison = Comparison(tokenizer, (4, 8, 16), video, 20, chunk=16, told=told.append)
+    comparison = Comparison(tokenizer, (4, 8, 16), video, 20, chunk=16, precision="bf16", told=told.append)
     original, *columns = shown(comparison)
     assert np.array_equal(original, read_frames(video, range(20)))
     assert told == [17, 20]

@@ -35,7 +35,7 @@ def overrides(values: dict, prefix: str = "") -> list[str]:
 LOOP = {"steps": 2, "batch_size": 1, "warmup": 1}
 SMALLEST = overrides(
     {
-        "precision": "no",
+        "precision": "fp32",
         "size": 32,
         "frames": 17,
         "shapes": 4,

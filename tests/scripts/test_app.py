@@ -46,7 +46,7 @@ def served(studio):
 @pytest.fixture(scope="module")
 def page(browser, asked_hosts):
     pipe = make_pipeline(height=32, width=32, num_frames=33)
-    blocks, address = served(Studio(pipe.vae, pipe, measure_pace(pipe, "no", lambda line: None), LIMITS))
+    blocks, address = served(Studio(pipe.vae, pipe, measure_pace(pipe, "fp32", lambda line: None), LIMITS))
     browser.get(address)
     yield browser
     blocks.close()

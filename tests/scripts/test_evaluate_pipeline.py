@@ -11,7 +11,7 @@ from promag.scripts.experiments import draft_and_refine
 from promag.training.config import UserError
 from tests.tiny_pipeline import make_pipeline
 
-FEW = ["--prompts", "3", "--steps", "2", "--precision", "no"]
+FEW = ["--prompts", "3", "--steps", "2", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def config(tmp_path_factory):
         "output_dir": str(folder / "runs"),
         "record": str(folder / "claim.jsonl"),
         "only": None,
-        "precision": "no",
+        "precision": "fp32",
         "gradient_checkpointing": False,
         "compile": False,
         "frames": 17,

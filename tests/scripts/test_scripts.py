@@ -32,7 +32,7 @@ PACE = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
 def tokenizer_arguments(run, **data):
     data = {"train": "shapes", "also": None, "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], **data}
     stages = {str(i): {"frames": 1 + 4 * 2**i, "latent_steps": 0, "loop": LOOP} for i in range(3)}
-    values = {"output_dir": str(run), "precision": "no", "model": TINY_MODEL, "data": data, "stages": stages, "pace": PACE}
+    values = {"output_dir": str(run), "precision": "fp32", "model": TINY_MODEL, "data": data, "stages": stages, "pace": PACE}
     return ["--config", "configs/tokenizer/tiny.yaml", *overrides(values)]
 
 
@@ -40,7 +40,7 @@ def diffusion_arguments(run, tokenizer, **change):
     values = {
         "output_dir": str(run),
         "tokenizer": str(tokenizer),
-        "precision": "no",
+        "precision": "fp32",
         "text": {"width": 16, "layers": 1, "heads": 2},
         "model": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
         "data": {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "cache": str(run / "latents"), "shard_size": 1},
@@ -88,7 +88,7 @@ def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
 def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     arguments = [str(demo_run / "tokenizer-run" / "tokenizer"), "--videos", "shapes", "--count", "2", "--frames", "17"]
     out, record = tmp_path / "out.json", tmp_path / "results.jsonl"
-    evaluate_tokenizer.main([*arguments, "--size", "32", "--json", str(out), "--record", str(record)])
+    evaluate_tokenizer.main([*arguments, "--size", "32", "--precision", "fp32", "--json", str(out), "--record", str(record)])
     found = json.loads(out.read_text())["ratios"]
     report = json.loads((demo_run / "report.json").read_text())["rows"]
     for row in report:

@@ -233,3 +233,21 @@ def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_
         train_diffusion.main(arguments)
     torchrun(tmp_path, DRIVER, [("promag.scripts.train_diffusion", [*arguments, "--pace.stop_after", "1"])])
     assert max(logged(tmp_path / "run" / "16x")) == steps[-1] + 1
+
+
+DIFFERENT = """
+import json, os, sys
+from pathlib import Path
+from promag.training import loop, precision
+from promag.training.fsdp import leave_process_group
+rank = int(os.environ["RANK"])
+precision._measured = lambda device: precision.Choice(("bf16", "fp32")[rank], f"measured on rank {rank}")
+chosen = loop.choose_precision_once("auto", sys.argv[1])
+Path(sys.argv[1]).with_name(f"precision-{rank}.json").write_text(json.dumps(chosen))
+leave_process_group()
+"""
+
+
+def test_all_processes_compute_in_the_main_ones_precision(tmp_path):
+    torchrun(tmp_path, DIFFERENT, [])
+    assert [json.loads((tmp_path / f"precision-{rank}.json").read_text()) for rank in range(2)] == ["bf16", "bf16"]

@@ -66,7 +66,7 @@ def test_evaluate_is_the_mean_over_clips(clip):
     clips = [clip, -clip]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         single = [psnr(model(c, 8).sample, c).item() for c in clips]
-    found = evaluate(model, clips, 8)
+    found = evaluate(model, clips, 8, "bf16")
     assert found["psnr"] == pytest.approx(sum(single) / 2, abs=1e-3)
     assert found["psnr_std"] == pytest.approx(abs(single[0] - single[1]) / 2, abs=1e-3)
     assert found["clips"] == 2

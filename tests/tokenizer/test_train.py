@@ -33,7 +33,7 @@ def make_config(run, **change):
     config = TokenizerConfig(
         output_dir=str(run),
         seed=0,
-        precision="no",
+        precision="fp32",
         gradient_checkpointing=False,
         compile=False,
         init=None,

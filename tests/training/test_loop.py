@@ -64,7 +64,7 @@ class Noisy(Objective):
 
 def run(folder, pace=PACE, settings=SETTINGS, objective=None, validate=None, workers=0):
     objective = objective or Noisy()
-    accelerator = make_accelerator(folder, "no")
+    accelerator = make_accelerator(folder, "fp32")
 
     def open_stream(first):
         return TrainingStream(Numbers(), 3, settings.batch_size, 0, 1, first)

@@ -54,7 +54,7 @@ def test_a_gif_holds_every_frame_for_its_time():
 
 
 def test_tensorboard_plays_what_was_logged(tmp_path):
-    accelerator = make_accelerator(tmp_path, "no")
+    accelerator = make_accelerator(tmp_path, "fp32")
     accelerator.init_trackers("promag")
     log, videos = Log(accelerator.trackers), [clip(), clip()[::-1].copy()]
     for step, video in enumerate(videos):
@@ -70,7 +70,7 @@ def test_tensorboard_plays_what_was_logged(tmp_path):
 
 
 def test_without_trackers_nothing_is_written(tmp_path):
-    accelerator = make_accelerator(tmp_path, "no", trackers=())
+    accelerator = make_accelerator(tmp_path, "fp32", trackers=())
     Log().video("a", clip(), 8, 0)
     assert not accelerator.trackers
     assert list(tmp_path.rglob("events*")) == []
