@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from promag.training.config import UserError
 
-from . import synthetic as shapes
+from . import synthetic
 from .buckets import NONE, Bucket, Buckets, bucket_plan
 from .clip_index import Clip, column, load_clips, row_of, take
 from .clip_memory import ClipMemory
@@ -108,7 +108,7 @@ class ClipDataset(Dataset):
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-class ShapesDataset(Dataset):
+class SyntheticDataset(Dataset):
     """The generated clips 0 to count - 1 of a split of `shapes`, with the interface and items of ClipDataset.
 
     A generated clip shows its whole motion whatever its length, so start is always 0 and stride 1.
@@ -138,13 +138,13 @@ class ShapesDataset(Dataset):
         """Return clip `index`."""
         if not 0 <= index < self.count:
             raise IndexError(f"clip {index}: legal are 0 to {self.count - 1}")
-        pixels, scene = shapes.clip(index, self.split, frames=self.frames, size=self.size)
+        pixels, scene = synthetic.clip(index, self.split, frames=self.frames, size=self.size)
         video = to_model(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-        return {"video": video, "caption": scene.caption(), "clip": index, "start": 0, "stride": 1, "fps": shapes.FPS}
+        return {"video": video, "caption": scene.caption(), "clip": index, "start": 0, "stride": 1, "fps": synthetic.FPS}
 
     def digest(self, count: int) -> str:
         """Hash the split, the count and the first clip's pixels, which change when the generator does."""
-        pixels, _ = shapes.clip(0, self.split, frames=self.frames, size=self.size)
+        pixels, _ = synthetic.clip(0, self.split, frames=self.frames, size=self.size)
         return hashlib.sha256(f"shapes {self.split} {count} ".encode() + pixels.tobytes()).hexdigest()
 
 
@@ -248,19 +248,19 @@ def open_dataset(
     temporal_strides: Sequence[int] = (1,),
     flip: bool = False,
     timeout: float = READ_TIMEOUT,
-) -> "ClipDataset | ShapesDataset | ShardedClips":
+) -> "ClipDataset | SyntheticDataset | ShardedClips":
     """Open clips of one shape, to be looked at by their number or drawn from.
 
-    `source` is `shapes` (generated clips: `count` of `split`), a clip index (.jsonl, which is one split, taken whole) or a
+    `source` is `synthetic` (generated clips: `count` of `split`), a clip index (.jsonl, which is one split, taken whole) or a
     pattern of shards (.tar, the same). Raises UserError for another source, and what the datasets raise.
     """
-    if source == "shapes":
+    if source == "synthetic":
         if tuple(temporal_strides) != (1,) or flip:
             raise UserError(
-                f"temporal_strides {list(temporal_strides)}, flip {flip} with shapes: a generated clip shows its whole "
+                f"temporal_strides {list(temporal_strides)}, flip {flip} with synthetic: a generated clip shows its whole "
                 "motion whatever its length, and its caption says left or right; use [1] and no flip"
             )
-        return ShapesDataset(split, count, frames, size)
+        return SyntheticDataset(split, count, frames, size)
     if is_shards(source):
         height, width = (size, size) if isinstance(size, int) else size
         bucket = Bucket(frames, height, width, batch_size=None)
@@ -270,12 +270,12 @@ def open_dataset(
 
 def open_evaluation(
     videos: str, split: str | None, frames: int, size: int, count: int
-) -> "ClipDataset | ShapesDataset | ShardedClips":
+) -> "ClipDataset | SyntheticDataset | ShardedClips":
     """Open whatever a user calls videos: what `open_dataset` opens, or a folder, a list of files, one video.
 
     The latter are decoded strictly first; `split` keeps these rows of a list. Raises UserError as both do.
     """
-    if videos == "shapes" or is_index(videos) or is_shards(videos):
+    if videos == "synthetic" or is_index(videos) or is_shards(videos):
         return open_dataset(videos, "eval", frames, size, count)
     return ClipDataset(prepare(list_videos(videos, split)).clips, frames, size)
 
@@ -290,13 +290,13 @@ def is_index(path: str | os.PathLike) -> bool:
 
 def open_apart(
     source: str | os.PathLike, split: str, buckets: Sequence[Bucket], count: int
-) -> list[tuple[Bucket, "ClipDataset | ShapesDataset | ShardedClips"]]:
+) -> list[tuple[Bucket, "ClipDataset | SyntheticDataset | ShardedClips"]]:
     """Open the clips of each bucket by themselves, to be looked at by their number: of those that have any.
 
     `source` and `count` are as for `open_dataset`; generated clips are there in every bucket. Raises UserError as that does,
     and where no clip is long enough for any bucket.
     """
-    if len(buckets) == 1 or source == "shapes":
+    if len(buckets) == 1 or source == "synthetic":
         return [(b, open_dataset(source, split, b.frames, (b.height, b.width), count)) for b in buckets]
     if is_shards(source):
         parts = ShardedClips(open_shards(source), buckets).apart()
@@ -308,7 +308,7 @@ def open_apart(
 def _load_index(source: str | os.PathLike) -> Sequence[Clip]:
     if Path(source).suffix != ".jsonl":
         raise UserError(
-            f"clips {os.fspath(source)!r}: give shapes, or a .jsonl index made by `promag prepare-clips`, "
+            f"clips {os.fspath(source)!r}: give synthetic, or a .jsonl index made by `promag prepare-clips`, "
             "or shards as a pattern of .tar files"
         )
     return load_clips(source)
@@ -340,7 +340,7 @@ def open_training(
         clips = ShardedClips(open_shards(source), buckets, temporal_strides, sharding)
         return clips, clips.plan(world_size, batch_size)
     datasets: list[Any]
-    if source == "shapes":
+    if source == "synthetic":
         used = list(buckets)
         datasets = [open_dataset(source, "train", b.frames, (b.height, b.width), count, temporal_strides) for b in used]
     else:

@@ -14,7 +14,7 @@ from .tar_stream import ShardedClips, Sharding
 class Source:
     """Clips that are trained on beside the main ones."""
 
-    train: str = setting("clips.jsonl, or shapes for generated clips")
+    train: str = setting("clips.jsonl, or synthetic for generated clips")
     share: float = setting("part of the steps whose batch comes from here; the main clips have what is left")
     temporal_strides: tuple[int, ...] = setting("frame steps at which these clips are read")
 
@@ -26,7 +26,7 @@ class Source:
 
 def open_sources(
     train: str,
-    also: Sequence[Source],
+    extra_sources: Sequence[Source],
     buckets: Sequence[Bucket],
     count: int,
     batch_size: int,
@@ -35,19 +35,19 @@ def open_sources(
     sharding: Sharding,
     in_memory: bool = False,
 ) -> tuple[Mixture | ShardedClips, str]:
-    """Open the clips of `train`, and those of `also` beside them; see `open_training` for the rest and what is returned.
+    """Open the clips of `train` and of `extra_sources`; see `open_training` for the other arguments and the result.
 
     A batch holds clips of one source. Raises UserError for shares of 1 or more together, and for shards among several
     sources: shards promise every clip once an epoch, which steps left to others would break.
     """
-    shares = [1 - sum(source.share for source in also), *(source.share for source in also)]
+    shares = [1 - sum(source.share for source in extra_sources), *(source.share for source in extra_sources)]
     if shares[0] <= 0:
         raise UserError(f"shares {', '.join(map(str, shares[1:]))} of other sources: together they must stay below 1")
-    sources = [(train, temporal_strides), *((source.train, source.temporal_strides) for source in also)]
+    sources = [(train, temporal_strides), *((source.train, source.temporal_strides) for source in extra_sources)]
     found, plans, weights = [], [], []
     for (name, strides), share in zip(sources, shares, strict=True):
         clips, plan = open_training(name, buckets, count, batch_size, world_size, strides, sharding, in_memory)
-        if not also:
+        if not extra_sources:
             return clips, plan
         if isinstance(clips, ShardedClips):
             raise UserError(f"shards {name} among {len(sources)} sources: name all shards in one pattern, without others")

@@ -36,7 +36,7 @@ MOTIONS = (
     "shrinks",
     "crosses",
 )
-SPLITS = {"train": 0, "eval": 1, "held_out": 2}
+SPLITS = {"train": 0, "eval": 1, "unseen": 2}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def legal_scenes() -> Iterator[Scene]:
             yield Scene(shape, colour, motion)
 
 
-def is_held_out(scene: Scene) -> bool:
+def is_unseen(scene: Scene) -> bool:
     """Tell whether a combination of shape, colour and motion is never trained on: about one in ten.
 
     The combinations are spread like the cells of a Latin square: what is held out is always a triple, and each two of
@@ -103,8 +103,8 @@ def is_held_out(scene: Scene) -> bool:
     return any((2 * SHAPES.index(s) + 3 * list(COLOURS).index(c) + motion) % 10 == 3 for s, c in objects)
 
 
-def sample_scene(rng: np.random.Generator, held_out: bool | None = False) -> Scene:
-    """Draw a scene, motions about equally often; `held_out` True or False keeps to that part, None draws from all."""
+def sample_scene(rng: np.random.Generator, unseen: bool | None = False) -> Scene:
+    """Draw a scene, motions about equally often; `unseen` True or False keeps to that part, None draws from all."""
     while True:
         motion = MOTIONS[rng.integers(len(MOTIONS))]
         first, second = (SHAPES[i] for i in rng.integers(len(SHAPES), size=2))
@@ -112,14 +112,14 @@ def sample_scene(rng: np.random.Generator, held_out: bool | None = False) -> Sce
             first = SHAPES[rng.integers(len(SHAPES))]
         colour, second_colour = (tuple(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
         scene = Scene(first, colour, motion, (second, second_colour) if motion == "crosses" else None)
-        if held_out is None or is_held_out(scene) == held_out:
+        if unseen is None or is_unseen(scene) == unseen:
             return scene
 
 
 def clip(seed: int, split: str, frames: int = 65, size: int | tuple[int, int] = 64) -> tuple[np.ndarray, Scene]:
     """Return clip `seed` (0 or more) of a split: pixels, uint8 (T, H, W, 3), and scene, decided by the arguments alone.
 
-    Splits draw from different streams; only "held_out" shows held-out combinations, and nothing else. Raises ValueError
+    Splits draw from different streams; only "unseen" shows held-out combinations, and nothing else. Raises ValueError
     for an unknown split, a negative seed, and as `render` does.
     """
     if split not in SPLITS:
@@ -127,7 +127,7 @@ def clip(seed: int, split: str, frames: int = 65, size: int | tuple[int, int] = 
     if seed < 0:
         raise ValueError(f"seed {seed}: use 0 or more")
     rng = np.random.default_rng((SPLITS[split], seed))
-    scene = sample_scene(rng, held_out=split == "held_out")
+    scene = sample_scene(rng, unseen=split == "unseen")
     return render(scene, rng, frames, size), scene
 
 

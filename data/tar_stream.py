@@ -33,17 +33,19 @@ logger = logging.getLogger(__name__)
 class Sharding:
     """How shards are read."""
 
-    lanes: int = setting("shards that a process reads side by side; a multiple of pace.workers, so that none is read twice")
+    concurrent_shards: int = setting(
+        "shards that a process reads side by side; a multiple of run.workers, so that none is read twice"
+    )
     shuffle: int = setting("neighbouring samples of a shard that are in memory together and come in a drawn order")
     bad: Literal["stop", "skip"] = setting("a damaged sample or shard ends training, or is skipped, counted and named")
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers that cannot be meant."""
-        if self.lanes < 1 or self.shuffle < 1:
-            raise ValueError(f"lanes {self.lanes}, shuffle {self.shuffle}: whole numbers from 1 up are legal")
+        if self.concurrent_shards < 1 or self.shuffle < 1:
+            raise ValueError(f"concurrent_shards {self.concurrent_shards}, shuffle {self.shuffle}: at least 1 is needed")
 
 
-IN_ORDER = Sharding(lanes=1, shuffle=1, bad="stop")  # for clips that are looked at by their number
+IN_ORDER = Sharding(concurrent_shards=1, shuffle=1, bad="stop")  # for clips that are looked at by their number
 
 
 class ShardedClips:
@@ -152,7 +154,7 @@ class ShardedClips:
         """Return the buckets as lines for the log, with what an epoch leaves out."""
         sizes = self.buckets.batch_sizes(batch_size)
         counts = [len(numbers) for numbers in self.numbers]
-        steps = EpochPlan(counts, sizes, world_size, self.sharding.lanes, 0).steps
+        steps = EpochPlan(counts, sizes, world_size, self.sharding.concurrent_shards, 0).steps
         left = [count - n * size * world_size for count, n, size in zip(counts, steps, sizes, strict=True)]
         said = bucket_plan(self.buckets.buckets, counts, sizes, steps)
         if never := [f"{b} ({n} clips)" for b, n, s in zip(self.buckets.buckets, counts, steps, strict=True) if n and not s]:
@@ -164,13 +166,13 @@ class ShardedClips:
 
     def _make_plan(self, sizes: tuple[int, ...], world_size: int, seed: int) -> EpochPlan:
         worker = get_worker_info()
-        if worker and worker.id == 0 and self.sharding.lanes % worker.num_workers:
+        if worker and worker.id == 0 and self.sharding.concurrent_shards % worker.num_workers:
             logger.warning(
-                "%d lanes for %d loader processes: shards are read more than once; take a multiple",
-                self.sharding.lanes,
+                "%d concurrent_shards for %d loader processes: shards are read more than once; take a multiple",
+                self.sharding.concurrent_shards,
                 worker.num_workers,
             )
-        return EpochPlan([len(numbers) for numbers in self.numbers], sizes, world_size, self.sharding.lanes, seed)
+        return EpochPlan([len(numbers) for numbers in self.numbers], sizes, world_size, self.sharding.concurrent_shards, seed)
 
     def _make_orders(self, seed: int) -> list[ShardOrder]:
         counts = (np.diff(np.searchsorted(numbers, self.shards.offsets)) for numbers in self.numbers)

@@ -10,18 +10,18 @@ from promag.training.config import setting
 
 
 @dataclass(frozen=True)
-class Emphasis:
+class CaptionWeight:
     """Clips that are drawn more or less often than others."""
 
     words: str = setting("clips whose caption holds these words, whole and in this order, in upper or lower case")
-    factor: float = setting("how many times as often as a clip without emphasis each of them is drawn; below 1: less often")
+    factor: float = setting("times as often as a clip without a weight that each of them is drawn; below 1: less often")
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an emphasis that no clip can have."""
+        """Raise ValueError for a caption weight that no clip can have."""
         if not self.words.strip():
-            raise ValueError(f"emphasis on words {self.words!r}: name the words of a caption")
+            raise ValueError(f"caption_weights on words {self.words!r}: name the words of a caption")
         if not 0 < self.factor < float("inf"):
-            raise ValueError(f"emphasis on {self.words!r}, factor {self.factor}: a finite number above 0 is needed")
+            raise ValueError(f"caption_weights on {self.words!r}, factor {self.factor}: a finite number above 0 is needed")
 
     def holds(self, caption: str) -> bool:
         """Tell whether a caption has the words."""
@@ -29,18 +29,18 @@ class Emphasis:
         return re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE) is not None
 
 
-class Emphasised:
+class CaptionWeightedSampler:
     """Draws numbers of clips by the weights of their captions: 8 bytes for each clip.
 
     The factors of all emphases that hold for a caption multiply. `found` counts the captions that each holds for.
     """
 
-    def __init__(self, captions: Iterable[str], emphasis: Sequence[Emphasis]):
-        self.found = np.zeros(len(emphasis), int)
-        factors = np.array([one.factor for one in emphasis])
+    def __init__(self, captions: Iterable[str], caption_weights: Sequence[CaptionWeight]):
+        self.found = np.zeros(len(caption_weights), int)
+        factors = np.array([one.factor for one in caption_weights])
 
         def weight(caption: str) -> float:
-            held = np.array([one.holds(caption) for one in emphasis])
+            held = np.array([one.holds(caption) for one in caption_weights])
             self.found += held
             return float(factors[held].prod())
 

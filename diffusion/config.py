@@ -7,11 +7,11 @@ from typing import Literal
 from promag.data.buckets import Bucket
 from promag.tokenizer.geometry import check_frames, check_size, latent_frames, tokens
 from promag.training.config import setting
-from promag.training.loop import Pace
-from promag.training.optimizers import LoopSettings
+from promag.training.loop import RunConfig
+from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
 
-from .caption_weights import Emphasis
+from .caption_weights import CaptionWeight
 from .conditioning import Condition
 from .latent_cache import Scale
 from .lora import Lora
@@ -20,7 +20,7 @@ SMALL = "small"  # the encoder that is trained along
 
 
 @dataclass(frozen=True)
-class TextEncoder:
+class TextEncoderConfig:
     """One source of text vectors."""
 
     model: str = setting("small: a CLIP trained along; folder or hub name of a T5, UMT5 or CLIP, kept frozen; open_clip:NAME")
@@ -29,10 +29,10 @@ class TextEncoder:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextConfig:
     """Where text vectors come from."""
 
-    encoders: tuple[TextEncoder, ...] = setting("one to three; the transformer sees the tokens of all")
+    encoders: tuple[TextEncoderConfig, ...] = setting("one to three; the transformer sees the tokens of all")
     vocabulary: int = setting("size of the vocabulary learned from the captions, for the small CLIP")
     width: int = setting("of the small CLIP")
     layers: int = setting("of the small CLIP")
@@ -48,18 +48,18 @@ class Text:
             raise ValueError(f"text encoders {models}: one to three are needed, the small one at most once")
 
     @property
-    def frozen(self) -> dict[int, TextEncoder]:
+    def frozen(self) -> dict[int, TextEncoderConfig]:
         """The encoders that are not trained, by their number from 1, as in text_encoder, text_encoder_2, ..."""
         return {n: encoder for n, encoder in enumerate(self.encoders, 1) if encoder.model != SMALL}
 
     @property
-    def small(self) -> TextEncoder | None:
+    def small(self) -> TextEncoderConfig | None:
         """The encoder that is trained along, if there is one."""
         return next((encoder for encoder in self.encoders if encoder.model == SMALL), None)
 
 
 @dataclass(frozen=True)
-class Model:
+class TransformerConfig:
     """The transformer's shape; see ProMAGTransformer3DModel."""
 
     patch_size: tuple[int, int, int] = setting("(t, h, w) latent positions per token")
@@ -70,12 +70,12 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class DiffusionDataConfig:
     """Clips, and how their latents are cached."""
 
-    train: str = setting("clips.jsonl from prepare_clips, or shapes for generated clips")
+    train: str = setting("clips.jsonl from prepare_clips, or synthetic for generated clips")
     validation: str = setting("the same, for the held-out loss; never trained on")
-    shapes: int = setting("how many generated clips are cached for training")
+    synthetic_clips: int = setting("how many generated clips are cached for training")
     validation_clips: int = setting("how many clips are cached for the held-out loss, of each bucket")
     frames: int = setting("frames per clip, 1 + ratio*k; pipelines make as many by default")
     size: int = setting("height and width in pixels; the same")
@@ -86,28 +86,30 @@ class Data:
     dtype: Literal["float32", "bfloat16", "float16"] = setting("of cached latents and text embeddings")
     shard_size: int = setting("clips per file of a cache: processes divide caching by files, a kill costs a part of one")
     scale: Scale = setting("channel: every latent channel weighs alike; global: strong channels weigh more, as they show more")
-    emphasis: tuple[Emphasis, ...] = setting("clips drawn more often in training, by words of their captions; [] for none")
+    caption_weights: tuple[CaptionWeight, ...] = setting(
+        "clips drawn more often in training, by words of their captions; [] for none"
+    )
 
     @property
-    def shapes_trained(self) -> tuple[Bucket, ...]:
+    def training_buckets(self) -> tuple[Bucket, ...]:
         """The shapes of clips that are trained on."""
-        return self.buckets or (self.default_shape,)
+        return self.buckets or (self.default_bucket,)
 
     @property
-    def default_shape(self) -> Bucket:
+    def default_bucket(self) -> Bucket:
         """The shape that pipelines make by default."""
         shape = Bucket(self.frames, self.size, self.size, batch_size=None)
         return next((bucket for bucket in self.buckets or () if str(bucket) == str(shape)), shape)
 
     def __post_init__(self) -> None:
         """Raise ValueError for buckets without the default shape, or with a shape twice."""
-        shapes = [str(bucket) for bucket in self.shapes_trained]
-        if str(self.default_shape) not in shapes or len(set(shapes)) < len(shapes):
-            raise ValueError(f"buckets {', '.join(shapes)}: each shape once, {self.default_shape} (frames and size) among them")
+        names = [str(bucket) for bucket in self.training_buckets]
+        if str(self.default_bucket) not in names or len(set(names)) < len(names):
+            raise ValueError(f"buckets {', '.join(names)}: each once, {self.default_bucket} (frames and size) among them")
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetConfig:
     """One temporal ratio that the model learns to generate at."""
 
     ratio: int = setting("temporal ratio of the latents")
@@ -120,7 +122,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SamplesConfig:
     """Videos made while training, of the same noise each time, under the averaged weights; the trackers show them."""
 
     prompts: tuple[str, ...] = setting("one video each")
@@ -149,25 +151,25 @@ class DiffusionConfig:
     tokenizer: str = setting("folder of a trained video tokenizer")
     init: str | None = setting("a trained pipeline to train further, its small text encoder too; null starts anew")
     lora: Lora | None = setting("train adapters on the transformer of `init` alone; null trains all weights")
-    budgets: tuple[Budget, ...] = setting(
+    budgets: tuple[BudgetConfig, ...] = setting(
         "temporal ratios that one model is trained at; pipelines sample at the first by default"
     )
     caption_dropout: float = setting("part of the captions replaced by the null caption, for guidance")
     shift: float = setting("of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
     condition: Condition = setting("given first frames, for image-to-video and continuation")
-    text: Text = setting("text encoders")
-    model: Model | None = setting("transformer; null where `init` has it")
-    data: Data = setting("clips and latents")
-    loop: LoopSettings = setting("optimisation")
-    samples: Samples | None = setting("videos made while training; null for none")
-    pace: Pace = setting("logging, validation, checkpoints")
+    text: TextConfig = setting("text encoders")
+    model: TransformerConfig | None = setting("transformer; null where `init` has it")
+    data: DiffusionDataConfig = setting("clips and latents")
+    optimization: OptimizationConfig = setting("optimisation")
+    samples: SamplesConfig | None = setting("videos made while training; null for none")
+    run: RunConfig = setting("logging, validation, checkpoints")
 
     def __post_init__(self) -> None:
         """Raise ValueError where frames, size, ratio and patch do not fit together."""
         check_training_precision(self.precision)
         if not self.budgets or len(set(self.ratios)) < len(self.budgets):
             raise ValueError(f"budgets {list(self.ratios)}: one or more ratios are needed, each of them once")
-        for bucket, ratio in itertools.product(self.data.shapes_trained, self.ratios):
+        for bucket, ratio in itertools.product(self.data.training_buckets, self.ratios):
             check_size(bucket.height, bucket.width)
             check_frames(bucket.frames, ratio)
             if self.model:
@@ -182,13 +184,13 @@ class DiffusionConfig:
             raise ValueError("lora: adapters need a trained transformer; name one with init")
         if self.condition.probability and self.model and self.model.patch_size[0] > 1:
             raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
-        lengths = {bucket.frames for bucket in self.data.shapes_trained if bucket.frames > 1} or {1}
+        lengths = {bucket.frames for bucket in self.data.training_buckets if bucket.frames > 1} or {1}
         fewest = latent_frames(min(lengths), max(self.ratios))  # images aside, of which nothing can be given
         if self.condition.given >= fewest:
             raise ValueError(f"condition frames {self.condition.frames}: clips have {fewest} latent frames, one must be left")
-        if self.samples and self.samples.every % self.pace.validate_every:
+        if self.samples and self.samples.every % self.run.validate_every:
             raise ValueError(
-                f"samples every {self.samples.every}: a multiple of validate_every, {self.pace.validate_every}, is needed"
+                f"samples every {self.samples.every}: a multiple of validate_every, {self.run.validate_every}, is needed"
             )
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
@@ -208,6 +210,6 @@ class DiffusionConfig:
 
 # Keys that may differ when a run is continued: they do not change what is learned.
 MAY_CHANGE = (
-    *("output_dir", "pace", "samples", "attention", "gradient_checkpointing", "compile"),
+    *("output_dir", "run", "samples", "attention", "gradient_checkpointing", "compile"),
     *("tokenizer", "data.cache", "data.shard_size"),
 )

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from promag.training.config import UserError
-from promag.training.loop import processes, told_by_main
+from promag.training.loop import broadcast_from_main, processes
 
 from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, pack_texts, shard_path, write_shard
-from .caption_weights import Emphasis, Emphasised
+from .caption_weights import CaptionWeight, CaptionWeightedSampler
 from .text_cache import EmbeddingCache
 
 Encode = Callable[[Tensor, Sequence[int]], Sequence[Tensor]]
@@ -86,7 +86,7 @@ def write_latents(
     """
     shard_size = next(iter(caches.values())).shard_size
     shards = math.ceil(count / shard_size)
-    missing = told_by_main(lambda: {folder: claim(folder, wanted, shards) for folder, wanted in caches.items()})
+    missing = broadcast_from_main(lambda: {folder: claim(folder, wanted, shards) for folder, wanted in caches.items()})
     unfinished = {folder: found for folder, found in missing.items() if found is not None}
     if not unfinished:
         return list(caches)
@@ -211,7 +211,7 @@ class LatentDataset(Dataset):
             if text.clips != self.index["fingerprint"]["clips"]:
                 raise UserError(f"cache {text.folder}: its embeddings belong to other clips than the latents in {folder}")
         self.fps: float = self.index["fps"]  # median of the clips
-        self.emphasised: Emphasised | None = None
+        self.emphasised: CaptionWeightedSampler | None = None
         self.normalise_by(self.index["mean"], self.index["std"], scale)
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float], scale: Scale) -> None:
@@ -256,18 +256,18 @@ def normalise_alike(parts: Sequence[LatentDataset], scale: Scale) -> None:
         part.normalise_by(mean.tolist(), std.tolist(), scale)
 
 
-def emphasise(by_bucket: Sequence[Sequence[LatentDataset]], emphasis: Sequence[Emphasis]) -> None:
+def weight_by_caption(by_bucket: Sequence[Sequence[LatentDataset]], caption_weights: Sequence[CaptionWeight]) -> None:
     """Draw clips by the words of their captions from now on; those of a bucket are the same at each of its ratios.
 
     Raises UserError for words that no caption holds in any bucket.
     """
-    if not emphasis:
+    if not caption_weights:
         return
-    drawn = [Emphasised(parts[0].captions(), emphasis) for parts in by_bucket]
-    for one, count in zip(emphasis, np.sum([part.found for part in drawn], axis=0), strict=True):
+    drawn = [CaptionWeightedSampler(parts[0].captions(), caption_weights) for parts in by_bucket]
+    for one, count in zip(caption_weights, np.sum([part.found for part in drawn], axis=0), strict=True):
         if not count:
             clips = sum(len(part.ends) for part in drawn)
-            raise UserError(f"emphasis on {one.words!r}: none of the {clips} captions holds these words")
+            raise UserError(f"caption_weights on {one.words!r}: none of the {clips} captions holds these words")
     for parts, part in zip(by_bucket, drawn, strict=True):
         for latents in parts:
             latents.emphasised = part

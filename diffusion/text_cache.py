@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from promag.training.loop import processes, told_by_main
+from promag.training.loop import broadcast_from_main, processes
 from promag.training.run import save_tensors_atomically
 
 from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, stretch, write_shard
@@ -56,7 +56,7 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
     """
     captions, size = Shards(latents), fingerprint.shard_size
     shards = math.ceil(captions.clips / size)
-    missing = told_by_main(lambda: claim(folder, fingerprint, shards))
+    missing = broadcast_from_main(lambda: claim(folder, fingerprint, shards))
     if missing is None:
         return folder
     state, dtype = processes(), DTYPES[fingerprint.dtype]

@@ -33,12 +33,12 @@ from .config import MAY_CHANGE, DiffusionConfig, Samples
 from .finetune import load_transformer, take_up
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
-from .latent_cache import LatentDataset, emphasise, normalise_alike
+from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
 from .lora import add_lora
 from .text import Embedded, draw_dropped, learn_vocabulary, load_frozen, small_clip
 from .text_cache import CaptionEncoder, EmbeddingCache
 from .transformer import ProMAGTransformer3DModel
-from .validation import HeldOut, held_out_losses
+from .validation import ValidationSet, validation_losses
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class FlowObjective(Objective):
         super().__init__()
         self.transformer, self.text = transformer, text
         self.caption_dropout, self.shift, self.condition = config.caption_dropout, config.shift, config.condition
-        self.text_rate_factor = config.text.learning_rate / config.loop.learning_rate
+        self.text_rate_factor = config.text.learning_rate / config.optimization.learning_rate
 
     def rate_factors(self) -> list[tuple[torch.nn.Module, float]]:
         """Slow the text model down: at the transformer's rate what all captions share drowns what tells them apart."""
@@ -153,7 +153,7 @@ def mixed(
 
     A bucket is drawn as often as its clips fill batches, whatever the budget.
     """
-    counts, batches = [len(parts[0]) for parts in latents], Buckets(buckets).batch_sizes(config.loop.batch_size)
+    counts, batches = [len(parts[0]) for parts in latents], Buckets(buckets).batch_sizes(config.optimization.batch_size)
     drawn = [count / size for count, size in zip(counts, batches, strict=True)]
     shares = [budget.share * share for share in drawn for budget in config.budgets]
     sizes = [bucket.batch_size for bucket in buckets for _ in config.budgets]
@@ -212,10 +212,10 @@ def train_diffusion(
     """
     precision = choose_precision_once(config.precision, config.output_dir)
     config = replace(config, precision=precision)
-    accelerator = make_accelerator(Path(config.output_dir), precision, config.pace.trackers)
+    accelerator = make_accelerator(Path(config.output_dir), precision, config.run.trackers)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
-    by_bucket, held_out = (_open_latents(config, split) for split in (cached, validation))
-    emphasise(by_bucket, config.data.emphasis)
+    by_bucket, unseen = (_open_latents(config, split) for split in (cached, validation))
+    weight_by_caption(by_bucket, config.data.caption_weights)
     buckets, latents = [part.bucket for part in cached], [part for parts in by_bucket for part in parts]
 
     torch.manual_seed(config.seed)
@@ -241,28 +241,30 @@ def train_diffusion(
     source, plan = mixed(config, buckets, by_bucket)
     clips = f"latents of {sum(len(parts[0]) for parts in by_bucket)} clips" + (f"\n{plan}" if len(buckets) > 1 else "")
     accelerator.print(f"{config.stage}: {count / 1e6:.2f} M parameters trained, {clips}")
-    shown = buckets.index(config.data.default_shape) if config.data.default_shape in buckets else 0
+    shown = buckets.index(config.data.default_bucket) if config.data.default_bucket in buckets else 0
     fps = by_bucket[shown][0].fps
     checks = [
-        HeldOut(part, str(cache.bucket), transformer, accelerator.device)
-        for cache, parts in zip(validation, held_out, strict=True)
+        ValidationSet(part, str(cache.bucket), transformer, accelerator.device)
+        for cache, parts in zip(validation, unseen, strict=True)
         for part in parts
     ]
 
     def validate(log: Log, step: int) -> Metrics:
-        if config.samples and sample and (step % config.samples.every == 0 or step == config.loop.steps):
+        if config.samples and sample and (step % config.samples.every == 0 or step == config.optimization.steps):
             # Every rank samples: a transformer may be spread over them. Those without trackers show nothing.
             videos = sample(Trained(transformer, text.learned, fps), config.samples)
             for i, (prompt, video) in enumerate(zip(config.samples.prompts, videos, strict=True)):
                 log.video(f"{config.stage}/{i} {prompt}", video, fps, step)
         with accelerator.autocast():
-            return held_out_losses(objective, checks, first_given=config.condition.given > 0)
+            return validation_losses(objective, checks, first_given=config.condition.given > 0)
 
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def open_stream(first: int) -> TrainingStream:
-        return TrainingStream(source, config.seed, config.loop.batch_size, rank, world, first)
+        return TrainingStream(source, config.seed, config.optimization.batch_size, rank, world, first)
 
-    outcome = train(accelerator, run / config.stage, objective, open_stream, config.loop, config.pace, config.seed, validate)
+    outcome = train(
+        accelerator, run / config.stage, objective, open_stream, config.optimization, config.run, config.seed, validate
+    )
     close_trackers(accelerator)
     return Trained(objective.transformer.cpu(), objective.text.cpu().learned, fps, outcome)

@@ -19,7 +19,7 @@ from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.flops import forward_flops, training_flops
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.training.device import best_device
-from promag.training.optimizers import LoopSettings
+from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, autocast
 
 from .budgets import Budget
@@ -86,7 +86,7 @@ class Costs:
     ):
         if config.model is None:
             raise ValueError("model null: a configuration with a transformer of its own is needed")
-        self.loop: LoopSettings = config.loop
+        self.optimization: OptimizationConfig = config.optimization
         self.height, self.width, self.precision = height, width, precision
         self.patch: tuple[int, int, int] = tuple(config.model.patch_size)  # pyright: ignore[reportAttributeAccessIssue]
         self.budgets = [b for b in budgets if b.tokens(LENGTHS[0], height, width, self.patch) is not None]
@@ -114,7 +114,11 @@ class Costs:
         """Return a call that does a training step, optimisers included."""
         size = budget.size(frames, self.height, self.width)
         return train_step(
-            self._models[budget.channels].train(), **size, batch_size=batch, loop=self.loop, precision=self.precision
+            self._models[budget.channels].train(),
+            **size,
+            batch_size=batch,
+            optimization=self.optimization,
+            precision=self.precision,
         )
 
     def denoising(self, budget: Budget, frames: int, steps: int) -> Callable[[], None]:
@@ -188,7 +192,9 @@ class Costs:
         trained, denoised = self.training(budget, frames, 1), self.denoising(budget, frames, 1)
         seconds = [measure_in_turns({"": call}, 1)[""] for call in (trained, denoised)]
         size = budget.size(frames, self.height, self.width)
-        gradients = train_step(self._models[budget.channels].train(), **size, batch_size=1, loop=None, precision=self.precision)
+        gradients = train_step(
+            self._models[budget.channels].train(), **size, batch_size=1, optimization=None, precision=self.precision
+        )
         return dict(zip(MEASURES, (*seconds, peak_bytes(gradients) / MIB), strict=True))
 
     def _has_room(self, points: Sequence[Mapping[str, Any]], gflops: float) -> bool:

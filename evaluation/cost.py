@@ -18,7 +18,7 @@ from promag.diffusion.train import hidden_matrices
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames
 from promag.training.loop import Objective
-from promag.training.optimizers import LoopSettings, make_optimizers
+from promag.training.optimizers import OptimizationConfig, make_optimizers
 from promag.training.precision import Precision, autocast
 
 Key = TypeVar("Key")
@@ -59,16 +59,16 @@ def train_step(
     width: int,
     ratio: int,
     batch_size: int,
-    loop: LoopSettings | None,
+    optimization: OptimizationConfig | None,
     spatial: int = SPATIAL_RATIO,
     precision: Precision = "auto",
 ) -> Callable[[], None]:
-    """Return a call that does one training step on random latents and text, with the optimisers of `loop`.
+    """Return a call that does one training step on random latents and text, with the optimisers of `optimization`.
 
-    With `loop` None it ends with the gradients: forward and backward alone. The weights of `transformer` change: give it
-    a copy.
+    With `optimization` None it ends with the gradients: forward and backward alone. The weights of `transformer` change:
+    pass a copy.
     """
-    optimizers = make_optimizers(TransformerAlone(transformer), loop) if loop else []
+    optimizers = make_optimizers(TransformerAlone(transformer), optimization) if optimization else []
     text_tokens = [TEXT_TOKENS] * len(transformer.text_dims)
     loss = random_loss(transformer, frames, height, width, ratio, batch_size, text_tokens, spatial, precision)
 

@@ -57,7 +57,7 @@ def generation_figures(
 
 def _fvd(videos: Sequence[np.ndarray], features: Callable[[Tensor], Tensor]) -> float:
     frames, height, width, _ = videos[0].shape
-    real = open_dataset("shapes", "eval", frames, (height, width), len(videos))
+    real = open_dataset("synthetic", "eval", frames, (height, width), len(videos))
     seen = torch.cat([features(from_uint8(torch.from_numpy(video[None]))) for video in videos])
     true = torch.cat([features(real.fixed(i)["video"][None]) for i in range(len(videos))])
     return frechet_distance(true, seen)

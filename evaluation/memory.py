@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from promag.diffusion.config import DiffusionConfig, Model, Text
+from promag.diffusion.config import DiffusionConfig, TextConfig, TransformerConfig
 from promag.diffusion.text import learn_vocabulary, small_clip
 from promag.diffusion.transformer import ProMAGAttention, ProMAGTransformer3DModel
 
@@ -84,7 +84,7 @@ def standing_bytes(trained: Iterable[nn.Parameter], by_muon: Iterable[nn.Paramet
     return Standing(weights, weights, FLOAT * (ones + 2 * twos + len(rest)), weights)
 
 
-def transformer_alone(model: Model, text_dims: list[int], pooled: int) -> ProMAGTransformer3DModel:
+def transformer_alone(model: TransformerConfig, text_dims: list[int], pooled: int) -> ProMAGTransformer3DModel:
     """Return an untrained transformer on the device that is in force, for text encoders of these widths."""
     transformer = ProMAGTransformer3DModel(**asdict(model), text_dim=text_dims, pooled_dim=pooled)
     for module in transformer.modules():
@@ -93,7 +93,7 @@ def transformer_alone(model: Model, text_dims: list[int], pooled: int) -> ProMAG
     return transformer
 
 
-def small_text(text: Text) -> list[nn.Parameter]:
+def small_text(text: TextConfig) -> list[nn.Parameter]:
     """Return the weights of the text model that is trained along, with the largest vocabulary it may have; none without one."""
     if text.small is None:
         return []
@@ -119,7 +119,7 @@ def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, siz
         raise ValueError("model null: a configuration with a transformer of its own is needed")
     widths, pooled, tokens = text_shape(config, frozen_width)
 
-    def saved(model: Model, batch: int, checkpointing: bool) -> int:
+    def saved(model: TransformerConfig, batch: int, checkpointing: bool) -> int:
         with FakeTensorMode() if fake else contextlib.nullcontext():
             transformer = transformer_alone(model, widths, pooled)
             if checkpointing:

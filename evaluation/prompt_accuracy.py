@@ -18,10 +18,10 @@ from . import synthetic_scorer as scorer
 PARTS = ("shape", "colour", "motion", "all")
 
 
-def scenes_to_score(count: int, seed: int, held_out: bool = False) -> list[Scene]:
+def scenes_to_score(count: int, seed: int, unseen: bool = False) -> list[Scene]:
     """Draw scenes whose captions are prompts, of trained or of held-out combinations; the seed alone decides them."""
     rng = np.random.default_rng((seed, 7))
-    return [sample_scene(rng, held_out=held_out) for _ in range(count)]
+    return [sample_scene(rng, unseen=unseen) for _ in range(count)]
 
 
 def accuracies(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, tuple[float, float, float]]:

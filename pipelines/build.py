@@ -15,7 +15,7 @@ from torch import Tensor
 from promag.data.buckets import Bucket
 from promag.data.datasets import open_apart
 from promag.diffusion.cache_store import Shards, hash_weights
-from promag.diffusion.config import DiffusionConfig, Samples, TextEncoder
+from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextEncoderConfig
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
 from promag.diffusion.text import hash_text_encoder, load_frozen
 from promag.diffusion.text_cache import TextFingerprint, write_embeddings
@@ -25,7 +25,7 @@ from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.geometry import check_ratio
 from promag.tokenizer.train import load_tokenizer, save_model
 from promag.training.config import UserError
-from promag.training.loop import choose_precision_once, main_process_first, processes, told_by_main
+from promag.training.loop import broadcast_from_main, choose_precision_once, main_process_first, processes
 from promag.training.precision import Precision, autocast
 
 from .sample_text import SampleText
@@ -46,7 +46,7 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
 
     text = SampleText(config.text, config.samples.prompts if config.samples else ())
 
-    def sample(so_far: Trained, samples: Samples) -> list[np.ndarray]:
+    def sample(so_far: Trained, samples: SamplesConfig) -> list[np.ndarray]:
         pipe = assemble(config, so_far, vae, with_text=False)
         pipe.set_progress_bar_config(disable=True)
         how = (samples.steps, samples.guidance, config.precision)
@@ -134,8 +134,8 @@ def cache_latents(
             check_ratio(ratio, vae.temporal_ratios)
     except ValueError as error:
         raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
-    source, count = (data.train, data.shapes) if split == "train" else (data.validation, data.validation_clips)
-    parts, device = open_apart(source, split, data.shapes_trained, count), processes().device
+    source, count = (data.train, data.synthetic_clips) if split == "train" else (data.validation, data.validation_clips)
+    parts, device = open_apart(source, split, data.training_buckets, count), processes().device
     counts = [len(clips) if split == "train" else min(count, len(clips)) for _, clips in parts]
     if len(parts) > 1 and processes().is_main_process:
         print(", ".join(f"{bucket}: {n} clips" for (bucket, _), n in zip(parts, counts, strict=True)), flush=True)
@@ -156,7 +156,7 @@ def cache_latents(
             )
             for ratio in ratios
         }
-        folders = write_latents(caches, n, clips, encode, workers=config.pace.workers)
+        folders = write_latents(caches, n, clips, encode, workers=config.run.workers)
         found.append((bucket, folders))
     return found
 
@@ -169,7 +169,7 @@ def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str
     found: dict[str, dict[int, Path]] = {name: {} for name in latents}
     for number, encoder in config.text.frozen.items():
         load = functools.cache(lambda encoder=encoder: _load(encoder))
-        digest = told_by_main(lambda load=load: hash_text_encoder(*load()))
+        digest = broadcast_from_main(lambda load=load: hash_text_encoder(*load()))
         for name, folder in latents.items():
             split, dash, bucket = name.partition("-")
             clips = Shards(folder).index["fingerprint"]["clips"]
@@ -179,7 +179,7 @@ def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str
     return found
 
 
-def _load(encoder: TextEncoder) -> tuple[Any, Any]:
+def _load(encoder: TextEncoderConfig) -> tuple[Any, Any]:
     return load_frozen(encoder.model, encoder.weights, encoder.max_length)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from promag.diffusion.config import Text, TextEncoder
+from promag.diffusion.config import TextConfig, TextEncoderConfig
 from promag.diffusion.text import NULL_CAPTION, Embedded, encode, load_frozen, side_by_side, tokenize
 
 
@@ -17,9 +17,9 @@ class SampleText:
         prompts: all that will be asked for, beside the null caption.
     """
 
-    def __init__(self, text: Text, prompts: Sequence[str]):
+    def __init__(self, text: TextConfig, prompts: Sequence[str]):
         self.text, self.prompts = text, list(dict.fromkeys([*prompts, NULL_CAPTION]))
-        self._kept: dict[TextEncoder, Embedded] = {}
+        self._kept: dict[TextEncoderConfig, Embedded] = {}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], learned: tuple[Any, Any] | None) -> Embedded:
@@ -34,7 +34,7 @@ class SampleText:
                 parts.append(self._frozen(encoder).map(lambda x, rows=rows: x[rows]))
         return side_by_side(parts)
 
-    def _frozen(self, encoder: TextEncoder) -> Embedded:
+    def _frozen(self, encoder: TextEncoderConfig) -> Embedded:
         if encoder not in self._kept:
             tokenizer, model = load_frozen(encoder.model, encoder.weights, encoder.max_length)
             self._kept[encoder] = encode(model, tokenize(tokenizer, self.prompts)).map(torch.Tensor.cpu)

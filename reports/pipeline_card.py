@@ -18,7 +18,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
         pipe: the pipeline.
         name: folder, as users give it.
         records: what `promag evaluate-pipeline` records of it.
-        recipe: of each training: ratios, shapes (clips), frames, size, emphasis, steps, batch (samples a step, of all
+        recipe: of each training: ratios, shapes (clips), frames, size, caption_weights, steps, batch (samples a step, of all
             processes), learning_rate, muon, ema_decay, shift, seconds, machines.
     """
     first = records[0]
@@ -27,11 +27,11 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
     trainings = [
         [
             ", ".join(f"{ratio}x" for ratio in t["ratios"]),
-            f"{t['shapes']} of {t['frames']} frames at {t['size']}x{t['size']}",
-            ", ".join(f"{one['words']} x{one['factor']:g}" for one in t["emphasis"]) or "-",
+            f"{t['synthetic_clips']} of {t['frames']} frames at {t['size']}x{t['size']}",
+            ", ".join(f"{one['words']} x{one['factor']:g}" for one in t["caption_weights"]) or "-",
             str(t["steps"]),
             str(t["batch"]),
-            f"{t['learning_rate']:g}, {t['muon'] or '-'}",
+            f"{t['learning_rate']:g}, {t['muon_learning_rate'] or '-'}",
             f"{t['shift']:g}",
             f"{t['seconds'] / 60:.1f}",
             where(t["machines"]),
@@ -66,7 +66,8 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             "## Recipe",
             "",
             *table(
-                ["ratios", "generated clips", "emphasis", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"], trainings
+                ["ratios", "generated clips", "caption_weights", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"],
+                trainings,
             ),
             "",
             "Every training starts from the one above it. Weights are moving averages. Minutes by the clock. `vae` links to "
@@ -77,9 +78,9 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
 
 
 def _kind(record: Mapping[str, Any]) -> str:
-    if "held_out" not in record:
+    if "unseen" not in record:
         return "what the tokenizer makes of unseen clips"
-    return "held out" if record["held_out"] else "trained"
+    return "held out" if record["unseen"] else "trained"
 
 
 def _share(value: Sequence[float]) -> str:

@@ -132,10 +132,10 @@ def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         [
             f"{stage['ratio']}x",
             f"{stage['encoder']}, {stage['decoder']}",
-            "; ".join([f"{stage['frames']} frames, {stage['size']}x{stage['size']}", *_others(stage["also"])]),
+            "; ".join([f"{stage['frames']} frames, {stage['size']}x{stage['size']}", *_others(stage["extra_sources"])]),
             str(stage["steps"]),
             str(stage["batch_size"]),
-            f"{stage['learning_rate']:g}, {stage['muon'] or '-'}",
+            f"{stage['learning_rate']:g}, {stage['muon_learning_rate'] or '-'}",
             stage["loss"],
             f"{stage['seconds'] / 60:.1f}",
             where(stage["machines"]),
@@ -149,10 +149,10 @@ def where(machines: Sequence[str]) -> str:
     return ", then ".join(machines) or "not written down"
 
 
-def _others(also: Mapping[str, float]) -> list[str]:
+def _others(extra_sources: Mapping[str, float]) -> list[str]:
     """Return in words what share of the steps draws from other sources, which are named by their file."""
-    names = {source: "generated clips" if source == "shapes" else Path(source).name for source in also}
-    return [f"{share:.0%} of the steps {names[source]}" for source, share in also.items()]
+    names = {source: "generated clips" if source == "synthetic" else Path(source).name for source in extra_sources}
+    return [f"{share:.0%} of the steps {names[source]}" for source, share in extra_sources.items()]
 
 
 def count_sources(table: Path, split: str) -> list[dict[str, Any]]:

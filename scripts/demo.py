@@ -23,9 +23,7 @@ from promag.data.clips import list_videos, prepare
 from promag.data.datasets import open_dataset
 from promag.data.tar_stream import IN_ORDER
 from promag.diffusion.conditioning import Condition
-from promag.diffusion.config import Budget, DiffusionConfig, Text
-from promag.diffusion.config import Data as DiffusionData
-from promag.diffusion.config import Model as TransformerModel
+from promag.diffusion.config import BudgetConfig, DiffusionConfig, DiffusionDataConfig, TextConfig, TransformerConfig
 from promag.diffusion.latent_cache import Scale
 from promag.evaluation import synthetic_scorer as scorer
 from promag.evaluation.cost import denoising, measure_in_turns, sampling, train_step
@@ -41,13 +39,18 @@ from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.demo_report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
-from promag.tokenizer.train import Data as TokenizerData
-from promag.tokenizer.train import Model as TokenizerModel
-from promag.tokenizer.train import Stage, TokenizerConfig, load_tokenizer, train_tokenizer
+from promag.tokenizer.train import (
+    AutoencoderConfig,
+    StageConfig,
+    TokenizerConfig,
+    TokenizerDataConfig,
+    load_tokenizer,
+    train_tokenizer,
+)
 from promag.training.config import UserError, parse_config, run_main, setting, to_plain
 from promag.training.device import best_device
-from promag.training.loop import Pace
-from promag.training.optimizers import LoopSettings
+from promag.training.loop import RunConfig
+from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, autocast, check_training_precision, choose_for_run
 from promag.training.run import append_result, provenance
 
@@ -63,8 +66,8 @@ class DemoConfig:
     precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
     size: int = setting("height and width in pixels")
     frames: int = setting("frames that text-to-video is trained on and samples: 1 + 16k")
-    shapes: int = setting("generated clips that are trained on")
-    held_out: float = setting("part of real videos kept for evaluation, at least one")
+    synthetic_clips: int = setting("generated clips that are trained on")
+    validation_fraction: float = setting("part of real videos kept for evaluation, at least one")
     evaluation_clips: int = setting("clips reconstructed for the report's figures")
     shipped: str | None = setting("trained pipeline whose samples come first, where clips are generated; null for none")
     ratios: tuple[int, ...] = setting("temporal ratios at which text-to-video is trained")
@@ -72,16 +75,16 @@ class DemoConfig:
     scored: int = setting("generated-clip prompts sampled at each ratio and read by the scorer")
     sampling_steps: int = setting("denoising steps")
     guidance: float = setting("classifier-free guidance")
-    tokenizer: TokenizerModel = setting("the tokenizer's base")
-    stages: tuple[Stage, ...] = setting("the tokenizer's levels")
-    text: Text = setting("text encoders")
-    transformer: TransformerModel = setting("text-to-video transformer")
+    tokenizer: AutoencoderConfig = setting("the tokenizer's base")
+    stages: tuple[StageConfig, ...] = setting("the tokenizer's levels")
+    text: TextConfig = setting("text encoders")
+    transformer: TransformerConfig = setting("text-to-video transformer")
     caption_dropout: float = setting("part of the captions dropped, for guidance")
     shift: float = setting("of times towards noise, at 256 tokens")
     condition: Condition = setting("given first frames, for image-to-video and continuation")
     latent_scale: Scale = setting("whether latent channels are scaled each or all alike")
-    diffusion: LoopSettings = setting("optimisation of the transformers")
-    pace: Pace = setting("logging, validation, checkpoints")
+    diffusion: OptimizationConfig = setting("optimisation of the transformers")
+    run: RunConfig = setting("logging, validation, checkpoints")
 
     def __post_init__(self) -> None:
         """Raise ValueError where ratios and frames do not fit together."""
@@ -99,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     started, run = time.perf_counter(), Path(config.output_dir)
     precision = choose_for_run(config.precision, best_device(), run / "tokenizer-run")
     config = dataclasses.replace(config, precision=precision)
-    clips = index_videos(config, run) if config.videos else ("shapes", "shapes")
+    clips = index_videos(config, run) if config.videos else ("synthetic", "synthetic")
     shipped = sample_shipped(config, run) if config.shipped and not config.videos else []
 
     say("1/3 tokenizer: 4x, then grown on top of what is frozen below")
@@ -185,7 +188,7 @@ def index_videos(config: DemoConfig, run: Path) -> tuple[str, str]:
             f"videos {config.videos}: {len(long)} of {len(prepared.clips)} have {config.frames} frames; at least 2 are needed, "
             "one to train on and one to evaluate"
         )
-    held = max(1, round(config.held_out * len(long)))
+    held = max(1, round(config.validation_fraction * len(long)))
     # Ordered by content, so that names and dates do not decide what is held out.
     for path, part in zip(paths, (long[held:], long[:held]), strict=True):
         save_clips(path, part)
@@ -202,13 +205,13 @@ def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str)
         gradient_checkpointing=False,
         compile=False,
         init=None,
-        only=None,
+        only_stage=None,
         model=config.tokenizer,
-        data=TokenizerData(
+        data=TokenizerDataConfig(
             train=train,
-            also=None,
+            extra_sources=None,
             validation=evaluation,
-            shapes=config.shapes,
+            synthetic_clips=config.synthetic_clips,
             size=config.size,
             temporal_strides=(1,),
             in_memory=False,
@@ -216,7 +219,7 @@ def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str)
             sharding=IN_ORDER,
         ),
         stages=config.stages,
-        pace=config.pace,
+        run=config.run,
     )
 
 
@@ -234,16 +237,16 @@ def diffusion_config(
         tokenizer=str(tokenizer),
         init=None,
         lora=None,
-        budgets=(Budget(ratio, 1.0),),
+        budgets=(BudgetConfig(ratio, 1.0),),
         caption_dropout=config.caption_dropout,
         shift=config.shift,
         condition=config.condition,
         text=config.text,
         model=config.transformer,
-        data=DiffusionData(
+        data=DiffusionDataConfig(
             train=train,
             validation=evaluation,
-            shapes=config.shapes,
+            synthetic_clips=config.synthetic_clips,
             validation_clips=16,
             frames=config.frames,
             size=config.size,
@@ -252,11 +255,11 @@ def diffusion_config(
             dtype="bfloat16",
             shard_size=64,
             scale=config.latent_scale,
-            emphasis=(),
+            caption_weights=(),
         ),
-        loop=config.diffusion,
+        optimization=config.diffusion,
         samples=None,
-        pace=dataclasses.replace(config.pace, workers=0),  # cached latents are read in a millisecond
+        run=dataclasses.replace(config.run, workers=0),  # cached latents are read in a millisecond
     )
 
 
@@ -325,7 +328,7 @@ def measure(config: DemoConfig, pipelines: Mapping[int, Any], prompts: list[str]
     for ratio, pipe in pipelines.items():
         own = copy.deepcopy(pipe.transformer)
         training[ratio] = train_step(
-            own, **size, ratio=ratio, batch_size=batch, loop=config.diffusion, precision=config.precision
+            own, **size, ratio=ratio, batch_size=batch, optimization=config.diffusion, precision=config.precision
         )
         denoised[ratio] = denoising(
             pipe.transformer, **size, ratio=ratio, steps=steps, videos=count, precision=config.precision
@@ -435,15 +438,18 @@ def last_value(file: Path, key: str) -> float | None:
 def facts(config: DemoConfig, run: Path, clips: int, scored: int, started: float) -> dict[str, str]:
     """Return the key-value pairs at the report's end."""
     known = provenance()
-    optimizers = "AdamW" if config.diffusion.muon is None else "Muon with AdamW"
-    trained = [f"{s.ratio}x {s.loop.steps} steps of {s.loop.batch_size} clips of {s.frames} frames" for s in config.stages]
+    optimizers = "AdamW" if config.diffusion.muon_learning_rate is None else "Muon with AdamW"
+    trained = [
+        f"{s.ratio}x {s.optimization.steps} steps of {s.optimization.batch_size} clips of {s.frames} frames"
+        for s in config.stages
+    ]
     said = {
         "Commit": known["commit"],
         "Machine": known["machine"],
         "Versions": ", ".join(f"{k} {v}" for k, v in known["versions"].items()),
         "Seed": str(config.seed),
         "This call took": f"{(time.perf_counter() - started) / 60:.1f} minutes",
-        "Clips": f"videos of {config.videos}" if config.videos else f"{config.shapes} generated clips",
+        "Clips": f"videos of {config.videos}" if config.videos else f"{config.synthetic_clips} generated clips",
         "Tokenizer training": "; ".join(trained),
         "Text-to-video training": f"{config.diffusion.steps} steps of {config.diffusion.batch_size} clips at each ratio",
         "Reconstruction protocol": f"{clips} unseen clips, {config.frames} frames, {config.size}x{config.size}; {PROTOCOL}",

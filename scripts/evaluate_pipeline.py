@@ -3,7 +3,7 @@
 It is measured on trained and on held-out combinations, and on the tokenizer's reconstructions, which no text-to-video model
 of its latents can exceed.
 
-Prompts are captions of generated clips (what `data.train: shapes` trains on): a scorer reads shape, colour and motion back. Of
+Prompts are captions of generated clips (`data.train: synthetic`): a scorer reads shape, colour and motion back. Of
 a pipeline that lies in the folder of its run, the steps, seconds and held-out loss of its training are told too.
 """
 
@@ -42,13 +42,13 @@ def main(argv: Sequence[str]) -> int:
             if ratio not in known:
                 raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in known)}")
             trained, facts = training_figures(folder.parent, ratio), {"pipeline": name, "ratio": ratio, "note": arguments.note}
-            for held_out in (False, True):
-                found = _figures(pipe, ratio, held_out, arguments)
-                print(f"{name} {ratio}x, {'held-out' if held_out else 'trained'} combinations: {in_words(found['accuracy'])}")
+            for unseen in (False, True):
+                found = _figures(pipe, ratio, unseen, arguments)
+                print(f"{name} {ratio}x, {'held-out' if unseen else 'trained'} combinations: {in_words(found['accuracy'])}")
                 motions = [f"{motion} {right} of {count}" for motion, (right, count) in found["right_by_motion"].items()]
                 print(f"  all right by motion: {', '.join(motions)}")
                 if arguments.record:
-                    record = {"what": "prompt accuracy", "held_out": held_out, **facts, **found, "training": trained}
+                    record = {"what": "prompt accuracy", "unseen": unseen, **facts, **found, "training": trained}
                     append_result(arguments.record, {**record, "protocol": PROTOCOL})
             most = reconstructions(pipe, ratio, arguments.prompts, arguments.precision)
             print(f"{name} {ratio}x, reconstructions of as many unseen clips: {in_words(most)}")
@@ -78,8 +78,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _figures(pipe: Any, ratio: int, held_out: bool, arguments: argparse.Namespace) -> dict[str, Any]:
-    scenes = scenes_to_score(arguments.prompts, seed=0, held_out=held_out)
+def _figures(pipe: Any, ratio: int, unseen: bool, arguments: argparse.Namespace) -> dict[str, Any]:
+    scenes = scenes_to_score(arguments.prompts, seed=0, unseen=unseen)
     how = {"prompts": arguments.prompts, "steps": arguments.steps, "guidance": arguments.guidance}
     videos, seconds = sample_timed(
         pipe,
@@ -97,7 +97,7 @@ def _figures(pipe: Any, ratio: int, held_out: bool, arguments: argparse.Namespac
 def reconstructions(pipe: Any, ratio: int, clips: int, precision: Precision = "auto") -> dict[str, tuple[float, float, float]]:
     """Return what the scorer reads in what the pipeline's tokenizer makes of unseen generated clips: the most it could show."""
     known = pipe.config
-    source = open_dataset("shapes", "eval", known["num_frames"], (known["height"], known["width"]), clips)
+    source = open_dataset("synthetic", "eval", known["num_frames"], (known["height"], known["width"]), clips)
     return accuracies_of_reconstructions(pipe.vae, [source.fixed(i) for i in range(clips)], ratio, precision)
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--split", help="keep these rows of a CSV")
     parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
-    parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is shapes")
+    parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is synthetic")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=HELP)
     parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
     parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD")
@@ -104,7 +104,7 @@ def _check_sheet(arguments: argparse.Namespace, count: int) -> list[tuple[str, A
     for i in arguments.clips or ():
         if not 0 <= i < count:
             raise UserError(f"--clips {i}: there are 0 to {count - 1}")
-    return [_load(text, arguments.frames) for text in arguments.also]
+    return [_load(text, arguments.frames) for text in arguments.extra_sources]
 
 
 def _load(text: str, frames: int) -> tuple[str, Any, int]:

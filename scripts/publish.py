@@ -25,7 +25,7 @@ from promag.tokenizer.train import forget_where_it_was, load_tokenizer, save_mod
 from promag.training.config import UserError, load_yaml, run_main
 from promag.training.run import machines_of, write_atomically
 
-LOOP_KEYS = ("steps", "learning_rate", "muon", "ema_decay")  # of a text-to-video training, on its card
+LOOP_KEYS = ("steps", "learning_rate", "muon_learning_rate", "ema_decay")  # of a text-to-video training, on its card
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,10 +111,12 @@ def list_stages(run: Path) -> list[dict[str, Any]]:
         done = run / f"{stage['ratio']}x" / "done.json"
         if done.exists():
             growth = stage["growth"] or {"encoder": "-", "decoder": "-"}
-            settings = {key: stage["loop"][key] for key in ("steps", "batch_size", "learning_rate", "muon")}
+            settings = {
+                key: stage["optimization"][key] for key in ("steps", "batch_size", "learning_rate", "muon_learning_rate")
+            }
             lower = {key: growth[key] for key in ("encoder", "decoder")}
             shape = {"ratio": stage["ratio"], "frames": stage["frames"], "size": config["data"]["size"]}
-            shape["also"] = {source["train"]: source["share"] for source in config["data"].get("also") or ()}
+            shape["extra_sources"] = {source["train"]: source["share"] for source in config["data"].get("extra_sources") or ()}
             spent = {"seconds": json.loads(done.read_text(encoding="utf-8"))["seconds"], "machines": machines_of(run)}
             stages.append({**shape, **settings, **lower, "loss": _loss(stage), **spent})
     if not stages:
@@ -123,9 +125,9 @@ def list_stages(run: Path) -> list[dict[str, Any]]:
 
 
 def _loss(stage: dict[str, Any]) -> str:
-    parts = ["L1", f"{stage['squared_weight']:g} squared", f"{stage['kl_weight']:g} KL"]
-    if stage["latent_steps"]:
-        parts.insert(0, f"first {stage['latent_steps']} steps the lower latent; then")
+    parts = ["L1", f"{stage['mse_weight']:g} squared", f"{stage['kl_weight']:g} KL"]
+    if stage["latent_pretrain_steps"]:
+        parts.insert(0, f"first {stage['latent_pretrain_steps']} steps the lower latent; then")
     parts += [f"{stage[name]['weight']:g} {name}" for name in ("perceptual", "adversarial") if stage[name]]
     return " + ".join(parts).replace("; then + ", "; then ")
 
@@ -169,15 +171,19 @@ def list_trainings(run: Path) -> list[dict[str, Any]]:
     Raises UserError for a folder that is no run, and for one that was not trained on generated clips.
     """
     config = _config_of(run, "pipeline")
-    if config["data"]["train"] != "shapes":
-        raise UserError(f"{run}: trained on {config['data']['train']}; only prompts of generated clips (shapes) can be scored")
+    if config["data"]["train"] != "synthetic":
+        raise UserError(
+            f"{run}: trained on {config['data']['train']}; only prompts of generated clips (synthetic) can be scored"
+        )
     before = list_trainings(Path(config["init"]).parent) if config["init"] else []
     ratios = [budget["ratio"] for budget in config["budgets"]]
     figures = training_figures(run, ratios[0])
     if not figures:
         raise UserError(f"{run}: its training left no figures")
-    settings = {key: config["loop"][key] for key in LOOP_KEYS}
-    data = {key: config["data"][key] for key in ("shapes", "frames", "size")} | {"emphasis": config["data"].get("emphasis", ())}
+    settings = {key: config["optimization"][key] for key in LOOP_KEYS}
+    data = {key: config["data"][key] for key in ("synthetic_clips", "frames", "size")} | {
+        "caption_weights": config["data"].get("caption_weights", ())
+    }
     spent = {"steps": figures["steps"], "seconds": figures["seconds"], "machines": machines_of(run)}  # it may have ended early
     return [*before, {"ratios": ratios, **data, **settings, "batch": samples_a_step(run), "shift": config["shift"], **spent}]
 
@@ -186,7 +192,7 @@ def samples_a_step(run: Path) -> int:
     """Return the samples of a step, of all processes; a run without its checkpoints is taken to be of one process."""
     if states := sorted(run.glob("*/step-*/state.json")):
         return json.loads(states[-1].read_text(encoding="utf-8"))["global_batch"]
-    loop: Any = load_yaml(str(run / "config.yaml"))["loop"]
+    loop: Any = load_yaml(str(run / "config.yaml"))["optimization"]
     return loop["batch_size"] * loop["accumulate"]
 
 

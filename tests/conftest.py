@@ -10,8 +10,8 @@ import torch
 
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.growth import Growth
-from promag.training.loop import Pace
-from promag.training.optimizers import LoopSettings
+from promag.training.loop import RunConfig
+from promag.training.optimizers import OptimizationConfig
 from tests.browser import start_chromium
 
 torch.set_num_threads(1)
@@ -27,18 +27,18 @@ TINY = {
 }
 
 
-def loop_settings(**changes) -> LoopSettings:
+def optimization_config(**changes) -> OptimizationConfig:
     """Return the settings of a training of four steps, some of them changed."""
     values = {"steps": 4, "batch_size": 1, "accumulate": 1, "learning_rate": 1e-3, "warmup": 1, "schedule": "cosine"}
-    values |= {"weight_decay": 0.0, "clip_norm": 1.0, "ema_decay": 0.9, "max_skipped": 0, "muon": None}
-    return LoopSettings(**{**values, **changes})
+    values |= {"weight_decay": 0.0, "clip_norm": 1.0, "ema_decay": 0.9, "max_skipped": 0, "muon_learning_rate": None}
+    return OptimizationConfig(**{**values, **changes})
 
 
-def loop_pace(**changes) -> Pace:
-    """Return the pace of such a training: every step is logged, every second validated and saved."""
+def run_config(**changes) -> RunConfig:
+    """Return the run of such a training: every step is logged, every second validated and saved."""
     values = {"log_every": 1, "validate_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None, "workers": 0}
-    values |= {"parallel": "ddp", "stop_after": None, "trackers": ("tensorboard",), "peak_tflops": 1.0}
-    return Pace(**{**values, **changes})
+    values |= {"distributed": "ddp", "stop_after": None, "trackers": ("tensorboard",), "peak_tflops": 1.0}
+    return RunConfig(**{**values, **changes})
 
 
 def make_tokenizer(levels: int = 3, seed: int = 0, settle: float = 0.0, **growth) -> AutoencoderKLProMAG:

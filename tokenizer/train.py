@@ -26,13 +26,13 @@ from promag.training.loop import (
     Metrics,
     Objective,
     Outcome,
-    Pace,
+    RunConfig,
     choose_precision_once,
     close_trackers,
     make_accelerator,
     train,
 )
-from promag.training.optimizers import LoopSettings
+from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
 from promag.training.run import open_run, write_atomically
 from promag.training.trackers import Log
@@ -47,7 +47,7 @@ from .perceptual import LPIPS
 
 
 @dataclass(frozen=True)
-class Model:
+class AutoencoderConfig:
     """The base level's shape; see AutoencoderKLProMAG."""
 
     latent_channels: int = setting("channels of the latent at every level")
@@ -59,13 +59,13 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class TokenizerDataConfig:
     """What is trained on and what is looked at."""
 
-    train: str = setting("clips.jsonl, a pattern of tar shards with braces or wildcards, or shapes for generated clips")
-    also: tuple[Source, ...] | None = setting("other clips trained on beside these, each by its share; null for none")
+    train: str = setting("clips.jsonl, a pattern of tar shards with braces or wildcards, or synthetic for generated clips")
+    extra_sources: tuple[Source, ...] | None = setting("other clips trained on beside these, each by its share; null for none")
     validation: str = setting("as train, for validation; never trained on")
-    shapes: int = setting("how many generated clips there are, where shapes are trained on")
+    synthetic_clips: int = setting("how many generated clips there are, where they are trained on")
     size: int = setting("height and width in pixels")
     temporal_strides: tuple[int, ...] = setting("frame steps at which clips are read: 1 is their own rate")
     in_memory: bool = setting(
@@ -77,7 +77,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Perceptual:
+class PerceptualConfig:
     """LPIPS as a loss."""
 
     path: str = setting("folder with the weights of vgg16 and of lpips")
@@ -91,7 +91,7 @@ class Perceptual:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageConfig:
     """One level and how it is trained."""
 
     ratio: int = setting("temporal ratio of the level")
@@ -102,21 +102,21 @@ class Stage:
     growth: Growth | None = setting(
         "how the level, and any between it and the one below, is grown; null for one that needs no growing"
     )
-    trains: Literal["new", "all"] = setting("the levels that the stage adds, or every weight of the model")
-    inherited_rate: float = setting(
+    trainable: Literal["new", "all"] = setting("the levels that the stage adds, or every weight of the model")
+    inherited_lr_scale: float = setting(
         "learning rate of what a stage trains but starts from the levels below, over that of the rest"
     )
-    latent_steps: int = setting("first steps that regress the lower latent instead of pixels")
-    squared_weight: float = setting("weight of the squared error beside L1, whose weight is 1")
+    latent_pretrain_steps: int = setting("first steps that regress the lower latent instead of pixels")
+    mse_weight: float = setting("weight of the squared error beside L1, whose weight is 1")
     kl_weight: float = setting("weight of the KL term")
-    perceptual: Perceptual | None = setting("LPIPS beside the pixel losses; null for none")
+    perceptual: PerceptualConfig | None = setting("LPIPS beside the pixel losses; null for none")
     adversarial: Adversarial | None = setting("a discriminator, switched on late; null for none")
-    loop: LoopSettings = setting("the optimisation")
+    optimization: OptimizationConfig = setting("the optimisation")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""
-        if self.inherited_rate <= 0:
-            raise ValueError(f"inherited_rate {self.inherited_rate}: must be above 0")
+        if self.inherited_lr_scale <= 0:
+            raise ValueError(f"inherited_lr_scale {self.inherited_lr_scale}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ class TokenizerConfig:
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
     compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
     init: str | None = setting("a trained tokenizer to grow, or to train its highest level further; null starts anew")
-    only: int | None = setting("train this ratio's stage alone; null runs all")
-    model: Model | None = setting("the base level; null where `init` has it")
-    data: Data = setting("the clips")
-    stages: tuple[Stage, ...] = setting("levels, lowest first")
-    pace: Pace = setting("logging, validation, checkpoints")
+    only_stage: int | None = setting("train this ratio's stage alone; null runs all")
+    model: AutoencoderConfig | None = setting("the base level; null where `init` has it")
+    data: TokenizerDataConfig = setting("the clips")
+    stages: tuple[StageConfig, ...] = setting("levels, lowest first")
+    run: RunConfig = setting("logging, validation, checkpoints")
 
     def __post_init__(self) -> None:
         """Raise ValueError where stages, frames and sizes do not fit together."""
@@ -150,10 +150,10 @@ class TokenizerConfig:
             for bucket in self.buckets_of(stage):
                 check_frames(bucket.frames, stage.ratio)
                 check_size(bucket.height, bucket.width)
-        if self.only is not None and self.only not in ratios:
-            raise ValueError(f"only {self.only}: the stages are {', '.join(map(str, ratios))}")
+        if self.only_stage is not None and self.only_stage not in ratios:
+            raise ValueError(f"only_stage {self.only_stage}: the stages are {', '.join(map(str, ratios))}")
 
-    def buckets_of(self, stage: Stage) -> tuple[Bucket, ...]:
+    def buckets_of(self, stage: StageConfig) -> tuple[Bucket, ...]:
         """Return the shapes that a stage trains on."""
         return stage.buckets or (Bucket(stage.frames, self.data.size, self.data.size, batch_size=None),)
 
@@ -162,8 +162,8 @@ class TokenizerConfig:
 # on without it.
 MAY_CHANGE = (
     "output_dir",
-    "only",
-    "pace",
+    "only_stage",
+    "run",
     "gradient_checkpointing",
     "compile",
     "data.in_memory",
@@ -175,11 +175,11 @@ MAY_CHANGE = (
 class StageObjective(Objective):
     """L1, squared error and KL, LPIPS and a discriminator where the stage has them.
 
-    In the first `latent_steps` of a grown level the fit of the lower latent instead: those steps run no decoder, which makes
-    them several times cheaper.
+    In the first `latent_pretrain_steps` of a grown level the loss is the error of the lower latent instead: those steps run
+    no decoder, which makes them several times cheaper.
     """
 
-    def __init__(self, model: AutoencoderKLProMAG, stage: Stage, inherited: Sequence[nn.Module] = ()):
+    def __init__(self, model: AutoencoderKLProMAG, stage: StageConfig, inherited: Sequence[nn.Module] = ()):
         super().__init__()
         self.model, self.stage, self.inherited = model, stage, tuple(inherited)  # a tuple: they are registered in the model
         self.below = model.temporal_ratios[model.level_of(stage.ratio) - 1] if stage.growth else None
@@ -192,9 +192,9 @@ class StageObjective(Objective):
 
     def rate_factors(self) -> list[tuple[nn.Module, float]]:
         """Give what was trained before, and the discriminator, learning rates of their own."""
-        factors = [(module, self.stage.inherited_rate) for module in self.inherited]
+        factors = [(module, self.stage.inherited_lr_scale) for module in self.inherited]
         if self.adversary and (settings := self.stage.adversarial):
-            factors.append((self.adversary, settings.learning_rate / self.stage.loop.learning_rate))
+            factors.append((self.adversary, settings.learning_rate / self.stage.optimization.learning_rate))
         return factors
 
     def matrices(self) -> list[nn.Parameter]:
@@ -204,7 +204,7 @@ class StageObjective(Objective):
     def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """B C T H W in batch["video"] -> loss, its parts."""
         x, stage = batch["video"], self.stage
-        if self.below is not None and step < stage.latent_steps:
+        if self.below is not None and step < stage.latent_pretrain_steps:
             posterior, target = self.model.encode_levels(x, (stage.ratio, self.below))
             z = reparametrise(posterior, generators)
             fit = latent_loss(self.model.lift(z, stage.ratio, self.below), target.mode())
@@ -213,7 +213,7 @@ class StageObjective(Objective):
         posterior = self.model.encode(x, stage.ratio).latent_dist  # pyright: ignore
         output = self.model.decode(reparametrise(posterior, generators), stage.ratio).sample  # pyright: ignore
         parts = {"l1": reconstruction_loss(output, x), "squared": squared_loss(output, x)}
-        loss = parts["l1"] + stage.squared_weight * parts["squared"]
+        loss = parts["l1"] + stage.mse_weight * parts["squared"]
         if self.lpips and stage.perceptual:
             orders = (torch.randperm(x.shape[2], generator=g, device=x.device) for g in generators)
             picked = torch.stack(list(orders))[:, : stage.perceptual.frames]
@@ -239,12 +239,12 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     accelerator = make_accelerator(
         Path(config.output_dir),
         precision,
-        config.pace.trackers,
+        config.run.trackers,
         unused=any(_leaves_unused(stage) for stage in config.stages),
     )
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     for stage in config.stages:
-        if config.only not in (None, stage.ratio):
+        if config.only_stage not in (None, stage.ratio):
             continue
         outcome = train_stage(accelerator, run, config, stage, build)
         if not outcome.finished:
@@ -253,32 +253,32 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     return run / "tokenizer"
 
 
-def _leaves_unused(stage: Stage) -> bool:
+def _leaves_unused(stage: StageConfig) -> bool:
     """Tell whether some step of a stage leaves weights that it trains without a gradient."""
     copies = stage.growth and "finetune" in (stage.growth.encoder, stage.growth.decoder)
-    return bool(stage.trains == "all" or stage.adversarial or copies)
+    return bool(stage.trainable == "all" or stage.adversarial or copies)
 
 
 def train_stage(
     accelerator: Accelerator,
     run: Path,
     config: TokenizerConfig,
-    stage: Stage,
+    stage: StageConfig,
     build: Callable[[], Any] | None = None,
 ) -> Outcome:
     """Train one level from the levels below it, found in the run directory or in `config.init`."""
     folder, done = run / f"{stage.ratio}x", run / f"{stage.ratio}x" / "done.json"
     if done.exists() and (run / "tokenizer").exists():
         accelerator.print(f"{stage.ratio}x: already trained in {folder}")
-        return Outcome(stage.loop.steps, 0.0, True, {})
+        return Outcome(stage.optimization.steps, 0.0, True, {})
     data = config.data
     rank, world = accelerator.process_index, accelerator.num_processes
     source, plan = open_sources(
         data.train,
-        data.also or (),
+        data.extra_sources or (),
         config.buckets_of(stage),
-        count=data.shapes,
-        batch_size=stage.loop.batch_size,
+        count=data.synthetic_clips,
+        batch_size=stage.optimization.batch_size,
         world_size=world,
         temporal_strides=data.temporal_strides,
         sharding=data.sharding,
@@ -292,7 +292,7 @@ def train_stage(
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-    trained = model.train_only(*(added if stage.trains == "new" else model.temporal_ratios))
+    trained = model.train_only(*(added if stage.trainable == "new" else model.temporal_ratios))
     accelerator.print(
         f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
         f"{parameter_count([model]) / 1e6:.2f} M\n{plan}"
@@ -303,7 +303,7 @@ def train_stage(
         compile_blocks(model)
 
     def open_stream(first: int) -> TrainingStream:
-        return TrainingStream(source, config.seed, stage.loop.batch_size, rank, world, first)
+        return TrainingStream(source, config.seed, stage.optimization.batch_size, rank, world, first)
 
     def validate(log: Log, step: int) -> Metrics:
         if log.trackers:
@@ -311,7 +311,7 @@ def train_stage(
         return evaluate(model, clips, stage.ratio, config.precision)
 
     objective = StageObjective(model, stage, model.inherited_modules(added))
-    outcome = train(accelerator, folder, objective, open_stream, stage.loop, config.pace, config.seed, validate)
+    outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
         save_model(model, run / "tokenizer")
         write_atomically(done, f'{{"seconds": {outcome.seconds:.1f}, "steps": {outcome.step}}}\n')
@@ -320,7 +320,7 @@ def train_stage(
 
 
 def _model_for(
-    run: Path, config: TokenizerConfig, stage: Stage, build: Callable[[], Any] | None
+    run: Path, config: TokenizerConfig, stage: StageConfig, build: Callable[[], Any] | None
 ) -> tuple[AutoencoderKLProMAG, Sequence[int]]:
     """Return the model that a stage trains and the ratios that the stage adds to it."""
     if stage.growth is None:
@@ -346,7 +346,7 @@ def _model_for(
     return model, model.temporal_ratios[have:]
 
 
-def _continued(place: Path, stage: Stage) -> AutoencoderKLProMAG:
+def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:
     """Load a tokenizer whose highest level is to be trained further: levels above would no longer fit a changed one."""
     model = load_tokenizer(place)
     if stage.ratio != model.temporal_ratios[-1]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .compilation import as_it_stands
 from .config import setting
 from .fsdp import gather, held, shard
-from .optimizers import LoopSettings, make_optimizers
+from .optimizers import OptimizationConfig, make_optimizers
 from .precision import Chosen, Precision, choose_for_run
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
 from .state import State
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Pace:
+class RunConfig:
     """What may change from one call to the next without changing what is learned."""
 
     log_every: int = setting("steps between two log lines")
@@ -47,7 +47,7 @@ class Pace:
     keep_last: int = setting("newest checkpoints kept of each stage")
     keep_every: int | None = setting("checkpoints at multiples of so many steps are kept for good; null keeps none of them")
     workers: int = setting("data loading processes; 0 loads in the training process")
-    parallel: Literal["ddp", "fsdp2"] = setting("each of several processes holds all weights and moments (ddp) or parts")
+    distributed: Literal["ddp", "fsdp2"] = setting("each of several processes holds all weights and moments (ddp) or parts")
     stop_after: int | None = setting("save and end this call after so many steps; null runs to the end")
     trackers: tuple[Tracker, ...] = setting("where curves, pictures and videos are shown: tensorboard, wandb, both or none")
     peak_tflops: float | None = setting("what the device is said to do in TFLOP/s, for MFU; null measures a matrix product")
@@ -141,7 +141,7 @@ def main_process_first() -> Iterator[bool]:
         yield state.is_main_process
 
 
-def told_by_main(find: Callable[[], T]) -> T:
+def broadcast_from_main(find: Callable[[], T]) -> T:
     """Return, on every process, what `find` returns on the main one, or raise there and everywhere what it raises."""
     state = processes()
     found: list[Any] = [None, None]
@@ -159,7 +159,7 @@ def told_by_main(find: Callable[[], T]) -> T:
 def choose_precision_once(precision: Precision, *runs: str | Path) -> Chosen:
     """Return `choose_for_run` of the main process's device, on every process."""
     device: Any = processes().device
-    return told_by_main(lambda: choose_for_run(precision, device, *runs))
+    return broadcast_from_main(lambda: choose_for_run(precision, device, *runs))
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -173,8 +173,8 @@ def train(
     folder: Path,
     objective: Objective,
     open_stream: Callable[[int], IterableDataset],
-    settings: LoopSettings,
-    pace: Pace,
+    settings: OptimizationConfig,
+    run: RunConfig,
     seed: int,
     validate: Callable[[Log, int], Metrics] | None = None,
 ) -> Outcome:
@@ -187,7 +187,7 @@ def train(
             replaced, in the end by plain modules on the CPU: take what was trained from the objective.
         open_stream: returns the stream of this rank's batches from a given step on.
         settings: how to optimise.
-        pace: how often to log, validate and save.
+        run: how often to log, validate and save.
         seed: all noise of sample n comes from (seed, n).
         validate: called with a Log for pictures and videos and the step, under the averaged weights; returns metrics.
 
@@ -196,7 +196,7 @@ def train(
     in a row are not enough.
     """
     name = folder.name
-    wrapped, make_whole = _in_parallel(accelerator, objective, pace.parallel)  # lays weights out anew: first of all
+    wrapped, make_whole = _in_parallel(accelerator, objective, run.distributed)  # lays weights out anew: first of all
     named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     apart = [[p for p in module.parameters() if p.requires_grad] for module in objective.clipped_apart()]
     theirs = {id(p) for group in apart for p in group}
@@ -216,11 +216,11 @@ def train(
     if accelerator.is_main_process:
         cut_metrics(metrics_file, first)
 
-    last = settings.steps if pace.stop_after is None else min(settings.steps, first + pace.stop_after)
+    last = settings.steps if run.stop_after is None else min(settings.steps, first + run.stop_after)
     loader = DataLoader(
         open_stream(first * settings.accumulate),
         batch_size=None,
-        num_workers=pace.workers,
+        num_workers=run.workers,
         pin_memory=accelerator.device.type == "cuda",  # copied while the device works on
         worker_init_fn=_leave_signals_to_the_parent,
     )
@@ -234,7 +234,7 @@ def train(
         file=sys.stderr,
     )
     bf16 = accelerator.mixed_precision == "bf16"
-    meter = Meter(accelerator.num_processes, accelerator.device, bf16, pace.peak_tflops)
+    meter = Meter(accelerator.num_processes, accelerator.device, bf16, run.peak_tflops)
     with StopSignal() as stop, _shut_down_after(batches):
         objective.train()
         meter.start()
@@ -279,13 +279,13 @@ def train(
             step = state.step = step + 1
             bar.update()
 
-            if step % pace.log_every == 0 or step == last:
+            if step % run.log_every == 0 or step == last:
                 meter.sums = _mean_over_ranks(accelerator, meter.sums)
                 record = meter.read()
                 record |= {"learning_rate": settings.rate_at(step - 1), "skipped": state.skipped}
                 _write(accelerator, metrics_file, name, step, record)
                 bar.set_postfix({k: f"{record[k]:.4g}" for k in losses if k in record})
-            if validate and (step % pace.validate_every == 0 or step == settings.steps):
+            if validate and (step % run.validate_every == 0 or step == settings.steps):
                 seconds = state.seconds + meter.seconds()
                 with meter.pause():
                     metrics = _validate(validate, log, step, objective, ema, parameters)
@@ -293,12 +293,12 @@ def train(
                     if accelerator.is_main_process:
                         said = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                         bar.write(f"{name} step {step}: {said}", sys.stderr)
-            if step % pace.save_every == 0 and step < last:
-                _save(accelerator, folder, state, meter.seconds(), pace)
+            if step % run.save_every == 0 and step < last:
+                _save(accelerator, folder, state, meter.seconds(), run)
     bar.close()
     seconds = meter.seconds()
     if step > first:
-        _save(accelerator, folder, state, seconds, pace)
+        _save(accelerator, folder, state, seconds, run)
     if stop.received:
         accelerator.print(f"{name}: {stop.received} received, saved at step {step} of {settings.steps}")
     ema.copy_to(parameters)
@@ -308,11 +308,11 @@ def train(
 
 
 def _in_parallel(
-    accelerator: Accelerator, objective: Objective, parallel: Literal["ddp", "fsdp2"]
+    accelerator: Accelerator, objective: Objective, distributed: Literal["ddp", "fsdp2"]
 ) -> tuple[nn.Module, Callable[[], None]]:
     """Return what computes the losses on all processes together, and what makes the objective whole again at the end."""
     device, world = accelerator.device, accelerator.num_processes
-    if parallel == "fsdp2":
+    if distributed == "fsdp2":
         return objective, shard(objective, objective.units(), device, world, accelerator.mixed_precision == "bf16")
     return accelerator.prepare(objective.to(device)), lambda: None
 
@@ -326,10 +326,10 @@ def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] |
     return groups["ema"], meta
 
 
-def _save(accelerator: Accelerator, folder: Path, state: State, seconds: float, pace: Pace) -> None:
+def _save(accelerator: Accelerator, folder: Path, state: State, seconds: float, run: RunConfig) -> None:
     if accelerator.is_main_process:
         save_checkpoint(folder, state.step, state.groups(), state.meta(seconds))
-        thin_out(folder, pace.keep_last, pace.keep_every)
+        thin_out(folder, run.keep_last, run.keep_every)
     else:
         for _ in state.groups():
             pass  # this process's parts are gathered on the main one

@@ -23,7 +23,7 @@ NEWTON_SCHULZ_STEPS = 4  # of Muon: one fewer than its authors', a fifth cheaper
 
 
 @dataclass(frozen=True)
-class LoopSettings:
+class OptimizationConfig:
     """How one stage is optimised."""
 
     steps: int = setting("optimiser steps of the stage")
@@ -38,7 +38,9 @@ class LoopSettings:
     max_skipped: int = setting(
         "steps in a row with a loss or gradient that is not finite before training ends; each is skipped"
     )
-    muon: float | None = setting("peak rate of Muon for hidden matrices and convolution kernels; null: AdamW for these too")
+    muon_learning_rate: float | None = setting(
+        "peak rate of Muon for hidden matrices and convolution kernels; null: AdamW for these too"
+    )
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""
@@ -47,7 +49,7 @@ class LoopSettings:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
         if self.max_skipped < 0:
             raise ValueError(f"max_skipped {self.max_skipped}: must not be negative")
-        for name in ("learning_rate", "muon"):
+        for name in ("learning_rate", "muon_learning_rate"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} {value}: must be above 0")
         if not 0 <= self.ema_decay < 1:
@@ -64,24 +66,28 @@ class LoopSettings:
         return self.learning_rate * (0.05 + 0.95 * left)
 
 
-def make_optimizers(objective: "Objective", settings: LoopSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(objective: "Objective", settings: OptimizationConfig) -> list[torch.optim.Optimizer]:
     """Return AdamW and, where asked for, Muon for the objective's matrices; to be called where the weights will stay.
 
     A group's `factor` is its learning rate over the schedule's. Raises UserError where Muon has nothing to train.
     """
     factors = {id(p): factor for module, factor in objective.rate_factors() for p in module.parameters()}
-    matrices = [] if settings.muon is None else [p for p in objective.matrices() if p.requires_grad]
-    if settings.muon is not None and not matrices:
-        raise UserError(f"muon {settings.muon}: nothing here has matrices that Muon may train; set it to null")
+    matrices = [] if settings.muon_learning_rate is None else [p for p in objective.matrices() if p.requires_grad]
+    if settings.muon_learning_rate is not None and not matrices:
+        raise UserError(
+            f"muon_learning_rate {settings.muon_learning_rate}: nothing here has matrices that Muon may train; set it to null"
+        )
     theirs = {id(p) for p in matrices}
     rest = [p for p in objective.parameters() if p.requires_grad and id(p) not in theirs]
     optimizers: list[torch.optim.Optimizer] = []
     if rest:  # adapters may be matrices alone
         groups, options = _groups(rest, factors, 1.0), {"betas": (0.9, 0.99), "weight_decay": settings.weight_decay}
         optimizers.append(torch.optim.AdamW(groups, settings.learning_rate, **options, fused=True))
-    if settings.muon is not None:
-        groups = _groups(matrices, factors, settings.muon / settings.learning_rate)
-        optimizers.append(Muon(groups, lr=settings.muon, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS))
+    if settings.muon_learning_rate is not None:
+        groups = _groups(matrices, factors, settings.muon_learning_rate / settings.learning_rate)
+        optimizers.append(
+            Muon(groups, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS)
+        )
     return optimizers
 
 

@@ -24,7 +24,7 @@ from promag.evaluation.baselines import build_peer, probe_peer
 from promag.evaluation.cost import measure_in_turns, peak_bytes
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
-from promag.tokenizer.train import Stage, StageObjective, TokenizerConfig
+from promag.tokenizer.train import StageConfig, StageObjective, TokenizerConfig
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError, build, load_yaml, run_main
 from promag.training.device import best_device
@@ -106,7 +106,7 @@ def _preset(path: str) -> Subject:
     return Subject(name, "ProMAG", lambda: _grow(config, config.stages[-1])[0], ratios, ratios[-1], SPATIAL_RATIO, config)
 
 
-def _grow(config: TokenizerConfig, last: Stage) -> tuple[Any, Sequence[int]]:
+def _grow(config: TokenizerConfig, last: StageConfig) -> tuple[Any, Sequence[int]]:
     """Return an untrained tokenizer with the levels up to a stage, and the ratios that this stage adds."""
     model: Any = AutoencoderKLProMAG(**asdict(config.model))  # pyright: ignore[reportArgumentType]
     added = model.temporal_ratios
@@ -280,9 +280,12 @@ def _measure_training(
 
 
 def _training_row(
-    config: TokenizerConfig, stage: Stage, size: Size, device: torch.device, arguments: argparse.Namespace, peak: float
+    config: TokenizerConfig, stage: StageConfig, size: Size, device: torch.device, arguments: argparse.Namespace, peak: float
 ) -> dict[str, Any]:
-    batch, pixels = arguments.train_batch, dataclasses.replace(stage, latent_steps=0, perceptual=None, adversarial=None)
+    batch, pixels = (
+        arguments.train_batch,
+        dataclasses.replace(stage, latent_pretrain_steps=0, perceptual=None, adversarial=None),
+    )
     with torch.device("meta"):
         objective = _objective(config, stage, pixels)
         with FlopCounterMode(display=False) as counter:
@@ -301,18 +304,18 @@ def _training_row(
     return {**found, **_guarded(measure)}
 
 
-def _objective(config: TokenizerConfig, stage: Stage, pixels: Stage) -> StageObjective:
+def _objective(config: TokenizerConfig, stage: StageConfig, pixels: StageConfig) -> StageObjective:
     """Return what a stage trains, on a new model, with the losses of `pixels`; as train_stage prepares it."""
     model, added = _grow(config, stage)
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-    model.train_only(*(added if stage.trains == "new" else model.temporal_ratios))
+    model.train_only(*(added if stage.trainable == "new" else model.temporal_ratios))
     return StageObjective(model, pixels, model.inherited_modules(added))
 
 
 def _training_step(
-    config: TokenizerConfig, stage: Stage, pixels: Stage, size: Size, batch: int, device: torch.device
+    config: TokenizerConfig, stage: StageConfig, pixels: StageConfig, size: Size, batch: int, device: torch.device
 ) -> Callable[[], None]:
     torch.manual_seed(0)
     with torch.device(device):
@@ -320,7 +323,7 @@ def _training_step(
         x = torch.rand(batch, 3, *size) * 2 - 1
     if config.gradient_checkpointing:
         objective.model.enable_gradient_checkpointing()
-    optimizers = make_optimizers(objective, stage.loop)
+    optimizers = make_optimizers(objective, stage.optimization)
     trained = [p for p in objective.parameters() if p.requires_grad]
     generators = [seeded(i, device=device) for i in range(batch)]
 
@@ -328,7 +331,7 @@ def _training_step(
         with autocast(device, config.precision):
             loss = objective({"video": x}, generators, 0)["loss"]
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, stage.loop.clip_norm)
+        nn.utils.clip_grad_norm_(trained, stage.optimization.clip_norm)
         for optimizer in optimizers:
             optimizer.step()
         for optimizer in optimizers:

@@ -1,7 +1,7 @@
 """Measure how fast latents are cached, against decoding and encoding alone.
 
 What the weights are does not matter: any tokenizer of the shape that is meant will do. Work is measured in turns, in one
-process and its decoding workers (pace.workers); CPU seconds too, which tell more than the clock where other programs run.
+process and its decoding workers (run.workers); CPU seconds too, which tell more than the clock where other programs run.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     ready = torch.stack([source.fixed(i % count)["video"] for i in range(BATCH)])
 
     def decode_alone() -> None:
-        for _ in DataLoader(Subset(clips, range(count)), BATCH, num_workers=config.pace.workers):
+        for _ in DataLoader(Subset(clips, range(count)), BATCH, num_workers=config.run.workers):
             pass
 
     def encode_alone() -> None:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
     def cache() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            write_latents(_caches(config, Path(folder)), count, source, encode, BATCH, config.pace.workers)
+            write_latents(_caches(config, Path(folder)), count, source, encode, BATCH, config.run.workers)
 
     calls = {"decode": decode_alone, "encode": encode_alone, "cache": cache}
     frames = {"decode": count, "encode": count // BATCH * BATCH, "cache": count}
@@ -72,11 +72,11 @@ def main(argv: Sequence[str]) -> int:
     if arguments.record:
         protocol = (
             f"{count} clips of {data.frames} frames at {data.size}x{data.size}, ratios {list(config.ratios)}, {precision}, "
-            f"batches of {BATCH}, {config.pace.workers} decoding workers; decoding alone, encoding ready clips alone, and "
+            f"batches of {BATCH}, {config.run.workers} decoding workers; decoding alone, encoding ready clips alone, and "
             f"caching (decoding, encoding, writing {data.dtype} shards): medians of {arguments.rounds} rounds in turns; "
             "reading cached latents in random order: median"
         )
-        kind = "generated clips" if data.train == "shapes" else "video files"
+        kind = "generated clips" if data.train == "synthetic" else "video files"
         note = {"load_average_before": round(load, 2)}  # above 0: other programs were running
         append_result(arguments.record, {"what": "caching latents", "clips": kind, "protocol": protocol, **note, **record})
     return 0

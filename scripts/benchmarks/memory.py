@@ -59,7 +59,7 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         transformer = transformer_alone(config.model, widths, pooled)
     text = small_text(config.text)
     trained = [*transformer.parameters(), *text]
-    matrices = [] if config.loop.muon is None else hidden_matrices(transformer)
+    matrices = [] if config.optimization.muon_learning_rate is None else hidden_matrices(transformer)
     standing = standing_bytes(trained, matrices)
     print(f"{name}: {sum(p.numel() for p in trained) / 1e6:.1f} M weights, {standing.total / GIB:.2f} GiB: {standing}")
     print(f"  Muon: {sum(muon_flops(*p.shape) for p in matrices) / 1e9:.4g} GFLOP a step")

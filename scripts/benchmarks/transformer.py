@@ -51,12 +51,12 @@ def main(argv: Sequence[str]) -> int:
     gradients, trained = (
         measure_in_turns(
             {
-                r: train_step(models[r], **size, ratio=r, batch_size=arguments.batch, loop=loop, precision=precision)
+                r: train_step(models[r], **size, ratio=r, batch_size=arguments.batch, optimization=loop, precision=precision)
                 for r in ratios
             },
             arguments.rounds,
         )
-        for loop in (None, config.loop)
+        for loop in (None, config.optimization)
     )
     calls = {
         r: denoising(models[r].eval(), **size, ratio=r, steps=steps, videos=arguments.videos, precision=precision)
@@ -89,7 +89,9 @@ def main(argv: Sequence[str]) -> int:
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
     if arguments.record:
         count = sum(p.numel() for p in models[ratios[0]].parameters())
-        optimizers = "AdamW" if config.loop.muon is None else "Muon for the blocks' matrices, AdamW for the rest"
+        optimizers = (
+            "AdamW" if config.optimization.muon_learning_rate is None else "Muon for the blocks' matrices, AdamW for the rest"
+        )
         protocol = (
             f"{precision}, batch {arguments.batch}: gradients (forward, backward) and train step (with {optimizers}); "
             f"{arguments.steps} denoising steps of {arguments.videos} videos at once with guidance, without decoding, "

@@ -1,7 +1,7 @@
 """Measure whether growing 4x -> 8x -> 16x beats training 16x directly.
 
 Every arm is trained by the same trainer on the same clips and scored on the same unseen ones. A finished arm is not trained
-again, an unfinished one continues; `--only "[progressive]"` runs some arms and what they start from.
+again, an unfinished one continues; `--only_variants "[progressive]"` runs some arms and what they start from.
 `promag experiment growth-ablation report RESULTS.jsonl` prints and draws what was recorded.
 """
 
@@ -21,10 +21,18 @@ from promag.evaluation.growth_ablation import OURS, RATIO, WIDE, curves, gains, 
 from promag.reports.plots import plot_file
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
-from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
+from promag.tokenizer.train import (
+    AutoencoderConfig,
+    StageConfig,
+    StageObjective,
+    TokenizerConfig,
+    TokenizerDataConfig,
+    load_tokenizer,
+    train_tokenizer,
+)
 from promag.training.config import parse_config, run_main, setting
 from promag.training.device import best_device
-from promag.training.loop import Pace, seeded
+from promag.training.loop import RunConfig, seeded
 from promag.training.precision import Precision, autocast, check_training_precision, choose_for_run
 from promag.training.run import append_result, write_atomically
 
@@ -46,9 +54,9 @@ class Arm:
     name: str = setting("what the results call it")
     seeds: tuple[int, ...] = setting("one training for each")
     base: str | None = setting("an earlier arm whose tokenizer, of the same seed, it continues")
-    model: Model | None = setting("a tokenizer of ours from scratch")
+    model: AutoencoderConfig | None = setting("a tokenizer of ours from scratch")
     peer: Peer | None = setting("a peer from scratch")
-    stages: tuple[Stage, ...] = setting("what is trained, one after the other")
+    stages: tuple[StageConfig, ...] = setting("what is trained, one after the other")
 
     def __post_init__(self) -> None:
         """Raise ValueError unless one start is given."""
@@ -62,13 +70,13 @@ class ClaimConfig:
 
     output_dir: str = setting("folder of the arms' run directories")
     record: str | None = setting("results file that gets a JSON line for each arm, seed and ratio; null for none")
-    only: tuple[str, ...] | None = setting("names of arms to run, with those they start from; null runs all")
+    only_variants: tuple[str, ...] | None = setting("names of arms to run, with those they start from; null runs all")
     precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
     compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
     frames: int = setting("frames of the clips that are scored")
-    data: Data = setting("clips to train on and, never trained on, to score")
-    pace: Pace = setting("logging, validation, checkpoints")
+    data: TokenizerDataConfig = setting("clips to train on and, never trained on, to score")
+    run: RunConfig = setting("logging, validation, checkpoints")
     arms: tuple[Arm, ...] = setting("in an order in which each one's base comes before it")
 
     def __post_init__(self) -> None:
@@ -83,9 +91,9 @@ class ClaimConfig:
                 if base is None or not set(arm.seeds) <= set(base.seeds):
                     raise ValueError(f"arm {arm.name}: base {arm.base} must be an earlier arm with seeds {arm.seeds}")
             known[arm.name] = arm
-        unknown = sorted(set(self.only or ()) - known.keys())
+        unknown = sorted(set(self.only_variants or ()) - known.keys())
         if unknown:
-            raise ValueError(f"only {', '.join(unknown)}: the arms are {', '.join(known)}")
+            raise ValueError(f"only_variants {', '.join(unknown)}: the arms are {', '.join(known)}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
     arms = {arm.name: arm for arm in config.arms}
     runs = [run_folder(config, arm.name, seed) for arm in config.arms for seed in arm.seeds]
     config = replace(config, precision=choose_for_run(config.precision, best_device(), *runs))
-    wanted = {name for chosen in config.only or arms for name in _lineage(arms, chosen)}
+    wanted = {name for chosen in config.only_variants or arms for name in _lineage(arms, chosen)}
     rows: list[dict[str, Any]] = []
     for arm in config.arms:
         for seed in arm.seeds if arm.name in wanted else ():
@@ -155,11 +163,11 @@ def train_arm(config: ClaimConfig, arm: Arm, seed: int) -> Path | None:
         gradient_checkpointing=config.gradient_checkpointing,
         compile=config.compile,
         init=str(run_folder(config, arm.base, seed) / "tokenizer") if arm.base else None,
-        only=None,
+        only_stage=None,
         model=arm.model,
         data=config.data,
         stages=arm.stages,
-        pace=config.pace,
+        run=config.run,
     )
     return train_tokenizer(tokenizer, (lambda: build_peer(peer.name, peer.config)) if peer else None)
 
@@ -237,12 +245,12 @@ def _idle_heads(encoders: Sequence[Any]) -> list[Any]:
     return [encoders[i].head for i in range(top) if i not in used]
 
 
-def _cost(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> dict[str, float]:
+def _cost(config: ClaimConfig, arm: Arm, seed: int, stage: StageConfig) -> dict[str, float]:
     """Return steps, clips, frames, seconds and FLOPs of one stage's training; seconds are this machine's."""
-    clips = stage.loop.steps * stage.loop.batch_size * stage.loop.accumulate
+    clips = stage.optimization.steps * stage.optimization.batch_size * stage.optimization.accumulate
     done = run_folder(config, arm.name, seed) / f"{stage.ratio}x" / "done.json"
     return {
-        "steps": stage.loop.steps,
+        "steps": stage.optimization.steps,
         "clips_seen": clips,
         "frames_seen": clips * stage.frames,
         "seconds": json.loads(done.read_text())["seconds"],
@@ -254,24 +262,24 @@ def _total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: sum(cost[key] for cost in costs) for key in COSTS}
 
 
-def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: Stage) -> float:
+def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: StageConfig) -> float:
     """Count the FLOPs of a stage: one forward and backward of each kind of step, times how many there were."""
     folder = run_folder(config, arm.name, seed) / "tokenizer"
     model: Any = load_peer(arm.peer.name, folder) if arm.peer else load_tokenizer(folder)
     ratios = [r for r in model.temporal_ratios if r <= stage.ratio]
     below = [s.ratio for s in arm.stages if s.ratio < stage.ratio]
-    if stage.trains == "new" and stage.growth:
+    if stage.trainable == "new" and stage.growth:
         ratios = [r for r in ratios if r > (max(below) if below else _base_highest(config, arm, seed))]
     model.train_only(*ratios)
     objective = StageObjective(model, stage)
     video = torch.zeros(1, 3, stage.frames, config.data.size, config.data.size)
-    latent = min(stage.latent_steps, stage.loop.steps) if stage.growth else 0
+    latent = min(stage.latent_pretrain_steps, stage.optimization.steps) if stage.growth else 0
     total = 0.0
-    for step, count in ((0, latent), (stage.latent_steps, stage.loop.steps - latent)):
+    for step, count in ((0, latent), (stage.latent_pretrain_steps, stage.optimization.steps - latent)):
         if count:
             with FlopCounterMode(display=False) as counter, autocast("cpu", config.precision):
                 objective({"video": video}, [seeded(0)], step)["loss"].backward()
-            total += counter.get_total_flops() * count * stage.loop.batch_size * stage.loop.accumulate
+            total += counter.get_total_flops() * count * stage.optimization.batch_size * stage.optimization.accumulate
     return total
 
 
@@ -279,11 +287,11 @@ def _base_highest(config: ClaimConfig, arm: Arm, seed: int) -> int:
     return load_tokenizer(run_folder(config, arm.base or "", seed) / "tokenizer").temporal_ratios[-1]
 
 
-def _curve(config: ClaimConfig, arm: Arm, seed: int, stage: Stage, spent: Mapping[str, Any]) -> list[list[float]]:
+def _curve(config: ClaimConfig, arm: Arm, seed: int, stage: StageConfig, spent: Mapping[str, Any]) -> list[list[float]]:
     """Return validation points of a stage: steps and seconds since the first arm began, PSNR."""
     folder = run_folder(config, arm.name, seed) / f"{stage.ratio}x"
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    before = spent["steps"] - stage.loop.steps
+    before = spent["steps"] - stage.optimization.steps
     since = spent["seconds"] - json.loads((folder / "done.json").read_text())["seconds"]
     return [[before + p["step"], since + p["train_seconds"], p["psnr"]] for p in points if "psnr" in p]
 

@@ -158,7 +158,7 @@ def test_more_than_there_is(noisy):
 def test_sources_hold_what_comes_from_an_index(noisy, tmp_path):
     save_clips(tmp_path / "clips.jsonl", noisy)
     buckets = [Bucket(5, 32, 32, None), Bucket(5, 48, 32, 4)]
-    index, shapes = str(tmp_path / "clips.jsonl"), Source("shapes", 0.3, (1,))
+    index, shapes = str(tmp_path / "clips.jsonl"), Source("synthetic", 0.3, (1,))
     held, plan = open_sources(index, [shapes], buckets, **REST, in_memory=True)
     plain, plan_of_files = open_sources(index, [shapes], buckets, **REST)
     assert plan == plan_of_files

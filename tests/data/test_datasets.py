@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from promag.data import synthetic as shapes
+from promag.data import synthetic
 from promag.data.clip_index import save_clips
 from promag.data.clips import prepare
-from promag.data.datasets import ClipDataset, Mixture, ShapesDataset, TrainingStream, open_dataset
+from promag.data.datasets import ClipDataset, Mixture, SyntheticDataset, TrainingStream, open_dataset
 from promag.data.video import UnreadableVideo, write_video
 from promag.training.config import UserError
 from tests.data.conftest import numbers
@@ -195,18 +195,18 @@ def test_an_unreadable_video_ends_training_and_is_named(clips, tmp_path, workers
 
 
 def test_shapes_have_the_interface_of_clips():
-    dataset = ShapesDataset("train", 4, frames=3, size=32)
+    dataset = SyntheticDataset("train", 4, frames=3, size=32)
     assert (len(dataset), dataset.skipped) == (4, 0)
     items = [dataset.item(np.random.default_rng(seed)) for seed in range(20)]
     assert {item["clip"] for item in items} == {0, 1, 2, 3}
-    pixels, scene = shapes.clip(items[0]["clip"], "train", frames=3, size=32)
+    pixels, scene = synthetic.clip(items[0]["clip"], "train", frames=3, size=32)
     assert torch.equal(items[0]["video"], torch.from_numpy(pixels).permute(3, 0, 1, 2) / 127.5 - 1)
-    expected = {"caption": scene.caption(), "start": 0, "stride": 1, "fps": shapes.FPS}
+    expected = {"caption": scene.caption(), "start": 0, "stride": 1, "fps": synthetic.FPS}
     assert {key: items[0][key] for key in expected} == expected
     again = dataset.fixed(items[0]["clip"])
     assert again.keys() == items[0].keys()
     assert torch.equal(again["video"], items[0]["video"])
-    assert not torch.equal(dataset.fixed(2)["video"], ShapesDataset("eval", 4, frames=3, size=32).fixed(2)["video"])
+    assert not torch.equal(dataset.fixed(2)["video"], SyntheticDataset("eval", 4, frames=3, size=32).fixed(2)["video"])
     assert TrainingStream(dataset, 0, 2, 0, 1).batch(0)["video"].shape == (2, 3, 3, 32, 32)
     with pytest.raises(IndexError, match="legal are 0 to 3"):
         dataset.fixed(4)
@@ -217,7 +217,7 @@ def test_opening_an_index(clips, tmp_path):
     found = open_dataset(tmp_path / "clips.jsonl", "train", frames=6, size=16, count=1, temporal_strides=(1, 2))
     assert isinstance(found, ClipDataset)
     assert (len(found), found.windows.strides) == (2, (1, 2))
-    for source, message in (("videos", "give shapes, or a .jsonl"), (tmp_path / "gone.jsonl", "cannot be read")):
+    for source, message in (("videos", "give synthetic, or a .jsonl"), (tmp_path / "gone.jsonl", "cannot be read")):
         with pytest.raises(UserError, match=message):
             open_dataset(source, "train", frames=5, size=32, count=3)
 
@@ -234,10 +234,10 @@ def test_opening_an_index(clips, tmp_path):
 )
 def test_opening_shapes(change, message):
     options = {"split": "eval", "frames": 5, "size": (32, 48), "count": 3}
-    found = open_dataset("shapes", **options)
+    found = open_dataset("synthetic", **options)
     assert (len(found), found.fixed(0)["video"].shape) == (3, (3, 5, 32, 48))
     with pytest.raises(UserError, match=message):
-        open_dataset("shapes", **{**options, **change})
+        open_dataset("synthetic", **{**options, **change})
 
 
 def test_digests_follow_the_content_and_not_the_place(clips, tmp_path):

@@ -78,9 +78,9 @@ def test_images_stand_in_an_index_where_they_are_asked_for(tmp_path):
     assert (item["video"][0, 0, :, :20].mean().item() + 1) * 127.5 == pytest.approx(200, abs=1)
     (tmp_path / "list.csv").write_text("file,caption\nred_left.png,a red half\n")
     assert list_videos(tmp_path / "list.csv") == [(both[1][0], "a red half")]
-    (tmp_path / "only").mkdir()
+    (tmp_path / "only_stage").mkdir()
     with pytest.raises(UserError, match=r"holds no video \(.*\.webp\)"):
-        list_videos(tmp_path / "only", images=True)
+        list_videos(tmp_path / "only_stage", images=True)
 
 
 def test_a_video_in_memory_is_read_like_its_file(tmp_path):

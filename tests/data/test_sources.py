@@ -5,7 +5,7 @@ import torch
 
 from promag.data.buckets import Bucket
 from promag.data.clip_index import save_clips
-from promag.data.datasets import ShapesDataset, TrainingStream, open_training
+from promag.data.datasets import SyntheticDataset, TrainingStream, open_training
 from promag.data.sources import Source, open_sources
 from promag.data.tar_stream import Sharding
 from promag.data.tar_writer import write_shards
@@ -23,8 +23,8 @@ def index(clips, tmp_path_factory):
 
 
 def test_one_source_draws_as_before():
-    found, plan = open_sources("shapes", [], BUCKETS, **REST)
-    alone, plan_alone = open_training("shapes", BUCKETS, 8, 2, 1, (1,), Sharding(1, 1, "stop"))
+    found, plan = open_sources("synthetic", [], BUCKETS, **REST)
+    alone, plan_alone = open_training("synthetic", BUCKETS, 8, 2, 1, (1,), Sharding(1, 1, "stop"))
     assert plan == plan_alone
     for step in range(5):
         one, other = (TrainingStream(clips, 3, 2, 0, 1).batch(step) for clips in (found, alone))
@@ -32,37 +32,39 @@ def test_one_source_draws_as_before():
 
 
 def test_shares_are_those_of_the_steps(index):
-    found, plan = open_sources(str(index), [Source("shapes", 0.3, (1,))], [BUCKETS[0]], **{**REST, "temporal_strides": (1, 2)})
+    found, plan = open_sources(
+        str(index), [Source("synthetic", 0.3, (1,))], [BUCKETS[0]], **{**REST, "temporal_strides": (1, 2)}
+    )
     names = [line.partition(",")[0] for line in plan.splitlines() if "of the steps" in line]
-    assert names == [str(index), "shapes"]
+    assert names == [str(index), "synthetic"]
     assert "70.0% of the steps" in plan
     assert "30.0% of the steps" in plan
-    drawn = [isinstance(found.choose(0, step)[0], ShapesDataset) for step in range(2000)]
+    drawn = [isinstance(found.choose(0, step)[0], SyntheticDataset) for step in range(2000)]
     assert 0.27 < sum(drawn) / 2000 < 0.33
-    assert drawn[:50] == [isinstance(found.choose(0, step)[0], ShapesDataset) for step in range(50)]
+    assert drawn[:50] == [isinstance(found.choose(0, step)[0], SyntheticDataset) for step in range(50)]
 
 
 def test_buckets_keep_their_proportions_and_batch_sizes():
-    found, _ = open_sources("shapes", [Source("shapes", 0.25, (1,))], BUCKETS, **REST)
+    found, _ = open_sources("synthetic", [Source("synthetic", 0.25, (1,))], BUCKETS, **REST)
     assert found.shares == pytest.approx([0.75 / 3, 0.75 * 2 / 3, 0.25 / 3, 0.25 * 2 / 3])
     assert found.batch_sizes == [None, 1, None, 1]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
 def test_share_that_leaves_nothing(share):
-    with pytest.raises(ValueError, match=f"share {share} of shapes: must be above 0 and below 1"):
-        Source("shapes", share, (1,))
+    with pytest.raises(ValueError, match=f"share {share} of synthetic: must be above 0 and below 1"):
+        Source("synthetic", share, (1,))
 
 
 def test_what_is_refused(index):
-    half = Source("shapes", 0.5, (1,))
+    half = Source("synthetic", 0.5, (1,))
     with pytest.raises(UserError, match=r"shares 0.5, 0.5 of other sources: together they must stay below 1"):
-        open_sources("shapes", [half, half], BUCKETS, **REST)
+        open_sources("synthetic", [half, half], BUCKETS, **REST)
     with pytest.raises(UserError, match=r"temporal_strides \[2\]"):
-        open_sources("shapes", [Source("shapes", 0.5, (2,))], BUCKETS, **REST)
+        open_sources("synthetic", [Source("synthetic", 0.5, (2,))], BUCKETS, **REST)
 
 
 def test_shards_stand_alone(index, tmp_path):
     write_shards(index, tmp_path, 2, progress=False)
     with pytest.raises(UserError, match="name all shards in one pattern"):
-        open_sources(str(tmp_path / "*.tar"), [Source("shapes", 0.5, (1,))], [BUCKETS[0]], **REST)
+        open_sources(str(tmp_path / "*.tar"), [Source("synthetic", 0.5, (1,))], [BUCKETS[0]], **REST)

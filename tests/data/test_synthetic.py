@@ -13,7 +13,7 @@ from promag.data.synthetic import (
     SHAPES,
     Scene,
     clip,
-    is_held_out,
+    is_unseen,
     legal_scenes,
     parse_caption,
     render,
@@ -39,7 +39,7 @@ def test_every_scene_is_listed_once_and_has_a_caption_of_its_own():
 
 def test_clips_are_decided_by_their_arguments():
     digests = {}
-    for split in ("train", "eval", "held_out"):
+    for split in ("train", "eval", "unseen"):
         for seed in range(4):
             (a, scene), (b, again) = clip(seed, split, 9, 32), clip(seed, split, 9, 32)
             assert scene == again
@@ -49,7 +49,7 @@ def test_clips_are_decided_by_their_arguments():
 
 
 def test_held_out_combinations_are_spread_and_each_two_of_their_parts_are_trained_on():
-    held, trained = ([s for s in SINGLE if is_held_out(s) == out] for out in (True, False))
+    held, trained = ([s for s in SINGLE if is_unseen(s) == out] for out in (True, False))
     assert 0.09 < len(held) / len(SINGLE) < 0.11
     for part, legal in (("shape", SHAPES), ("colour", COLOURS), ("motion", MOTIONS[:-1])):
         counts = [sum(getattr(s, part) == value for s in held) for value in legal]
@@ -61,16 +61,16 @@ def test_held_out_combinations_are_spread_and_each_two_of_their_parts_are_traine
 
 def test_splits_keep_to_their_combinations():
     rng = np.random.default_rng(0)
-    assert not any(is_held_out(sample_scene(rng, held_out=False)) for _ in range(300))
-    assert {is_held_out(sample_scene(rng, held_out=None)) for _ in range(100)} == {True, False}
-    for split in ("train", "eval", "held_out"):
-        assert {is_held_out(clip(i, split, 2, 32)[1]) for i in range(30)} == {split == "held_out"}
+    assert not any(is_unseen(sample_scene(rng, unseen=False)) for _ in range(300))
+    assert {is_unseen(sample_scene(rng, unseen=None)) for _ in range(100)} == {True, False}
+    for split in ("train", "eval", "unseen"):
+        assert {is_unseen(clip(i, split, 2, 32)[1]) for i in range(30)} == {split == "unseen"}
 
 
 @given(st.sampled_from([scene for scene in ALL if scene.other]))
 def test_a_crossing_is_held_out_with_either_object(scene):
     swapped = Scene(scene.other[0], scene.other[1], "crosses", (scene.shape, scene.colour))
-    assert is_held_out(scene) == is_held_out(swapped)
+    assert is_unseen(scene) == is_unseen(swapped)
 
 
 def silhouette(frame):
@@ -241,7 +241,7 @@ def test_other_sizes_render_and_read(size):
         (lambda: Scene("disc", "red", "crosses"), "two objects cross"),
         (lambda: Scene("disc", "red", "crosses", ("disc", "red")), "different colours"),
         (lambda: parse_caption("red disc"), "caption 'red disc'"),
-        (lambda: clip(0, "test"), "split 'test': use one of train, eval, held_out"),
+        (lambda: clip(0, "test"), "split 'test': use one of train, eval, unseen"),
         (lambda: clip(-1, "eval"), "seed -1: use 0 or more"),
         (lambda: render(Scene("disc", "red", "grows"), 0, 1), "1 frames of 64x64"),
         (lambda: read_scene(np.zeros((3, 8, 8), np.uint8)), "video of shape"),

@@ -151,7 +151,7 @@ def test_patterns(shards):
     for pattern, message in ((f"{shards}/x*.tar", "no file matches"), (f"{shards}/{{s,sh}}*.tar", "3 shards more than once")):
         with pytest.raises(UserError, match=message):
             find_shards(pattern)
-    assert [is_shards(s) for s in ("a.tar", "x/*.tar.gz", "pipe:cat a.tar | b", "clips.jsonl", "shapes", "a.tarnish")] == [
+    assert [is_shards(s) for s in ("a.tar", "x/*.tar.gz", "pipe:cat a.tar | b", "clips.jsonl", "synthetic", "a.tarnish")] == [
         *(True, True, True),
         *(False, False, False),
     ]

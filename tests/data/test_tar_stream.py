@@ -53,8 +53,8 @@ def folder(index, tmp_path_factory):
     return folder
 
 
-def clips_of(folder, buckets=(VIDEO, IMAGE), lanes=2, shuffle=3, bad="stop", strides=(1, 2)):
-    return ShardedClips(open_shards(folder / "*.tar"), buckets, strides, Sharding(lanes, shuffle, bad))
+def clips_of(folder, buckets=(VIDEO, IMAGE), concurrent_shards=2, shuffle=3, bad="stop", strides=(1, 2)):
+    return ShardedClips(open_shards(folder / "*.tar"), buckets, strides, Sharding(concurrent_shards, shuffle, bad))
 
 
 # -- laws ------------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_shards_by_pipe_are_opened_once_an_epoch(folder, tmp_path):
     pattern = "{" + ",".join(command.replace("{000000..000003}", f"{k:06d}") for k in range(4)) + "}"
     shards = open_shards(pattern)
     (tmp_path / "opened").unlink()  # reading the index runs the same command
-    piped = ShardedClips(shards, [VIDEO], (1, 2), Sharding(lanes=1, shuffle=3, bad="stop"))
+    piped = ShardedClips(shards, [VIDEO], (1, 2), Sharding(concurrent_shards=1, shuffle=3, bad="stop"))
     found = taken(TrainingStream(piped, 7, 2, 0, 1), 10)
     opened = (tmp_path / "opened").read_text().split()
     assert sorted(opened) == ["000000", "000001", "000002", "000003"]
@@ -117,8 +117,8 @@ def test_lanes_that_workers_share_are_named(folder, monkeypatch, caplog):
 
     for workers, named in ((2, False), (3, True)):
         monkeypatch.setattr(sharded_clips, "get_worker_info", lambda n=workers: SimpleNamespace(id=0, num_workers=n))
-        clips_of(folder, lanes=2).items(0, 0, 0, 1, 2, 0)
-        assert ("2 lanes for 3 loader processes" in caplog.text) == named
+        clips_of(folder, concurrent_shards=2).items(0, 0, 0, 1, 2, 0)
+        assert ("2 concurrent_shards for 3 loader processes" in caplog.text) == named
 
 
 def test_it_goes_to_another_process(folder):
@@ -166,7 +166,7 @@ def test_plans(index, folder, caplog):
     assert "no clip is for the buckets 40x16x16" in caplog.text
     batches = [TrainingStream(found, 0, 2, 0, 1).batch(step)["video"].shape for step in range(40)]
     assert set(batches) == {(2, 3, 3, 32, 64), (4, 3, 1, 16, 16)}
-    found, plan = open_training("shapes", [VIDEO, Bucket(5, 32, 32, 4)], 8, 2, 1, (1,), sharding)
+    found, plan = open_training("synthetic", [VIDEO, Bucket(5, 32, 32, 4)], 8, 2, 1, (1,), sharding)
     assert {TrainingStream(found, 0, 2, 0, 1).batch(step)["video"].shape[2] for step in range(9)} == {3, 5}
     assert plan.splitlines()[1:] == ["3x32x64      8      2  66.7%", "5x32x32      8      4  33.3%"]
 
@@ -195,7 +195,7 @@ def test_no_step_can_be_filled(folder):
 
 @pytest.mark.parametrize("values", [(0, 1), (1, 0)])
 def test_sharding_that_cannot_be_meant(values):
-    with pytest.raises(ValueError, match="from 1 up"):
+    with pytest.raises(ValueError, match="at least 1 is needed"):
         Sharding(*values, "stop")
 
 

@@ -48,14 +48,14 @@ def cached(tmp_path_factory) -> list[Cached]:
     return [Cached(b, [write(folder, b, ratio, n) for ratio in (16, 8)], {}) for b, n in CLIPS.items()]
 
 
-def configuration(run: Path, **change) -> DiffusionConfig:
+def configuration(folder: Path, **change) -> DiffusionConfig:
     values = load_yaml("configs/diffusion/tiny.yaml")
     values["data"] |= {"frames": 17, "size": 16, "buckets": [dataclasses.asdict(b) for b in CLIPS]}
     values["model"] |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": [1, 1, 1]}
     values["text"] |= {"width": 16, "layers": 1, "heads": 2}
-    values["loop"] |= {"steps": 8, "batch_size": 2, "warmup": 1}
-    values["pace"] |= {"log_every": 1, "validate_every": 8, "save_every": 4, "workers": 0, "trackers": []}
-    values |= {"output_dir": str(run), "precision": "fp32", "samples": None}
+    values["optimization"] |= {"steps": 8, "batch_size": 2, "warmup": 1}
+    values["run"] |= {"log_every": 1, "validate_every": 8, "save_every": 4, "workers": 0, "trackers": []}
+    values |= {"output_dir": str(folder), "precision": "fp32", "samples": None}
     values |= {"budgets": [{"ratio": 16, "share": 3.0}, {"ratio": 8, "share": 1.0}]}
     values |= {"condition": {"probability": 0.5, "frames": 1}, **change}
     return build(DiffusionConfig, values, "test")
@@ -109,7 +109,7 @@ def test_the_time_shift_follows_the_tokens_of_each_shape():
     transformer = type("Shape", (torch.nn.Module,), {"config": {"patch_size": (1, 2, 2)}})()
     values = type("Values", (), {})()
     values.learning_rate = 1.0
-    for name in ("text", "loop"):
+    for name in ("text", "optimization"):
         setattr(values, name, values)
     values.caption_dropout, values.shift, values.condition = 0.0, 3.0, None
     objective = FlowObjective(transformer, torch.nn.Module(), values)  # pyright: ignore[reportArgumentType]
@@ -122,27 +122,35 @@ def test_training_on_several_shapes_resumes_bit_for_bit_and_tells_the_loss_of_ea
     half = {"log_every": 1, "validate_every": 8, "save_every": 4, "workers": 1, "trackers": [], "stop_after": 4}
     whole = configuration(tmp_path / "whole")
     train_diffusion(whole, cached, cached)
-    parts = configuration(tmp_path / "parts", pace={**load_yaml("configs/diffusion/tiny.yaml")["pace"], **half})
+    parts = configuration(tmp_path / "parts", run={**load_yaml("configs/diffusion/tiny.yaml")["run"], **half})
     for _ in range(2):
         train_diffusion(parts, cached, cached)
     ends = [load_checkpoint(checkpoints(tmp_path / name / "16x-8x")[-1])[0] for name in ("whole", "parts")]
     for group, tensors in ends[0].items():
         assert all(torch.equal(value, ends[1][group][name]) for name, value in tensors.items()), group
     lines = [json.loads(line) for line in (tmp_path / "whole" / "16x-8x" / "metrics.jsonl").read_text().splitlines()]
-    (losses,) = ({k: v for k, v in line.items() if k.startswith("held_out")} for line in lines if "held_out_loss" in line)
-    shapes = {f"held_out_loss_{bucket}": count for bucket, count in CLIPS.items()}
-    ratios = [losses[f"held_out_loss_{ratio}x"] for ratio in (16, 8)]
-    assert losses.keys() == {"held_out_loss", "held_out_loss_16x", "held_out_loss_8x", "held_out_loss_first_given", *shapes}
-    assert losses["held_out_loss"] == pytest.approx(np.mean(ratios))
+    (losses,) = (
+        {k: v for k, v in line.items() if k.startswith("validation_loss")} for line in lines if "validation_loss" in line
+    )
+    shapes = {f"validation_loss_{bucket}": count for bucket, count in CLIPS.items()}
+    ratios = [losses[f"validation_loss_{ratio}x"] for ratio in (16, 8)]
+    assert losses.keys() == {
+        "validation_loss",
+        "validation_loss_16x",
+        "validation_loss_8x",
+        "validation_loss_first_given",
+        *shapes,
+    }
+    assert losses["validation_loss"] == pytest.approx(np.mean(ratios))
     by_clip = sum(losses[name] * count for name, count in shapes.items()) / sum(shapes.values())
-    assert losses["held_out_loss"] == pytest.approx(by_clip)
+    assert losses["validation_loss"] == pytest.approx(by_clip)
 
 
 @pytest.mark.parametrize(
     ("buckets", "message"),
     [
-        ([(17, 16, 32, None)], "buckets 17x16x32: each shape once, 17x16x16"),
-        ([(17, 16, 16, None), (17, 16, 16, 2)], "each shape once"),
+        ([(17, 16, 32, None)], "buckets 17x16x32: each once, 17x16x16"),
+        ([(17, 16, 16, None), (17, 16, 16, 2)], "each once"),
         ([(17, 16, 16, None), (12, 16, 16, None)], "12 frames: 16x needs"),
         ([(17, 16, 16, None), (33, 16, 20, None)], "20"),
     ],

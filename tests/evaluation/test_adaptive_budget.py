@@ -62,9 +62,9 @@ def test_segments_are_coded_alone_and_compared_on_their_own_frames(tokenizer, cl
 
 
 def test_figures_count_the_first_frame_of_every_segment(tokenizer):
-    from promag.data.datasets import ShapesDataset
+    from promag.data.datasets import SyntheticDataset
 
-    clips = ShapesDataset("eval", 1, 33, 32)
+    clips = SyntheticDataset("eval", 1, 33, 32)
     budgets = own_budgets(tokenizer)
     reconstruction = {b.name: {"per_clip": [{"psnr": 20.0}]} for b in budgets}
     found = adaptive_figures(budgets, reconstruction, clips, (33, 32, 32), 17, 0.0)

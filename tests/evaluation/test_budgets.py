@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from promag.data.datasets import ShapesDataset
+from promag.data.datasets import SyntheticDataset
 from promag.evaluation.baselines import build_peer
 from promag.evaluation.budgets import (
     ORIGINAL,
@@ -32,7 +32,7 @@ def test_a_length_that_a_budget_does_not_take_is_filled_up():
 
 
 def test_figures_are_those_of_the_evaluation_to_the_last_digit(tokenizer, tmp_path):
-    clips = ShapesDataset("eval", 3, 17, 32)
+    clips = SyntheticDataset("eval", 3, 17, 32)
     found, facts = compare_reconstructions(own_budgets(tokenizer), clips, tmp_path)
     for ratio in (4, 16):
         videos = (clips.fixed(i)["video"][None] for i in range(3))
@@ -43,7 +43,7 @@ def test_figures_are_those_of_the_evaluation_to_the_last_digit(tokenizer, tmp_pa
 
 
 def test_kept_videos_and_frames_are_those_that_were_measured(tokenizer, tmp_path):
-    clips = ShapesDataset("eval", 2, 17, 32)
+    clips = SyntheticDataset("eval", 2, 17, 32)
     found, facts = compare_reconstructions(own_budgets(tokenizer), clips, tmp_path)
     video = clips.fixed(1)["video"][None]
     assert np.array_equal(np.load(facts[1].videos[ORIGINAL]), to_uint8(video)[0].numpy())
@@ -57,7 +57,7 @@ def test_kept_videos_and_frames_are_those_that_were_measured(tokenizer, tmp_path
 def test_a_peer_is_compared_on_the_same_frames_though_it_codes_more(tmp_path):
     torch.manual_seed(0)
     peer = Budget("wan", build_peer("AutoencoderKLWan", WAN).eval(), 4, 8, 4, False)
-    clips = ShapesDataset("eval", 2, 15, 32)  # coded as 17
+    clips = SyntheticDataset("eval", 2, 15, 32)  # coded as 17
     found, facts = compare_reconstructions([peer], clips, tmp_path)
     assert len(found["wan"]["psnr_per_frame"]) == 15
     assert np.load(facts[0].videos["wan"]).shape == (15, 32, 32, 3)

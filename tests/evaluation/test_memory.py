@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from promag.diffusion.config import DiffusionConfig, Model
+from promag.diffusion.config import DiffusionConfig, TransformerConfig
 from promag.diffusion.train import hidden_matrices
 from promag.evaluation.cost import TransformerAlone, random_loss
 from promag.evaluation.memory import (
@@ -19,7 +19,7 @@ from promag.evaluation.memory import (
 from promag.training.config import build, load_yaml
 from promag.training.optimizers import make_optimizers
 
-SHAPE = Model((1, 2, 2), 3, 2, 8, True)
+SHAPE = TransformerConfig((1, 2, 2), 3, 2, 8, True)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def config() -> DiffusionConfig:
 @pytest.mark.parametrize("muon", [None, 0.02])
 def test_what_stays_is_what_a_step_leaves(config, muon):
     transformer = transformer_alone(SHAPE, [16], 16)
-    optimizers = make_optimizers(TransformerAlone(transformer), replace(config.loop, muon=muon))
+    optimizers = make_optimizers(TransformerAlone(transformer), replace(config.optimization, muon_learning_rate=muon))
     random_loss(transformer, 17, 32, 32, 16, 2, [5])().backward()
     gradients = [p.grad.nbytes for p in transformer.parameters() if p.grad is not None]
     for optimizer in optimizers:

@@ -3,8 +3,8 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from promag.data.datasets import ShapesDataset
-from promag.data.synthetic import is_held_out, parse_caption, render
+from promag.data.datasets import SyntheticDataset
+from promag.data.synthetic import is_unseen, parse_caption, render
 from promag.evaluation.prompt_accuracy import accuracies, accuracies_of_reconstructions, accuracy_figures, scenes_to_score
 
 
@@ -32,12 +32,12 @@ def test_right_videos_are_counted_by_the_motion_asked_for():
 def test_scenes_are_decided_by_the_seed_and_the_split():
     assert scenes_to_score(5, 0) == scenes_to_score(8, 0)[:5]
     assert scenes_to_score(8, 0) != scenes_to_score(8, 1)
-    assert not any(is_held_out(scene) for scene in scenes_to_score(50, 0))
-    assert all(is_held_out(scene) for scene in scenes_to_score(50, 0, held_out=True))
+    assert not any(is_unseen(scene) for scene in scenes_to_score(50, 0))
+    assert all(is_unseen(scene) for scene in scenes_to_score(50, 0, unseen=True))
 
 
 def test_the_ceiling_is_what_is_read_in_reconstructions():
-    items = [ShapesDataset("eval", 12, frames=17, size=64).fixed(i) for i in range(12)]
+    items = [SyntheticDataset("eval", 12, frames=17, size=64).fixed(i) for i in range(12)]
 
     class Exact(torch.nn.Module):  # a tokenizer that loses nothing but, from 16x on, the motion
         device = torch.device("cpu")

@@ -20,12 +20,19 @@ def config(tmp_path) -> DiffusionConfig:
     make_tokenizer(settle=0.05).save_pretrained(tmp_path / "tokenizer")
     values = load_yaml("configs/diffusion/tiny.yaml")
     buckets = [dict(zip(("frames", "height", "width", "batch_size"), b, strict=True)) for b in BUCKETS]
-    values["data"] |= {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "buckets": buckets, "shard_size": 2}
+    values["data"] |= {
+        "synthetic_clips": 3,
+        "validation_clips": 2,
+        "frames": 17,
+        "size": 32,
+        "buckets": buckets,
+        "shard_size": 2,
+    }
     values["data"] |= {"cache": str(tmp_path / "latents")}
     values["model"] |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
     values["text"] |= {"encoders": [encoder(tmp_path / "t5"), encoder("small")], "width": 16, "layers": 1, "heads": 2}
-    values["loop"] |= {"steps": 3, "batch_size": 1, "warmup": 1}
-    values["pace"] |= {"log_every": 1, "validate_every": 3, "save_every": 3, "workers": 0, "trackers": []}
+    values["optimization"] |= {"steps": 3, "batch_size": 1, "warmup": 1}
+    values["run"] |= {"log_every": 1, "validate_every": 3, "save_every": 3, "workers": 0, "trackers": []}
     values["samples"] |= {"prompts": ["a red disc"], "every": 3, "steps": 1}
     values |= {"output_dir": str(tmp_path / "run"), "tokenizer": str(tmp_path / "tokenizer"), "precision": "fp32"}
     return build(DiffusionConfig, values, "test")

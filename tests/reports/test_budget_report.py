@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from promag.data.datasets import ShapesDataset
+from promag.data.datasets import SyntheticDataset
 from promag.data.video import read_frames
 from promag.evaluation.adaptive_budget import adaptive_figures
 from promag.evaluation.budgets import ORIGINAL, compare_reconstructions, own_budgets
@@ -28,7 +28,7 @@ def report(tmp_path_factory):
     tokenizer.start_from_means()
     tokenizer.grow()
     tokenizer.grow()
-    clips = ShapesDataset("eval", 3, FRAMES, SIZE)
+    clips = SyntheticDataset("eval", 3, FRAMES, SIZE)
     budgets = own_budgets(tokenizer)
     found, facts = compare_reconstructions(budgets, clips, tmp_path_factory.mktemp("videos"))
     figures = {b.name: {**b.facts(FRAMES, SIZE, SIZE), "reconstruction": found[b.name]} for b in budgets}

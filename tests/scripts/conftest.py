@@ -38,7 +38,7 @@ SMALLEST = overrides(
         "precision": "fp32",
         "size": 32,
         "frames": 17,
-        "shapes": 4,
+        "synthetic_clips": 4,
         "evaluation_clips": 2,
         "prompts": 2,
         "scored": 3,
@@ -50,11 +50,11 @@ SMALLEST = overrides(
         "condition": {"probability": 0.5},
         "diffusion": LOOP,
         "stages": {
-            "0": {"frames": 5, "loop": LOOP},
-            "1": {"frames": 9, "latent_steps": 1, "loop": LOOP},
-            "2": {"frames": 17, "latent_steps": 1, "loop": LOOP},
+            "0": {"frames": 5, "optimization": LOOP},
+            "1": {"frames": 9, "latent_pretrain_steps": 1, "optimization": LOOP},
+            "2": {"frames": 17, "latent_pretrain_steps": 1, "optimization": LOOP},
         },
-        "pace": {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0},
+        "run": {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0},
     }
 )
 DEMO = ["--config", "configs/demo.yaml", *SMALLEST]

@@ -85,5 +85,5 @@ def main(arguments: Sequence[str]) -> None:
     """Write what this process finds into the folder given."""
     state = processes()
     found = {"float32": spread_transformer(state.device, False), "bf16": spread_transformer(state.device, True)}
-    found["muon"] = muon(state.device)
+    found["muon_learning_rate"] = muon(state.device)
     (Path(arguments[0]) / f"spread-{state.process_index}.json").write_text(json.dumps(found))

@@ -28,7 +28,11 @@ def smallest(tmp_path):
     values = preset("tokenizer/tiny")
     values["model"] |= TINY_MODEL
     for i, stage in enumerate(values["stages"]):
-        stage |= {"frames": 1 + 4 * 2**i, "latent_steps": 500 if i else 0, "loop": {**stage["loop"], **LOOP}}
+        stage |= {
+            "frames": 1 + 4 * 2**i,
+            "latent_pretrain_steps": 500 if i else 0,
+            "optimization": {**stage["optimization"], **LOOP},
+        }
     path = tmp_path / "tokenizer" / "smallest.yaml"
     path.parent.mkdir()
     path.write_text(yaml.safe_dump(values))

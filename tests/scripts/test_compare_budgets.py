@@ -19,7 +19,7 @@ def peer(tmp_path_factory):
 
 def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, tmp_path, capsys):
     tokenizer = next(demo_run.glob("**/vae")).parent
-    clips = ["--videos", "shapes", "--count", "3", "--frames", "17", "--size", "32"]
+    clips = ["--videos", "synthetic", "--count", "3", "--frames", "17", "--size", "32"]
     little = ["--batch", "1", "--steps", "1", "--rounds", "1", "--curve-seconds", "0", "--prompts", "2"]
     smallest = ["--model.num_layers", "1", "--model.num_attention_heads", "2", "--model.attention_head_dim", "8"]
     pipeline = demo_run / "video-16x" / "pipeline"
@@ -70,4 +70,4 @@ def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, t
 def test_mistakes_are_named(demo_run, tmp_path, change, said):
     tokenizer = next(demo_run.glob("**/vae")).parent
     with pytest.raises(ValueError, match=said.replace("+", r"\+")):
-        main(["--tokenizer", str(tokenizer), "--videos", "shapes", "--out", str(tmp_path), *change])
+        main(["--tokenizer", str(tokenizer), "--videos", "synthetic", "--out", str(tmp_path), *change])

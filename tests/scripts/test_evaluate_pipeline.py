@@ -21,8 +21,8 @@ def run(tmp_path_factory):
     make_pipeline(height=32, width=32).save_pretrained(place / "pipeline")
     stage = place / "4x-16x"
     stage.mkdir()
-    lines = [{"step": 5, "held_out_loss": 0.9, "train_seconds": 2.5}, {"step": 10, "loss": 1.0}]
-    lines += [{"step": 10, "held_out_loss": 0.5, "held_out_loss_4x": 0.4, "held_out_loss_16x": 0.6, "train_seconds": 5.0}]
+    lines = [{"step": 5, "validation_loss": 0.9, "train_seconds": 2.5}, {"step": 10, "loss": 1.0}]
+    lines += [{"step": 10, "validation_loss": 0.5, "validation_loss_4x": 0.4, "validation_loss_16x": 0.6, "train_seconds": 5.0}]
     (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return place
 
@@ -38,12 +38,12 @@ def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
     motions, said = [line for line in said if line[:2] == "  "], [line for line in said if line[:2] != "  "]
     kinds = (", trained combinations", ", held-out combinations", ", reconstructions of as many unseen clips", "")
     assert [line.split(":")[0] for line in said] == [f"mine {ratio}x{kind}" for ratio in (4, 16) for kind in kinds]
-    assert said[3] == "mine 4x: steps 10, seconds 5, held_out_loss 0.4"
+    assert said[3] == "mine 4x: steps 10, seconds 5, validation_loss 0.4"
     found = lines(record)
     most = [line for line in found if line["what"] == "prompt accuracy of reconstructions"]
     assert [(line["ratio"], line["clips"], line["accuracy"].keys()) for line in most] == [(r, 3, {*PARTS}) for r in (4, 16)]
     found = [line for line in found if line not in most]
-    assert [(line["ratio"], line["held_out"]) for line in found] == [(4, False), (4, True), (16, False), (16, True)]
+    assert [(line["ratio"], line["unseen"]) for line in found] == [(4, False), (4, True), (16, False), (16, True)]
     for line in found:
         assert (line["prompts"], line["steps"], line["guidance"], line["note"]) == (3, 2, 4.0, "random")
         assert set(line["accuracy"]) == set(PARTS)
@@ -52,7 +52,7 @@ def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
         told = ", ".join(f"{motion} {right} of {clips}" for motion, (right, clips) in line["right_by_motion"].items())
         assert motions.pop(0) == f"  all right by motion: {told}"
         assert line["sampling_seconds"] > 0
-        assert line["training"] == {"steps": 10, "seconds": 5.0, "held_out_loss": 0.4 if line["ratio"] == 4 else 0.6}
+        assert line["training"] == {"steps": 10, "seconds": 5.0, "validation_loss": 0.4 if line["ratio"] == 4 else 0.6}
 
 
 def test_a_pipeline_without_its_run_is_scored_too(run, tmp_path, capsys):

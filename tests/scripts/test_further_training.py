@@ -9,7 +9,7 @@ from promag import ProMAGPipeline
 from promag.scripts import train_diffusion
 from promag.training.config import UserError
 from tests.scripts.conftest import LOOP, overrides
-from tests.scripts.test_scripts import PACE, diffusion_arguments, encoder
+from tests.scripts.test_scripts import RUN, diffusion_arguments, encoder
 
 RANK, TARGETS = 2, ["to_q", "to_v", "ff.net.2"]
 # The demo's clips and settings, so that its latents' statistics are known to its pipeline.
@@ -21,10 +21,10 @@ def base(demo_run):
     return demo_run / "video-16x" / "pipeline"
 
 
-def arguments(demo_run, run, base, lora, **change):
-    loop = {**LOOP, "steps": 3, "muon": None, "learning_rate": 1.0}
-    change = {"init": str(base), "model": None, "lora": lora, "loop": loop, "text": TEXT, **change}
-    return diffusion_arguments(run, demo_run / "tokenizer-run" / "tokenizer", **change)
+def arguments(demo_run, folder, base, lora, **change):
+    loop = {**LOOP, "steps": 3, "muon_learning_rate": None, "learning_rate": 1.0}
+    change = {"init": str(base), "model": None, "lora": lora, "optimization": loop, "text": TEXT, **change}
+    return diffusion_arguments(folder, demo_run / "tokenizer-run" / "tokenizer", **change)
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +104,14 @@ def test_saved_adapters_give_what_was_trained(lora, base, demo_run):
 def test_interrupted_adapters_are_bit_for_bit_the_same(lora, base, demo_run, tmp_path):
     settings = {"rank": RANK, "alpha": 4, "targets": TARGETS}
     for _ in range(2):
-        train_diffusion.main(arguments(demo_run, tmp_path, base, settings, pace={**PACE, "stop_after": 2}))
+        train_diffusion.main(arguments(demo_run, tmp_path, base, settings, run={**RUN, "stop_after": 2}))
     whole, parts = (load_file(run / "lora" / "pytorch_lora_weights.safetensors") for run in (lora, tmp_path))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_all_weights_are_trained_further_from_where_they_were(demo_run, base, tmp_path, capsys):
-    tiny = {**LOOP, "muon": None, "learning_rate": 1e-9}
-    train_diffusion.main(arguments(demo_run, tmp_path, base, None, loop=tiny, condition={"probability": 0.5}))
+    tiny = {**LOOP, "muon_learning_rate": None, "learning_rate": 1e-9}
+    train_diffusion.main(arguments(demo_run, tmp_path, base, None, optimization=tiny, condition={"probability": 0.5}))
     assert f"pipeline: {tmp_path / 'pipeline'}" in capsys.readouterr().out
     before, after = load(base), load(tmp_path / "pipeline")
     assert after.transformer.config["latents_mean"] == before.transformer.config["latents_mean"]

@@ -17,14 +17,21 @@ from tests.scripts.conftest import TINY_MODEL, load_yaml, overrides
 
 LOOP = {
     "steps": 2, "batch_size": 1, "accumulate": 1, "learning_rate": 1e-3, "warmup": 1, "schedule": "cosine",
-    "weight_decay": 0, "clip_norm": 1, "ema_decay": 0.9, "max_skipped": 0, "muon": None,
+    "weight_decay": 0, "clip_norm": 1, "ema_decay": 0.9, "max_skipped": 0, "muon_learning_rate": None,
 }  # fmt: skip
 MODEL = {**TINY_MODEL, "linear_shortcuts": True}
 
 
 def stage(ratio, mixing="attention", **change):
     growth = None if mixing is None else {"mixing": mixing, "birth": mixing != "none", "decoder": "frozen", "heads": 2}
-    common = {"trains": "new", "inherited_rate": 1.0, "latent_steps": 0, "squared_weight": 1, "kl_weight": 1e-6, "loop": LOOP}
+    common = {
+        "trainable": "new",
+        "inherited_lr_scale": 1.0,
+        "latent_pretrain_steps": 0,
+        "mse_weight": 1,
+        "kl_weight": 1e-6,
+        "optimization": LOOP,
+    }
     common |= {"perceptual": None, "adversarial": None}
     return {"ratio": ratio, "frames": 1 + ratio, "buckets": None, "growth": growth, **common, **change}
 
@@ -36,8 +43,8 @@ def arm(name, stages, base=None, model=None, peer=None, seeds=(0,)):
 WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
 ARMS = [
     arm("base", [stage(4, None)], model=MODEL, seeds=(0, 1)),
-    arm("progressive", [stage(8, latent_steps=1), stage(16)], base="base"),
-    arm("warm", [stage(16, "none", trains="all", loop={**LOOP, "steps": 4})], base="base"),
+    arm("progressive", [stage(8, latent_pretrain_steps=1), stage(16)], base="base"),
+    arm("warm", [stage(16, "none", trainable="all", optimization={**LOOP, "steps": 4})], base="base"),
     arm("plain", [stage(4, None)], model={**MODEL, "linear_shortcuts": False}),
     arm("peer", [stage(4, None)], peer={"name": "AutoencoderKLWan", "config": WAN}),
 ]
@@ -49,19 +56,19 @@ def config(tmp_path_factory):
     values = {
         "output_dir": str(folder / "runs"),
         "record": str(folder / "claim.jsonl"),
-        "only": None,
+        "only_variants": None,
         "precision": "fp32",
         "gradient_checkpointing": False,
         "compile": False,
         "frames": 17,
         "data": {
-            "train": "shapes", "also": None, "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1],
-            "in_memory": False, "validation_clips": 3,
-            "sharding": {"lanes": 1, "shuffle": 1, "bad": "stop"},
+            "train": "synthetic", "extra_sources": None, "validation": "synthetic", "synthetic_clips": 4, "size": 32,
+            "temporal_strides": [1], "in_memory": False, "validation_clips": 3,
+            "sharding": {"concurrent_shards": 1, "shuffle": 1, "bad": "stop"},
         },
-        "pace": {
+        "run": {
             "log_every": 1, "validate_every": 2, "save_every": 50, "keep_last": 1, "keep_every": None, "workers": 0,
-            "parallel": "ddp", "stop_after": None, "trackers": ["tensorboard"], "peak_tflops": None,
+            "distributed": "ddp", "stop_after": None, "trackers": ["tensorboard"], "peak_tflops": None,
         },
         "arms": ARMS,
     }  # fmt: skip
@@ -123,7 +130,7 @@ def test_growth_leaves_the_base_as_it_was_and_a_warm_start_does_not(lines, confi
 
 def test_a_second_call_trains_and_records_nothing_and_prints_the_table(lines, config, capsys):
     before = (config.parent / "claim.jsonl").read_text()
-    assert claim.main(["--config", str(config), "--only", "[warm]"]) == 0
+    assert claim.main(["--config", str(config), "--only_variants", "[warm]"]) == 0
     assert (config.parent / "claim.jsonl").read_text() == before
     said = capsys.readouterr().out
     assert "4x: already trained" in said
@@ -158,8 +165,8 @@ def test_the_report_draws_what_was_recorded(lines, config, tmp_path, capsys):
 
 
 def test_mistakes_are_named(config):
-    with pytest.raises(UserError, match="only nothing: the arms are base, progressive"):
-        claim.main(["--config", str(config), "--only", "[nothing]"])
+    with pytest.raises(UserError, match="only_variants nothing: the arms are base, progressive"):
+        claim.main(["--config", str(config), "--only_variants", "[nothing]"])
     with pytest.raises(UserError, match="base progressive must be an earlier arm with seeds"):
         claim.main(["--config", str(config), *overrides({"arms": {"2": {"base": "progressive", "seeds": [3]}}})])
     with pytest.raises(UserError, match="exactly one of base, model and peer"):
@@ -178,7 +185,7 @@ def test_every_way_to_16x_takes_the_same_steps(name):
     for name in arms:
         chain = [stage for part in claim._lineage(arms, name) for stage in arms[part].stages]
         if chain[-1].ratio == 16:
-            totals[name] = sum(stage.loop.steps for stage in chain)
+            totals[name] = sum(stage.optimization.steps for stage in chain)
     assert {"progressive", "direct", "direct_plain", "warm"} <= totals.keys()
     assert len(set(totals.values())) == 1
 

@@ -36,7 +36,7 @@ def test_it_holds_the_tokenizer_and_its_card_has_its_own_figures(demo_run, token
     alone = shutil.copytree(out, tokenizer.parent.with_name("alone"))  # without the tokenizer beside it
     assert load_pipeline(alone)("a red disc", num_inference_steps=1).frames.shape == (1, 17, 32, 32, 3)
     lines = [json.loads(line) for line in record.read_text().splitlines()]
-    assert [line.get("held_out") for line in lines] == [False, True, None]
+    assert [line.get("unseen") for line in lines] == [False, True, None]
     assert not [file for file in out.rglob("*.json") if str(source.parent) in file.read_text()]
     card = (out / "README.md").read_text()
     for line, kind in zip(lines, ("trained", "held out", "what the tokenizer makes of unseen clips"), strict=True):
@@ -63,7 +63,7 @@ def test_publishing_again_leaves_the_tokenizer_beside_it_alone(demo_run, tokeniz
 
 
 def test_the_batch_is_that_of_all_processes(tmp_path):
-    (tmp_path / "config.yaml").write_text("loop: {batch_size: 4, accumulate: 3}\n")
+    (tmp_path / "config.yaml").write_text("optimization: {batch_size: 4, accumulate: 3}\n")
     assert publish.samples_a_step(tmp_path) == 12
     for step, batch in (("step-00000002", 12), ("step-00000010", 24)):
         (tmp_path / "16x" / step).mkdir(parents=True)

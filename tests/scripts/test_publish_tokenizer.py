@@ -20,7 +20,7 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
     )
     credits.write_text("Thanks to all.")
     tokenizer = demo_run / "tokenizer-run" / "tokenizer"
-    arguments = [str(tokenizer), "--out", str(out), "--videos", "shapes", "--frames", "17", "--size", "32"]
+    arguments = [str(tokenizer), "--out", str(out), "--videos", "synthetic", "--frames", "17", "--size", "32"]
     publish.main(["tokenizer", *arguments, "--sources", str(table), "--credits", str(credits), "--record", str(record)])
     weights, trained = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (out, tokenizer))
     assert weights.keys() == trained.keys()
@@ -46,12 +46,12 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
 def test_the_recipe_tells_what_else_was_trained_on(demo_run, tmp_path):
     run = demo_run / "tokenizer-run"
     config = load_yaml(run / "config.yaml")
-    config["data"]["also"] = [{"train": "shapes", "share": 0.4, "temporal_strides": [1]}]
+    config["data"]["extra_sources"] = [{"train": "synthetic", "share": 0.4, "temporal_strides": [1]}]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "8x").mkdir()
     (tmp_path / "8x" / "done.json").write_text((run / "8x" / "done.json").read_text())
     (stage,) = publish.list_stages(tmp_path)
-    assert stage["also"] == {"shapes": 0.4}
+    assert stage["extra_sources"] == {"synthetic": 0.4}
     (row,) = _stages([stage])
     assert row[2] == "9 frames, 32x32; 40% of the steps generated clips"
     assert row[-1] == "not written down"

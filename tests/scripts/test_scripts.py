@@ -26,27 +26,42 @@ from promag.scripts.benchmarks import transformer as benchmark
 from promag.training.config import UserError
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
 
-PACE = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
+RUN = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
 
 
-def tokenizer_arguments(run, **data):
-    data = {"train": "shapes", "also": None, "validation": "shapes", "shapes": 4, "size": 32, "temporal_strides": [1], **data}
-    stages = {str(i): {"frames": 1 + 4 * 2**i, "latent_steps": 0, "loop": LOOP} for i in range(3)}
-    values = {"output_dir": str(run), "precision": "fp32", "model": TINY_MODEL, "data": data, "stages": stages, "pace": PACE}
+def tokenizer_arguments(folder, **data):
+    data = {
+        "train": "synthetic",
+        "extra_sources": None,
+        "validation": "synthetic",
+        "synthetic_clips": 4,
+        "size": 32,
+        "temporal_strides": [1],
+        **data,
+    }
+    stages = {str(i): {"frames": 1 + 4 * 2**i, "latent_pretrain_steps": 0, "optimization": LOOP} for i in range(3)}
+    values = {"output_dir": str(folder), "precision": "fp32", "model": TINY_MODEL, "data": data, "stages": stages, "run": RUN}
     return ["--config", "configs/tokenizer/tiny.yaml", *overrides(values)]
 
 
-def diffusion_arguments(run, tokenizer, **change):
+def diffusion_arguments(folder, tokenizer, **change):
     values = {
-        "output_dir": str(run),
+        "output_dir": str(folder),
         "tokenizer": str(tokenizer),
         "precision": "fp32",
         "text": {"width": 16, "layers": 1, "heads": 2},
         "model": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
-        "data": {"shapes": 3, "validation_clips": 2, "frames": 17, "size": 32, "cache": str(run / "latents"), "shard_size": 1},
-        "loop": LOOP,
+        "data": {
+            "synthetic_clips": 3,
+            "validation_clips": 2,
+            "frames": 17,
+            "size": 32,
+            "cache": str(folder / "latents"),
+            "shard_size": 1,
+        },
+        "optimization": LOOP,
         "samples": None,
-        "pace": PACE,
+        "run": RUN,
         **change,
     }
     return ["--config", "configs/diffusion/tiny.yaml", *overrides(values)]
@@ -86,7 +101,7 @@ def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
 
 
 def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
-    arguments = [str(demo_run / "tokenizer-run" / "tokenizer"), "--videos", "shapes", "--count", "2", "--frames", "17"]
+    arguments = [str(demo_run / "tokenizer-run" / "tokenizer"), "--videos", "synthetic", "--count", "2", "--frames", "17"]
     out, record = tmp_path / "out.json", tmp_path / "results.jsonl"
     evaluate_tokenizer.main([*arguments, "--size", "32", "--precision", "fp32", "--json", str(out), "--record", str(record)])
     found = json.loads(out.read_text())["ratios"]
@@ -101,7 +116,7 @@ def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
 
 def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, capsys):
     tokenizer, out = demo_run / "tokenizer-run" / "tokenizer", tmp_path / "sheet.png"
-    arguments = [str(tokenizer), "--videos", "shapes", "--count", "8", "--frames", "17", "--size", "32"]
+    arguments = [str(tokenizer), "--videos", "synthetic", "--count", "8", "--frames", "17", "--size", "32"]
     arguments += ["--contact-sheet", str(out)]
     evaluate_tokenizer.main([*arguments, "--also", f"again={tokenizer}:16"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("dB")]
@@ -216,7 +231,7 @@ def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
     assert list(config["latents_mean"]) == ["8"]
     lines = [json.loads(x) for x in (tmp_path / "8x" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == [1, 2]
-    assert [r["step"] for r in lines if "held_out_loss" in r] == [2]
+    assert [r["step"] for r in lines if "validation_loss" in r] == [2]
 
 
 def test_samples_while_training_are_videos_in_tensorboard(demo_run, tmp_path):
@@ -228,7 +243,9 @@ def test_samples_while_training_are_videos_in_tensorboard(demo_run, tmp_path):
     prompts = ["a red disc", "a blue plus moves up"]
     samples = {"prompts": prompts, "every": 2, "steps": 2, "guidance": 2.0}
     loop = {**LOOP, "steps": 4, "learning_rate": 0.01}
-    train_diffusion.main(diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", samples=samples, loop=loop))
+    train_diffusion.main(
+        diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", samples=samples, optimization=loop)
+    )
     found = shown_videos(tmp_path)
     assert sorted(found) == [f"16x/{i} {prompt}" for i, prompt in enumerate(prompts)]
     pipe = ProMAGPipeline.from_pretrained(tmp_path / "pipeline")
@@ -247,11 +264,11 @@ def test_one_model_is_trained_at_several_budgets_and_samples_at_each(demo_run, t
 
     tokenizer, loop = demo_run / "tokenizer-run" / "tokenizer", {**LOOP, "steps": 6}
     budgets = [{"ratio": ratio, "share": share} for ratio, share in ((16, 2), (4, 1), (8, 1))]
-    train_diffusion.main(diffusion_arguments(tmp_path, tokenizer, loop=loop, budgets=budgets))
+    train_diffusion.main(diffusion_arguments(tmp_path, tokenizer, optimization=loop, budgets=budgets))
     lines = [json.loads(x) for x in (tmp_path / "16x-4x-8x" / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "held_out_loss" in line][-1]
-    apart = [last[f"held_out_loss_{ratio}x"] for ratio in (4, 8, 16)]
-    assert last["held_out_loss"] == pytest.approx(sum(apart) / 3)
+    last = [line for line in lines if "validation_loss" in line][-1]
+    apart = [last[f"validation_loss_{ratio}x"] for ratio in (4, 8, 16)]
+    assert last["validation_loss"] == pytest.approx(sum(apart) / 3)
     tokens = {round(line["tokens_per_second"] / line["samples_per_second"]) for line in lines if "loss" in line}
     assert tokens <= {2 * 4, 3 * 4, 5 * 4}
     assert len(tokens) > 1
@@ -313,9 +330,11 @@ def test_three_text_encoders_at_once(demo_run, tmp_path):
 def test_interrupted_diffusion_is_bit_for_bit_the_same(demo_run, tmp_path):
 
     tokenizer, loop = demo_run / "tokenizer-run" / "tokenizer", {**LOOP, "steps": 4}
-    train_diffusion.main(diffusion_arguments(tmp_path / "whole", tokenizer, loop=loop))
+    train_diffusion.main(diffusion_arguments(tmp_path / "whole", tokenizer, optimization=loop))
     for _ in range(2):
-        train_diffusion.main(diffusion_arguments(tmp_path / "parts", tokenizer, loop=loop, pace={**PACE, "stop_after": 2}))
+        train_diffusion.main(
+            diffusion_arguments(tmp_path / "parts", tokenizer, optimization=loop, run={**RUN, "stop_after": 2})
+        )
     for part in ("transformer/diffusion_pytorch_model", "text_encoder/model"):
         a, b = (load_file(tmp_path / run / "pipeline" / f"{part}.safetensors") for run in ("whole", "parts"))
         assert all((a[k] == b[k]).all() for k in a)
@@ -416,7 +435,7 @@ def test_a_cache_of_another_tokenizer_is_refused(demo_run, tmp_path):
     [
         ("train_tokenizer", ["--config", "none.yaml"], "config none.yaml: No such file or directory"),
         ("sample", ["nowhere", "--prompt", "a", "--out", "a.mp4"], "pipeline nowhere: no model_index.json there"),
-        ("evaluate_tokenizer", ["nowhere", "--videos", "shapes"], "tokenizer nowhere: no config.json there"),
+        ("evaluate_tokenizer", ["nowhere", "--videos", "synthetic"], "tokenizer nowhere: no config.json there"),
         ("prepare_clips", ["nowhere", "--out", "clips.jsonl"], "nowhere: no such file or folder"),
     ],
 )
@@ -433,4 +452,4 @@ def test_sample_and_evaluate_name_illegal_sizes(demo_run, tmp_path):
     with pytest.raises(UserError, match=r"20 frames: 16x needs 1 \+ 16k"):
         sample.main([pipeline, "--prompt", "a", "--num-frames", "20", "--out", str(tmp_path / "v.mp4")])
     with pytest.raises(UserError, match="60 frames: 16x needs"):
-        evaluate_tokenizer.main([pipeline, "--videos", "shapes", "--frames", "60"])
+        evaluate_tokenizer.main([pipeline, "--videos", "synthetic", "--frames", "60"])

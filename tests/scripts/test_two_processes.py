@@ -15,7 +15,7 @@ from promag.scripts import cache_latents, train_diffusion
 from promag.training.config import UserError
 from promag.training.run import checkpoints, load_checkpoint
 from tests.scripts.conftest import LOOP
-from tests.scripts.test_scripts import PACE, diffusion_arguments, encoder, tokenizer_arguments, write_t5
+from tests.scripts.test_scripts import RUN, diffusion_arguments, encoder, tokenizer_arguments, write_t5
 
 # Several trainings after each other in one start, which takes much longer than they do.
 DRIVER = """
@@ -62,7 +62,7 @@ def torchrun(folder: Path, driver: str, trainings: list, *more: Path, check: boo
 
 
 def cache_settings(folder: Path) -> dict:
-    sizes = {"shapes": 6, "validation_clips": 2, "frames": 17, "size": 32}
+    sizes = {"synthetic_clips": 6, "validation_clips": 2, "frames": 17, "size": 32}
     return {**sizes, "cache": str(folder / "latents"), "shard_size": 1}
 
 
@@ -78,11 +78,11 @@ def runs(tmp_path_factory) -> Path:
     write_t5(folder / "t5")
 
     def diffusion(name, **change):
-        fixed = {"loop": FOUR, "data": cache_settings(folder), "text": two_texts(folder)}
+        fixed = {"optimization": FOUR, "data": cache_settings(folder), "text": two_texts(folder)}
         change = {**fixed, "condition": {"probability": 0.5}, **change}
         return diffusion_arguments(folder / name, folder / "t" / "tokenizer", **change)
 
-    half, spread = {**PACE, "stop_after": 2}, {**PACE, "parallel": "fsdp2"}
+    half, spread = {**RUN, "stop_after": 2}, {**RUN, "distributed": "fsdp2"}
     half_spread = {**half, **spread}
     samples = {"prompts": ["a red disc"], "every": 2, "steps": 1, "guidance": 2.0}
     accumulated = {**FOUR, "batch_size": 1, "accumulate": 2}
@@ -91,21 +91,21 @@ def runs(tmp_path_factory) -> Path:
     trainings = [
         ("promag.scripts.train_tokenizer", tokenizer_arguments(folder / "t")),
         ("promag.scripts.train_diffusion", diffusion("whole", samples=samples)),
-        ("promag.scripts.train_diffusion", diffusion("parts", pace=half)),
-        ("promag.scripts.train_diffusion", diffusion("parts", pace=half)),
-        ("promag.scripts.train_diffusion", diffusion("spread", pace=spread, samples=samples)),
-        ("promag.scripts.train_diffusion", diffusion("spread-parts", pace=half_spread)),
-        ("promag.scripts.train_diffusion", diffusion("spread-parts", pace=half_spread, gradient_checkpointing=True)),
-        ("promag.scripts.train_diffusion", diffusion("spread-then-ddp", pace=half_spread, loop=accumulated)),
-        ("promag.scripts.train_diffusion", diffusion("spread-then-ddp", pace=half, loop=accumulated)),
-        ("promag.scripts.train_diffusion", diffusion("spread-lora", pace=spread, **lora)),
+        ("promag.scripts.train_diffusion", diffusion("parts", run=half)),
+        ("promag.scripts.train_diffusion", diffusion("parts", run=half)),
+        ("promag.scripts.train_diffusion", diffusion("spread", run=spread, samples=samples)),
+        ("promag.scripts.train_diffusion", diffusion("spread-parts", run=half_spread)),
+        ("promag.scripts.train_diffusion", diffusion("spread-parts", run=half_spread, gradient_checkpointing=True)),
+        ("promag.scripts.train_diffusion", diffusion("spread-then-ddp", run=half_spread, optimization=accumulated)),
+        ("promag.scripts.train_diffusion", diffusion("spread-then-ddp", run=half, optimization=accumulated)),
+        ("promag.scripts.train_diffusion", diffusion("spread-lora", run=spread, **lora)),
         ("tests.scripts.spread_weights", [str(folder)]),
     ]
     torchrun(folder, DRIVER, trainings)
-    train_diffusion.main(diffusion("one", loop={**FOUR, "batch_size": 4}))
-    train_diffusion.main(diffusion("lora", loop={**FOUR, "batch_size": 4}, **lora))
+    train_diffusion.main(diffusion("one", optimization={**FOUR, "batch_size": 4}))
+    train_diffusion.main(diffusion("lora", optimization={**FOUR, "batch_size": 4}, **lora))
     accumulated = {**FOUR, "batch_size": 2, "accumulate": 2}
-    train_diffusion.main(diffusion("accumulated", loop=accumulated))
+    train_diffusion.main(diffusion("accumulated", optimization=accumulated))
     return folder
 
 
@@ -148,7 +148,7 @@ def test_two_steps_resume_two_steps_equal_four_bit_for_bit(runs, whole, parts):
 @pytest.mark.parametrize("name", ["spread", "spread-then-ddp"])
 def test_spread_weights_learn_what_whole_ones_do(runs, name):
     """The second run changed over to DDP in the middle, and averaged its gradients over two batches."""
-    for key in ("loss", "gradient_norm", "held_out_loss"):
+    for key in ("loss", "gradient_norm", "validation_loss"):
         assert logged(runs / name / "16x", key) == pytest.approx(logged(runs / "whole" / "16x", key), rel=1e-5)
     spread, whole = (load_checkpoint(checkpoints(runs / n / "16x")[-1])[0] for n in (name, "whole"))
     for group, tensors in whole.items():
@@ -191,12 +191,12 @@ def test_no_thread_of_communication_outlives_the_process_group(runs):
 
 def test_muon_steps_spread_matrices_as_whole_ones(runs):
     for rank in (0, 1):
-        assert max(json.loads((runs / f"spread-{rank}.json").read_text())["muon"]) < 1e-6
+        assert max(json.loads((runs / f"spread-{rank}.json").read_text())["muon_learning_rate"]) < 1e-6
 
 
 @pytest.mark.parametrize("other", ["one", "accumulated"])
 def test_they_learn_what_one_process_learns_from_the_same_global_batch(runs, other):
-    for key in ("loss", "gradient_norm", "held_out_loss"):
+    for key in ("loss", "gradient_norm", "validation_loss"):
         two, one = (logged(runs / name / "16x", key) for name in ("whole", other))
         assert two == pytest.approx(one, rel=1e-5)
     two, one = (load_checkpoint(checkpoints(runs / name / "16x")[-1])[0]["ema"] for name in ("whole", other))
@@ -215,9 +215,9 @@ def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_
     endless = {**FOUR, "steps": 100000}
     change = {
         "data": cache_settings(runs),
-        "loop": endless,
+        "optimization": endless,
         "text": two_texts(runs),
-        "pace": {**PACE, "keep_every": 2, "keep_last": 1},
+        "run": {**RUN, "keep_every": 2, "keep_last": 1},
     }
     arguments = diffusion_arguments(tmp_path / "run", runs / "t" / "tokenizer", **change)
     metrics = tmp_path / "run" / "16x" / "metrics.jsonl"
@@ -231,7 +231,7 @@ def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_
     assert steps[:2] == [2, 4]  # multiples of keep_every stay
     with pytest.raises(UserError, match="was trained on 4 samples a step, these processes have 2"):
         train_diffusion.main(arguments)
-    torchrun(tmp_path, DRIVER, [("promag.scripts.train_diffusion", [*arguments, "--pace.stop_after", "1"])])
+    torchrun(tmp_path, DRIVER, [("promag.scripts.train_diffusion", [*arguments, "--run.stop_after", "1"])])
     assert max(logged(tmp_path / "run" / "16x")) == steps[-1] + 1
 
 

@@ -14,34 +14,42 @@ from promag.data.tar_stream import Sharding
 from promag.data.tar_writer import write_shards
 from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
-from promag.tokenizer.train import Data, Model, Stage, StageObjective, TokenizerConfig, load_tokenizer, train_tokenizer
+from promag.tokenizer.train import (
+    AutoencoderConfig,
+    StageConfig,
+    StageObjective,
+    TokenizerConfig,
+    TokenizerDataConfig,
+    load_tokenizer,
+    train_tokenizer,
+)
 from promag.training.config import UserError
 from promag.training.optimizers import held_by, make_optimizers
 from promag.training.run import load_checkpoint
-from tests.conftest import TINY, loop_pace, loop_settings, make_tokenizer
+from tests.conftest import TINY, make_tokenizer, optimization_config, run_config
 from tests.data.conftest import counting
 
-LOOP = loop_settings(muon=0.01)
-PACE = loop_pace(validate_every=4, save_every=50, keep_last=1)
+LOOP = optimization_config(muon_learning_rate=0.01)
+RUN = run_config(validate_every=4, save_every=50, keep_last=1)
 
 
-def stage(ratio, frames, growth=None, latent_steps=0, trains="new", adversarial=None):
-    return Stage(ratio, frames, None, growth, trains, 0.5, latent_steps, 1.0, 1e-6, None, adversarial, LOOP)
+def stage(ratio, frames, growth=None, latent_pretrain_steps=0, trainable="new", adversarial=None):
+    return StageConfig(ratio, frames, None, growth, trainable, 0.5, latent_pretrain_steps, 1.0, 1e-6, None, adversarial, LOOP)
 
 
-def make_config(run, **change):
+def make_config(folder, **change):
     config = TokenizerConfig(
-        output_dir=str(run),
+        output_dir=str(folder),
         seed=0,
         precision="fp32",
         gradient_checkpointing=False,
         compile=False,
         init=None,
-        only=None,
-        model=Model(**TINY),
-        data=Data("shapes", None, "shapes", 8, 32, (1,), False, 2, Sharding(1, 4, "stop")),
+        only_stage=None,
+        model=AutoencoderConfig(**TINY),
+        data=TokenizerDataConfig("synthetic", None, "synthetic", 8, 32, (1,), False, 2, Sharding(1, 4, "stop")),
         stages=(stage(4, 5), stage(8, 9, Growth(), 2), stage(16, 17, Growth(decoder="finetune"))),
-        pace=PACE,
+        run=RUN,
     )
     return dataclasses.replace(config, **change)
 
@@ -68,9 +76,9 @@ def test_stages_follow_each_other_into_one_checkpoint(trained):
 
 
 def test_interrupted_and_continued_is_bit_for_bit_the_same(trained, tmp_path):
-    half = dataclasses.replace(PACE, stop_after=2)
+    half = dataclasses.replace(RUN, stop_after=2)
     for _ in range(6):
-        folder = train_tokenizer(make_config(tmp_path, pace=half))
+        folder = train_tokenizer(make_config(tmp_path, run=half))
     assert folder == tmp_path / "tokenizer"
     a, b = (load_tokenizer(run / "tokenizer").state_dict() for run in (trained, tmp_path))
     assert a.keys() == b.keys()
@@ -79,7 +87,7 @@ def test_interrupted_and_continued_is_bit_for_bit_the_same(trained, tmp_path):
 
 def test_one_stage_alone_leaves_the_lower_levels_bit_equal(trained, tmp_path):
     before = load_tokenizer(trained / "tokenizer")
-    growing = make_config(tmp_path, init=str(trained / "tokenizer"), only=32, stages=(stage(32, 33, Growth()),))
+    growing = make_config(tmp_path, init=str(trained / "tokenizer"), only_stage=32, stages=(stage(32, 33, Growth()),))
     train_tokenizer(growing)
     after = load_tokenizer(tmp_path / "tokenizer")
     assert after.temporal_ratios == (4, 8, 16, 32)
@@ -128,8 +136,8 @@ def test_mistakes_are_named(trained, tmp_path):
         make_config(tmp_path, stages=(stage(4, 5), stage(12, 13, Growth())))
     with pytest.raises(ValueError, match="6 frames: 4x needs"):
         make_config(tmp_path, stages=(stage(4, 6),))
-    with pytest.raises(ValueError, match="only 64: the stages are 4, 8, 16"):
-        make_config(tmp_path, only=64)
+    with pytest.raises(ValueError, match="only_stage 64: the stages are 4, 8, 16"):
+        make_config(tmp_path, only_stage=64)
 
 
 def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path):
@@ -137,7 +145,7 @@ def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path
     train_tokenizer(first)
     base = load_tokenizer(tmp_path / "base" / "tokenizer").state_dict()
     for trains in ("new", "all"):
-        warm = stage(16, 17, Growth(mixing="none"), trains=trains)
+        warm = stage(16, 17, Growth(mixing="none"), trainable=trains)
         train_tokenizer(make_config(tmp_path / trains, init=str(tmp_path / "base" / "tokenizer"), stages=(warm,)))
         model = load_tokenizer(tmp_path / trains / "tokenizer")
         assert model.temporal_ratios == (4, 8, 16)
@@ -154,9 +162,9 @@ def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
     adversarial = Adversarial(0.1, 2, 2e-3, "hinge", width=4, layers=1, lecam_weight=0.1, penalty_weight=1.0, penalty_every=1)
     stages = (stage(4, 5, adversarial=adversarial),)
     train_tokenizer(make_config(tmp_path / "whole", stages=stages))
-    half = dataclasses.replace(PACE, stop_after=3)  # the averages of LeCam cross the interruption
+    half = dataclasses.replace(RUN, stop_after=3)  # the averages of LeCam cross the interruption
     for _ in range(2):
-        train_tokenizer(make_config(tmp_path / "parts", stages=stages, pace=half))
+        train_tokenizer(make_config(tmp_path / "parts", stages=stages, run=half))
     steps = [r for r in records(tmp_path / "whole", 4) if "loss" in r]
     assert ["generator" in r for r in steps] == [False, False, True, True]
     ends = [load_checkpoint(tmp_path / run / "4x" / "step-00000004")[0] for run in ("whole", "parts")]
@@ -172,7 +180,7 @@ def test_what_is_inherited_learns_at_its_own_rate():
     model.grow(Growth(encoder="finetune"))
     model.train_only(16)
     objective = StageObjective(model, stage(16, 17, Growth()), model.inherited_modules([16]))
-    adam, muon = make_optimizers(objective, loop_settings(learning_rate=1e-3, muon=4e-3))
+    adam, muon = make_optimizers(objective, optimization_config(learning_rate=1e-3, muon_learning_rate=4e-3))
     for optimizer, factor in ((adam, 1.0), (muon, 4.0)):
         factors = {id(w): None for w, _ in held_by(optimizer)}
         for (weight, view), group in ((pair, g) for pair in held_by(optimizer) for g in optimizer.param_groups):
@@ -189,7 +197,7 @@ def test_what_is_inherited_learns_at_its_own_rate():
 def test_the_discriminator_learns_at_its_own_rate():
     adversarial = Adversarial(0.1, 2, 4e-3, "hinge", width=4, layers=1, lecam_weight=0, penalty_weight=0, penalty_every=1)
     objective = StageObjective(make_tokenizer(levels=1), stage(4, 5, adversarial=adversarial))
-    (adam,) = make_optimizers(objective, loop_settings(learning_rate=1e-3))
+    (adam,) = make_optimizers(objective, optimization_config(learning_rate=1e-3))
     factors = {id(p): group["factor"] for group in adam.param_groups for p in group["params"]}
     assert objective.adversary is not None
     assert {factors[id(p)] for p in objective.adversary.parameters()} == {4.0}
@@ -216,11 +224,11 @@ def shards(tmp_path_factory):
 def bucketed(shards):
     """Two stages that train on videos, and on images in larger batches."""
 
-    def config(run, **change):
+    def config(folder, **change):
         four = dataclasses.replace(stage(4, 5), buckets=(Bucket(5, 32, 48, None), Bucket(1, 32, 32, 2)))
         eight = dataclasses.replace(stage(8, 9, Growth(), 2), buckets=(Bucket(9, 32, 32, None), Bucket(1, 32, 32, 2)))
-        data = Data(f"{shards}/*.tar", None, f"{shards}/*.tar", 0, 32, (1,), False, 2, Sharding(2, 4, "stop"))
-        return make_config(run, data=data, stages=(four, eight), pace=loop_pace(validate_every=4, save_every=50), **change)
+        data = TokenizerDataConfig(f"{shards}/*.tar", None, f"{shards}/*.tar", 0, 32, (1,), False, 2, Sharding(2, 4, "stop"))
+        return make_config(folder, data=data, stages=(four, eight), run=run_config(validate_every=4, save_every=50), **change)
 
     return config
 
@@ -232,9 +240,9 @@ def test_training_on_bucketed_shards_continues_bit_for_bit(bucketed, tmp_path, c
     assert said.count("16 steps an epoch\n") == 2
     lines = records(tmp_path / "whole", 4) + records(tmp_path / "whole", 8)
     assert len([r for r in lines if "loss" in r]) == 8
-    half = dataclasses.replace(bucketed(tmp_path / "half").pace, stop_after=2, workers=2)
+    half = dataclasses.replace(bucketed(tmp_path / "half").run, stop_after=2, workers=2)
     for _ in range(4):
-        folder = train_tokenizer(dataclasses.replace(bucketed(tmp_path / "half"), pace=half))
+        folder = train_tokenizer(dataclasses.replace(bucketed(tmp_path / "half"), run=half))
     assert folder == tmp_path / "half" / "tokenizer"
     a, b = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("whole", "half"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -243,10 +251,10 @@ def test_training_on_bucketed_shards_continues_bit_for_bit(bucketed, tmp_path, c
 def test_a_run_may_take_its_clips_into_memory_on_the_way(shards, tmp_path):
     index = str(shards.parent / "clips.jsonl")
 
-    def half(run, in_memory):
-        data = Data(index, None, index, 0, 32, (1, 2), in_memory, 2, Sharding(2, 4, "stop"))
-        pace = dataclasses.replace(PACE, stop_after=2, workers=2)
-        return train_tokenizer(make_config(tmp_path / run, data=data, stages=(stage(4, 5),), pace=pace))
+    def half(name, in_memory):
+        data = TokenizerDataConfig(index, None, index, 0, 32, (1, 2), in_memory, 2, Sharding(2, 4, "stop"))
+        run = dataclasses.replace(RUN, stop_after=2, workers=2)
+        return train_tokenizer(make_config(tmp_path / name, data=data, stages=(stage(4, 5),), run=run))
 
     for run, first, second in (("files", False, False), ("into", False, True), ("out", True, False)):
         assert half(run, first) is None
@@ -254,7 +262,7 @@ def test_a_run_may_take_its_clips_into_memory_on_the_way(shards, tmp_path):
     files, *others = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("files", "into", "out"))
     for other in others:
         assert all(torch.equal(files[key], other[key]) for key in files)
-    data = Data(f"{shards}/*.tar", None, index, 0, 32, (1,), True, 2, Sharding(2, 4, "stop"))
+    data = TokenizerDataConfig(f"{shards}/*.tar", None, index, 0, 32, (1,), True, 2, Sharding(2, 4, "stop"))
     with pytest.raises(UserError, match="in_memory true with shards"):
         train_tokenizer(make_config(tmp_path / "shards", data=data, stages=(stage(4, 5),)))
 

@@ -23,10 +23,10 @@ from promag.training.run import (
     write_atomically,
 )
 from promag.training.throughput import Work
-from tests.conftest import loop_pace, loop_settings
+from tests.conftest import optimization_config, run_config
 
-SETTINGS = loop_settings(batch_size=2, learning_rate=0.05, warmup=2, weight_decay=0.1)
-PACE = loop_pace()
+SETTINGS = optimization_config(batch_size=2, learning_rate=0.05, warmup=2, weight_decay=0.1)
+RUN = run_config()
 
 
 class Numbers:
@@ -62,14 +62,14 @@ class Noisy(Objective):
         return [self.layer.weight, self.conv.weight]
 
 
-def run(folder, pace=PACE, settings=SETTINGS, objective=None, validate=None, workers=0):
+def run(folder, run=RUN, settings=SETTINGS, objective=None, validate=None, workers=0):
     objective = objective or Noisy()
     accelerator = make_accelerator(folder, "fp32")
 
     def open_stream(first):
         return TrainingStream(Numbers(), 3, settings.batch_size, 0, 1, first)
 
-    outcome = train(accelerator, folder / "stage", objective, open_stream, settings, pace, 3, validate)
+    outcome = train(accelerator, folder / "stage", objective, open_stream, settings, run, 3, validate)
     close_trackers(accelerator)
     return outcome, objective
 
@@ -81,12 +81,12 @@ def tensors(folder):
 
 @pytest.mark.parametrize(("workers", "muon"), [(0, None), (1, None), (0, 0.02)])
 def test_two_steps_resume_two_steps_equal_four_bit_for_bit(tmp_path, workers, muon):
-    settings = dataclasses.replace(SETTINGS, muon=muon)
+    settings = dataclasses.replace(SETTINGS, muon_learning_rate=muon)
     whole, a = run(tmp_path / "whole", settings=settings)
-    pace = loop_pace(save_every=50, workers=workers, stop_after=2)
-    first, _ = run(tmp_path / "parts", pace, settings)
+    config = run_config(save_every=50, workers=workers, stop_after=2)
+    first, _ = run(tmp_path / "parts", config, settings)
     assert (first.step, first.finished) == (2, False)
-    second, b = run(tmp_path / "parts", pace, settings)
+    second, b = run(tmp_path / "parts", config, settings)
     assert (second.step, second.finished, whole.finished) == (4, True, True)
     left, right = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert left.keys() == right.keys()
@@ -140,7 +140,7 @@ def test_a_module_learns_at_its_own_rate(tmp_path):
 
 def test_muon_moves_matrices_by_orthogonal_steps(tmp_path):
     """Its first step has singular values near its rate, all of them; AdamW still trains the rest at its own rate."""
-    settings = dataclasses.replace(SETTINGS, steps=1, batch_size=8, warmup=1, weight_decay=0.0, muon=0.02)
+    settings = dataclasses.replace(SETTINGS, steps=1, batch_size=8, warmup=1, weight_decay=0.0, muon_learning_rate=0.02)
     before = Noisy()
     run(tmp_path, settings=settings)
     after = tensors(tmp_path)
@@ -158,10 +158,10 @@ def test_muon_without_matrices_is_refused(tmp_path):
         def matrices(self):
             return []
 
-    with pytest.raises(UserError, match=r"muon 0\.02: nothing here has matrices"):
-        run(tmp_path, settings=dataclasses.replace(SETTINGS, muon=0.02), objective=Without())
-    with pytest.raises(ValueError, match="muon -1: must be above 0"):
-        dataclasses.replace(SETTINGS, muon=-1)
+    with pytest.raises(UserError, match=r"muon_learning_rate 0\.02: nothing here has matrices"):
+        run(tmp_path, settings=dataclasses.replace(SETTINGS, muon_learning_rate=0.02), objective=Without())
+    with pytest.raises(ValueError, match="muon_learning_rate -1: must be above 0"):
+        dataclasses.replace(SETTINGS, muon_learning_rate=-1)
 
 
 def test_sigterm_saves_and_ends_in_order(tmp_path):
@@ -196,8 +196,8 @@ class Sick(Noisy):
 
 
 def test_a_step_that_is_not_finite_is_named_counted_and_skipped(tmp_path, capsys):
-    settings, pace = dataclasses.replace(SETTINGS, max_skipped=1), loop_pace(save_every=1, keep_last=9)
-    outcome, _ = run(tmp_path, pace, settings, Sick(1))
+    settings, config = dataclasses.replace(SETTINGS, max_skipped=1), run_config(save_every=1, keep_last=9)
+    outcome, _ = run(tmp_path, config, settings, Sick(1))
     assert outcome.finished
     assert "stage step 2: loss, gradient_norm not finite, skipped (1 in all)" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines()]
@@ -215,7 +215,7 @@ def test_skipped_steps_resume_bit_for_bit(tmp_path):
     settings = dataclasses.replace(SETTINGS, max_skipped=2)
     run(tmp_path / "whole", settings=settings, objective=Sick(1, 2))
     for _ in range(2):
-        run(tmp_path / "parts", loop_pace(stop_after=2), settings, Sick(1, 2))
+        run(tmp_path / "parts", run_config(stop_after=2), settings, Sick(1, 2))
     left, right = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert all(torch.equal(left[k], right[k]) for k in left)
     assert load_checkpoint(checkpoints(tmp_path / "parts" / "stage")[-1])[1]["skipped"] == 2
@@ -226,10 +226,10 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
         run(tmp_path / "a", objective=Sick(0))
     settings = dataclasses.replace(SETTINGS, max_skipped=1)
     assert run(tmp_path / "b", settings=settings, objective=Sick(0, 2))[0].finished
-    pace = loop_pace(stop_after=1)  # what was skipped before an interruption counts
-    run(tmp_path / "c", pace, settings, Sick(0, 1))
+    config = run_config(stop_after=1)  # what was skipped before an interruption counts
+    run(tmp_path / "c", config, settings, Sick(0, 1))
     with pytest.raises(FloatingPointError, match=r"step 2: .* 2 in a row"):
-        run(tmp_path / "c", pace, settings, Sick(0, 1))
+        run(tmp_path / "c", config, settings, Sick(0, 1))
 
 
 def test_accumulated_gradients_are_the_mean_of_those_of_the_batches(tmp_path):
@@ -246,17 +246,17 @@ def test_accumulated_gradients_are_the_mean_of_those_of_the_batches(tmp_path):
 
 
 def test_a_run_goes_on_with_as_many_samples_a_step_or_not_at_all(tmp_path):
-    run(tmp_path, loop_pace(stop_after=2), loop_settings(batch_size=2))
+    run(tmp_path, run_config(stop_after=2), optimization_config(batch_size=2))
     with pytest.raises(UserError, match="was trained on 2 samples a step, these processes have 4"):
-        run(tmp_path, loop_pace(), loop_settings(batch_size=2, accumulate=2))
-    assert run(tmp_path, loop_pace(), loop_settings(batch_size=1, accumulate=2))[0].finished
+        run(tmp_path, run_config(), optimization_config(batch_size=2, accumulate=2))
+    assert run(tmp_path, run_config(), optimization_config(batch_size=1, accumulate=2))[0].finished
 
 
 def test_accumulating_runs_resume_bit_for_bit(tmp_path):
     settings = dataclasses.replace(SETTINGS, accumulate=2)
     run(tmp_path / "whole", settings=settings)
     for _ in range(2):
-        run(tmp_path / "parts", loop_pace(stop_after=2, workers=1), settings)
+        run(tmp_path / "parts", run_config(stop_after=2, workers=1), settings)
     left, right = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert all(torch.equal(left[k], right[k]) for k in left)
 
@@ -267,7 +267,7 @@ def test_throughput_follows_from_work_and_a_stated_peak(tmp_path):
             return Work(7 * len(batch["x"]), 3e6)
 
     settings = dataclasses.replace(SETTINGS, accumulate=2)
-    run(tmp_path, loop_pace(peak_tflops=0.5), settings, Counted())
+    run(tmp_path, run_config(peak_tflops=0.5), settings, Counted())
     lines = [json.loads(line) for line in (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4
     for line in lines:
@@ -279,14 +279,14 @@ def test_throughput_follows_from_work_and_a_stated_peak(tmp_path):
 def test_illegal_paces_are_named():
     for name, value in (("log_every", 0), ("keep_every", 0), ("stop_after", 0), ("workers", -1), ("peak_tflops", 0.0)):
         with pytest.raises(ValueError, match=f"{name} {value}: "):
-            loop_pace(**{name: value})
+            run_config(**{name: value})
     for name, value in (("accumulate", 0), ("max_skipped", -1)):
         with pytest.raises(ValueError, match=f"{name} {value}: "):
-            loop_settings(**{name: value})
+            optimization_config(**{name: value})
 
 
 def test_rates_warm_up_and_fall_to_a_twentieth():
-    settings = loop_settings(steps=100, learning_rate=1.0, warmup=10)
+    settings = optimization_config(steps=100, learning_rate=1.0, warmup=10)
     rates = [settings.rate_at(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
