@@ -93,7 +93,7 @@ class Studio:
             size=size,
             enlarge=max(1, page.COLUMN // size[1]),
             precision=self.precision,
-            told=lambda done: told(done, facts.frames),
+            on_progress=lambda done: told(done, facts.frames),
         )
         with self.lock, torch.no_grad():
             film = np.concatenate(list(work))

@@ -12,8 +12,8 @@ from html import escape
 from promag.evaluation.sampling_cost import SamplingCost
 from promag.pipelines.sampling import Seconds
 
-from .grid import GAP
 from .plots import LEFT, RIGHT, WIDTH, line_plot
+from .side_by_side import GAP
 
 COLUMN = 256  # pixels: narrower videos are enlarged, or 4:2:0 would halve the resolution of their colours
 

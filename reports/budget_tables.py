@@ -1,11 +1,12 @@
 """Which figures of token budgets stand in tables, how they are called and written: for the page and for the terminal."""
+# ruff: noqa: RUF001
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from .tables import dash, number
+from .tables import number
 
 
 @dataclass(frozen=True)
@@ -150,3 +151,8 @@ def _compared(line: Line, value: float, first: float) -> str:
     if min(value, first) <= 0:
         return ""
     return f"{max(value / first, first / value):.2f}\N{MULTIPLICATION SIGN} {'less' if value < first else 'more'}"
+
+
+def dash() -> str:
+    """Return the mark of a figure that was not measured, as HTML."""
+    return '<abbr title="not measured">–</abbr>'

@@ -1,37 +1,35 @@
-"""One self-contained HTML page for the outcome of a run: token budgets, reconstructions, samples, curves and facts.
+"""The page of a run: token budgets, reconstructions, samples, curves and facts; written early and rewritten as it proceeds.
 
-Figures and uint8 videos (T, H, W, 3) go in, files come out; no model is known here. The page loads nothing from
-elsewhere: its videos are data URIs, its plots inline SVG. The columns of one clip lie in one video, hence in step.
+Figures and uint8 videos (T, H, W, 3) go in, files come out; no model is known here. The columns of one clip lie in one
+video, hence in step.
 """
-# ruff: noqa: RUF001 (the page is set with × and curly quotes)
+# ruff: noqa: RUF001 (the page is set with ×)
 
-import base64
 import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from promag.data.video import encode_mp4, written_whole
+from promag.data.video import written_whole
 
-from .grid import GAP, grid
+from .page import render_page
 from .plots import line_plot
-from .report_style import PAGE, SCRIPT, STYLE
-from .tables import BudgetRow, budget_table, dash
-
-CRF = 20
-COLUMN = 128  # pixels; narrower videos are enlarged, or 4:2:0 would halve the resolution of their colours
+from .side_by_side import Film, make_film
+from .tables import FASTER, FEWER, Interval, Line, Lines, share_line
 
 
 @dataclass(frozen=True, eq=False)
 class ReconstructionClip:
-    """An unseen clip and what each temporal ratio makes of it, uint8 (T, H, W, 3) each, with PSNR in dB."""
+    """An unseen clip and its reconstruction at each temporal ratio, uint8 (T, H, W, 3) each, with PSNR in dB."""
 
     name: str
     caption: str
@@ -40,227 +38,234 @@ class ReconstructionClip:
     by_ratio: Mapping[int, np.ndarray]
     psnr: Mapping[int, float]
 
+    @cached_property
+    def film(self) -> Film:
+        """The original and the reconstructions, encoded once however often a page shows this clip."""
+        _check_figures(self.name, self.psnr, self.by_ratio)
+        return make_film(self.name, {"original": self.original, **_by_label(self.by_ratio)}, self.fps)
+
 
 @dataclass(frozen=True, eq=False)
 class SampleClip:
-    """Videos sampled for one prompt, by temporal ratio; `read` has what a scorer read in each, and if it matches."""
+    """Videos sampled for one prompt, by temporal ratio; `read` is what a scorer read in each, and whether it matches."""
 
     prompt: str
     fps: float
     by_ratio: Mapping[int, np.ndarray]
     read: Mapping[int, tuple[str, bool]] | None
 
+    @cached_property
+    def film(self) -> Film:
+        """The videos, encoded once however often a page shows this clip."""
+        _check_figures(self.prompt, self.read or {}, self.by_ratio)
+        return make_film(self.prompt, _by_label(self.by_ratio), self.fps)
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """Figures of one temporal ratio; None was not measured, and `missing` may say why, by field name.
+
+    PSNR is in dB: mean and standard deviation over clips, and the mean of first frames alone. Times are in seconds.
+    `accuracy` has fractions in [0, 1] by name (shape, colour, motion, all). `readable` is the same of reconstructed clips,
+    an upper bound for any text-to-video model of that latent space. Raises ValueError for a reason given for a figure that
+    does not exist.
+    """
+
+    ratio: int
+    latent_frames: int | None = None
+    tokens: int | None = None
+    latent_values_per_pixel: float | None = None
+    psnr: float | None = None
+    psnr_std: float | None = None
+    psnr_first: float | None = None
+    ssim: float | None = None
+    train_step_seconds: float | None = None
+    denoising_seconds: float | None = None
+    sampling_seconds: float | None = None
+    train_loss: float | None = None
+    accuracy: Mapping[str, Interval] | None = None
+    readable: Mapping[str, Interval] | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        names = [f.name for f in dataclasses.fields(self)][1:-1]
+        if unknown := sorted(set(self.missing) - set(names)):
+            raise ValueError(f"missing={unknown}: there are no such figures; legal: {', '.join(names)}")
+
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """All that the page shows. The first of `rows` is the one that the others are compared with.
+    """Everything that the page shows; a section without content is left out. The first of `rows` is the baseline.
 
-    `chance` has the accuracy of guessing, by the names of `BudgetRow.accuracy`. `curves` has (step, PSNR in dB) points
-    by name; a name "plot/line" puts the line into the plot of that name. `shipped` are samples of a pipeline that was trained
-    before, shown above all else.
+    `chance` is the accuracy of guessing, by the names of `BudgetRow.accuracy`. `curves` has (step, value) points by name; a
+    name "plot/line" puts the line into the plot of that name, which should end with the unit. `shipped` and
+    `shipped_reconstructions` come from checkpoints that were trained before this run; they stand before the run's own.
     """
 
     title: str
-    summary: Sequence[str]
-    rows: Sequence[BudgetRow]
-    chance: Mapping[str, float] | None
-    reconstructions: Sequence[ReconstructionClip]
-    samples: Sequence[SampleClip]
-    curves: Mapping[str, Sequence[tuple[float, float]]]
-    facts: Mapping[str, str]
+    summary: Sequence[str] = ()
+    rows: Sequence[BudgetRow] = ()
+    chance: Mapping[str, float] | None = None
+    reconstructions: Sequence[ReconstructionClip] = ()
+    samples: Sequence[SampleClip] = ()
+    curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
     shipped: Sequence[SampleClip] = ()
+    shipped_reconstructions: Sequence[ReconstructionClip] = ()
 
 
-def write_report(folder: str | os.PathLike, report: Report) -> Path:
+@dataclass(frozen=True)
+class Progress:
+    """How far an unfinished run is.
+
+    Args:
+        stage: what runs now, for example "1/3 tokenizer, 8x: step 120 of 400".
+        fraction: share of the whole run that is done, in [0, 1].
+        seconds_left: expected time to go; None while it is not known.
+        reload_seconds: the open page loads itself again after so many seconds, unless its reader has paused the videos.
+
+    Raises ValueError for figures outside these ranges.
+    """
+
+    stage: str
+    fraction: float
+    seconds_left: float | None = None
+    reload_seconds: int = 15
+
+    def __post_init__(self):
+        if not (0 <= self.fraction <= 1 and self.reload_seconds >= 1 and 0 <= (self.seconds_left or 0) < math.inf):
+            raise ValueError(f"{self}: fraction from 0 to 1, seconds_left from 0 and reload_seconds from 1 are legal")
+
+    @property
+    def time_left(self) -> str:
+        """The time to go in words, empty while it is not known."""
+        if self.seconds_left is None:
+            return ""
+        minutes = math.ceil(self.seconds_left / 60)
+        return "less than a minute to go" if minutes <= 1 else f"about {minutes} minutes to go"
+
+
+def write_report(folder: str | os.PathLike, report: Report, progress: Progress | None = None) -> Path:
     """Write `report.html`, `report.json` (all but the pixels) and `videos/*.mp4` into `folder`; return the page's path.
+
+    Call it with `progress` as soon as there is something to show, and again whenever there is more: the page says how far
+    the run is, names the sections still to come, and reloads itself. Pass the same clip objects again, which are then not
+    encoded again. The last call, without `progress`, writes the finished page. Nothing is kept between calls.
 
     Each file appears only when whole, the page last. Before anything is written, ValueError is raised for videos of one
     clip that differ in shape or are not uint8 (T, H, W, 3) with even sizes, and for figures that are not finite.
     """
     folder = Path(folder)
-    films = [_film(f"reconstruction-{i:02d}", clip) for i, clip in enumerate(report.reconstructions, 1)]
-    films += [_film(f"sample-{i:02d}", clip) for i, clip in enumerate(report.samples, 1)]
-    films += [_film(f"shipped-{i:02d}", clip) for i, clip in enumerate(report.shipped, 1)]
-    figures = json.dumps(_figures(report, films), indent=1, ensure_ascii=False) + "\n"
-    files = {f"videos/{film.name}.mp4": film.mp4 for film in films}
-    files |= {"report.json": figures.encode(), "report.html": _page(report, films).encode()}
+    groups: dict[str, Sequence[ReconstructionClip | SampleClip]] = {
+        "reconstruction": report.reconstructions,
+        "sample": report.samples,
+        "shipped": report.shipped,
+        "shipped-reconstruction": report.shipped_reconstructions,
+    }
+    files = {f"videos/{g}-{i:02d}.mp4": clip.film.mp4 for g, clips in groups.items() for i, clip in enumerate(clips, 1)}
+    figures = json.dumps(_figures(report, progress), indent=1, ensure_ascii=False) + "\n"
+    files |= {"report.json": figures.encode(), "report.html": _page(report, progress).encode()}
     for name, content in files.items():
         with written_whole(folder / name) as aside:
             Path(aside).write_bytes(content)
     return folder / "report.html"
 
 
-# -- videos ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Film:
-    """The videos of one clip side by side in one mp4; `shape` is (T, H, W) of one, `size` is (H, W) of the whole."""
-
-    name: str
-    labels: list[str]
-    shape: tuple[int, ...]
-    size: tuple[int, ...]
-    mp4: bytes
-
-
-def _film(name: str, clip: ReconstructionClip | SampleClip) -> _Film:
-    columns = {"original": clip.original} if isinstance(clip, ReconstructionClip) else {}
-    columns |= {f"{ratio}×": clip.by_ratio[ratio] for ratio in sorted(clip.by_ratio)}
-    title, notes = (clip.name, clip.psnr) if isinstance(clip, ReconstructionClip) else (clip.prompt, clip.read or {})
-    if extra := sorted(set(notes) - set(clip.by_ratio)):
-        raise ValueError(f"{title!r} has figures at {extra} without videos; it has those of {sorted(clip.by_ratio)}")
-    shapes = {label: (video.shape, str(video.dtype)) for label, video in columns.items()}
-    first = next(iter(columns.values()), np.empty(0))
-    if len(set(shapes.values())) != 1 or first.dtype != np.uint8 or first.ndim != 4 or first.shape[-1] != 3:
-        found = ", ".join(f"{label} is {dtype} {shape}" for label, (shape, dtype) in shapes.items()) or "there is none"
-        raise ValueError(f"videos of {title!r}: {found}; all must be uint8 (T, H, W, 3) of one shape")
-    frames = _side_by_side(list(columns.values()))
-    return _Film(name, list(columns), first.shape[:3], frames.shape[1:3], encode_mp4(frames, clip.fps, crf=CRF))
-
-
-def _side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:
-    """Return videos (T, H, W, 3) as one, enlarged to about COLUMN pixels each, with a grey bar between."""
-    times = max(1, round(COLUMN / videos[0].shape[2]))
-    return grid([video.repeat(times, axis=1).repeat(times, axis=2) for video in videos], len(videos))
-
-
-def _strip(film: _Film, notes: Sequence[str], described: str) -> str:
-    """Return a film with a label above and a note (HTML) below each column, on the same grid."""
-    height, width = film.size
-    data = base64.b64encode(film.mp4).decode()
-    labels = "".join(f"<span>{escape(label)}</span>" for label in film.labels)
-    below = "".join(f"<span>{note}</span>" for note in notes)
-    return (
-        f'<div class="strip" style="--columns:{len(film.labels)};--gap:{100 * GAP / width:.4f}%">'
-        f'<div class="labels">{labels}</div>'
-        f'<video width="{width}" height="{height}" autoplay muted loop playsinline '
-        f'aria-label="{escape(described)}: {escape(", ".join(film.labels))}, side by side" '
-        f'src="data:video/mp4;base64,{data}"></video>'
-        f'<div class="notes">{below}</div></div>'
+def _page(report: Report, progress: Progress | None) -> str:
+    names = [f"{row.ratio}×" for row in report.rows]
+    reasons = [f"{row.ratio}×: {reason}" for row in report.rows for reason in dict.fromkeys(row.missing.values())]
+    contents = {"Token budgets": report.rows, "Reconstructions": report.reconstructions, "Samples": report.samples}
+    return render_page(
+        "demo.html",
+        report=report,
+        progress=progress,
+        to_come=[title for title, content in contents.items() if not content],
+        written=time.strftime("%H:%M:%S"),
+        columns=names,
+        lines=budget_lines(report.rows, report.chance or {}),
+        reasons="; ".join(reasons),
+        plots=_plots(report.curves),
     )
 
 
-def _reconstructions(clips: Sequence[ReconstructionClip], films: Sequence[_Film]) -> str:
-    figures = []
-    for clip, film in zip(clips, films, strict=True):
-        frames, height, width = film.shape
-        psnr = [f"{clip.psnr[r]:.2f} dB" if r in clip.psnr else dash() for r in sorted(clip.by_ratio)]
-        figures.append(
-            f'<figure class="wide"><figcaption><h3>{escape(clip.name)}</h3><p>{escape(clip.caption)}</p>'
-            f'<p class="small">{frames} frames of {width} × {height} pixels, {clip.fps:g} a second</p></figcaption>'
-            f"{_strip(film, ['PSNR', *psnr], clip.name)}</figure>"
-        )
-    text = "Unseen clips, encoded and decoded at each temporal compression. Columns of one clip play in step."
-    return _section("Reconstructions", text, "".join(figures))
-
-
-def _samples(title: str, clips: Sequence[SampleClip], films: Sequence[_Film]) -> str:
-    figures = []
-    for clip, film in zip(clips, films, strict=True):
-        read = {} if clip.read is None else {r: _verdict(clip.read.get(r)) for r in sorted(clip.by_ratio)}
-        caption = f"<figcaption><h3>“{escape(clip.prompt)}”</h3></figcaption>"
-        figures.append(f"<figure>{caption}{_strip(film, list(read.values()), clip.prompt)}</figure>")
-    text = "One video for each prompt and temporal compression."
-    if any(clip.read for clip in clips):
-        text += " Below each: what a scorer that sees only the video reads in it, ✓ where that is what was asked for."
-    return _section(title, text, f'<div class="cards">{"".join(figures)}</div>')
-
-
-def _verdict(read: tuple[str, bool] | None) -> str:
-    if read is None:
-        return dash()
-    text, matches = read
-    mark = ("yes", "✓", "matches") if matches else ("no", "✗", "does not match")
-    return f'<span class="{mark[0]}" role="img" aria-label="{mark[2]}">{mark[1]}</span> {escape(text)}'
-
-
-# -- page ------------------------------------------------------------------------------------------------------------
-
-
-def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def _plots(curves: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Markup]:
     plots: dict[str, dict[str, Sequence[tuple[float, float]]]] = {}
     for name, points in curves.items():
         plot, _, line = name.rpartition("/")
         plots.setdefault(plot, {})[line] = points
-    figures = "".join(
-        f"<figure>{f'<h3>{escape(name)}</h3>' if name else ''}{line_plot(lines, 'training step', 'PSNR (dB)')}</figure>"
-        for name, lines in plots.items()
-    )
-    return _section("Training curves", "PSNR of unseen clips while training.", f'<div class="plots">{figures}</div>')
+    return {name: Markup(line_plot(lines, "training step", name or "value")) for name, lines in plots.items()}
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    lines = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in facts.items())
-    return _section("How this was measured", "", f'<table class="facts"><tbody>{lines}</tbody></table>')
+def budget_lines(rows: Sequence[BudgetRow], chance: Mapping[str, float]) -> Lines:
+    """Return the figures of rows as the lines of a table."""
+
+    def line(name: str, label: str, *settings: Any, spread: str = "", **options: Any) -> Line:
+        if spread:
+            options["spreads"] = [getattr(row, spread) for row in rows]
+        reasons = [row.missing.get(name) for row in rows]
+        return Line(label, [getattr(row, name) for row in rows], *settings, reasons=reasons, **options)
+
+    def shares(name: str) -> list[Line]:
+        reasons = [row.missing.get(name) for row in rows]
+        values = [getattr(row, name) or {} for row in rows]
+        hints = {k: f"chance {100 * v:.{0 if v >= 0.01 else 2}f}" for k, v in chance.items()}
+        return [
+            share_line(part, [v.get(part) for v in values], better=1, reasons=reasons, hint=hints.get(part, ""))
+            for part in dict.fromkeys(part for v in values for part in v)
+        ]
+
+    groups = {
+        "Token budget": [
+            line("latent_frames", "Latent frames", 0, words=FEWER),
+            line("tokens", "Tokens", 0, words=FEWER),
+            line("latent_values_per_pixel", "Latent values per pixel", words=FEWER),
+        ],
+        "Reconstruction": [
+            line("psnr", "PSNR (dB), ± deviation between clips", 2, 1, spread="psnr_std"),
+            line("psnr_first", "PSNR of first frames (dB)", 2, 1),
+            line("ssim", "SSIM", 3, 1),
+        ],
+        "Text to video": [
+            line("train_step_seconds", "Training step (s)", None, -1, FASTER),
+            line("denoising_seconds", "Denoising a video (s)", None, -1, FASTER),
+            line("sampling_seconds", "Sampling a video, decoding included (s)", None, -1, FASTER),
+            line("train_loss", "Training loss (each in its own latent space)", 3, compared=False),
+        ],
+        "Prompt accuracy (%), with 95 % interval": shares("accuracy"),
+        "The same scorer on reconstructions (%): the upper bound for text to video": shares("readable"),
+    }
+    return {title: lines for title, lines in groups.items() if lines}
 
 
-def _section(title: str, text: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{f'<p>{escape(text)}</p>' if text else ''}{content}</section>\n"
+# -- figures and checks ----------------------------------------------------------------------------------------------
 
 
-def _page(report: Report, films: Sequence[_Film]) -> str:
-    """Return the page; sections without content are left out."""
-    count, end = len(report.reconstructions), len(report.reconstructions) + len(report.samples)
-    videos = _samples(SHIPPED, report.shipped, films[end:]) if report.shipped else ""
-    videos += _reconstructions(report.reconstructions, films[:count]) if count else ""
-    videos += _samples("Samples", report.samples, films[count:end]) if report.samples else ""
-    parts = [
-        _section("Token budgets", BUDGETS, budget_table(report.rows, report.chance)) if report.rows else "",
-        f'<div class="videos">{CONTROLS}{videos}</div>' if videos else "",
-        _curves(report.curves) if report.curves else "",
-        _facts(report.facts) if report.facts else "",
-    ]
-    return PAGE.format(
-        style=STYLE,
-        title=escape(report.title),
-        lead="".join(f"<p>{escape(sentence)}</p>" for sentence in report.summary),
-        main="".join(parts),
-        scripts=f"<script>{SCRIPT}</script>",
-    )
-
-
-BUDGETS = (
-    "Temporal compression r turns 1 + rN frames into 1 + N latent frames, the tokens of the text-to-video model. "
-    "Small print compares with the first column."
-)
-
-SHIPPED = "Samples of the trained pipeline that comes with the project"
-
-CONTROLS = """<div class="controls" role="group" aria-label="Video playback">
-<button type="button" id="play">Pause all</button>
-<label>Speed <select id="speed"><option value="0.1">0.1×</option><option value="0.25">0.25×</option>
-<option value="0.5">0.5×</option><option value="1" selected>1×</option><option value="2">2×</option></select></label>
-</div>
-"""
-
-
-# -- figures ---------------------------------------------------------------------------------------------------------
-
-
-def _figures(report: Report, films: Sequence[_Film]) -> dict[str, Any]:
-    """Return what `report.json` holds; ValueError names a figure that is not finite."""
-    clips = [
-        *({"name": c.name, "caption": c.caption, "fps": c.fps, "psnr": c.psnr} for c in report.reconstructions),
-        *({"prompt": c.prompt, "fps": c.fps, "read": c.read} for c in (*report.samples, *report.shipped)),
-    ]
-    for clip, film in zip(clips, films, strict=True):
-        frames, height, width = film.shape
-        clip |= {"frames": frames, "height": height, "width": width}
-        clip |= {"video": f"videos/{film.name}.mp4", "columns": film.labels}
-    count, end = len(report.reconstructions), len(report.reconstructions) + len(report.samples)
+def _figures(report: Report, progress: Progress | None) -> dict[str, Any]:
+    """Return the content of `report.json`; ValueError names a figure that is not finite."""
     figures = {
         "title": report.title,
         "summary": report.summary,
+        "progress": progress and dataclasses.asdict(progress),
         "rows": [dataclasses.asdict(row) for row in report.rows],
         "chance": report.chance,
-        "reconstructions": clips[:count],
-        "samples": clips[count:end],
-        "shipped": clips[end:],
+        "reconstructions": [_facts(c, f"reconstruction-{i:02d}") for i, c in enumerate(report.reconstructions, 1)],
+        "samples": [_facts(c, f"sample-{i:02d}") for i, c in enumerate(report.samples, 1)],
+        "shipped": [_facts(c, f"shipped-{i:02d}") for i, c in enumerate(report.shipped, 1)],
+        "shipped_reconstructions": [
+            _facts(c, f"shipped-reconstruction-{i:02d}") for i, c in enumerate(report.shipped_reconstructions, 1)
+        ],
         "curves": report.curves,
         "facts": report.facts,
     }
     return {name: _plain(value, name) for name, value in figures.items()}
+
+
+def _facts(clip: ReconstructionClip | SampleClip, name: str) -> dict[str, Any]:
+    frames, height, width = clip.film.shape
+    video = {"frames": frames, "height": height, "width": width, "video": f"videos/{name}.mp4", "columns": clip.film.labels}
+    if isinstance(clip, ReconstructionClip):
+        return {"name": clip.name, "caption": clip.caption, "fps": clip.fps, "psnr": clip.psnr, **video}
+    return {"prompt": clip.prompt, "fps": clip.fps, "read": clip.read, **video}
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -272,3 +277,12 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}: figures must be finite; give None for one that was not measured")
     return value
+
+
+def _by_label(by_ratio: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{ratio}×": by_ratio[ratio] for ratio in sorted(by_ratio)}
+
+
+def _check_figures(title: str, figures: Mapping[int, Any], by_ratio: Mapping[int, np.ndarray]) -> None:
+    if extra := sorted(set(figures) - set(by_ratio)):
+        raise ValueError(f"{title!r} has figures at {extra} without videos; it has those of {sorted(by_ratio)}")

@@ -1,10 +1,13 @@
-"""A video of any length beside what each temporal ratio makes of it, and the PSNR of every frame.
+"""Videos side by side in one, which therefore play in step. Videos are uint8 (T, H, W, 3).
 
-Videos are uint8 (T, H, W, 3), read, encoded, decoded and handed on in chunks: memory does not grow with length.
+`Comparison` shows a video of any length beside its reconstructions at several temporal ratios, with the PSNR of every frame.
+It reads, encodes, decodes and yields in chunks: memory does not grow with length.
 """
 
+import base64
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +15,109 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promag.data.video import VideoSource, read_frames
+from promag.data.video import VideoSource, encode_mp4, read_frames
 from promag.tokenizer.geometry import SPATIAL_RATIO
 from promag.tokenizer.metrics import from_uint8, psnr_per_frame, to_uint8
 from promag.tokenizer.streaming import Padding, chunk_plan, crop_clip, pad_clip, reconstruct_stream
 from promag.training.precision import Precision, autocast
 
-from .grid import grid
+GAP = 4  # pixels between videos
+GREY = 128
+TILE = 128  # pixels: narrower videos are enlarged on pages, because 4:2:0 halves the resolution of colours
+MAX_PSNR = 120.0  # dB, of frames that are equal: a mean error of 1e-12
 
-MOST_PSNR = 120.0  # dB, of frames that are equal: a mean error of 1e-12
+
+def grid(videos: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Return videos of one shape as one video, row by row with grey between; the rest of the last row is grey.
+
+    Raises ValueError without videos, for less than one column and for videos that differ in shape.
+    """
+    shapes = sorted({video.shape for video in videos})
+    if len(shapes) != 1 or columns < 1:
+        raise ValueError(f"{len(videos)} videos of shapes {shapes} in {columns} columns: one shape, and a column, are needed")
+    frames, height, width, _ = shapes[0]
+    columns, rows = min(columns, len(videos)), -(-len(videos) // columns)
+    size = (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP)
+    whole = np.full((frames, *size, 3), GREY, np.uint8)
+    for i, video in enumerate(videos):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        whole[:, top : top + height, left : left + width] = video
+    return whole
+
+
+def enlargement(width: int, tile: int = TILE) -> int:
+    """Return the factor that brings videos of this width to about `tile` pixels, at least 1."""
+    return max(1, round(tile / width))
+
+
+def enlarge(video: np.ndarray, scale: int) -> np.ndarray:
+    """Repeat every pixel `scale` times in height and width."""
+    return video.repeat(scale, 1).repeat(scale, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Film:
+    """Labelled videos of one shape as the tiles of one mp4, row by row.
+
+    Args:
+        labels: of the tiles, in order.
+        shape: (frames, height, width) of one video, before it is enlarged.
+        fps: frames a second.
+        scale: by how much pixels are enlarged.
+        columns: tiles in a row.
+        mp4: the file.
+    """
+
+    labels: tuple[str, ...]
+    shape: tuple[int, int, int]
+    fps: float
+    scale: int
+    columns: int
+    mp4: bytes
+
+    @property
+    def height(self) -> int:
+        """Pixels of the whole."""
+        rows = -(-len(self.labels) // self.columns)
+        return rows * (self.shape[1] * self.scale + GAP) - GAP
+
+    @property
+    def width(self) -> int:
+        """Pixels of the whole."""
+        return self.columns * (self.shape[2] * self.scale + GAP) - GAP
+
+    @property
+    def base64(self) -> str:
+        """The mp4 as text."""
+        return base64.b64encode(self.mp4).decode()
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Where the player of the page finds a tile."""
+        return {"height": self.shape[1], "width": self.shape[2], "scale": self.scale, "columns": self.columns, "gap": GAP}
+
+
+def make_film(
+    title: str,
+    videos: Mapping[str, np.ndarray],
+    fps: float,
+    columns: int | None = None,
+    crf: int = 20,
+    key_every: int | None = None,
+) -> Film:
+    """Encode labelled videos, in one row or in rows of `columns`, enlarged to about TILE pixels each.
+
+    Raises ValueError, which names `title`, unless all are uint8 (T, H, W, 3) of one shape.
+    """
+    shapes = {label: (video.shape, str(video.dtype)) for label, video in videos.items()}
+    first: Any = next(iter(videos.values()), np.empty(0))
+    if len(set(shapes.values())) != 1 or first.dtype != np.uint8 or first.ndim != 4 or first.shape[-1] != 3:
+        given = ", ".join(f"{label} is {dtype} {shape}" for label, (shape, dtype) in shapes.items()) or "there is none"
+        raise ValueError(f"videos of {title!r}: {given}; all must be uint8 (T, H, W, 3) of one shape")
+    frames, height, width, _ = first.shape
+    scale, columns = enlargement(width), min(columns or len(videos), len(videos))
+    mp4 = encode_mp4(grid([enlarge(video, scale) for video in videos.values()], columns), fps, crf, key_every)
+    return Film(tuple(videos), (frames, height, width), fps, scale, columns, mp4)
 
 
 class Comparison:
@@ -31,11 +128,11 @@ class Comparison:
         ratios: temporal ratios to show.
         video: a file, whose frames from 0 to `count` are shown.
         count: frames.
-        chunk: frames in work at a time, a multiple of every ratio.
+        chunk: frames processed at a time, a multiple of every ratio.
         size: (height, width) to scale to; None crops sides to multiples of 8.
-        enlarge: by how much each pixel is enlarged in what is shown.
+        enlarge: factor by which the pixels shown are enlarged.
         precision: see training/precision.py.
-        told: called after each chunk with the frames done.
+        on_progress: called after each chunk with the frames done.
 
     Raises ValueError for an illegal chunk.
     """
@@ -50,10 +147,10 @@ class Comparison:
         size: tuple[int, int] | None = None,
         enlarge: int = 1,
         precision: Precision = "auto",
-        told: Callable[[int], None] = lambda done: None,
+        on_progress: Callable[[int], None] = lambda done: None,
     ):
         self.model, self.ratios, self.video, self.count, self.size = model, ratios, video, count, size
-        self.enlarge, self.precision, self.told = enlarge, precision, told
+        self.enlarge, self.precision, self.on_progress = enlarge, precision, on_progress
         self.plan = chunk_plan(count + -(count - 1) % max(ratios), max(ratios), chunk)
         self.seconds = dict.fromkeys(ratios, 0.0)
         self.frame_psnr: dict[int, list[float]] = {ratio: [] for ratio in ratios}
@@ -76,17 +173,17 @@ class Comparison:
                     columns.append(next(stream).float().cpu())
                 self.seconds[ratio] += time.perf_counter() - started
             original = queue.pop()
-            behind = max(0, done + original.shape[2] - self.count)  # frames that repeat the last one
-            clips = [crop_clip(x, Padding(behind, 0, 0)) for x in (original, *columns)]
+            surplus = max(0, done + original.shape[2] - self.count)  # frames that repeat the last one
+            clips = [crop_clip(x, Padding(surplus, 0, 0)) for x in (original, *columns)]
             for ratio, clip in zip(self.ratios, clips[1:], strict=True):
-                self.frame_psnr[ratio] += psnr_per_frame(clip, clips[0])[0].clamp(max=MOST_PSNR).tolist()
-            videos = [to_uint8(clip)[0].numpy().repeat(self.enlarge, 1).repeat(self.enlarge, 2) for clip in clips]
+                self.frame_psnr[ratio] += psnr_per_frame(clip, clips[0])[0].clamp(max=MAX_PSNR).tolist()
+            videos = [enlarge(to_uint8(clip)[0].numpy(), self.enlarge) for clip in clips]
             yield grid(videos, len(videos))
-            done += original.shape[2] - behind
-            self.told(done)
+            done += original.shape[2] - surplus
+            self.on_progress(done)
 
     def _chunks(self, queue: list[Tensor], reader: int) -> Iterator[Tensor]:
-        """Yield the chunks; the first of the streams reads a chunk, the others take what it read."""
+        """Yield the chunks; the first stream reads each of them, the others use the same one."""
         first = 0
         for length in self.plan:
             if reader == 0:
@@ -95,7 +192,7 @@ class Comparison:
             first += length
 
     def _read(self, first: int, length: int) -> Tensor:
-        indices = [min(first + i, self.count - 1) for i in range(length)]  # behind the end, the last frame again
+        indices = [min(first + i, self.count - 1) for i in range(length)]  # after the end, the last frame again
         pixels = read_frames(self.video, indices)
         x = from_uint8(torch.from_numpy(pixels[None]))
         if self.size:
@@ -104,7 +201,7 @@ class Comparison:
         else:
             height, width = (max(SPATIAL_RATIO, side // SPATIAL_RATIO * SPATIAL_RATIO) for side in pixels.shape[1:3])
             x = x[..., :height, :width]
-        return pad_clip(from_uint8(to_uint8(x)), 1)[0]  # what is compared with is what is shown
+        return pad_clip(from_uint8(to_uint8(x)), 1)[0]  # the reference is exactly the video shown
 
 
 def fit_size(height: int, width: int, side: int) -> tuple[int, int]:

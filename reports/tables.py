@@ -1,170 +1,119 @@
-"""The table of token budgets: one column for each temporal ratio, one line for each figure."""
-# ruff: noqa: RUF001 (the page is set with × – and −)
+"""Tables of figures: one column for each token budget, one line for each figure; as HTML, text and Markdown."""
+# ruff: noqa: RUF001 (the page is set with × and −)
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
+from dataclasses import dataclass
 
 Interval = tuple[float, float, float]  # value, and the ends of its 95 % interval
+FEWER, LESS, FASTER = ("fewer", "more"), ("less", "more"), ("faster", "slower")
 
 
 @dataclass(frozen=True)
-class BudgetRow:
-    """Figures of one temporal ratio; None is "not measured", and `missing` may say why, by field name.
+class Cell:
+    """A figure as written, its small print, whether it is the best of its line, and why it is absent."""
 
-    PSNR is in dB: mean and standard deviation over clips, and the mean of first frames alone. Times are in seconds.
-    `accuracy` has fractions in [0, 1] by name (shape, colour, motion, all), `readable` the same of reconstructed clips: what
-    a scorer cannot read there, no text-to-video model of that latent space can show. Raises ValueError for a reason given
-    for a figure that does not exist.
+    text: str | None
+    notes: tuple[str, ...] = ()
+    best: bool = False
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure of every column; None was not measured.
+
+    Args:
+        label: what the figure is.
+        values: by column. Those behind the first are compared with it in small print.
+        digits: after the point; None writes three significant ones.
+        better: 1 where higher is better, -1 where lower is, 0 where neither.
+        words: compare by a factor, for example "2.0× fewer" or "2.0× more"; without, by the difference.
+        compared: whether to compare at all.
+        spreads: standard deviations by column.
+        intervals: ends of the 95 % intervals by column; they take the place of the comparison, and a value is the best only
+            where its interval is clear of the others.
+        reasons: why a value is absent, by column.
+        hint: small print of the label.
     """
 
-    ratio: int
-    latent_frames: int | None = None
-    tokens: int | None = None
-    latent_values_per_pixel: float | None = None
-    psnr: float | None = None
-    psnr_std: float | None = None
-    psnr_first: float | None = None
-    ssim: float | None = None
-    train_step_seconds: float | None = None
-    denoising_seconds: float | None = None
-    sampling_seconds: float | None = None
-    train_loss: float | None = None
-    accuracy: Mapping[str, Interval] | None = None
-    readable: Mapping[str, Interval] | None = None
-    missing: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self):
-        names = [f.name for f in dataclasses.fields(self)][1:-1]
-        if unknown := sorted(set(self.missing) - set(names)):
-            raise ValueError(f"missing={unknown}: there are no such figures; legal: {', '.join(names)}")
-
-
-@dataclass(frozen=True)
-class _Line:
-    """How a figure is named and written, which end of it is better, and how it is compared with the first column."""
-
-    name: str
     label: str
-    digits: int | None = None  # after the point; None is three significant ones
-    better: int = 0  # 1 higher, -1 lower, 0 neither
-    words: tuple[str, str] | None = None  # compare by "2.0× WORD" where it is smaller, larger; None is by difference
-    spread: str = ""  # name of its standard deviation
+    values: Sequence[float | None]
+    digits: int | None = None
+    better: int = 0
+    words: tuple[str, str] | None = None
+    compared: bool = True
+    spreads: Sequence[float | None] = ()
+    intervals: Sequence[tuple[float, float] | None] = ()
+    reasons: Sequence[str | None] = ()
+    hint: str = ""
+
+    def cells(self) -> list[Cell]:
+        """Return what stands in each column."""
+        best = self._best()
+        return [
+            Cell(None, reason=self.reasons[i] if self.reasons else None)
+            if value is None
+            else Cell(number(value, self.digits), tuple(self._notes(i, value)), i == best)
+            for i, value in enumerate(self.values)
+        ]
+
+    def _notes(self, column: int, value: float) -> list[str]:
+        if self.intervals:
+            return [f"{end[0]:.0f} to {end[1]:.0f}" for end in [self.intervals[column]] if end]
+        spread = self.spreads[column] if self.spreads else None
+        notes = [] if spread is None else [f"± {number(spread, self.digits)}"]
+        first = self.values[0]
+        if column and self.compared and first is not None:
+            notes.append(self._comparison(value, first))
+        return [note for note in notes if note]
+
+    def _comparison(self, value: float, first: float) -> str:
+        if self.words is None:
+            sign = "" if value < first else "+"
+            difference = f"{sign}{number(value - first, self.digits)}"
+            return difference if any(digit in difference for digit in "123456789") else "the same"
+        if min(value, first) <= 0:
+            return ""
+        ratio = f"{max(value / first, first / value):.1f}"
+        return "the same" if ratio == "1.0" else f"{ratio}× {self.words[value > first]}"
+
+    def _best(self) -> int | None:
+        """Return the column whose value, or interval, is on the better side of every other; None where there is none."""
+        ends = {i: (v, v) for i, v in enumerate(self.values) if v is not None}
+        ends |= {i: end for i, end in enumerate(self.intervals) if end is not None}
+        for i, (low, high) in ends.items():
+            others = [end for j, end in ends.items() if j != i]
+            above, below = (all(low > end[1] for end in others), all(high < end[0] for end in others))
+            if others and ((self.better > 0 and above) or (self.better < 0 and below)):
+                return i
+        return None
 
 
-GROUPS = {
-    "Token budget": [
-        _Line("latent_frames", "Latent frames", 0, words=("fewer", "more")),
-        _Line("tokens", "Tokens", 0, words=("fewer", "more")),
-        _Line("latent_values_per_pixel", "Latent values per pixel", words=("fewer", "more")),
-    ],
-    "Reconstruction": [
-        _Line("psnr", "PSNR (dB), ± deviation between clips", 2, better=1, spread="psnr_std"),
-        _Line("psnr_first", "PSNR of first frames (dB)", 2, better=1),
-        _Line("ssim", "SSIM", 3, better=1),
-    ],
-    "Text to video": [
-        _Line("train_step_seconds", "Training step (s)", better=-1, words=("faster", "slower")),
-        _Line("denoising_seconds", "Denoising a video (s)", better=-1, words=("faster", "slower")),
-        _Line("sampling_seconds", "Sampling a video, decoding included (s)", better=-1, words=("faster", "slower")),
-        _Line("train_loss", "Training loss (each in its own latent space)", 3),
-    ],
-}
-
-ACCURACIES = {
-    "accuracy": "Prompt accuracy (%), with 95 % interval",
-    "readable": "The same scorer on reconstructions (%): what a perfect text-to-video model would reach",
-}
+Lines = Mapping[str, Sequence[Line]]  # by the title of their group
 
 
-def budget_table(rows: Sequence[BudgetRow], chance: Mapping[str, float] | None) -> str:
-    """Return the table as HTML with a note below; the first of `rows` is what the small print compares with."""
-    head = "".join(f'<th scope="col">{row.ratio}×</th>' for row in rows)
-    body = ""
-    for title, lines in GROUPS.items():
-        body += _group(title, "".join(_figure_line(line, rows) for line in lines), len(rows))
-    for field_name, title in ACCURACIES.items():
-        if names := dict.fromkeys(name for row in rows for name in getattr(row, field_name) or {}):
-            lines = "".join(_accuracy_line(field_name, name, rows, chance or {}) for name in names)
-            body += _group(title, lines, len(rows))
-    reasons = "; ".join(f"{row.ratio}×: {reason}" for row in rows for reason in dict.fromkeys(row.missing.values()))
-    return (
-        f'<table class="budgets"><thead><tr><th scope="col">Temporal compression</th>{head}</tr></thead>{body}</table>'
-        '<p class="small">★ best of its line; of accuracies only where it is clear of the other intervals. '
-        f"– not measured{f' ({escape(reasons)})' if reasons else ''}.</p>"
+def share_line(label: str, shares: Sequence[Interval | None], **options) -> Line:
+    """Return a line of fractions in [0, 1], written in percent with their 95 % intervals."""
+    values = [None if share is None else 100 * share[0] for share in shares]
+    intervals = [None if share is None else (100 * share[1], 100 * share[2]) for share in shares]
+    return Line(label, values, 0, intervals=intervals, **options)
+
+
+def text_table(columns: Sequence[str], lines: Lines) -> str:
+    """Return figures as lines of text."""
+    rows = [["", *columns]]
+    for group in lines.values():
+        rows += [[line.label, *("-" if v is None else number(v, line.digits) for v in line.values)] for line in group]
+    wide = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
+    return "\n".join(
+        "  ".join([row[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))]) for row in rows
     )
 
 
-def dash(reason: str | None = None) -> str:
-    """Return the mark of a figure that was not measured, as HTML."""
-    return f'<abbr title="{escape(f"not measured: {reason}" if reason else "not measured")}">–</abbr>'
-
-
-def _group(title: str, lines: str, columns: int) -> str:
-    head = f'<tr class="group"><th scope="rowgroup" colspan="{columns + 1}">{escape(title)}</th></tr>'
-    return f"<tbody>{head}{lines}</tbody>"
-
-
-def _figure_line(line: _Line, rows: Sequence[BudgetRow]) -> str:
-    values = [getattr(row, line.name) for row in rows]
-    best = _best([None if v is None else (v, v, v) for v in values], line.better)
-    cells = ""
-    for i, (row, value) in enumerate(zip(rows, values, strict=True)):
-        if value is None:
-            cells += _cell(None, reason=row.missing.get(line.name))
-            continue
-        spread = getattr(row, line.spread) if line.spread else None
-        small = [] if spread is None else [f"± {number(spread, line.digits)}"]
-        if i and values[0] is not None:
-            small.append(_compared(line, value, values[0]))
-        cells += _cell(number(value, line.digits), small, i == best)
-    return f'<tr><th scope="row">{escape(line.label)}</th>{cells}</tr>'
-
-
-def _accuracy_line(figure: str, name: str, rows: Sequence[BudgetRow], chance: Mapping[str, float]) -> str:
-    values = [(getattr(row, figure) or {}).get(name) for row in rows]
-    best = _best(values, better=1)
-    cells = ""
-    for i, (row, value) in enumerate(zip(rows, values, strict=True)):
-        if value is None:
-            cells += _cell(None, reason=row.missing.get(figure))
-        else:
-            share, low, high = (f"{100 * v:.0f}" for v in value)
-            cells += _cell(share, [f"{low} to {high}"], i == best)
-    guess = f"<small>chance {100 * chance[name]:.{0 if chance[name] >= 0.01 else 2}f}</small>" if name in chance else ""
-    return f'<tr><th scope="row">{escape(name)}{guess}</th>{cells}</tr>'
-
-
-def _cell(text: str | None, small: Sequence[str] = (), best: bool = False, reason: str | None = None) -> str:
-    if text is None:
-        return f"<td>{dash(reason)}</td>"
-    value = f'<strong><span role="img" aria-label="best">★</span> {text}</strong>' if best else text
-    return f"<td>{value}{''.join(f'<small>{part}</small>' for part in small if part)}</td>"
-
-
-def _best(values: Sequence[Interval | None], better: int) -> int | None:
-    """Return the index of the value whose interval is on the better side of every other, None where none is."""
-    known = {i: value for i, value in enumerate(values) if value is not None}
-    for i, (_, low, high) in known.items():
-        others = [known[j] for j in known if j != i]
-        if others and (
-            (better > 0 and all(low > other[2] for other in others))
-            or (better < 0 and all(high < other[1] for other in others))
-        ):
-            return i
-    return None
-
-
-def _compared(line: _Line, value: float, first: float) -> str:
-    if line.words is None:
-        difference = f"{value - first:+.{line.digits}f}" if line.better else ""
-        return "the same" if difference and not float(difference) else difference.replace("-", "−")
-    if min(value, first) <= 0:
-        return ""
-    ratio = f"{max(value / first, first / value):.1f}"
-    return "the same" if ratio == "1.0" else f"{ratio}× {line.words[value > first]}"
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
 
 def number(value: float, digits: int | None) -> str:

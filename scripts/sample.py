@@ -20,7 +20,7 @@ from promag.diffusion.attention import choose_attention
 from promag.evaluation.clip_similarity import ClipSimilarity
 from promag.pipelines.sampling import Draft, Order, Seconds, load_pipeline, make_videos
 from promag.reports.contact_sheet import write_contact_sheet
-from promag.reports.grid import grid
+from promag.reports.side_by_side import grid
 from promag.training.config import UserError, run_main
 from promag.training.gif import MOST_FPS, encode_gif
 from promag.training.precision import HELP, PRECISIONS

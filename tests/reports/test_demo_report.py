@@ -12,8 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from promag.data.video import read_frames
-from promag.reports.demo_report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
+from promag.reports.demo_report import BudgetRow, Progress, ReconstructionClip, Report, SampleClip, write_report
 from promag.reports.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, _log_ticks, _ticks, line_plot, marked_plot
+from tests.browser import console_errors
 
 COLOURS = {"original": (200, 40, 40), 4: (40, 180, 40), 8: (40, 40, 200), 16: (220, 220, 60)}
 NASTY = "</title><script>alert(1)</script> {x} \"'&<img src=http://example.org/a onerror=alert(2)>"
@@ -92,7 +93,7 @@ def report(**changes):
         chance={"colour": 1 / 6, "all": 0.005},
         reconstructions=[reconstruction()],
         samples=[sample()],
-        curves={"growth/4×": [(0, 12.0), (1000, 24.0)], "growth/8×": [(1000, 22.0), (1300, 23.5)], "alone": [(0, 3.0)]},
+        curves={"PSNR, dB/4×": [(0, 12.0), (1000, 24.0)], "PSNR, dB/8×": [(1000, 22.0), (1300, 23.5)], "alone": [(0, 3.0)]},
         facts={"Commit": "abc", "Machine": "2 cores"},
     )
     return dataclasses.replace(whole, **changes)
@@ -273,6 +274,57 @@ def test_sections_without_content_are_left_out(tmp_path):
     assert page.all("button") == []
 
 
+def test_a_page_grows_while_a_run_proceeds(tmp_path):
+    """The first page has the shipped checkpoints' clips alone; a clip that is shown again is not encoded again."""
+    clips = (sample(), reconstruction())
+    shipped: dict = {"shipped": clips[:1], "shipped_reconstructions": clips[1:]}
+    early = Report("A run", **shipped)
+    page = Page(write_report(tmp_path, early, Progress("1/3 tokenizer, 4x", 0.125, 400.0, 20)))
+    assert "Training is going on. 1/3 tokenizer, 4x12 %, about 7 minutes to go." in page.text.replace("\n", "")
+    assert "Still to come: token budgets, reconstructions, samples." in page.text
+    assert page.all("progress")[0]["value"] == "0.125"
+    assert page.all("body")[0]["data-reload"] == "20"
+    assert len(page.all("video")) == 2
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["progress"] == {"stage": "1/3 tokenizer, 4x", "fraction": 0.125, "seconds_left": 400.0, "reload_seconds": 20}
+    assert figures["shipped_reconstructions"][0]["video"] == "videos/shipped-reconstruction-01.mp4"
+    assert (tmp_path / "videos/shipped-reconstruction-01.mp4").read_bytes() == early.shipped_reconstructions[0].film.mp4
+
+    films = [clip.film for clip in clips]
+    page = Page(write_report(tmp_path, report(**shipped), Progress("3/3 samples", 1.0)))
+    assert "3/3 samples100 %." in page.text.replace("\n", "")
+    assert "Still to come" not in page.text
+    assert len(page.all("video")) == 4
+    assert all(clip.film is film for clip, film in zip(clips, films, strict=True))
+
+    page = Page(write_report(tmp_path, report(**shipped)))
+    assert "Training is going on" not in page.text
+    assert "data-reload" not in page.all("body")[0]
+
+
+@pytest.mark.parametrize("wrong", [{"fraction": 1.5}, {"seconds_left": -1.0}, {"reload_seconds": 0}])
+def test_an_impossible_progress_is_refused(wrong):
+    with pytest.raises(ValueError, match="fraction from 0 to 1"):
+        Progress(**{"stage": "tokenizer", "fraction": 0.5, **wrong})
+
+
+def test_a_running_page_reloads_itself_unless_its_videos_are_paused(browser, tmp_path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    clips = {"shipped": [sample()]}
+    path = write_report(tmp_path, Report("A run", **clips), Progress("tokenizer", 0.1, reload_seconds=1))
+    browser.get(path.as_uri())
+    write_report(tmp_path, Report("A run", **clips), Progress("samples", 0.9, reload_seconds=1))
+    wait = WebDriverWait(browser, 30, 0.05)
+    wait.until(lambda driver: "samples" in driver.find_element("class name", "running").text)
+    wait.until(lambda driver: driver.execute_script("return [...document.querySelectorAll('video')].every(v => !v.paused)"))
+    browser.find_element("css selector", ".controls .play").click()
+    assert browser.execute_script("return document.querySelector('video').paused && document.body.dataset.paused") == "yes"
+    browser.execute_script("window.seconds = 0; setInterval(() => window.seconds++, 1000)")
+    wait.until(lambda driver: driver.execute_script("return window.seconds") == 3)  # a reloaded page has no such count
+    assert console_errors(browser) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -305,8 +357,8 @@ def test_a_reason_for_an_unknown_figure_is_refused():
 def test_a_plot_for_each_group_of_curves(written):
     _, page = written
     assert [a["aria-label"] for a in page.all("svg") if "aria-label" in a] == [
-        "PSNR (dB) by training step: 4× ends with 24.00 at 1,000; 8× ends with 23.50 at 1,300",
-        "PSNR (dB) by training step: alone ends with 3.00 at 0",
+        "PSNR, dB by training step: 4× ends with 24.00 at 1,000; 8× ends with 23.50 at 1,300",
+        "value by training step: alone ends with 3.00 at 0",
     ]
 
 

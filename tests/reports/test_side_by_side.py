@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from promag.data.video import read_frames, write_video
-from promag.reports.grid import GAP
-from promag.reports.side_by_side import Comparison, fit_size
+from promag.reports.side_by_side import GAP, GREY, Comparison, fit_size, grid, make_film
 from promag.tokenizer.metrics import from_uint8, psnr, psnr_per_frame
 from promag.tokenizer.streaming import reconstruct
 from tests.data.test_video import drifting
@@ -23,11 +22,11 @@ def shown(comparison, width=64):
 
 
 def test_columns_and_psnr_are_those_of_the_whole_clip(tokenizer, video):
-    told = []
-    comparison = Comparison(tokenizer, (4, 8, 16), video, 20, chunk=16, precision="bf16", told=told.append)
+    progress = []
+    comparison = Comparison(tokenizer, (4, 8, 16), video, 20, chunk=16, precision="bf16", on_progress=progress.append)
     original, *columns = shown(comparison)
     assert np.array_equal(original, read_frames(video, range(20)))
-    assert told == [17, 20]
+    assert progress == [17, 20]
     x = from_uint8(torch.from_numpy(original)[None])
     for ratio, column in zip((4, 8, 16), columns, strict=True):
         with torch.autocast("cpu", torch.bfloat16):
@@ -55,3 +54,36 @@ def test_sizes_keep_their_shape_in_multiples_of_eight():
     assert fit_size(288, 256, 64) == (72, 64)
     assert fit_size(40, 50, 64) == (40, 48)
     assert fit_size(4, 4, 64) == (8, 8)
+
+
+def solid(value, width=6):
+    return np.full((2, 4, width, 3), value, np.uint8)
+
+
+def test_videos_stand_row_by_row_with_grey_between():
+    whole = grid([solid(1), solid(2), solid(3)], columns=2)
+    assert whole.shape == (2, 2 * 4 + GAP, 2 * 6 + GAP, 3)
+    expected = np.full((8 + GAP, 12 + GAP), GREY)
+    expected[:4, :6], expected[:4, 6 + GAP :], expected[4 + GAP :, :6] = 1, 2, 3
+    assert np.array_equal(whole, np.broadcast_to(expected[None, :, :, None], whole.shape))
+    assert np.array_equal(grid([solid(1)], columns=3), solid(1))
+
+
+def test_mistakes_are_named():
+    for videos, columns in (([], 1), ([solid(1), solid(1, width=8)], 2), ([solid(1)], 0)):
+        with pytest.raises(ValueError, match="one shape, and a column, are needed"):
+            grid(videos, columns)
+
+
+def test_a_film_knows_where_its_tiles_lie(tmp_path):
+    videos = {name: np.full((2, 24, 32, 3), value, np.uint8) for name, value in (("a", 20), ("b", 120), ("c", 220))}
+    film = make_film("three", videos, 8.0, columns=2)
+    (tmp_path / "film.mp4").write_bytes(film.mp4)
+    pixels = read_frames(tmp_path / "film.mp4", range(2))
+    assert pixels.shape == (2, film.height, film.width, 3) == (2, 2 * 96 + GAP, 2 * 128 + GAP, 3)
+    where = film.layout
+    assert where == {"height": 24, "width": 32, "scale": 4, "columns": 2, "gap": GAP}
+    for i, value in enumerate((20, 120, 220)):
+        top, left = i // 2 * (24 * 4 + GAP), i % 2 * (32 * 4 + GAP)
+        tile = pixels[:, top : top + 96, left : left + 128].astype(int)
+        assert np.abs(tile[:, 8:-8, 8:-8] - value).max() <= 3

@@ -1,0 +1,38 @@
+"""Pages, fragments of pages and model cards from the templates, style sheet and script in assets/.
+
+A page is one file that loads nothing from elsewhere: style, script, plots and videos stand in it.
+"""
+
+import functools
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+
+def asset(name: str) -> str:
+    """Return the text of a file in assets/."""
+    return (resources.files("promag.reports") / "assets" / name).read_text("utf-8")
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a template of assets/ with `values` in it; in HTML every value is escaped unless it is Markup."""
+    return _environment().get_template(template).render(values)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return a whole page, with the style sheet and the script inside."""
+    return render(template, style=Markup(asset("page.css")), script=Markup(asset("page.js")), **values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(asset),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
