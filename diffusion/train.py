@@ -29,7 +29,7 @@ from promag.training.trackers import Log
 
 from .attention import choose_attention
 from .conditioning import draw_given, frame_times, mean_over_made
-from .config import MAY_CHANGE, DiffusionConfig, Samples
+from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
 from .finetune import load_transformer, take_up
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
@@ -202,7 +202,7 @@ def train_diffusion(
     config: DiffusionConfig,
     cached: Sequence[Cached],
     validation: Sequence[Cached],
-    sample: Callable[["Trained", Samples], Sequence[np.ndarray]] | None = None,
+    sample: Callable[["Trained", SamplesConfig], Sequence[np.ndarray]] | None = None,
 ) -> Trained:
     """Train, or continue to train, a transformer on the caches of the training split and of the held-out one, by bucket.
 
