@@ -22,8 +22,8 @@ from promag.diffusion.text_cache import TextFingerprint, write_embeddings
 from promag.diffusion.train import Cached, Trained, train_diffusion
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.geometry import check_ratio
-from promag.tokenizer.train import load_tokenizer, save_model
 from promag.training.config import UserError
 from promag.training.loop import broadcast_from_main, choose_precision_once, main_process_first, processes
 from promag.training.precision import Precision, autocast

@@ -16,7 +16,7 @@ from promag.pipelines.sampling import load_pipeline, trained_ratios
 from promag.reports import app_html as page
 from promag.reports.app_backend import Studio
 from promag.reports.uploads import KINDS, MEGABYTE, UploadLimits
-from promag.tokenizer.train import load_tokenizer
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.config import UserError, run_main
 from promag.training.device import best_device
 from promag.training.precision import HELP, PRECISIONS, choose_precision

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import cache
-from promag.tokenizer.train import load_tokenizer
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.config import parse_config, run_main
 from promag.training.loop import processes
 

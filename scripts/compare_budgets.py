@@ -21,10 +21,10 @@ from promag.pipelines.sampling import trained_ratios
 from promag.reports.budget_report import BudgetReport, write_budget_page
 from promag.reports.budget_tables import cost_lines, generation_lines, reconstruction_lines, text_table, token_lines
 from promag.reports.plots import Mark
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames
 from promag.tokenizer.metrics import PROTOCOL
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
-from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, parse_config, run_main
 from promag.training.device import best_device
 from promag.training.precision import choose_precision

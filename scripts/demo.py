@@ -37,16 +37,11 @@ from promag.pipelines.build import cache_latents, train_pipeline
 from promag.pipelines.sampling import load_pipeline, sample_videos
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.demo_report import BudgetRow, ReconstructionClip, Report, SampleClip, write_report
+from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
-from promag.tokenizer.train import (
-    AutoencoderConfig,
-    StageConfig,
-    TokenizerConfig,
-    TokenizerDataConfig,
-    load_tokenizer,
-    train_tokenizer,
-)
+from promag.tokenizer.train import train_tokenizer
 from promag.training.config import UserError, parse_config, run_main, setting, to_plain
 from promag.training.device import best_device
 from promag.training.loop import RunConfig

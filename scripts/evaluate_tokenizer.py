@@ -15,10 +15,10 @@ import torch
 
 from promag.data.datasets import open_evaluation
 from promag.reports.contact_sheet import write_contact_sheet
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
-from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, load_yaml, run_main
 from promag.training.device import best_device
 from promag.training.precision import HELP, PRECISIONS, choose_precision

@@ -21,7 +21,7 @@ from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.tokenizer.autoencoder import parameter_count
-from promag.tokenizer.train import forget_where_it_was, load_tokenizer, save_model
+from promag.tokenizer.checkpoint import forget_where_it_was, load_tokenizer, save_model
 from promag.training.config import UserError, load_yaml, run_main
 from promag.training.run import machines_of, write_atomically
 

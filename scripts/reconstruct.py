@@ -10,8 +10,8 @@ from typing import Any
 
 from promag.data.video import frame_times, write_video
 from promag.reports.side_by_side import Comparison
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio
-from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
 from promag.training.device import best_device
 from promag.training.precision import HELP, PRECISIONS, choose_precision

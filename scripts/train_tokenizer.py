@@ -6,7 +6,8 @@ Start it plainly, with `accelerate launch`, or with torchrun; the same command a
 import sys
 from collections.abc import Sequence
 
-from promag.tokenizer.train import TokenizerConfig, train_tokenizer
+from promag.tokenizer.config import TokenizerConfig
+from promag.tokenizer.train import train_tokenizer
 from promag.training.config import parse_config, run_main
 
 

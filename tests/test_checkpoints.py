@@ -11,8 +11,8 @@ from promag.data.datasets import SyntheticDataset
 from promag.data.synthetic import is_unseen, parse_caption
 from promag.evaluation.prompt_accuracy import PARTS, accuracies
 from promag.pipelines.sampling import load_pipeline, sample_videos, trained_ratios
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.metrics import psnr
-from promag.tokenizer.train import load_tokenizer
 
 FOLDER = Path("checkpoints")
 TINY, VIDEO = FOLDER / "tiny", FOLDER / "tiny-video"

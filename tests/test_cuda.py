@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from promag.diffusion.attention import choose_attention, probe
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.streaming import reconstruct_stream
-from promag.tokenizer.train import load_tokenizer, train_tokenizer
+from promag.tokenizer.train import train_tokenizer
 from promag.training.throughput import matmul_tflops
 from tests.pipelines.conftest import call
 from tests.tiny_pipeline import make_pipeline

@@ -23,8 +23,9 @@ from promag import AutoencoderKLProMAG
 from promag.evaluation.baselines import build_peer, probe_peer
 from promag.evaluation.cost import measure_in_turns, peak_bytes
 from promag.tokenizer.autoencoder import parameter_count
+from promag.tokenizer.config import StageConfig, TokenizerConfig
 from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
-from promag.tokenizer.train import StageConfig, StageObjective, TokenizerConfig
+from promag.tokenizer.train import StageObjective
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError, build, load_yaml, run_main
 from promag.training.device import best_device

@@ -21,7 +21,7 @@ from promag.data.datasets import open_dataset
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.pipelines.build import encoder
-from promag.tokenizer.train import load_tokenizer
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.config import parse_config, run_main
 from promag.training.loop import processes
 from promag.training.precision import choose_precision

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from promag.data.video import frame_times, read_frames
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio
 from promag.tokenizer.metrics import from_uint8, psnr
 from promag.tokenizer.streaming import chunk_plan, pad_clip, reconstruct_stream
-from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
 from promag.training.precision import autocast
 from promag.training.run import append_result

@@ -20,16 +20,10 @@ from promag.evaluation.baselines import build_peer, load_peer
 from promag.evaluation.growth_ablation import OURS, RATIO, WIDE, curves, gains, read, table
 from promag.reports.plots import plot_file
 from promag.tokenizer.autoencoder import parameter_count
+from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
-from promag.tokenizer.train import (
-    AutoencoderConfig,
-    StageConfig,
-    StageObjective,
-    TokenizerConfig,
-    TokenizerDataConfig,
-    load_tokenizer,
-    train_tokenizer,
-)
+from promag.tokenizer.train import StageObjective, train_tokenizer
 from promag.training.config import parse_config, run_main, setting
 from promag.training.device import best_device
 from promag.training.loop import RunConfig, seeded

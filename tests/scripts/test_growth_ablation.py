@@ -11,7 +11,7 @@ from promag import AutoencoderKLProMAG
 from promag.evaluation.baselines import build_peer
 from promag.scripts.experiments import growth_ablation as claim
 from promag.tokenizer.autoencoder import parameter_count
-from promag.tokenizer.train import load_tokenizer
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.config import UserError, parse_config
 from tests.scripts.conftest import TINY_MODEL, load_yaml, overrides
 

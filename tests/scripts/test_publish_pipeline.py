@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from promag.data.synthetic import MOTIONS
 from promag.pipelines.sampling import load_pipeline
 from promag.scripts import publish
-from promag.tokenizer.train import load_tokenizer, save_model
+from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.training.config import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -278,7 +278,7 @@ def test_the_paper_preset_has_the_stated_parameters_at_every_level():
     import re
     from pathlib import Path
 
-    from promag.tokenizer.train import TokenizerConfig
+    from promag.tokenizer.config import TokenizerConfig
     from promag.training.config import build, load_yaml
 
     path = "configs/paper/tokenizer.yaml"
@@ -297,7 +297,7 @@ def test_the_paper_preset_has_the_stated_parameters_at_every_level():
 
 def test_preset_sizes():
     """Presets as their files state them; the paper's base has 128 channels with multipliers 1, 2, 2, 4."""
-    from promag.tokenizer.train import TokenizerConfig
+    from promag.tokenizer.config import TokenizerConfig
     from promag.training.config import build, load_yaml
 
     sizes = {}

@@ -12,17 +12,11 @@ from promag.data.clip_index import save_clips
 from promag.data.clips import list_videos, prepare
 from promag.data.tar_stream import Sharding
 from promag.data.tar_writer import write_shards
+from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
-from promag.tokenizer.train import (
-    AutoencoderConfig,
-    StageConfig,
-    StageObjective,
-    TokenizerConfig,
-    TokenizerDataConfig,
-    load_tokenizer,
-    train_tokenizer,
-)
+from promag.tokenizer.train import StageObjective, train_tokenizer
 from promag.training.config import UserError
 from promag.training.optimizers import held_by, make_optimizers
 from promag.training.run import load_checkpoint

@@ -120,7 +120,7 @@ def _class_of(path: Path):
     from promag.diffusion.config import DiffusionConfig
     from promag.scripts.demo import DemoConfig
     from promag.scripts.experiments.growth_ablation import ClaimConfig
-    from promag.tokenizer.train import TokenizerConfig
+    from promag.tokenizer.config import TokenizerConfig
 
     if path.stem == "demo":
         return DemoConfig

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from promag.diffusion.config import DiffusionConfig
 from promag.scripts import sample, train_tokenizer
 from promag.scripts.demo import DemoConfig
-from promag.tokenizer.train import TokenizerConfig
+from promag.tokenizer.config import TokenizerConfig
 from promag.tokenizer.train import train_tokenizer as train
 from promag.training import precision as module
 from promag.training.config import UserError, build, load_yaml, parse_config
