@@ -61,7 +61,7 @@ def marked_plot(
         end = ' text-anchor="end"' if a > WIDTH / 2 else ""
         drawn += f'<text class="mark-name" x="{a - 7 if end else a + 7}" y="{b - 7}"{end}>{escape(text)}</text>'
     ends = "; ".join(f"{name} from {_last([marks[0][:2]])} to {_last([marks[-1][:2]])}" for name, marks in lines.items())
-    legend = [(f'class="line" style="stroke:{_colour(i)}"', name, "") for i, name in enumerate(lines)]
+    legend = [(f'class="line" style="stroke:{colour(i)}"', name, "") for i, name in enumerate(lines)]
     return _with_legend(drawn, f"{y_label} by {x_label}: {ends}", legend)
 
 
@@ -79,7 +79,7 @@ def _draw_lines(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str
     for i, (name, points) in enumerate(lines.items()):
         x, y = place(*points[-1])
         drawn += f'<polyline {_stroke(i)} points="{" ".join("{},{}".format(*place(*point)) for point in points)}"/>'
-        drawn += f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{_colour(i)}"/>'
+        drawn += f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{colour(i)}"/>'
         ends.append(f"{name} ends with {_last(points)}")
     return drawn, f"{y_label} by {x_label}: {'; '.join(ends)}"
 
@@ -107,23 +107,24 @@ def _place(x_range: Point, y_range: Point, log: bool = False) -> Place:
 
 
 def _marked_line(line: int, marks: Sequence[Mark], place: Place) -> str:
-    drawn, stroke = "", f"stroke:{_colour(line)}"
+    drawn, stroke = "", f"stroke:{colour(line)}"
     for (x, y, _), (x1, y1, measured) in itertools.pairwise(marks):
         (a, b), (c, d) = place(x, y), place(x1, y1)
         drawn += f'<path class="line{"" if measured else " guess"}" style="{stroke}" d="M{a} {b}L{c} {d}"/>'
     for x, y, measured in marks if len(marks) <= MAX_MARKS else ():
         a, b = place(x, y)
-        fill = f' style="fill:{_colour(line)}"' if measured else f' class="open" style="{stroke}"'
+        fill = f' style="fill:{colour(line)}"' if measured else f' class="open" style="{stroke}"'
         drawn += f'<circle cx="{a}" cy="{b}" r="3.5"{fill}/>'
     return drawn
 
 
-def _colour(line: int) -> str:
+def colour(line: int) -> str:
+    """Return the CSS colour of a line by its place."""
     return f"var(--line{line % COLOURS})"
 
 
 def _stroke(line: int) -> str:
-    return f'class="line" style="stroke:{_colour(line)};stroke-dasharray:{DASHES[line % len(DASHES)]}"'
+    return f'class="line" style="stroke:{colour(line)};stroke-dasharray:{DASHES[line % len(DASHES)]}"'
 
 
 def _last(points: Sequence[Point]) -> str:

@@ -18,9 +18,16 @@ from promag.evaluation.budget_costs import LENGTHS, Costs, Effort, fit_errors
 from promag.evaluation.budgets import Budget, check_budgets, compare_reconstructions, own_budgets, peer_budget
 from promag.evaluation.generation import generation_figures
 from promag.pipelines.sampling import trained_ratios
-from promag.reports.budget_report import BudgetReport, write_budget_page
-from promag.reports.budget_tables import cost_lines, generation_lines, reconstruction_lines, text_table, token_lines
+from promag.reports.budget_report import (
+    BudgetReport,
+    cost_lines,
+    generation_lines,
+    reconstruction_lines,
+    token_lines,
+    write_budget_page,
+)
 from promag.reports.plots import Mark
+from promag.reports.tables import text_table
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames
 from promag.tokenizer.metrics import PROTOCOL

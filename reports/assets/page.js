@@ -277,7 +277,8 @@ function startViewer(root) {
 
   root.viewer = {film, clips, shown, lines, choose, seek, play: () => tryToPlay(film)};
   look(1);
-  if (films.length) { waitForFrame(); choose(0); }
+  waitForFrame();
+  choose(0);
 }
 
 // -- the table of clips ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from html import unescape
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from promag.data.datasets import SyntheticDataset
 from promag.data.video import read_frames
 from promag.evaluation.adaptive_budget import adaptive_figures
 from promag.evaluation.budgets import ORIGINAL, compare_reconstructions, own_budgets
-from promag.reports.budget_report import ACROSS, BudgetReport, enlargement, write_budget_page
+from promag.reports.budget_report import COLUMNS, BudgetReport, write_budget_page
+from promag.reports.side_by_side import GAP, enlargement
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from tests.browser import console_errors
 from tests.conftest import TINY
@@ -44,12 +46,16 @@ def page(report, tmp_path_factory):
     return path
 
 
+def player_data(text):
+    return json.loads(unescape(re.search(r"data-player='([^']*)'", text)[1]))
+
+
 def test_the_page_is_one_file_that_asks_for_nothing_and_shows_the_worst_first(page, report):
     text = page.read_text()
     assert "<script>alert(1)" not in text
     assert not re.search(r"""(src|href)=["']?(?!data:)[\w./]+""", text.split("<script")[0])
     assert "default-src 'none'" in text
-    shown = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["clips"]
+    shown = player_data(text)["clips"]
     last = [clip["psnr"]["16x"] for clip in shown]
     assert last == sorted(last)
     assert {clip["name"] for clip in shown} == {clip.name for clip in report.clips}
@@ -58,12 +64,12 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_shows_the_worst_first(pa
 def test_the_films_show_what_was_measured(page, report, tmp_path):
     """From the tiles of a film follow the figures beside it, but for what its compression takes."""
     text = page.read_text()
-    shown = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["clips"]
+    shown = player_data(text)["clips"]
     film = tmp_path / "film.mp4"
-    film.write_bytes(base64.b64decode(re.search(r'id="film-0">(.*?)</script>', text)[1]))
+    film.write_bytes(base64.b64decode(re.search(r'class="film-data" value="([^"]*)"', text)[1]))
     pixels = read_frames(film, range(FRAMES)).astype(float)
     side = SIZE * enlargement(SIZE)
-    tiles = [pixels[:, :side, i * side : (i + 1) * side] for i in range(ACROSS)]
+    tiles = [pixels[:, :side, i * (side + GAP) : i * (side + GAP) + side] for i in range(COLUMNS)]
     for name, tile in zip(("4x", "8x", "16x"), tiles[1:], strict=True):
         measured = -10 * np.log10(np.square((tile - tiles[0]) / 255).mean())
         assert measured == pytest.approx(shown[0]["psnr"][name], abs=0.3)
@@ -99,33 +105,36 @@ def picture(browser, tile):
     return np.array(browser.execute_script(f"return {PICTURE}", tile)).reshape(SIZE, SIZE, 4)[..., :3]
 
 
+VIEWER = "document.querySelector('.viewer').viewer"
+
+
 @pytest.fixture
 def opened(browser, page):
     browser.get(page.as_uri())
-    until(browser, "document.getElementById('film').readyState >= 2")
+    until(browser, f"{VIEWER}.film.readyState >= 2")
     return browser
 
 
 def press(browser, name):
-    browser.find_element("id", name).click()
+    browser.find_element("css selector", f".viewer .{name}").click()
 
 
 def go_to(browser, frame):
-    browser.execute_script(f"seek({frame})")
-    until(browser, "!film.seeking && film.paused")
-    until(browser, f"document.getElementById('where').textContent.startsWith('frame {frame + 1} of')")
+    browser.execute_script(f"{VIEWER}.seek({frame})")
+    until(browser, f"!{VIEWER}.film.seeking && {VIEWER}.film.paused")
+    until(browser, f"document.querySelector('.where').textContent.startsWith('frame {frame + 1} of')")
 
 
 def test_it_plays_and_pauses(opened):
-    until(opened, "film.currentTime > 0 && !film.paused")
-    assert opened.find_element("id", "play").text == "Pause"
+    until(opened, f"{VIEWER}.film.currentTime > 0 && !{VIEWER}.film.paused")
+    assert opened.find_element("css selector", ".viewer .play").text == "Pause"
     press(opened, "play")
-    until(opened, "film.paused && document.getElementById('play').textContent === 'Play'")
+    until(opened, f"{VIEWER}.film.paused && document.querySelector('.play').textContent === 'Play'")
     assert console_errors(opened) == []
 
 
 def test_scrubbing_shows_the_frame_itself_in_every_tile(opened, report):
-    index = opened.execute_script("return data.clips[shown.clip].name")
+    index = opened.execute_script(f"return {VIEWER}.clips[{VIEWER}.shown.clip].name")
     clip = next(clip for clip in report.clips if clip.name == index)
     names = [ORIGINAL, *report.budgets]
     for frame in (0, 11, 16, 5):
@@ -143,10 +152,10 @@ def test_stepping_by_keys_and_by_buttons(opened):
     from selenium.webdriver.common.keys import Keys
 
     go_to(opened, 3)
-    press(opened, "forth")
-    until(opened, "shown.frame === 4")
+    press(opened, "forward")
+    until(opened, f"{VIEWER}.shown.frame === 4")
     opened.find_element("tag name", "body").send_keys(Keys.ARROW_LEFT)
-    until(opened, "shown.frame === 3")
+    until(opened, f"{VIEWER}.shown.frame === 3")
     opened.find_element("tag name", "body").send_keys("n")
     until(opened, "document.querySelectorAll('.clips tbody tr')[1].classList.contains('chosen')")
     assert console_errors(opened) == []
@@ -156,7 +165,7 @@ def test_the_error_map_is_dark_where_nothing_is_wrong(opened):
     go_to(opened, 8)
     plain = [picture(opened, tile) for tile in range(4)]
     press(opened, "error")
-    assert opened.find_element("id", "heat").is_displayed()
+    assert opened.find_element("class name", "heat").is_displayed()
     assert np.array_equal(picture(opened, 0), plain[0])
     for tile in (1, 2, 3):
         error = np.abs(plain[tile] - plain[0]).mean(2)
@@ -171,12 +180,12 @@ def test_the_error_map_is_dark_where_nothing_is_wrong(opened):
 
 
 def test_zoom_is_one_for_all_tiles(opened):
-    press(opened, "in")
-    press(opened, "in")
+    press(opened, "zoom-in")
+    press(opened, "zoom-in")
     shapes = opened.execute_script("return [...document.querySelectorAll('canvas')].map(c => getComputedStyle(c).transform)")
     assert len(set(shapes)) == 1
     assert shapes[0].startswith("matrix(2.25")
-    press(opened, "zoomed")
+    press(opened, "zoom-reset")
     assert opened.execute_script("return getComputedStyle(document.querySelector('canvas')).transform").startswith("matrix(1,")
 
 
@@ -195,11 +204,14 @@ def test_a_heading_sorts(opened):
 def test_the_slider_says_what_the_figures_say(opened, report, by):
     opened.execute_script(f"document.querySelector('[name=by][value={by}]').click()")
     for row in report.adaptive[f"sweep_by_{by}"]:
-        opened.execute_script(f"$('target').min = 0; $('target').value = {row['target']}; adapt()")
-        told = opened.find_element("id", "told").text
-        assert told.startswith(", ".join(f"{count} at {name}" for name, count in row["parts"].items()))
+        opened.execute_script(
+            f"const aim = document.querySelector('.aim'); aim.min = 0; aim.value = {row['target']};"
+            "document.querySelector('.target').update()"
+        )
+        outcome = opened.find_element("class name", "outcome").text
+        assert outcome.startswith(", ".join(f"{count} at {name}" for name, count in row["parts"].items()))
         compared = f"{abs(100 * row['saved']):.1f} % {'more' if row['saved'] < 0 else 'fewer'} than {row['fixed']} everywhere"
-        assert f"{row['tokens']:,} tokens, {compared}. Worst case {row['worst']:.2f} dB" in told
+        assert f"{row['tokens']:,} tokens, {compared}. Worst case {row['worst']:.2f} dB" in outcome
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
