@@ -5,6 +5,7 @@ The public classes are imported on first use, and are known to diffusers: after 
 """
 
 import importlib
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,13 @@ def _register(diffusers: Any) -> None:
     sys.modules["diffusers.promag"] = sys.modules[__name__]
     for name in __all__:
         diffusers._class_to_module[name] = "promag"
+    # diffusers 0.42 lists, at every cast of a model, the modules that should have stayed in float32, even where there are none.
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_a_module)
+
+
+def _names_a_module(record: logging.LogRecord) -> bool:
+    ours = tuple(f"There are modules in {name} that should be kept in float32: []" for name in __all__)
+    return not record.getMessage().startswith(ours)
 
 
 class _AfterDiffusers:

@@ -32,10 +32,10 @@ def main(argv: Sequence[str]) -> int:
     """Write the folder; with --record also the figures as JSON lines. Raises UserError for mistakes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    defaults = argparse.ArgumentDefaultsHelpFormatter
 
     summary = "save a tokenizer with a card of its figures on unseen clips, its recipe, data and licences"
-    tokenizer = kinds.add_parser("tokenizer", help=summary, description=summary, **options)
+    tokenizer = kinds.add_parser("tokenizer", help=summary, description=summary, formatter_class=defaults)
     tokenizer.set_defaults(run=_publish_tokenizer)
     tokenizer.add_argument("checkpoint", type=Path, help="RUN/tokenizer of a finished training")
     tokenizer.add_argument("--videos", required=True, help="unseen clips, as `promag evaluate-tokenizer` takes them")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer.add_argument("--size", type=int, default=64, help="height and width of the clips that are scored")
 
     summary = "save a pipeline trained on generated clips with a card of its prompt accuracy, recipe and licence"
-    pipeline = kinds.add_parser("pipeline", help=summary, description=summary, **options)
+    pipeline = kinds.add_parser("pipeline", help=summary, description=summary, formatter_class=defaults)
     pipeline.set_defaults(run=_publish_pipeline)
     pipeline.add_argument("checkpoint", type=Path, help="RUN/pipeline of a finished training on generated clips")
     pipeline.add_argument("--tokenizer", type=Path, required=True, help="published tokenizer that it was trained with")
