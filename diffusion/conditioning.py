@@ -55,6 +55,11 @@ def frame_times(times: Tensor, given: Tensor) -> Tensor:
     return times[:, None].masked_fill(given, 0)
 
 
+def pin_frames(latents: Tensor, conditioning: Tensor | None) -> Tensor:
+    """Put clean conditioning frames, b c n h w, in the place of the first frames of b c t h w; None changes nothing."""
+    return latents if conditioning is None else torch.cat([conditioning, latents[:, :, conditioning.shape[2] :]], 2)
+
+
 def mean_over_made(errors: Tensor, given: Tensor) -> Tensor:
     """Return the mean over all that is not given, of each clip: b c t h w and b t -> (b,)."""
     made = (~given).to(errors.dtype)

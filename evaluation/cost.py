@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from promag.diffusion.flow import velocity
+from promag.diffusion.flow import flow_times, sample_flow, velocity
 from promag.diffusion.train import hidden_matrices
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames
@@ -126,16 +126,17 @@ def denoising(
     """
     device, config = transformer.device, transformer.config
     shape = (config["in_channels"], latent_frames(frames, ratio), height // spatial, width // spatial)
-    x = torch.randn(2 * videos, *shape, device=device)
+    noise = torch.randn(2 * videos, *shape, device=device)
     text = [torch.randn(2 * videos, TEXT_TOKENS, width, device=device) for width in transformer.text_dims]
     pooled = torch.randn(2 * videos, config["pooled_dim"], device=device) if config["pooled_dim"] else None
 
-    @torch.no_grad()
+    def velocity_at(x: Tensor, times: Tensor) -> Tensor:
+        predicted = transformer(x, 1000 * times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)
+        return predicted[0]
+
     def call() -> None:
         with autocast(device, precision):
-            for step in range(steps):
-                times = torch.full((2 * videos,), 1000 * (1 - step / steps), device=device)
-                transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)
+            sample_flow(velocity_at, noise, flow_times(steps))
 
     return call
 

@@ -6,7 +6,6 @@ Shapes: T H W C of arrays, T C H W of tensors, both in [0, 1]; PIL pictures of a
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
@@ -81,8 +80,3 @@ def last_frames(pixels: Tensor, ratio: int, most: int) -> Tensor:
     """Return the last 1 + ratio*k frames of B C T H W, as many as there are but at most `most` latent frames of them."""
     latents = min(most, 1 + (pixels.shape[2] - 1) // ratio)
     return pixels[:, :, pixels.shape[2] - (1 + ratio * (latents - 1)) :]
-
-
-def hold(latents: Tensor, given: Tensor | None) -> Tensor:
-    """Put given latent frames, b c n h w, in the place of the first ones of b c t h w."""
-    return latents if given is None else torch.cat([given, latents[:, :, given.shape[2] :]], 2)

@@ -3,7 +3,7 @@
 Shapes: B C T H W pixels, b c t h w latents.
 """
 
-import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from promag.diffusion.conditioning import frame_times
-from promag.diffusion.flow import guide, interpolate
+from promag.diffusion.flow import StopSampling, guide, interpolate, sample_flow
 from promag.diffusion.text import NULL_CAPTION, Embedded, encode, side_by_side, tokenize
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
@@ -28,10 +27,10 @@ from promag.training.config import UserError
 from promag.training.safetensors_only import PICKLES, SafetensorsOnly
 
 from .arguments import check_budget, check_latents, check_names, check_numbers, check_prompts
-from .given_frames import hold, last_frames, read_given
+from .given_frames import last_frames, read_given
 from .model_card import write_card
 from .prompts import NAMES, NEGATIVE_NAMES, Prompts, Tensors, pack, unpack
-from .timesteps import check_flow, set_flow_times
+from .timesteps import SchedulerStep, check_flow, set_flow_times
 
 # Whose classes a saved pipeline may name: to load a class is to import its library.
 LIBRARIES = ("promag", "diffusers", "transformers")
@@ -328,32 +327,41 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         check_latents(latents, shape, denoise_strength)
         given = self._given_latents(image, video, (height, width), shape, num_videos_per_prompt, ratio, device)
         times = set_flow_times(self.scheduler, num_inference_steps, token_count, device, denoise_strength)
+        steps = len(times) - 1
+        timesteps = self.scheduler.timesteps[len(self.scheduler.timesteps) - steps :]
         start = None if latents is None else latents.to(device, torch.float32)
         x = self._first_noise(shape, generator, device) if start is None or denoise_strength < 1 else start
         if start is not None and denoise_strength < 1:
             start = self.transformer.normalise(start, ratio)
-            x = interpolate(start, x, times[:1] / 1000) if len(times) else start
-        x = hold(x, given)
-        self._num_timesteps = len(times)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        drawn = {"generator": generator} if takes_generator else {}  # of schedulers that add noise on the way
+            x = interpolate(start, x, times[:1]) if steps else start
+        self._num_timesteps = steps
+        calls = itertools.count()
+
+        def predict(x: Tensor, time: Tensor) -> Tensor:
+            if self._interrupt:
+                raise StopSampling
+            call = next(calls)
+            self._current_timestep = timesteps[call]
+            with self.transformer.cache_context(
+                "cond_uncond", step_index=call, sigma=times[call].item(), num_inference_steps=steps
+            ):
+                return self._predict(x, time, prompts, ratio, rate)
+
         progress: Any = self.progress_bar  # its decorator hides its arguments from type checkers
-        with progress(total=len(times)) as bar:
-            for i, t in enumerate(self.scheduler.timesteps[len(self.scheduler.timesteps) - len(times) :]):
-                if self._interrupt:
-                    break
-                self._current_timestep = t
-                with self.transformer.cache_context(
-                    "cond_uncond", step_index=i, sigma=times[i].item() / 1000, num_inference_steps=len(times)
-                ):
-                    predicted = self._predict(x, times[i], prompts, given, ratio, rate)
-                x = hold(self.scheduler.step(predicted, t, x, **drawn, return_dict=False)[0], given)
+        with progress(total=steps) as bar:
+
+            def after_step(number: int, time: Tensor, x: Tensor) -> Tensor:
+                nonlocal prompts
                 if callback_on_step_end is not None:
                     tensors = {"latents": x, **prompts.tensors()}
                     seen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, seen) or {}  # pyright: ignore[reportArgumentType]
-                    x, prompts = hold(changed.get("latents", x), given), prompts.changed(changed)
+                    changed = callback_on_step_end(self, number, timesteps[number], seen) or {}  # pyright: ignore
+                    x, prompts = changed.get("latents", x), prompts.changed(changed)
                 bar.update()
+                return x
+
+            step = SchedulerStep(self.scheduler, timesteps, generator)
+            x = sample_flow(predict, x, times, step=step, conditioning=given, callback=after_step)
         self._current_timestep = None
 
         x = self.transformer.denormalise(x, ratio)
@@ -361,19 +369,15 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         self.maybe_free_model_hooks()
         return ProMAGPipelineOutput(frames=result) if return_dict else (result,)
 
-    def _predict(self, x: Tensor, time: Tensor, prompts: Prompts, given: Tensor | None, ratio: int, fps: float) -> Tensor:
-        """Return the velocity of latents b c t h w at a time in [0, 1000], guided if the call is."""
+    def _predict(self, x: Tensor, times: Tensor, prompts: Prompts, ratio: int, fps: float) -> Tensor:
+        """Return the velocity of latents b c t h w at times in [0, 1], (b,) or b t, guided if the call is."""
         guided = self.do_classifier_free_guidance
         tokens, masks, pooled = unpack(prompts.guided if guided else prompts.text)
-        x = torch.cat([x] * 2) if guided else x
-        times = time.expand(len(x))
-        if given is not None:
-            frames_given = torch.arange(x.shape[2], device=x.device) < given.shape[2]
-            times = frame_times(times, frames_given.expand(len(x), -1))
+        x, times = (torch.cat([part] * 2) if guided else part for part in (x, times))
         # By name, and one call for both halves of the guidance: caches split them by these names.
         predicted = self.transformer(
             hidden_states=x.to(self.transformer.dtype),
-            timestep=times,
+            timestep=1000 * times,
             encoder_hidden_states=tokens,
             encoder_attention_mask=masks,
             pooled_projections=pooled,

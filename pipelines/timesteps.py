@@ -1,6 +1,6 @@
 """The times of a sampling, for any scheduler of diffusers that integrates a flow.
 
-Times are the schedulers' sigmas: 1 is noise, 0 is clean; the transformer is told 1000 times as much.
+Times are the schedulers' sigmas: 1 is noise, 0 is clean; the transformer's timestep is 1000 times as much.
 """
 
 import inspect
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promag.diffusion.flow import token_shift
+from promag.diffusion.flow import Model, token_shift
 
 
 def check_flow(scheduler: Any) -> None:
@@ -38,9 +38,9 @@ def count_of_times(scheduler: Any, steps: int, strength: float = 1.0) -> int:
 
 
 def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.device, strength: float = 1.0) -> Tensor:
-    """Set a scheduler's times from 1 down to 1/steps; return those that the transformer is told, one for each call of it.
+    """Set a scheduler's times; return them from the first to the last, one more than the calls of the transformer.
 
-    Of these, only the last `strength` of the steps are to be made, rounded up: the scheduler starts there.
+    Only the last `strength` of the steps, rounded up, are taken: the scheduler starts there.
 
     Where the scheduler's configuration says `use_dynamic_shifting` - one made by `from_config` of the saved scheduler's
     keeps that - times are shifted for the number of tokens as in training, by its own means or by those of its constant
@@ -63,4 +63,24 @@ def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.d
             scheduler.register_to_config(**{constant: config[constant]})
     skipped = steps_left_out(steps, strength) * scheduler.order
     scheduler.set_begin_index(skipped)
-    return 1000 * scheduler.sigmas[skipped : len(scheduler.timesteps)].to(device, torch.float32)
+    return scheduler.sigmas[skipped : len(scheduler.timesteps) + 1].to(device, torch.float32)
+
+
+class SchedulerStep:
+    """A scheduler's step as a rule for `sample_flow`, which makes as many of them as there are `timesteps`.
+
+    Args:
+        scheduler: any that integrates a flow, its times set by `set_flow_times`.
+        timesteps: those of the scheduler that are left.
+        generator: draws the noise of schedulers that add some on the way.
+    """
+
+    def __init__(self, scheduler: Any, timesteps: Tensor, generator: Any):
+        self.scheduler, self.timesteps = scheduler, iter(timesteps)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        self.options = {"generator": generator} if takes_generator else {}
+
+    def __call__(self, model: Model, x: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
+        """Return the latents at the scheduler's next time."""
+        timestep = next(self.timesteps)
+        return self.scheduler.step(model(x, time), timestep, x, **self.options, return_dict=False)[0]

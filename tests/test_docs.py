@@ -27,7 +27,7 @@ def folder(pipe, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_every_block_of_the_pipelines_page_runs(folder):
-    assert len(BLOCKS) == 14
+    assert len(BLOCKS) == 15
     names = {}
     for number, block in enumerate(BLOCKS):
         code = compile(block, f"block {number} of {PAGE.name}", "exec")
@@ -35,3 +35,7 @@ def test_every_block_of_the_pipelines_page_runs(folder):
             exec(code, names)
     assert (folder / "disc.mp4").stat().st_size > 0
     assert names["cheap"].shape == names["close"].shape == (1, 33, 16, 24, 3)
+    options = {"latents": names["noise"], "num_frames": 33, "num_inference_steps": 30, "output_type": "pt"}
+    expected = names["pipe"]("a red disc moves left", **options).frames
+    own = (names["own"].transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(own, expected, atol=1e-3)

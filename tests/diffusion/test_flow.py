@@ -6,7 +6,20 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promag.diffusion.flow import denoised, guide, interpolate, sample_times, shift_times, token_shift, velocity
+from promag.diffusion.flow import (
+    StopSampling,
+    denoised,
+    euler_step,
+    flow_times,
+    guide,
+    interpolate,
+    midpoint_step,
+    sample_flow,
+    sample_times,
+    shift_times,
+    token_shift,
+    velocity,
+)
 
 
 @given(st.floats(0, 1))
@@ -52,3 +65,85 @@ def test_guidance_of_one_is_the_prediction_with_text():
     a, b = torch.tensor([2.0]), torch.tensor([1.0])
     assert guide(a, b, 1.0).item() == 2
     assert guide(a, b, 3.0).item() == 4
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(st.integers(1, 50), st.integers(1, 10000), st.floats(0.5, 12))
+def test_sampling_times_are_those_of_the_saved_scheduler(steps, tokens, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=True)
+    mu = token_shift(tokens, shift)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=mu)
+    assert torch.allclose(flow_times(steps, mu), scheduler.sigmas, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [euler_step, midpoint_step])
+@pytest.mark.parametrize("times", [[1, 0], [1.0, 0.3, 0.0], flow_times(7, 1.0)])
+def test_straight_paths_are_exact_in_any_steps(step, times):
+    clean, noise = random(2, 3, 4, 2, 2), random(2, 3, 4, 2, 2, seed=1)
+    found = sample_flow(lambda x, t: velocity(clean, noise), noise, times, step=step)
+    assert torch.allclose(found, clean, atol=1e-6)
+
+
+@pytest.mark.parametrize(("step", "order"), [(euler_step, 1), (midpoint_step, 2)])
+def test_errors_shrink_with_the_order_of_the_method(step, order):
+    """dx/dt = 2 t x has the solution x(0) = x(1) / e."""
+    noise = random(1, 1, 2, 2, 2)
+
+    def error(steps):
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        found = sample_flow(lambda x, t: 2 * t.view(-1, 1, 1, 1, 1) * x, noise, times, step=step)
+        return float((found - noise / math.e).norm())
+
+    assert math.log2(error(40) / error(80)) == pytest.approx(order, abs=0.05)
+
+
+@pytest.mark.parametrize("step", [euler_step, midpoint_step])
+def test_conditioning_frames_stay_clean_and_have_time_zero(step):
+    noise, conditioning = random(2, 3, 4, 2, 2), random(2, 3, 1, 2, 2, seed=1)
+
+    def model(x, times):
+        assert torch.equal(x[:, :, :1], conditioning)
+        assert times.shape == (2, 4)
+        assert not times[:, 0].any()
+        assert times[0, 1] == times[1, 3] > 0
+        return torch.full_like(x, 2.0)
+
+    found = sample_flow(model, noise, [1, 0.5, 0], step=step, conditioning=conditioning)
+    assert torch.equal(found[:, :, :1], conditioning)
+    assert torch.allclose(found[:, :, 1:], noise[:, :, 1:] - 2)
+    assert torch.equal(noise, random(2, 3, 4, 2, 2))
+
+
+def test_a_callback_sees_each_step_and_may_change_the_latents_or_end_the_sampling():
+    seen = []
+
+    def callback(number, time, x):
+        seen.append((number, time.item()))
+        if number == 2:
+            raise StopSampling
+        return x + 1 if number == 1 else None
+
+    noise = torch.zeros(1, 1, 1, 1, 1)
+    found = sample_flow(lambda x, t: torch.zeros_like(x), noise, [1, 0.75, 0.5, 0.25, 0], callback=callback)
+    assert seen == [(0, 0.75), (1, 0.5), (2, 0.25)]
+    assert found.item() == 1
+
+
+@given(st.lists(st.floats(-1, 2, width=16) | st.just(math.nan), min_size=1, max_size=4))
+def test_times_that_rise_or_leave_the_path_are_refused(times):
+    noise = torch.zeros(1, 1, 1, 1, 1)
+    legal = all(0 <= t <= 1 for t in times) and sorted(times, reverse=True) == times
+    if legal:
+        assert sample_flow(lambda x, t: torch.ones_like(x), noise, times).item() == pytest.approx(times[-1] - times[0])
+    else:
+        with pytest.raises(ValueError, match=r"times .*: a row of numbers is needed, from at most 1 down"):
+            sample_flow(lambda x, t: x, noise, times)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, math.nan])
+def test_a_sampling_has_a_whole_number_of_steps(steps):
+    with pytest.raises(ValueError, match=r"steps .*: a whole number of at least 1"):
+        flow_times(steps)

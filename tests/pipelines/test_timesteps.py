@@ -12,7 +12,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from promag.diffusion.flow import shift_times, token_shift
+from promag.diffusion.flow import flow_times, guide, sample_flow, shift_times, token_shift
 from promag.pipelines.timesteps import set_flow_times
 from tests.pipelines.conftest import call, like, seed
 from tests.tiny_pipeline import PROMPTS
@@ -80,11 +80,12 @@ def test_a_scheduler_that_adds_noise_draws_each_videos_from_its_own_generator(pi
 def test_times_are_shifted_for_the_tokens_as_in_training(name):
     trained = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     made = scheduler(name, trained.config)
-    times = set_flow_times(made, 10, 64, CPU)
+    times = 1000 * set_flow_times(made, 10, 64, CPU)[:-1]
     straight = shift_times(GRIDS.get(name, GRID), token_shift(64, 3.0)) * 1000
     assert torch.allclose(times.unique().flip(0), straight, rtol=0.02, atol=4)
     assert torch.allclose(times, made.timesteps.float(), atol=1)
     assert made.sigmas[-1] == 0
+    assert set_flow_times(made, 10, 64, CPU)[-1] == 0
     before = dict(made.config)
     set_flow_times(made, 10, 1024, CPU)
     assert dict(made.config) == before
@@ -94,7 +95,7 @@ def test_times_are_shifted_for_the_tokens_as_in_training(name):
 def test_a_constant_shift_stays_what_the_user_set(name):
     constant = {"flow_shift": 2.0} if "use_flow_sigmas" in SCHEDULERS[name][1] else {"shift": 2.0}
     made = SCHEDULERS[name][0](**SCHEDULERS[name][1], **constant)
-    times = [set_flow_times(made, 10, count, CPU) for count in (64, 1024)]
+    times = [1000 * set_flow_times(made, 10, count, CPU)[:-1] for count in (64, 1024)]
     assert torch.equal(*times)
     expected = shift_times(GRIDS.get(name, GRID), math.log(2)) * 1000
     assert torch.allclose(times[0].unique().flip(0), expected, rtol=0.02, atol=4)
@@ -106,3 +107,29 @@ def test_a_constant_shift_stays_what_the_user_set(name):
 def test_a_scheduler_that_integrates_no_flow_is_refused(pipe, made):
     with pytest.raises(ValueError, match=f"scheduler {type(made).__name__}: .* use FlowMatchEulerDiscreteScheduler"):
         call(like(pipe, scheduler=made))
+
+
+@torch.no_grad()
+def test_the_pure_sampler_makes_the_pipelines_latents_bit_for_bit(pipe):
+    """The default scheduler is Euler's method; conditioning frames and guidance included."""
+    options = {"num_frames": 33, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    picture = torch.rand(3, 16, 24, generator=seed(2))
+    expected = call(pipe, image=picture, **options)
+    tokens, masks, pooled, *negative = pipe.encode_prompt([PROMPTS[0]])
+    both = [torch.cat([a, b]) for a, b in zip(negative, (tokens, masks, pooled), strict=True)]
+
+    def model(x, times):
+        x, times = torch.cat([x] * 2), torch.cat([times] * 2)
+        without, with_text = pipe.transformer(x, 1000 * times, *both, temporal_ratio=16, fps=8.0).sample.chunk(2)
+        return guide(with_text, without, 3.0)
+
+    times = pipe.scheduler.sigmas
+    assert torch.allclose(times, flow_times(4, token_shift(18, pipe.scheduler.config["shift"])), atol=1e-6)
+    encoded = pipe.vae.encode(2 * picture[None, :, None] - 1, 16).latent_dist.mode()
+    found = sample_flow(
+        model,
+        torch.randn(1, 4, 3, 2, 3, generator=seed()),
+        times,
+        conditioning=pipe.transformer.normalise(encoded, 16),
+    )
+    assert torch.equal(pipe.transformer.denormalise(found, 16), expected)
