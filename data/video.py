@@ -89,8 +89,35 @@ class VideoFacts:
     timestamps: np.ndarray  # (frames,) float64 seconds after the first frame, increasing
 
 
-def decode_strictly(path: VideoSource) -> VideoFacts:
+@dataclass(frozen=True)
+class VideoHeader:
+    """Size and length of a video as its file states them; sizes are those of the frames as stored."""
+
+    frames: int
+    width: int
+    height: int
+    seconds: float  # from the first frame to the last
+
+
+def read_header(path: VideoSource, max_pixels: int) -> VideoHeader:
+    """Return the size and length of a video from its headers and packets, without decoding a frame.
+
+    Opening a file decodes frames where its header leaves something open; that never happens for pictures beyond
+    `max_pixels` (width times height), so memory stays small whatever the size is. Raises UnreadableVideo for what is no
+    video and for one that states no size or no frames.
+    """
+    with _pyav_stream(path, max_pixels) as (container, stream):
+        width, height = stream.width, stream.height
+        pts = _presentation_times(container, stream)
+        if not pts or not width or not height:
+            raise UnreadableVideo(path, f"states {len(pts)} frames of {width}x{height} pixels")
+        return VideoHeader(len(pts), width, height, float((pts[-1] - pts[0]) * stream.time_base))
+
+
+def decode_strictly(path: VideoSource, max_pixels: int | None = None) -> VideoFacts:
     """Decode every frame of `path` and return its facts, or raise UnreadableVideo.
+
+    Frames of more than `max_pixels` (width times height) are not decoded but raise; give it for files of strangers.
 
     Refused: what is no video, holds no video stream or no frames, has a decoding error, a corrupt frame, timestamps
     that do not increase, a frame count other than the container's, a picture size that changes, pixels that are not
@@ -107,8 +134,9 @@ def decode_strictly(path: VideoSource) -> VideoFacts:
     samples: dict[int, np.ndarray] = {}  # frames to compare with the fast reader
     last = None
     try:
-        with av.open(_to_open(path), options=_STRICT, metadata_errors="ignore") as container:
-            stream = _video_stream(path, container)
+        options = _decoder_options(max_pixels)
+        with av.open(_to_open(path), options=options, metadata_errors="ignore") as container:
+            stream = _video_stream(path, container, options)
             for frame in _checked_frames(path, container, stream):
                 if len(pts) in (0, 1, 4, 16, 64, 256, 1024, 4096):
                     samples[len(pts)] = _upright(path, frame)
@@ -302,23 +330,28 @@ def _decord_reader(path: VideoSource) -> Iterator[Any]:
         raise UnreadableVideo(path, f"decord: {text}") from error
 
 
+def _decoder_options(max_pixels: int | None) -> dict[str, str]:
+    return _STRICT if max_pixels is None else {**_STRICT, "max_pixels": str(max_pixels)}
+
+
 @contextlib.contextmanager
-def _pyav_stream(path: VideoSource) -> Iterator[tuple[Any, Any]]:
+def _pyav_stream(path: VideoSource, max_pixels: int | None = None) -> Iterator[tuple[Any, Any]]:
     import av
     from av.error import FFmpegError
 
+    options = _decoder_options(max_pixels)
     try:
-        with av.open(_to_open(path), options=_STRICT, metadata_errors="ignore") as container:
-            yield container, _video_stream(path, container)
+        with av.open(_to_open(path), options=options, metadata_errors="ignore") as container:
+            yield container, _video_stream(path, container, options)
     except FFmpegError as error:
         raise UnreadableVideo(path, f"PyAV: {error.strerror or error}") from error
 
 
-def _video_stream(path: VideoSource, container: Any) -> Any:
+def _video_stream(path: VideoSource, container: Any, options: dict[str, str]) -> Any:
     if not container.streams.video:
         raise UnreadableVideo(path, "holds no video stream")
     stream = container.streams.video[0]
-    stream.codec_context.options = _STRICT
+    stream.codec_context.options = options
     stream.codec_context.thread_count = 1  # many files are read side by side
     return stream
 

@@ -1,18 +1,19 @@
-"""What is refused of files that strangers hand in, in the order of what a check costs: kind, bytes, length, damage, size."""
+"""Limits of uploaded files, checked in the order of their cost: kind, bytes, picture size and length, damage."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from promag.data.video import UnreadableVideo, VideoFacts, decode_strictly, frame_times
+from promag.data.video import UnreadableVideo, VideoFacts, decode_strictly, read_header
 from promag.training.config import UserError
 
-MEGABYTE = 2**20  # bytes, as the page's framework counts
+MEGABYTE = 2**20  # bytes, as Gradio counts
 KINDS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+BORDER = 128  # pixels a side that decoders add to a picture
 
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """What a video may have at most."""
+    """The largest video that is accepted."""
 
     megabytes: float = 32.0  # of MEGABYTE
     seconds: float = 10.0
@@ -25,22 +26,31 @@ class UploadLimits:
 
 
 def check_upload(path: str | Path, limits: UploadLimits) -> VideoFacts:
-    """Return the facts of a video within the limits; raises UserError that says what is legal."""
+    """Return the facts of a video within the limits, or raise UserError that names them.
+
+    No frame is decoded before the file's headers are within the limits, and none beyond them afterwards: a small file that
+    states, or hides, a huge picture costs no memory.
+    """
     path = Path(path)
     name, megabytes = path.name, path.stat().st_size / MEGABYTE
     if path.suffix.lower() not in KINDS:
-        raise UserError(f"{name}: not a kind of video that is taken; {limits}")
+        raise UserError(f"{name}: not an accepted kind of video; {limits}")
     if megabytes > limits.megabytes:
-        raise UserError(f"{name}: {megabytes:.1f} MB; at most {limits.megabytes:g} MB are taken")
+        raise UserError(f"{name}: {megabytes:.1f} MB; at most {limits.megabytes:g} MB are accepted")
+    max_pixels = (limits.side + BORDER) ** 2
     try:
-        times = frame_times(path)
-        seconds = float(times[-1])
-        if seconds > limits.seconds or len(times) > limits.frames:
-            found = f"{seconds:.1f} s and {len(times)} frames"
-            raise UserError(f"{name}: {found}; at most {limits.seconds:g} s and {limits.frames} frames are taken")
-        facts = decode_strictly(path)
+        header = read_header(path, max_pixels)
+        _check_side(name, header.width, header.height, limits)
+        if header.seconds > limits.seconds or header.frames > limits.frames:
+            length = f"{header.seconds:.1f} s and {header.frames} frames"
+            raise UserError(f"{name}: {length}; at most {limits.seconds:g} s and {limits.frames} frames are accepted")
+        facts = decode_strictly(path, max_pixels)
     except UnreadableVideo as error:
         raise UserError(f"{name}: cannot be read as a video: {error.reason.replace(str(path), name)}") from None
-    if max(facts.width, facts.height) > limits.side:
-        raise UserError(f"{name}: {facts.width}x{facts.height} pixels; at most {limits.side} a side are taken")
+    _check_side(name, facts.width, facts.height, limits)
     return facts
+
+
+def _check_side(name: str, width: int, height: int, limits: UploadLimits) -> None:
+    if max(width, height) > limits.side:
+        raise UserError(f"{name}: {width}x{height} pixels; at most {limits.side} a side are accepted")

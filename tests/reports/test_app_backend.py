@@ -114,8 +114,8 @@ def test_uploads_beyond_the_limits_are_messages(studio, tmp_path):
     (tmp_path / "a<b>.txt").write_text("no video")
     for path, message in (
         (None, "no video was given"),
-        (tmp_path / "long.mp4", "long.mp4: 4.0 s and 41 frames; at most 4 s and 40 frames are taken"),
-        (tmp_path / "a<b>.txt", "a&lt;b&gt;.txt: not a kind of video that is taken"),
+        (tmp_path / "long.mp4", "long.mp4: 4.0 s and 41 frames; at most 4 s and 40 frames are accepted"),
+        (tmp_path / "a<b>.txt", "a&lt;b&gt;.txt: not an accepted kind of video"),
     ):
         html = studio.compare(path and str(path), 32, silent)
         assert html.startswith('<div class="promag error" role="alert">')

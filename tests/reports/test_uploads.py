@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from promag.data.video import write_video
+from promag.data.video import UnreadableVideo, decode_strictly, write_video
 from promag.reports.uploads import UploadLimits, check_upload
 from promag.training.config import UserError
 from tests.data.test_video import drifting
@@ -25,13 +29,13 @@ def test_a_video_within_the_limits_is_described(tmp_path):
         (
             "v.txt",
             None,
-            r"v\.txt: not a kind of video that is taken; mp4, .* at most 0\.05 MB, 2 s, 25 frames, 100 pixels",
+            r"v\.txt: not an accepted kind of video; mp4, .* at most 0\.05 MB, 2 s, 25 frames, 100 pixels",
         ),
         ("v.mp4", b"no video at all", r"v\.mp4: cannot be read as a video: "),
-        ("v.mp4", bytes(60_000), r"v\.mp4: 0\.1 MB; at most 0\.05 MB are taken"),
-        ("v.mp4", {"frames": 24, "fps": 8}, r"v\.mp4: 2\.9 s and 24 frames; at most 2 s and 25 frames are taken"),
-        ("v.mp4", {"frames": 30, "fps": 30}, r"v\.mp4: 1\.0 s and 30 frames; at most 2 s and 25 frames are taken"),
-        ("v.mp4", {"width": 112}, r"v\.mp4: 112x32 pixels; at most 100 a side are taken"),
+        ("v.mp4", bytes(60_000), r"v\.mp4: 0\.1 MB; at most 0\.05 MB are accepted"),
+        ("v.mp4", {"frames": 24, "fps": 8}, r"v\.mp4: 2\.9 s and 24 frames; at most 2 s and 25 frames are accepted"),
+        ("v.mp4", {"frames": 30, "fps": 30}, r"v\.mp4: 1\.0 s and 30 frames; at most 2 s and 25 frames are accepted"),
+        ("v.mp4", {"width": 112}, r"v\.mp4: 112x32 pixels; at most 100 a side are accepted"),
     ],
 )
 def test_what_is_refused_is_named_with_what_is_legal(tmp_path, name, change, message):
@@ -51,3 +55,58 @@ def test_a_damaged_video_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"v\.mp4: cannot be read as a video"):
         check_upload(path, LIMITS)
+
+
+# Runs in a process of its own: the peak of memory is that of the whole life of a process.
+PEAK = """
+import resource, sys
+from promag.reports import uploads
+from promag.training.config import UserError
+
+uploads.check_upload(sys.argv[1], uploads.UploadLimits(megabytes=4, side=2048))  # loads the libraries
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+uploads.decode_strictly = None  # a call would be a TypeError
+try:
+    uploads.check_upload(sys.argv[2], uploads.UploadLimits(megabytes=4, side=2048))
+except UserError as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+"""
+
+
+def with_stated_size(path, side):
+    """Let the container of an mp4 state another picture size than its frames have."""
+    data = bytearray(path.read_bytes())
+    sample, track = data.index(b"avc1", data.index(b"stsd")) + 28, data.index(b"tkhd") + 80
+    data[sample : sample + 4] = 2 * side.to_bytes(2, "big")
+    data[track : track + 2] = data[track + 4 : track + 6] = side.to_bytes(2, "big")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("stated", [6144, 64])
+def test_a_huge_picture_is_refused_before_a_frame_is_decoded(tmp_path, stated):
+    pytest.importorskip("resource", reason="no peak of memory on this system")
+    small, huge = written(tmp_path / "small.mp4"), tmp_path / "huge.mp4"
+    write_video(huge, np.broadcast_to(np.uint8(90), (1, 6144, 6144, 3)), 8)
+    assert huge.stat().st_size < 2**20
+    with_stated_size(huge, stated)
+    arguments = [sys.executable, "-c", PEAK, str(small), str(huge)]
+    output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    kilobytes, message = output.split(" ", 1)
+    assert message == "huge.mp4: 6144x6144 pixels; at most 2048 a side are accepted\n"
+    assert int(kilobytes) < 32_000  # one frame is 57 MB
+
+
+def test_an_image_in_the_place_of_a_video_is_measured_too(tmp_path):
+    """Its name says mp4, its content is a PNG."""
+    Image.new("L", (6144, 6144)).save(tmp_path / "v.mp4", "PNG")
+    with pytest.raises(
+        UserError, match=r"v\.mp4: (6144x6144 pixels; at most 100|cannot be read as a video: states 1 frames of 0x0)"
+    ):
+        check_upload(tmp_path / "v.mp4", UploadLimits(side=100))
+
+
+def test_no_frame_beyond_the_bound_is_decoded(tmp_path):
+    path = written(tmp_path / "v.mp4", width=128, height=64)
+    assert decode_strictly(path, max_pixels=128 * 64).width == 128
+    with pytest.raises(UnreadableVideo, match="cannot be opened or decoded"):
+        decode_strictly(path, max_pixels=16 * 16)

@@ -139,7 +139,7 @@ def test_files_beyond_the_limits_are_refused_with_what_is_legal(page, tmp_path):
     write_video(tmp_path / "long.mp4", drifting(41, 32, 32), 30)
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     for name, message in (
-        ("long.mp4", "long.mp4: 1.3 s and 41 frames; at most 2 s and 40 frames are taken"),
+        ("long.mp4", "long.mp4: 1.3 s and 41 frames; at most 2 s and 40 frames are accepted"),
         ("broken.mp4", "broken.mp4: cannot be read as a video"),
     ):
         upload_and_compare(page, tmp_path / name)
