@@ -1,0 +1,77 @@
+"""Measure encoding and decoding one clip in float32 on a CPU, by oneDNN's convolution and by the one PyTorch would choose.
+
+ONEDNN_MAX_CPU_ISA=AVX512_CORE or AVX2 in the environment shows what processors without newer instructions take.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from promag.tokenizer import convolution
+from promag.tokenizer.train import load_tokenizer
+from promag.training.config import UserError, run_main
+from promag.training.run import append_result
+
+PROTOCOL = (
+    "batch 1, float32, no_grad, one thread and its processor time: median of {rounds} rounds in turns after a warm-up; before: "
+    "the convolution that PyTorch chooses"
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print seconds before and after, and their ratio, for each clip and temporal ratio; --record appends a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("tokenizer", help="folder of a tokenizer, or of a pipeline")
+    parser.add_argument("--clips", nargs="+", default=["65x64x64", "17x128x128"], help="frames x height x width")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
+    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
+    arguments = parser.parse_args(argv)
+    if not convolution.AVAILABLE:
+        raise UserError("this PyTorch has no oneDNN: there is nothing to compare")
+    model: Any = load_tokenizer(arguments.tokenizer).float()
+    torch.set_num_threads(1)
+    rows = []
+    for clip in arguments.clips:
+        x = torch.rand(1, 3, *map(int, clip.split("x")), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        for ratio in model.temporal_ratios:
+            row = {"clip": clip, "ratio": ratio, **_row(model, x, ratio, arguments.rounds)}
+            print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+            rows.append(row)
+    if arguments.record:
+        instructions = os.environ.get("ONEDNN_MAX_CPU_ISA", "all that the processor has")
+        facts = {"tokenizer": "/".join(Path(arguments.tokenizer).parts[-2:]), "instructions": instructions}
+        protocol = PROTOCOL.format(rounds=arguments.rounds)
+        append_result(arguments.record, {"what": "one clip on a CPU", **facts, "protocol": protocol, "rows": rows})
+    return 0
+
+
+@torch.no_grad()
+def _row(model: Any, x: torch.Tensor, ratio: int, rounds: int) -> dict[str, float]:
+    z = model.encode(x, ratio).latent_dist.mode()
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for turn in range(rounds + 1):
+        for when, available in (("before", False), ("after", True)):
+            convolution.AVAILABLE = available
+            for part, call in (("encode", lambda: model.encode(x, ratio)), ("decode", lambda: model.decode(z, ratio))):
+                spent = _processor_seconds(call)
+                if turn:
+                    seconds.setdefault((part, when), []).append(spent)
+    found = {f"{part}_seconds_{when}": median(values) for (part, when), values in seconds.items()}
+    before, after = (sum(found[f"{part}_seconds_{when}"] for part in ("encode", "decode")) for when in ("before", "after"))
+    return {**found, "speedup": before / after}
+
+
+def _processor_seconds(call: Callable[[], Any]) -> float:
+    started = time.thread_time()
+    call()
+    return time.thread_time() - started
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
