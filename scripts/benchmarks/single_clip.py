@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from promag.tokenizer import convolution
+from promag.tokenizer.geometry import check_frames, check_size
 from promag.tokenizer.train import load_tokenizer
 from promag.training.config import UserError, run_main
 from promag.training.run import append_result
@@ -35,13 +36,16 @@ def main(argv: Sequence[str]) -> int:
     if not convolution.AVAILABLE:
         raise UserError("this PyTorch has no oneDNN: there is nothing to compare")
     model: Any = load_tokenizer(arguments.tokenizer).float()
+    sizes = {clip: _size(clip, model.temporal_ratios[-1]) for clip in arguments.clips}
     torch.set_num_threads(1)
     rows = []
-    for clip in arguments.clips:
-        x = torch.rand(1, 3, *map(int, clip.split("x")), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for clip, size in sizes.items():
+        x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
         for ratio in model.temporal_ratios:
             row = {"clip": clip, "ratio": ratio, **_row(model, x, ratio, arguments.rounds)}
-            print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+            print(
+                "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+            )
             rows.append(row)
     if arguments.record:
         instructions = os.environ.get("ONEDNN_MAX_CPU_ISA", "all that the processor has")
@@ -49,6 +53,19 @@ def main(argv: Sequence[str]) -> int:
         protocol = PROTOCOL.format(rounds=arguments.rounds)
         append_result(arguments.record, {"what": "one clip on a CPU", **facts, "protocol": protocol, "rows": rows})
     return 0
+
+
+def _size(clip: str, ratio: int) -> tuple[int, int, int]:
+    try:
+        frames, height, width = map(int, clip.split("x"))
+    except ValueError:
+        raise UserError(f"--clips {clip}: give frames x height x width, such as 17x128x128") from None
+    try:
+        check_frames(frames, ratio)
+        check_size(height, width)
+    except ValueError as error:
+        raise UserError(f"--clips {clip}: {error}") from None
+    return frames, height, width
 
 
 @torch.no_grad()
