@@ -38,13 +38,15 @@ def main(argv: Sequence[str]) -> int:
     precision = choose_precision(arguments.precision, best_device())
     ratios = tuple(arguments.ratios or model.temporal_ratios)
     times = frame_times(arguments.video)
+    if arguments.frames is not None and arguments.frames < 1:
+        raise UserError(f"--frames {arguments.frames}: at least 1 is needed")
     count = min(arguments.frames or len(times), len(times))
     fps = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else 1.0
     try:
         for ratio in ratios:
             check_ratio(ratio, model.temporal_ratios)
         comparison = Comparison(model, ratios, arguments.video, count, arguments.chunk, precision=precision)
-        if arguments.tile:
+        if arguments.tile is not None:
             stride = max(8, arguments.tile * 3 // 4 // 8 * 8)
             model.enable_tiling(arguments.tile, arguments.tile, stride, stride)
     except ValueError as error:

@@ -7,7 +7,7 @@ diagonal-Gaussian latent; growth: ProMAG (arXiv 2501.05442), see growth.py.
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import prod
 from typing import Any
 
@@ -25,7 +25,7 @@ from .base import BaseDecoder, BaseEncoder
 from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio, check_size
 from .growth import DecoderGrowth, EncoderGrowth, Growth
 from .layers import START, State, is_first
-from .tiling import Tiling
+from .tiling import Call, Tiling, in_parts
 
 
 class _Encoding:
@@ -149,13 +149,13 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
 
         Raises ValueError for sizes that are no multiples of 8 and for a stride above the tile.
         """
-        old = self.tiling
-        self.tiling = Tiling(
-            tile_sample_min_height or old.height,
-            tile_sample_min_width or old.width,
-            tile_sample_stride_height or old.stride_height,
-            tile_sample_stride_width or old.stride_width,
-        )
+        sizes = {
+            "height": tile_sample_min_height,
+            "width": tile_sample_min_width,
+            "stride_height": tile_sample_stride_height,
+            "stride_width": tile_sample_stride_width,
+        }
+        self.tiling = replace(self.tiling, **{key: size for key, size in sizes.items() if size is not None})
         self.use_tiling = True
 
     def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
@@ -165,9 +165,8 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         for part in (self.decoder, self.decoder_growth, self.own_decoders):
             part.to(decode)
 
-    def _in_parts(self, x: Tensor, tiled: Callable[..., Tensor], call: Callable[[Tensor], Tensor]) -> Tensor:
-        slices = x.split(1) if self.use_slicing else (x,)
-        return torch.cat([tiled(part, call) if self.use_tiling else call(part) for part in slices])
+    def _in_parts(self, x: Tensor, state: State, call: Call, pixels: int = 1) -> tuple[list[Tensor], State]:
+        return in_parts(x, state, call, self.use_slicing, self.tiling if self.use_tiling else None, pixels)
 
     # -- levels ------------------------------------------------------------------------------------------------------
 
@@ -282,10 +281,11 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         level = self.level_of(temporal_ratio)
         self._check_pixels(x)
         check_frames(x.shape[2], self.temporal_ratios[level])
-        moments = self._in_parts(x, self.tiling.encode, lambda part: self._moments(part, [level], None)[0][0])
+        (moments,), _ = self._moments(x, [level], None)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook
     def encode_levels(self, x: Tensor, temporal_ratios: Sequence[int]) -> list[DiagonalGaussianDistribution]:
         """Encode at several ratios at once; what the levels share is computed once. Shapes and errors as in `encode`."""
         levels = [self.level_of(ratio) for ratio in temporal_ratios]
@@ -293,6 +293,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         check_frames(x.shape[2], max(temporal_ratios))
         return [DiagonalGaussianDistribution(m) for m in self._moments(x, levels, None)[0]]
 
+    @apply_forward_hook
     def encode_chunk(
         self, x: Tensor, state: State = START, temporal_ratio: int | None = None
     ) -> tuple[DiagonalGaussianDistribution, State]:
@@ -309,8 +310,12 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
 
     def _moments(self, x: Tensor, levels: Sequence[int], state: State) -> tuple[list[Tensor], State]:
         """Moments of `x` at each of `levels`; those and the features of each (level, frame rate) are computed once."""
-        call = _Encoding(self._as(self.encoder, x), state)
-        return [self._moments_at(level, level, 1, call) for level in levels], call.state
+
+        def encode(part: Tensor, state: State) -> tuple[list[Tensor], State]:
+            call = _Encoding(self._as(self.encoder, part), state)
+            return [self._moments_at(level, level, 1, call) for level in levels], call.state
+
+        return self._in_parts(x, state, encode)
 
     def encoding_path(self, level: int) -> list[nn.Module]:
         """The modules from pixels up to a level's latent; a level that fine-tuned what is below it uses its copy."""
@@ -353,9 +358,10 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         """Decode latents b c 1+N h w of one level to clips B C 1+r*N 8h 8w, about in [-1, 1]."""
         level = self.level_of(temporal_ratio)
         self._check_latents(z, level)
-        x = self._in_parts(z, self.tiling.decode, lambda part: self._decode(part, level, None)[0])
+        x, _ = self._decode(z, level, None)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
+    @apply_forward_hook
     def decode_chunk(self, z: Tensor, state: State = START, temporal_ratio: int | None = None) -> tuple[Tensor, State]:
         """Decode the next latent frames of a stream (`state=START` first); the chunks together equal `decode`."""
         level = self.level_of(temporal_ratio)
@@ -369,17 +375,22 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         if low > level:
             raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: the target must be the lower ratio")
         self._check_latents(z, level)
-        for i in range(level, low, -1):
-            z, _ = self.decoder_growth[i - 1](self._as(self.decoder_growth[i - 1], z))
-        return z
+        return self._run(z, [self.decoder_growth[i - 1] for i in range(level, low, -1)], None)[0] if low < level else z
 
     def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:
-        path = self.decoding_path(level)
-        z = self._as(path[0], z)
-        states = list(state or (state,) * len(path))
-        for i, module in enumerate(path):
-            z, states[i] = module(z, states[i])
-        return z, None if state is None else tuple(states)
+        return self._run(z, self.decoding_path(level), state)
+
+    def _run(self, z: Tensor, path: Sequence[nn.Module], state: State) -> tuple[Tensor, State]:
+        """Call the modules of a path one after the other on latents, part by part."""
+
+        def run(part: Tensor, state: State) -> tuple[list[Tensor], State]:
+            states = list(state or (state,) * len(path))
+            for i, module in enumerate(path):
+                part, states[i] = module(self._as(module, part), states[i])
+            return [part], None if state is None else tuple(states)
+
+        (x,), state = self._in_parts(z, state, run, SPATIAL_RATIO)
+        return x, state
 
     def decoding_path(self, level: int) -> list[nn.Module]:
         """The modules from a level's latent down to pixels; a level that fine-tuned what is below it uses its copy."""

@@ -1,6 +1,7 @@
-"""Large pictures tile by tile: overlapping tiles are computed one by one and blended linearly.
+"""Large pictures tile by tile and batches clip by clip: overlapping tiles are computed one by one and blended linearly.
 
-Shapes: ... H W; a tile is cut from the last two dimensions.
+Shapes: B C T H W pixels or latents; tiles are cut from the last two dimensions. Cutting composes with streaming: each part
+has a state of its own, so memory holds the activations of one part and, between two chunks, every part's state.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,15 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .geometry import SPATIAL_RATIO, check_size
+from .geometry import check_size
+from .layers import State, is_first
+
+Call = Callable[[Tensor, State], tuple[list[Tensor], State]]
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Height and width of a tile and how far apart tiles start, in pixels; all multiples of 8.
+    """Height and width of a tile and the distance between the starts of two tiles, in pixels; all multiples of 8.
 
     A picture no larger than a tile is not cut. Neighbouring tiles overlap by tile minus stride: at least what a position
     sees of its surroundings, or seams appear. Raises ValueError for sizes that do not fit together.
@@ -37,15 +41,70 @@ class Tiling:
             if stride > tile:
                 raise ValueError(f"tiles of {name} {tile} every {stride}: the stride must not exceed the tile")
 
-    def encode(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        """Pixels ... H W -> latents ... H/8 W/8."""
-        return _tiled(x, call, (self.height, self.width), (self.stride_height, self.stride_width), Fraction(1, SPATIAL_RATIO))
+    def boxes(self, height: int, width: int, pixels: int = 1) -> list[list[slice]]:
+        """Return the rows and the columns of the tiles of a picture, whose positions are `pixels` pixels a side."""
+        sides = ((height, self.height, self.stride_height), (width, self.width, self.stride_width))
+        return [
+            [slice(start, min(size, start + tile // pixels)) for start in tile_starts(size, tile // pixels, stride // pixels)]
+            for size, tile, stride in sides
+        ]
 
-    def decode(self, z: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        """Latents ... h w -> pixels ... 8h 8w."""
-        tile, stride = (self.height, self.width), (self.stride_height, self.stride_width)
-        small, step = ((a // SPATIAL_RATIO, b // SPATIAL_RATIO) for a, b in (tile, stride))
-        return _tiled(z, call, small, step, Fraction(SPATIAL_RATIO))
+
+Layout = tuple[tuple[int, ...], bool, Tiling | None]  # batch, height and width of an input, and how it is split
+
+
+@dataclass(frozen=True, eq=False)
+class PartStates:
+    """The states of a stream's parts, and the input and the tiles that they belong to."""
+
+    layout: Layout
+    parts: tuple[State, ...]
+
+
+def in_parts(
+    x: Tensor, state: State, call: Call, slicing: bool = False, tiling: Tiling | None = None, pixels: int = 1
+) -> tuple[list[Tensor], State]:
+    """Apply a function clip by clip with `slicing`, tile by tile with `tiling`, and put its outputs together.
+
+    Args:
+        x: B C T H W, `pixels` pixels a side at each position: 1 for pixels, 8 for latents.
+        state: as every layer takes it; a later chunk must be split like the first.
+        call: (part of x, its state) -> (outputs of any spatial scale, the new state).
+        slicing: call it for each clip of the batch.
+        tiling: call it for each tile; None for whole pictures.
+        pixels: see `x`.
+
+    Raises ValueError for a later chunk of another batch, size or tiling than the first.
+    """
+    layout: Layout = ((len(x), *x.shape[3:]), slicing, tiling)
+    clips = x.split(1) if slicing else (x,)
+    rows, columns = tiling.boxes(x.shape[3], x.shape[4], pixels) if tiling else ([slice(None)], [slice(None)])
+    count = len(clips) * len(rows) * len(columns)
+    if is_first(state):
+        states = [state] * count
+    elif isinstance(state, PartStates) and state.layout == layout:
+        states = list(state.parts)
+    else:
+        began = _describe(state.layout) if isinstance(state, PartStates) else f"a {type(state).__name__}"
+        raise ValueError(f"chunk of {_describe(layout)}: the state is that of {began}; a stream must keep both")
+    outputs: list[list[Tensor]] = []
+    for i, clip in enumerate(clips):
+        first = i * len(rows) * len(columns)
+        if len(rows) == len(columns) == 1:
+            whole, states[first] = call(clip, states[first])
+        else:
+            whole = _blended(clip, states, first, call, rows, columns)
+        outputs.append(whole)
+    joined = [torch.cat(parts) if slicing else parts[0] for parts in zip(*outputs, strict=True)]
+    return joined, None if state is None else PartStates(layout, tuple(states))
+
+
+def _describe(layout: Layout) -> str:
+    (batch, height, width), slicing, tiling = layout
+    tiles = "without tiles"
+    if tiling:
+        tiles = f"in tiles of {tiling.height}x{tiling.width} every {tiling.stride_height}x{tiling.stride_width}"
+    return f"{batch} x {height}x{width} {tiles}{', sliced' if slicing else ''}"
 
 
 def tile_starts(size: int, tile: int, stride: int) -> list[int]:
@@ -53,37 +112,42 @@ def tile_starts(size: int, tile: int, stride: int) -> list[int]:
     return [*range(0, max(0, size - tile), stride), max(0, size - tile)]
 
 
-def _tiled(
-    x: Tensor, call: Callable[[Tensor], Tensor], tile: tuple[int, int], stride: tuple[int, int], scale: Fraction
-) -> Tensor:
-    rows, columns = (tile_starts(x.shape[axis - 2], tile[axis], stride[axis]) for axis in (0, 1))
-    if len(rows) == len(columns) == 1:
-        return call(x)
-    total, weights = None, None
+def _blended(x: Tensor, states: list[State], first: int, call: Call, rows: list[slice], columns: list[slice]) -> list[Tensor]:
+    """Call every tile, whose states stand in `states` from `first` on and are replaced, and blend the outputs."""
+    totals: list[Tensor] = []
+    outputs: list[Tensor] = []
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
-            y = call(x[..., row : row + tile[0], column : column + tile[1]])
-            if total is None or weights is None:
-                height, width = (int(side * scale) for side in x.shape[-2:])
-                total = y.new_zeros(*y.shape[:-2], height, width, dtype=torch.float32)
-                weights = total.new_zeros(height, width)
-            vertical = _ramps(rows, i, y.shape[-2], scale, total.device)
-            weight = vertical[:, None] * _ramps(columns, j, y.shape[-1], scale, total.device)
-            top, left = int(row * scale), int(column * scale)
-            place = (..., slice(top, top + y.shape[-2]), slice(left, left + y.shape[-1]))
-            total[place] += weight * y
-            weights[place[1:]] += weight
-    assert total is not None
-    assert weights is not None
-    return (total / weights).to(y.dtype)  # pyright: ignore[reportPossiblyUnboundVariable]
+            place = first + i * len(columns) + j
+            outputs, states[place] = call(x[..., row, column], states[place])
+            scales = [Fraction(y.shape[-1], column.stop - column.start) for y in outputs]
+            if not totals:
+                totals = [
+                    y.new_zeros(*y.shape[:-2], *(int(side * scale) for side in x.shape[-2:]), dtype=torch.float32)
+                    for y, scale in zip(outputs, scales, strict=True)
+                ]
+            for total, y, scale in zip(totals, outputs, scales, strict=True):
+                down, across = (_weights(spans, k, scale, y.device) for spans, k in ((rows, i), (columns, j)))
+                top, left = int(row.start * scale), int(column.start * scale)
+                total[..., top : top + y.shape[-2], left : left + y.shape[-1]] += down[:, None] * across * y
+    return [total.to(y.dtype) for total, y in zip(totals, outputs, strict=True)]
 
 
-def _ramps(starts: list[int], index: int, length: int, scale: Fraction, device: torch.device) -> Tensor:
-    """Return the weights of one tile along one side: 1 inside, falling linearly where a neighbour overlaps."""
-    here, tile = int(starts[index] * scale), torch.arange(length, device=device) + 0.5
-    weights = torch.ones(length, device=device)
-    if index > 0 and (before := int(starts[index - 1] * scale) + length - here) > 0:
-        weights = torch.minimum(weights, tile / before)
-    if index + 1 < len(starts) and (after := here + length - int(starts[index + 1] * scale)) > 0:
-        weights = torch.minimum(weights, (length - tile) / after)
+def _weights(spans: list[slice], index: int, scale: Fraction, device: torch.device) -> Tensor:
+    """Return the share of one tile in each of its positions along one side; the shares of all tiles sum to 1."""
+    starts, stop = [int(span.start * scale) for span in spans], int(spans[index].stop * scale)
+    here = torch.arange(starts[index], stop, device=device)
+    length = stop - starts[index]
+    ramps = [_ramp(starts, k, length, here) for k in range(len(starts))]
+    return ramps[index] / torch.stack(ramps).sum(0)
+
+
+def _ramp(starts: list[int], index: int, length: int, positions: Tensor) -> Tensor:
+    """Return 1 inside a tile, falling linearly to 0 where a neighbour overlaps, and 0 outside, at some positions."""
+    inside = positions - starts[index] + 0.5
+    weights = ((inside > 0) & (inside < length)).float()
+    if index > 0 and (before := starts[index - 1] + length - starts[index]) > 0:
+        weights = torch.minimum(weights, (inside / before).clamp_min(0))
+    if index + 1 < len(starts) and (after := starts[index] + length - starts[index + 1]) > 0:
+        weights = torch.minimum(weights, ((length - inside) / after).clamp_min(0))
     return weights

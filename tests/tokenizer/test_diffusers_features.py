@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 from promag import AutoencoderKLProMAG
+from promag.tokenizer.layers import START
 from tests.conftest import make_tokenizer
 
 CPU = torch.device("cpu")
@@ -52,3 +54,38 @@ def test_shards_variants_types_and_device_maps(model, clip, tmp_path):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     for found, exact in zip(both_ways(half, clip), expected, strict=True):
         assert (found.float() - exact).norm() < 0.1 * exact.norm()
+
+
+class Fetch(ModelHook):
+    """Bring the weights before each call, as model offloading does, and count the calls."""
+
+    def __init__(self, weights):
+        self.weights, self.fetched = weights, 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.fetched += 1
+        module.load_state_dict(self.weights)
+        return args, kwargs
+
+
+@torch.no_grad()
+def test_model_offload_brings_the_weights_before_every_kind_of_call(model, clip):
+    z = model.encode(clip, 16).latent_dist.mode()
+    calls = {
+        "encode": lambda: model.encode(clip, 16).latent_dist.mode(),
+        "encode_levels": lambda: model.encode_levels(clip, (16,))[0].mode(),
+        "encode_chunk": lambda: model.encode_chunk(clip, START, 16)[0].mode(),
+        "decode": lambda: model.decode(z, 16).sample,
+        "decode_chunk": lambda: model.decode_chunk(z, START, 16)[0],
+        "lift": lambda: model.lift(z, 16, 4),
+        "forward": lambda: model(clip, 16).sample,
+    }
+    expected = {name: call() for name, call in calls.items()}
+    hook = Fetch({name: value.clone() for name, value in model.state_dict().items()})
+    add_hook_to_module(model, hook)
+    for name, call in calls.items():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))  # not there
+        before = hook.fetched
+        assert torch.equal(call(), expected[name]), name
+        assert hook.fetched > before

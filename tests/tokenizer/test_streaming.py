@@ -1,3 +1,4 @@
+import contextlib
 import gc
 
 import pytest
@@ -6,9 +7,10 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promag.tokenizer.layers import START
+from promag.tokenizer.growth import CrossLevelAttention
+from promag.tokenizer.layers import START, ResBlock
 from promag.tokenizer.streaming import Padding, chunk_plan, crop_clip, pad_clip, reconstruct, reconstruct_stream
-from promag.tokenizer.tiling import Tiling, tile_starts
+from promag.tokenizer.tiling import PartStates, Tiling, in_parts, tile_starts
 from tests.conftest import make_tokenizer
 
 RATIOS = (4, 8, 16)
@@ -61,6 +63,8 @@ def held(state):
     """Return the bytes of storage that a state keeps alive."""
     if isinstance(state, torch.Tensor):
         return {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes()}
+    if isinstance(state, PartStates):
+        state = state.parts
     values = state.values() if isinstance(state, dict) else state or ()
     return {k: v for value in values for k, v in held(value).items()}
 
@@ -152,15 +156,18 @@ def test_tiling_of_a_local_function_is_exact_and_blends_at_seams():
     x = torch.rand(1, 1, 2, 80, 104)
     tiling = Tiling(40, 48, 24, 32)
 
+    def tiled(x, function, pixels):
+        return in_parts(x, None, lambda part, state: ([function(part)], state), tiling=tiling, pixels=pixels)[0][0]
+
     def shrink(part):
         return torch.nn.functional.avg_pool3d(part, (1, 8, 8))
 
-    assert torch.allclose(tiling.encode(x, shrink), shrink(x), atol=1e-6)
+    assert torch.allclose(tiled(x, shrink, 1), shrink(x), atol=1e-6)
     z = torch.rand(1, 1, 2, 10, 13)
     grow = torch.nn.Upsample(scale_factor=(1, 8, 8))
-    assert torch.allclose(tiling.decode(z, grow), grow(z), atol=1e-6)
+    assert torch.allclose(tiled(z, grow, 8), grow(z), atol=1e-6)
     counted = iter(range(100))
-    blended = tiling.decode(z[..., :5, :8], lambda part: torch.full_like(grow(part), next(counted)))
+    blended = tiled(z[..., :5, :8], lambda part: torch.full_like(grow(part), next(counted)), 8)
     row = blended[0, 0, 0, 0]
     assert row[:8].unique().tolist() == [0]  # the first tile alone, then a line up to the second one
     assert row[-16:].unique().tolist() == [1]
@@ -179,6 +186,99 @@ def test_tiling_is_a_switch(tokenizer):
     assert not torch.equal(tiled, whole)
     assert torch.equal(small, tokenizer(x[..., :32, :32], 16).sample)
     tokenizer.tiling = Tiling()
+
+
+@pytest.fixture
+def tiled():
+    """A tokenizer that works in tiles."""
+    model = make_tokenizer(settle=0.05)
+    model.enable_tiling(32, 24, 16, 16)
+    return model
+
+
+@contextlib.contextmanager
+def widest():
+    """Collect the height and width, in pixels, of everything that an encoder or a decoder is given at once."""
+    sizes = set()
+
+    def look(module, arguments):
+        if isinstance(module, (CrossLevelAttention, ResBlock)):
+            sizes.add(tuple(arguments[0].shape[3:]))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    yield sizes
+    handle.remove()
+
+
+@pytest.mark.parametrize("tile", [(32, 32, 16, 16), (24, 40, 16, 24), (64, 16, 64, 8)])
+@pytest.mark.parametrize("plan", [[1, 16, 16], [17, 16], [1, 32], [33]])
+@torch.no_grad()
+def test_a_stream_in_tiles_equals_the_tiled_whole(tokenizer, tile, plan):
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 33, 48, 56) * 2 - 1
+    model = make_tokenizer(settle=0.05)
+    for ratio in RATIOS:
+        model.disable_tiling()
+        untiled = model(x, ratio).sample
+        model.enable_tiling(*tile)
+        whole = model(x, ratio).sample
+        assert (whole - untiled).abs().max() > 1e-3
+        for slicing in (False, True):
+            model.use_slicing = slicing
+            streamed = torch.cat(list(reconstruct_stream(model, x.split(plan, 2), ratio)), 2)
+            assert (streamed - whole).abs().max() < 1e-4
+        model.use_slicing = False
+
+
+@torch.no_grad()
+def test_whatever_takes_a_picture_works_in_tiles_and_clip_by_clip(tiled):
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 17, 48, 56) * 2 - 1
+    z = [tiled.encode(x, ratio).latent_dist for ratio in RATIOS]
+    with widest() as sizes:
+        together = tiled.encode_levels(x, RATIOS)
+        chunk, _ = tiled.encode_chunk(x, START, 16)
+        decoded, _ = tiled.decode_chunk(chunk.mode(), START, 16)
+        lifted = tiled.lift(chunk.mode(), 16, 4)
+    assert {(h, w) for h, w in sizes if h <= 4} >= {(4, 3)}  # features of a tile, a position every 8 pixels
+    assert max(h for h, _ in sizes) == 32 // 4  # the widest features have a position every 4 pixels
+    assert max(w for _, w in sizes) == 24 // 4
+    for a, b in zip([*together, chunk], [*z, z[-1]], strict=True):
+        assert torch.equal(a.parameters, b.parameters)
+    assert torch.equal(decoded, tiled.decode(z[-1].mode(), 16).sample)
+    tiled.enable_slicing()
+    assert torch.allclose(tiled.lift(chunk.mode(), 16, 4), lifted, atol=1e-5)
+    for a, b in zip(tiled.encode_levels(x, RATIOS), z, strict=True):
+        assert torch.allclose(a.parameters, b.parameters, atol=1e-5)
+    tiled.disable_tiling()
+    tiled.disable_slicing()
+    assert (tiled.lift(chunk.mode(), 16, 4) - lifted).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_memory_of_a_tiled_stream_does_not_grow_with_its_length(tiled):
+    sizes, encoding, decoding = [], START, START
+    for i in range(4):
+        posterior, encoding = tiled.encode_chunk(torch.zeros(1, 3, 16 + (i == 0), 48, 56), encoding, 16)
+        _, decoding = tiled.decode_chunk(posterior.mode(), decoding, 16)
+        sizes.append(sum(held(encoding).values()) + sum(held(decoding).values()))
+    assert sizes[1] == sizes[2] == sizes[3] > 0
+
+
+@torch.no_grad()
+def test_a_stream_must_keep_its_size_and_its_tiles(tiled):
+    x = torch.zeros(1, 3, 17, 48, 56)
+    posterior, encoding = tiled.encode_chunk(x, START, 16)
+    _, decoding = tiled.decode_chunk(posterior.mode(), START, 16)
+    with pytest.raises(ValueError, match=r"chunk of 1 x 48x48 in tiles .*: the state is that of 1 x 48x56 in tiles of 32x24"):
+        tiled.encode_chunk(x[:, :, 1:, :, :48], encoding, 16)
+    with pytest.raises(ValueError, match=r"chunk of 2 x 6x7 in .*: the state is that of 1 x 6x7 in tiles"):
+        tiled.decode_chunk(posterior.mode().repeat(2, 1, 1, 1, 1), decoding, 16)
+    tiled.disable_tiling()
+    with pytest.raises(ValueError, match=r"chunk of 1 x 48x56 without tiles: the state is that of 1 x 48x56 in tiles"):
+        tiled.encode_chunk(x[:, :, 1:], encoding, 16)
+    with pytest.raises(ValueError, match="the state is that of a dict"):
+        tiled.encode_chunk(x[:, :, 1:], {}, 16)
 
 
 def test_illegal_sizes_are_named(tokenizer):

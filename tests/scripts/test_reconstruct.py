@@ -1,0 +1,55 @@
+"""Reconstructing a video in tiles from the command line."""
+
+import numpy as np
+import pytest
+import torch
+
+from promag.data.video import decode_strictly, read_frames
+from promag.scripts import reconstruct
+from promag.tokenizer.layers import ResBlock
+from promag.training.config import UserError
+from tests.conftest import make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_tiles_bound_the_picture_that_the_tokenizer_sees(checkpoint, video_folder, tmp_path):
+    video = str(video_folder / "v0.mp4")
+    widths = []
+
+    def look(module, arguments):
+        if isinstance(module, ResBlock):
+            widths.append(arguments[0].shape[-1])
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        for name, options in (("whole", []), ("tiled", ["--tile", "32"])):
+            widths.clear()
+            out = tmp_path / f"{name}.mp4"
+            reconstruct.main([checkpoint, video, "--out", str(out), "--ratios", "16", "--chunk", "16", *options])
+            assert max(widths) == (32 if options else 64) // 4  # the first features have a position every 4 pixels
+            assert decode_strictly(out).frames == 20
+    finally:
+        handle.remove()
+    whole, tiled = (read_frames(tmp_path / f"{name}.mp4", range(20)).astype(int) for name in ("whole", "tiled"))
+    assert np.abs(whole - tiled).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tile", "0"], "height 0: needs a multiple of 8; use 8"),
+        (["--tile", "20"], "height 20: needs a multiple of 8; use 16 or 24"),
+        (["--frames", "0"], "--frames 0: at least 1 is needed"),
+        (["--chunk", "0"], "chunk of 0 frames: 16x needs a positive multiple of 16"),
+    ],
+)
+def test_sizes_that_cannot_be_meant_are_refused(checkpoint, video_folder, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        reconstruct.main([checkpoint, str(video_folder / "v0.mp4"), "--out", str(tmp_path / "out.mp4"), *options])
+    assert not (tmp_path / "out.mp4").exists()
