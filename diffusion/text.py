@@ -77,14 +77,28 @@ def learn_vocabulary(captions: Iterable[str], size: int = 1024, max_length: int 
     )
     ids = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ids)
+    return read_vocabulary(tokenizer.to_str(), max_length)
+
+
+def read_vocabulary(rules: str, max_length: int) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a vocabulary from `learn_vocabulary`, given as the JSON of its rules (`tokenizer_rules`)."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(rules),
         pad_token=PAD,
         bos_token=START,
         eos_token=END,
         model_max_length=max_length,
         padding_side="right",
     )
+
+
+def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
+    """Return all that decides what a tokenizer makes of a text; its length limit, which each call sets, is left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # those that work on bytes have none
+    rules = json.loads(backend.to_str()) if backend else {"vocabulary": tokenizer.get_vocab()}
+    for key in ("padding", "truncation"):  # left over from the last call
+        rules.pop(key, None)
+    return rules
 
 
 def small_clip(tokenizer: Any, width: int = 128, layers: int = 2, heads: int = 4) -> CLIPTextModel:
@@ -152,11 +166,9 @@ def _load_transformers(path: str, number: int) -> tuple[Any, Any]:
 
 def hash_text_encoder(tokenizer: Any, encoder: Any) -> str:
     """Return a hash of a text encoder's weights and of what its tokenizer does."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # those that work on bytes have none
-    rules = json.loads(backend.to_str()) if backend else {"vocabulary": tokenizer.get_vocab()}
-    for key in ("padding", "truncation"):  # left over from its last call
-        rules.pop(key, None)
-    return hashlib.sha256((hash_weights([encoder]) + json.dumps(rules, sort_keys=True)).encode()).hexdigest()
+    return hashlib.sha256(
+        (hash_weights([encoder]) + json.dumps(tokenizer_rules(tokenizer), sort_keys=True)).encode()
+    ).hexdigest()
 
 
 def text_widths(encoder: Any) -> tuple[int, int]:

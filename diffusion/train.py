@@ -1,10 +1,12 @@
 """Training a text-to-video transformer on cached latents of one temporal ratio, or of several by turns.
 
-A run directory holds a folder (16x, or 4x-8x-16x) with checkpoints and metrics; assembling a pipeline from what was trained is
-pipelines/build.py's matter.
+A run directory holds a folder (16x, or 4x-8x-16x) with checkpoints and metrics, and vocabulary.json, the text tokenizer of a
+small text model that is trained along. Assembling a pipeline from what was trained is pipelines/build.py's matter.
 """
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -21,13 +23,23 @@ from promag.data.buckets import Bucket, Buckets, bucket_plan
 from promag.data.datasets import Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
-from promag.training.loop import Metrics, Objective, Outcome, choose_precision_once, close_trackers, make_accelerator, train
+from promag.training.loop import (
+    Metrics,
+    Objective,
+    Outcome,
+    broadcast_from_main,
+    choose_precision_once,
+    close_trackers,
+    make_accelerator,
+    train,
+)
 from promag.training.precision import DTYPES
-from promag.training.run import open_run
+from promag.training.run import open_run, record_data, write_atomically
 from promag.training.throughput import Work
 from promag.training.trackers import Log
 
 from .attention import choose_attention
+from .cache_store import Shards, hash_weights
 from .conditioning import draw_given, frame_times, mean_over_made
 from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
 from .finetune import load_transformer, take_up
@@ -35,10 +47,12 @@ from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
 from .lora import add_lora
-from .text import Embedded, draw_dropped, learn_vocabulary, load_frozen, small_clip
+from .text import Embedded, draw_dropped, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
 from .text_cache import CaptionEncoder, EmbeddingCache
 from .transformer import ProMAGTransformer3DModel
 from .validation import ValidationSet, validation_losses
+
+VOCABULARY = "vocabulary.json"  # in the run directory
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,30 @@ def mixed(
     return Mixture([part for parts in latents for part in parts], shares, sizes), plan
 
 
+def fingerprints(config: DiffusionConfig, cached: Mapping[str, Sequence[Cached]]) -> dict[str, Any]:
+    """Return what the caches of each split were made from, as a run records it: a cache may move, and its shards may change."""
+    places = {}
+    for split, parts in cached.items():
+        for part in parts:
+            places |= {f"{split} {part.bucket} {r}x": path for r, path in zip(config.ratios, part.latents, strict=True)}
+            places |= {f"{split} {part.bucket} text {number}": path for number, path in part.texts.items()}
+    prints = {name: Shards(Path(place)).index["fingerprint"] for name, place in places.items()}
+    return {name: {key: value for key, value in kept.items() if key != "shard_size"} for name, kept in prints.items()}
+
+
+def open_vocabulary(place: Path, config: DiffusionConfig, latents: Sequence[LatentDataset], max_length: int) -> Any:
+    """Return the text tokenizer of the small CLIP: what a run keeps in `place`, or learned from all captions and kept there."""
+
+    def read_or_learn() -> str:
+        if not place.exists():
+            captions = itertools.chain.from_iterable(part.captions() for part in latents)
+            learned = learn_vocabulary(captions, config.text.vocabulary, max_length)
+            write_atomically(place, json.dumps(tokenizer_rules(learned)))
+        return place.read_text(encoding="utf-8")
+
+    return read_vocabulary(broadcast_from_main(read_or_learn), max_length)
+
+
 def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> CaptionEncoder:
     """Return what encodes captions: the caches of frozen encoders, and the small CLIP, a new one or that of `init`.
 
@@ -174,9 +212,7 @@ def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> Capt
         tokenizer, model = load_frozen(config.init, None, small.max_length, caches.index(None) + 1)
         model.requires_grad_(config.lora is None)
     else:
-        tokenizer = learn_vocabulary(
-            itertools.chain.from_iterable(part.captions() for part in latents), config.text.vocabulary, small.max_length
-        )
+        tokenizer = open_vocabulary(Path(config.output_dir) / VOCABULARY, config, latents, small.max_length)
         model = small_clip(tokenizer, config.text.width, config.text.layers, config.text.heads)
     return CaptionEncoder(caches, tokenizer, model)
 
@@ -198,6 +234,14 @@ def new_transformer(
     )
 
 
+def _models(config: DiffusionConfig, transformer: ProMAGTransformer3DModel, text: CaptionEncoder) -> dict[str, str]:
+    """Return hashes of what a run reads at each start beside its caches: the vocabulary, and the transformer of `init`."""
+    parts: dict[str, Any] = {} if text.learned is None else {"vocabulary": tokenizer_rules(text.tokenizer)}
+    if config.init:
+        parts["init"] = [hash_weights([transformer]), transformer.config["latents_mean"], transformer.config["latents_std"]]
+    return {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in parts.items()}
+
+
 def train_diffusion(
     config: DiffusionConfig,
     cached: Sequence[Cached],
@@ -208,12 +252,15 @@ def train_diffusion(
 
     `sample` makes the videos, T H W 3 of uint8, that `config.samples` asks for.
 
-    Raises UserError for a cache of another ratio or other clips, or an unsuitable run directory.
+    Raises UserError for a cache of another ratio or other clips, an unsuitable run directory, and one that was started with
+    other caches, another vocabulary or another `init`.
     """
     precision = choose_precision_once(config.precision, config.output_dir)
     config = replace(config, precision=precision)
     accelerator = make_accelerator(Path(config.output_dir), precision, config.run.trackers)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
+    splits = {"train": cached, "eval": validation}
+    broadcast_from_main(lambda: record_data(run, fingerprints(config, splits)))
     by_bucket, unseen = (_open_latents(config, split) for split in (cached, validation))
     weight_by_caption(by_bucket, config.data.caption_weights)
     buckets, latents = [part.bucket for part in cached], [part for parts in by_bucket for part in parts]
@@ -228,6 +275,7 @@ def train_diffusion(
         take_up(transformer, latents, text, config.condition.given, frozen=config.lora is not None)
     else:
         transformer = new_transformer(config, latents, text)
+    broadcast_from_main(lambda: record_data(run, _models(config, transformer, text)))
     if config.lora:
         add_lora(transformer, config.lora)
     attention = choose_attention(transformer, config.attention, accelerator.device, DTYPES[precision])

@@ -1,6 +1,7 @@
 """The run directory: resolved configuration, atomic checkpoints, metrics, and the signals that end a run early.
 
 run/config.yaml                 what the run was started with
+run/data.json                   what it is trained on: fingerprints and hashes
 run/machines.txt                where it was trained
 run/NAME/step-00001000/         a checkpoint of stage NAME: safetensors and state.json
 run/NAME/metrics.jsonl          one line per logged or validated step
@@ -25,6 +26,7 @@ from torch import Tensor
 from .config import UserError, save_yaml, to_plain
 
 MACHINES = "machines.txt"
+DATA = "data.json"
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
@@ -70,6 +72,27 @@ def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (
     if write and (here := _machine()) not in (before := machines_of(path)):
         write_atomically(path / MACHINES, "".join(f"{name}\n" for name in (*before, here)))
     return path
+
+
+def record_data(run: Path, data: Mapping[str, Any]) -> None:
+    """Record what a run is trained on, or check it against the record of an earlier call.
+
+    `data` maps names to hashes, or to mappings of them: fingerprints of caches, digests of clips, the vocabulary. Names that
+    were not recorded before are added. Call it on one process. Raises UserError naming what differs from the record.
+    """
+    place = run / DATA
+    before = _flat(json.loads(place.read_text(encoding="utf-8"))) if place.exists() else {}
+    now = _flat(data)
+    differs = [key.replace(".", " ") for key in before if key in now and now[key] != before[key]]
+    if differs:
+        more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
+        verb = "differs" if len(differs) == 1 else "differ"
+        raise UserError(
+            f"run {run} was trained on other data: {', '.join(differs[:4])}{more} {verb}; give it the data that it was started "
+            "with, or use another --output_dir"
+        )
+    if now.keys() - before.keys():
+        write_atomically(place, json.dumps({**before, **now}, indent=1, sort_keys=True) + "\n")
 
 
 def machines_of(run: Path) -> list[str]:
