@@ -2,10 +2,10 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -24,10 +24,11 @@ def test_help_lists_every_command_without_importing_any():
     assert set(listed) == {*list_commands("promag.scripts"), *GROUPS}
     assert listed["prepare-clips"].startswith("Decode captioned videos")
     code = "import sys; sys.argv = ['promag', '--help']; from promag.cli import main; main(); print('torch' in sys.modules)"
-    started = time.process_time()
+    before = os.times()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = os.times()
     assert done.stdout.splitlines()[-1] == "False"
-    assert time.process_time() - started < 0.5
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -39,10 +40,9 @@ def test_every_module_is_a_command_with_a_summary_in_one_line(package):
         assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, path
 
 
-def test_names_are_alike_with_dashes_and_underscores():
-    for name in ("prepare-clips", "prepare_clips"):
-        done = promag(name, "--help")
-        assert (done.returncode, done.stdout.split()[:3]) == (0, ["usage:", "promag", "prepare-clips"])
+def test_a_name_may_have_underscores_for_dashes():
+    done = promag("prepare_clips", "--help")
+    assert (done.returncode, done.stdout.split()[:3]) == (0, ["usage:", "promag", "prepare-clips"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""Wherever promag comes from, each module comes from one real file, both checkpoints load, and the same video is sampled."""
+
+import json
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from promag import ProMAGPipeline
+from tests.packaging.conftest import ROOT, run
+
+ROOMS = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name not in ("promag", "tests"))
+PROBE = """
+import importlib, json, pkgutil, sys
+import numpy, torch, promag
+from promag import AutoencoderKLProMAG, ProMAGPipeline
+
+checkpoints, out, *rooms = sys.argv[1:]
+tokenizer = AutoencoderKLProMAG.from_pretrained(checkpoints + "/tiny")
+pipe = ProMAGPipeline.from_pretrained(checkpoints + "/tiny-video")
+noise = torch.Generator().manual_seed(0)
+numpy.save(out, pipe("a red disc moves left", num_frames=17, num_inference_steps=2, generator=noise).frames[0])
+
+import promag.tokenizer.layers as absolute
+from promag.tokenizer import growth, layers
+for room in rooms:
+    for module in pkgutil.iter_modules(importlib.import_module(f"promag.{room}").__path__):
+        importlib.import_module(f"promag.{room}.{module.name}")
+modules = {name: module for name, module in sys.modules.items() if getattr(module, "__file__", None)}
+print(json.dumps({
+    "one module": absolute is layers is sys.modules[growth.CausalConv3d.__module__],
+    "one class": AutoencoderKLProMAG is type(pipe.vae) is type(tokenizer),
+    "code": layers.CausalConv3d.forward.__code__.co_filename,
+    "files": {name: module.__file__ for name, module in modules.items() if name.startswith("promag.")},
+    "files of modules": [module.__file__ for module in {id(module): module for module in modules.values()}.values()],
+}))
+"""
+
+
+@pytest.fixture(scope="session")
+def expected_video() -> np.ndarray:
+    pipe = ProMAGPipeline.from_pretrained(ROOT / "checkpoints" / "tiny-video")
+    noise = torch.Generator().manual_seed(0)
+    return pipe("a red disc moves left", num_frames=17, num_inference_steps=2, generator=noise).frames[0]
+
+
+@pytest.mark.parametrize("name", ["zip", "checkout", "target", "wheel", "editable"])
+def test_it_imports_real_files_loads_both_checkpoints_and_samples(name, places, archives, expected_video, tmp_path):
+    place = places[name]
+    # Importing every module takes seconds: once where the rooms lie at the top, once where they lie in the package.
+    rooms = ROOMS if name in ("editable", "wheel") else []
+    output = place.run("-c", PROBE, archives / "checkout" / "checkpoints", tmp_path / "video.npy", *rooms)
+    found = json.loads(output.splitlines()[-1])
+    video = np.load(tmp_path / "video.npy")
+    assert video.shape == (17, 64, 64, 3)
+    assert np.abs(video - expected_video).max() < 1e-3
+    assert (found["one module"], found["one class"]) == (True, True)
+    layers = str(place.root / "tokenizer" / "layers.py")
+    assert found["code"] == found["files"]["promag.tokenizer.layers"] == layers  # where a debugger's breakpoint binds
+    assert {f"promag.{room}" for room in rooms} <= found["files"].keys()
+    assert all(Path(file).is_relative_to(place.root) for file in found["files"].values())
+    assert all(Path(file).resolve() == Path(file) for file in found["files"].values())
+    counts = Counter(file for file in found["files of modules"] if Path(file).is_relative_to(place.root))
+    assert set(counts.values()) == {1}
+
+
+def test_the_wheel_holds_all_of_the_rooms_and_nothing_else(archives, installs):
+    (wheel,) = (installs / "wheels").iterdir()
+    kinds = (".py", ".yaml", ".css", ".js", ".html", ".md")
+    rooms = [init.parent for init in (archives / "checkout").glob("*/__init__.py") if init.parent.name != "tests"]
+    files = [file for room in rooms for file in room.rglob("*") if file.suffix in kinds or file.name == "py.typed"]
+    names = {file.relative_to(archives / "checkout").as_posix() for file in files}
+    packaged = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in packaged if ".dist-info/" not in name} == {
+        f"promag/{name.removeprefix('promag/')}" for name in names
+    }
+    assert {"promag/py.typed", "promag/cli.py", "promag/configs/tokenizer/tiny.yaml", "promag/scripts/sample.py"} <= {*packaged}
+    assert not [name for name in packaged if "/tests/" in name or name.endswith(".safetensors")]
+
+
+def test_an_archive_and_a_checkout_without_links_are_alike(archives):
+    listed = [
+        {file.relative_to(archives / name).as_posix(): file.stat().st_size for file in (archives / name).rglob("*.*")}
+        for name in ("zip", "checkout")
+    ]
+    assert not [file for file in (archives / "checkout").rglob("*") if file.is_symlink()]
+    assert listed[1].items() <= listed[0].items()  # an editable install leaves files in the other
+
+
+def test_the_program_of_the_wheel_works_outside_of_any_checkout(places):
+    place = places["wheel"]
+    program = place.python.parent / "promag"
+    assert "  sample " in run(program, "--help", cwd=place.folder)
+    assert run(program, "sample", "--help", cwd=place.folder).startswith("usage: promag sample ")
+    assert "--stages" in run(program, "train-tokenizer", "--config", "tokenizer/tiny", "--help", cwd=place.folder)
+    assert place.run("-m", "promag", "--version") == "promag 0.1.0\n"
+    assert run(program, "--version", cwd=place.folder) == "promag 0.1.0\n"
