@@ -1,4 +1,4 @@
-"""Measure encoding and decoding one clip in float32 on a CPU, by oneDNN's convolution and by the one PyTorch would choose.
+"""Measure encoding and decoding one clip on a CPU, with and without oneDNN's convolution.
 
 ONEDNN_MAX_CPU_ISA=AVX512_CORE or AVX2 in the environment shows what processors without newer instructions take.
 """
