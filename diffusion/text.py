@@ -6,11 +6,13 @@ Shapes: B prompts, L text tokens, D width.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -162,6 +164,24 @@ def _load_transformers(path: str, number: int) -> tuple[Any, Any]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"text encoder {path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def encoder_files(model: str, weights: str | None) -> list[list[Any]] | None:
+    """Return names, sizes and times of the files that a text encoder is read from; None where they cannot be listed.
+
+    The same list means the same encoder, without reading its weights. Arguments are those of `load_frozen`.
+    """
+    model = model.removeprefix(OPEN_CLIP)
+    place = Path(weights or model.removeprefix("local-dir:"))
+    if not place.exists() and weights is None:
+        known = try_to_load_from_cache(model.removeprefix("hf-hub:"), "config.json")
+        place = Path(known).parent if isinstance(known, str) else place
+    if not place.exists():
+        return None
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    versions = [["transformers", version("transformers"), ""]]
+    stats = [(str(path.resolve()), path.stat()) for path in files]
+    return versions + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def hash_text_encoder(tokenizer: Any, encoder: Any) -> str:

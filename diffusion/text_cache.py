@@ -7,6 +7,7 @@ encoder has a pooled vector. null.safetensors holds the same of the null caption
 Shapes: B captions, L text tokens, D width.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from promag.training.loop import broadcast_from_main, processes
-from promag.training.run import save_tensors_atomically
+from promag.training.run import save_tensors_atomically, write_atomically
 
 from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, stretch, write_shard
-from .text import NULL_CAPTION, Embedded, encode, side_by_side, text_widths, tokenize
+from .text import (
+    NULL_CAPTION,
+    Embedded,
+    encode,
+    encoder_files,
+    hash_text_encoder,
+    side_by_side,
+    text_widths,
+    tokenize,
+)
 
 BATCH = 32  # captions encoded at once
 
@@ -38,6 +48,26 @@ class TextFingerprint(Fingerprint):
     max_length: int
     dtype: str
     shard_size: int
+
+
+def encoder_digest(model: str, weights: str | None, memory: Path, load: Callable[[], tuple[Any, Any]]) -> str:
+    """Return the hash of a text encoder and its tokenizer, without reading them where `memory` has it.
+
+    Args:
+        model: as in `load_frozen`, likewise `weights`.
+        memory: a JSON file of the hashes made before, each with the sizes and times of the files that were hashed.
+        load: returns the text tokenizer and the encoder; not called where the files are the same as before.
+    """
+    known = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+    name = model if weights is None else f"{model} {weights}"
+    files = encoder_files(model, weights)
+    if files is not None and known.get(name, {}).get("files") == files:
+        return known[name]["digest"]
+    digest = hash_text_encoder(*load())
+    if (files := encoder_files(model, weights)) is not None:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps({**known, name: {"digest": digest, "files": files}}, indent=1))
+    return digest
 
 
 def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, load: Callable[[], tuple[Any, Any]]) -> Path:

@@ -292,7 +292,7 @@ def train_diffusion(
     shown = buckets.index(config.data.default_bucket) if config.data.default_bucket in buckets else 0
     fps = by_bucket[shown][0].fps
     checks = [
-        ValidationSet(part, str(cache.bucket), transformer, accelerator.device)
+        ValidationSet(part, str(cache.bucket), transformer, cache.bucket.batch_size or config.optimization.batch_size)
         for cache, parts in zip(validation, unseen, strict=True)
         for part in parts
     ]

@@ -1,4 +1,4 @@
-"""The held-out loss: fixed clips at fixed times with fixed noise, so that two runs or steps differ by the model alone.
+"""The validation loss: fixed clips at fixed times with fixed noise, so that two runs or steps differ by the model alone.
 
 Shapes: b c t h w latents.
 """
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import reduce
+from torch import Tensor
 
-from promag.training.loop import Metrics, seeded
+from promag.training.loop import Metrics, processes, seeded
 
 from .latent_cache import LatentDataset
 from .transformer import ProMAGTransformer3DModel
@@ -23,34 +25,58 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class ValidationSet:
-    """Held-out clips of one ratio and of one bucket, `shape`.
+    """Clips of one ratio and one bucket that are not trained on; nothing of them is kept in memory between two validations.
 
     The noise is that of a clip's index. Latents are normalised with the training clips' statistics: a model must not see the
-    held-out clips' own.
+    validation clips' own.
+
+    Args:
+        clips: cached latents and embeddings.
+        bucket: their size, as it is named in the metrics.
+        transformer: has the statistics.
+        batch_size: clips that a process scores at once.
     """
 
-    def __init__(self, unseen: LatentDataset, shape: str, transformer: ProMAGTransformer3DModel, device: torch.device):
-        fixed = [unseen.fixed(i) for i in range(len(unseen))]
-        x = torch.stack([f["latents"] for f in fixed]) * unseen.std + unseen.mean
-        self.ratio, self.shape = unseen.ratio, shape
-        self.x = transformer.normalise(x, self.ratio).to(device)
-        self.noise = torch.stack([torch.randn(x.shape[1:], generator=seeded(0, i)) for i in range(len(x))]).to(device)
-        self.fps = torch.tensor([f["fps"] for f in fixed], device=device)
-        rows = [key for text in unseen.texts for key in text.keys.values() if key in fixed[0]]
-        self.text: dict[str, Any] = {key: torch.stack([f[key] for f in fixed]).to(device) for key in rows}
-        self.text["caption"] = [f["caption"] for f in fixed]
+    def __init__(self, clips: LatentDataset, bucket: str, transformer: ProMAGTransformer3DModel, batch_size: int):
+        self.clips, self.ratio, self.bucket, self.batch_size = clips, clips.ratio, bucket, batch_size
+        self.transformer = transformer
+        self.frames: int = clips.index["shape"][1]
+        self.text_keys = [key for text in clips.texts for key in text.keys.values()]
 
     def __len__(self) -> int:
         """Count the clips."""
-        return len(self.x)
+        return len(self.clips)
 
     def loss(self, objective: "FlowObjective", first_given: bool = False) -> float:
-        """Return the mean over clips and times, of all frames or with the first latent frame given."""
-        times = [torch.full((len(self.x),), t, device=self.x.device) for t in VALIDATION_TIMES]
-        given = torch.arange(self.x.shape[2], device=self.x.device).expand(len(self.x), -1) < 1 if first_given else None
-        text = objective.text(self.text)
-        losses = [objective.errors(self.x, self.noise, t, text, self.fps, self.ratio, given).mean() for t in times]
-        return float(torch.stack(losses).mean())
+        """Return the mean over clips and times, of all frames or with the first latent frame given.
+
+        The processes share the clips out. Each calls the model equally often, as a spread one needs: where clips run out, one
+        is scored again and not counted.
+        """
+        state = processes()
+        at_once = self.batch_size * state.num_processes
+        errors = torch.zeros(len(self), device=state.device)
+        for first in range(0, len(self), at_once):
+            mine = range(first + state.process_index * self.batch_size, len(self))[: self.batch_size]
+            found = self._errors(objective, mine or range(1), state.device, first_given)
+            if mine:
+                errors[mine.start : mine.stop] = found
+        total: Any = reduce(errors, "sum")
+        return float(total.mean())
+
+    def _errors(self, objective: "FlowObjective", clips: range, device: torch.device, first_given: bool) -> Tensor:
+        """Return each clip's mean error over the times, (b,)."""
+        rows = [self.clips.fixed(i) for i in clips]
+        x = torch.stack([row["latents"] for row in rows]) * self.clips.std + self.clips.mean
+        x = self.transformer.normalise(x, self.ratio).to(device)
+        noise = torch.stack([torch.randn(x.shape[1:], generator=seeded(0, i)) for i in clips]).to(device)
+        fps = torch.tensor([row["fps"] for row in rows], device=device)
+        keys = [key for key in self.text_keys if key in rows[0]]
+        batch: dict[str, Any] = {key: torch.stack([row[key] for row in rows]).to(device) for key in keys}
+        text = objective.text({**batch, "caption": [row["caption"] for row in rows]})
+        given = torch.arange(self.frames, device=device).expand(len(x), -1) < 1 if first_given else None
+        times = [torch.full((len(x),), t, device=device) for t in VALIDATION_TIMES]
+        return torch.stack([objective.errors(x, noise, t, text, fps, self.ratio, given) for t in times]).mean(0)
 
 
 def validation_losses(objective: "FlowObjective", parts: Sequence[ValidationSet], first_given: bool) -> Metrics:
@@ -62,9 +88,9 @@ def validation_losses(objective: "FlowObjective", parts: Sequence[ValidationSet]
     found = _grouped("x", parts, losses, [part.ratio for part in parts])
     found |= {"validation_loss": sum(found.values()) / len(found)}
     several = {key: value for key, value in found.items() if len(found) > 2 or key == "validation_loss"}
-    shapes = _grouped("", parts, losses, [part.shape for part in parts])
+    shapes = _grouped("", parts, losses, [part.bucket for part in parts])
     several |= shapes if len(shapes) > 1 else {}
-    longer = [part for part in parts if first_given and part.x.shape[2] > 1]
+    longer = [part for part in parts if first_given and part.frames > 1]
     if longer:
         given = _grouped("x", longer, [part.loss(objective, True) for part in longer], [part.ratio for part in longer])
         several["validation_loss_first_given"] = sum(given.values()) / len(given)

@@ -32,7 +32,7 @@ def sampling_cost(pipe: Any, ratio: int, frames: int, steps: int, guidance: floa
     patch = tuple(transformer["patch_size"])
     count = tokens(frames, known["height"], known["width"], ratio, patch)
     lengths = [part.model_max_length for part in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3) if part is not None]
-    batch = 1 if guidance == 1 else 2
+    batch = 2 if guidance > 1 else 1  # as the pipeline: guidance of 1 and less is off
     step = forward_flops({**transformer, "text_dim": pipe.transformer.text_dims}, count, lengths, batch)
     return SamplingCost(ratio, frames, latent_frames(frames, ratio), count, steps * step)
 

@@ -17,8 +17,8 @@ from promag.data.datasets import open_apart
 from promag.diffusion.cache_store import Shards, hash_weights
 from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextEncoderConfig
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
-from promag.diffusion.text import hash_text_encoder, load_frozen
-from promag.diffusion.text_cache import TextFingerprint, write_embeddings
+from promag.diffusion.text import load_frozen
+from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_embeddings
 from promag.diffusion.train import Cached, Trained, train_diffusion
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
@@ -51,7 +51,11 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
         pipe.set_progress_bar_config(disable=True)
         how = (samples.steps, samples.guidance, config.precision)
         encode = functools.partial(text.encode, learned=so_far.small_text)
-        return sample_videos(pipe, samples.prompts, *how, name=None, encode=encode)
+        cast(Any, vae).to(so_far.transformer.device)
+        try:
+            return sample_videos(pipe, samples.prompts, *how, name=None, encode=encode)
+        finally:  # it would take the memory that training needs
+            vae.cpu()
 
     trained = train_diffusion(config, cached["train"], cached["eval"], sample)
     if not (trained.outcome and trained.outcome.finished):
@@ -126,7 +130,8 @@ def cache_latents(
 ) -> list[tuple[Bucket, list[Path]]]:
     """Cache the latents of one split ("train" or "eval") and return for each bucket that has clips the caches' folders.
 
-    They are encoded at the budgets' ratios, or at `ratios`; several cost little more than the highest alone.
+    They are encoded at the budgets' ratios, or at `ratios`; several cost little more than the highest alone. The
+    tokenizer is on the processes' device only while it encodes.
     """
     data, ratios = config.data, ratios or config.ratios
     try:
@@ -134,6 +139,7 @@ def cache_latents(
             check_ratio(ratio, vae.temporal_ratios)
     except ValueError as error:
         raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
+    hashes = broadcast_from_main(lambda: {ratio: weights_hash(vae, ratio) for ratio in ratios})
     source, count = (data.train, data.synthetic_clips) if split == "train" else (data.validation, data.validation_clips)
     parts, device = open_apart(source, split, data.training_buckets, count), processes().device
     counts = [len(clips) if split == "train" else min(count, len(clips)) for _, clips in parts]
@@ -145,7 +151,7 @@ def cache_latents(
         digest = clips.digest(n)
         caches = {
             Path(data.cache) / _name(config, split, bucket, f"{ratio}x"): LatentFingerprint(
-                tokenizer=weights_hash(vae, ratio),
+                tokenizer=hashes[ratio],
                 clips=digest,
                 ratio=ratio,
                 frames=bucket.frames,
@@ -158,18 +164,21 @@ def cache_latents(
         }
         folders = write_latents(caches, n, clips, encode, workers=config.run.workers)
         found.append((bucket, folders))
+    vae.cpu()
     return found
 
 
 def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
     """Cache what each frozen text encoder makes of the captions in `latents`, a folder for each split and bucket, by name.
 
-    Returns for each name the folders by the encoders' numbers. An encoder is in memory only here, and each after the other.
+    Returns for each name the folders by the encoders' numbers. An encoder is read only where something is missing or its files
+    have changed, one after the other, and is let go of.
     """
     found: dict[str, dict[int, Path]] = {name: {} for name in latents}
+    memory = Path(config.data.cache) / "text-encoders.json"
     for number, encoder in config.text.frozen.items():
         load = functools.cache(lambda encoder=encoder: _load(encoder))
-        digest = broadcast_from_main(lambda load=load: hash_text_encoder(*load()))
+        digest = broadcast_from_main(lambda e=encoder, load=load: encoder_digest(e.model, e.weights, memory, load))
         for name, folder in latents.items():
             split, dash, bucket = name.partition("-")
             clips = Shards(folder).index["fingerprint"]["clips"]
@@ -186,12 +195,12 @@ def _load(encoder: TextEncoderConfig) -> tuple[Any, Any]:
 def encoder(
     vae: AutoencoderKLProMAG, device: torch.device, precision: Precision = "auto"
 ) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
-    """Return B C T H W and ratios -> mean latents b c t h w at each of them, computed on `device`."""
+    """Return B C T H W and ratios -> mean latents b c t h w at each of them, on `device`: the first call moves it there."""
     model: Any = vae
-    model.to(device).eval()
 
     @torch.no_grad()
     def encode(x: Tensor, ratios: Sequence[int]) -> list[Tensor]:
+        model.to(device).eval()
         with autocast(device, precision):
             return [posterior.mode().float() for posterior in model.encode_levels(x.to(device), ratios)]
 

@@ -1,5 +1,7 @@
 """From clips of several shapes to a pipeline: a cache for each shape, and one model that makes what it was told to."""
 
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -7,7 +9,7 @@ from safetensors import safe_open
 from promag import ProMAGPipeline
 from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import cache, train_pipeline
-from promag.training.config import build, load_yaml
+from promag.training.config import UserError, build, load_yaml
 from tests.conftest import make_tokenizer
 from tests.scripts.test_scripts import encoder, write_t5
 
@@ -58,3 +60,28 @@ def test_clips_of_several_shapes_are_cached_apart_and_trained_on_together(config
         frames = pipe("a red disc", num_inference_steps=1, generator=torch.Generator().manual_seed(0), **size).frames
         assert frames.shape[1:4] == (size.get("num_frames", 17), 32, size.get("width", 32))
     assert "cached" not in capsys.readouterr().out  # training found all of it
+
+
+def test_a_start_with_nothing_to_cache_reads_no_text_encoder(config, tmp_path):
+    """Its weights are rubbish of the same size and time, which nobody notices; once their time differs they are read."""
+    before = cache(config, make_tokenizer(settle=0.05))
+    weights = tmp_path / "t5" / "model.safetensors"
+    stat, whole = weights.stat(), weights.read_bytes()
+    weights.write_bytes(bytes(stat.st_size))
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert cache(config, make_tokenizer(settle=0.05)) == before
+    os.utime(weights)
+    with pytest.raises(Exception, match="header"):
+        cache(config, make_tokenizer(settle=0.05))
+    weights.write_bytes(whole)  # the same encoder, newly written
+    assert cache(config, make_tokenizer(settle=0.05)) == before
+
+
+def test_another_text_encoder_in_the_same_folder_is_still_refused(config, tmp_path):
+    cache(config, make_tokenizer(settle=0.05))
+    other = write_t5(tmp_path / "t5")
+    with torch.no_grad():
+        other.shared.weight.add_(1)
+    other.save_pretrained(tmp_path / "t5")
+    with pytest.raises(UserError, match="was made from another text encoder"):
+        cache(config, make_tokenizer(settle=0.05))
