@@ -21,6 +21,11 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(values)
 
 
+def render_part(template: str, part: str, **values: Any) -> str:
+    """Return one macro of a template, called with `values`."""
+    return str(getattr(_environment().get_template(template).module, part)(**values))
+
+
 def render_page(template: str, **values: Any) -> str:
     """Return a whole page, with the style sheet and the script inside."""
     return render(template, style=Markup(asset("page.css")), script=Markup(asset("page.js")), **values)

@@ -104,8 +104,9 @@ def make_film(
     columns: int | None = None,
     crf: int = 20,
     key_every: int | None = None,
+    tile: int = TILE,
 ) -> Film:
-    """Encode labelled videos, in one row or in rows of `columns`, enlarged to about TILE pixels each.
+    """Encode labelled videos, in one row or in rows of `columns`, enlarged to about `tile` pixels each.
 
     Raises ValueError, which names `title`, unless all are uint8 (T, H, W, 3) of one shape.
     """
@@ -115,7 +116,7 @@ def make_film(
         given = ", ".join(f"{label} is {dtype} {shape}" for label, (shape, dtype) in shapes.items()) or "there is none"
         raise ValueError(f"videos of {title!r}: {given}; all must be uint8 (T, H, W, 3) of one shape")
     frames, height, width, _ = first.shape
-    scale, columns = enlargement(width), min(columns or len(videos), len(videos))
+    scale, columns = enlargement(width, tile), min(columns or len(videos), len(videos))
     mp4 = encode_mp4(grid([enlarge(video, scale) for video in videos.values()], columns), fps, crf, key_every)
     return Film(tuple(videos), (frames, height, width), fps, scale, columns, mp4)
 

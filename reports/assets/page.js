@@ -96,6 +96,7 @@ function startViewer(root) {
     $("clip-name").textContent = clip.name;
     $("clip-caption").textContent = clip.caption;
     $("scrub").max = clip.frames - 1;
+    $("scrub").hidden = $("trace-box").hidden = clip.frames < 2;
     film.src = filmUrl(index);
     film.playbackRate = Number($("speed").value);
     shown.frame = 0;
