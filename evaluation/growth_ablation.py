@@ -24,60 +24,76 @@ COLUMNS = (
     ("seconds", "minutes", 0),
 )
 UNITS = {"params": 1e6, "flops": 1e15, "seconds": 60}
-RATIO = 16  # at which the ways are compared
+RATIO = 16  # at which variants are compared
 OURS = "progressive"
-WIDE = "_16_channels"  # ends the names of arms with a wider latent, which are compared among themselves
+WIDE = "_16_channels"  # ends the names of variants with a wider latent, which are compared among themselves
+WHAT = "growth ablation"
+RECORDED_AS = (WHAT, "claim")  # what lines of the experiment are called, now and in older ones
 # What is compared at 16x: metric, its unit.
 DIFFERENCES = (("psnr", "dB"), ("psnr_top_motion", "dB"), ("psnr_key", "dB"), ("psnr_between", "dB"), ("ssim", ""))
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a Markdown table of means over seeds, one line for each arm and ratio."""
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+def table(rows: Iterable[Row]) -> str:
+    """Return a Markdown table of means over seeds, one line for each variant, temporal ratio and size of the clips."""
+    groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["arm"], row["ratio"]), []).append(row)
-    lines = ["| arm | ratio | seeds | " + " | ".join(heading for _, heading, _ in COLUMNS) + " |"]
-    lines.append("| --- " * (3 + len(COLUMNS)) + "|")
-    for (arm, ratio), group in groups.items():
+        groups.setdefault((row["variant"], row["ratio"], clip_size(row)), []).append(row)
+    lines = ["| variant | ratio | clips | seeds | " + " | ".join(heading for _, heading, _ in COLUMNS) + " |"]
+    lines.append("| --- " * (4 + len(COLUMNS)) + "|")
+    for (variant, ratio, size), group in groups.items():
         seeds, cells = ", ".join(str(row["seed"]) for row in group), []
         for name, _, digits in COLUMNS:
             values = [row[name] / UNITS.get(name, 1) for row in group if name in row]
             cells.append(f"{mean(values):.{digits}f}" if values else "-")
-        lines.append(f"| {arm} | {ratio}x | {seeds} | " + " | ".join(cells) + " |")
+        lines.append(f"| {variant} | {ratio}x | {size} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def clip_size(row: Row) -> str:
+    """Return frames, height and width of the clips that a line was scored on, "65x64x64" for example."""
+    return f"{row['frames']}x{row['size']}x{row['size']}"
+
+
+def with_variant(line: Row) -> Row:
+    """Return a line with its variant's name under "variant", where older lines have "arm"."""
+    return {"variant" if key == "arm" else key: value for key, value in line.items()}
+
+
 def read(path: Path) -> list[Row]:
-    """Return the newest line of each arm, seed and ratio, in the order in which they first appear."""
+    """Return the newest line of each variant, seed, ratio and size of the clips, in the order in which they first appear.
+
+    Raises UserError without a file and for one without such lines.
+    """
     if not path.is_file():
         raise UserError(f"results {path}: no such file; `promag experiment growth-ablation --record FILE` writes one")
     lines = [json.loads(line) for line in path.read_text().splitlines() if line]
-    newest = {(r["arm"], r["seed"], r["ratio"]): r for r in lines if r.get("what") == "claim"}
-    if not newest:
+    rows = [with_variant(line) for line in lines if line.get("what") in RECORDED_AS]
+    if not rows:
         raise UserError(f"results {path}: none of its {len(lines)} lines is one of the growth ablation's")
-    return list(newest.values())
+    return list({(row["variant"], row["seed"], row["ratio"], clip_size(row)): row for row in rows}.values())
 
 
 def gains(rows: Sequence[Row], ours: str = OURS) -> str:
-    """Return a Markdown table of an arm, growth, minus each other way to 16x, on the seeds that both were trained with.
+    """Return a Markdown table of a variant, growth, minus each other way to 16x, on the seeds and clips that both have.
 
-    Of several seeds each cell has the mean, and in brackets the difference of each. Growth with a wider latent is compared
-    with ways that have it too; the others with each other, and with growth that has it.
+    With several seeds each cell has the mean, and in brackets the difference of each. Growth with a wider latent is compared
+    with variants that have it too; the others with each other, and with growth that has it.
     """
-    by_arm: dict[str, dict[int, Row]] = {}
+    groups: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
-        alike = row["arm"].endswith(WIDE) == ours.endswith(WIDE) or row["arm"] == ours + WIDE
-        if row["ratio"] == RATIO and alike:
-            by_arm.setdefault(row["arm"], {})[row["seed"]] = row
-    own = by_arm.pop(ours, {})
+        comparable = row["variant"].endswith(WIDE) == ours.endswith(WIDE) or row["variant"] == ours + WIDE
+        if row["ratio"] == RATIO and comparable:
+            groups.setdefault((row["variant"], clip_size(row)), {})[row["seed"]] = row
     heads = [f"{name} {unit}".strip() for name, unit in DIFFERENCES]
-    lines = ["| " + " | ".join([f"{ours} minus", "seeds", *heads, "compute"]) + " |", "| --- " * (3 + len(heads)) + "|"]
-    for arm, theirs in by_arm.items():
-        seeds = sorted(own.keys() & theirs.keys())
-        if seeds:
-            cells = [_difference([own[s][name] - theirs[s][name] for s in seeds]) for name, _ in DIFFERENCES]
-            compute = mean(own[s]["flops"] / theirs[s]["flops"] for s in seeds)
-            lines.append("| " + " | ".join([arm, ", ".join(map(str, seeds)), *cells, f"{compute:.2f}x"]) + " |")
+    lines = ["| " + " | ".join([f"{ours} minus", "clips", "seeds", *heads, "compute"]) + " |"]
+    lines.append("| --- " * (4 + len(heads)) + "|")
+    for (variant, size), others in groups.items():
+        own = groups.get((ours, size), {})
+        seeds = sorted(own.keys() & others.keys())
+        if seeds and variant != ours:
+            cells = [_difference([own[s][name] - others[s][name] for s in seeds]) for name, _ in DIFFERENCES]
+            compute = mean(own[s]["flops"] / others[s]["flops"] for s in seeds)
+            lines.append("| " + " | ".join([variant, size, ", ".join(map(str, seeds)), *cells, f"{compute:.2f}x"]) + " |")
     return "\n".join(lines)
 
 
@@ -86,25 +102,30 @@ def _difference(values: Sequence[float]) -> str:
     return f"{mean(values):+.3f}" + (f" ({each})" if len(values) > 1 else "")
 
 
-def curves(rows: Sequence[Row]) -> dict[str, tuple[dict[str, list[tuple[float, float]]], str]]:
-    """Return, by name of a plot, its lines (validation PSNR of each way at 16x, first seed) and the label of its x axis."""
-    steps, compute, without = {}, {}, {}
-    chosen: dict[str, Row] = {}
-    for row in rows:
-        if row["ratio"] == RATIO and row["curve"]:
-            chosen.setdefault(row["arm"], row)
-    for arm, row in chosen.items():
-        stage, before = row["stage"], row["flops"] - row["stage"]["flops"]
-        first = row["steps"] - stage["steps"]
-        points = [(step, before + (step - first) / stage["steps"] * stage["flops"], psnr) for step, _, psnr in row["curve"]]
-        inherited = row["inherited"]["flops"]
-        steps[arm] = [(step, psnr) for step, _, psnr in points]
-        compute[arm] = [(flops / 1e15, psnr) for _, flops, psnr in points]
-        without[arm] = [((flops - inherited) / 1e15, psnr) for _, flops, psnr in points]
-    if not chosen:
-        return {}
-    return {
-        "steps": (steps, "steps from scratch"),
-        "compute": (compute, "PFLOP from scratch"),
-        "compute-grown": (without, "PFLOP beyond the 4x model"),
-    }
+Lines = dict[str, list[tuple[float, float]]]
+
+
+def curves(rows: Sequence[Row]) -> dict[str, tuple[Lines, str]]:
+    """Return the plots by name: validation PSNR of each variant at 16x, first seed, and the label of the x axis.
+
+    Each size of clips has plots of its own; names begin with it.
+    """
+    plots: dict[str, tuple[Lines, str]] = {}
+    sizes = dict.fromkeys(clip_size(row) for row in rows)
+    for size in sizes:
+        steps, compute, beyond_base = {}, {}, {}
+        for row in rows:
+            variant, stage = row["variant"], row["stage"]
+            if clip_size(row) != size or row["ratio"] != RATIO or not row["curve"] or variant in steps:
+                continue
+            before, first = row["flops"] - stage["flops"], row["steps"] - stage["steps"]
+            points = [(step, before + (step - first) / stage["steps"] * stage["flops"], psnr) for step, _, psnr in row["curve"]]
+            inherited = row["inherited"]["flops"]
+            steps[variant] = [(step, psnr) for step, _, psnr in points]
+            compute[variant] = [(flops / 1e15, psnr) for _, flops, psnr in points]
+            beyond_base[variant] = [((flops - inherited) / 1e15, psnr) for _, flops, psnr in points]
+        if steps:
+            plots[f"{size}-steps"] = (steps, "steps from scratch")
+            plots[f"{size}-compute"] = (compute, "PFLOP from scratch")
+            plots[f"{size}-compute-grown"] = (beyond_base, "PFLOP beyond the 4x model")
+    return plots

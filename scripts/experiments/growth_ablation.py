@@ -1,7 +1,7 @@
 """Measure whether growing 4x -> 8x -> 16x beats training 16x directly.
 
-Every arm is trained by the same trainer on the same clips and scored on the same unseen ones. A finished arm is not trained
-again, an unfinished one continues; `--only_variants "[progressive]"` runs some arms and what they start from.
+Every variant is trained by the same trainer on the same clips and scored on the same unseen ones. A finished variant is not
+trained again, an unfinished one continues; `--only_variants "[progressive]"` runs some variants and what they start from.
 `promag experiment growth-ablation report RESULTS.jsonl` prints and draws what was recorded.
 """
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promag.data.datasets import open_dataset
 from promag.evaluation.baselines import build_peer, load_peer
-from promag.evaluation.growth_ablation import OURS, RATIO, WIDE, curves, gains, read, table
+from promag.evaluation.growth_ablation import OURS, RATIO, WHAT, WIDE, curves, gains, read, table, with_variant
 from promag.reports.plots import plot_file
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import load_tokenizer
@@ -42,12 +42,12 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One way to reach a ratio. Exactly one of `base`, `model` and `peer` says what it starts from."""
 
     name: str = setting("what the results call it")
     seeds: tuple[int, ...] = setting("one training for each")
-    base: str | None = setting("an earlier arm whose tokenizer, of the same seed, it continues")
+    base: str | None = setting("an earlier variant whose tokenizer, of the same seed, it continues")
     model: AutoencoderConfig | None = setting("a tokenizer of ours from scratch")
     peer: Peer | None = setting("a peer from scratch")
     stages: tuple[StageConfig, ...] = setting("what is trained, one after the other")
@@ -55,59 +55,61 @@ class Arm:
     def __post_init__(self) -> None:
         """Raise ValueError unless one start is given."""
         if sum(start is not None for start in (self.base, self.model, self.peer)) != 1:
-            raise ValueError(f"arm {self.name}: exactly one of base, model and peer is needed")
+            raise ValueError(f"variant {self.name}: exactly one of base, model and peer is needed")
 
 
 @dataclass(frozen=True)
-class ClaimConfig:
+class AblationConfig:
     """The whole experiment."""
 
-    output_dir: str = setting("folder of the arms' run directories")
-    record: str | None = setting("results file that gets a JSON line for each arm, seed and ratio; null for none")
-    only_variants: tuple[str, ...] | None = setting("names of arms to run, with those they start from; null runs all")
+    output_dir: str = setting("folder of the variants' run directories")
+    record: str | None = setting("results file that gets a JSON line for each variant, seed and ratio; null for none")
+    only_variants: tuple[str, ...] | None = setting("names of variants to run, with those they start from; null runs all")
     precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
     gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
     compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
     frames: int = setting("frames of the clips that are scored")
     data: TokenizerDataConfig = setting("clips to train on and, never trained on, to score")
     run: RunConfig = setting("logging, validation, checkpoints")
-    arms: tuple[Arm, ...] = setting("in an order in which each one's base comes before it")
+    variants: tuple[Variant, ...] = setting("in an order in which each one's base comes before it")
 
     def __post_init__(self) -> None:
         """Raise ValueError for names that do not resolve."""
         check_training_precision(self.precision)
-        known: dict[str, Arm] = {}
-        for arm in self.arms:
-            if arm.name in known:
-                raise ValueError(f"arm {arm.name}: there are two of that name")
-            if arm.base is not None:
-                base = known.get(arm.base)
-                if base is None or not set(arm.seeds) <= set(base.seeds):
-                    raise ValueError(f"arm {arm.name}: base {arm.base} must be an earlier arm with seeds {arm.seeds}")
-            known[arm.name] = arm
+        known: dict[str, Variant] = {}
+        for variant in self.variants:
+            if variant.name in known:
+                raise ValueError(f"variant {variant.name}: there are two of that name")
+            if variant.base is not None:
+                base = known.get(variant.base)
+                if base is None or not set(variant.seeds) <= set(base.seeds):
+                    raise ValueError(
+                        f"variant {variant.name}: base {variant.base} must be an earlier variant with seeds {variant.seeds}"
+                    )
+            known[variant.name] = variant
         unknown = sorted(set(self.only_variants or ()) - known.keys())
         if unknown:
-            raise ValueError(f"only_variants {', '.join(unknown)}: the arms are {', '.join(known)}")
+            raise ValueError(f"only_variants {', '.join(unknown)}: the variants are {', '.join(known)}")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train and score the arms that are not finished, then print the table of all that are; `report` prints results."""
+    """Train and score the variants that are not finished, then print the table of all that are; `report` prints results."""
     if argv[:1] == ["report"]:
         return report(argv[1:])
-    config = parse_config(ClaimConfig, argv, __doc__ or "")
-    arms = {arm.name: arm for arm in config.arms}
-    runs = [run_folder(config, arm.name, seed) for arm in config.arms for seed in arm.seeds]
+    config = parse_config(AblationConfig, argv, __doc__ or "")
+    variants = {variant.name: variant for variant in config.variants}
+    runs = [run_folder(config, variant.name, seed) for variant in config.variants for seed in variant.seeds]
     config = replace(config, precision=choose_for_run(config.precision, best_device(), *runs))
-    wanted = {name for chosen in config.only_variants or arms for name in _lineage(arms, chosen)}
+    wanted = {name for chosen in config.only_variants or variants for name in _lineage(variants, chosen)}
     rows: list[dict[str, Any]] = []
-    for arm in config.arms:
-        for seed in arm.seeds if arm.name in wanted else ():
-            print(f"== {arm.name}, seed {seed}", flush=True)
-            folder = train_arm(config, arm, seed)
+    for variant in config.variants:
+        for seed in variant.seeds if variant.name in wanted else ():
+            print(f"== {variant.name}, seed {seed}", flush=True)
+            folder = train_variant(config, variant, seed)
             if folder is None:
                 print("stopped early; the same command continues")
                 return 0
-            rows += score_arm(config, arms, arm, seed, folder)
+            rows += score_variant(config, variants, variant, seed, folder)
     print(table(rows))
     return 0
 
@@ -116,7 +118,7 @@ def report(argv: Sequence[str]) -> int:
     """Print the table of recorded lines, what growth gains on the other ways to 16x, and draw PSNR by steps and compute."""
     parser = argparse.ArgumentParser(
         prog="promag experiment growth-ablation report",
-        description=f"{report.__doc__} The newest line of each arm, seed and ratio counts.",
+        description=f"{report.__doc__} The newest line of each variant, seed, ratio and size of the clips counts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("results", type=Path, help="results file that the experiment recorded")
@@ -125,42 +127,42 @@ def report(argv: Sequence[str]) -> int:
     rows = read(arguments.results)
     print(table(rows))
     for ours in (OURS, OURS + WIDE):
-        if any(row["arm"] == ours for row in rows):
+        if any(row["variant"] == ours for row in rows):
             print("\n" + gains(rows, ours))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for name, (lines, x_label) in curves(rows).items():
-            path = arguments.out / f"claim-{name}.svg"
+            path = arguments.out / f"growth-ablation-{name}.svg"
             write_atomically(path, plot_file(lines, x_label, f"PSNR at {RATIO}x, dB"))
             print(path)
     return 0
 
 
-def _lineage(arms: Mapping[str, Arm], name: str) -> list[str]:
-    """Return the names of an arm and of all it starts from, the first one first."""
-    base = arms[name].base
-    return [*(_lineage(arms, base) if base else ()), name]
+def _lineage(variants: Mapping[str, Variant], name: str) -> list[str]:
+    """Return the names of a variant and of all it starts from, the first one first."""
+    base = variants[name].base
+    return [*(_lineage(variants, base) if base else ()), name]
 
 
-def run_folder(config: ClaimConfig, name: str, seed: int) -> Path:
-    """Return the run directory of an arm's training."""
+def run_folder(config: AblationConfig, name: str, seed: int) -> Path:
+    """Return the run directory of a variant's training."""
     return Path(config.output_dir) / f"{name}-{seed}"
 
 
-def train_arm(config: ClaimConfig, arm: Arm, seed: int) -> Path | None:
-    """Train one arm with one seed; None if stopped early."""
-    peer = arm.peer
+def train_variant(config: AblationConfig, variant: Variant, seed: int) -> Path | None:
+    """Train one variant with one seed; None if stopped early."""
+    peer = variant.peer
     tokenizer = TokenizerConfig(
-        output_dir=str(run_folder(config, arm.name, seed)),
+        output_dir=str(run_folder(config, variant.name, seed)),
         seed=seed,
         precision=config.precision,
         gradient_checkpointing=config.gradient_checkpointing,
         compile=config.compile,
-        init=str(run_folder(config, arm.base, seed) / "tokenizer") if arm.base else None,
+        init=str(run_folder(config, variant.base, seed) / "tokenizer") if variant.base else None,
         only_stage=None,
-        model=arm.model,
+        model=variant.model,
         data=config.data,
-        stages=arm.stages,
+        stages=variant.stages,
         run=config.run,
     )
     return train_tokenizer(tokenizer, (lambda: build_peer(peer.name, peer.config)) if peer else None)
@@ -169,26 +171,30 @@ def train_arm(config: ClaimConfig, arm: Arm, seed: int) -> Path | None:
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
-def score_arm(config: ClaimConfig, arms: Mapping[str, Arm], arm: Arm, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Score one trained arm at the ratios it added, record the lines and return them; a scored arm is read back."""
-    kept = run_folder(config, arm.name, seed) / "scores.json"
+def score_variant(
+    config: AblationConfig, variants: Mapping[str, Variant], variant: Variant, seed: int, folder: Path
+) -> list[Any]:
+    """Score one trained variant at the ratios it added, record the lines and return them; a scored variant is read back."""
+    kept = run_folder(config, variant.name, seed) / "scores.json"
     if kept.exists():
-        return json.loads(kept.read_text())
-    model: Any = load_peer(arm.peer.name, folder) if arm.peer else load_tokenizer(folder)
+        return [with_variant(row) for row in json.loads(kept.read_text())]
+    model: Any = load_peer(variant.peer.name, folder) if variant.peer else load_tokenizer(folder)
     model.to(best_device())
     source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
     count = len(source) if Path(config.data.validation).suffix == ".jsonl" else config.data.validation_clips
     clips = [source.fixed(i)["video"][None] for i in range(count)]
     inherited = [
-        _cost(config, arms[name], seed, stage) for name in _lineage(arms, arm.name)[:-1] for stage in arms[name].stages
+        _cost(config, variants[name], seed, stage)
+        for name in _lineage(variants, variant.name)[:-1]
+        for stage in variants[name].stages
     ]
-    own = [_cost(config, arm, seed, stage) for stage in arm.stages]
+    own = [_cost(config, variant, seed, stage) for stage in variant.stages]
     rows = []
-    for i, stage in enumerate(arm.stages):
+    for i, stage in enumerate(variant.stages):
         spent = _total(inherited + own[: i + 1])
         row = {
-            "what": "claim",
-            "arm": arm.name,
+            "what": WHAT,
+            "variant": variant.name,
             "seed": seed,
             "ratio": stage.ratio,
             "split": "eval",
@@ -196,19 +202,21 @@ def score_arm(config: ClaimConfig, arms: Mapping[str, Arm], arm: Arm, seed: int,
             "size": config.data.size,
             "params": _used_parameters(model, stage.ratio),
             **spent,
-            # What of it went into this stage alone, and what into the arms that this one starts from.
+            # What of it went into this stage alone, and what into the variants that this one starts from.
             "stage": own[i],
             "inherited": _total(inherited),
             **evaluate_fully(model, clips, stage.ratio, precision=config.precision),
             "lift": evaluate_lift(model, clips, stage.ratio),
-            "curve": _curve(config, arm, seed, stage, spent),
+            "curve": _curve(config, variant, seed, stage, spent),
             "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}",
         }
         rows.append(row)
         # The paper's observation: the lowest level on subsampled clips, scored on the frames that are left.
-        for step in (2, 4) if arm.base is None and not arm.peer and stage.ratio == 4 else ():
+        for step in (2, 4) if variant.base is None and not variant.peer and stage.ratio == 4 else ():
             part = evaluate_fully(model, [clip[:, :, ::step] for clip in clips], stage.ratio, precision=config.precision)
-            rows.append({**row, "arm": f"{arm.name}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []})
+            rows.append(
+                {**row, "variant": f"{variant.name}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []}
+            )
     if config.record:
         for row in rows:
             append_result(config.record, _rounded(row))
@@ -239,16 +247,16 @@ def _idle_heads(encoders: Sequence[Any]) -> list[Any]:
     return [encoders[i].head for i in range(top) if i not in used]
 
 
-def _cost(config: ClaimConfig, arm: Arm, seed: int, stage: StageConfig) -> dict[str, float]:
+def _cost(config: AblationConfig, variant: Variant, seed: int, stage: StageConfig) -> dict[str, float]:
     """Return steps, clips, frames, seconds and FLOPs of one stage's training; seconds are this machine's."""
     clips = stage.optimization.steps * stage.optimization.batch_size * stage.optimization.accumulate
-    done = run_folder(config, arm.name, seed) / f"{stage.ratio}x" / "done.json"
+    done = run_folder(config, variant.name, seed) / f"{stage.ratio}x" / "done.json"
     return {
         "steps": stage.optimization.steps,
         "clips_seen": clips,
         "frames_seen": clips * stage.frames,
         "seconds": json.loads(done.read_text())["seconds"],
-        "flops": _stage_flops(config, arm, seed, stage),
+        "flops": _stage_flops(config, variant, seed, stage),
     }
 
 
@@ -256,14 +264,14 @@ def _total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: sum(cost[key] for cost in costs) for key in COSTS}
 
 
-def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: StageConfig) -> float:
+def _stage_flops(config: AblationConfig, variant: Variant, seed: int, stage: StageConfig) -> float:
     """Count the FLOPs of a stage: one forward and backward of each kind of step, times how many there were."""
-    folder = run_folder(config, arm.name, seed) / "tokenizer"
-    model: Any = load_peer(arm.peer.name, folder) if arm.peer else load_tokenizer(folder)
+    folder = run_folder(config, variant.name, seed) / "tokenizer"
+    model: Any = load_peer(variant.peer.name, folder) if variant.peer else load_tokenizer(folder)
     ratios = [r for r in model.temporal_ratios if r <= stage.ratio]
-    below = [s.ratio for s in arm.stages if s.ratio < stage.ratio]
+    below = [s.ratio for s in variant.stages if s.ratio < stage.ratio]
     if stage.trainable == "new" and stage.growth:
-        ratios = [r for r in ratios if r > (max(below) if below else _base_highest(config, arm, seed))]
+        ratios = [r for r in ratios if r > (max(below) if below else _base_highest(config, variant, seed))]
     model.train_only(*ratios)
     objective = StageObjective(model, stage)
     video = torch.zeros(1, 3, stage.frames, config.data.size, config.data.size)
@@ -277,13 +285,15 @@ def _stage_flops(config: ClaimConfig, arm: Arm, seed: int, stage: StageConfig) -
     return total
 
 
-def _base_highest(config: ClaimConfig, arm: Arm, seed: int) -> int:
-    return load_tokenizer(run_folder(config, arm.base or "", seed) / "tokenizer").temporal_ratios[-1]
+def _base_highest(config: AblationConfig, variant: Variant, seed: int) -> int:
+    return load_tokenizer(run_folder(config, variant.base or "", seed) / "tokenizer").temporal_ratios[-1]
 
 
-def _curve(config: ClaimConfig, arm: Arm, seed: int, stage: StageConfig, spent: Mapping[str, Any]) -> list[list[float]]:
-    """Return validation points of a stage: steps and seconds since the first arm began, PSNR."""
-    folder = run_folder(config, arm.name, seed) / f"{stage.ratio}x"
+def _curve(
+    config: AblationConfig, variant: Variant, seed: int, stage: StageConfig, spent: Mapping[str, Any]
+) -> list[list[float]]:
+    """Return validation points of a stage: steps and seconds since the first variant began, PSNR."""
+    folder = run_folder(config, variant.name, seed) / f"{stage.ratio}x"
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     before = spent["steps"] - stage.optimization.steps
     since = spent["seconds"] - json.loads((folder / "done.json").read_text())["seconds"]

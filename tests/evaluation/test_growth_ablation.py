@@ -9,12 +9,12 @@ from promag.reports.plots import plot_file
 from promag.training.config import UserError
 
 
-def row(arm, seed, psnr, flops, inherited=0.0, ratio=16, what="claim"):
+def row(variant, seed, psnr, flops, inherited=0.0, ratio=16, what="growth ablation", size=64):
     """A line of 100 steps in its stage, twice that in all if it inherits; the curve climbs to `psnr`."""
     before = 100 if inherited else 0
     metrics = {"psnr": psnr, "psnr_top_motion": psnr - 2, "psnr_key": psnr + 1, "psnr_between": psnr - 1, "ssim": psnr / 40}
     return {
-        **{"what": what, "arm": arm, "seed": seed, "ratio": ratio, **metrics},
+        **{"what": what, "variant": variant, "seed": seed, "ratio": ratio, "frames": 65, "size": size, **metrics},
         **{"steps": before + 100, "flops": flops, "stage": {"steps": 100, "flops": flops - inherited}},
         **{"inherited": {"flops": inherited}, "curve": [[before + 50, 1.0, psnr - 1], [before + 100, 2.0, psnr]]},
     }
@@ -33,11 +33,12 @@ ROWS = [
 def test_gains_are_taken_on_the_seeds_that_both_have():
     lines = [re.split(r"\s*\|\s*", line.strip("| ")) for line in gains(ROWS).splitlines()]
     assert lines[0] == [
-        "progressive minus", "seeds", "psnr dB", "psnr_top_motion dB", "psnr_key dB", "psnr_between dB", "ssim", "compute",
+        "progressive minus", "clips", "seeds", "psnr dB", "psnr_top_motion dB", "psnr_key dB", "psnr_between dB", "ssim",
+        "compute",
     ]  # fmt: skip
     assert lines[2:] == [
-        ["direct", "0, 1", *["+1.000 (+0.50, +1.50)"] * 4, "+0.025 (+0.01, +0.04)", "0.50x"],
-        ["plain", "1", "+4.000", "+4.000", "+4.000", "+4.000", "+0.100", "0.75x"],
+        ["direct", "65x64x64", "0, 1", *["+1.000 (+0.50, +1.50)"] * 4, "+0.025 (+0.01, +0.04)", "0.50x"],
+        ["plain", "65x64x64", "1", "+4.000", "+4.000", "+4.000", "+4.000", "+0.100", "0.75x"],
     ]
 
 
@@ -52,27 +53,55 @@ def test_ways_with_a_wider_latent_are_compared_among_themselves():
 
 def test_curves_count_compute_with_and_without_what_was_inherited():
     drawn = {name: lines for name, (lines, _) in curves(ROWS).items()}
-    assert drawn["steps"]["progressive"] == [(150, 24.0), (200, 25.0)]
-    assert drawn["compute"]["progressive"] == [(2.0, 24.0), (3.0, 25.0)]
-    assert drawn["compute-grown"]["progressive"] == [(1.0, 24.0), (2.0, 25.0)]
-    assert drawn["compute"]["direct"] == drawn["compute-grown"]["direct"] == [(3.0, 23.5), (6.0, 24.5)]
-    assert set(drawn["steps"]) == {"progressive", "direct", "plain"}
+    assert drawn["65x64x64-steps"]["progressive"] == [(150, 24.0), (200, 25.0)]
+    assert drawn["65x64x64-compute"]["progressive"] == [(2.0, 24.0), (3.0, 25.0)]
+    assert drawn["65x64x64-compute-grown"]["progressive"] == [(1.0, 24.0), (2.0, 25.0)]
+    assert drawn["65x64x64-compute"]["direct"] == drawn["65x64x64-compute-grown"]["direct"] == [(3.0, 23.5), (6.0, 24.5)]
+    assert set(drawn["65x64x64-steps"]) == {"progressive", "direct", "plain"}
     assert curves(ROWS[-1:]) == {}
 
 
 def test_the_newest_line_counts_and_other_lines_do_not(tmp_path):
-    path = tmp_path / "claim.jsonl"
+    path = tmp_path / "growth_ablation.jsonl"
     lines = [*ROWS, row("direct", 0, 24.0, 6e15), row("direct", 0, 99.0, 1.0, what="cost")]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read(path)
-    assert [(r["arm"], r["seed"]) for r in found] == [(r["arm"], r["seed"]) for r in ROWS]
+    assert [(r["variant"], r["seed"]) for r in found] == [(r["variant"], r["seed"]) for r in ROWS]
     assert found[2]["psnr"] == 24.0
-    assert "| direct | 16x | 0, 1 | 24.25 |" in table(found)
+    assert "| direct | 16x | 65x64x64 | 0, 1 | 24.25 |" in table(found)
     with pytest.raises(UserError, match="no such file"):
         read(tmp_path / "none.jsonl")
     path.write_text(json.dumps(lines[-1]) + "\n")
     with pytest.raises(UserError, match="none of its 1 lines"):
         read(path)
+
+
+def test_lines_of_the_experiment_as_it_was_recorded_before_are_read(tmp_path):
+    path, old = tmp_path / "claim.jsonl", row("direct", 0, 24.0, 6e15, what="claim")
+    old["arm"] = old.pop("variant")
+    path.write_text("".join(json.dumps(line) + "\n" for line in (old, row("direct", 1, 25.0, 6e15))))
+    assert "| direct | 16x | 65x64x64 | 0, 1 | 24.50 |" in table(read(path))
+    path.write_text("".join(json.dumps(line) + "\n" for line in (old, row("direct", 0, 25.0, 6e15))))
+    assert "| direct | 16x | 65x64x64 | 0 | 25.00 |" in table(read(path))
+
+
+def test_sizes_of_clips_are_kept_apart(tmp_path):
+    larger = [row("progressive", 0, 20.0, 9e15, inherited=1e15, size=128), row("direct", 0, 20.5, 18e15, size=128)]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*ROWS, *larger]))
+    rows = read(path)
+    assert len(rows) == len(ROWS) + 2
+    assert "| direct | 16x | 65x64x64 | 0, 1 | 24.50 |" in table(rows)
+    assert "| direct | 16x | 65x128x128 | 0 | 20.50 |" in table(rows)
+    compared = [re.split(r"\s*\|\s*", line.strip("| "))[:4] for line in gains(rows).splitlines()[2:]]
+    assert compared == [
+        ["direct", "65x64x64", "0, 1", "+1.000 (+0.50, +1.50)"],
+        ["plain", "65x64x64", "1", "+4.000"],
+        ["direct", "65x128x128", "0", "-0.500"],
+    ]
+    drawn = {name: lines for name, (lines, _) in curves(rows).items()}
+    assert drawn["65x64x64-steps"] == curves(ROWS)["65x64x64-steps"][0]
+    assert drawn["65x128x128-compute"] == {"progressive": [(5.0, 19.0), (9.0, 20.0)], "direct": [(9.0, 19.5), (18.0, 20.5)]}
 
 
 def test_a_plot_file_stands_alone():

@@ -9,7 +9,7 @@ import yaml
 
 from promag import AutoencoderKLProMAG
 from promag.evaluation.baselines import build_peer
-from promag.scripts.experiments import growth_ablation as claim
+from promag.scripts.experiments import growth_ablation
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.config import UserError, parse_config
@@ -36,26 +36,26 @@ def stage(ratio, mixing="attention", **change):
     return {"ratio": ratio, "frames": 1 + ratio, "buckets": None, "growth": growth, **common, **change}
 
 
-def arm(name, stages, base=None, model=None, peer=None, seeds=(0,)):
+def variant(name, stages, base=None, model=None, peer=None, seeds=(0,)):
     return {"name": name, "seeds": list(seeds), "base": base, "model": model, "peer": peer, "stages": stages}
 
 
 WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
-ARMS = [
-    arm("base", [stage(4, None)], model=MODEL, seeds=(0, 1)),
-    arm("progressive", [stage(8, latent_pretrain_steps=1), stage(16)], base="base"),
-    arm("warm", [stage(16, "none", trainable="all", optimization={**LOOP, "steps": 4})], base="base"),
-    arm("plain", [stage(4, None)], model={**MODEL, "linear_shortcuts": False}),
-    arm("peer", [stage(4, None)], peer={"name": "AutoencoderKLWan", "config": WAN}),
+VARIANTS = [
+    variant("base", [stage(4, None)], model=MODEL, seeds=(0, 1)),
+    variant("progressive", [stage(8, latent_pretrain_steps=1), stage(16)], base="base"),
+    variant("warm", [stage(16, "none", trainable="all", optimization={**LOOP, "steps": 4})], base="base"),
+    variant("plain", [stage(4, None)], model={**MODEL, "linear_shortcuts": False}),
+    variant("peer", [stage(4, None)], peer={"name": "AutoencoderKLWan", "config": WAN}),
 ]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("claim")
+    folder = tmp_path_factory.mktemp("growth_ablation")
     values = {
         "output_dir": str(folder / "runs"),
-        "record": str(folder / "claim.jsonl"),
+        "record": str(folder / "growth_ablation.jsonl"),
         "only_variants": None,
         "precision": "fp32",
         "gradient_checkpointing": False,
@@ -70,26 +70,26 @@ def config(tmp_path_factory):
             "log_every": 1, "validate_every": 2, "save_every": 50, "keep_last": 1, "keep_every": None, "workers": 0,
             "distributed": "ddp", "stop_after": None, "trackers": ["tensorboard"], "peak_tflops": None,
         },
-        "arms": ARMS,
+        "variants": VARIANTS,
     }  # fmt: skip
-    path = folder / "claim.yaml"
+    path = folder / "growth_ablation.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 @pytest.fixture(scope="module")
 def lines(config):
-    assert claim.main(["--config", str(config)]) == 0
-    return [json.loads(line) for line in (config.parent / "claim.jsonl").read_text().splitlines()]
+    assert growth_ablation.main(["--config", str(config)]) == 0
+    return [json.loads(line) for line in (config.parent / "growth_ablation.jsonl").read_text().splitlines()]
 
 
 def test_a_line_for_each_arm_seed_and_ratio(lines):
-    named = [(r["arm"], r["seed"], r["ratio"]) for r in lines if "subsampled" not in r]
+    named = [(r["variant"], r["seed"], r["ratio"]) for r in lines if "subsampled" not in r]
     assert named == [
         ("base", 0, 4), ("base", 1, 4), ("progressive", 0, 8), ("progressive", 0, 16), ("warm", 0, 16), ("plain", 0, 4),
         ("peer", 0, 4),
     ]  # fmt: skip
-    seen = [(r["arm"], r["subsampled"], len(r["psnr_per_frame"])) for r in lines if "subsampled" in r and r["seed"] == 0]
+    seen = [(r["variant"], r["subsampled"], len(r["psnr_per_frame"])) for r in lines if "subsampled" in r and r["seed"] == 0]
     assert ("base, every 2nd frame", 2, 9) in seen
     assert ("base, every 4th frame", 4, 5) in seen
     needed = {"psnr", "psnr_top_motion", "ssim", "flicker", "params", "steps", "clips_seen", "seconds", "commit", "machine"}
@@ -97,27 +97,27 @@ def test_a_line_for_each_arm_seed_and_ratio(lines):
 
 
 def test_what_was_spent_counts_the_base_too(lines):
-    by_arm = {(r["arm"], r["ratio"]): r for r in lines if r["seed"] == 0}
-    assert [by_arm[key]["steps"] for key in (("base", 4), ("progressive", 8), ("progressive", 16), ("warm", 16))] == [
+    by_variant = {(r["variant"], r["ratio"]): r for r in lines if r["seed"] == 0}
+    assert [by_variant[key]["steps"] for key in (("base", 4), ("progressive", 8), ("progressive", 16), ("warm", 16))] == [
         2,
         4,
         6,
         6,
     ]
-    assert by_arm["progressive", 16]["frames_seen"] == 2 * (5 + 9 + 17)
-    assert by_arm["progressive", 16]["flops"] > by_arm["progressive", 8]["flops"] > by_arm["base", 4]["flops"] > 0
-    assert [point[0] for point in by_arm["progressive", 16]["curve"]] == [6]
+    assert by_variant["progressive", 16]["frames_seen"] == 2 * (5 + 9 + 17)
+    assert by_variant["progressive", 16]["flops"] > by_variant["progressive", 8]["flops"] > by_variant["base", 4]["flops"] > 0
+    assert [point[0] for point in by_variant["progressive", 16]["curve"]] == [6]
 
 
 def test_parameters_are_those_in_use(lines, config):
-    by_arm = {(r["arm"], r["ratio"]): r["params"] for r in lines if r["seed"] == 0}
+    by_variant = {(r["variant"], r["ratio"]): r["params"] for r in lines if r["seed"] == 0}
     model = load_tokenizer(config.parent / "runs" / "progressive-0" / "tokenizer")
-    assert by_arm["progressive", 16] == sum(p.numel() for p in model.parameters())
+    assert by_variant["progressive", 16] == sum(p.numel() for p in model.parameters())
     base = sum(p.numel() for part in (model.encoder, model.decoder) for p in part.parameters())
-    assert by_arm["base", 4] == base
+    assert by_variant["base", 4] == base
     warm = load_tokenizer(config.parent / "runs" / "warm-0" / "tokenizer")
     idle = sum(p.numel() for part in (warm.encoder.head, warm.encoder_growth[0].head) for p in part.parameters())
-    assert by_arm["warm", 16] == sum(p.numel() for p in warm.parameters()) - idle
+    assert by_variant["warm", 16] == sum(p.numel() for p in warm.parameters()) - idle
 
 
 def test_growth_leaves_the_base_as_it_was_and_a_warm_start_does_not(lines, config):
@@ -129,21 +129,21 @@ def test_growth_leaves_the_base_as_it_was_and_a_warm_start_does_not(lines, confi
 
 
 def test_a_second_call_trains_and_records_nothing_and_prints_the_table(lines, config, capsys):
-    before = (config.parent / "claim.jsonl").read_text()
-    assert claim.main(["--config", str(config), "--only_variants", "[warm]"]) == 0
-    assert (config.parent / "claim.jsonl").read_text() == before
+    before = (config.parent / "growth_ablation.jsonl").read_text()
+    assert growth_ablation.main(["--config", str(config), "--only_variants", "[warm]"]) == 0
+    assert (config.parent / "growth_ablation.jsonl").read_text() == before
     said = capsys.readouterr().out
     assert "4x: already trained" in said
     assert "== progressive" not in said
-    row = next(line for line in said.splitlines() if line.startswith("| warm | 16x | 0 |"))
-    warm = next(line for line in lines if line["arm"] == "warm")
+    row = next(line for line in said.splitlines() if line.startswith("| warm | 16x | 17x32x32 | 0 |"))
+    warm = next(line for line in lines if line["variant"] == "warm")
     assert f"{warm['psnr']:.2f}" in row
-    assert "| base | 4x | 0, 1 |" in said
+    assert "| base | 4x | 17x32x32 | 0, 1 |" in said
 
 
 def test_costs_are_told_by_stage_and_by_what_was_inherited(lines):
-    by_arm = {(r["arm"], r["ratio"]): r for r in lines if r["seed"] == 0}
-    base, eight, sixteen = (by_arm[key] for key in (("base", 4), ("progressive", 8), ("progressive", 16)))
+    by_variant = {(r["variant"], r["ratio"]): r for r in lines if r["seed"] == 0}
+    base, eight, sixteen = (by_variant[key] for key in (("base", 4), ("progressive", 8), ("progressive", 16)))
     assert base["inherited"]["steps"] == base["inherited"]["flops"] == 0
     assert sixteen["inherited"] == {key: base[key] for key in sixteen["inherited"]}
     assert sixteen["flops"] == pytest.approx(base["flops"] + eight["stage"]["flops"] + sixteen["stage"]["flops"], rel=1e-5)
@@ -151,39 +151,43 @@ def test_costs_are_told_by_stage_and_by_what_was_inherited(lines):
     assert sixteen["lift"].keys() == {"4", "8"}
     # The frozen decoder goes through the same estimates, so decoding them is decoding the latent itself.
     assert sixteen["lift"]["4"]["psnr"] == pytest.approx(sixteen["psnr"], abs=1e-3)
-    assert base["lift"] == by_arm["plain", 4]["lift"] == by_arm["peer", 4]["lift"] == {}
+    assert base["lift"] == by_variant["plain", 4]["lift"] == by_variant["peer", 4]["lift"] == {}
 
 
 def test_the_report_draws_what_was_recorded(lines, config, tmp_path, capsys):
-    claim.main(["report", str(config.parent / "claim.jsonl"), "--out", str(tmp_path)])
+    growth_ablation.main(["report", str(config.parent / "growth_ablation.jsonl"), "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    progressive, warm = (next(r for r in lines if r["arm"] == arm and r["ratio"] == 16) for arm in ("progressive", "warm"))
-    assert f"| warm | 0 | {progressive['psnr'] - warm['psnr']:+.3f} |" in said
-    assert "| base, every 4th frame | 4x | 0, 1 |" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"claim-{x}.svg" for x in ("compute-grown", "compute", "steps")]
-    assert "progressive: " in (tmp_path / "claim-steps.svg").read_text()
+    progressive, warm = (
+        next(r for r in lines if r["variant"] == variant and r["ratio"] == 16) for variant in ("progressive", "warm")
+    )
+    assert f"| warm | 17x32x32 | 0 | {progressive['psnr'] - warm['psnr']:+.3f} |" in said
+    assert "| base, every 4th frame | 4x | 17x32x32 | 0, 1 |" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"growth-ablation-17x32x32-{x}.svg" for x in ("compute-grown", "compute", "steps")
+    ]
+    assert "progressive: " in (tmp_path / "growth-ablation-17x32x32-steps.svg").read_text()
 
 
 def test_mistakes_are_named(config):
-    with pytest.raises(UserError, match="only_variants nothing: the arms are base, progressive"):
-        claim.main(["--config", str(config), "--only_variants", "[nothing]"])
-    with pytest.raises(UserError, match="base progressive must be an earlier arm with seeds"):
-        claim.main(["--config", str(config), *overrides({"arms": {"2": {"base": "progressive", "seeds": [3]}}})])
+    with pytest.raises(UserError, match="only_variants nothing: the variants are base, progressive"):
+        growth_ablation.main(["--config", str(config), "--only_variants", "[nothing]"])
+    with pytest.raises(UserError, match="base progressive must be an earlier variant with seeds"):
+        growth_ablation.main(["--config", str(config), *overrides({"variants": {"2": {"base": "progressive", "seeds": [3]}}})])
     with pytest.raises(UserError, match="exactly one of base, model and peer"):
-        claim.main(["--config", str(config), *overrides({"arms": {"3": {"base": "base"}}})])
+        growth_ablation.main(["--config", str(config), *overrides({"variants": {"3": {"base": "base"}}})])
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_every_way_to_16x_takes_the_same_steps(name):
     path = f"configs/growth_ablation/{name}.yaml"
-    config = parse_config(claim.ClaimConfig, ["--config", path], "")
-    arms = {arm.name: arm for arm in config.arms}
-    assert load_yaml(path)["arms"][0]["name"] == "base"
+    config = parse_config(growth_ablation.AblationConfig, ["--config", path], "")
+    variants = {variant.name: variant for variant in config.variants}
+    assert load_yaml(path)["variants"][0]["name"] == "base"
     totals = {}
-    on_cpus = parse_config(claim.ClaimConfig, ["--config", "configs/growth_ablation/cpu.yaml"], "")
-    assert set(arms) == {arm.name for arm in on_cpus.arms}
-    for name in arms:
-        chain = [stage for part in claim._lineage(arms, name) for stage in arms[part].stages]
+    on_cpus = parse_config(growth_ablation.AblationConfig, ["--config", "configs/growth_ablation/cpu.yaml"], "")
+    assert set(variants) == {variant.name for variant in on_cpus.variants}
+    for name in variants:
+        chain = [stage for part in growth_ablation._lineage(variants, name) for stage in variants[part].stages]
         if chain[-1].ratio == 16:
             totals[name] = sum(stage.optimization.steps for stage in chain)
     assert {"progressive", "direct", "direct_plain", "warm"} <= totals.keys()
@@ -192,19 +196,19 @@ def test_every_way_to_16x_takes_the_same_steps(name):
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_parameters_of_the_ways_to_16x_agree(name):
-    config = parse_config(claim.ClaimConfig, ["--config", f"configs/growth_ablation/{name}.yaml"], "")
-    arms = {arm.name: arm for arm in config.arms}
+    config = parse_config(growth_ablation.AblationConfig, ["--config", f"configs/growth_ablation/{name}.yaml"], "")
+    variants = {variant.name: variant for variant in config.variants}
     counts = {}
     with torch.device("meta"):
         for way in ("progressive", "direct", "direct_plain", "warm"):
-            chain = [arms[part] for part in claim._lineage(arms, way)]
+            chain = [variants[part] for part in growth_ablation._lineage(variants, way)]
             model = AutoencoderKLProMAG(**dataclasses.asdict(chain[0].model))
-            for stage in (stage for arm in chain for stage in arm.stages if stage.growth):
+            for stage in (stage for variant in chain for stage in variant.stages if stage.growth):
                 while model.temporal_ratios[-1] < stage.ratio:
                     model.grow(stage.growth)
-            counts[way] = claim._used_parameters(model, 16)
-        counts |= {"base": parameter_count([AutoencoderKLProMAG(**dataclasses.asdict(arms["base"].model))])}
-        peer = arms["peer_wan"].peer
+            counts[way] = growth_ablation._used_parameters(model, 16)
+        counts |= {"base": parameter_count([AutoencoderKLProMAG(**dataclasses.asdict(variants["base"].model))])}
+        peer = variants["peer_wan"].peer
         counts["peer"] = parameter_count([build_peer(peer.name, peer.config)])
     for way in ("direct", "direct_plain", "warm"):
         assert counts[way] == pytest.approx(counts["progressive"], rel=0.05)

@@ -119,13 +119,13 @@ def test_presets_are_complete_and_legal(path):
 def _class_of(path: Path):
     from promag.diffusion.config import DiffusionConfig
     from promag.scripts.demo import DemoConfig
-    from promag.scripts.experiments.growth_ablation import ClaimConfig
+    from promag.scripts.experiments.growth_ablation import AblationConfig
     from promag.tokenizer.config import TokenizerConfig
 
     if path.stem == "demo":
         return DemoConfig
     kind = path.stem if path.parent.name == "paper" else path.parent.name
-    return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig, "growth_ablation": ClaimConfig}[kind]
+    return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig, "growth_ablation": AblationConfig}[kind]
 
 
 def _assert_complete(config, values, place):
