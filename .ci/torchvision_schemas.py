@@ -43,8 +43,8 @@ def repair() -> None:
     from pathlib import Path
 
     place = Path(sysconfig.get_path("purelib"))
-    (place / f"{NAME}.py").write_text(Path(__file__).read_text())
-    (place / f"{NAME}.pth").write_text(f"import {NAME}\n")
+    (place / f"{NAME}.py").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    (place / f"{NAME}.pth").write_text(f"import {NAME}\n", encoding="utf-8")
     if error := import_error():
         sys.exit(f"torchvision cannot be imported: {error}")
     print("torchvision is a CUDA build beside a CPU-only torch: its operators are declared at import, not usable")

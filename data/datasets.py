@@ -284,7 +284,7 @@ def is_index(path: str | os.PathLike) -> bool:
     """Tell a clip index from a list of files with captions; both may be JSONL."""
     if Path(path).suffix != ".jsonl" or not Path(path).is_file():
         return False
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         return '"sha256"' in file.readline()
 
 

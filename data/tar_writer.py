@@ -76,7 +76,7 @@ def write_shards(
         digests.extend(int(clip.sha256[:16], 16) for clip in chosen)
         if number >= len(rows):
             rows.append(_write_shard(folder / name, places, chosen))
-            with open(part, "a") as file:
+            with open(part, "a", encoding="utf-8") as file:
                 file.write(json.dumps(dataclasses.asdict(rows[-1])) + "\n")
         bar.update(len(chosen))
     bar.close()
@@ -118,7 +118,7 @@ def _begin(
     if not part.exists():
         write_atomically(part, mark + "\n")
         return part, []
-    first, *lines = part.read_text().splitlines(keepends=True)
+    first, *lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
     if first != mark + "\n":
         raise UserError(f"{folder}: an interrupted call with other clips or settings wrote there; name another folder")
     rows = [ShardRow(**json.loads(line)) for line in lines if line.endswith("\n")]

@@ -64,7 +64,7 @@ def claim(folder: Path, fingerprint: Fingerprint, shards: int) -> list[int] | No
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "fingerprint.json"
     if mark.exists():
-        fingerprint.check(json.loads(mark.read_text()), folder)
+        fingerprint.check(json.loads(mark.read_text(encoding="utf-8")), folder)
     else:
         write_atomically(mark, json.dumps(asdict(fingerprint)))
     if (folder / "index.json").exists():
@@ -115,7 +115,7 @@ class Shards:
         if not (folder / "index.json").exists():
             raise UserError(f"cache {folder}: no index.json there; write it with `promag cache-latents`, or let it finish")
         self.folder = folder
-        self.index = json.loads((folder / "index.json").read_text())
+        self.index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self.clips, self.size = self.index["clips"], self.index["shard_size"]
         self._open: dict[int, Any] = {}
 

@@ -102,12 +102,13 @@ def _model_config(name: str) -> dict[str, Any]:
     import open_clip
 
     if name.startswith("local-dir:"):
-        return json.loads((Path(name.removeprefix("local-dir:")) / "open_clip_config.json").read_text())["model_cfg"]
+        file = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+        return json.loads(file.read_text(encoding="utf-8"))["model_cfg"]
     if name.startswith("hf-hub:"):
         from huggingface_hub import hf_hub_download
 
         file = hf_hub_download(name.removeprefix("hf-hub:"), "open_clip_config.json")
-        return json.loads(Path(file).read_text())["model_cfg"]
+        return json.loads(Path(file).read_text(encoding="utf-8"))["model_cfg"]
     return open_clip.get_model_config(name.replace("/", "-")) or {}
 
 

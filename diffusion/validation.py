@@ -110,7 +110,7 @@ def _grouped(unit: str, parts: Sequence[ValidationSet], losses: Sequence[float],
 def training_figures(run: Path, ratio: int) -> dict[str, float]:
     """Return steps, seconds and the held-out loss at a ratio of the training that a run's folder holds; empty without one."""
     files = [file for file in sorted(run.glob("*/metrics.jsonl")) if f"{ratio}x" in file.parent.name.split("-")]
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     validated = [line for line in lines if "validation_loss" in line]
     if not validated:
         return {}

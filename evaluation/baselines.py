@@ -132,7 +132,7 @@ def open_peer(folder: str | Path) -> OpenedPeer:
     config = Path(folder) / "config.json"
     if not config.is_file():
         raise ValueError(f"autoencoder {folder}: no config.json there; give a folder that save_pretrained wrote")
-    name = str(json.loads(config.read_text()).get("_class_name"))
+    name = str(json.loads(config.read_text(encoding="utf-8")).get("_class_name"))
     try:
         peer = load_peer(name, folder)
     except (OSError, TypeError) as error:

@@ -14,8 +14,8 @@ EMPTY = "This model card has been automatically generated."  # how diffusers end
 def write_card(pipe: Any, folder: str | Path, name: str) -> None:
     """Put a card in the place of the empty one in `folder`; one that somebody wrote stays."""
     path = Path(folder) / "README.md"
-    if path.exists() and EMPTY in path.read_text():
-        path.write_text(pipeline_card(pipe, name))
+    if path.exists() and EMPTY in path.read_text(encoding="utf-8"):
+        path.write_text(pipeline_card(pipe, name), encoding="utf-8")
 
 
 def pipeline_card(pipe: Any, name: str) -> str:

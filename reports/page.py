@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 def asset(name: str) -> str:
     """Return the text of a file in assets/."""
-    return (resources.files("promag.reports") / "assets" / name).read_text("utf-8")
+    return (resources.files("promag.reports") / "assets" / name).read_text(encoding="utf-8")
 
 
 def render(template: str, **values: Any) -> str:

@@ -160,7 +160,7 @@ def count_sources(table: Path, split: str) -> list[dict[str, Any]]:
 
     Raises UserError where a column is missing or no row is of the split.
     """
-    with open(table, newline="") as file:
+    with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     needed = {"split", "source_repo", "source_commit", "licence"}
     if not rows or (missing := needed - rows[0].keys()):

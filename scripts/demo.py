@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     write_contact_sheet(run / "reconstructions.png", shown)
     write_contact_sheet(run / "samples.png", [(clip.prompt, by_name(clip.by_ratio)) for clip in report.samples])
     if config.record:
-        figures = json.loads((run / "report.json").read_text())
+        figures = json.loads((run / "report.json").read_text(encoding="utf-8"))
         seconds = round(time.perf_counter() - started)
         settings = to_plain(dataclasses.replace(config, record=None))  # where it is recorded is no setting of the run
         record = {"what": "demo", "seed": config.seed, "seconds": seconds, "config": settings}
@@ -419,7 +419,7 @@ def curves(config: DemoConfig, run: Path) -> dict[str, list[tuple[float, float]]
 
 def points(file: Path, key: str) -> list[tuple[float, float]]:
     """Return (step, value) of one key of a metrics file."""
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     return [(float(r["step"]), float(r[key])) for r in records if key in r]
 
 

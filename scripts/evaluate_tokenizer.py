@@ -146,7 +146,7 @@ def trained_by(checkpoint: str) -> dict[str, Any] | None:
     run = Path(checkpoint).parent
     if not (run / "config.yaml").exists():
         return None
-    stages = {done.parent.name: json.loads(done.read_text()) for done in sorted(run.glob("*/done.json"))}
+    stages = {done.parent.name: json.loads(done.read_text(encoding="utf-8")) for done in sorted(run.glob("*/done.json"))}
     return {"seed": load_yaml(str(run / "config.yaml")).get("seed"), "stages": stages}
 
 

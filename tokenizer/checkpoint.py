@@ -43,6 +43,6 @@ def save_model(model: Any, folder: Path) -> None:
 def forget_where_it_was(folder: Path) -> None:
     """Take the path that a saved model, or the parts of a pipeline, were loaded from out of the configurations."""
     for file in folder.rglob("*.json"):
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
         if values.pop("_name_or_path", None) is not None:
             write_atomically(file, json.dumps(values, indent=2) + "\n")

@@ -112,7 +112,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 def save_yaml(path: str | os.PathLike, config: Any) -> None:
     """Write the resolved configuration as YAML, keys in the dataclass's order; other processes see all of it or nothing."""
     aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    aside.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+    aside.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
     os.replace(aside, path)
 
 

@@ -77,7 +77,7 @@ def choose_for_run(precision: Precision, device: torch.device | str, *runs: str 
 def recorded_precision(run: str | Path) -> Chosen | None:
     """Return the precision that a run directory was started with; None where none is recorded."""
     file = Path(run) / "config.yaml"
-    values = yaml.safe_load(file.read_text()) if file.exists() else None
+    values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
     precision = values.get("precision") if isinstance(values, dict) else None
     return cast(Chosen, precision) if precision in get_args(Chosen) else None
 

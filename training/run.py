@@ -33,7 +33,7 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Write a text file aside, flush it to disk and rename it into place."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w") as file:
+    with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -58,7 +58,7 @@ def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (
     path = Path(path)
     known = path / "config.yaml"
     if known.exists():
-        old, new = _flat(yaml.safe_load(known.read_text())), _flat(to_plain(config))
+        old, new = _flat(yaml.safe_load(known.read_text(encoding="utf-8"))), _flat(to_plain(config))
         differs = [
             f"{key} is {old.get(key)!r} there, {new.get(key)!r} now"
             for key in sorted(old.keys() | new.keys())
@@ -97,7 +97,7 @@ def record_data(run: Path, data: Mapping[str, Any]) -> None:
 
 def machines_of(run: Path) -> list[str]:
     """Return the machines that a run was trained on, the first one first; empty where they were not written down."""
-    return (run / MACHINES).read_text().splitlines() if (run / MACHINES).exists() else []
+    return (run / MACHINES).read_text(encoding="utf-8").splitlines() if (run / MACHINES).exists() else []
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -132,7 +132,7 @@ def save_checkpoint(
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Return the tensor groups and the meta data of a checkpoint folder."""
     groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return groups, json.loads((path / "state.json").read_text())
+    return groups, json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -161,14 +161,14 @@ def _sync(path: Path) -> None:
 def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and json.loads(line)["step"] <= step]
         write_atomically(path, "".join(line + "\n" for line in lines))
 
 
@@ -177,7 +177,7 @@ def read_curve(folder: Path, key: str) -> list[tuple[float, float]]:
     file = folder / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{folder}: no metrics.jsonl there; give the folder of a stage")
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     points = [(record["step"], record[key]) for record in records if key in record]
     if not points:
         known = sorted({name for record in records for name in record} - {"step"})
@@ -227,7 +227,7 @@ def _git(*arguments: str) -> str:
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in facts.splitlines() if line.startswith("model name")]
     return f"{os.cpu_count()} cores, {names[0] if names else 'unknown CPU'}"
 

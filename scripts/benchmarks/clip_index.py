@@ -56,7 +56,7 @@ def write_index(path: Path, rows: int) -> None:
     (path.parent / "video.mp4").touch()
     rng = np.random.default_rng(0)
     words = ["red", "disc", "moves", "slowly", "over", "a", "textured", "meadow", "while", "clouds", "pass"]
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for row in range(rows):
             caption = " ".join(words[k] for k in rng.integers(len(words), size=15))
             height, frames = (int(rng.choice(v)) for v in ((256, 360, 720), (65, 150, 300)))
@@ -67,7 +67,7 @@ def write_index(path: Path, rows: int) -> None:
 def write_shard_index(path: Path, rows: int) -> None:
     """Write the index of shards of 1000 samples each."""
     rng = np.random.default_rng(0)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for number in range(-(-rows // 1000)):
             frames, height = (rng.choice(v, 1000).tolist() for v in ((65, 150, 300), (256, 360, 720)))
             width, fixed = [h * 16 // 9 for h in height], {"start": [0.0] * 1000, "fps": [30.0] * 1000}
@@ -110,7 +110,7 @@ def _open(index: str, read: int) -> dict[str, float]:
 
 
 def _resident() -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024
 
 

@@ -88,7 +88,7 @@ def _stream(checkpoint: str, ratio: int, length: int, size: int, chunk: int) -> 
     if seen != frames:
         raise RuntimeError(f"{seen} frames came back of {frames}")
     # Not getrusage's figure: a new process starts with its parent's there.
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
