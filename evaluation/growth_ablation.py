@@ -66,7 +66,7 @@ def read(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise UserError(f"results {path}: no such file; `promag experiment growth-ablation --record FILE` writes one")
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     rows = [with_variant(line) for line in lines if line.get("what") in RECORDED_AS]
     if not rows:
         raise UserError(f"results {path}: none of its {len(lines)} lines is one of the growth ablation's")

@@ -177,7 +177,7 @@ def score_variant(
     """Score one trained variant at the ratios it added, record the lines and return them; a scored variant is read back."""
     kept = run_folder(config, variant.name, seed) / "scores.json"
     if kept.exists():
-        return [with_variant(row) for row in json.loads(kept.read_text())]
+        return [with_variant(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
     model: Any = load_peer(variant.peer.name, folder) if variant.peer else load_tokenizer(folder)
     model.to(best_device())
     source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
@@ -255,7 +255,7 @@ def _cost(config: AblationConfig, variant: Variant, seed: int, stage: StageConfi
         "steps": stage.optimization.steps,
         "clips_seen": clips,
         "frames_seen": clips * stage.frames,
-        "seconds": json.loads(done.read_text())["seconds"],
+        "seconds": json.loads(done.read_text(encoding="utf-8"))["seconds"],
         "flops": _stage_flops(config, variant, seed, stage),
     }
 
@@ -294,9 +294,9 @@ def _curve(
 ) -> list[list[float]]:
     """Return validation points of a stage: steps and seconds since the first variant began, PSNR."""
     folder = run_folder(config, variant.name, seed) / f"{stage.ratio}x"
-    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before = spent["steps"] - stage.optimization.steps
-    since = spent["seconds"] - json.loads((folder / "done.json").read_text())["seconds"]
+    since = spent["seconds"] - json.loads((folder / "done.json").read_text(encoding="utf-8"))["seconds"]
     return [[before + p["step"], since + p["train_seconds"], p["psnr"]] for p in points if "psnr" in p]
 
 
