@@ -13,8 +13,8 @@ from promag.training.precision import Precision, check_training_precision
 
 from .caption_weights import CaptionWeight
 from .conditioning import Condition
+from .finetune import Lora
 from .latent_cache import Scale
-from .lora import Lora
 
 SMALL = "small"  # the encoder that is trained along
 

@@ -42,11 +42,10 @@ from .attention import choose_attention
 from .cache_store import Shards, hash_weights
 from .conditioning import draw_given, frame_times, mean_over_made
 from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
-from .finetune import load_transformer, take_up
+from .finetune import add_lora, load_transformer, take_up
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
-from .lora import add_lora
 from .text import Embedded, draw_dropped, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
 from .text_cache import CaptionEncoder, EmbeddingCache
 from .transformer import ProMAGTransformer3DModel

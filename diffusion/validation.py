@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor
 
-from promag.training.loop import Metrics, processes, seeded
+from promag.training.loop import Metrics, processes, seeded, sum_over_processes
 
 from .latent_cache import LatentDataset
 from .transformer import ProMAGTransformer3DModel
@@ -61,8 +60,7 @@ class ValidationSet:
             found = self._errors(objective, mine or range(1), state.device, first_given)
             if mine:
                 errors[mine.start : mine.stop] = found
-        total: Any = reduce(errors, "sum")
-        return float(total.mean())
+        return float(sum_over_processes(errors).mean())
 
     def _errors(self, objective: "FlowObjective", clips: range, device: torch.device, first_given: bool) -> Tensor:
         """Return each clip's mean error over the times, (b,)."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from promag.data.buckets import Bucket
 from promag.data.datasets import open_apart
 from promag.diffusion.cache_store import Shards, hash_weights
-from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextEncoderConfig
+from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextConfig, TextEncoderConfig
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
-from promag.diffusion.text import load_frozen
+from promag.diffusion.text import NULL_CAPTION, Embedded, encode, load_frozen, side_by_side, tokenize
 from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_embeddings
 from promag.diffusion.train import Cached, Trained, train_diffusion
 from promag.diffusion.transformer import ProMAGTransformer3DModel
@@ -28,7 +28,6 @@ from promag.training.config import UserError
 from promag.training.loop import broadcast_from_main, choose_precision_once, main_process_first, processes
 from promag.training.precision import Precision, autocast
 
-from .sample_text import SampleText
 from .sampling import sample_videos
 from .text_to_video import ProMAGPipeline
 
@@ -210,3 +209,35 @@ def encoder(
 def weights_hash(vae: AutoencoderKLProMAG, ratio: int) -> str:
     """Return a hash of the weights that encode at `ratio`: growing further or fine-tuning a decoder keeps it."""
     return hash_weights([vae.encoder, *vae.encoder_growth[: vae.level_of(ratio)]])
+
+
+class SampleText:
+    """Encodes the same prompts again and again: by the text model that learns anew, by frozen ones the first time alone.
+
+    Args:
+        text: the text encoders of a training.
+        prompts: all that will be asked for, beside the null caption.
+    """
+
+    def __init__(self, text: TextConfig, prompts: Sequence[str]):
+        self.text, self.prompts = text, list(dict.fromkeys([*prompts, NULL_CAPTION]))
+        self._kept: dict[TextEncoderConfig, Embedded] = {}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], learned: tuple[Any, Any] | None) -> Embedded:
+        """Return what all encoders make of some of the prompts; `learned` are tokenizer and model of the one that learns."""
+        parts = []
+        for encoder in self.text.encoders:
+            if encoder == self.text.small and learned:
+                tokenizer, model = learned
+                parts.append(encode(model, tokenize(tokenizer, prompts)))
+            else:
+                rows = torch.tensor([self.prompts.index(prompt) for prompt in prompts])
+                parts.append(self._frozen(encoder).map(lambda x, rows=rows: x[rows]))
+        return side_by_side(parts)
+
+    def _frozen(self, encoder: TextEncoderConfig) -> Embedded:
+        if encoder not in self._kept:
+            tokenizer, model = load_frozen(encoder.model, encoder.weights, encoder.max_length)
+            self._kept[encoder] = encode(model, tokenize(tokenizer, self.prompts)).map(torch.Tensor.cpu)
+        return self._kept[encoder]

@@ -20,7 +20,7 @@ from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.precision import Precision, autocast
 
-from .prompts import NAMES, NEGATIVE_NAMES, unpack
+from .inputs import NAMES, NEGATIVE_NAMES, unpack
 from .text_to_video import ProMAGPipeline
 from .timesteps import count_of_times
 

@@ -26,10 +26,22 @@ from promag.tokenizer.geometry import check_size, latent_frames, tokens
 from promag.training.config import UserError
 from promag.training.safetensors_only import PICKLES, SafetensorsOnly
 
-from .arguments import check_budget, check_latents, check_names, check_numbers, check_prompts
-from .given_frames import last_frames, read_given
+from .inputs import (
+    NAMES,
+    NEGATIVE_NAMES,
+    Prompts,
+    Tensors,
+    check_budget,
+    check_latents,
+    check_names,
+    check_numbers,
+    check_prompts,
+    last_frames,
+    pack,
+    read_given,
+    unpack,
+)
 from .model_card import write_card
-from .prompts import NAMES, NEGATIVE_NAMES, Prompts, Tensors, pack, unpack
 from .timesteps import SchedulerStep, check_flow, set_flow_times
 
 # Whose classes a saved pipeline may name: to load a class is to import its library.

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env, send_to_device
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env, reduce, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -154,6 +154,12 @@ def broadcast_from_main(find: Callable[[], T]) -> T:
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return the sum of the processes' tensors, all of one shape and on the processes' device, on every process."""
+    total: Any = reduce(values, "sum")
+    return total
 
 
 def choose_precision_once(precision: Precision, *runs: str | Path) -> Chosen:

@@ -3,7 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag.evaluation.sampling_cost import Pace, SamplingCost, measure_pace, sampling_cost
-from promag.pipelines.prompts import NAMES, NEGATIVE_NAMES
+from promag.pipelines.inputs import NAMES, NEGATIVE_NAMES
 from promag.pipelines.sampling import Seconds, trained_ratios
 from tests.tiny_pipeline import make_pipeline
 

@@ -7,7 +7,7 @@ import torch
 
 from promag.diffusion.config import TextConfig, TextEncoderConfig
 from promag.diffusion.text import encode, learn_vocabulary, load_frozen, side_by_side, small_clip, tokenize
-from promag.pipelines.sample_text import SampleText
+from promag.pipelines.build import SampleText
 from tests.scripts.test_scripts import write_t5
 
 PROMPTS = ["a red disc", "a blue square"]

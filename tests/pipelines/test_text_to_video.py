@@ -12,7 +12,7 @@ from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 
 from promag import ProMAGPipeline, ProMAGTransformer3DModel
 from promag.diffusion.text import learn_vocabulary
-from promag.pipelines.prompts import NAMES, NEGATIVE_NAMES, unpack
+from promag.pipelines.inputs import NAMES, NEGATIVE_NAMES, unpack
 from promag.pipelines.sampling import sample_videos
 from tests.pipelines.conftest import call, like, seed
 from tests.tiny_pipeline import PROMPTS

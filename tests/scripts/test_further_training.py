@@ -86,7 +86,7 @@ def test_a_pipeline_loads_adapters_weighs_them_and_puts_them_away(lora, base, de
 
 def test_saved_adapters_give_what_was_trained(lora, base, demo_run):
     """The averaged adapters of the last checkpoint, put on the base by hand, are what load_lora_weights gives."""
-    from promag.diffusion.lora import Lora, add_lora
+    from promag.diffusion.finetune import Lora, add_lora
     from promag.training.loop import averaged_weights
 
     pipe = load(base)

@@ -1,0 +1,215 @@
+"""What a call of the pipeline gets: arguments, which are checked, encoded prompts, and first frames.
+
+An illegal argument is a ValueError that names what is legal. Users give and get plain tensors of prompts, or a sequence of them
+with one for each of several text encoders. Shapes: b videos, L text tokens, D width; masks b L, nonzero where a token is real;
+frames T H W C of arrays, T C H W of tensors, both in [0, 1], or PIL pictures of any mode; B C T H W pixels in [-1, 1].
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+from torch import Tensor
+
+from promag.diffusion.text import Embedded
+from promag.tokenizer.geometry import check_ratio
+
+OUTPUT_TYPES = ("np", "pil", "pt", "latent")
+NAMES = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
+NEGATIVE_NAMES = tuple(f"negative_{name}" for name in NAMES)
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def check_prompts(prompt: Any, prompt_embeds: Any, negative_prompt: Any, negative_prompt_embeds: Any) -> None:
+    """Refuse prompts given twice or not at all, and what is no text."""
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("prompt and prompt_embeds: exactly one of them is needed")
+    if prompt is not None and (not isinstance(prompt, str | list) or (not prompt and isinstance(prompt, list))):
+        raise ValueError(f"prompt {prompt!r}: a text or a list of texts is needed")
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError("negative_prompt and negative_prompt_embeds: at most one of them can be given")
+    if not isinstance(negative_prompt, str | list | None):
+        raise ValueError(f"negative_prompt {negative_prompt!r}: a text or a list of texts is needed")
+    if isinstance(negative_prompt, list) and prompt is not None:
+        wanted = len(prompt) if isinstance(prompt, list) else 1
+        if len(negative_prompt) != wanted:
+            raise ValueError(f"negative_prompt: {len(negative_prompt)} texts; give one text, or as many as prompts")
+
+
+def check_budget(ratio: int, tokenizer: Any, transformer: Any) -> None:
+    """Refuse a temporal ratio that the tokenizer does not have or the transformer was not trained at."""
+    check_ratio(ratio, tokenizer.temporal_ratios)
+    trained = sorted(map(int, transformer.config["latents_mean"] or {}))
+    if ratio not in trained:
+        raise ValueError(f"temporal_ratio {ratio}: the transformer was trained at {', '.join(f'{r}x' for r in trained)}")
+
+
+def check_numbers(fps: float, **counts: int) -> None:
+    """Refuse a frame rate that is not above 0 and counts below 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} {value}: at least 1 is needed")
+    if fps <= 0:
+        raise ValueError(f"fps {fps}: must be above 0")
+
+
+def check_latents(latents: Any, shape: tuple[int, ...], strength: float) -> None:
+    """Refuse latents of another shape, a share of the steps outside [0, 1], and one below 1 without latents to start from."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"denoise_strength {strength}: 0 to 1 are legal")
+    if latents is None and strength < 1:
+        raise ValueError(f"denoise_strength {strength}: needs the latents to start from; 1 starts from noise")
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ValueError(f"latents of shape {tuple(latents.shape)}: {shape} is needed")
+
+
+def check_names(output_type: str, callback_tensors: Sequence[str], legal: Sequence[str]) -> None:
+    """Refuse an unknown output type and names of tensors that are not `legal` for a callback."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+    unknown = set(callback_tensors) - set(legal)
+    if unknown:
+        raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: legal are {', '.join(legal)}")
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def pack(tokens: Tensors, masks: Tensors | None, pooled: Tensor | None, names: Sequence[str] = NAMES) -> Embedded:
+    """Return given tensors as one value; raises ValueError, under the arguments' names, for those that do not fit together."""
+    tokens = (tokens,) if isinstance(tokens, Tensor) else tuple(tokens)
+    if masks is None:
+        raise ValueError(f"{names[0]} without {names[1]}: both are needed, as encode_prompt returns them")
+    masks = (masks,) if isinstance(masks, Tensor) else tuple(masks)
+    shapes, masked = [tuple(part.shape[:2]) for part in tokens], [tuple(part.shape) for part in masks]
+    if shapes != masked or len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(f"{names[1]} of shapes {masked}: {shapes} are needed, those of {names[0]}, all for as many prompts")
+    if pooled is not None and len(pooled) != shapes[0][0]:
+        raise ValueError(f"{names[2]} of {len(pooled)} prompts: {names[0]} are of {shapes[0][0]}")
+    return Embedded(tokens, masks, pooled)
+
+
+def unpack(text: Embedded) -> tuple[Tensors, Tensors, Tensor | None]:
+    """Return the tensors of `text` as users see them."""
+    tokens, masks = (parts[0] if len(parts) == 1 else parts for parts in (text.tokens, text.masks))
+    return tokens, masks, text.pooled
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of all videos and, where guidance is on, as many negative ones. Raises ValueError for another number."""
+
+    text: Embedded
+    negative: Embedded | None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.negative is not None and (found := len(self.negative.tokens[0])) != (needed := len(self)):
+            raise ValueError(f"negative prompts: {found} for {needed} videos; give as many as prompts")
+
+    def __len__(self) -> int:
+        return len(self.text.tokens[0])
+
+    @cached_property
+    def guided(self) -> Embedded:
+        """The negative prompts and, after them, the prompts: the order that diffusers' caches expect."""
+        if self.negative is None:
+            raise ValueError("guidance_scale was raised above 1 while sampling: begin with one above 1")
+        return self.negative.merge(self.text, lambda a, b: torch.cat([a, b]))
+
+    def tensors(self) -> dict[str, Any]:
+        """Return all tensors by the names of the call's arguments; None for those that are not there."""
+        negative = (None,) * 3 if self.negative is None else unpack(self.negative)
+        return {**dict(zip(NAMES, unpack(self.text), strict=True)), **dict(zip(NEGATIVE_NAMES, negative, strict=True))}
+
+    def changed(self, tensors: Mapping[str, Any]) -> "Prompts":
+        """Return the prompts with some tensors replaced; this same value if all of them are the old ones."""
+        old = self.tensors()
+        new = {name: tensors.get(name, value) for name, value in old.items()}
+        if all(new[name] is value for name, value in old.items()):
+            return self
+        text, negative = ([new[name] for name in names] for names in (NAMES, NEGATIVE_NAMES))
+        return Prompts(pack(*text), None if negative[0] is None else pack(*negative, names=NEGATIVE_NAMES))
+
+
+# -- first frames ----------------------------------------------------------------------------------------------------
+
+
+def read_given(image: Any, video: Any, size: tuple[int, int], processor: VideoProcessor) -> Tensor | None:
+    """Return what `image` or `video` shows as B C T H W in [-1, 1], T being 1 for images; None if neither is given.
+
+    Args:
+        image: a picture (PIL, H W C, C H W) or several (a list, B H W C, B C H W).
+        video: a clip (a list of pictures, T H W C, T C H W) or several of one length (a list of clips, B T ...).
+        size: (height, width) that they must have.
+        processor: the pipeline's.
+
+    Raises ValueError for both at once, another size, values outside [0, 1] and what is no picture.
+    """
+    if image is not None and video is not None:
+        raise ValueError("image and video: at most one of them can be given")
+    if image is not None:
+        pictures = _leaves(image, "image", size)
+        return processor.preprocess(pictures, *size)[:, :, None]
+    if video is None:
+        return None
+    clips = _clips(_leaves(video, "video", size))
+    lengths = sorted({len(clip) for clip in clips})
+    if len(lengths) > 1:
+        raise ValueError(f"video: clips of {', '.join(map(str, lengths))} frames; all must have as many")
+    return processor.preprocess_video(clips, *size)
+
+
+def _leaves(given: Any, name: str, size: tuple[int, int]) -> Any:
+    """Return `given` with its PIL pictures in RGB; raises ValueError for what is no picture of the right size."""
+    if isinstance(given, list | tuple):
+        if not given:
+            raise ValueError(f"{name}: an empty list; at least one picture is needed")
+        return [_leaves(part, name, size) for part in given]
+    if isinstance(given, Image.Image):
+        found, given = given.size[::-1], given.convert("RGB")
+    elif isinstance(given, np.ndarray | Tensor) and given.ndim >= 3:
+        found = tuple(given.shape[-2:]) if isinstance(given, Tensor) else given.shape[-3:-1]
+        _check_values(given, name)
+    else:
+        raise ValueError(
+            f"{name} of type {type(given).__name__}: a PIL picture, an array, a tensor or a list of them is needed"
+        )
+    if found != size:
+        raise ValueError(f"{name} of {found[0]}x{found[1]} (height x width): {size[0]}x{size[1]} is needed, as are made")
+    return given
+
+
+def _check_values(given: Any, name: str) -> None:
+    if isinstance(given, Tensor):
+        order, channels, floating = "C H W", given.shape[-3], given.is_floating_point()
+    else:
+        order, channels, floating = "H W C", given.shape[-1], np.issubdtype(given.dtype, np.floating)
+    if channels != 3 or not floating:
+        raise ValueError(f"{name} of shape {tuple(given.shape)}, {given.dtype}: floats, {order} with 3 channels, are needed")
+    low, high = float(given.min()), float(given.max())
+    if low < 0 or high > 1:
+        raise ValueError(f"{name} with values from {low:.3g} to {high:.3g}: values in [0, 1] are needed")
+
+
+def _clips(given: Any) -> list[Any]:
+    """Return a list of clips, whether one was given or several."""
+    if isinstance(given, list):
+        several = isinstance(given[0], list) or getattr(given[0], "ndim", 0) == 4
+        return given if several else [given]
+    return list(given) if given.ndim == 5 else [given[None] if given.ndim == 3 else given]
+
+
+def last_frames(pixels: Tensor, ratio: int, most: int) -> Tensor:
+    """Return the last 1 + ratio*k frames of B C T H W, as many as there are but at most `most` latent frames of them."""
+    latents = min(most, 1 + (pixels.shape[2] - 1) // ratio)
+    return pixels[:, :, pixels.shape[2] - (1 + ratio * (latents - 1)) :]
