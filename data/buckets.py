@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from promag.training.config import UserError, setting
+from promag.training.config import UserError, required, setting
 
 NONE = -1  # in place of a bucket: a clip too short for all of them
 _CHUNK = 65_536  # clips assigned at a time, which bounds the memory it takes
@@ -19,10 +19,10 @@ _CHUNK = 65_536  # clips assigned at a time, which bounds the memory it takes
 class Bucket:
     """One shape of clips."""
 
-    frames: int = setting("frames of its clips: 1 + ratio*k; 1 takes images")
-    height: int = setting("of its clips, in pixels")
-    width: int = setting("of its clips, in pixels")
-    batch_size: int | None = setting("clips of a batch on each process; null for the loop's")
+    frames: int = required("frames of its clips: 1 + ratio*k; 1 takes images")
+    height: int = required("of its clips, in pixels")
+    width: int = required("of its clips, in pixels")
+    batch_size: int | None = setting(None, "clips of a batch on each process; null for the loop's")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a shape without pixels or an empty batch."""

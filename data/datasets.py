@@ -263,7 +263,7 @@ def open_dataset(
         return SyntheticDataset(split, count, frames, size)
     if is_shards(source):
         height, width = (size, size) if isinstance(size, int) else size
-        bucket = Bucket(frames, height, width, batch_size=None)
+        bucket = Bucket(frames, height, width)
         return ShardedClips(open_shards(source), [bucket], temporal_strides, flip=flip, timeout=timeout)
     return ClipDataset(_load_index(source), frames, size, temporal_strides, flip, timeout)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from promag.training.config import UserError, setting
+from promag.training.config import UserError, required, setting
 
 from .buckets import Bucket
 from .datasets import Mixture, open_training
@@ -14,9 +14,9 @@ from .tar_stream import ShardedClips, Sharding
 class Source:
     """Clips that are trained on beside the main ones."""
 
-    train: str = setting("clips.jsonl, or synthetic for generated clips")
-    share: float = setting("part of the steps whose batch comes from here; the main clips have what is left")
-    temporal_strides: tuple[int, ...] = setting("frame steps at which these clips are read")
+    train: str = required("clips.jsonl, or synthetic for generated clips")
+    share: float = required("part of the steps whose batch comes from here; the main clips have what is left")
+    temporal_strides: tuple[int, ...] = setting((1, 2), "frame steps at which these clips are read")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a share that leaves a source without steps."""

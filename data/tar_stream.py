@@ -34,10 +34,10 @@ class Sharding:
     """How shards are read."""
 
     concurrent_shards: int = setting(
-        "shards that a process reads side by side; a multiple of run.workers, so that none is read twice"
+        4, "shards that a process reads side by side; a multiple of run.workers, so that none is read twice"
     )
-    shuffle: int = setting("neighbouring samples of a shard that are in memory together and come in a drawn order")
-    bad: Literal["stop", "skip"] = setting("a damaged sample or shard ends training, or is skipped, counted and named")
+    shuffle: int = setting(64, "neighbouring samples of a shard that are in memory together and come in a drawn order")
+    bad: Literal["stop", "skip"] = setting("stop", "a damaged sample or shard ends training, or is skipped, counted and named")
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers that cannot be meant."""
@@ -45,7 +45,7 @@ class Sharding:
             raise ValueError(f"concurrent_shards {self.concurrent_shards}, shuffle {self.shuffle}: at least 1 is needed")
 
 
-IN_ORDER = Sharding(concurrent_shards=1, shuffle=1, bad="stop")  # for clips that are looked at by their number
+IN_ORDER = Sharding(concurrent_shards=1, shuffle=1)  # for clips that are looked at by their number
 
 
 class ShardedClips:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from promag.training.config import setting
+from promag.training.config import required
 
 
 @dataclass(frozen=True)
 class CaptionWeight:
     """Clips that are drawn more or less often than others."""
 
-    words: str = setting("clips whose caption holds these words, whole and in this order, in upper or lower case")
-    factor: float = setting("times as often as a clip without a weight that each of them is drawn; below 1: less often")
+    words: str = required("clips whose caption holds these words, whole and in this order, in upper or lower case")
+    factor: float = required("times as often as a clip without a weight that each of them is drawn; below 1: less often")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a caption weight that no clip can have."""

@@ -20,8 +20,8 @@ from promag.training.config import setting
 class Condition:
     """How often, and how many, first latent frames are given."""
 
-    probability: float = setting("part of the clips that are given frames; 0 trains text-to-video alone")
-    frames: int = setting("most first latent frames given; each number from 1 up is drawn as often")
+    probability: float = setting(0.0, "part of the clips that are given frames; 0 trains text-to-video alone")
+    frames: int = setting(1, "most first latent frames given; each number from 1 up is drawn as often")
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot be meant."""

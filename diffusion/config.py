@@ -6,7 +6,7 @@ from typing import Literal
 
 from promag.data.buckets import Bucket
 from promag.tokenizer.geometry import check_frames, check_size, latent_frames, tokens
-from promag.training.config import setting
+from promag.training.config import required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
@@ -19,25 +19,31 @@ from .latent_cache import Scale
 SMALL = "small"  # the encoder that is trained along
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig:
     """One source of text vectors."""
 
-    model: str = setting("small: a CLIP trained along; folder or hub name of a T5, UMT5 or CLIP, kept frozen; open_clip:NAME")
-    weights: str | None = setting("of an open_clip:NAME model: a tag or a file; null for all others")
-    max_length: int = setting("text tokens; longer captions are cut")
+    model: str = setting(
+        SMALL, "small: a CLIP trained along; folder or hub name of a T5, UMT5 or CLIP, kept frozen; open_clip:NAME"
+    )
+    weights: str | None = setting(None, "of an open_clip:NAME model: a tag or a file; null for all others")
+    max_length: int = setting(77, "text tokens; longer captions are cut")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Where text vectors come from."""
 
-    encoders: tuple[TextEncoderConfig, ...] = setting("one to three; the transformer sees the tokens of all")
-    vocabulary: int = setting("size of the vocabulary learned from the captions, for the small CLIP")
-    width: int = setting("of the small CLIP")
-    layers: int = setting("of the small CLIP")
-    heads: int = setting("of the small CLIP")
-    learning_rate: float = setting("peak rate of the small CLIP: at the transformer's, captions may become all alike to it")
+    encoders: tuple[TextEncoderConfig, ...] = setting(
+        (TextEncoderConfig(),), "one to three; the transformer sees the tokens of all"
+    )
+    vocabulary: int = setting(8192, "size of the vocabulary learned from the captions, for the small CLIP")
+    width: int = setting(384, "of the small CLIP")
+    layers: int = setting(4, "of the small CLIP")
+    heads: int = setting(6, "of the small CLIP")
+    learning_rate: float = setting(
+        2e-4, "peak rate of the small CLIP: at the transformer's, captions may become all alike to it"
+    )
 
     def __post_init__(self) -> None:
         """Raise ValueError for a rate that would not train, and for encoders that a pipeline cannot hold."""
@@ -58,36 +64,38 @@ class TextConfig:
         return next((encoder for encoder in self.encoders if encoder.model == SMALL), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """The transformer's shape; see ProMAGTransformer3DModel."""
 
-    patch_size: tuple[int, int, int] = setting("(t, h, w) latent positions per token")
-    num_layers: int = setting("transformer blocks")
-    num_attention_heads: int = setting("heads")
-    attention_head_dim: int = setting("width of a head")
-    local_convolution: bool = setting("whether each block begins with a depthwise convolution over neighbouring tokens")
+    patch_size: tuple[int, int, int] = setting((1, 2, 2), "(t, h, w) latent positions per token")
+    num_layers: int = setting(12, "transformer blocks")
+    num_attention_heads: int = setting(6, "heads")
+    attention_head_dim: int = setting(64, "width of a head")
+    local_convolution: bool = setting(False, "whether each block begins with a depthwise convolution over neighbouring tokens")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiffusionDataConfig:
     """Clips, and how their latents are cached."""
 
-    train: str = setting("clips.jsonl from prepare_clips, or synthetic for generated clips")
-    validation: str = setting("the same, for the held-out loss; never trained on")
-    synthetic_clips: int = setting("how many generated clips are cached for training")
-    validation_clips: int = setting("how many clips are cached for the held-out loss, of each bucket")
-    frames: int = setting("frames per clip, 1 + ratio*k; pipelines make as many by default")
-    size: int = setting("height and width in pixels; the same")
+    train: str = setting("clips-train.jsonl", "clips.jsonl from prepare_clips, or synthetic for generated clips")
+    validation: str = setting("clips-eval.jsonl", "the same, for the held-out loss; never trained on")
+    synthetic_clips: int = setting(4096, "how many generated clips are cached for training")
+    validation_clips: int = setting(64, "how many clips are cached for the held-out loss, of each bucket")
+    frames: int = setting(65, "frames per clip, 1 + ratio*k; pipelines make as many by default")
+    size: int = setting(64, "height and width in pixels; the same")
     buckets: tuple[Bucket, ...] | None = setting(
-        "shapes of clips, a batch of each by turns, `frames` at `size` among them; null for that one alone"
+        None, "shapes of clips, a batch of each by turns, `frames` at `size` among them; null for that one alone"
     )
-    cache: str = setting("folder for latent caches; each ratio and split has its own folder in it")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("of cached latents and text embeddings")
-    shard_size: int = setting("clips per file of a cache: processes divide caching by files, a kill costs a part of one")
-    scale: Scale = setting("channel: every latent channel weighs alike; global: strong channels weigh more, as they show more")
+    cache: str = required("folder for latent caches; each ratio and split has its own folder in it")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", "of cached latents and text embeddings")
+    shard_size: int = setting(64, "clips per file of a cache: processes divide caching by files, a kill costs a part of one")
+    scale: Scale = setting(
+        "global", "channel: every latent channel weighs alike; global: strong channels weigh more, as they show more"
+    )
     caption_weights: tuple[CaptionWeight, ...] = setting(
-        "clips drawn more often in training, by words of their captions; [] for none"
+        (), "clips drawn more often in training, by words of their captions; [] for none"
     )
 
     @property
@@ -98,7 +106,7 @@ class DiffusionDataConfig:
     @property
     def default_bucket(self) -> Bucket:
         """The shape that pipelines make by default."""
-        shape = Bucket(self.frames, self.size, self.size, batch_size=None)
+        shape = Bucket(self.frames, self.size, self.size)
         return next((bucket for bucket in self.buckets or () if str(bucket) == str(shape)), shape)
 
     def __post_init__(self) -> None:
@@ -108,12 +116,12 @@ class DiffusionDataConfig:
             raise ValueError(f"buckets {', '.join(names)}: each once, {self.default_bucket} (frames and size) among them")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
     """One temporal ratio that the model learns to generate at."""
 
-    ratio: int = setting("temporal ratio of the latents")
-    share: float = setting("part of the batches, among the shares of all budgets")
+    ratio: int = required("temporal ratio of the latents")
+    share: float = setting(1.0, "part of the batches, among the shares of all budgets")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a share that would never be drawn."""
@@ -121,14 +129,14 @@ class BudgetConfig:
             raise ValueError(f"budget {self.ratio}x, share {self.share}: must be above 0")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
     """Videos made while training, of the same noise each time, under the averaged weights; the trackers show them."""
 
-    prompts: tuple[str, ...] = setting("one video each")
-    every: int = setting("steps between two times, a multiple of validate_every; the last step has them too")
-    steps: int = setting("denoising steps")
-    guidance: float = setting("classifier-free guidance")
+    prompts: tuple[str, ...] = required("one video each")
+    every: int = setting(5000, "steps between two times, a multiple of validate_every; the last step has them too")
+    steps: int = setting(30, "denoising steps")
+    guidance: float = setting(4.0, "classifier-free guidance")
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot be meant."""
@@ -138,31 +146,35 @@ class SamplesConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """A whole text-to-video training."""
 
-    output_dir: str = setting("run directory")
-    seed: int = setting("decides weights, data order and noise")
-    precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
-    attention: str = setting("auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used")
-    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
-    compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
-    tokenizer: str = setting("folder of a trained video tokenizer")
-    init: str | None = setting("a trained pipeline to train further, its small text encoder too; null starts anew")
-    lora: Lora | None = setting("train adapters on the transformer of `init` alone; null trains all weights")
-    budgets: tuple[BudgetConfig, ...] = setting(
-        "temporal ratios that one model is trained at; pipelines sample at the first by default"
+    output_dir: str = required("run directory")
+    seed: int = setting(0, "decides weights, data order and noise")
+    precision: Precision = setting("auto", "auto measures which of bf16 and fp32 is faster")
+    attention: str = setting(
+        "auto", "auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used"
     )
-    caption_dropout: float = setting("part of the captions replaced by the null caption, for guidance")
-    shift: float = setting("of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
-    condition: Condition = setting("given first frames, for image-to-video and continuation")
-    text: TextConfig = setting("text encoders")
-    model: TransformerConfig | None = setting("transformer; null where `init` has it")
-    data: DiffusionDataConfig = setting("clips and latents")
-    optimization: OptimizationConfig = setting("optimisation")
-    samples: SamplesConfig | None = setting("videos made while training; null for none")
-    run: RunConfig = setting("logging, validation, checkpoints")
+    gradient_checkpointing: bool = setting(
+        False, "compute blocks again in the backward pass: less memory, a second forward pass"
+    )
+    compile: bool = setting(False, "compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
+    tokenizer: str = required("folder of a trained video tokenizer")
+    init: str | None = setting(None, "a trained pipeline to train further, its small text encoder too; null starts anew")
+    lora: Lora | None = setting(None, "train adapters on the transformer of `init` alone; null trains all weights")
+    budgets: tuple[BudgetConfig, ...] = setting(
+        (BudgetConfig(ratio=16),), "temporal ratios that one model is trained at; pipelines sample at the first by default"
+    )
+    caption_dropout: float = setting(0.1, "part of the captions replaced by the null caption, for guidance")
+    shift: float = setting(3.0, "of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
+    condition: Condition = setting(Condition(), "given first frames, for image-to-video and continuation")
+    text: TextConfig = setting(TextConfig(), "text encoders")
+    model: TransformerConfig | None = setting(None, "transformer; null where `init` has it")
+    data: DiffusionDataConfig = required("clips and latents")
+    optimization: OptimizationConfig = setting(OptimizationConfig(muon_learning_rate=0.02), "optimisation")
+    samples: SamplesConfig | None = setting(None, "videos made while training; null for none")
+    run: RunConfig = setting(RunConfig(), "logging, validation, checkpoints")
 
     def __post_init__(self) -> None:
         """Raise ValueError where frames, size, ratio and patch do not fit together."""

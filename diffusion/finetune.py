@@ -79,10 +79,11 @@ def take_up(
 class Lora:
     """What is adapted, and by how much."""
 
-    rank: int = setting("of the adapters' matrices")
-    alpha: float = setting("adapters are scaled by alpha / rank")
+    rank: int = setting(16, "of the adapters' matrices")
+    alpha: float = setting(16.0, "adapters are scaled by alpha / rank")
     targets: tuple[str, ...] = setting(
-        "ends of the names of adapted linear layers: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, ..."
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        "ends of the names of adapted linear layers: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, ...",
     )
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerCon
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
 from promag.tokenizer.train import train_tokenizer
-from promag.training.config import UserError, parse_config, run_main, setting, to_plain
+from promag.training.config import UserError, parse_config, required, run_main, setting, to_plain
 from promag.training.device import best_device
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
@@ -50,36 +50,38 @@ from promag.training.precision import Precision, autocast, check_training_precis
 from promag.training.run import append_result, provenance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Sizes and lengths of the demo."""
 
-    output_dir: str = setting("run directory")
-    videos: str | None = setting("folder of real videos, 65 frames or longer; null generates clips")
-    record: str | None = setting("results file that gets a JSON line with the report's figures; null for none")
-    seed: int = setting("decides weights, data order and noise")
-    precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
-    size: int = setting("height and width in pixels")
-    frames: int = setting("frames that text-to-video is trained on and samples: 1 + 16k")
-    synthetic_clips: int = setting("generated clips that are trained on")
-    validation_fraction: float = setting("part of real videos kept for evaluation, at least one")
-    evaluation_clips: int = setting("clips reconstructed for the report's figures")
-    shipped: str | None = setting("trained pipeline whose samples come first, where clips are generated; null for none")
-    ratios: tuple[int, ...] = setting("temporal ratios at which text-to-video is trained")
-    prompts: int = setting("prompts whose samples are shown")
-    scored: int = setting("generated-clip prompts sampled at each ratio and read by the scorer")
-    sampling_steps: int = setting("denoising steps")
-    guidance: float = setting("classifier-free guidance")
-    tokenizer: AutoencoderConfig = setting("the tokenizer's base")
-    stages: tuple[StageConfig, ...] = setting("the tokenizer's levels")
-    text: TextConfig = setting("text encoders")
-    transformer: TransformerConfig = setting("text-to-video transformer")
-    caption_dropout: float = setting("part of the captions dropped, for guidance")
-    shift: float = setting("of times towards noise, at 256 tokens")
-    condition: Condition = setting("given first frames, for image-to-video and continuation")
-    latent_scale: Scale = setting("whether latent channels are scaled each or all alike")
-    diffusion: OptimizationConfig = setting("optimisation of the transformers")
-    run: RunConfig = setting("logging, validation, checkpoints")
+    output_dir: str = setting("runs/demo", "run directory")
+    videos: str | None = setting(None, "folder of real videos, 65 frames or longer; null generates clips")
+    record: str | None = setting(None, "results file that gets a JSON line with the report's figures; null for none")
+    seed: int = setting(0, "decides weights, data order and noise")
+    precision: Precision = setting("auto", "auto measures which of bf16 and fp32 is faster")
+    size: int = setting(64, "height and width in pixels")
+    frames: int = setting(65, "frames that text-to-video is trained on and samples: 1 + 16k")
+    synthetic_clips: int = setting(1024, "generated clips that are trained on")
+    validation_fraction: float = setting(0.1, "part of real videos kept for evaluation, at least one")
+    evaluation_clips: int = setting(24, "clips reconstructed for the report's figures")
+    shipped: str | None = setting(
+        "checkpoints/tiny-video", "trained pipeline whose samples come first, where clips are generated; null for none"
+    )
+    ratios: tuple[int, ...] = setting((4, 16), "temporal ratios at which text-to-video is trained")
+    prompts: int = setting(8, "prompts whose samples are shown")
+    scored: int = setting(64, "generated-clip prompts sampled at each ratio and read by the scorer")
+    sampling_steps: int = setting(16, "denoising steps")
+    guidance: float = setting(3.0, "classifier-free guidance")
+    tokenizer: AutoencoderConfig = required("the tokenizer's base")
+    stages: tuple[StageConfig, ...] = required("the tokenizer's levels")
+    text: TextConfig = setting(TextConfig(), "text encoders")
+    transformer: TransformerConfig = required("text-to-video transformer")
+    caption_dropout: float = setting(0.1, "part of the captions dropped, for guidance")
+    shift: float = setting(3.0, "of times towards noise, at 256 tokens")
+    condition: Condition = setting(Condition(), "given first frames, for image-to-video and continuation")
+    latent_scale: Scale = setting("global", "whether latent channels are scaled each or all alike")
+    diffusion: OptimizationConfig = setting(OptimizationConfig(muon_learning_rate=0.02), "optimisation of the transformers")
+    run: RunConfig = setting(RunConfig(), "logging, validation, checkpoints")
 
     def __post_init__(self) -> None:
         """Raise ValueError where ratios and frames do not fit together."""
@@ -197,19 +199,13 @@ def tokenizer_config(config: DemoConfig, run: Path, train: str, evaluation: str)
         output_dir=str(run / "tokenizer-run"),
         seed=config.seed,
         precision=config.precision,
-        gradient_checkpointing=False,
-        compile=False,
-        init=None,
-        only_stage=None,
         model=config.tokenizer,
         data=TokenizerDataConfig(
             train=train,
-            extra_sources=None,
             validation=evaluation,
             synthetic_clips=config.synthetic_clips,
             size=config.size,
             temporal_strides=(1,),
-            in_memory=False,
             validation_clips=8,
             sharding=IN_ORDER,
         ),
@@ -226,13 +222,8 @@ def diffusion_config(
         output_dir=str(run / f"video-{ratio}x"),
         seed=config.seed,
         precision=config.precision,
-        attention="auto",
-        gradient_checkpointing=False,
-        compile=False,
         tokenizer=str(tokenizer),
-        init=None,
-        lora=None,
-        budgets=(BudgetConfig(ratio, 1.0),),
+        budgets=(BudgetConfig(ratio=ratio),),
         caption_dropout=config.caption_dropout,
         shift=config.shift,
         condition=config.condition,
@@ -245,15 +236,10 @@ def diffusion_config(
             validation_clips=16,
             frames=config.frames,
             size=config.size,
-            buckets=None,
             cache=str(run / "latents"),
-            dtype="bfloat16",
-            shard_size=64,
             scale=config.latent_scale,
-            caption_weights=(),
         ),
         optimization=config.diffusion,
-        samples=None,
         run=dataclasses.replace(config.run, workers=0),  # cached latents are read in a millisecond
     )
 

@@ -104,7 +104,7 @@ def _check_sheet(arguments: argparse.Namespace, count: int) -> list[tuple[str, A
     for i in arguments.clips or ():
         if not 0 <= i < count:
             raise UserError(f"--clips {i}: there are 0 to {count - 1}")
-    return [_load(text, arguments.frames) for text in arguments.extra_sources]
+    return [_load(text, arguments.frames) for text in arguments.also]
 
 
 def _load(text: str, frames: int) -> tuple[str, Any, int]:

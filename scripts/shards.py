@@ -75,7 +75,7 @@ def parse_buckets(text: str) -> list[Bucket]:
     """Read a list of [frames, height, width]; raises UserError for anything else."""
     try:
         values = yaml.safe_load(text)
-        return [Bucket(frames, height, width, batch_size=None) for frames, height, width in values]
+        return [Bucket(frames, height, width) for frames, height, width in values]
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"buckets {text!r}: [[frames, height, width], ...] is needed: {' '.join(str(error).split())}") from None
 

@@ -6,7 +6,7 @@ from typing import Literal
 from promag.data.buckets import Bucket
 from promag.data.sources import Source
 from promag.data.tar_stream import Sharding
-from promag.training.config import setting
+from promag.training.config import required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
@@ -16,43 +16,48 @@ from .geometry import check_frames, check_size
 from .growth import Growth
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """The base level's shape; see AutoencoderKLProMAG."""
 
-    latent_channels: int = setting("channels of the latent at every level")
-    patch_size: int = setting("side of the pixel patches that become channels")
-    block_out_channels: tuple[int, ...] = setting("widths from fine to coarse")
-    layers_per_block: int = setting("residual blocks at each width")
-    strides: tuple[tuple[int, int], ...] = setting("(time, space) of each down-sampling")
-    linear_shortcuts: bool = setting("averaging and duplicating shortcuts around resampling; false for plain blocks")
+    latent_channels: int = setting(8, "channels of the latent at every level")
+    patch_size: int = setting(1, "side of the pixel patches that become channels")
+    block_out_channels: tuple[int, ...] = setting((128, 256, 256, 512), "widths from fine to coarse")
+    layers_per_block: int = setting(2, "residual blocks at each width")
+    strides: tuple[tuple[int, int], ...] = setting(((1, 2), (2, 2), (2, 2)), "(time, space) of each down-sampling")
+    linear_shortcuts: bool = setting(True, "averaging and duplicating shortcuts around resampling; false for plain blocks")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerDataConfig:
     """What is trained on and what is looked at."""
 
-    train: str = setting("clips.jsonl, a pattern of tar shards with braces or wildcards, or synthetic for generated clips")
-    extra_sources: tuple[Source, ...] | None = setting("other clips trained on beside these, each by its share; null for none")
-    validation: str = setting("as train, for validation; never trained on")
-    synthetic_clips: int = setting("how many generated clips there are, where they are trained on")
-    size: int = setting("height and width in pixels")
-    temporal_strides: tuple[int, ...] = setting("frame steps at which clips are read: 1 is their own rate")
-    in_memory: bool = setting(
-        "keep each clip of an index, decoded and scaled, in memory after its first read, shared by the loader's processes: "
-        "for sets of clips that fit; shapes are generated as ever"
+    train: str = setting(
+        "clips-train.jsonl", "clips.jsonl, a pattern of tar shards with braces or wildcards, or synthetic for generated clips"
     )
-    validation_clips: int = setting("how many clips each validation reconstructs")
-    sharding: Sharding = setting("how shards are read, where shards are trained on")
+    extra_sources: tuple[Source, ...] | None = setting(
+        None, "other clips trained on beside these, each by its share; null for none"
+    )
+    validation: str = setting("clips-eval.jsonl", "as train, for validation; never trained on")
+    synthetic_clips: int = setting(4096, "how many generated clips there are, where they are trained on")
+    size: int = setting(64, "height and width in pixels")
+    temporal_strides: tuple[int, ...] = setting((1, 2), "frame steps at which clips are read: 1 is their own rate")
+    in_memory: bool = setting(
+        False,
+        "keep each clip of an index, decoded and scaled, in memory after its first read, shared by the loader's processes: "
+        "for sets of clips that fit; shapes are generated as ever",
+    )
+    validation_clips: int = setting(16, "how many clips each validation reconstructs")
+    sharding: Sharding = setting(Sharding(), "how shards are read, where shards are trained on")
 
 
 @dataclass(frozen=True)
 class PerceptualConfig:
     """LPIPS as a loss."""
 
-    path: str = setting("folder with the weights of vgg16 and of lpips")
-    weight: float = setting("of the loss")
-    frames: int = setting("frames of each clip that are compared, drawn anew at each step")
+    path: str = required("folder with the weights of vgg16 and of lpips")
+    weight: float = setting(1.0, "of the loss")
+    frames: int = setting(4, "frames of each clip that are compared, drawn anew at each step")
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot be meant."""
@@ -60,28 +65,28 @@ class PerceptualConfig:
             raise ValueError(f"perceptual weight {self.weight}, frames {self.frames}: a weight above 0 and 1 frame are needed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One level and how it is trained."""
 
-    ratio: int = setting("temporal ratio of the level")
-    frames: int = setting("frames per clip: 1 + ratio*k")
+    ratio: int = required("temporal ratio of the level")
+    frames: int = required("frames per clip: 1 + ratio*k")
     buckets: tuple[Bucket, ...] | None = setting(
-        "shapes of training clips, a batch of each by turns; null for `frames` at the data's size alone, as in validation"
+        None, "shapes of training clips, a batch of each by turns; null for `frames` at the data's size alone, as in validation"
     )
     growth: Growth | None = setting(
-        "how the level, and any between it and the one below, is grown; null for one that needs no growing"
+        None, "how the level, and any between it and the one below, is grown; null for one that needs no growing"
     )
-    trainable: Literal["new", "all"] = setting("the levels that the stage adds, or every weight of the model")
+    trainable: Literal["new", "all"] = setting("new", "the levels that the stage adds, or every weight of the model")
     inherited_lr_scale: float = setting(
-        "learning rate of what a stage trains but starts from the levels below, over that of the rest"
+        1.0, "learning rate of what a stage trains but starts from the levels below, over that of the rest"
     )
-    latent_pretrain_steps: int = setting("first steps that regress the lower latent instead of pixels")
-    mse_weight: float = setting("weight of the squared error beside L1, whose weight is 1")
-    kl_weight: float = setting("weight of the KL term")
-    perceptual: PerceptualConfig | None = setting("LPIPS beside the pixel losses; null for none")
-    adversarial: Adversarial | None = setting("a discriminator, switched on late; null for none")
-    optimization: OptimizationConfig = setting("the optimisation")
+    latent_pretrain_steps: int = setting(0, "first steps that regress the lower latent instead of pixels")
+    mse_weight: float = setting(6.0, "weight of the squared error beside L1, whose weight is 1")
+    kl_weight: float = setting(1e-6, "weight of the KL term")
+    perceptual: PerceptualConfig | None = setting(None, "LPIPS beside the pixel losses; null for none")
+    adversarial: Adversarial | None = setting(None, "a discriminator, switched on late; null for none")
+    optimization: OptimizationConfig = setting(OptimizationConfig(muon_learning_rate=0.004), "the optimisation")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""
@@ -89,21 +94,23 @@ class StageConfig:
             raise ValueError(f"inherited_lr_scale {self.inherited_lr_scale}: must be above 0")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """A whole tokenizer training."""
 
-    output_dir: str = setting("run directory")
-    seed: int = setting("decides weights, data order and noise")
-    precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
-    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
-    compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
-    init: str | None = setting("a trained tokenizer to grow, or to train its highest level further; null starts anew")
-    only_stage: int | None = setting("train this ratio's stage alone; null runs all")
-    model: AutoencoderConfig | None = setting("the base level; null where `init` has it")
-    data: TokenizerDataConfig = setting("the clips")
-    stages: tuple[StageConfig, ...] = setting("levels, lowest first")
-    run: RunConfig = setting("logging, validation, checkpoints")
+    output_dir: str = required("run directory")
+    seed: int = setting(0, "decides weights, data order and noise")
+    precision: Precision = setting("auto", "auto measures which of bf16 and fp32 is faster")
+    gradient_checkpointing: bool = setting(
+        False, "compute blocks again in the backward pass: less memory, a second forward pass"
+    )
+    compile: bool = setting(False, "compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
+    init: str | None = setting(None, "a trained tokenizer to grow, or to train its highest level further; null starts anew")
+    only_stage: int | None = setting(None, "train this ratio's stage alone; null runs all")
+    model: AutoencoderConfig | None = setting(None, "the base level; null where `init` has it")
+    data: TokenizerDataConfig = setting(TokenizerDataConfig(), "the clips")
+    stages: tuple[StageConfig, ...] = required("levels, lowest first")
+    run: RunConfig = setting(RunConfig(), "logging, validation, checkpoints")
 
     def __post_init__(self) -> None:
         """Raise ValueError where stages, frames and sizes do not fit together."""
@@ -125,7 +132,7 @@ class TokenizerConfig:
 
     def buckets_of(self, stage: StageConfig) -> tuple[Bucket, ...]:
         """Return the shapes that a stage trains on."""
-        return stage.buckets or (Bucket(stage.frames, self.data.size, self.data.size, batch_size=None),)
+        return stage.buckets or (Bucket(stage.frames, self.data.size, self.data.size),)
 
 
 # Keys that may differ when a run is continued: they do not change what is learned. A run that ended at a bad sample may go

@@ -14,24 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from promag.training.config import setting
+from promag.training.config import required, setting
 
 LECAM_DECAY = 0.99
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adversarial:
     """When and how the discriminator speaks."""
 
-    weight: float = setting("of the generator's loss, times the adaptive weight")
-    start: int = setting("first step of the stage with a discriminator")
-    learning_rate: float = setting("the discriminator's, at the peak of the stage's schedule")
-    kind: Literal["hinge", "non_saturating"] = setting("loss of both sides")
-    width: int = setting("channels of the discriminator's first layer")
-    layers: int = setting("down-samplings of the discriminator")
-    lecam_weight: float = setting("of LeCam regularisation; 0 for none")
-    penalty_weight: float = setting("of the R1 gradient penalty on real clips; 0 for none")
-    penalty_every: int = setting("steps between two gradient penalties, each weighted by their number")
+    weight: float = setting(0.1, "of the generator's loss, times the adaptive weight")
+    start: int = required("first step of the stage with a discriminator")
+    learning_rate: float = setting(1e-4, "the discriminator's, at the peak of the stage's schedule")
+    kind: Literal["hinge", "non_saturating"] = setting("non_saturating", "loss of both sides")
+    width: int = setting(64, "channels of the discriminator's first layer")
+    layers: int = setting(4, "down-samplings of the discriminator")
+    lecam_weight: float = setting(0.001, "of LeCam regularisation; 0 for none")
+    penalty_weight: float = setting(1.0, "of the R1 gradient penalty on real clips; 0 for none")
+    penalty_every: int = setting(16, "steps between two gradient penalties, each weighted by their number")
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot be meant."""

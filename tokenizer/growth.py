@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promag.training.config import setting
+
 from .layers import CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, is_first, recomputed
 
 Mixing = Literal["attention", "concat", "none"]
@@ -33,14 +35,14 @@ RESIDUAL_LOGVAR = -6.0  # of the residual half of a dual latent at the start: li
 class Growth:
     """How one level is grown; stored per level in the autoencoder's config."""
 
-    mixing: Mixing = "attention"
-    birth: bool = True  # the new latent starts as the key frames' latent; False lets the head speak alone
-    latent: Latent = "mixed"  # dual: the key frames' latent stays as it is, beside as many channels of residual
-    encoder: Lower = "frozen"  # finetune: the level trains its own copy of everything that encodes below it
-    decoder: Lower = "frozen"  # finetune: the same of everything that decodes below it
-    layers: int = 1
-    window: int = 3
-    heads: int = 4
+    mixing: Mixing = setting("attention", "how key-frame features join those of all frames; none takes no key frames")
+    birth: bool = setting(True, "the new latent starts as the key frames' latent; false: as what the head says alone")
+    latent: Latent = setting("mixed", "dual keeps the key frames' latent unchanged, beside as many channels of residual")
+    encoder: Lower = setting("frozen", "finetune: the level trains its own copy of everything that encodes below it")
+    decoder: Lower = setting("frozen", "finetune: the level trains its own copy of everything that decodes below it")
+    layers: int = setting(1, "residual blocks before and after the mixing, and in the decoder")
+    window: int = setting(3, "key frames that the attention sees")
+    heads: int = setting(4, "attention heads; they divide the channels of the level below")
 
     def __post_init__(self) -> None:
         """Raise ValueError for values outside what is legal."""

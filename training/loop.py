@@ -37,20 +37,28 @@ Metrics = Mapping[str, float]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What may change from one call to the next without changing what is learned."""
 
-    log_every: int = setting("steps between two log lines")
-    validate_every: int = setting("steps between two validations")
-    save_every: int = setting("steps between two checkpoints")
-    keep_last: int = setting("newest checkpoints kept of each stage")
-    keep_every: int | None = setting("checkpoints at multiples of so many steps are kept for good; null keeps none of them")
-    workers: int = setting("data loading processes; 0 loads in the training process")
-    distributed: Literal["ddp", "fsdp2"] = setting("each of several processes holds all weights and moments (ddp) or parts")
-    stop_after: int | None = setting("save and end this call after so many steps; null runs to the end")
-    trackers: tuple[Tracker, ...] = setting("where curves, pictures and videos are shown: tensorboard, wandb, both or none")
-    peak_tflops: float | None = setting("what the device is said to do in TFLOP/s, for MFU; null measures a matrix product")
+    log_every: int = setting(25, "steps between two log lines")
+    validate_every: int = setting(500, "steps between two validations")
+    save_every: int = setting(500, "steps between two checkpoints")
+    keep_last: int = setting(2, "newest checkpoints kept of each stage")
+    keep_every: int | None = setting(
+        None, "checkpoints at multiples of so many steps are kept for good; null keeps none of them"
+    )
+    workers: int = setting(2, "data loading processes; 0 loads in the training process")
+    distributed: Literal["ddp", "fsdp2"] = setting(
+        "ddp", "each of several processes holds all weights and moments (ddp) or parts"
+    )
+    stop_after: int | None = setting(None, "save and end this call after so many steps; null runs to the end")
+    trackers: tuple[Tracker, ...] = setting(
+        ("tensorboard",), "where curves, pictures and videos are shown: tensorboard, wandb, both or none"
+    )
+    peak_tflops: float | None = setting(
+        None, "what the device is said to do in TFLOP/s, for MFU; null measures a matrix product"
+    )
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""

@@ -22,24 +22,26 @@ BATCHED = 2**26  # numbers of the matrices that one product holds on a GPU: 0.1 
 NEWTON_SCHULZ_STEPS = 4  # of Muon: one fewer than its authors', a fifth cheaper; singular values end a little less alike
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
     """How one stage is optimised."""
 
-    steps: int = setting("optimiser steps of the stage")
-    batch_size: int = setting("clips per process and batch")
-    accumulate: int = setting("batches of which one step averages the gradients")
-    learning_rate: float = setting("peak of the schedule")
-    warmup: int = setting("steps of linear warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = setting("after the warm-up: down to 5 % of the peak, or constant")
-    weight_decay: float = setting("decoupled, as in AdamW")
-    clip_norm: float = setting("largest gradient norm")
-    ema_decay: float = setting("highest decay of the averaged weights")
+    steps: int = setting(10_000, "optimiser steps of the stage")
+    batch_size: int = setting(4, "clips per process and batch")
+    accumulate: int = setting(1, "batches of which one step averages the gradients")
+    learning_rate: float = setting(4e-4, "peak of the schedule")
+    warmup: int = setting(200, "steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "after the warm-up: down to 5 % of the peak, or constant"
+    )
+    weight_decay: float = setting(0.01, "decoupled, as in AdamW")
+    clip_norm: float = setting(1.0, "largest gradient norm")
+    ema_decay: float = setting(0.999, "highest decay of the averaged weights")
     max_skipped: int = setting(
-        "steps in a row with a loss or gradient that is not finite before training ends; each is skipped"
+        10, "steps in a row with a loss or gradient that is not finite before training ends; each is skipped"
     )
     muon_learning_rate: float | None = setting(
-        "peak rate of Muon for hidden matrices and convolution kernels; null: AdamW for these too"
+        None, "peak rate of Muon for hidden matrices and convolution kernels; null: AdamW for these too"
     )
 
     def __post_init__(self) -> None:

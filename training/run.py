@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import UserError, save_yaml, to_plain
+from .config import UserError, load_yaml, save_yaml, to_plain
 
 MACHINES = "machines.txt"
 DATA = "data.json"
@@ -58,7 +57,7 @@ def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (
     path = Path(path)
     known = path / "config.yaml"
     if known.exists():
-        old, new = _flat(yaml.safe_load(known.read_text(encoding="utf-8"))), _flat(to_plain(config))
+        old, new = _flat(load_yaml(known)), _flat(to_plain(config))
         differs = [
             f"{key} is {old.get(key)!r} there, {new.get(key)!r} now"
             for key in sorted(old.keys() | new.keys())

@@ -91,7 +91,7 @@ def _open_shards(folder: str, rows: int) -> dict[str, float]:
     before, started = _resident(), time.perf_counter()
     shards = open_shards(f"pipe:cat {folder}/shard-{{000000..{-(-rows // 1000) - 1:06d}}}.tar")  # a pipe is not looked for
     buckets = [Bucket(frames, *size, batch_size=8) for frames in (1, 17, 65) for size in ((256, 448), (720, 1280))]
-    plan = ShardedClips(shards, buckets, (1,), Sharding(concurrent_shards=4, shuffle=64, bad="stop"))
+    plan = ShardedClips(shards, buckets, (1,), Sharding(concurrent_shards=4, shuffle=64))
     step = EpochPlan([len(numbers) for numbers in plan.numbers], [8] * len(buckets), 8, 4, 0)
     step.batch(100, 0)
     return {"seconds": time.perf_counter() - started, "resident_bytes": _resident() - before}

@@ -1,7 +1,7 @@
 """Measure whether growing 4x -> 8x -> 16x beats training 16x directly.
 
 Every variant is trained by the same trainer on the same clips and scored on the same unseen ones. A finished variant is not
-trained again, an unfinished one continues; `--only_variants "[progressive]"` runs some variants and what they start from.
+trained again, an unfinished one continues; `--only-variants progressive` runs some variants and what they start from.
 `promag experiment growth-ablation report RESULTS.jsonl` prints and draws what was recorded.
 """
 
@@ -24,7 +24,7 @@ from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.train import StageObjective, train_tokenizer
-from promag.training.config import parse_config, run_main, setting
+from promag.training.config import parse_config, required, run_main, setting
 from promag.training.device import best_device
 from promag.training.loop import RunConfig, seeded
 from promag.training.precision import Precision, autocast, check_training_precision, choose_for_run
@@ -37,20 +37,20 @@ COSTS = ("steps", "clips_seen", "frames_seen", "seconds", "flops")
 class Peer:
     """Another architecture."""
 
-    name: str = setting("class of diffusers, AutoencoderKLWan for example")
-    config: dict[str, Any] = setting("what it is built with")
+    name: str = required("class of diffusers, AutoencoderKLWan for example")
+    config: dict[str, Any] = required("what it is built with")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Variant:
     """One way to reach a ratio. Exactly one of `base`, `model` and `peer` says what it starts from."""
 
-    name: str = setting("what the results call it")
-    seeds: tuple[int, ...] = setting("one training for each")
-    base: str | None = setting("an earlier variant whose tokenizer, of the same seed, it continues")
-    model: AutoencoderConfig | None = setting("a tokenizer of ours from scratch")
-    peer: Peer | None = setting("a peer from scratch")
-    stages: tuple[StageConfig, ...] = setting("what is trained, one after the other")
+    name: str = required("what the results call it")
+    seeds: tuple[int, ...] = setting((0,), "one training for each")
+    base: str | None = setting(None, "an earlier variant whose tokenizer, of the same seed, it continues")
+    model: AutoencoderConfig | None = setting(None, "a tokenizer of ours from scratch")
+    peer: Peer | None = setting(None, "a peer from scratch")
+    stages: tuple[StageConfig, ...] = required("what is trained, one after the other")
 
     def __post_init__(self) -> None:
         """Raise ValueError unless one start is given."""
@@ -58,20 +58,22 @@ class Variant:
             raise ValueError(f"variant {self.name}: exactly one of base, model and peer is needed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AblationConfig:
     """The whole experiment."""
 
-    output_dir: str = setting("folder of the variants' run directories")
-    record: str | None = setting("results file that gets a JSON line for each variant, seed and ratio; null for none")
-    only_variants: tuple[str, ...] | None = setting("names of variants to run, with those they start from; null runs all")
-    precision: Precision = setting("auto measures which of bf16 and fp32 is faster", default="auto", kw_only=True)
-    gradient_checkpointing: bool = setting("compute blocks again in the backward pass: less memory, a second forward pass")
-    compile: bool = setting("compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
-    frames: int = setting("frames of the clips that are scored")
-    data: TokenizerDataConfig = setting("clips to train on and, never trained on, to score")
-    run: RunConfig = setting("logging, validation, checkpoints")
-    variants: tuple[Variant, ...] = setting("in an order in which each one's base comes before it")
+    output_dir: str = required("folder of the variants' run directories")
+    record: str | None = setting(None, "results file that gets a JSON line for each variant, seed and ratio; null for none")
+    only_variants: tuple[str, ...] | None = setting(None, "names of variants to run, with those they start from; null runs all")
+    precision: Precision = setting("auto", "auto measures which of bf16 and fp32 is faster")
+    gradient_checkpointing: bool = setting(
+        False, "compute blocks again in the backward pass: less memory, a second forward pass"
+    )
+    compile: bool = setting(False, "compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
+    frames: int = setting(65, "frames of the clips that are scored")
+    data: TokenizerDataConfig = setting(TokenizerDataConfig(), "clips to train on and, never trained on, to score")
+    run: RunConfig = setting(RunConfig(), "logging, validation, checkpoints")
+    variants: tuple[Variant, ...] = required("in an order in which each one's base comes before it")
 
     def __post_init__(self) -> None:
         """Raise ValueError for names that do not resolve."""
@@ -159,7 +161,6 @@ def train_variant(config: AblationConfig, variant: Variant, seed: int) -> Path |
         gradient_checkpointing=config.gradient_checkpointing,
         compile=config.compile,
         init=str(run_folder(config, variant.base, seed) / "tokenizer") if variant.base else None,
-        only_stage=None,
         model=variant.model,
         data=config.data,
         stages=variant.stages,

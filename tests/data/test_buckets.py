@@ -14,7 +14,7 @@ clip = st.tuples(st.integers(1, 80), st.integers(16, 400), st.integers(16, 400))
 
 
 def buckets_of(*shapes, stride=1):
-    return Buckets([Bucket(*s, None) for s in shapes], stride)
+    return Buckets([Bucket(*s) for s in shapes], stride)
 
 
 def assign(buckets, *clips):
@@ -72,11 +72,11 @@ def test_counts_and_long_lists():
     assigned = buckets.assign(frames, np.full(200_000, 64), np.full(200_000, 64))
     assert buckets.counts(assigned).tolist() == [100_000, 100_000, 0]
     assert buckets.counts(np.array([NONE, 2, NONE])).tolist() == [0, 0, 1]
-    assert Buckets([Bucket(1, 8, 8, None), Bucket(5, 8, 8, 3)]).batch_sizes(7) == [7, 3]
+    assert Buckets([Bucket(1, 8, 8), Bucket(5, 8, 8, 3)]).batch_sizes(7) == [7, 3]
 
 
 def test_the_plan_is_told():
-    buckets = [Bucket(1, 256, 256, 32), Bucket(17, 128, 224, None)]
+    buckets = [Bucket(1, 256, 256, 32), Bucket(17, 128, 224)]
     assert bucket_plan(buckets, [640, 8000], [32, 8], [20, 1000]).splitlines() == [
         "bucket      clips  batch  steps",
         "1x256x256     640     32   2.0%",

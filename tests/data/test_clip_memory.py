@@ -22,7 +22,7 @@ from promag.data.tar_writer import write_shards
 from promag.data.video import UnreadableVideo, write_video
 from promag.training.config import UserError
 
-REST = {"count": 8, "batch_size": 2, "world_size": 1, "temporal_strides": (1,), "sharding": Sharding(1, 1, "stop")}
+REST = {"count": 8, "batch_size": 2, "world_size": 1, "temporal_strides": (1,), "sharding": Sharding(1, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_more_than_there_is(noisy):
 
 def test_sources_hold_what_comes_from_an_index(noisy, tmp_path):
     save_clips(tmp_path / "clips.jsonl", noisy)
-    buckets = [Bucket(5, 32, 32, None), Bucket(5, 48, 32, 4)]
+    buckets = [Bucket(5, 32, 32), Bucket(5, 48, 32, 4)]
     index, shapes = str(tmp_path / "clips.jsonl"), Source("synthetic", 0.3, (1,))
     held, plan = open_sources(index, [shapes], buckets, **REST, in_memory=True)
     plain, plan_of_files = open_sources(index, [shapes], buckets, **REST)
@@ -173,4 +173,4 @@ def test_shards_are_refused(noisy, tmp_path):
     write_shards(tmp_path / "clips.jsonl", tmp_path, 2, progress=False)
     shards = str(tmp_path / "*.tar")
     with pytest.raises(UserError, match=r"in_memory true with shards .*\*\.tar: only the clips of an index"):
-        open_training(shards, [Bucket(1, 32, 32, None)], **REST, in_memory=True)
+        open_training(shards, [Bucket(1, 32, 32)], **REST, in_memory=True)

@@ -11,8 +11,8 @@ from promag.data.tar_stream import Sharding
 from promag.data.tar_writer import write_shards
 from promag.training.config import UserError
 
-BUCKETS = [Bucket(3, 32, 32, None), Bucket(5, 32, 32, 1)]
-REST = {"count": 8, "batch_size": 2, "world_size": 1, "temporal_strides": (1,), "sharding": Sharding(1, 1, "stop")}
+BUCKETS = [Bucket(3, 32, 32), Bucket(5, 32, 32, 1)]
+REST = {"count": 8, "batch_size": 2, "world_size": 1, "temporal_strides": (1,), "sharding": Sharding(1, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def index(clips, tmp_path_factory):
 
 def test_one_source_draws_as_before():
     found, plan = open_sources("synthetic", [], BUCKETS, **REST)
-    alone, plan_alone = open_training("synthetic", BUCKETS, 8, 2, 1, (1,), Sharding(1, 1, "stop"))
+    alone, plan_alone = open_training("synthetic", BUCKETS, 8, 2, 1, (1,), Sharding(1, 1))
     assert plan == plan_alone
     for step in range(5):
         one, other = (TrainingStream(clips, 3, 2, 0, 1).batch(step) for clips in (found, alone))

@@ -118,7 +118,7 @@ def test_shards_are_the_same_again_and_continue_after_an_interruption(index, sha
 
 
 def test_shards_of_one_bucket_each(index, tmp_path, caplog):
-    buckets = [Bucket(5, 32, 64, None), Bucket(1, 40, 40, None)]
+    buckets = [Bucket(5, 32, 64), Bucket(1, 40, 40)]
     written = write_shards(index, tmp_path, 2, 0, buckets, progress=False)
     assert (written.shards, written.left_out) == (4, 0)
     found = open_shards(tmp_path / "*.tar")

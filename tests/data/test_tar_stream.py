@@ -25,7 +25,7 @@ from promag.training.config import UserError
 from tests.data.conftest import counting
 from tests.data.test_datasets import same, taken
 
-VIDEO, IMAGE = Bucket(3, 32, 64, None), Bucket(1, 16, 16, None)
+VIDEO, IMAGE = Bucket(3, 32, 64), Bucket(1, 16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_shards_by_pipe_are_opened_once_an_epoch(folder, tmp_path):
     pattern = "{" + ",".join(command.replace("{000000..000003}", f"{k:06d}") for k in range(4)) + "}"
     shards = open_shards(pattern)
     (tmp_path / "opened").unlink()  # reading the index runs the same command
-    piped = ShardedClips(shards, [VIDEO], (1, 2), Sharding(concurrent_shards=1, shuffle=3, bad="stop"))
+    piped = ShardedClips(shards, [VIDEO], (1, 2), Sharding(concurrent_shards=1, shuffle=3))
     found = taken(TrainingStream(piped, 7, 2, 0, 1), 10)
     opened = (tmp_path / "opened").read_text().split()
     assert sorted(opened) == ["000000", "000001", "000002", "000003"]
@@ -148,8 +148,8 @@ def test_clips_by_their_number(index, folder):
 
 
 def test_plans(index, folder, caplog):
-    sharding = Sharding(2, 4, "stop")
-    buckets = [VIDEO, Bucket(1, 16, 16, 4), Bucket(40, 16, 16, None)]
+    sharding = Sharding(2, 4)
+    buckets = [VIDEO, Bucket(1, 16, 16, 4), Bucket(40, 16, 16)]
     found, plan = open_training(folder / "*.tar", buckets, 0, 2, 2, (1,), sharding)
     assert isinstance(found, ShardedClips)
     assert plan.splitlines()[1:] == [
@@ -172,7 +172,7 @@ def test_plans(index, folder, caplog):
 
 
 def test_one_bucket_of_an_index_draws_as_a_dataset_does(index):
-    found, _ = open_training(index, [VIDEO], 0, 2, 1, (1, 2), Sharding(1, 1, "stop"))
+    found, _ = open_training(index, [VIDEO], 0, 2, 1, (1, 2), Sharding(1, 1))
     alone = ClipDataset(load_clips(index), 3, (32, 64), (1, 2))
     same(TrainingStream(found, 1, 3, 0, 1).batch(4), TrainingStream(alone, 1, 3, 0, 1).batch(4))
 
@@ -181,22 +181,22 @@ def test_one_bucket_of_an_index_draws_as_a_dataset_does(index):
 def test_clips_too_short_are_named(index, folder, kind, caplog):
     source = index if kind == "index" else folder / "*.tar"
     with caplog.at_level(logging.WARNING):
-        open_training(source, [VIDEO], 0, 2, 1, (1,), Sharding(1, 1, "stop"))
+        open_training(source, [VIDEO], 0, 2, 1, (1,), Sharding(1, 1))
     assert "6 of 26 clips are too short for every bucket" in caplog.text
     assert ("20.png (1)" if kind == "index" else "(1 frames)") in caplog.text
     with pytest.raises(UserError, match="no clip of 26 is long enough for 99x8x8"):
-        open_training(source, [Bucket(99, 8, 8, None)], 0, 2, 1, (1,), Sharding(1, 1, "stop"))
+        open_training(source, [Bucket(99, 8, 8)], 0, 2, 1, (1,), Sharding(1, 1))
 
 
 def test_no_step_can_be_filled(folder):
     with pytest.raises(UserError, match=r"\[20\] samples in batches of \[2\] on 11 ranks"):
-        open_training(folder / "*.tar", [VIDEO], 0, 2, 11, (1,), Sharding(1, 1, "stop"))
+        open_training(folder / "*.tar", [VIDEO], 0, 2, 11, (1,), Sharding(1, 1))
 
 
 @pytest.mark.parametrize("values", [(0, 1), (1, 0)])
 def test_sharding_that_cannot_be_meant(values):
     with pytest.raises(ValueError, match="at least 1 is needed"):
-        Sharding(*values, "stop")
+        Sharding(*values)
 
 
 # -- bad samples -----------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_a_shard_that_ends_early_in_a_stream_is_named_and_its_clips_replaced_by_
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 9000 if path.name == "shard-000001.tar" else None])
     shards = open_shards(f"pipe:cat {tmp_path}/shard-{{000000..000003}}.tar")
     with pytest.raises(BadSample, match=r"shard pipe:.*shard-000001\.tar, sample .*: the shard "):
-        taken(TrainingStream(ShardedClips(shards, [VIDEO], (1,), Sharding(1, 2, "stop")), 0, 2, 0, 1), 10)
+        taken(TrainingStream(ShardedClips(shards, [VIDEO], (1,), Sharding(1, 2)), 0, 2, 0, 1), 10)
     clips = ShardedClips(shards, [VIDEO], (1,), Sharding(1, 2, "skip"))
     with caplog.at_level(logging.WARNING):
         batches = taken(TrainingStream(clips, 0, 2, 0, 1), 10)
@@ -279,7 +279,7 @@ def test_a_video_shorter_than_its_index_says_is_named(folder, tmp_path):
 
 def test_loaders_that_shuffle_nothing_away(folder):
     """The whole chain, as the training loop builds it."""
-    clips, _ = open_training(folder / "*.tar", [VIDEO, IMAGE], 0, 2, 1, (1,), Sharding(2, 4, "stop"))
+    clips, _ = open_training(folder / "*.tar", [VIDEO, IMAGE], 0, 2, 1, (1,), Sharding(2, 4))
     loader = DataLoader(TrainingStream(clips, 0, 2, 0, 1), batch_size=None, num_workers=2)
     batches = [batch for batch, _ in zip(loader, range(13), strict=False)]
     assert [batch["step"] for batch in batches] == list(range(13))

@@ -19,7 +19,7 @@ from promag.diffusion.train import Cached, FlowObjective, mixed, train_diffusion
 from promag.training.config import build, load_yaml
 from promag.training.run import checkpoints, load_checkpoint
 
-VIDEO, WIDE, IMAGE = Bucket(17, 16, 16, None), Bucket(17, 16, 32, 1), Bucket(1, 16, 16, 4)
+VIDEO, WIDE, IMAGE = Bucket(17, 16, 16), Bucket(17, 16, 32, 1), Bucket(1, 16, 16, 4)
 CLIPS = {VIDEO: 6, WIDE: 3, IMAGE: 8}
 
 

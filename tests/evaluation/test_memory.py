@@ -19,7 +19,7 @@ from promag.evaluation.memory import (
 from promag.training.config import build, load_yaml
 from promag.training.optimizers import make_optimizers
 
-SHAPE = TransformerConfig((1, 2, 2), 3, 2, 8, True)
+SHAPE = TransformerConfig(num_layers=3, num_attention_heads=2, attention_head_dim=8, local_convolution=True)
 
 
 @pytest.fixture(scope="module")

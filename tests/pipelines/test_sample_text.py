@@ -16,8 +16,10 @@ PROMPTS = ["a red disc", "a blue square"]
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_what_is_kept_is_what_the_encoders_give_and_what_learns_is_asked_anew(tmp_path, order):
     write_t5(tmp_path / "t5")
-    encoders = [TextEncoderConfig(str(tmp_path / "t5"), None, 8), TextEncoderConfig("small", None, 6)]
-    text = TextConfig(tuple(encoders[i] for i in order), vocabulary=300, width=16, layers=1, heads=2, learning_rate=1e-3)
+    encoders = [TextEncoderConfig(model=str(tmp_path / "t5"), max_length=8), TextEncoderConfig(max_length=6)]
+    text = TextConfig(
+        encoders=tuple(encoders[i] for i in order), vocabulary=300, width=16, layers=1, heads=2, learning_rate=1e-3
+    )
     vocabulary = learn_vocabulary(PROMPTS, 300, 6)
     torch.manual_seed(0)
     learned, frozen = (vocabulary, small_clip(vocabulary, 16, 1, 2)), load_frozen(str(tmp_path / "t5"), None, 8)

@@ -1,5 +1,6 @@
 """One smallest demo run, whose tokenizer and pipelines the tests of the other scripts use."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,13 @@ TINY_MODEL = {
 
 
 def overrides(values: dict, prefix: str = "") -> list[str]:
-    """Turn nested values into --dotted.name=value arguments."""
-    import json
-
+    """Turn nested values into --dotted.name=value arguments, as a shell user types them."""
     found = []
     for key, value in values.items():
         if isinstance(value, dict):
             found += overrides(value, f"{prefix}{key}.")
         else:
-            found.append(f"--{prefix}{key}={json.dumps(value)}")
+            found.append(f"--{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
     return found
 
 

@@ -28,20 +28,34 @@ RUN = run_config(validate_every=4, save_every=50, keep_last=1)
 
 
 def stage(ratio, frames, growth=None, latent_pretrain_steps=0, trainable="new", adversarial=None):
-    return StageConfig(ratio, frames, None, growth, trainable, 0.5, latent_pretrain_steps, 1.0, 1e-6, None, adversarial, LOOP)
+    return StageConfig(
+        ratio=ratio,
+        frames=frames,
+        growth=growth,
+        trainable=trainable,
+        inherited_lr_scale=0.5,
+        latent_pretrain_steps=latent_pretrain_steps,
+        mse_weight=1.0,
+        adversarial=adversarial,
+        optimization=LOOP,
+    )
+
+
+def adversarial_config(**change):
+    return Adversarial(start=2, kind="hinge", width=4, layers=1, penalty_every=1, **change)
+
+
+def data_config(train="synthetic", validation="synthetic", **change):
+    values = {"synthetic_clips": 8, "size": 32, "temporal_strides": (1,), "validation_clips": 2, "sharding": Sharding(1, 4)}
+    return TokenizerDataConfig(train=train, validation=validation, **{**values, **change})
 
 
 def make_config(folder, **change):
     config = TokenizerConfig(
         output_dir=str(folder),
-        seed=0,
         precision="fp32",
-        gradient_checkpointing=False,
-        compile=False,
-        init=None,
-        only_stage=None,
         model=AutoencoderConfig(**TINY),
-        data=TokenizerDataConfig("synthetic", None, "synthetic", 8, 32, (1,), False, 2, Sharding(1, 4, "stop")),
+        data=data_config(),
         stages=(stage(4, 5), stage(8, 9, Growth(), 2), stage(16, 17, Growth(decoder="finetune"))),
         run=RUN,
     )
@@ -153,7 +167,7 @@ def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path
 
 
 def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
-    adversarial = Adversarial(0.1, 2, 2e-3, "hinge", width=4, layers=1, lecam_weight=0.1, penalty_weight=1.0, penalty_every=1)
+    adversarial = adversarial_config(learning_rate=2e-3, lecam_weight=0.1, penalty_weight=1.0)
     stages = (stage(4, 5, adversarial=adversarial),)
     train_tokenizer(make_config(tmp_path / "whole", stages=stages))
     half = dataclasses.replace(RUN, stop_after=3)  # the averages of LeCam cross the interruption
@@ -189,7 +203,7 @@ def test_what_is_inherited_learns_at_its_own_rate():
 
 
 def test_the_discriminator_learns_at_its_own_rate():
-    adversarial = Adversarial(0.1, 2, 4e-3, "hinge", width=4, layers=1, lecam_weight=0, penalty_weight=0, penalty_every=1)
+    adversarial = adversarial_config(learning_rate=4e-3, lecam_weight=0, penalty_weight=0)
     objective = StageObjective(make_tokenizer(levels=1), stage(4, 5, adversarial=adversarial))
     (adam,) = make_optimizers(objective, optimization_config(learning_rate=1e-3))
     factors = {id(p): group["factor"] for group in adam.param_groups for p in group["params"]}
@@ -219,9 +233,9 @@ def bucketed(shards):
     """Two stages that train on videos, and on images in larger batches."""
 
     def config(folder, **change):
-        four = dataclasses.replace(stage(4, 5), buckets=(Bucket(5, 32, 48, None), Bucket(1, 32, 32, 2)))
-        eight = dataclasses.replace(stage(8, 9, Growth(), 2), buckets=(Bucket(9, 32, 32, None), Bucket(1, 32, 32, 2)))
-        data = TokenizerDataConfig(f"{shards}/*.tar", None, f"{shards}/*.tar", 0, 32, (1,), False, 2, Sharding(2, 4, "stop"))
+        four = dataclasses.replace(stage(4, 5), buckets=(Bucket(5, 32, 48), Bucket(1, 32, 32, 2)))
+        eight = dataclasses.replace(stage(8, 9, Growth(), 2), buckets=(Bucket(9, 32, 32), Bucket(1, 32, 32, 2)))
+        data = data_config(f"{shards}/*.tar", f"{shards}/*.tar", sharding=Sharding(2, 4))
         return make_config(folder, data=data, stages=(four, eight), run=run_config(validate_every=4, save_every=50), **change)
 
     return config
@@ -246,7 +260,7 @@ def test_a_run_may_take_its_clips_into_memory_on_the_way(shards, tmp_path):
     index = str(shards.parent / "clips.jsonl")
 
     def half(name, in_memory):
-        data = TokenizerDataConfig(index, None, index, 0, 32, (1, 2), in_memory, 2, Sharding(2, 4, "stop"))
+        data = data_config(index, index, temporal_strides=(1, 2), in_memory=in_memory)
         run = dataclasses.replace(RUN, stop_after=2, workers=2)
         return train_tokenizer(make_config(tmp_path / name, data=data, stages=(stage(4, 5),), run=run))
 
@@ -256,13 +270,13 @@ def test_a_run_may_take_its_clips_into_memory_on_the_way(shards, tmp_path):
     files, *others = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("files", "into", "out"))
     for other in others:
         assert all(torch.equal(files[key], other[key]) for key in files)
-    data = TokenizerDataConfig(f"{shards}/*.tar", None, index, 0, 32, (1,), True, 2, Sharding(2, 4, "stop"))
+    data = data_config(f"{shards}/*.tar", index, in_memory=True)
     with pytest.raises(UserError, match="in_memory true with shards"):
         train_tokenizer(make_config(tmp_path / "shards", data=data, stages=(stage(4, 5),)))
 
 
 def test_buckets_must_fit_their_level(bucketed, tmp_path):
     good = bucketed(tmp_path)
-    for bucket, message in ((Bucket(6, 32, 32, None), "6 frames"), (Bucket(5, 32, 36, None), "width 36")):
+    for bucket, message in ((Bucket(6, 32, 32), "6 frames"), (Bucket(5, 32, 36), "width 36")):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(good, stages=(dataclasses.replace(good.stages[0], buckets=(bucket,)),))

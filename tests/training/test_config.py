@@ -1,33 +1,54 @@
 import dataclasses
+import tempfile
+import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promag.training.config import UserError, build, load_yaml, parse_config, run_main, save_yaml, setting
+from promag.tokenizer.config import TokenizerConfig
+from promag.training.config import (
+    UserError,
+    _dataclass_in,
+    _plain,
+    build,
+    load_yaml,
+    parse_config,
+    required,
+    run_main,
+    save_yaml,
+    setting,
+)
 
 PRESETS = sorted(Path("configs").rglob("*.yaml"))
 
 
 @dataclass(frozen=True)
 class Inner:
-    rate: float = setting("how fast")
-    kind: str = setting("which", default="plain")
+    rate: float = required("how fast")
+    kind: str = setting("plain", "which")
 
 
 @dataclass(frozen=True)
 class Outer:
-    name: str = setting("what it is called")
-    sizes: tuple[int, ...] = setting("how large")
-    inner: Inner = setting("the rest")
-    stages: tuple[Inner, ...] = setting("several")
-    only: int | None = setting("or none")
-    more: Inner | None = setting("or none", default=None)
+    name: str = required("what it is called")
+    sizes: tuple[int, ...] = required("how large")
+    inner: Inner = setting(Inner(0.1, "usual"), "the rest")
+    stages: tuple[Inner, ...] = setting((Inner(1.0),), "several")
+    only: int | None = setting(None, "or none")
+    more: Inner | None = setting(None, "or none")
+    mode: Literal["auto", "no"] = setting("auto", "one of two words")
+    record: str | None = setting(None, "a path or none")
+    fast: bool = setting(False, "or slow")
+    words: tuple[str, ...] = setting((), "any")
+    pairs: tuple[tuple[int, int], ...] = setting(((1, 2),), "any")
 
 
-VALUES = {"name": "a", "sizes": [1, 2], "inner": {"rate": 0.5, "kind": "x"}, "stages": [{"rate": 1.0}], "only": None}
+TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")))
+VALUES = {"name": "a", "sizes": [1, 2]}
 
 
 @pytest.fixture
@@ -37,45 +58,132 @@ def preset(tmp_path):
     return path
 
 
+def parse(preset, *argv: str) -> Outer:
+    return parse_config(Outer, ["--config", str(preset), *argv], "")
+
+
 def test_yaml_and_back_is_the_same(preset):
-    config = build(Outer, load_yaml(preset), "test")
-    assert config == Outer("a", (1, 2), Inner(0.5, "x"), (Inner(1.0),), None)
+    assert build(Outer, load_yaml(preset), "test") == Outer("a", (1, 2))
 
 
-def test_dotted_overrides_reach_every_place(preset):
-    argv = ["--config", str(preset), "--inner.rate=0.25", "--stages.0.kind", "y", "--sizes", "[3]", "--only", "7"]
-    config = parse_config(Outer, argv, "")
-    assert config == Outer("a", (3,), Inner(0.25, "x"), (Inner(1.0, "y"),), 7)
+@given(TEXT, st.lists(TEXT), st.floats(allow_nan=False), st.integers())
+def test_any_value_survives_the_resolved_file(name, words, rate, size):
+    config = Outer(name, (size,), Inner(rate, name), words=tuple(words))
+    with tempfile.TemporaryDirectory() as folder:
+        save_yaml(Path(folder) / "config.yaml", config)
+        assert build(Outer, load_yaml(Path(folder) / "config.yaml"), "test") == config
+
+
+def test_what_a_mapping_leaves_out_comes_from_the_default_of_its_field():
+    config = build(Outer, {**VALUES, "inner": {"kind": "x"}, "stages": [{"rate": 2}], "more": {"rate": 3}}, "test")
+    assert (config.inner, config.stages, config.more) == (Inner(0.1, "x"), (Inner(2.0),), Inner(3.0))
+    with pytest.raises(UserError, match=r"key stages\.0\.rate is missing \(it has no default\)"):
+        build(Outer, {**VALUES, "stages": [{"kind": "x"}]}, "test")
+
+
+def test_dotted_options_reach_every_place(preset):
+    config = parse(preset, "--inner.rate=0.25", "--stages.0.kind", "y", "--sizes", "[3]", "--only", "7")
+    assert config == Outer("a", (3,), Inner(0.25, "usual"), (Inner(1.0, "y"),), 7)
 
 
 def test_what_is_null_can_be_given_key_by_key(preset):
-    config = parse_config(Outer, ["--config", str(preset), "--more.rate", "2", "--more.kind", "z"], "")
-    assert config.more == Inner(2.0, "z")
+    assert parse(preset, "--more.rate", "2", "--more.kind", "z").more == Inner(2.0, "z")
     with pytest.raises(UserError, match=r"key more\.rate is missing"):
-        parse_config(Outer, ["--config", str(preset), "--more.kind", "z"], "")
+        parse(preset, "--more.kind", "z")
 
 
 @given(st.floats(-1e6, 1e6), st.integers(-(10**6), 10**6))
 def test_any_number_survives_the_command_line(rate, only):
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "preset.yaml"
         save_yaml(path, build(Outer, VALUES, "test"))
-        config = parse_config(Outer, ["--config", str(path), f"--inner.rate={rate!r}", f"--only={only}"], "")
+        config = parse(path, f"--inner.rate={rate!r}", f"--only={only}")
     assert (config.inner.rate, config.only) == (rate, only)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ("--mode no", "mode", "no"),
+        ("--name no", "name", "no"),
+        ("--name 08", "name", "08"),
+        ("--name 1e-3", "name", "1e-3"),
+        ("--name null", "name", "null"),
+        ("--name 2026-11-26", "name", "2026-11-26"),
+        ("--name {a", "name", "{a"),
+        ("--record yes", "record", "yes"),
+        ("--record null", "record", None),
+        ("--record ~/results.jsonl", "record", "~/results.jsonl"),
+        ("--only 08", "only", 8),
+        ("--only 1e3", "only", 1000),
+        ("--only -5", "only", -5),
+        ("--only null", "only", None),
+        ("--fast yes", "fast", True),
+        ("--fast off", "fast", False),
+        ("--fast true", "fast", True),
+        ("--sizes 4 8 16", "sizes", (4, 8, 16)),
+        ("--sizes 010", "sizes", (10,)),
+        ("--sizes [4,8]", "sizes", (4, 8)),
+        ("--words no", "words", ("no",)),
+        ("--words 1 on null", "words", ("1", "on", "null")),
+        ("--words", "words", ()),
+        ("--words=off", "words", ("off",)),
+        ("--pairs [3,4] [5,6]", "pairs", ((3, 4), (5, 6))),
+        ("--pairs [[3,4]]", "pairs", ((3, 4),)),
+    ],
+)
+def test_words_arrive_as_a_shell_user_types_them(preset, words, key, value):
+    assert getattr(parse(preset, *words.split()), key) == value
+
+
+def test_numbers_in_presets_follow_yaml_1_2(tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text("{name: no, sizes: [010, 0o10, 0x10, 1e1], inner: {rate: 1e-3, kind: on}, mode: no, words: [yes, y, 1:30]}")
+    config = build(Outer, load_yaml(path), "test")
+    assert config.sizes == (10, 8, 16, 10)
+    assert (config.name, config.inner, config.mode) == ("no", Inner(1e-3, "on"), "no")
+    assert config.words == ("yes", "y", "1:30")
+
+
+def test_dashes_and_underscores_are_the_same(tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text("{output_dir: a, stages: []}")
+    for name in ("--output_dir", "--output-dir"):
+        with pytest.raises(UserError, match="stages: at least one is needed"):
+            parse_config(TokenizerConfig, ["--config", str(path), name, "b"], "")
+    options = ["--data.synthetic-clips", "3", "--stages.0.kl-weight=0.5", "--run.log_every", "7"]
+    config = parse_config(TokenizerConfig, ["--config", "tokenizer/tiny", *options], "")
+    assert (config.data.synthetic_clips, config.stages[0].kl_weight, config.run.log_every) == (3, 0.5, 7)
+
+
+@pytest.mark.parametrize("option", ["--print-config", "--print_config"])
+def test_the_resolved_configuration_is_printed(preset, tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        parse(preset, option, "--mode", "no", "--inner.kind", "08")
+    assert stop.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    printed = load_yaml(tmp_path / "printed.yaml")
+    assert set(printed) == {field.name for field in dataclasses.fields(Outer)}
+    assert build(Outer, printed, "test") == Outer("a", (1, 2), Inner(0.1, "08"), mode="no")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--inner.rat", "1"], r"unknown key inner.rat; legal: kind, rate; did you mean rate\?"),
-        (["--colour", "red"], "unknown key colour; legal: inner, more, name, only, sizes, stages"),
+        (
+            ["--colour", "red"],
+            "unknown key colour; legal: fast, inner, mode, more, name, only, pairs, record, sizes, stages, words",
+        ),
         (["--stages.0.rat", "1"], "unknown key stages.0.rat; legal: kind, rate"),
         (["--stages.3.rate", "1"], "'3' is not an index of a list of 1"),
         (["--inner.rate", "fast"], r"inner.rate: .* \(got 'fast'\)"),
         (["--inner.rate"], "option --inner.rate has no value"),
         (["stray"], "argument 'stray'"),
+        (["--only", "3", "4"], "argument '4': --only takes one value"),
+        (["--mode", "on"], r"mode: input should be 'auto' or 'no' \(got 'on'\)"),
+        (["--sizes", "4", "big"], r"sizes\.1: .* \(got 'big'\)"),
+        (["--name.first", "x"], "option --name.first: name holds a value, not keys"),
     ],
 )
 def test_mistakes_are_named(preset, argv, message):
@@ -92,6 +200,9 @@ def test_missing_keys_and_files_are_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UserError, match="holds list"):
         load_yaml(tmp_path / "list.yaml")
+    (tmp_path / "empty.yaml").write_text("# nothing but a comment\n")
+    with pytest.raises(UserError, match=r"empty\.yaml: is empty, a mapping of keys is needed"):
+        load_yaml(tmp_path / "empty.yaml")
 
 
 def test_help_lists_every_leaf(capsys):
@@ -101,26 +212,28 @@ def test_help_lists_every_leaf(capsys):
     text = capsys.readouterr().out
     assert "What it does." in text
     for leaf in (
-        "--name  (str)  what it is called",
-        "--inner.rate  (float)  how fast",
-        "--stages.N.kind",
-        "--only  (int | None)",
+        "--name  (str, required)  what it is called",
+        "--inner.rate  (float, default 0.1)  how fast",
+        "--stages.N.rate  (float, required)  how fast",
+        '--stages.N.kind  (str, default "plain")  which',
+        "--only  (int | None, default null)  or none",
+        "--print-config",
     ):
         assert leaf in text
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=str)
-def test_presets_are_complete_and_legal(path):
-    """Every preset builds its config and states every key without a default, so that a reader sees all of it in one file."""
-    config = build(_class_of(path), load_yaml(path), str(path))
-    _assert_complete(config, load_yaml(path), str(path))
+def test_presets_are_legal_and_state_only_what_differs_from_the_defaults(path):
+    values = load_yaml(path)
+    build(_class_of(path), values, str(path))
+    stated = list(_stated_defaults(_class_of(path), values))
+    assert not stated, f"{path} states defaults: {', '.join(stated)}"
 
 
 def _class_of(path: Path):
     from promag.diffusion.config import DiffusionConfig
     from promag.scripts.demo import DemoConfig
     from promag.scripts.experiments.growth_ablation import AblationConfig
-    from promag.tokenizer.config import TokenizerConfig
 
     if path.stem == "demo":
         return DemoConfig
@@ -128,18 +241,21 @@ def _class_of(path: Path):
     return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig, "growth_ablation": AblationConfig}[kind]
 
 
-def _assert_complete(config, values, place):
-    for field in dataclasses.fields(config):
-        if field.default is not dataclasses.MISSING and field.name not in values:
+def _stated_defaults(cls, values, default=None, place=""):
+    """Yield the keys of a preset whose value their default has already."""
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
             continue
-        assert field.name in values, f"{place} does not state {field.name}"
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            _assert_complete(value, values[field.name], f"{place}:{field.name}")
-        elif isinstance(value, tuple):
-            for inner, given_values in zip(value, values[field.name], strict=True):
-                if dataclasses.is_dataclass(inner):
-                    _assert_complete(inner, given_values, f"{place}:{field.name}")
+        own = getattr(default, field.name) if isinstance(default, cls) else field.default
+        value, name = values[field.name], f"{place}{field.name}"
+        inner = _dataclass_in(typing.get_type_hints(cls)[field.name])
+        if inner and isinstance(value, dict):
+            yield from _stated_defaults(inner, value, own, f"{name}.")
+        elif inner and isinstance(value, list):
+            for number, element in enumerate(value):
+                yield from _stated_defaults(inner, element, None, f"{name}.{number}.")
+        elif own is not dataclasses.MISSING and value == _plain(own):
+            yield name
 
 
 def test_run_main_returns_the_exit_status_and_shows_a_mistake_in_one_line(capsys):

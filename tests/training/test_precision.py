@@ -99,7 +99,7 @@ def any_precision():
 def test_a_run_records_its_precision_and_keeps_it_on_another_machine(measured, any_precision, tmp_path, capsys):
     measured("bf16")
     config = make_config(tmp_path, precision="auto", stages=make_config(tmp_path).stages[:1])
-    half = dataclasses.replace(config, pace=dataclasses.replace(config.pace, stop_after=2))
+    half = dataclasses.replace(config, run=dataclasses.replace(config.run, stop_after=2))
     assert train(half) is None
     assert load_yaml(tmp_path / "config.yaml")["precision"] == "bf16"
     assert "precision: bf16 (auto: this CPU was measured)\n" in capsys.readouterr().err
