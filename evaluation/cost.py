@@ -19,7 +19,7 @@ from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames
 from promag.training.loop import Objective
 from promag.training.optimizers import OptimizationConfig, make_optimizers
-from promag.training.precision import Precision, autocast
+from promag.training.precision import Precision, autocast, choose_precision
 
 Key = TypeVar("Key")
 TEXT_TOKENS = 24  # of the random text, from each text encoder
@@ -68,7 +68,8 @@ def train_step(
     With `optimization` None it ends with the gradients: forward and backward alone. The weights of `transformer` change:
     pass a copy.
     """
-    optimizers = make_optimizers(TransformerAlone(transformer), optimization) if optimization else []
+    chosen = choose_precision(precision, transformer.device)
+    optimizers = make_optimizers(TransformerAlone(transformer), optimization, chosen) if optimization else []
     text_tokens = [TEXT_TOKENS] * len(transformer.text_dims)
     loss = random_loss(transformer, frames, height, width, ratio, batch_size, text_tokens, spatial, precision)
 

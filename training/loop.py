@@ -215,7 +215,7 @@ def train(
     apart = [[p for p in module.parameters() if p.requires_grad] for module in objective.clipped_apart()]
     theirs = {id(p) for group in apart for p in group}
     together = [p for p in named.values() if id(p) not in theirs]
-    optimizers = make_optimizers(objective, settings)
+    optimizers = make_optimizers(objective, settings, "bf16" if accelerator.mixed_precision == "bf16" else "fp32")
     parameters = [held(p) for p in named.values()]
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     global_batch = accelerator.num_processes * settings.batch_size * settings.accumulate

@@ -14,6 +14,7 @@ from torch.optim._muon import _adjust_lr
 
 from .config import UserError, setting
 from .fsdp import gather, held, joined, spread_like
+from .precision import DTYPES, Chosen
 
 if TYPE_CHECKING:
     from .loop import Objective
@@ -68,9 +69,12 @@ class OptimizationConfig:
         return self.learning_rate * (0.05 + 0.95 * left)
 
 
-def make_optimizers(objective: "Objective", settings: OptimizationConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    objective: "Objective", settings: OptimizationConfig, precision: Chosen = "bf16"
+) -> list[torch.optim.Optimizer]:
     """Return AdamW and, where asked for, Muon for the objective's matrices; to be called where the weights will stay.
 
+    Muon orthogonalises in `precision`: processors that only emulate bfloat16 would spend more time on it than on the model.
     A group's `factor` is its learning rate over the schedule's. Raises UserError where Muon has nothing to train.
     """
     factors = {id(p): factor for module, factor in objective.rate_factors() for p in module.parameters()}
@@ -87,9 +91,8 @@ def make_optimizers(objective: "Objective", settings: OptimizationConfig) -> lis
         optimizers.append(torch.optim.AdamW(groups, settings.learning_rate, **options, fused=True))
     if settings.muon_learning_rate is not None:
         groups = _groups(matrices, factors, settings.muon_learning_rate / settings.learning_rate)
-        optimizers.append(
-            Muon(groups, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, ns_steps=NEWTON_SCHULZ_STEPS)
-        )
+        options = {"weight_decay": settings.weight_decay, "ns_steps": NEWTON_SCHULZ_STEPS, "dtype": DTYPES[precision]}
+        optimizers.append(Muon(groups, lr=settings.muon_learning_rate, **options))
     return optimizers
 
 
@@ -143,6 +146,7 @@ class Muon(torch.optim.Muon):
     Args:
         weights: at least two axes, outputs first, in the memory layout and on the device where they will stay; or groups
             of them, as torch's optimisers take.
+        dtype: in which matrices are orthogonalised; torch.optim.Muon always does so in bfloat16.
         options: those of torch.optim.Muon.
 
     `weights` are trained in place. The optimiser's own parameters are their matrix views, in the same order, and its state
@@ -150,7 +154,12 @@ class Muon(torch.optim.Muon):
     that this process holds; each process orthogonalises some of the matrices whole and gives the others their parts.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **options: Any):
+    def __init__(
+        self,
+        weights: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        dtype: torch.dtype = torch.bfloat16,
+        **options: Any,
+    ):
         given: list[Any] = list(weights)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
         self.weights: list[nn.Parameter] = [weight for group in groups for weight in group["params"]]
@@ -160,8 +169,9 @@ class Muon(torch.optim.Muon):
                 raise ValueError(
                     f"weight of shape {tuple(weight.shape)}, strides {weight.stride()}: no matrix view of it exists"
                 )
+        self.dtype = dtype
         # A GPU waits for hundreds of small products to be started one by one; a CPU does not.
-        self.batched = any(view.is_cuda for view in views)
+        self.batched = any(view.is_cuda for view in views) or dtype != torch.bfloat16
         rest = iter(views)
         super().__init__([{**group, "params": [next(rest) for _ in group["params"]]} for group in groups], **options)
 
@@ -205,7 +215,7 @@ class Muon(torch.optim.Muon):
             torch._foreach_mul_(views, 1 - group["lr"] * group["weight_decay"])
             for batch in _batches([tuple(view.shape) for view in views]):
                 rows, columns = views[batch[0]].shape
-                step = _orthogonal(torch.stack([updates[i].bfloat16() for i in batch]), group).float()
+                step = _orthogonal(torch.stack([updates[i].to(self.dtype) for i in batch]), group).float()
                 rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], torch.Size((rows, columns)))
                 torch._foreach_add_([views[i] for i in batch], list(step.unbind()), alpha=-rate)
 
@@ -217,10 +227,10 @@ class Muon(torch.optim.Muon):
             momentum = self.state[view].setdefault("momentum_buffer", torch.zeros_like(view))
             momentum.lerp_(view.grad, 1 - group["momentum"])
             update = view.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum  # pyright: ignore
-            whole = gather(joined(update.bfloat16(), weight))  # Newton-Schulz begins with that rounding
+            whole = gather(joined(update.to(self.dtype), weight))  # Newton-Schulz begins with that rounding
             mine = whole.float() if owner == get_rank() else mine
         # All have what they need before any begins: the products of one overlap with those of the others.
-        step = None if mine is None else _orthogonal_step(mine, group)
+        step = None if mine is None else _orthogonal_step(mine, group, self.dtype)
         for owner, (view, weight) in enumerate(weights.items()):
             whole = step if owner == get_rank() and step is not None else torch.empty(weight.shape, device=view.device)
             part: Any = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=owner)
@@ -246,7 +256,7 @@ def _batches(shapes: list[tuple[int, ...]]) -> list[list[int]]:
 
 
 def _orthogonal(updates: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Orthogonalise matrices B rows columns in bfloat16 by Newton-Schulz steps, as torch.optim.Muon does one."""
+    """Orthogonalise matrices B rows columns by Newton-Schulz steps in their type, as torch.optim.Muon does one."""
     a, b, c = group["ns_coefficients"]
     x = updates.mT if updates.shape[1] > updates.shape[2] else updates
     x = x / x.flatten(1).norm(dim=1).clamp(min=group["eps"])[:, None, None]
@@ -256,8 +266,10 @@ def _orthogonal(updates: Tensor, group: Mapping[str, Any]) -> Tensor:
     return x.mT if updates.shape[1] > updates.shape[2] else x
 
 
-def _orthogonal_step(update: Tensor, group: Mapping[str, Any]) -> Tensor:
+def _orthogonal_step(update: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
     """Return what torch.optim.Muon adds to a matrix at a learning rate of 1: it steps a matrix of zeros, without momentum."""
+    if dtype != torch.bfloat16:
+        return -_adjust_lr(1.0, group["adjust_lr_fn"], update.shape) * _orthogonal(update[None].to(dtype), group)[0].float()
     matrix = nn.Parameter(torch.zeros_like(update))
     matrix.grad = update
     options = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}

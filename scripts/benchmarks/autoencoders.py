@@ -324,7 +324,7 @@ def _training_step(
         x = torch.rand(batch, 3, *size) * 2 - 1
     if config.gradient_checkpointing:
         objective.model.enable_gradient_checkpointing()
-    optimizers = make_optimizers(objective, stage.optimization)
+    optimizers = make_optimizers(objective, stage.optimization, choose_precision(config.precision, device))
     trained = [p for p in objective.parameters() if p.requires_grad]
     generators = [seeded(i, device=device) for i in range(batch)]
 

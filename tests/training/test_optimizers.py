@@ -3,8 +3,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from promag.evaluation.cost import TransformerAlone
 from promag.training import optimizers
-from promag.training.optimizers import NEWTON_SCHULZ_STEPS, Muon, from_saved, muon_flops, to_saved
+from promag.training.optimizers import NEWTON_SCHULZ_STEPS, Muon, from_saved, make_optimizers, muon_flops, to_saved
+from tests.conftest import optimization_config
+from tests.tiny_pipeline import make_pipeline
 
 OPTIONS = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 5}
 
@@ -98,3 +101,35 @@ def test_matrices_of_a_shape_in_one_product_move_as_one_by_one(monkeypatch):
     assert states[0].keys() == states[1].keys()
     for number, state in states[0].items():
         torch.testing.assert_close(state["momentum_buffer"], states[1][number]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 12), (12, 5)])
+def test_in_float32_its_digits_are_float32s(shape):
+    """Newton-Schulz in float64 is what float32 comes within 1e-6 of, and torch's bfloat16 within 1e-2."""
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = gradient.double() / gradient.double().norm()
+    x = x.T if shape[0] > shape[1] else x
+    a, b, c = optimizers.Muon([nn.Parameter(torch.ones(2, 2))], lr=1.0).param_groups[0]["ns_coefficients"]
+    for _ in range(OPTIONS["ns_steps"]):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    expected = (x.T if shape[0] > shape[1] else x) * max(1, shape[0] / shape[1]) ** 0.5
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = gradient.clone()
+        optimizer = Muon([weight], dtype, lr=1.0, weight_decay=0.0, ns_steps=5, momentum=0.0, nesterov=False)
+        optimizer.step()
+        moved[dtype] = -weight.detach().double()
+        alone = optimizers._orthogonal_step(gradient, optimizer.param_groups[0], dtype)
+        torch.testing.assert_close(alone, weight.detach(), atol=2e-3 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+    assert (moved[torch.float32] - expected).abs().max() < 1e-5
+    assert 1e-4 < (moved[torch.bfloat16] - expected).abs().max() < 3e-2
+
+
+def test_trainings_in_float32_orthogonalise_in_float32():
+    objective = TransformerAlone(make_pipeline().transformer)
+    settings = optimization_config(muon_learning_rate=0.02)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        muon = make_optimizers(objective, settings, precision)[-1]
+        assert muon.dtype == dtype
