@@ -17,7 +17,7 @@ from promag.training.config import run_main
 from promag.training.run import write_atomically
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the command; raises UserError for mistakes and for too many unreadable videos."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", metavar="VIDEOS", help="a folder, a video, or a CSV or JSONL file with file and caption")
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     frames = sum(clip.frames for clip in prepared.clips)
     seconds = time.perf_counter() - started
     print(f"wrote {len(prepared.clips)} clips, {frames} frames, to {arguments.out} in {seconds:.1f} s")
+    return 0
 
 
 def _report_quarantine(path: Path, quarantined: Sequence[tuple[str, str]]) -> None:

@@ -29,13 +29,13 @@ class UserError(ValueError):
     """A mistake in what the user gave: shown as one line, without a traceback."""
 
 
-def run_main(main: Callable[[Sequence[str]], int | None]) -> int:
+def run_main(main: Callable[[Sequence[str]], int]) -> int:
     """Run `main(argv)` and return its exit status; a UserError becomes one line on stderr and status 2.
 
     argparse's own errors already have that status. A process of several leaves their group, unless `main` raised.
     """
     try:
-        status = main(sys.argv[1:]) or 0
+        status = main(sys.argv[1:])
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_initialized():
             from .fsdp import leave_process_group

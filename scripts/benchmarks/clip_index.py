@@ -26,7 +26,7 @@ from promag.training.config import run_main
 from promag.training.run import append_result
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="clips in the index (1000000)")
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
         append_result(arguments.record, {"what": "clip index", **figures, "note": arguments.note})
     else:
         print(json.dumps(figures))
+    return 0
 
 
 def write_index(path: Path, rows: int) -> None:

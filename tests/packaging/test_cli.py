@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from promag.cli import GROUPS, list_commands
+from tests.scripts.test_scripts import tokenizer_arguments
 
 PACKAGES = ["promag.scripts", *(package for package, _ in GROUPS.values())]
 
@@ -37,7 +39,8 @@ def test_every_module_is_a_command_with_a_summary_in_one_line(package):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         summary = (ast.get_docstring(tree) or "").partition("\n")[0]
         assert re.fullmatch(r"[A-Z].{,87}[.?]", summary), f"{name}: {summary!r} is no sentence of at most 89 characters"
-        assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, path
+        (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+        assert ast.unparse(main.returns or ast.Constant(None)) == "int", path
 
 
 def test_a_name_may_have_underscores_for_dashes():
@@ -69,3 +72,14 @@ def test_no_script_hides_a_library():
     """`python scripts/NAME.py` puts the script's folder before all libraries: tokenizers.py there would hide tokenizers."""
     libraries = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
     assert not [path for package in PACKAGES for path in list_commands(package).values() if path.stem in libraries]
+
+
+def test_torchrun_starts_a_command_on_two_processes(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "promag"]
+    command += ["train-tokenizer", *tokenizer_arguments(folder), "--only_stage", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"tokenizer: {folder / 'tokenizer'}") == 2
+    (state,) = (folder / "4x").glob("step-*/state.json")
+    assert json.loads(state.read_text(encoding="utf-8"))["global_batch"] == 2

@@ -262,7 +262,7 @@ def test_run_main_returns_the_exit_status_and_shows_a_mistake_in_one_line(capsys
     def fails(argv):
         raise UserError("no such clip")
 
-    assert [run_main(main) for main in (lambda argv: None, lambda argv: 3, fails)] == [0, 3, 2]
+    assert [run_main(main) for main in (lambda argv: 0, lambda argv: 3, fails)] == [0, 3, 2]
     assert capsys.readouterr().err == "error: no such clip\n"
 
 
