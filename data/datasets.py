@@ -1,23 +1,20 @@
-"""Datasets that sample clips without any state, and the stream of batches that a trainer reads.
+"""Datasets of clips without any state: an index's, generated ones, and the opening of whatever a user names.
 
-Sampling is addressed: whatever is drawn comes from a generator made of the seed and a sample's number in the whole
-training, so a run continues at any step, with any number of loader workers, on the same data.
-
-Shapes: C T H W float32 in [-1, 1] of items, B C T H W of batches.
+Shapes: C T H W float32 in [-1, 1].
 """
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
 from promag.training.config import UserError
 
@@ -27,13 +24,12 @@ from .clip_index import Clip, column, load_clips, row_of, take
 from .clip_memory import ClipMemory
 from .clips import first_few, list_videos, prepare
 from .crops import Windows, to_model
+from .stream import Mixture
 from .tar_shards import is_shards, open_shards
 from .tar_stream import ShardedClips, Sharding
 from .video import READ_TIMEOUT
 
 logger = logging.getLogger(__name__)
-
-MIXTURE_STREAM = 2**31  # in place of a rank: which dataset a step draws from is drawn apart from its elements
 
 
 class ClipDataset(Dataset):
@@ -49,6 +45,8 @@ class ClipDataset(Dataset):
 
     Raises UserError if no clip is long enough, or there is not the memory. `skipped` counts the clips left out.
     """
+
+    weights = None
 
     def __init__(
         self,
@@ -88,9 +86,8 @@ class ClipDataset(Dataset):
         """Count the clips that are long enough."""
         return len(self.clips)
 
-    def item(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Return a random window, at a random place, of a random clip."""
-        index = int(rng.integers(len(self.clips)))
+    def item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Return a random window, at a random place, of clip `index`."""
         clip = self.clips[index]
         return {"clip": index, **self.windows.random(self._video(index, clip), clip, rng)}
 
@@ -115,7 +112,7 @@ class SyntheticDataset(Dataset):
     Raises UserError for a split, count, length or size that cannot be generated.
     """
 
-    skipped = 0
+    skipped, weights = 0, None
 
     def __init__(self, split: str, count: int, frames: int, size: int | tuple[int, int]):
         if count < 1:
@@ -130,9 +127,9 @@ class SyntheticDataset(Dataset):
         """Count the clips."""
         return self.count
 
-    def item(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Return a random clip."""
-        return self.fixed(int(rng.integers(self.count)))
+    def item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Return clip `index`; nothing of a generated clip is left to `rng`."""
+        return self.fixed(index)
 
     def fixed(self, index: int) -> dict[str, Any]:
         """Return clip `index`."""
@@ -146,97 +143,6 @@ class SyntheticDataset(Dataset):
         """Hash the split, the count and the first clip's pixels, which change when the generator does."""
         pixels, _ = synthetic.clip(0, self.split, frames=self.frames, size=self.size)
         return hashlib.sha256(f"shapes {self.split} {count} ".encode() + pixels.tobytes()).hexdigest()
-
-
-class Drawn(Protocol):
-    """What a stream draws from."""
-
-    def item(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Return one element, decided by `rng` alone."""
-        ...
-
-
-class Mixture:
-    """Several datasets of which each batch draws from one, at random by their shares; every rank from the same one.
-
-    `batch_sizes` are those of the datasets' batches, None for the stream's. Raises ValueError for shares that are not
-    positive or not as many as the datasets.
-    """
-
-    def __init__(self, datasets: Sequence[Drawn], shares: Sequence[float], batch_sizes: Sequence[int | None] | None = None):
-        if len(datasets) != len(shares) or not datasets or min(shares) <= 0:
-            raise ValueError(f"{len(datasets)} datasets with shares {list(shares)}: one share above 0 for each is needed")
-        self.datasets, self.shares = list(datasets), np.asarray(shares, float) / sum(shares)
-        self.batch_sizes = batch_sizes or [None] * len(datasets)
-
-    def largest_batch(self, default: int) -> int:
-        """Return the largest batch size of the datasets; `default` is that of those that have none of their own."""
-        return max(size or default for size in self.batch_sizes)
-
-    def choose(self, seed: int, step: int) -> tuple[Drawn, int | None]:
-        """Return the dataset of a step, and its batch size where it has its own."""
-        rng = np.random.default_rng((seed, step, MIXTURE_STREAM))
-        chosen = int(rng.choice(len(self.datasets), p=self.shares))
-        return self.datasets[chosen], self.batch_sizes[chosen]
-
-
-class TrainingStream(IterableDataset):
-    """An endless stream of batches for one rank, from `first_step` on; the batch of a step depends on nothing else.
-
-    Samples are numbered through the whole training, step by step and in a step rank by rank; sample n is drawn by
-    `default_rng((seed, n))`. So processes, batch sizes and accumulation may be traded against each other. (Where buckets
-    have batch sizes of their own, every batch is numbered like the largest.) Shards decide by step and rank which clips
-    come (epochs.py), and draw their windows so. Read it through
-    `DataLoader(stream, batch_size=None, num_workers=any)`: batches come in the order of their steps. A batch holds the
-    keys of an item, collated (video B C T H W, caption a list, numbers as tensors), step, and sample: the numbers.
-    """
-
-    def __init__(
-        self,
-        dataset: Drawn | Mixture | ShardedClips,
-        seed: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        first_step: int = 0,
-    ):
-        if not 0 <= rank < world_size or batch_size < 1 or seed < 0 or first_step < 0:
-            raise ValueError(
-                f"rank {rank} of {world_size}, batch_size {batch_size}, seed {seed}, first_step {first_step}: "
-                "0 <= rank < world_size, batch_size >= 1, seed >= 0, first_step >= 0 are legal"
-            )
-        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
-        self.rank, self.world_size, self.first_step = rank, world_size, first_step
-        several = isinstance(dataset, (Mixture, ShardedClips))
-        self.largest = dataset.largest_batch(batch_size) if several else batch_size  # pyright: ignore
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield this worker's share: worker w of W makes the whole batches of steps first_step + w, + W, ..."""
-        worker = get_worker_info()
-        step, stride = (self.first_step + worker.id, worker.num_workers) if worker else (self.first_step, 1)
-        while True:
-            yield self.batch(step)
-            step += stride
-
-    def batch(self, step: int) -> dict[str, Any]:
-        """Return the batch of one step."""
-        dataset, size = self.dataset, self.batch_size
-        first = (step * self.world_size + self.rank) * self.largest
-        if isinstance(dataset, ShardedClips):
-            items = dataset.items(self.seed, step, self.rank, self.world_size, size, first)
-        else:
-            if isinstance(dataset, Mixture):
-                dataset, own = dataset.choose(self.seed, step)
-                size = own or size
-            items = [dataset.item(np.random.default_rng((self.seed, n))) for n in range(first, first + size)]
-        numbers = {"step": step, "sample": torch.arange(first, first + len(items))}
-        return {**numbers, **{key: _collate([item[key] for item in items]) for key in items[0]}}
-
-
-def _collate(values: list[Any]) -> Any:
-    if isinstance(values[0], Tensor):
-        return torch.stack(values)
-    return values if isinstance(values[0], str) else torch.tensor(values)
 
 
 def open_dataset(
@@ -319,17 +225,17 @@ def open_training(
     buckets: Sequence[Bucket],
     count: int,
     batch_size: int,
-    world_size: int,
+    batches_per_step: int,
     temporal_strides: Sequence[int],
     sharding: Sharding,
     in_memory: bool = False,
 ) -> tuple[Mixture | ShardedClips, str]:
     """Open what a training draws from, in one bucket or several, and the plan of the buckets as lines for the log.
 
-    Clips of an index are drawn at random, a bucket as often as its clips fill batches; those in shards come in the order
-    of epochs (epochs.py). `count` is that of generated clips, `batch_size` that of buckets that state none. `in_memory` keeps
-    an index's clips in memory; generated clips are generated all the same. Raises UserError as `open_dataset` does, where no
-    clip is long enough for any bucket, and for shards in memory.
+    Clips come by epochs (epochs.py), from a bucket as often as its clips fill batches. `count` is that of generated clips,
+    `batch_size` that of buckets that state none, `batches_per_step` processes x accumulate. `in_memory` keeps an index's clips
+    in memory; generated clips are generated all the same. Raises UserError as `open_dataset` does, where no clip is long enough
+    for any bucket, and for shards in memory.
     """
     if is_shards(source):
         if in_memory:
@@ -338,7 +244,7 @@ def open_training(
                 "use false, or train on an index"
             )
         clips = ShardedClips(open_shards(source), buckets, temporal_strides, sharding)
-        return clips, clips.plan(world_size, batch_size)
+        return clips, clips.plan(batches_per_step, batch_size)
     datasets: list[Any]
     if source == "synthetic":
         used = list(buckets)

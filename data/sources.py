@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from promag.training.config import UserError, required, setting
 
 from .buckets import Bucket
-from .datasets import Mixture, open_training
+from .datasets import open_training
+from .stream import Mixture
 from .tar_stream import ShardedClips, Sharding
 
 
@@ -30,7 +31,7 @@ def open_sources(
     buckets: Sequence[Bucket],
     count: int,
     batch_size: int,
-    world_size: int,
+    batches_per_step: int,
     temporal_strides: Sequence[int],
     sharding: Sharding,
     in_memory: bool = False,
@@ -46,7 +47,7 @@ def open_sources(
     sources = [(train, temporal_strides), *((source.train, source.temporal_strides) for source in extra_sources)]
     found, plans, weights = [], [], []
     for (name, strides), share in zip(sources, shares, strict=True):
-        clips, plan = open_training(name, buckets, count, batch_size, world_size, strides, sharding, in_memory)
+        clips, plan = open_training(name, buckets, count, batch_size, batches_per_step, strides, sharding, in_memory)
         if not extra_sources:
             return clips, plan
         if isinstance(clips, ShardedClips):

@@ -85,7 +85,7 @@ class ShardedClips:
     def _forget(self) -> None:
         """Drop what belongs to one process."""
         self._bad: set[str] = set()  # samples already named
-        self._readers: dict[tuple[int, int], _BlockReader] = {}
+        self._readers: dict[tuple[int, int, int], _BlockReader] = {}
         self._plan = functools.lru_cache(maxsize=1)(self._make_plan)
         self._orders = functools.lru_cache(maxsize=1)(self._make_orders)
 
@@ -116,21 +116,24 @@ class ShardedClips:
         """Return the largest batch size of the buckets; `default` is that of buckets that state none."""
         return max(self.buckets.batch_sizes(default))
 
-    def items(self, seed: int, step: int, rank: int, world_size: int, batch_size: int, first: int) -> list[dict[str, Any]]:
-        """Return the batch of a rank at a step.
+    def items(self, seed: int, step: int, slot: int, batches_per_step: int, batch_size: int) -> list[dict[str, Any]]:
+        """Return the elements of one batch of a step: slot 0 to `batches_per_step` - 1.
 
-        `batch_size` is that of buckets that state none; `first` is the number of the batch's first sample in the training.
+        `batch_size` is that of buckets that state none. Sample n of the training is shown by `default_rng((seed, n))`.
 
         Raises UnreadableVideo and BadSample, with `bad` "skip" only where nothing near a bad sample can be read.
         """
         sizes = tuple(self.buckets.batch_sizes(batch_size))
-        batch = self._plan(sizes, world_size, seed).batch(step, rank)
-        order = self._orders(seed)[batch.bucket]
-        positions = batch.number * sizes[batch.bucket] + np.arange(sizes[batch.bucket])
-        reader = self._reader(batch.bucket, batch.lane, self.sharding.shuffle)
-        rngs = [np.random.default_rng((seed, first + element)) for element in range(len(positions))]
-        places = [order.locate(batch.epoch, int(position)) for position in positions]
-        return [self._item(reader, *place, rng) for place, rng in zip(places, rngs, strict=True)]
+        batch = self._plan(sizes, batches_per_step, seed).batch(step, slot)
+        size, order = sizes[batch.bucket], self._orders(seed)[batch.bucket]
+        reader = self._reader(batch.bucket, slot, batch.lane, self.sharding.shuffle)
+        first = step * batches_per_step * max(sizes) + slot * size
+        items = []
+        for element in range(size):
+            shard, place = order.locate(batch.epoch, batch.number * size + element)
+            rng = np.random.default_rng((seed, first + element))
+            items.append({"sample": first + element, **self._item(reader, shard, place, rng)})
+        return items
 
     def fixed(self, index: int) -> dict[str, Any]:
         """Return the first frames of clip `index`, in the shards' order, cropped in the centre; for one bucket."""
@@ -138,7 +141,7 @@ class ShardedClips:
             raise ValueError(f"{len(self.numbers)} buckets: clips are numbered where there is one")
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index}: legal are 0 to {len(self) - 1}")
-        reader = self._reader(0, NONE, block=1)
+        reader = self._reader(0, NONE, NONE, block=1)
         shard, place = reader.find(index)
         number, sample = reader.sample(shard, place)
         return self._shown(number, sample, self.windows[0].first)
@@ -150,21 +153,21 @@ class ShardedClips:
         facts = [[self.shards.sha256[shard] for shard in shards], (numbers - self.shards.offsets[shards[0]]).tolist()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def plan(self, world_size: int, batch_size: int) -> str:
+    def plan(self, batches_per_step: int, batch_size: int) -> str:
         """Return the buckets as lines for the log, with what an epoch leaves out."""
         sizes = self.buckets.batch_sizes(batch_size)
         counts = [len(numbers) for numbers in self.numbers]
-        steps = EpochPlan(counts, sizes, world_size, self.sharding.concurrent_shards, 0).steps
-        left = [count - n * size * world_size for count, n, size in zip(counts, steps, sizes, strict=True)]
+        steps = EpochPlan(counts, sizes, batches_per_step, self.sharding.concurrent_shards, 0).steps
+        left = [count - n * size * batches_per_step for count, n, size in zip(counts, steps, sizes, strict=True)]
         said = bucket_plan(self.buckets.buckets, counts, sizes, steps)
         if never := [f"{b} ({n} clips)" for b, n, s in zip(self.buckets.buckets, counts, steps, strict=True) if n and not s]:
-            logger.warning("buckets that never fill a step of %d ranks are never drawn: %s", world_size, ", ".join(never))
+            logger.warning("buckets that never fill a step of %d batches never come: %s", batches_per_step, ", ".join(never))
         rest = f"; each leaves out {sum(left)} of {len(self)} clips, others each time" if sum(left) else ""
         return f"{said}\n{sum(steps)} steps an epoch{rest}"
 
     # -- planning ----------------------------------------------------------------------------------------------------
 
-    def _make_plan(self, sizes: tuple[int, ...], world_size: int, seed: int) -> EpochPlan:
+    def _make_plan(self, sizes: tuple[int, ...], batches_per_step: int, seed: int) -> EpochPlan:
         worker = get_worker_info()
         if worker and worker.id == 0 and self.sharding.concurrent_shards % worker.num_workers:
             logger.warning(
@@ -172,7 +175,8 @@ class ShardedClips:
                 self.sharding.concurrent_shards,
                 worker.num_workers,
             )
-        return EpochPlan([len(numbers) for numbers in self.numbers], sizes, world_size, self.sharding.concurrent_shards, seed)
+        counts = [len(numbers) for numbers in self.numbers]
+        return EpochPlan(counts, sizes, batches_per_step, self.sharding.concurrent_shards, seed)
 
     def _make_orders(self, seed: int) -> list[ShardOrder]:
         counts = (np.diff(np.searchsorted(numbers, self.shards.offsets)) for numbers in self.numbers)
@@ -206,10 +210,11 @@ class ShardedClips:
             if (assigned == NONE).all():
                 raise UserError(f"none of {len(self.shards.urls)} shards can be used: {first_few(damaged.values())}")
 
-    def _reader(self, bucket: int, lane: int, block: int) -> "_BlockReader":
-        if (bucket, lane) not in self._readers:
-            self._readers[bucket, lane] = _BlockReader(self.shards, self.numbers[bucket], bucket, block)
-        return self._readers[bucket, lane]
+    def _reader(self, bucket: int, slot: int, lane: int, block: int) -> "_BlockReader":
+        key = bucket, slot, lane
+        if key not in self._readers:
+            self._readers[key] = _BlockReader(self.shards, self.numbers[bucket], bucket, block)
+        return self._readers[key]
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ class CaptionWeight:
     """Clips that are drawn more or less often than others."""
 
     words: str = required("clips whose caption holds these words, whole and in this order, in upper or lower case")
-    factor: float = required("times as often as a clip without a weight that each of them is drawn; below 1: less often")
+    factor: float = required("times that each of them comes for one time of a clip without a weight; below 1: less often")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a caption weight that no clip can have."""
@@ -29,24 +29,17 @@ class CaptionWeight:
         return re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE) is not None
 
 
-class CaptionWeightedSampler:
-    """Draws numbers of clips by the weights of their captions: 8 bytes for each clip.
+def clip_weights(captions: Iterable[str], caption_weights: Sequence[CaptionWeight]) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often each clip comes by its caption, and how many captions have the words of each of `caption_weights`.
 
-    The factors of all emphases that hold for a caption multiply. `found` counts the captions that each holds for.
+    The factors of all that hold for a caption multiply.
     """
+    counts = np.zeros(len(caption_weights), int)
+    factors = np.array([weight.factor for weight in caption_weights])
 
-    def __init__(self, captions: Iterable[str], caption_weights: Sequence[CaptionWeight]):
-        self.found = np.zeros(len(caption_weights), int)
-        factors = np.array([one.factor for one in caption_weights])
+    def factor(caption: str) -> float:
+        matching = np.array([weight.holds(caption) for weight in caption_weights])
+        counts[:] += matching
+        return float(factors[matching].prod())
 
-        def weight(caption: str) -> float:
-            held = np.array([one.holds(caption) for one in caption_weights])
-            self.found += held
-            return float(factors[held].prod())
-
-        self.ends = np.fromiter((weight(caption) for caption in captions), float).cumsum()
-
-    def draw(self, rng: np.random.Generator) -> int:
-        """Return the number of a random clip, decided by `rng` alone."""
-        place = np.searchsorted(self.ends, rng.uniform(0, self.ends[-1]), side="right")
-        return min(int(place), len(self.ends) - 1)  # a number may round to the upper bound
+    return np.fromiter((factor(caption) for caption in captions), float), counts

@@ -24,7 +24,7 @@ from promag.training.config import UserError
 from promag.training.loop import broadcast_from_main, processes
 
 from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, pack_texts, shard_path, write_shard
-from .caption_weights import CaptionWeight, CaptionWeightedSampler
+from .caption_weights import CaptionWeight, clip_weights
 from .text_cache import EmbeddingCache
 
 Encode = Callable[[Tensor, Sequence[int]], Sequence[Tensor]]
@@ -186,7 +186,7 @@ def _say_speed(frames: int, seconds: float, number: int) -> None:
 
 
 class LatentDataset(Dataset):
-    """Normalised latents of a whole cache, sampled like any clip source, with the cached embeddings of their captions.
+    """Normalised latents of a whole cache, in the order of any clip source, with the cached embeddings of their captions.
 
     An item is a dictionary: latents (float32 c t h w), ratio, caption, fps, clip (index), and for each of `texts` what
     EmbeddingCache.row gives. Latents have zero mean over the cache in each channel, and unit deviation: of each channel with
@@ -211,7 +211,7 @@ class LatentDataset(Dataset):
             if text.clips != self.index["fingerprint"]["clips"]:
                 raise UserError(f"cache {text.folder}: its embeddings belong to other clips than the latents in {folder}")
         self.fps: float = self.index["fps"]  # median of the clips
-        self.emphasised: CaptionWeightedSampler | None = None
+        self.weights: np.ndarray | None = None  # how often each clip comes in an epoch; see `weight_by_caption`
         self.normalise_by(self.index["mean"], self.index["std"], scale)
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float], scale: Scale) -> None:
@@ -228,9 +228,9 @@ class LatentDataset(Dataset):
         """Yield the captions of all clips in order."""
         return self.shards.captions()
 
-    def item(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Return a random clip's latents."""
-        return self.fixed(self.emphasised.draw(rng) if self.emphasised else int(rng.integers(len(self))))
+    def item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Return the latents of clip `index`; nothing of them is left to `rng`."""
+        return self.fixed(index)
 
     def fixed(self, index: int) -> dict[str, Any]:
         """Return the latents of clip `index`."""
@@ -257,17 +257,17 @@ def normalise_alike(parts: Sequence[LatentDataset], scale: Scale) -> None:
 
 
 def weight_by_caption(by_bucket: Sequence[Sequence[LatentDataset]], caption_weights: Sequence[CaptionWeight]) -> None:
-    """Draw clips by the words of their captions from now on; those of a bucket are the same at each of its ratios.
+    """Let clips come as often as the words of their captions say; those of a bucket are the same at each of its ratios.
 
     Raises UserError for words that no caption holds in any bucket.
     """
     if not caption_weights:
         return
-    drawn = [CaptionWeightedSampler(parts[0].captions(), caption_weights) for parts in by_bucket]
-    for one, count in zip(caption_weights, np.sum([part.found for part in drawn], axis=0), strict=True):
+    weighted = [clip_weights(parts[0].captions(), caption_weights) for parts in by_bucket]
+    for weight, count in zip(caption_weights, np.sum([counts for _, counts in weighted], axis=0), strict=True):
         if not count:
-            clips = sum(len(part.ends) for part in drawn)
-            raise UserError(f"caption_weights on {one.words!r}: none of the {clips} captions holds these words")
-    for parts, part in zip(by_bucket, drawn, strict=True):
+            clips = sum(len(weights) for weights, _ in weighted)
+            raise UserError(f"caption_weights on {weight.words!r}: none of the {clips} captions holds these words")
+    for parts, (weights, _) in zip(by_bucket, weighted, strict=True):
         for latents in parts:
-            latents.emphasised = part
+            latents.weights = weights

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from promag.data.buckets import Bucket, Buckets, bucket_plan
-from promag.data.datasets import Mixture, TrainingStream
+from promag.data.stream import Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
 from promag.training.loop import (
@@ -162,16 +162,23 @@ def _open_latents(config: DiffusionConfig, cached: Sequence[Cached]) -> list[lis
 def mixed(
     config: DiffusionConfig, buckets: Sequence[Bucket], latents: Sequence[Sequence[LatentDataset]]
 ) -> tuple[Mixture, str]:
-    """Return what batches are drawn from, each from one budget and bucket, and the plan of the buckets for the log.
+    """Return what steps draw from, each from one budget and bucket, and the plan of the buckets for the log.
 
-    A bucket is drawn as often as its clips fill batches, whatever the budget.
+    A bucket's share of the steps is that of the batches which an epoch of it fills. The clips of a bucket come once an epoch,
+    or as often as their weights say, whatever the budgets of the steps.
     """
-    counts, batches = [len(parts[0]) for parts in latents], Buckets(buckets).batch_sizes(config.optimization.batch_size)
-    drawn = [count / size for count, size in zip(counts, batches, strict=True)]
-    shares = [budget.share * share for share in drawn for budget in config.budgets]
-    sizes = [bucket.batch_size for bucket in buckets for _ in config.budgets]
-    plan = bucket_plan(buckets, counts, batches, drawn)
-    return Mixture([part for parts in latents for part in parts], shares, sizes), plan
+    clips, batches = [parts[0] for parts in latents], Buckets(buckets).batch_sizes(config.optimization.batch_size)
+    epochs = [len(part) if part.weights is None else float(part.weights.sum()) for part in clips]
+    filled = [draws / size for draws, size in zip(epochs, batches, strict=True)]
+    several = len(config.budgets)
+    plan = bucket_plan(buckets, [len(part) for part in clips], batches, filled)
+    mixture = Mixture(
+        [part for parts in latents for part in parts],
+        [budget.share * share for share in filled for budget in config.budgets],
+        [bucket.batch_size for bucket in buckets for _ in range(several)],
+        orders=[number for number in range(len(buckets)) for _ in range(several)],
+    )
+    return mixture, plan
 
 
 def fingerprints(config: DiffusionConfig, cached: Mapping[str, Sequence[Cached]]) -> dict[str, Any]:
@@ -308,7 +315,8 @@ def train_diffusion(
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def open_stream(first: int) -> TrainingStream:
-        return TrainingStream(source, config.seed, config.optimization.batch_size, rank, world, first)
+        options = config.optimization
+        return TrainingStream(source, config.seed, options.batch_size, rank, world, first, options.accumulate)
 
     outcome = train(
         accelerator, run / config.stage, objective, open_stream, config.optimization, config.run, config.seed, validate

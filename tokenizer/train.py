@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from promag.data.datasets import TrainingStream, open_dataset
+from promag.data.datasets import open_dataset
 from promag.data.sources import open_sources
+from promag.data.stream import TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
 from promag.training.loop import (
@@ -145,7 +146,7 @@ def train_stage(
         config.buckets_of(stage),
         count=data.synthetic_clips,
         batch_size=stage.optimization.batch_size,
-        world_size=world,
+        batches_per_step=world * stage.optimization.accumulate,
         temporal_strides=data.temporal_strides,
         sharding=data.sharding,
         in_memory=data.in_memory,
@@ -169,7 +170,8 @@ def train_stage(
         compile_blocks(model)
 
     def open_stream(first: int) -> TrainingStream:
-        return TrainingStream(source, config.seed, stage.optimization.batch_size, rank, world, first)
+        options = stage.optimization
+        return TrainingStream(source, config.seed, options.batch_size, rank, world, first, options.accumulate)
 
     def validate(log: Log, step: int) -> Metrics:
         if log.trackers:

@@ -1,19 +1,18 @@
-"""Windows hold the frames they name, and the data of a step depends on nothing but its address."""
+"""Windows hold the frames they name, and digests follow what clips show."""
 
 import dataclasses
 import logging
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from promag.data import synthetic
 from promag.data.clip_index import save_clips
 from promag.data.clips import prepare
-from promag.data.datasets import ClipDataset, Mixture, SyntheticDataset, TrainingStream, open_dataset
-from promag.data.video import UnreadableVideo, write_video
+from promag.data.datasets import ClipDataset, SyntheticDataset, open_dataset
+from promag.data.stream import TrainingStream
+from promag.data.video import write_video
 from promag.training.config import UserError
 from tests.data.conftest import numbers
 
@@ -30,8 +29,9 @@ def test_items_hold_the_frames_they_name(clips):
     dataset = ClipDataset(clips[:2], 5, 16, temporal_strides=(1, 2, 6))
     seen = set()
     for seed in range(60):
-        item = dataset.item(np.random.default_rng(seed))
+        item = dataset.item(seed % 2, np.random.default_rng(seed))
         assert item["video"].shape == (3, 5, 16, 16)
+        assert item["clip"] == seed % 2
         assert item["video"].dtype == torch.float32
         assert item["caption"] == clips[item["clip"]].caption
         assert item["fps"] == clips[item["clip"]].fps / item["stride"]
@@ -42,7 +42,7 @@ def test_items_hold_the_frames_they_name(clips):
 
 def test_starts_reach_both_ends(clips):
     dataset = ClipDataset(clips[2:], 3, 32)
-    assert {dataset.item(np.random.default_rng(seed))["start"] for seed in range(30)} == {0, 1, 2}
+    assert {dataset.item(0, np.random.default_rng(seed))["start"] for seed in range(30)} == {0, 1, 2}
 
 
 def test_fixed_is_the_beginning_in_the_centre(clips):
@@ -76,9 +76,9 @@ def test_reduction_does_not_alias(tmp_path):
 
 def test_flip_only_when_asked(clips):
     rngs = [np.random.default_rng(seed) for seed in range(12)]
-    plain = [blueness(ClipDataset(clips[:1], 2, (32, 64)).item(rng)) for rng in rngs]
+    plain = [blueness(ClipDataset(clips[:1], 2, (32, 64)).item(0, rng)) for rng in rngs]
     assert {bool(blue[-1] > blue[0]) for blue in plain} == {True}
-    mirrored = [blueness(ClipDataset(clips[:1], 2, (32, 64), flip=True).item(rng)) for rng in rngs]
+    mirrored = [blueness(ClipDataset(clips[:1], 2, (32, 64), flip=True).item(0, rng)) for rng in rngs]
     assert {bool(blue[-1] > blue[0]) for blue in mirrored} == {True, False}
 
 
@@ -106,99 +106,14 @@ def test_windows_that_cannot_be_meant(clips, frames, size, strides):
         ClipDataset(clips, frames, size, strides)
 
 
-# -- streams ---------------------------------------------------------------------------------------------------------
-
-
-def taken(stream, steps, workers=0):
-    loader = iter(DataLoader(stream, batch_size=None, num_workers=workers))
-    try:
-        return [next(loader) for _ in range(steps)]
-    finally:
-        if workers:  # else they are waited for when the traceback of an expected error goes
-            loader._shutdown_workers()
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    assert all(
-        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key] for key, value in one.items()
-    )
-
-
-@pytest.fixture(scope="module")
-def dataset(clips):
-    return ClipDataset(clips, 3, 16, temporal_strides=(1, 2))
-
-
-def test_batches_do_not_depend_on_the_workers(dataset):
-    stream = TrainingStream(dataset, seed=7, batch_size=2, rank=0, world_size=1)
-    alone, helped = taken(stream, 5), taken(stream, 5, workers=2)
-    assert [batch["step"] for batch in alone] == [0, 1, 2, 3, 4]
-    for one, other in zip(alone, helped, strict=True):
-        same(one, other)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_continues_at_any_step(dataset, workers):
-    whole = taken(TrainingStream(dataset, 7, 2, 0, 1), 5)
-    rest = taken(TrainingStream(dataset, 7, 2, 0, 1, first_step=2), 3, workers)
-    for one, other in zip(whole[2:], rest, strict=True):
-        same(one, other)
-
-
-def test_a_batch_is_its_addressed_items(dataset):
-    batch = TrainingStream(dataset, 3, 4, rank=1, world_size=2).batch(9)
-    items = [dataset.item(np.random.default_rng((3, (9 * 2 + 1) * 4 + b))) for b in range(4)]
-    assert batch["video"].shape == (4, 3, 3, 16, 16)
-    assert torch.equal(batch["video"], torch.stack([item["video"] for item in items]))
-    assert batch["caption"] == [item["caption"] for item in items]
-    for key in ("clip", "start", "stride", "fps"):
-        assert batch[key].tolist() == [item[key] for item in items]
-
-
-def test_processes_batch_size_and_accumulation_may_be_traded(dataset):
-    whole = TrainingStream(dataset, 3, 8, 0, 1).batch(1)
-    ranks = [TrainingStream(dataset, 3, 4, rank, 2).batch(1) for rank in (0, 1)]
-    parts = [TrainingStream(dataset, 3, 2, 0, 1).batch(step) for step in range(4, 8)]
-    assert whole["sample"].tolist() == list(range(8, 16))
-    for split in (ranks, parts):
-        for key in ("video", "sample", "start"):
-            assert torch.equal(torch.cat([batch[key] for batch in split]), whole[key])
-
-
-def test_ranks_steps_and_seeds_differ(dataset):
-    batches = [
-        TrainingStream(dataset, seed, 8, rank, 2).batch(step)
-        for seed, rank, step in [(0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0)]
-    ]
-    drawn = {tuple(zip(b["clip"].tolist(), b["start"].tolist(), b["stride"].tolist(), strict=True)) for b in batches}
-    assert len(drawn) == 4
-
-
-@pytest.mark.parametrize(("rank", "world", "size", "first"), [(1, 1, 2, 0), (-1, 1, 2, 0), (0, 1, 0, 0), (0, 1, 2, -1)])
-def test_streams_that_cannot_be_meant(dataset, rank, world, size, first):
-    with pytest.raises(ValueError, match="are legal"):
-        TrainingStream(dataset, 0, size, rank, world, first)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_video_ends_training_and_is_named(clips, tmp_path, workers):
-    path = tmp_path / "fades.mp4"
-    shutil.copy(clips[0].path, path)
-    dataset = ClipDataset([dataclasses.replace(clips[0], path=str(path))], 3, 16)
-    path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(UnreadableVideo, match=r"fades\.mp4"):
-        taken(TrainingStream(dataset, 0, 2, 0, 1), 1, workers)
-
-
 # -- generated clips and opening -------------------------------------------------------------------------------------
 
 
 def test_shapes_have_the_interface_of_clips():
     dataset = SyntheticDataset("train", 4, frames=3, size=32)
     assert (len(dataset), dataset.skipped) == (4, 0)
-    items = [dataset.item(np.random.default_rng(seed)) for seed in range(20)]
-    assert {item["clip"] for item in items} == {0, 1, 2, 3}
+    items = [dataset.item(index, np.random.default_rng(0)) for index in range(4)]
+    assert [item["clip"] for item in items] == [0, 1, 2, 3]
     pixels, scene = synthetic.clip(items[0]["clip"], "train", frames=3, size=32)
     assert torch.equal(items[0]["video"], torch.from_numpy(pixels).permute(3, 0, 1, 2) / 127.5 - 1)
     expected = {"caption": scene.caption(), "start": 0, "stride": 1, "fps": synthetic.FPS}
@@ -246,35 +161,3 @@ def test_digests_follow_the_content_and_not_the_place(clips, tmp_path):
     digests = [ClipDataset([clip, clips[1]], 3, 16).digest(1) for clip in (clips[0], moved, renamed)]
     assert digests[0] == digests[1] != digests[2]
     assert ClipDataset(clips, 3, 16).digest(1) == digests[0] != ClipDataset(clips, 3, 16).digest(2)
-
-
-class Named:
-    """Tells which dataset an element is from."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def item(self, rng):
-        return {"name": self.name, "number": int(rng.integers(1000))}
-
-
-def test_a_mixture_draws_each_batch_from_one_dataset_by_its_share():
-    mixture = Mixture([Named("a"), Named("b")], [3, 1])
-    streams = [TrainingStream(mixture, 7, 2, rank, 2) for rank in (0, 1)]
-    batches = [[stream.batch(step) for step in range(400)] for stream in streams]
-    names = [[batch["name"] for batch in rank] for rank in batches]
-    assert names[0] == names[1]  # ranks do equal work
-    assert all(len(set(batch)) == 1 for batch in names[0])
-    assert sum(batch[0] == "a" for batch in names[0]) == pytest.approx(300, abs=35)  # four deviations
-    assert not torch.equal(batches[0][0]["number"], batches[1][0]["number"])
-    resumed = iter(TrainingStream(mixture, 7, 2, 0, 2, first_step=5))
-    assert next(resumed)["name"] == names[0][5]
-    # The elements are those of a stream without a mixture.
-    alone = TrainingStream(Named("a"), 7, 2, 0, 2).batch(3)
-    assert torch.equal(alone["number"], batches[0][3]["number"])
-
-
-@pytest.mark.parametrize("shares", [[1.0], [1.0, 0.0], [1.0, -1.0]])
-def test_illegal_shares_are_named(shares):
-    with pytest.raises(ValueError, match=r"2 datasets with shares .*: one share above 0 for each"):
-        Mixture([Named("a"), Named("b")], shares)

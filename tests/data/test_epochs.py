@@ -1,5 +1,7 @@
-"""Every sample of an epoch once over all ranks; any step without those before it; shards from front to back."""
+"""Every sample once an epoch over all batches of a step; any step without those before it; shards from front to back."""
 
+import itertools
+import math
 from collections import Counter
 
 import numpy as np
@@ -7,8 +9,115 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promag.data.epochs import EpochPlan, ShardOrder
+from promag.data.epochs import ClipOrder, EpochPlan, Interleaving, ShardOrder, permute
 from promag.training.config import UserError
+
+seeds = st.integers(0, 2**40)
+
+# -- clips -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 400), seeds, st.integers(0, 2**32))
+def test_a_permutation_takes_each_place_to_another(count, seed, epoch):
+    assert sorted(permute(place, count, seed, epoch) for place in range(count)) == list(range(count))
+
+
+@given(st.integers(1, 2**60), seeds, st.data())
+def test_a_permutation_of_any_size_is_found_at_once(count, seed, data):
+    places = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=20, unique=True))
+    taken = [permute(place, count, seed) for place in places]
+    assert len(set(taken)) == len(places)
+    assert all(0 <= place < count for place in taken)
+
+
+@pytest.mark.parametrize("place", [-1, 3])
+def test_places_out_of_range_are_named(place):
+    with pytest.raises(ValueError, match=f"place {place}: legal are 0 to 2"):
+        permute(place, 3, 0)
+
+
+def test_every_order_of_few_clips_comes_about_equally_often():
+    orders = Counter(tuple(permute(place, 4, 7, key) for place in range(4)) for key in range(4800))
+    assert len(orders) == 24
+    assert sum((n - 200) ** 2 / 200 for n in orders.values()) < 60  # chi square, 23 degrees of freedom: p < 4e-5
+
+
+@pytest.mark.parametrize("count", [10, 97, 1000])
+def test_neighbours_are_parted_as_by_chance(count):
+    """The mean distance of neighbours is a third of the range, and no place keeps its clip from epoch to epoch."""
+    epochs = [[permute(place, count, 3, epoch) for place in range(count)] for epoch in range(20_000 // count)]
+    distances = np.abs(np.diff(np.array(epochs), axis=1))
+    assert distances.mean() == pytest.approx((count + 1) / 3, rel=0.03)
+    kept = np.mean([a == b for one, other in itertools.pairwise(epochs) for a, b in zip(one, other, strict=True)])
+    assert kept == pytest.approx(1 / count, abs=4 * (1 / count / 20_000) ** 0.5)
+
+
+@given(st.integers(1, 60), seeds, st.integers(0, 3), st.integers(0, 5))
+def test_each_clip_comes_once_an_epoch(count, seed, number, epoch):
+    order = ClipOrder(count, seed, number)
+    drawn = [order.clip(epoch * count + place) for place in range(count)]
+    assert sorted(drawn) == list(range(count))
+    assert drawn[::-1] == [ClipOrder(count, seed, number).clip(epoch * count + place) for place in reversed(range(count))]
+
+
+def test_orders_differ_between_epochs_seeds_and_datasets():
+    def order(seed, number, epoch):
+        return tuple(ClipOrder(50, seed, number).clip(50 * epoch + place) for place in range(50))
+
+    assert len({order(0, 0, 0), order(0, 0, 1), order(1, 0, 0), order(0, 1, 0)}) == 4
+    assert order(0, 0, 0) == order(0, 0, 0)
+
+
+@given(st.lists(st.sampled_from([0.1, 0.3, 1.0, 1.5, 2.0, 7.0]), min_size=1, max_size=30), seeds, st.integers(0, 4))
+def test_weighted_clips_come_as_often_as_they_should_in_every_epoch(weights, seed, epoch):
+    order, counts = ClipOrder(len(weights), seed, weights=np.array(weights)), Counter(weights)
+
+    def before(epoch):
+        return {weight: math.floor(epoch * count * weight + 1e-6) for weight, count in counts.items()}
+
+    first, last = before(epoch), before(epoch + 1)
+    drawn = Counter(order.clip(draw) for draw in range(sum(first.values()), sum(last.values())))
+    for weight, count in counts.items():
+        group, draws = [clip for clip, other in enumerate(weights) if other == weight], last[weight] - first[weight]
+        assert sum(drawn[clip] for clip in group) == draws
+        # Epochs cut the group's turns where they like: a clip comes a time less or more than its share, and never two.
+        assert all(draws // count - 1 <= drawn[clip] <= -(-draws // count) + 1 for clip in group)
+    if all(weight == int(weight) for weight in weights):
+        assert drawn == {clip: int(weight) for clip, weight in enumerate(weights)}
+
+
+@given(st.lists(st.sampled_from([0.02, 0.3, 1.0, 2.5]), min_size=1, max_size=12), seeds)
+def test_over_many_epochs_every_clip_comes_as_often_as_its_weight_says(weights, seed):
+    order = ClipOrder(len(weights), seed, weights=np.array(weights))
+    drawn = Counter(order.clip(draw) for draw in range(math.ceil(sum(weights) * 100)))
+    assert all(abs(drawn[clip] - 100 * weight) <= 4 for clip, weight in enumerate(weights))
+    assert min(drawn[clip] for clip in range(len(weights))) >= 1
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]])
+def test_weights_that_cannot_be_meant_are_named(weights):
+    with pytest.raises(ValueError, match="a weight above 0 for each"):
+        ClipOrder(2, 0, weights=np.array(weights))
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), seeds, st.integers(0, 300))
+def test_sources_are_interleaved_by_their_shares(shares, seed, step):
+    sources = Interleaving(shares, seed)
+    drawn = [sources.source(k) for k in range(step)]
+    for source, share in enumerate(shares):
+        assert sources.earlier(source, step) == drawn.count(source)
+        assert abs(drawn.count(source) - step * share / sum(shares)) < 4
+
+
+def test_any_step_of_an_interleaving_is_found_at_once():
+    sources = Interleaving([3, 1], 0)
+    far = 10**12
+    assert sources.earlier(0, far) + sources.earlier(1, far) == far
+    assert sources.earlier(0, far) == pytest.approx(0.75 * far, abs=10)
+    assert sources.earlier(0, far + 1) - sources.earlier(0, far) == (sources.source(far) == 0)
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
 
 plans = (
     st.integers(1, 3)
@@ -26,30 +135,30 @@ plans = (
 
 
 @given(plans, st.integers(0, 3))
-def test_an_epoch_is_every_full_batch_once_over_all_ranks(plan, epoch):
-    samples, sizes, world, lanes, seed = plan
-    found = EpochPlan(samples, sizes, world, lanes, seed)
+def test_an_epoch_is_every_full_batch_once_over_all_slots(plan, epoch):
+    samples, sizes, slots, lanes, seed = plan
+    found = EpochPlan(samples, sizes, slots, lanes, seed)
     steps = sum(found.steps)
     taken = Counter()
     for step in range(epoch * steps, (epoch + 1) * steps):
-        batches = [found.batch(step, rank) for rank in range(world)]
+        batches = [found.batch(step, slot) for slot in range(slots)]
         assert {(b.bucket, b.epoch, b.lane) for b in batches} == {(batches[0].bucket, epoch, step % lanes)}  # equal work
         taken.update((b.bucket, b.number) for b in batches)
     assert set(taken.values()) == {1}
     for bucket, (count, size) in enumerate(zip(samples, sizes, strict=True)):
         numbers = {number for b, number in taken if b == bucket}
-        assert numbers == set(range(count // (size * world) * world))
-        assert count - len(numbers) * size < size * world  # less than one step is left out
+        assert numbers == set(range(count // (size * slots) * slots))
+        assert count - len(numbers) * size < size * slots  # less than one step is left out
 
 
 @given(plans)
 def test_a_lane_takes_a_contiguous_run(plan):
-    samples, sizes, world, lanes, seed = plan
-    found = EpochPlan(samples, sizes, world, lanes, seed)
-    for rank in range(world):
+    samples, sizes, slots, lanes, seed = plan
+    found = EpochPlan(samples, sizes, slots, lanes, seed)
+    for slot in range(slots):
         runs = {}
         for step in range(sum(found.steps)):
-            batch = found.batch(step, rank)
+            batch = found.batch(step, slot)
             run = runs.setdefault((batch.bucket, batch.lane), [batch.number])
             assert batch.number in (run[-1], run[-1] + 1)
             run.append(batch.number)
@@ -74,7 +183,7 @@ def test_buckets_come_in_an_order_that_seed_and_epoch_decide():
 
 
 def test_too_few_samples_for_a_step_are_named():
-    with pytest.raises(UserError, match=r"\[7, 3\] samples in batches of \[4, 2\] on 2 ranks: no bucket fills a step"):
+    with pytest.raises(UserError, match=r"\[7, 3\] samples in batches of \[4, 2\], 2 batches a step: no bucket fills a step"):
         EpochPlan([7, 3], [4, 2], 2, 1, 0)
     assert EpochPlan([8, 3], [4, 2], 2, 1, 0).steps == [1, 0]
 

@@ -73,7 +73,7 @@ def test_images_stand_in_an_index_where_they_are_asked_for(tmp_path):
     prepared = prepare(both, fps=40, progress=False)
     assert [(c.frames, c.width, c.height) for c in prepared.clips] == [(7, 64, 32), (1, 40, 20)]
     assert [path for path, _ in prepared.slower] == [both[0][0]]  # an image has no rate
-    item = ClipDataset(prepared.clips[1:], 1, (20, 40)).item(np.random.default_rng(0))
+    item = ClipDataset(prepared.clips[1:], 1, (20, 40)).item(0, np.random.default_rng(0))
     assert item["video"].shape == (3, 1, 20, 40)
     assert (item["video"][0, 0, :, :20].mean().item() + 1) * 127.5 == pytest.approx(200, abs=1)
     (tmp_path / "list.csv").write_text("file,caption\nred_left.png,a red half\n")

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from promag.data.buckets import Bucket
 from promag.data.clip_index import Clip, load_clips, save_clips
-from promag.data.datasets import ClipDataset, Mixture, TrainingStream, open_apart, open_dataset, open_training
+from promag.data.datasets import ClipDataset, open_apart, open_dataset, open_training
+from promag.data.stream import Mixture, TrainingStream
 from promag.data.tar_reader import BadSample
 from promag.data.tar_shards import open_shards
 from promag.data.tar_stream import ShardedClips, Sharding
@@ -23,7 +24,7 @@ from promag.data.tar_writer import write_shards
 from promag.data.video import UnreadableVideo
 from promag.training.config import UserError
 from tests.data.conftest import counting
-from tests.data.test_datasets import same, taken
+from tests.data.test_stream import same, taken
 
 VIDEO, IMAGE = Bucket(3, 32, 64), Bucket(1, 16, 16)
 
@@ -88,7 +89,7 @@ def test_elements_are_windows_drawn_by_their_address(index, folder):
     clips, rows = clips_of(folder), {clip.caption: clip for clip in load_clips(index)}
     stream = TrainingStream(clips, 3, 2, 1, 2)
     batch = stream.batch(2)
-    first = (2 * 2 + 1) * stream.largest  # step 2, rank 1 of 2
+    first = (2 * 2 + 1) * 2  # step 2, rank 1 of 2, batches of 2
     assert batch["sample"].tolist() == [first, first + 1]
     for element in range(2):
         row = rows[batch["caption"][element]]
@@ -117,15 +118,15 @@ def test_lanes_that_workers_share_are_named(folder, monkeypatch, caplog):
 
     for workers, named in ((2, False), (3, True)):
         monkeypatch.setattr(sharded_clips, "get_worker_info", lambda n=workers: SimpleNamespace(id=0, num_workers=n))
-        clips_of(folder, concurrent_shards=2).items(0, 0, 0, 1, 2, 0)
+        clips_of(folder, concurrent_shards=2).items(0, 0, 0, 1, 2)
         assert ("2 concurrent_shards for 3 loader processes" in caplog.text) == named
 
 
 def test_it_goes_to_another_process(folder):
     clips = clips_of(folder)
-    clips.items(0, 0, 0, 1, 2, 0)
+    clips.items(0, 0, 0, 1, 2)
     copy = pickle.loads(pickle.dumps(clips))
-    for one, other in zip(clips.items(5, 3, 0, 1, 2, 6), copy.items(5, 3, 0, 1, 2, 6), strict=True):
+    for one, other in zip(clips.items(5, 3, 0, 1, 2), copy.items(5, 3, 0, 1, 2), strict=True):
         same(one, other)
 
 
@@ -158,7 +159,7 @@ def test_plans(index, folder, caplog):
         "40x16x16      0      2    0.0%",
         "5 steps an epoch; each leaves out 6 of 26 clips, others each time",
     ]
-    assert "buckets that never fill a step of 2 ranks are never drawn: 1x16x16 (6 clips)" in caplog.text
+    assert "buckets that never fill a step of 2 batches never come: 1x16x16 (6 clips)" in caplog.text
     with caplog.at_level(logging.WARNING):
         found, plan = open_training(index, buckets, 0, 2, 2, (1,), sharding)
     assert isinstance(found, Mixture)
@@ -189,7 +190,7 @@ def test_clips_too_short_are_named(index, folder, kind, caplog):
 
 
 def test_no_step_can_be_filled(folder):
-    with pytest.raises(UserError, match=r"\[20\] samples in batches of \[2\] on 11 ranks"):
+    with pytest.raises(UserError, match=r"\[20\] samples in batches of \[2\], 11 batches a step"):
         open_training(folder / "*.tar", [VIDEO], 0, 2, 11, (1,), Sharding(1, 1))
 
 

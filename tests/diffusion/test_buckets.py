@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from promag.data.buckets import Bucket
-from promag.data.datasets import TrainingStream
+from promag.data.stream import TrainingStream
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.flow import token_shift
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, normalise_alike, write_latents

@@ -1,15 +1,18 @@
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promag.data.datasets import TrainingStream
+from promag.data.buckets import Bucket
+from promag.data.stream import TrainingStream
 from promag.data.synthetic import sample_scene
-from promag.diffusion.caption_weights import CaptionWeight, CaptionWeightedSampler
+from promag.diffusion.caption_weights import CaptionWeight, clip_weights
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, weight_by_caption, write_latents
+from promag.diffusion.train import mixed
 from promag.training.config import UserError
 from tests.diffusion.test_latent_cache import Clips, encode
 
@@ -40,23 +43,11 @@ def test_an_emphasis_that_cannot_be_meant_is_refused(words, factor):
         CaptionWeight(words, factor)
 
 
-@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=2), st.integers(0, 2**32))
-def test_a_clip_is_drawn_where_the_sum_of_weights_passes_the_random_number(factors, seed):
-    drawn = CaptionWeightedSampler(CAPTIONS, [CaptionWeight("turns", factors[0]), CaptionWeight("red", factors[1])])
-    weights = np.array([factors[1], factors[0] * factors[1], factors[0], 1.0])
-    assert np.allclose(np.diff(drawn.ends, prepend=0), weights)
-    assert drawn.found.tolist() == [2, 2]
-    place = np.random.default_rng(seed).uniform(0, drawn.ends[-1])
-    number = drawn.draw(np.random.default_rng(seed))
-    assert weights[:number].sum() <= place + 1e-9
-    assert place < weights[: number + 1].sum() + 1e-9
-
-
-def test_clips_come_as_often_as_their_weights_say():
-    drawn, rng = CaptionWeightedSampler(CAPTIONS, [CaptionWeight("turns", 3.0)]), np.random.default_rng(0)
-    counts = Counter(drawn.draw(rng) for _ in range(8000))
-    for number, weight in enumerate((1, 3, 3, 1)):
-        assert abs(counts[number] / 8000 - weight / 8) < 5 * (weight / 8 * (1 - weight / 8) / 8000) ** 0.5
+@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=2))
+def test_the_factors_of_all_words_in_a_caption_multiply(factors):
+    weights, counts = clip_weights(CAPTIONS, [CaptionWeight("turns", factors[0]), CaptionWeight("red", factors[1])])
+    assert weights.tolist() == pytest.approx([factors[1], factors[0] * factors[1], factors[0], 1.0])
+    assert counts.tolist() == [2, 2]
 
 
 @pytest.fixture
@@ -72,17 +63,31 @@ def by_bucket(tmp_path):
     return found
 
 
-def test_every_ratio_draws_the_same_clips_and_no_emphasis_changes_nothing(by_bucket):
-    plain = [[parts[0].item(np.random.default_rng(n))["clip"] for n in range(20)] for parts in by_bucket]
+def clips(latents, count):
+    return [clip for k in range(count) for clip in TrainingStream(latents, 0, 1, 0, 1).batch(k)["clip"].tolist()]
+
+
+def test_clips_come_as_often_as_the_words_of_their_captions_say(by_bucket):
     weight_by_caption(by_bucket, ())
-    assert plain == [[parts[0].item(np.random.default_rng(n))["clip"] for n in range(20)] for parts in by_bucket]
-    weight_by_caption(by_bucket, [CaptionWeight("6", 1e6)])  # the caption of clip 6, which the first bucket has not
-    a, b = ([[part.item(np.random.default_rng(n))["clip"] for n in range(20)] for part in parts] for parts in by_bucket)
-    assert a[0] == a[1]
-    assert set(a[0]) == {0, 1, 2}
-    assert b[0] == b[1]
-    assert set(b[0]) == {6}
-    assert TrainingStream(by_bucket[1][0], 0, 4, 0, 1).batch(3)["caption"] == ["6"] * 4
+    assert Counter(clips(by_bucket[1][0], 14)) == dict.fromkeys(range(7), 2)
+    weight_by_caption(by_bucket, [CaptionWeight("6", 4), CaptionWeight("a", 0.5)])  # clips 6 and 0; the first bucket has no 6
+    for latents in by_bucket[1]:
+        assert Counter(clips(latents, 38)) == {0: 2, **dict.fromkeys(range(1, 6), 4), 6: 16}
+    assert clips(by_bucket[1][0], 30) == clips(by_bucket[1][1], 30)
+    assert Counter(clips(by_bucket[0][0], 5)) == {0: 1, 1: 2, 2: 2}
+
+
+def test_a_bucket_has_the_more_steps_the_more_its_clips_weigh(by_bucket):
+    weight_by_caption(by_bucket, [CaptionWeight("6", 12)])
+    config = SimpleNamespace(seed=0, optimization=SimpleNamespace(batch_size=1), budgets=[SimpleNamespace(share=1.0)] * 2)
+    buckets = [Bucket(17, 8, 8, None), Bucket(33, 8, 8, None)]
+    mixture, plan = mixed(config, buckets, by_bucket)  # pyright: ignore[reportArgumentType]
+    assert mixture.shares == pytest.approx([3 / 42, 3 / 42, 18 / 42, 18 / 42])
+    assert [line.split()[1::2] for line in plan.splitlines()[1:]] == [["3", "14.3%"], ["7", "85.7%"]]
+    stream = TrainingStream(mixture, 0, 1, 0, 1)
+    drawn = Counter(caption for k in range(210) for caption in stream.batch(k)["caption"])
+    assert drawn["6"] == pytest.approx(120, abs=2)  # 12 times as often as a clip of either bucket without a weight
+    assert drawn["5"] == pytest.approx(10, abs=1)
 
 
 def test_words_that_no_bucket_holds_are_named(by_bucket):

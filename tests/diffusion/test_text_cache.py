@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from promag.data.datasets import TrainingStream
+from promag.data.stream import TrainingStream
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.diffusion.text import encode, learn_vocabulary, small_clip, tokenize
 from promag.diffusion.text_cache import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from promag.data.datasets import TrainingStream
+from promag.data.stream import TrainingStream
 from promag.training.config import UserError
 from promag.training.loop import Objective, close_trackers, make_accelerator, seeded, train
 from promag.training.run import (
@@ -32,10 +32,12 @@ RUN = run_config()
 class Numbers:
     """Rows of random numbers."""
 
+    weights = None
+
     def __len__(self):
         return 10
 
-    def item(self, rng: np.random.Generator):
+    def item(self, index: int, rng: np.random.Generator):
         return {"x": torch.from_numpy(rng.standard_normal(3).astype(np.float32)), "caption": "row"}
 
 
@@ -67,7 +69,7 @@ def run(folder, run=RUN, settings=SETTINGS, objective=None, validate=None, worke
     accelerator = make_accelerator(folder, "fp32")
 
     def open_stream(first):
-        return TrainingStream(Numbers(), 3, settings.batch_size, 0, 1, first)
+        return TrainingStream(Numbers(), 3, settings.batch_size, 0, 1, first, settings.accumulate)
 
     outcome = train(accelerator, folder / "stage", objective, open_stream, settings, run, 3, validate)
     close_trackers(accelerator)
