@@ -56,6 +56,7 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
         folder, done = base / name, base / f"{name}.done"
         with FileLock(base / f"{name}.lock"):
             if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a failed call left
                 folder.mkdir()
                 make(folder)
                 done.touch()
