@@ -122,13 +122,23 @@ def clip(seed: int, split: str, frames: int = 65, size: int | tuple[int, int] = 
     Splits draw from different streams; only "unseen" shows held-out combinations, and nothing else. Raises ValueError
     for an unknown split, a negative seed, and as `render` does.
     """
+    scene, rng = _drawn(seed, split)
+    return render(scene, rng, frames, size), scene
+
+
+def scene(seed: int, split: str) -> Scene:
+    """Return the scene of clip `seed` of a split without rendering it; raises ValueError as `clip` does."""
+    return _drawn(seed, split)[0]
+
+
+def _drawn(seed: int, split: str) -> tuple[Scene, np.random.Generator]:
+    """Return a clip's scene, and the generator that decides the rest of it."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: use one of {', '.join(SPLITS)}")
     if seed < 0:
         raise ValueError(f"seed {seed}: use 0 or more")
     rng = np.random.default_rng((SPLITS[split], seed))
-    scene = sample_scene(rng, unseen=split == "unseen")
-    return render(scene, rng, frames, size), scene
+    return sample_scene(rng, unseen=split == "unseen"), rng
 
 
 # -- rendering -------------------------------------------------------------------------------------------------------

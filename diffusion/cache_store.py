@@ -10,6 +10,7 @@ machines need a folder that all of them see.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,6 +120,10 @@ class Shards:
         self.clips, self.size = self.index["clips"], self.index["shard_size"]
         self._open: dict[int, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind: each process opens its own."""
+        return self.__dict__ | {"_open": {}}
+
     def place(self, clip: int) -> tuple[Any, int]:
         """Return the open shard of a clip, and its number in it; raises IndexError where there is no such clip."""
         if not 0 <= clip < self.clips:
@@ -137,14 +142,19 @@ class Shards:
     def caption(self, clip: int) -> str:
         """Return the caption of one clip."""
         shard, row = self.place(clip)
-        first, end = stretch(shard.get_tensor("caption_ends"), row)
+        first, end = stretch(shard.get_slice("caption_ends"), row)
         return bytes(shard.get_slice("captions")[first:end].tolist()).decode() if end > first else ""
 
     def captions(self) -> Iterator[str]:
-        """Yield the captions of all clips in order."""
-        return (self.caption(clip) for clip in range(self.clips))
+        """Yield the captions of all clips in order, a shard in memory at a time."""
+        for number in range(math.ceil(self.clips / self.size)):
+            shard = self.shard(number)
+            texts, ends = shard.get_tensor("captions").numpy().tobytes(), shard.get_tensor("caption_ends").tolist()
+            for first, end in zip([0, *ends], ends, strict=False):
+                yield texts[first:end].decode()
 
 
-def stretch(ends: Tensor, row: int) -> tuple[int, int]:
-    """Return where a row's part begins and ends, given where each row's part ends."""
-    return int(ends[row - 1]) if row else 0, int(ends[row])
+def stretch(ends: Any, row: int) -> tuple[int, int]:
+    """Return where a row's part begins and ends, given where each row's part ends: a tensor, or one to be read in slices."""
+    first, end = [0, *ends[max(row - 1, 0) : row + 1].tolist()][-2:]
+    return first, end

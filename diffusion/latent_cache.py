@@ -35,7 +35,10 @@ Scale = Literal["channel", "global"]
 class LatentFingerprint(Fingerprint):
     """What a cache of latents was made from."""
 
-    hashed: ClassVar[Mapping[str, str]] = {"tokenizer": "another tokenizer", "clips": "other clips"}
+    hashed: ClassVar[Mapping[str, str]] = {
+        "tokenizer": "another tokenizer",
+        "clips": "other clips, or clips of another generator (data/synthetic.py)",
+    }
 
     tokenizer: str  # hash of the weights
     clips: str  # hash of the clip list

@@ -41,7 +41,10 @@ BATCH = 32  # captions encoded at once
 class TextFingerprint(Fingerprint):
     """What a cache of embeddings was made from."""
 
-    hashed: ClassVar[Mapping[str, str]] = {"encoder": "another text encoder", "clips": "other clips"}
+    hashed: ClassVar[Mapping[str, str]] = {
+        "encoder": "another text encoder",
+        "clips": "other clips, or clips of another generator (data/synthetic.py)",
+    }
 
     encoder: str  # hash of the weights and the text tokenizer
     clips: str  # hash of the clip list
@@ -140,7 +143,7 @@ class EmbeddingCache:
     def row(self, clip: int) -> dict[str, Tensor]:
         """Return a caption's tokens, L D, mask, L, and pooled vector, D, under keys of this encoder."""
         shard, row = self.shards.place(clip)
-        first, end = stretch(shard.get_tensor("ends"), row)
+        first, end = stretch(shard.get_slice("ends"), row)
         pooled = shard.get_slice("pooled")[row] if self.pooled_width else None
         return self._padded(shard.get_slice("tokens")[first:end] if end > first else None, pooled)
 

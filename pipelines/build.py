@@ -147,7 +147,7 @@ def cache_latents(
     encode = encoder(vae, cast(Any, device), choose_precision_once(config.precision, config.output_dir))
     found = []
     for (bucket, clips), n in zip(parts, counts, strict=True):
-        digest = clips.digest(n)
+        digest = broadcast_from_main(lambda clips=clips, n=n: clips.digest(n))
         caches = {
             Path(data.cache) / _name(config, split, bucket, f"{ratio}x"): LatentFingerprint(
                 tokenizer=hashes[ratio],

@@ -1,14 +1,18 @@
 """Windows hold the frames they name, and digests follow what clips show."""
 
 import dataclasses
+import hashlib
+import inspect
+import json
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from promag.data import synthetic
-from promag.data.clip_index import save_clips
+from promag.data.clip_index import load_clips, row_of, save_clips
 from promag.data.clips import prepare
 from promag.data.datasets import ClipDataset, SyntheticDataset, open_dataset
 from promag.data.stream import TrainingStream
@@ -161,3 +165,36 @@ def test_digests_follow_the_content_and_not_the_place(clips, tmp_path):
     digests = [ClipDataset([clip, clips[1]], 3, 16).digest(1) for clip in (clips[0], moved, renamed)]
     assert digests[0] == digests[1] != digests[2]
     assert ClipDataset(clips, 3, 16).digest(1) == digests[0] != ClipDataset(clips, 3, 16).digest(2)
+
+
+def test_the_digest_of_many_clips_holds_one_row_at_a_time(clips, tmp_path):
+    """It is that of the list of all rows, whatever their number, without the list."""
+    rows = [dataclasses.replace(clips[0], caption=f"{k} " + "words " * 100) for k in range(3000)]
+    save_clips(tmp_path / "clips.jsonl", rows)
+    dataset = ClipDataset(load_clips(tmp_path / "clips.jsonl"), 3, 16)
+    listed = [row_of(clip) | {"path": ""} for clip in dataset.clips]
+    tracemalloc.start()
+    digest = dataset.digest(3000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert digest == hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    assert peak < 200_000  # the list and its text are some megabytes
+
+
+def test_generated_clips_have_another_digest_when_the_generator_changes(monkeypatch):
+    dataset = SyntheticDataset("train", 4, frames=3, size=32)
+    digest = dataset.digest(4)
+    assert digest == SyntheticDataset("train", 4, frames=3, size=32).digest(4)
+    assert len({digest, dataset.digest(3), SyntheticDataset("eval", 4, frames=3, size=32).digest(4)}) == 3
+    source = inspect.getsource(synthetic)
+    with monkeypatch.context() as context:  # a colour that clip 0 does not show, say
+        context.setattr(inspect, "getsource", lambda module: source.replace('"cyan": (0.12', '"cyan": (0.13'))
+        assert dataset.digest(4) != digest
+    with monkeypatch.context() as context:  # as another release of NumPy may draw
+        context.setattr(synthetic, "sample_scene", lambda rng, unseen: synthetic.Scene("disc", "red", "grows"))
+        assert dataset.digest(4) != digest
+
+
+def test_a_scene_is_that_of_its_clip():
+    for split in synthetic.SPLITS:
+        assert synthetic.scene(5, split) == synthetic.clip(5, split, frames=2, size=32)[1]

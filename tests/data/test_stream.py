@@ -247,3 +247,14 @@ def test_an_accumulating_stream_continues_at_any_batch(sources, kind, workers):
     rest = taken(TrainingStream(sources[kind], 7, 1, 0, 1, 4, 2), 6, workers)
     for one, other in zip(whole[4:], rest, strict=True):
         same(one, other)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "memory", "mixture", "shards"])
+def test_a_stream_that_was_read_goes_to_a_spawned_process(sources, clips, kind):
+    source = ClipDataset(clips, 3, 16, in_memory=True) if kind == "memory" else sources[kind]
+    stream = TrainingStream(source, 3, 2, 0, 1, 0, 2)
+    expected = [stream.batch(0), stream.batch(1)]  # opens files, which do not travel
+    loader = iter(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+    for batch in expected:
+        same(next(loader), batch)
+    loader._shutdown_workers()

@@ -7,7 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from torch.utils.data import DataLoader
 
+from promag.data.stream import TrainingStream
+from promag.diffusion.cache_store import Shards, shard_path
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.training.config import UserError
 
@@ -191,3 +195,36 @@ def test_another_ratio_is_refused_when_read(tmp_path):
     with pytest.raises(UserError, match="holds 16x latents, 8x is asked for"):
         LatentDataset(make(tmp_path), ratio=8)
     assert json.loads((tmp_path / "fingerprint.json").read_text())["ratio"] == 16
+
+
+def test_all_captions_are_read_a_shard_at_a_time(tmp_path):
+    shards = Shards(make(tmp_path, 10))
+    read = []
+
+    class Counting:
+        def __init__(self, number):
+            self.number, self.file = number, safe_open(shard_path(tmp_path, number), "pt")
+
+        def get_tensor(self, name):
+            read.append((self.number, name))
+            return self.file.get_tensor(name)
+
+    shards._open = {number: Counting(number) for number in range(4)}
+    assert list(shards.captions()) == CAPTIONS
+    assert sorted(read) == [(number, name) for number in range(4) for name in ("caption_ends", "captions")]
+    assert [Shards(tmp_path).caption(clip) for clip in range(10)] == CAPTIONS
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_an_opened_cache_goes_to_another_process(tmp_path, method):
+    """As with the small text model, whose words are learned from the captions before the loader starts."""
+    data = LatentDataset(make(tmp_path))
+    assert list(data.captions()) == CAPTIONS[:7]
+    stream = TrainingStream(data, 0, 2, 0, 1)
+    expected = [stream.batch(number) for number in range(2)]
+    loader = iter(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context=method))
+    for batch in expected:
+        other = next(loader)
+        assert torch.equal(batch["latents"], other["latents"])
+        assert batch["caption"] == other["caption"]
+    loader._shutdown_workers()
