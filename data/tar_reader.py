@@ -6,6 +6,7 @@ of its .json, else its .txt (webdataset's conventions).
 
 import contextlib
 import json
+import os
 import re
 import tarfile
 import zlib
@@ -20,6 +21,7 @@ from .images import IMAGE_EXTENSIONS
 from .video import VideoBytes
 
 _MEDIA = tuple(ending[1:] for ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)
+ALLOW_PIPES = "PROMAG_ALLOW_PIPES"  # of the environment, which no configuration file can set
 _WHOLE = "has no more samples"
 _DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error)
 
@@ -62,6 +64,11 @@ def opened(url: str) -> Iterator[Any]:
 def _open(url: str) -> Any:
     if is_local(url):
         return open(url.removeprefix("file://").removeprefix("file:"), "rb")
+    if url.lower().startswith("pipe:") and os.environ.get(ALLOW_PIPES) != "1":
+        raise UserError(
+            f"shards {url}: a pipe runs a shell command, so a configuration from someone else could run anything; if you trust "
+            f"this one, set {ALLOW_PIPES}=1 in the environment"
+        )
     from webdataset.gopen import gopen
 
     return gopen(url)

@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=64, help="videos sampled from each pipeline at each of its ratios")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance")
     parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
-    parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD")
+    parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD: a program, so take it from someone you trust")
     parser.add_argument("--record", type=Path, help="append the lines, without those of single clips, to this results file")
     parser.add_argument("--note", default="", help="what the lines say about the tokenizer")
     return parser

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is synthetic")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=HELP)
     parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
-    parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD")
+    parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD: a program, so take it from someone you trust")
     sheet = parser.add_argument_group("contact sheet")
     sheet.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw clips and their reconstructions here")
     sheet.add_argument("--also", nargs="+", default=[], metavar="NAME=CHECKPOINT:RATIO", help="draw these tokenizers' too")

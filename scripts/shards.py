@@ -41,7 +41,11 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     index.set_defaults(run=_index)
-    index.add_argument("shards", metavar="PATTERN", help="paths, URLs or pipe: commands, with braces; wildcards in paths")
+    index.add_argument(
+        "shards",
+        metavar="PATTERN",
+        help="paths, URLs or pipe: commands (PROMAG_ALLOW_PIPES=1), with braces",
+    )
     index.add_argument("--out", metavar="shards.jsonl", required=True, help="the index to write, to lie beside the shards")
     index.add_argument("--max-bad", type=float, default=0.01, help="largest share of bad samples")
     index.add_argument("--workers", type=int, default=2, help="shards that are decoded side by side")

@@ -89,7 +89,10 @@ def _normalised(x: Tensor) -> Tensor:
 
 
 class VideoFeatures:
-    """Features of an I3D in TorchScript, as FVD compares them: clips of at least 10 frames to (B, 400)."""
+    """Features of an I3D in TorchScript, as FVD compares them: clips of at least 10 frames to (B, 400).
+
+    TorchScript is a program that reads and writes files if it likes: load it only from a source that you trust.
+    """
 
     def __init__(self, path: str | os.PathLike):
         try:

@@ -24,6 +24,12 @@ def numbers(item) -> list[int]:
     return ((levels - 20) / STEP).round().int().tolist()
 
 
+@pytest.fixture(autouse=True)
+def pipes(monkeypatch):
+    """The tests' own commands may run."""
+    monkeypatch.setenv("PROMAG_ALLOW_PIPES", "1")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two good videos (30 frames at 30 fps, 21 at 15), a short one of 5 frames, and captions for some."""

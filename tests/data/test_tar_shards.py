@@ -326,3 +326,15 @@ def test_written_and_indexed_facts_agree(shards, tmp_path):
         same = ("shard", "samples", "bytes", "sha256", "height", "width")
         assert {key: row[key] for key in same} == {key: other[key] for key in same}
         assert np.all(np.array(other["frames"]) >= row["frames"])  # whole files, which these clips are stretches of
+
+
+@pytest.mark.parametrize("url", ["pipe:echo x > {}/ran; echo a.tar", "PIPE:echo x > {}/ran; cat a.tar"])
+@pytest.mark.parametrize("allowed", [None, "", "0", "yes"])
+def test_a_pipe_runs_only_where_the_environment_allows_it(tmp_path, monkeypatch, url, allowed):
+    monkeypatch.delenv("PROMAG_ALLOW_PIPES")
+    if allowed is not None:
+        monkeypatch.setenv("PROMAG_ALLOW_PIPES", allowed)
+    for read in (open_shards, lambda name: ShardReader(name, 1).read([0])):
+        with pytest.raises(UserError, match=r"a pipe runs a shell command.*set PROMAG_ALLOW_PIPES=1"):
+            read(url.format(tmp_path))
+    assert list(tmp_path.iterdir()) == []
