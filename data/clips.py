@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from promag.training.config import UserError
+from promag.training.progress import ProgressBar
 
 from .clip_index import Clip
 from .images import IMAGE_EXTENSIONS
@@ -176,7 +175,7 @@ def prepare(
     pool = ThreadPoolExecutor(workers)
     try:
         examined = pool.map(_examine, [path for path, _ in videos])
-        bar = tqdm(examined, total=len(videos), desc="decoding", unit="video", disable=not progress)
+        bar = ProgressBar(examined, total=len(videos), desc="decoding", unit="video", disable=not progress)
         for (path, caption), found in zip(videos, bar, strict=True):
             if isinstance(found, UnreadableVideo):
                 quarantined.append((path, found.reason))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from promag.training.config import UserError
+from promag.training.progress import ProgressBar
 from promag.training.run import write_atomically
 
 from .buckets import NONE, Bucket, Buckets
@@ -70,7 +70,7 @@ def write_shards(
     plan, left_out = _plan(clips, per_shard, seed, buckets)
     part, rows = _begin(folder, index, per_shard, seed, buckets)
     digests = array("Q")
-    bar = tqdm(total=sum(len(places) for _, places in plan), desc="writing", unit="clip", disable=not progress, mininterval=2)
+    bar = ProgressBar(total=sum(len(places) for _, places in plan), desc="writing", unit="clip", disable=not progress)
     for number, (name, places) in enumerate(plan):
         chosen = [clips[int(place)] for place in places]
         digests.extend(int(clip.sha256[:16], 16) for clip in chosen)
@@ -184,7 +184,7 @@ def index_shards(
         raise UserError(f"shards {pattern}: an index lies beside its shards, and two of these have one name")
     pool = ThreadPoolExecutor(workers)
     try:
-        bar = tqdm(pool.map(_examine_shard, urls), total=len(urls), desc="decoding", unit="shard", disable=not progress)
+        bar = ProgressBar(pool.map(_examine_shard, urls), total=len(urls), desc="decoding", unit="shard", disable=not progress)
         found = list(bar)
     finally:
         pool.shutdown(cancel_futures=True)

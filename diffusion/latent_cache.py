@@ -18,10 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from promag.training.config import UserError
 from promag.training.loop import broadcast_from_main, processes
+from promag.training.progress import ProgressBar
 
 from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, pack_texts, shard_path, write_shard
 from .caption_weights import CaptionWeight, clip_weights
@@ -140,7 +140,7 @@ def _write_shards(
     order: Any = batches  # of ranges, where lists are declared
     read = iter(DataLoader(_Reading(clips), batch_sampler=order, num_workers=workers, collate_fn=list))
     total = sum(len(clips_of(shard, batches.shard_size, batches.clips)) for shard in batches.shards)
-    bar = tqdm(total=total, desc="caching latents", unit="clip", mininterval=2, disable=not show)
+    bar = ProgressBar(total=total, desc="caching latents", unit="clip", disable=not show)
     for shard in batches.shards:
         lacking = {folder: fingerprint for folder, (fingerprint, missing) in caches.items() if shard in missing}
         ratios = [fingerprint.ratio for fingerprint in lacking.values()]

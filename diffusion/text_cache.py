@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from promag.training.loop import broadcast_from_main, processes
+from promag.training.progress import ProgressBar
 from promag.training.run import save_tensors_atomically, write_atomically
 
 from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, stretch, write_shard
@@ -97,7 +97,7 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
     if mine or state.is_main_process:
         tokenizer, encoder = load()
         encoder.to(state.device)
-        for number in tqdm(mine, desc="caching text", unit="shard", mininterval=2, disable=not state.is_main_process):
+        for number in ProgressBar(mine, desc="caching text", unit="shard", disable=not state.is_main_process):
             texts = [captions.caption(clip) for clip in clips_of(number, size, captions.clips)]
             write_shard(folder, number, _encode(tokenizer, encoder, texts, dtype))
         if state.is_main_process:

@@ -5,7 +5,6 @@ Videos are uint8 (T, H, W, 3).
 
 import dataclasses
 import inspect
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from promag.diffusion.text import NULL_CAPTION, Embedded
 from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.precision import Precision, autocast
+from promag.training.progress import ProgressBar
 
 from .inputs import NAMES, NEGATIVE_NAMES, unpack
 from .text_to_video import ProMAGPipeline
@@ -199,21 +199,16 @@ def sample_timed(
 ) -> tuple[list[np.ndarray], Seconds]:
     """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
 
-    What is done is told on stderr under `name`, None for silence. `how` is what else `make_videos` takes. Returns the videos,
+    A progress bar on stderr is called `name`; None for silence. `how` is what else `make_videos` takes. Returns the videos,
     and what all took, in batches.
     """
     videos: list[np.ndarray] = []
     spent = Seconds()
-    started = time.perf_counter()
     orders = [Order(prompt, first_seed + i) for i, prompt in enumerate(prompts)]
     how |= {"num_inference_steps": steps, "guidance_scale": guidance}
-    for made, seconds in make_videos(pipe, orders, BATCH, precision, **how):
-        videos += made
-        spent += seconds
-        if name is None:
-            continue
-        to_go = (time.perf_counter() - started) / len(videos) * (len(prompts) - len(videos))
-        print(f"\r{name}: {len(videos)}/{len(prompts)} videos, {to_go:.0f} s to go ", end="", file=sys.stderr, flush=True)
-    if name is not None:
-        print(file=sys.stderr)
+    with ProgressBar(desc=name or "", unit="video", total=len(prompts), disable=name is None) as bar:
+        for made, seconds in make_videos(pipe, orders, BATCH, precision, **how):
+            videos += made
+            spent += seconds
+            bar.update(len(made))
     return videos, spent

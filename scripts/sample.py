@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from promag.data.video import frame_times, pick_by_time, read_frames, write_video, written_whole
 from promag.diffusion.attention import choose_attention
@@ -24,6 +23,7 @@ from promag.reports.side_by_side import grid
 from promag.training.config import UserError, run_main
 from promag.training.gif import MOST_FPS, encode_gif
 from promag.training.precision import HELP, PRECISIONS
+from promag.training.progress import ProgressBar
 
 MP4, GIF = ".mp4", ".gif"
 CRF = 18
@@ -156,7 +156,7 @@ def _sampled(
 ) -> Iterator[tuple[list[np.ndarray], Seconds]]:
     """Make the videos, with a progress bar over the steps of all."""
     pipe.set_progress_bar_config(disable=True)
-    with tqdm(desc=f"denoising {len(orders)}", unit="step") as bar:
+    with ProgressBar(desc=f"denoising {len(orders)}", unit="step") as bar:
 
         def told(done: int, total: int) -> None:
             bar.total = total

@@ -21,13 +21,13 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm import tqdm
 
 from .compilation import as_it_stands
 from .config import setting
 from .fsdp import gather, held, shard
 from .optimizers import OptimizationConfig, make_optimizers
 from .precision import Chosen, Precision, choose_for_run
+from .progress import ProgressBar
 from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
 from .state import State
 from .throughput import Meter, Work
@@ -239,13 +239,12 @@ def train(
         worker_init_fn=_leave_signals_to_the_parent,
     )
     batches = iter(loader) if first < last else iter(())
-    bar = tqdm(
+    bar = ProgressBar(
         initial=first,
         total=settings.steps,
         desc=name,
+        unit="step",
         disable=not accelerator.is_main_process,
-        mininterval=2,
-        file=sys.stderr,
     )
     bf16 = accelerator.mixed_precision == "bf16"
     meter = Meter(accelerator.num_processes, accelerator.device, bf16, run.peak_tflops)

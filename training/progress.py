@@ -1,0 +1,55 @@
+"""How far a command is, on stderr: a bar on a terminal, a plain line now and then in a file."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 30.0  # between two lines in a file
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s in {elapsed}, {remaining} to go{postfix}"
+
+
+class ProgressBar(tqdm):
+    """tqdm's bar on a terminal; where stderr is no terminal, a line every LINE_SECONDS and one at the end.
+
+    Args:
+        iterable: what is iterated over; None for a bar that `update` moves.
+        desc: what is going on.
+        unit: what is counted, in the singular.
+        options: tqdm's others: total, initial, disable.
+    """
+
+    def __init__(self, iterable: Any = None, *, desc: str, unit: str, **options: Any):
+        self.plain = not sys.stderr.isatty()
+        self.line_at, self.lines = time.monotonic(), 0
+        if self.plain:
+            options["bar_format"] = LINE
+        super().__init__(iterable, desc=desc, unit=unit, file=sys.stderr, mininterval=2, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        """Draw the bar, or print a line if it is time for one."""
+        if not self.plain:
+            return super().display(msg, pos)
+        if time.monotonic() - self.line_at >= LINE_SECONDS:
+            self._print_line()
+        return True
+
+    def clear(self, *arguments: Any, **options: Any) -> None:
+        """Take a bar off the terminal; lines stay."""
+        if not self.plain:
+            super().clear(*arguments, **options)
+
+    def close(self) -> None:
+        """Draw the bar, or print the line, for the last time."""
+        if self.disable or not self.plain:
+            super().close()
+            return
+        self.disable = True
+        self._decr_instances(self)
+        if self.n != self.initial:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self.line_at = time.monotonic()
+        print(self, file=sys.stderr, flush=True)
