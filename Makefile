@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint setup clean
 
 demo: setup
-	$(BIN)/promag demo --config demo --output_dir $(RUN) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(RECORD),--record "$(RECORD)")
+	$(BIN)/promag demo --config demo --output-dir $(RUN) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(RECORD),--record "$(RECORD)")
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2

@@ -48,7 +48,7 @@ def _run(package: str, program: str, arguments: Sequence[str], summary: str) -> 
         print(f"error: no command {arguments[0]!r}; {nearest}`{program} --help` lists all", file=sys.stderr)
         return 2
     module = importlib.import_module(f"{package}.{commands[name].stem}")
-    from promag.training.config import run_main
+    from promag.training.command_line import run_main
 
     sys.argv = [f"{program} {name}", *arguments[1:]]  # argparse takes the program's name from here
     return run_main(module.main)

@@ -13,10 +13,12 @@ from promag.evaluation.sampling_cost import Pace, measure_pace
 from promag.pipelines.sampling import load_pipeline
 from promag.reports.uploads import UploadLimits
 from promag.reports.web_app import AppBackend, build_app
+from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
-from promag.training.config import UserError, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
 from promag.training.device import best_device
-from promag.training.precision import HELP, PRECISIONS, choose_precision
+from promag.training.precision import choose_precision
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,12 +49,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     limits = UploadLimits()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--tokenizer", help="folder of a tokenizer; left out: the pipeline's own")
     parser.add_argument("--pipeline", help="folder that `promag train-diffusion` wrote; left out: no text to video")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is every one of this machine")
     parser.add_argument("--port", type=int, default=7860, help="port to serve at")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=HELP)
+    share(parser, "--precision")
     parser.add_argument("--max-megabytes", type=float, default=limits.megabytes, help="of an uploaded video")
     parser.add_argument("--max-seconds", type=float, default=limits.seconds, help="of an uploaded video")
     parser.add_argument("--max-frames", type=int, default=limits.frames, help="of an uploaded video")

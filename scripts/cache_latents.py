@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import cache
 from promag.tokenizer.checkpoint import load_tokenizer
-from promag.training.config import parse_config, run_main
+from promag.training.command_line import parse_config, run_main
 from promag.training.loop import processes
 
 

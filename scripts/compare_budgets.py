@@ -28,11 +28,13 @@ from promag.reports.budget_report import (
 )
 from promag.reports.plots import Mark
 from promag.reports.tables import text_table
+from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames
 from promag.tokenizer.metrics import PROTOCOL
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
-from promag.training.config import UserError, parse_config, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.precision import choose_precision
 from promag.training.run import append_result, provenance
@@ -40,8 +42,7 @@ from promag.training.run import append_result, provenance
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print tables, write results and the page; with --record append the results to a results file."""
-    arguments, rest = _parser().parse_known_args(argv)
-    config = parse_config(DiffusionConfig, ["--config", arguments.config, *rest], __doc__ or "")
+    arguments, config = _parser().parse_with_config(DiffusionConfig, argv, preset="diffusion/tiny")
     budgets = _budgets(arguments)
     pipelines = _pipelines(arguments.pipelines)
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
@@ -84,35 +85,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer, or of a pipeline")
-    parser.add_argument("--videos", required=True, help="folder, CSV, JSONL, one video, a clips.jsonl, tar shards, or shapes")
     parser.add_argument("--out", type=Path, required=True, help="folder to write results.jsonl and report.html to")
-    parser.add_argument(
-        "--also", action="append", default=[], metavar="NAME:PATH", help="another autoencoder of diffusers; may be repeated"
-    )
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=PATH", help="other autoencoders of diffusers")
     parser.add_argument("--pipelines", nargs="+", default=[], metavar="DIR", help="trained pipelines to sample from")
-    parser.add_argument("--split", help="keep these rows of a CSV")
-    parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
-    parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
-    parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is synthetic")
+    share(parser, "--videos", "--split", "--frames", "--size", "--count")
     parser.add_argument("--target", type=float, default=25.0, help="PSNR in dB that each clip should have, at its own level")
     parser.add_argument("--segment", type=int, default=17, help="frames of the segments that can have a level each")
-    parser.add_argument("--config", default="diffusion/tiny", help="preset of the transformer that is measured")
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, default=True, help="measure the transformer's cost")
-    parser.add_argument("--batch", type=int, default=4, help="clips in the training step that is measured")
-    parser.add_argument("--steps", type=int, default=16, help="denoising steps of a video")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
+    share(parser, "--train-batch-size", "--steps", "--guidance", "--prompts", "--lpips", "--fvd", "--record", "--note")
+    share(parser, "--rounds", default=3)
     parser.add_argument("--curve-seconds", type=float, default=120.0, help="for costs by length; the rest is extrapolated")
-    parser.add_argument("--prompts", type=int, default=64, help="videos sampled from each pipeline at each of its ratios")
-    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance")
-    parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
-    parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD: a program, so take it from someone you trust")
-    parser.add_argument("--record", type=Path, help="append the lines, without those of single clips, to this results file")
-    parser.add_argument("--note", default="", help="what the lines say about the tokenizer")
     return parser
 
 
@@ -138,9 +123,10 @@ def _records(
     coded = f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}"
     alone = f"{coded}; segments of {arguments.segment} frames are coded alone"
     cost = (
-        f"preset {Path(arguments.config).stem}, {precision}, random latents and text; train step of {arguments.batch} clips "
-        f"with its optimisers, {arguments.steps} denoising steps of one video with guidance, decoding it; medians of "
-        f"{arguments.rounds} rounds in turns; peaks are beyond what stands before; FLOPs counted, of one clip"
+        f"preset {Path(arguments.config).stem}, {precision}, random latents and text; train step of "
+        f"{arguments.train_batch_size} clips with its optimisers, {arguments.steps} denoising steps of one video with "
+        f"guidance, decoding it; medians of {arguments.rounds} rounds in turns; peaks are beyond what stands before; "
+        f"FLOPs counted, of one clip"
     )
     by_length = "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
     sampled = f"{precision}, {arguments.steps} steps, guidance {arguments.guidance:g}; Wilson 95 % intervals; decoding included"
@@ -162,9 +148,9 @@ def _budgets(arguments: argparse.Namespace) -> list[Budget]:
         check_frames(arguments.frames, model.temporal_ratios[-1])
         check_frames(arguments.segment, model.temporal_ratios[-1])
         for text in arguments.also:
-            name, colon, path = text.partition(":")
-            if not (name and colon and path):
-                raise UserError(f"--also {text}: NAME:PATH is needed, for example wan:models/Wan2.1/vae")
+            name, equals, path = text.partition("=")
+            if not (name and equals and path):
+                raise UserError(f"--also {text}: NAME=PATH is needed, for example wan=models/Wan2.1/vae")
             budgets.append(peer_budget(name, path))
         check_budgets(budgets, arguments.size, arguments.size)
     except ValueError as error:
@@ -182,11 +168,11 @@ def _measure_costs(
         costs = Costs(budgets, config, arguments.size, arguments.size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    effort = Effort(arguments.batch, arguments.steps, arguments.rounds, arguments.curve_seconds)
+    effort = Effort(arguments.train_batch_size, arguments.steps, arguments.rounds, arguments.curve_seconds)
     _tell(f"measuring costs: {arguments.rounds} rounds at {arguments.frames} frames")
     found = costs.at_length(arguments.frames, effort)
     _tell(f"measuring costs from {LENGTHS[0]} to {LENGTHS[-1]} frames, for about {arguments.curve_seconds:.0f} s")
-    how = {"preset": Path(arguments.config).stem, "batch": arguments.batch, "steps": arguments.steps}
+    how = {"preset": Path(arguments.config).stem, "batch": arguments.train_batch_size, "steps": arguments.steps}
     return {name: {**row, **how} for name, row in found.items()}, costs.over_lengths(effort)
 
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from promag.reports.plots import plot_file
-from promag.training.config import UserError, load_yaml, run_main
+from promag.scripts._options import share
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError, load_yaml
 from promag.training.run import append_result, read_curve, write_atomically
 
 Curve = list[tuple[float, float]]  # (step, value)
@@ -18,12 +20,12 @@ Curve = list[tuple[float, float]]  # (step, value)
 
 def main(argv: Sequence[str]) -> int:
     """Plot or compare curves; raises UserError for folders and figures that are not there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     stage = "a name, and the folder of a stage of a training: runs/x/4x for example"
 
     summary = "draw the curves as an SVG"
-    plot = actions.add_parser("plot", help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    plot = actions.add_parser("plot", help=summary, description=summary)
     plot.set_defaults(run=_plot)
     plot.add_argument("stages", nargs="+", metavar="NAME=FOLDER", help=stage)
     plot.add_argument("--keys", nargs="+", required=True, help="figures: psnr, loss, generator, ...")
@@ -31,11 +33,11 @@ def main(argv: Sequence[str]) -> int:
     plot.add_argument("--mean-over", type=int, default=1, help="log lines that one point averages")
 
     summary = "print the largest relative difference, step by step, of two trainings with the same global batch"
-    diff = actions.add_parser("diff", help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    diff = actions.add_parser("diff", help=summary, description=summary)
     diff.set_defaults(run=_diff)
     diff.add_argument("stages", nargs=2, metavar="NAME=FOLDER", help=stage)
     diff.add_argument("--keys", nargs="+", default=["loss", "gradient_norm"], help="figures")
-    diff.add_argument("--record", type=Path, help="append a JSON line with curves, commit and machine to this results file")
+    share(diff, "--record")
 
     arguments = parser.parse_args(argv)
     arguments.run(arguments)

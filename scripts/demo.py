@@ -42,7 +42,8 @@ from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerCon
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
 from promag.tokenizer.train import train_tokenizer
-from promag.training.config import UserError, parse_config, required, run_main, setting, to_plain
+from promag.training.command_line import parse_config, run_main
+from promag.training.config import UserError, required, setting, to_plain
 from promag.training.device import best_device
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
@@ -70,7 +71,7 @@ class DemoConfig:
     ratios: tuple[int, ...] = setting((4, 16), "temporal ratios at which text-to-video is trained")
     prompts: int = setting(8, "prompts whose samples are shown")
     scored: int = setting(64, "generated-clip prompts sampled at each ratio and read by the scorer")
-    sampling_steps: int = setting(16, "denoising steps")
+    steps: int = setting(16, "denoising steps")
     guidance: float = setting(3.0, "classifier-free guidance")
     tokenizer: AutoencoderConfig = required("the tokenizer's base")
     stages: tuple[StageConfig, ...] = required("the tokenizer's levels")
@@ -155,7 +156,7 @@ def sample_shipped(config: DemoConfig, run: Path) -> list[SampleClip]:
     pipe: Any = load_pipeline(config.shipped or "")
     pipe.set_progress_bar_config(disable=True)
     ratio, scenes = pipe.config["temporal_ratio"], scenes_to_score(config.prompts, config.seed)
-    how = {"steps": config.sampling_steps, "guidance": config.guidance, "precision": config.precision}
+    how = {"steps": config.steps, "guidance": config.guidance, "precision": config.precision}
     videos = sample_videos(pipe, [s.caption() for s in scenes], **how, name=f"{ratio}x prompts", temporal_ratio=ratio)
     clips = [
         SampleClip(s.caption(), pipe.config["fps"], {ratio: v}, {ratio: describe(v, s)})
@@ -261,7 +262,7 @@ def make_report(
         pipe.set_progress_bar_config(disable=True)
     scenes = scenes_to_score(max(config.prompts, config.scored), config.seed) if not config.videos else []
     prompts = [s.caption() for s in scenes[: config.prompts]] or [item["caption"] for item in items[: config.prompts]]
-    how = {"steps": config.sampling_steps, "guidance": config.guidance, "precision": config.precision}
+    how = {"steps": config.steps, "guidance": config.guidance, "precision": config.precision}
     samples = {ratio: sample_videos(pipe, prompts, **how, name=f"{ratio}x prompts") for ratio, pipe in loaded.items()}
     accuracy = {}
     for ratio, pipe in loaded.items():
@@ -304,7 +305,7 @@ def make_report(
 def measure(config: DemoConfig, pipelines: Mapping[int, Any], prompts: list[str]) -> dict[str, dict[int, float]]:
     """Measure each ratio's train step, the denoising alone and whole sampling, per video; seconds by name and ratio."""
     size = {"frames": config.frames, "height": config.size, "width": config.size}
-    batch, steps, count = config.diffusion.batch_size, config.sampling_steps, len(prompts)
+    batch, steps, count = config.diffusion.batch_size, config.steps, len(prompts)
     training, denoised, sampled = {}, {}, {}
     for ratio, pipe in pipelines.items():
         own = copy.deepcopy(pipe.transformer)
@@ -435,7 +436,7 @@ def facts(config: DemoConfig, run: Path, clips: int, scored: int, started: float
         "Text-to-video training": f"{config.diffusion.steps} steps of {config.diffusion.batch_size} clips at each ratio",
         "Reconstruction protocol": f"{clips} unseen clips, {config.frames} frames, {config.size}x{config.size}; {PROTOCOL}",
         "Sampling": (
-            f"{config.sampling_steps} steps, guidance {config.guidance}, {config.precision}; seconds per video in a batch of "
+            f"{config.steps} steps, guidance {config.guidance}, {config.precision}; seconds per video in a batch of "
             f"{config.prompts} prompts: the transformer alone, and from text to pixels"
         ),
         "Train step": f"batch {config.diffusion.batch_size}, forward, backward and {optimizers}, median of 5 in turns",

@@ -21,9 +21,11 @@ from promag.evaluation.prompt_accuracy import (
     scenes_to_score,
 )
 from promag.pipelines.sampling import load_pipeline, sample_timed, trained_ratios
-from promag.training.config import UserError, run_main
+from promag.scripts._options import share
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
 from promag.training.device import best_device
-from promag.training.precision import HELP, PRECISIONS, Precision, choose_precision
+from promag.training.precision import Precision, choose_precision
 from promag.training.run import append_result
 
 PROTOCOL = "one video for each prompt, noise seeded by its number; Wilson 95 % intervals; seconds of a video, decoding included"
@@ -33,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     """Sample, score, print a line for each pipeline, ratio and kind of prompts, and append them to --record."""
     arguments = _parse(argv)
     arguments.precision = choose_precision(arguments.precision, best_device())
-    for folder in arguments.pipelines:
+    for folder in arguments.checkpoints:
         pipe: Any = load_pipeline(folder)
         pipe.set_progress_bar_config(disable=True)
         known = trained_ratios(pipe)
@@ -61,16 +63,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("pipelines", nargs="+", type=Path, help="folders that `promag train-diffusion` wrote")
-    add("--ratios", type=int, nargs="+", help="temporal ratios; left out: all that a pipeline was trained at")
-    add("--prompts", type=int, default=64, help="prompts of each kind")
-    add("--steps", type=int, default=24, help="denoising steps")
-    add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
-    add("--precision", choices=PRECISIONS, default="auto", help=HELP)
-    add("--record", type=Path, help="append the lines to this results file")
-    add("--note", default="", help="what the lines say about the training")
+    add("checkpoints", nargs="+", type=Path, metavar="checkpoint", help="folder of a pipeline")
+    share(parser, "--ratios", "--prompts", "--steps", "--guidance", "--precision", "--record", "--note")
     arguments = parser.parse_args(argv)
     for name in ("prompts", "steps"):
         if getattr(arguments, name) < 1:

@@ -15,37 +15,30 @@ import torch
 
 from promag.data.datasets import open_evaluation
 from promag.reports.contact_sheet import write_contact_sheet
+from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
-from promag.training.config import UserError, load_yaml, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError, load_yaml
 from promag.training.device import best_device
-from promag.training.precision import HELP, PRECISIONS, choose_precision
+from promag.training.precision import choose_precision
 from promag.training.run import append_result, write_atomically
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one line per ratio; with --json write them, with --record append them to a results file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", help="folder of a tokenizer, or of a pipeline")
-    parser.add_argument("--videos", required=True, help="folder, CSV, JSONL, one video, a clips.jsonl, tar shards, or shapes")
-    parser.add_argument("--split", help="keep these rows of a CSV")
-    parser.add_argument("--frames", type=int, default=65, help="frames from the start of each clip")
-    parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
-    parser.add_argument("--count", type=int, default=64, help="generated clips, where --videos is synthetic")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=HELP)
-    parser.add_argument("--lpips", help="folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS")
-    parser.add_argument("--fvd", help="TorchScript file of an I3D, for FVD: a program, so take it from someone you trust")
+    """Print one line per ratio; with --out write them, with --record append them to a results file."""
+    parser = Parser(__doc__)
+    share(parser, "checkpoint", "--videos", "--split", "--frames", "--size", "--count", "--precision", "--lpips", "--fvd")
     sheet = parser.add_argument_group("contact sheet")
-    sheet.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw clips and their reconstructions here")
+    share(sheet, "--contact-sheet")
     sheet.add_argument("--also", nargs="+", default=[], metavar="NAME=CHECKPOINT:RATIO", help="draw these tokenizers' too")
     sheet.add_argument("--clips", type=int, nargs="+", help="numbers of clips, from 0; left out: the three with most motion")
     sheet.add_argument("--across", type=int, default=9, help="pictures per line, evenly over the clip")
     sheet.add_argument("--scale", type=int, default=1, help="enlargement of the pictures")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
-    parser.add_argument("--note", default="", help="what the recorded line says about the checkpoint")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here")
+    share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
 
     model: Any = load_tokenizer(arguments.checkpoint)
@@ -90,8 +83,8 @@ def main(argv: Sequence[str]) -> int:
         "protocol": f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}",
         "ratios": {str(ratio): values for ratio, values in results.items()},
     }
-    if arguments.json:
-        write_atomically(arguments.json, json.dumps(record, indent=1))
+    if arguments.out:
+        write_atomically(arguments.out, json.dumps(record, indent=1))
     if arguments.record:
         append_result(arguments.record, record)
     return 0

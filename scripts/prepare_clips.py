@@ -4,7 +4,6 @@ promag prepare-clips videos/ --out clips.jsonl
 promag prepare-clips manifest.csv --split train --out clips-train.jsonl --fps 24 --frames 65
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -13,21 +12,21 @@ from pathlib import Path
 from promag.data.clip_index import save_clips
 from promag.data.clips import list_licences, list_videos, prepare
 from promag.data.video import REENCODE
-from promag.training.config import run_main
+from promag.training.command_line import Parser, run_main
 from promag.training.run import write_atomically
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; raises UserError for mistakes and for too many unreadable videos."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("videos", metavar="VIDEOS", help="a folder, a video, or a CSV or JSONL file with file and caption")
     parser.add_argument("--out", metavar="FILE.jsonl", required=True, help="the index to write")
     parser.add_argument("--fps", type=float, help="rate of the clips; default: that of each video")
     parser.add_argument("--frames", type=int, help="cut windows of so many frames; default: one clip a video")
     parser.add_argument("--split", help="only the rows whose column split says so, such as train or eval")
     parser.add_argument("--images", action="store_true", help="take a folder's images too, as clips of one frame")
-    parser.add_argument("--max-bad", type=float, default=0.01, help="part of the videos that may be unreadable (0.01)")
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode (2)")
+    parser.add_argument("--max-bad", type=float, default=0.01, help="part of the videos that may be unreadable")
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode")
     arguments = parser.parse_args(argv)
 
     started = time.perf_counter()

@@ -20,9 +20,11 @@ from promag.diffusion.validation import training_figures
 from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
+from promag.scripts._options import share
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import forget_where_it_was, load_tokenizer, save_model
-from promag.training.config import UserError, load_yaml, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError, load_yaml
 from promag.training.run import machines_of, write_atomically
 
 LOOP_KEYS = ("steps", "learning_rate", "muon_learning_rate", "ema_decay")  # of a text-to-video training, on its card
@@ -30,33 +32,28 @@ LOOP_KEYS = ("steps", "learning_rate", "muon_learning_rate", "ema_decay")  # of 
 
 def main(argv: Sequence[str]) -> int:
     """Write the folder; with --record also the figures as JSON lines. Raises UserError for mistakes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    defaults = argparse.ArgumentDefaultsHelpFormatter
 
     summary = "save a tokenizer with a card of its figures on unseen clips, its recipe, data and licences"
-    tokenizer = kinds.add_parser("tokenizer", help=summary, description=summary, formatter_class=defaults)
+    tokenizer = kinds.add_parser("tokenizer", help=summary, description=summary)
     tokenizer.set_defaults(run=_publish_tokenizer)
     tokenizer.add_argument("checkpoint", type=Path, help="RUN/tokenizer of a finished training")
-    tokenizer.add_argument("--videos", required=True, help="unseen clips, as `promag evaluate-tokenizer` takes them")
+    share(tokenizer, "--videos", "--frames", "--size")
     tokenizer.add_argument("--sources", type=Path, required=True, help="CSV: split, source_repo, source_commit, licence")
     tokenizer.add_argument("--split", default="train", help="rows of that CSV that were trained on")
     tokenizer.add_argument("--credits", type=Path, help="Markdown to put under the sources")
-    tokenizer.add_argument("--frames", type=int, default=65, help="frames from the start of each clip that is scored")
-    tokenizer.add_argument("--size", type=int, default=64, help="height and width of the clips that are scored")
 
     summary = "save a pipeline trained on generated clips with a card of its prompt accuracy, recipe and licence"
-    pipeline = kinds.add_parser("pipeline", help=summary, description=summary, formatter_class=defaults)
+    pipeline = kinds.add_parser("pipeline", help=summary, description=summary)
     pipeline.set_defaults(run=_publish_pipeline)
     pipeline.add_argument("checkpoint", type=Path, help="RUN/pipeline of a finished training on generated clips")
     pipeline.add_argument("--tokenizer", type=Path, required=True, help="published tokenizer that it was trained with")
-    pipeline.add_argument("--prompts", type=int, default=64, help="prompts of trained, and of held-out combinations")
-    pipeline.add_argument("--steps", type=int, default=24, help="denoising steps")
-    pipeline.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance")
+    share(pipeline, "--prompts", "--steps", "--guidance")
 
     for kind in (tokenizer, pipeline):
         kind.add_argument("--out", type=Path, required=True, help="folder to write; its path is the name on the card")
-        kind.add_argument("--record", type=Path, help="append the figures to this results file")
+        share(kind, "--record")
     arguments = parser.parse_args(argv)
     lines, card = arguments.run(arguments)
     write_atomically(arguments.out / "README.md", card)

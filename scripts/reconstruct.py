@@ -3,31 +3,31 @@
 Any length works: the video is read, encoded, decoded and written in chunks. Sides are cropped to even multiples of 8.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from promag.data.video import frame_times, write_video
 from promag.reports.side_by_side import Comparison
+from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio
-from promag.training.config import UserError, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
 from promag.training.device import best_device
-from promag.training.precision import HELP, PRECISIONS, choose_precision
+from promag.training.precision import choose_precision
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the comparison and print PSNR and frames per second of each ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", help="folder of a tokenizer, or of a pipeline")
+    parser = Parser(__doc__)
+    share(parser, "checkpoint")
     parser.add_argument("video", type=Path, help="video file")
     parser.add_argument("--out", type=Path, required=True, help="mp4 file")
-    parser.add_argument("--ratios", type=int, nargs="+", help="temporal ratios; left out: all that the tokenizer has")
-    parser.add_argument("--frames", type=int, help="frames from the start; left out: all")
+    share(parser, "--ratios", "--precision")
+    share(parser, "--frames", default=None, help="frames from the start; left out: all")
     parser.add_argument("--chunk", type=int, default=64, help="frames in work at a time, a multiple of every ratio")
     parser.add_argument("--tile", type=int, help="work on tiles of so many pixels a side; left out: the picture at once")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=HELP)
     parser.add_argument("--crf", type=int, default=14, help="quality of the mp4, 1 (best) to 51")
     arguments = parser.parse_args(argv)
     if arguments.out.suffix != ".mp4":

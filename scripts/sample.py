@@ -2,7 +2,7 @@
 
 Every prompt is sampled at every seed, from text alone or from a first image or clip too.
 
-A video depends on its prompt and its seed alone: other prompts, seeds and --batch change nothing but rounding.
+A video depends on its prompt and its seed alone: other prompts, seeds and --batch-size change nothing but rounding.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from promag.evaluation.clip_similarity import ClipSimilarity
 from promag.pipelines.sampling import Draft, Order, Seconds, load_pipeline, make_videos
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.side_by_side import grid
-from promag.training.config import UserError, run_main
+from promag.scripts._options import share
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
 from promag.training.gif import MOST_FPS, encode_gif
-from promag.training.precision import HELP, PRECISIONS
 from promag.training.progress import ProgressBar
 
 MP4, GIF = ".mp4", ".gif"
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     prompts = _prompts(arguments)
     _check_files(arguments)
     _check_numbers(arguments)
-    pipe: Any = load_pipeline(arguments.pipeline)
+    pipe: Any = load_pipeline(arguments.checkpoint)
     clip = ClipSimilarity.load(arguments.clip, arguments.clip_weights) if arguments.clip else None
     choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
     fps = arguments.fps or pipe.config["fps"]
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     _write_overviews(arguments, prompts, videos, fps)
-    ratio = arguments.temporal_ratio or pipe.config["temporal_ratio"]
+    ratio = arguments.ratio or pipe.config["temporal_ratio"]
     drafted = f", drafted at {arguments.draft_ratio}x" if arguments.draft_ratio else ""
     print(f"{_count(videos)} at {ratio}x{drafted}, {arguments.steps} steps on {pipe.device}: {spent}")
     if similarities:
@@ -72,34 +73,34 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("pipeline", help="folder that `promag train-diffusion` wrote")
+    add("checkpoint", help="folder of a pipeline")
     add("--prompt", action="append", default=[], help="text; give it again for more videos")
     add("--prompt-file", type=Path, help="text file with a prompt a line, after those of --prompt; empty lines do not count")
     add("--negative-prompt", default="", help="what guidance moves away from")
     add("--seed", type=int, nargs="+", default=[0], help="of the noise; every prompt is sampled at each")
     add("--out", type=Path, required=True, help="mp4 or GIF file; several videos are numbered")
     add("--grid", type=Path, help="mp4 or GIF file with all videos in step: with several seeds, a row for each prompt")
-    add("--contact-sheet", type=Path, help="PNG with frames of all videos")
+    share(parser, "--contact-sheet")
     add("--crf", type=int, help=f"quality of an mp4, 1 (best) to 51; left out: {CRF}")
-    add("--num-frames", type=int, help="frames; left out: what it was trained on")
+    add("--frames", type=int, help="frames; left out: what it was trained on")
     add("--height", type=int, help="pixels; left out: what it was trained on")
     add("--width", type=int, help="pixels; left out: what it was trained on")
-    add("--temporal-ratio", type=int, help="token budget; left out: the first it was trained at")
-    add("--draft-ratio", type=int, help="sample at this higher ratio first, lift it to --temporal-ratio and refine it there")
+    add("--ratio", type=int, help="temporal ratio; left out: the first it was trained at")
+    add("--draft-ratio", type=int, help="sample at this higher ratio first, lift it to --ratio and refine it there")
     add("--draft-steps", type=int, help="denoising steps of the draft; left out: --steps")
     add("--denoise-strength", type=float, help="share of --steps that refine a draft, 0 to below 1; left out: 0.5")
-    add("--steps", type=int, default=30, help="denoising steps")
-    add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
+    share(parser, "--steps", "--guidance", "--batch-size", "--precision")
     add("--fps", type=float, help="frame rate told to the model and written; left out: as trained")
-    add("--batch", type=int, default=1, help="videos made at once")
-    add("--precision", choices=PRECISIONS, default="auto", help=HELP)
     add("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")
     opening.add_argument("--video", type=Path, help="clip to continue from its last frames; scaled and cropped likewise")
-    add("--clip", help="CLIP model to score with: a folder of transformers, open_clip:NAME or open_clip:local-dir:FOLDER")
+    add(
+        "--clip",
+        help="CLIP model that scores: a folder of transformers, open_clip:NAME or open_clip:local-dir:FOLDER",
+    )
     add("--clip-weights", help="file with the weights of open_clip:NAME")
     return parser.parse_args(argv)
 
@@ -138,7 +139,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
-    for name in ("num_frames", "height", "width", "steps", "draft_steps", "batch", "fps"):
+    for name in ("frames", "height", "width", "steps", "draft_steps", "batch_size", "fps"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
@@ -163,7 +164,7 @@ def _sampled(
             bar.update(done - bar.n)
 
         how = {"told": told, "draft": _draft(arguments), **_call(arguments, pipe, fps)}
-        yield from make_videos(pipe, orders, arguments.batch, arguments.precision, **how)
+        yield from make_videos(pipe, orders, arguments.batch_size, arguments.precision, **how)
 
 
 def _draft(arguments: argparse.Namespace) -> Draft | None:
@@ -183,13 +184,13 @@ def _call(arguments: argparse.Namespace, pipe: Any, fps: float) -> dict[str, Any
     if arguments.image:
         given = {"image": open_image(arguments.image, size)}
     elif arguments.video:
-        given = {"video": last_pictures(arguments.video, size, fps, arguments.num_frames or pipe.config["num_frames"])}
+        given = {"video": last_pictures(arguments.video, size, fps, arguments.frames or pipe.config["num_frames"])}
     return {
         "negative_prompt": arguments.negative_prompt,
-        "num_frames": arguments.num_frames,
+        "num_frames": arguments.frames,
         "height": arguments.height,
         "width": arguments.width,
-        "temporal_ratio": arguments.temporal_ratio,
+        "temporal_ratio": arguments.ratio,
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.guidance,
         "fps": arguments.fps,

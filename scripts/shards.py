@@ -13,18 +13,17 @@ import yaml
 
 from promag.data.buckets import Bucket
 from promag.data.tar_writer import index_shards, write_shards
-from promag.training.config import UserError, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError, read_yaml
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; raises UserError for mistakes, changed videos, truncated shards and too many bad samples."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     summary = "shuffle the clips of an index into tar shards, and write the index that training reads beside them"
-    write = actions.add_parser(
-        "write", help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    write = actions.add_parser("write", help=summary, description=summary)
     write.set_defaults(run=_write)
     write.add_argument("clips", metavar="CLIPS.jsonl", help="an index made by `promag prepare-clips`")
     write.add_argument("--out", metavar="FOLDER", required=True, help="the shards' folder; an interrupted call continues")
@@ -38,7 +37,6 @@ def main(argv: Sequence[str]) -> int:
         help=summary,
         description=f"{summary}. A sample is a video or an image (.mp4, .webm, .jpg, ...) and its caption (.json with the key "
         "caption, or .txt), under one name. Shards that `promag shards write` wrote have an index.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     index.set_defaults(run=_index)
     index.add_argument(
@@ -78,7 +76,7 @@ def _index(arguments: argparse.Namespace) -> None:
 def parse_buckets(text: str) -> list[Bucket]:
     """Read a list of [frames, height, width]; raises UserError for anything else."""
     try:
-        values = yaml.safe_load(text)
+        values = read_yaml(text)
         return [Bucket(frames, height, width) for frames, height, width in values]
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"buckets {text!r}: [[frames, height, width], ...] is needed: {' '.join(str(error).split())}") from None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import train_pipeline
-from promag.training.config import parse_config, run_main
+from promag.training.command_line import parse_config, run_main
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from promag.tokenizer.config import TokenizerConfig
 from promag.tokenizer.train import train_tokenizer
-from promag.training.config import parse_config, run_main
+from promag.training.command_line import parse_config, run_main
 
 
 def main(argv: Sequence[str]) -> int:

@@ -22,16 +22,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from promag import AutoencoderKLProMAG
 from promag.evaluation.baselines import build_peer, probe_peer
 from promag.evaluation.cost import measure_in_turns, peak_bytes
+from promag.scripts._options import share
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.config import StageConfig, TokenizerConfig
 from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
 from promag.tokenizer.train import StageObjective
+from promag.training.command_line import Parser, run_main
 from promag.training.compilation import compile_blocks
-from promag.training.config import UserError, build, load_yaml, run_main
+from promag.training.config import UserError, build, load_yaml
 from promag.training.device import best_device
 from promag.training.loop import seeded
 from promag.training.optimizers import make_optimizers
-from promag.training.precision import DTYPES, PRECISIONS, autocast, choose_precision
+from promag.training.precision import DTYPES, autocast, choose_precision
 from promag.training.run import append_result
 from promag.training.throughput import matmul_tflops
 
@@ -63,30 +65,27 @@ def main(argv: Sequence[str]) -> int:
     """Print a line for each measurement; with --record append a JSON line for each model and size. 1: some had errors."""
     arguments = _parser().parse_args(argv)
     subjects = [_preset(path) for path in arguments.presets] + [_peer(name) for name in arguments.peers]
-    sizes = [_size(text) for text in arguments.sizes]
+    sizes = [_size(text) for text in arguments.clip_sizes]
     _check(subjects, sizes, arguments)
     device = best_device()
-    arguments.dtype = choose_precision(arguments.dtype, device)
+    arguments.precision = choose_precision(arguments.precision, device)
     bad = 0
     for subject in subjects:
         bad += _measure(subject, sizes, device, arguments)
-        if subject.config and arguments.train_batch:
+        if subject.config and arguments.train_batch_size:
             bad += _measure_training(subject, subject.config, sizes, device, arguments)
     return int(bad > 0)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("presets", nargs="*", default=[], help="presets of tokenizers: all levels that their stages grow")
     parser.add_argument("--peers", nargs="+", default=[], metavar="CLASS", help=f"of diffusers: {', '.join(PEERS)}")
-    parser.add_argument("--sizes", nargs="+", default=["17x128x128", "65x256x256"], help="FRAMESxHEIGHTxWIDTH")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
-    parser.add_argument("--dtype", choices=PRECISIONS, default="auto", help="of weights and pixels; trainings use autocast")
+    parser.add_argument("--clip-sizes", nargs="+", default=["17x128x128", "65x256x256"], help="FRAMESxHEIGHTxWIDTH")
+    share(parser, "--rounds", "--record")
+    share(parser, "--precision", help="type of weights and pixels; trainings use autocast")
     parser.add_argument("--compile", action="store_true", help="measure ours again with its repeated blocks compiled")
-    parser.add_argument("--train-batch", type=int, metavar="CLIPS", help="measure training steps of ours, too")
-    parser.add_argument("--record", type=Path, help="append JSON lines with commit and machine to this results file")
+    share(parser, "--train-batch-size", default=None, help="measure training steps of ours too, with so many clips")
     return parser
 
 
@@ -131,7 +130,7 @@ def _peer(name: str) -> Subject:
 def _size(text: str) -> Size:
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
     if not found:
-        raise UserError(f"--sizes {text}: FRAMESxHEIGHTxWIDTH is needed, for example 17x128x128")
+        raise UserError(f"--clip-sizes {text}: FRAMESxHEIGHTxWIDTH is needed, for example 17x128x128")
     frames, height, width = map(int, found.groups())
     return frames, height, width
 
@@ -140,7 +139,7 @@ def _check(subjects: Sequence[Subject], sizes: Sequence[Size], arguments: argpar
     """Raise UserError for what could not be measured, before anything is."""
     if not subjects:
         raise UserError("nothing to measure: give presets (tokenizer/small) or --peers")
-    for name in ("rounds", "train_batch"):
+    for name in ("rounds", "train_batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     for subject, (frames, height, width) in itertools.product(subjects, sizes):
@@ -148,7 +147,7 @@ def _check(subjects: Sequence[Subject], sizes: Sequence[Size], arguments: argpar
             check_frames(frames, subject.step)
             check_size(height, width, subject.spatial)
         except ValueError as error:
-            raise UserError(f"--sizes {frames}x{height}x{width}, {subject.name}: {error}") from None
+            raise UserError(f"--clip-sizes {frames}x{height}x{width}, {subject.name}: {error}") from None
 
 
 # -- encoding and decoding -------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def _measure(subject: Subject, sizes: Sequence[Size], device: torch.device, argu
     counted = {(size, ratio): _count(subject, size, ratio) for size in sizes for ratio in subject.ratios}
     torch.manual_seed(0)
     with torch.device(device):
-        model = subject.make().to(DTYPES[arguments.dtype]).eval()
+        model = subject.make().to(DTYPES[arguments.precision]).eval()
     bad = 0
     for compiled in (False, True) if arguments.compile and subject.config else (False,):
         if compiled:
@@ -175,7 +174,7 @@ def _measure(subject: Subject, sizes: Sequence[Size], device: torch.device, argu
             bad += sum("error" in row for row in rows)
             if arguments.record:
                 described = {"model": subject.name, "architecture": subject.architecture, **_facts(size)}
-                described |= {"dtype": arguments.dtype, "compiled": compiled, "rounds": arguments.rounds}
+                described |= {"dtype": arguments.precision, "compiled": compiled, "rounds": arguments.rounds}
                 protocol = _protocol(arguments, subject)
                 append_result(arguments.record, {"what": "tokenizer speed", **described, "protocol": protocol, "rows": rows})
     del model
@@ -257,7 +256,7 @@ def _measure_training(
         rows = []
         for stage in config.stages:
             size = (stage.frames, height, width)
-            row = {"model": subject.name, "ratio": stage.ratio, **_facts(size), "batch": arguments.train_batch}
+            row = {"model": subject.name, "ratio": stage.ratio, **_facts(size), "batch": arguments.train_batch_size}
             row |= {"gradient_checkpointing": config.gradient_checkpointing, "out_of_memory": False}
             row |= _training_row(config, stage, size, device, arguments, peak)
             _free()
@@ -266,14 +265,14 @@ def _measure_training(
         bad += sum("error" in row for row in rows)
         if arguments.record:
             protocol = (
-                f"a step of {arguments.train_batch} random clips with float32 weights in {precision}: forward, backward "
+                f"a step of {arguments.train_batch_size} random clips with float32 weights in {precision}: forward, backward "
                 "of the stage's pixel losses and KL (without LPIPS, discriminator and latent regression), clipping, the "
                 f"optimisers of the stage's loop, which train what the stage trains; median of {arguments.rounds} rounds; "
                 "FLOPs of forward and backward, recomputation and optimisers left out; MFU against matmul_tflops; peak "
                 "beyond weights and moments, gradients included"
             )
             described = {"model": subject.name, "architecture": subject.architecture, "height": height, "width": width}
-            described |= {"batch": arguments.train_batch, "rounds": arguments.rounds, "matmul_tflops": peak}
+            described |= {"batch": arguments.train_batch_size, "rounds": arguments.rounds, "matmul_tflops": peak}
             append_result(
                 arguments.record, {"what": "tokenizer training speed", **described, "protocol": protocol, "rows": rows}
             )
@@ -284,7 +283,7 @@ def _training_row(
     config: TokenizerConfig, stage: StageConfig, size: Size, device: torch.device, arguments: argparse.Namespace, peak: float
 ) -> dict[str, Any]:
     batch, pixels = (
-        arguments.train_batch,
+        arguments.train_batch_size,
         dataclasses.replace(stage, latent_pretrain_steps=0, perceptual=None, adversarial=None),
     )
     with torch.device("meta"):
@@ -350,11 +349,11 @@ def _facts(size: Size) -> dict[str, int]:
 
 def _protocol(arguments: argparse.Namespace, subject: Subject) -> str:
     said = (
-        f"untrained {arguments.dtype} weights, random pixels and latents, batch 1, no_grad, no autocast; median of "
+        f"untrained {arguments.precision} weights, random pixels and latents, batch 1, no_grad, no autocast; median of "
         f"{arguments.rounds} rounds after a warm-up; peaks are of tensors beyond weights and input; FLOPs: 2 for a "
         "multiply-add in convolutions, products and attention, counted on tensors without data"
     )
-    if arguments.dtype == "fp32":
+    if arguments.precision == "fp32":
         said += "; convolutions in TF32 where torch's default has it"
     if subject.config:
         return f"{said}; whole clips without tiles or chunks; parameters: those that the ratio uses"

@@ -5,7 +5,6 @@ Each is opened in a process of its own.
 promag benchmark clip-index --rows 1000000 --record docs/results/training.jsonl
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -24,17 +23,17 @@ from promag.data.epochs import EpochPlan
 from promag.data.tar_reader import ALLOW_PIPES
 from promag.data.tar_shards import ShardRow, open_shards
 from promag.data.tar_stream import ShardedClips, Sharding
-from promag.training.config import run_main
+from promag.scripts._options import share
+from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="clips in the index (1000000)")
-    parser.add_argument("--read", type=int, default=10_000, help="rows that are then read at random (10000)")
-    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
-    parser.add_argument("--note", default="", help="what the recorded line says about the code that was measured")
+    parser = Parser(__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="clips in the index")
+    parser.add_argument("--read", type=int, default=10_000, help="rows that are then read at random")
+    share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,6 @@ What the weights are does not matter: any tokenizer of the shape that is meant w
 process and its decoding workers (run.workers); CPU seconds too, which tell more than the clock where other programs run.
 """
 
-import argparse
 import os
 import resource
 import tempfile
@@ -21,8 +20,9 @@ from promag.data.datasets import open_dataset
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.pipelines.build import encoder
+from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
-from promag.training.config import parse_config, run_main
+from promag.training.command_line import Parser, run_main
 from promag.training.loop import processes
 from promag.training.precision import choose_precision
 from promag.training.run import append_result
@@ -32,16 +32,15 @@ BATCH = 8
 
 def main(argv: Sequence[str]) -> int:
     """Print frames per second of each part; with --record append them as a JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--clips", type=int, default=64, help="clips that are cached in each round")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements; the median counts")
-    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
-    arguments, rest = parser.parse_known_args(argv)
-    config = parse_config(DiffusionConfig, rest, __doc__ or "")
+    parser = Parser(__doc__)
+    share(parser, "--count", help="clips that are cached in each round")
+    share(parser, "--rounds", default=3)
+    share(parser, "--record")
+    arguments, config = parser.parse_with_config(DiffusionConfig, argv)
 
     load, data = os.getloadavg()[0], config.data
-    source = open_dataset(data.train, "train", data.frames, data.size, arguments.clips)
-    clips, count = _Videos(source), min(arguments.clips, len(source))
+    source = open_dataset(data.train, "train", data.frames, data.size, arguments.count)
+    clips, count = _Videos(source), min(arguments.count, len(source))
     device: Any = processes().device
     precision = choose_precision(config.precision, device)
     encode = encoder(load_tokenizer(config.tokenizer), device, precision)

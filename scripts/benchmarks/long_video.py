@@ -1,6 +1,5 @@
 """Measure memory by the length of a video, and tiles against the whole picture."""
 
-import argparse
 import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
@@ -11,27 +10,27 @@ import torch
 from torch import Tensor
 
 from promag.data.video import frame_times, read_frames
+from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio
 from promag.tokenizer.metrics import from_uint8, psnr
 from promag.tokenizer.streaming import chunk_plan, pad_clip, reconstruct_stream
-from promag.training.config import UserError, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
 from promag.training.precision import autocast
 from promag.training.run import append_result
 
 
 def main(argv: Sequence[str]) -> int:
     """Print, and with --record append to a results file, peak memory by length and the PSNR of tiled against whole."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", help="folder of a tokenizer, or of a pipeline")
+    parser = Parser(__doc__)
+    share(parser, "checkpoint", "--ratios", "--record")
     parser.add_argument("--video", type=Path, help="a video larger than a tile; left out: tiles are not compared")
-    parser.add_argument("--ratios", type=int, nargs="+", help="temporal ratios; left out: all that the tokenizer has")
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 2000], help="frames that are streamed")
-    parser.add_argument("--size", type=int, default=64, help="height and width of the streamed frames")
+    share(parser, "--size", help="height and width of the streamed frames")
     parser.add_argument("--chunk", type=int, default=32, help="frames in work at a time, a multiple of every ratio")
-    parser.add_argument("--frames", type=int, default=17, help="frames of the video that are tiled")
+    share(parser, "--frames", default=17, help="frames of the video that are tiled")
     parser.add_argument("--tile", type=int, default=128, help="side of a tile in pixels; tiles overlap by half of it")
-    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
     arguments = parser.parse_args(argv)
 
     model: Any = load_tokenizer(arguments.checkpoint)

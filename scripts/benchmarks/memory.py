@@ -16,8 +16,10 @@ from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.flops import training_flops
 from promag.diffusion.train import hidden_matrices
 from promag.evaluation.memory import activation_bytes, small_text, spread_bytes, standing_bytes, text_shape, transformer_alone
+from promag.scripts._options import share
 from promag.tokenizer.geometry import tokens
-from promag.training.config import UserError, build, load_yaml, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError, build, load_yaml
 from promag.training.optimizers import muon_flops
 from promag.training.run import append_result
 
@@ -27,14 +29,14 @@ GIB, MIB = 2**30, 2**20
 
 def main(argv: Sequence[str]) -> int:
     """Print a table for each preset; with --record append all as a JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("presets", nargs="+", help="presets of text-to-video trainings: diffusion/tiny ...")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="heights and widths beside the preset's own")
     parser.add_argument("--text-width", type=int, default=4096, help="of frozen text encoders; 4096 is T5-XXL's")
     parser.add_argument("--real", nargs="*", default=[], help="presets, by name, whose own size is measured on the CPU")
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="over which FSDP2 spreads what stays")
     parser.add_argument("--no-clips", action="store_true", help="leave activations out: they take the most time to count")
-    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
+    share(parser, "--record")
     arguments = parser.parse_args(argv)
     rows = [_row(preset, arguments) for preset in arguments.presets]
     if arguments.record:

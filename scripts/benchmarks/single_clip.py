@@ -3,7 +3,6 @@
 ONEDNN_MAX_CPU_ISA=AVX512_CORE or AVX2 in the environment shows what processors without newer instructions take.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +12,12 @@ from typing import Any
 
 import torch
 
+from promag.scripts._options import share
 from promag.tokenizer import convolution
 from promag.tokenizer.geometry import check_frames, check_size
 from promag.tokenizer.train import load_tokenizer
-from promag.training.config import UserError, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
 from promag.training.run import append_result
 
 PROTOCOL = (
@@ -27,16 +28,14 @@ PROTOCOL = (
 
 def main(argv: Sequence[str]) -> int:
     """Print seconds before and after, and their ratio, for each clip and temporal ratio; --record appends a JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("tokenizer", help="folder of a tokenizer, or of a pipeline")
-    parser.add_argument("--clips", nargs="+", default=["65x64x64", "17x128x128"], help="frames x height x width")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements; the median counts")
-    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
+    parser = Parser(__doc__)
+    share(parser, "checkpoint", "--rounds", "--record")
+    parser.add_argument("--clip-sizes", nargs="+", default=["65x64x64", "17x128x128"], help="FRAMESxHEIGHTxWIDTH")
     arguments = parser.parse_args(argv)
     if not convolution.AVAILABLE:
         raise UserError("this PyTorch has no oneDNN: there is nothing to compare")
-    model: Any = load_tokenizer(arguments.tokenizer).float()
-    sizes = {clip: _size(clip, model.temporal_ratios[-1]) for clip in arguments.clips}
+    model: Any = load_tokenizer(arguments.checkpoint).float()
+    sizes = {clip: _size(clip, model.temporal_ratios[-1]) for clip in arguments.clip_sizes}
     torch.set_num_threads(1)
     rows = []
     for clip, size in sizes.items():
@@ -49,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
             rows.append(row)
     if arguments.record:
         instructions = os.environ.get("ONEDNN_MAX_CPU_ISA", "all that the processor has")
-        facts = {"tokenizer": "/".join(Path(arguments.tokenizer).parts[-2:]), "instructions": instructions}
+        facts = {"tokenizer": "/".join(Path(arguments.checkpoint).parts[-2:]), "instructions": instructions}
         protocol = PROTOCOL.format(rounds=arguments.rounds)
         append_result(arguments.record, {"what": "one clip on a CPU", **facts, "protocol": protocol, "rows": rows})
     return 0
@@ -59,12 +58,12 @@ def _size(clip: str, ratio: int) -> tuple[int, int, int]:
     try:
         frames, height, width = map(int, clip.split("x"))
     except ValueError:
-        raise UserError(f"--clips {clip}: give frames x height x width, such as 17x128x128") from None
+        raise UserError(f"--clip-sizes {clip}: give FRAMESxHEIGHTxWIDTH, such as 17x128x128") from None
     try:
         check_frames(frames, ratio)
         check_size(height, width)
     except ValueError as error:
-        raise UserError(f"--clips {clip}: {error}") from None
+        raise UserError(f"--clip-sizes {clip}: {error}") from None
     return frames, height, width
 
 

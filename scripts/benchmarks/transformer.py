@@ -4,10 +4,8 @@ Weights are untrained: cost does not depend on them. Budgets are measured in tur
 model's own arithmetic over the best of a few large matrix products in the same run.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +15,11 @@ from promag.diffusion.attention import choose_attention
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.flops import training_flops
 from promag.evaluation.cost import TEXT_TOKENS, denoising, measure_in_turns, train_step
+from promag.scripts._options import share
 from promag.tokenizer.geometry import latent_frames, tokens
+from promag.training.command_line import Parser, run_main
 from promag.training.compilation import compile_blocks
-from promag.training.config import UserError, parse_config, run_main
+from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.precision import DTYPES, choose_precision
 from promag.training.run import append_result
@@ -28,16 +28,14 @@ from promag.training.throughput import matmul_tflops
 
 def main(argv: Sequence[str]) -> int:
     """Print a table; with --record append it as a JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--ratios", type=int, nargs="+", default=[4, 8, 16], help="temporal ratios, the baseline first")
-    parser.add_argument("--frames", type=int, default=65, help="pixel frames of a clip")
-    parser.add_argument("--batch", type=int, default=8, help="clips in a training step")
-    parser.add_argument("--steps", type=int, default=16, help="denoising steps, each with and without text; 0 leaves them out")
-    parser.add_argument("--videos", type=int, default=8, help="videos denoised at once")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements; the median counts")
-    parser.add_argument("--record", type=Path, help="append a JSON line with commit and machine to this results file")
-    arguments, rest = parser.parse_known_args(argv)
-    config = parse_config(DiffusionConfig, rest, __doc__ or "")
+    parser = Parser(__doc__)
+    share(parser, "--ratios", default=[4, 8, 16], help="temporal ratios, the baseline first")
+    share(parser, "--frames", help="pixel frames of a clip")
+    share(parser, "--train-batch-size", "--batch-size", default=8)
+    share(parser, "--steps", help="denoising steps, each with and without text; 0 leaves them out")
+    share(parser, "--rounds", default=7)
+    share(parser, "--record")
+    arguments, config = parser.parse_with_config(DiffusionConfig, argv)
 
     size = {"frames": arguments.frames, "height": config.data.size, "width": config.data.size}
     device = best_device()
@@ -51,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
     gradients, trained = (
         measure_in_turns(
             {
-                r: train_step(models[r], **size, ratio=r, batch_size=arguments.batch, optimization=loop, precision=precision)
+                r: train_step(
+                    models[r], **size, ratio=r, batch_size=arguments.train_batch_size, optimization=loop, precision=precision
+                )
                 for r in ratios
             },
             arguments.rounds,
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         for loop in (None, config.optimization)
     )
     calls = {
-        r: denoising(models[r].eval(), **size, ratio=r, steps=steps, videos=arguments.videos, precision=precision)
+        r: denoising(models[r].eval(), **size, ratio=r, steps=steps, videos=arguments.batch_size, precision=precision)
         for r in ratios
         if steps
     }
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     rows: list[dict[str, Any]] = []
     for ratio in ratios:
         count = tokens(**size, ratio=ratio, patch=tuple(models[ratio].config["patch_size"]))
-        flops = training_flops(models[ratio].config, count, TEXT_TOKENS, arguments.batch)
+        flops = training_flops(models[ratio].config, count, TEXT_TOKENS, arguments.train_batch_size)
         row = {
             "ratio": ratio,
             "latent_frames": latent_frames(arguments.frames, ratio),
@@ -80,10 +80,10 @@ def main(argv: Sequence[str]) -> int:
             "train_step_seconds": trained[ratio],
             "train_step_speedup": trained[ratios[0]] / trained[ratio],
             "train_step_mfu": flops / trained[ratio] / 1e12 / peak,
-            "train_tokens_per_second": count * arguments.batch / trained[ratio],
+            "train_tokens_per_second": count * arguments.train_batch_size / trained[ratio],
         }
         if steps:
-            row["denoise_seconds"] = denoised[ratio] / arguments.videos
+            row["denoise_seconds"] = denoised[ratio] / arguments.batch_size
             row["denoise_speedup"] = denoised[ratios[0]] / denoised[ratio]
         rows.append(row)
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
@@ -93,9 +93,9 @@ def main(argv: Sequence[str]) -> int:
             "AdamW" if config.optimization.muon_learning_rate is None else "Muon for the blocks' matrices, AdamW for the rest"
         )
         protocol = (
-            f"{precision}, batch {arguments.batch}: gradients (forward, backward) and train step (with {optimizers}); "
-            f"{arguments.steps} denoising steps of {arguments.videos} videos at once with guidance, without decoding, "
-            f"seconds per video; medians of {arguments.rounds} rounds in turns"
+            f"{precision}, batch {arguments.train_batch_size}: gradients (forward, backward) and train step "
+            f"(with {optimizers}); {arguments.steps} denoising steps of {arguments.batch_size} videos at once with "
+            f"guidance, without decoding, seconds per video; medians of {arguments.rounds} rounds in turns"
         )
         how = {"compiled": config.compile, "attention": attention, "matmul_tflops": peak}
         record = {"what": "cost", "seed": config.seed, **size, "parameters": count, "protocol": protocol, **how, "rows": rows}

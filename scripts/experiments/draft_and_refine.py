@@ -18,10 +18,12 @@ from promag.data.synthetic import render
 from promag.evaluation.prompt_accuracy import accuracies, in_words, scenes_to_score
 from promag.pipelines.sampling import Draft, load_pipeline, sample_timed, trained_ratios
 from promag.reports.contact_sheet import write_contact_sheet
+from promag.scripts._options import share
 from promag.tokenizer.metrics import from_uint8, high_frequency_energy, jitter, psnr
-from promag.training.config import UserError, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
 from promag.training.device import best_device
-from promag.training.precision import HELP, PRECISIONS, choose_precision
+from promag.training.precision import choose_precision
 from promag.training.run import append_result
 
 PROTOCOL = (
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     """Sample every way, print a table of them, and append a line for each to --record."""
     arguments = _parse(argv)
     arguments.precision = choose_precision(arguments.precision, best_device())
-    pipe: Any = load_pipeline(arguments.pipeline)
+    pipe: Any = load_pipeline(arguments.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     ratio, known = arguments.ratio, trained_ratios(pipe)
     for option, value in (("--ratio", ratio), ("--draft-ratio", arguments.draft_ratio)):
@@ -86,21 +88,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("pipeline", type=Path, help="folder of `promag train-diffusion`, trained at both ratios")
+    add("checkpoint", type=Path, help="folder of a pipeline that was trained at both ratios")
     add("--ratio", type=int, default=4, help="temporal ratio of the videos")
     add("--draft-ratio", type=int, default=16, help="temporal ratio of the drafts")
-    add("--draft-steps", type=int, default=24, help="denoising steps of a draft")
-    add("--steps", type=int, default=24, help="denoising steps at the low ratio, of which a strength makes its share")
+    add("--draft-steps", type=int, default=30, help="denoising steps of a draft")
+    share(parser, "--steps", help="denoising steps at the low ratio, of which a strength takes its share")
     add("--strengths", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="shares of the steps that refine the draft")
     add("--from-noise-steps", type=int, nargs="+", default=[12, 18, 24, 32], help="numbers of steps from noise")
-    add("--prompts", type=int, default=64, help="prompts")
-    add("--guidance", type=float, default=4.0, help="classifier-free guidance; 1 turns it off")
-    add("--precision", choices=PRECISIONS, default="auto", help=HELP)
-    add("--contact-sheet", type=Path, help="PNG with frames of a few prompts by every way")
-    add("--record", type=Path, help="append the lines to this results file")
-    add("--note", default="", help="what the lines say about the pipeline")
+    share(parser, "--prompts", "--guidance", "--precision", "--record", "--note")
+    share(parser, "--contact-sheet")
     arguments = parser.parse_args(argv)
     for name in ("prompts", "steps", "draft_steps"):
         if getattr(arguments, name) < 1:

@@ -5,7 +5,6 @@ trained again, an unfinished one continues; `--only-variants progressive` runs s
 `promag experiment growth-ablation report RESULTS.jsonl` prints and draws what was recorded.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,8 @@ from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.train import StageObjective, train_tokenizer
-from promag.training.config import parse_config, required, run_main, setting
+from promag.training.command_line import Parser, parse_config, run_main
+from promag.training.config import required, setting
 from promag.training.device import best_device
 from promag.training.loop import RunConfig, seeded
 from promag.training.precision import Precision, autocast, check_training_precision, choose_for_run
@@ -118,10 +118,9 @@ def main(argv: Sequence[str]) -> int:
 
 def report(argv: Sequence[str]) -> int:
     """Print the table of recorded lines, what growth gains on the other ways to 16x, and draw PSNR by steps and compute."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="promag experiment growth-ablation report",
         description=f"{report.__doc__} The newest line of each variant, seed, ratio and size of the clips counts.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("results", type=Path, help="results file that the experiment recorded")
     parser.add_argument("--out", type=Path, help="folder for the plots; without it none are drawn")

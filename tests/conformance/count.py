@@ -4,7 +4,6 @@ The tests are not in diffusers' package: give a checkout of its repository, of t
 import two packages more, requests_mock and parameterized.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -16,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promag.training.config import UserError, run_main
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
 from promag.training.run import append_result
 
 CASES = Path(__file__).with_name("conformance_cases.py")
@@ -24,7 +24,7 @@ CASES = Path(__file__).with_name("conformance_cases.py")
 
 def main(argv: Sequence[str]) -> int:
     """Print the counts of every mixin and the reasons of skipped and failed tests; with --record append them as a line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkout", type=Path, help="folder that holds diffusers' tests/")
     parser.add_argument("--tests-from", required=True, help="version and commit of that checkout, for the record")
     parser.add_argument("--only", help="run tests whose names match, in pytest's words for -k")

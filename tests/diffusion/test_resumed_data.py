@@ -48,7 +48,7 @@ def started(tmp_path):
 def test_a_resumed_run_refuses_latents_of_another_tokenizer_or_of_other_clips(started, tmp_path, change, named):
     run, cached = started
     other = write(tmp_path / "other", dataclasses.replace(PRINT, **change))
-    with pytest.raises(UserError, match=f"run .* was trained on other data: {named} differs.*use another --output_dir"):
+    with pytest.raises(UserError, match=f"run .* was trained on other data: {named} differs.*use another --output-dir"):
         train.train_diffusion(settings(run), other, cached)
     with pytest.raises(UserError, match=named.replace("train", "eval")):
         train.train_diffusion(settings(run), cached, other)

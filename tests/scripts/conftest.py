@@ -41,7 +41,7 @@ SMALLEST = overrides(
         "evaluation_clips": 2,
         "prompts": 2,
         "scored": 3,
-        "sampling_steps": 2,
+        "steps": 2,
         "shipped": None,
         "tokenizer": TINY_MODEL,
         "text": {"width": 16, "layers": 1, "heads": 2},
@@ -66,7 +66,7 @@ def demo_run(tmp_path_factory) -> Path:
     run, shipped = tmp_path_factory.mktemp("demo") / "run", tmp_path_factory.mktemp("shipped")
     torch.set_num_threads(1)
     make_pipeline(height=32, width=32).save_pretrained(shipped)
-    assert main([*DEMO, "--output_dir", str(run), "--shipped", str(shipped), "--record", str(run / "results.jsonl")]) == 0
+    assert main([*DEMO, "--output-dir", str(run), "--shipped", str(shipped), "--record", str(run / "results.jsonl")]) == 0
     return run
 
 

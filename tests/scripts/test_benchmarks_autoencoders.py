@@ -31,7 +31,7 @@ def smallest(tmp_path):
         stage |= {
             "frames": 1 + 4 * 2**i,
             "latent_pretrain_steps": 500 if i else 0,
-            "optimization": {**stage["optimization"], **LOOP},
+            "optimization": {**stage.get("optimization", {}), **LOOP},
         }
     path = tmp_path / "tokenizer" / "smallest.yaml"
     path.parent.mkdir()
@@ -45,7 +45,7 @@ def small_wan(monkeypatch):
 
 
 def run(*arguments, status=0):
-    assert main([*map(str, arguments), "--sizes", "17x32x48"]) == status
+    assert main([*map(str, arguments), "--clip-sizes", "17x32x48"]) == status
 
 
 def lines(path):
@@ -61,7 +61,7 @@ def counted(call, *arguments):
 
 def test_each_level_and_a_peer_are_measured(smallest, small_wan, tmp_path, capsys):
     out = tmp_path / "speed.jsonl"
-    run(smallest, "--peers", "AutoencoderKLWan", "--rounds", 2, "--dtype", "fp32", "--record", out)
+    run(smallest, "--peers", "AutoencoderKLWan", "--rounds", 2, "--precision", "fp32", "--record", out)
     ours, theirs = lines(out)
     assert [row["ratio"] for row in ours["rows"]] == [4, 8, 16]
     assert [row["latent_shape"] for row in ours["rows"]] == [[1, 4, t, 4, 6] for t in (5, 3, 2)]
@@ -102,7 +102,7 @@ def test_weights_and_pixels_have_the_asked_type(smallest, tmp_path, monkeypatch)
 
 def test_training_steps_are_measured_at_each_stages_own_length(smallest, tmp_path, capsys):
     out = tmp_path / "speed.jsonl"
-    run(smallest, "--rounds", 1, "--dtype", "fp32", "--train-batch", 2, "--record", out)
+    run(smallest, "--rounds", 1, "--precision", "fp32", "--train-batch-size", 2, "--record", out)
     _, line = lines(out)
     assert line["what"] == "tokenizer training speed"
     assert [(row["ratio"], row["frames"]) for row in line["rows"]] == [(4, 5), (8, 9), (16, 17)]
@@ -149,12 +149,12 @@ def test_what_does_not_fit_is_recorded_and_the_run_goes_on(smallest, small_wan, 
     [
         ([], "nothing to measure: give presets"),
         (["--peers", "AutoencoderKL"], "--peers AutoencoderKL: use one of AutoencoderKLWan, AutoencoderKLLTXVideo, "),
-        (["PRESET", "--sizes", "17x32"], "--sizes 17x32: FRAMESxHEIGHTxWIDTH is needed"),
-        (["PRESET", "--sizes", "25x32x32"], "smallest: 25 frames: 16x needs 1 \\+ 16k; use 17 or 33"),
-        (["PRESET", "--sizes", "17x30x32"], "smallest: height 30: needs a multiple of 8; use 24 or 32"),
-        (["--peers", "AutoencoderKLCogVideoX", "--sizes", "13x32x32"], "13 frames: 8x needs 1 \\+ 8k; use 9 or 17"),
+        (["PRESET", "--clip-sizes", "17x32"], "--clip-sizes 17x32: FRAMESxHEIGHTxWIDTH is needed"),
+        (["PRESET", "--clip-sizes", "25x32x32"], "smallest: 25 frames: 16x needs 1 \\+ 16k; use 17 or 33"),
+        (["PRESET", "--clip-sizes", "17x30x32"], "smallest: height 30: needs a multiple of 8; use 24 or 32"),
+        (["--peers", "AutoencoderKLCogVideoX", "--clip-sizes", "13x32x32"], "13 frames: 8x needs 1 \\+ 8k; use 9 or 17"),
         (["PRESET", "--rounds", "0"], "--rounds 0: at least 1 is needed"),
-        (["PRESET", "--train-batch", "0"], "--train-batch 0: at least 1 is needed"),
+        (["PRESET", "--train-batch-size", "0"], "--train-batch-size 0: at least 1 is needed"),
         (["configs/tokenizer/tiny-adversarial.yaml"], "a configuration with a model of its own"),
     ],
 )

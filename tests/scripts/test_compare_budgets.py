@@ -20,11 +20,11 @@ def peer(tmp_path_factory):
 def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, tmp_path, capsys):
     tokenizer = next(demo_run.glob("**/vae")).parent
     clips = ["--videos", "synthetic", "--count", "3", "--frames", "17", "--size", "32"]
-    little = ["--batch", "1", "--steps", "1", "--rounds", "1", "--curve-seconds", "0", "--prompts", "2"]
+    little = ["--train-batch-size", "1", "--steps", "1", "--rounds", "1", "--curve-seconds", "0", "--prompts", "2"]
     smallest = ["--model.num_layers", "1", "--model.num_attention_heads", "2", "--model.attention_head_dim", "8"]
     pipeline = demo_run / "video-16x" / "pipeline"
     record, out = tmp_path / "budgets.jsonl", tmp_path / "report"
-    arguments = ["--tokenizer", str(tokenizer), *clips, "--also", f"wan:{peer}", "--pipelines", str(pipeline)]
+    arguments = ["--tokenizer", str(tokenizer), *clips, "--also", f"wan={peer}", "--pipelines", str(pipeline)]
     assert main([*arguments, *little, *smallest, "--out", str(out), "--record", str(record)]) == 0
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [line["what"] for line in lines] == [
@@ -36,7 +36,7 @@ def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, t
     ]
     assert all(line["commit"] and line["machine"] and line["versions"] and line["protocol"] for line in lines)
 
-    assert evaluate([str(tokenizer), *clips, "--json", str(tmp_path / "alone.json")]) == 0
+    assert evaluate([str(tokenizer), *clips, "--out", str(tmp_path / "alone.json")]) == 0
     alone = json.loads((tmp_path / "alone.json").read_text())["ratios"]
     for line in lines[:3]:
         figures = alone[str(line["ratio"])]
@@ -61,7 +61,7 @@ def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, t
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["--also", "wan"], "--also wan: NAME:PATH is needed"),
+        (["--also", "wan"], "--also wan: NAME=PATH is needed"),
         (["--frames", "18"], "18 frames: 16x needs 1 + 16k; use 17 or 33"),
         (["--segment", "16"], "16 frames: 16x needs 1 + 16k"),
         (["--model.layers", "3"], "unknown key model.layers"),

@@ -36,7 +36,7 @@ def test_it_leaves_a_report_figures_and_videos(demo_run):
 def test_a_second_call_uses_what_is_trained_and_says_so(demo_run, capsys):
     weights = demo_run / "video-16x" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns
-    assert main([*DEMO, "--output_dir", str(demo_run)]) == 0
+    assert main([*DEMO, "--output-dir", str(demo_run)]) == 0
     said = capsys.readouterr().out
     assert "4x: already trained" in said
     assert "continues at step 2 of 2" in said
@@ -45,7 +45,7 @@ def test_a_second_call_uses_what_is_trained_and_says_so(demo_run, capsys):
 
 
 def test_real_videos_train_without_a_scorer(video_folder, tmp_path):
-    assert main([*DEMO, "--output_dir", str(tmp_path), "--videos", str(video_folder)]) == 0
+    assert main([*DEMO, "--output-dir", str(tmp_path), "--videos", str(video_folder)]) == 0
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["chance"] is None
     assert figures["rows"][0]["accuracy"] is None
@@ -59,12 +59,12 @@ def test_real_videos_train_without_a_scorer(video_folder, tmp_path):
 def test_mistakes_are_named(video_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no such file or folder"):
-        main([*DEMO, "--output_dir", str(tmp_path / "a"), "--videos", str(tmp_path / "none")])
+        main([*DEMO, "--output-dir", str(tmp_path / "a"), "--videos", str(tmp_path / "none")])
     with pytest.raises(UserError, match="holds no video"):
-        main([*DEMO, "--output_dir", str(tmp_path / "a"), "--videos", str(tmp_path / "empty")])
+        main([*DEMO, "--output-dir", str(tmp_path / "a"), "--videos", str(tmp_path / "empty")])
     with pytest.raises(UserError, match="0 of 4 have 33 frames; at least 2 are needed"):
-        main([*DEMO, "--output_dir", str(tmp_path / "a"), "--videos", str(video_folder), "--frames", "33"])
+        main([*DEMO, "--output-dir", str(tmp_path / "a"), "--videos", str(video_folder), "--frames", "33"])
     with pytest.raises(UserError, match=r"ratios \(4, 5\): choose among the stages' 4, 8, 16"):
-        main([*DEMO, "--output_dir", str(tmp_path / "a"), "--ratios", "[4, 5]"])
+        main([*DEMO, "--output-dir", str(tmp_path / "a"), "--ratios", "[4, 5]"])
     with pytest.raises(UserError, match=r"20 frames: 16x needs 1 \+ 16k; use 17 or 33"):
-        main([*DEMO, "--output_dir", str(tmp_path / "a"), "--frames", "20"])
+        main([*DEMO, "--output-dir", str(tmp_path / "a"), "--frames", "20"])

@@ -12,7 +12,8 @@ from promag.evaluation.baselines import build_peer
 from promag.scripts.experiments import growth_ablation
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import load_tokenizer
-from promag.training.config import UserError, parse_config
+from promag.training.command_line import parse_config
+from promag.training.config import UserError
 from tests.scripts.conftest import TINY_MODEL, load_yaml, overrides
 
 LOOP = {
@@ -130,7 +131,7 @@ def test_growth_leaves_the_base_as_it_was_and_a_warm_start_does_not(lines, confi
 
 def test_a_second_call_trains_and_records_nothing_and_prints_the_table(lines, config, capsys):
     before = (config.parent / "growth_ablation.jsonl").read_text()
-    assert growth_ablation.main(["--config", str(config), "--only_variants", "[warm]"]) == 0
+    assert growth_ablation.main(["--config", str(config), "--only-variants", "[warm]"]) == 0
     assert (config.parent / "growth_ablation.jsonl").read_text() == before
     said = capsys.readouterr().out
     assert "4x: already trained" in said
@@ -170,7 +171,7 @@ def test_the_report_draws_what_was_recorded(lines, config, tmp_path, capsys):
 
 def test_mistakes_are_named(config):
     with pytest.raises(UserError, match="only_variants nothing: the variants are base, progressive"):
-        growth_ablation.main(["--config", str(config), "--only_variants", "[nothing]"])
+        growth_ablation.main(["--config", str(config), "--only-variants", "[nothing]"])
     with pytest.raises(UserError, match="base progressive must be an earlier variant with seeds"):
         growth_ablation.main(["--config", str(config), *overrides({"variants": {"2": {"base": "progressive", "seeds": [3]}}})])
     with pytest.raises(UserError, match="exactly one of base, model and peer"):

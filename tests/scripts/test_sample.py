@@ -29,7 +29,7 @@ def test_every_prompt_at_every_seed_is_written_and_told(folder, tmp_path, capsys
     (tmp_path / "prompts.txt").write_text("a blue square grows\n\n")
     asked = ["--prompt", "a red disc moves left", "--prompt-file", str(tmp_path / "prompts.txt"), "--seed", "3", "7"]
     overviews = ["--grid", str(tmp_path / "grid.mp4"), "--contact-sheet", str(tmp_path / "new" / "sheet.png")]
-    sample.main([folder, *asked, *FEW, *overviews, "--crf", "5", "--batch", "3", "--out", str(tmp_path / "v.mp4")])
+    sample.main([folder, *asked, *FEW, *overviews, "--crf", "5", "--batch-size", "3", "--out", str(tmp_path / "v.mp4")])
     lines = capsys.readouterr().out.splitlines()
     wanted = [(p, s) for p in ("a red disc moves left", "a blue square grows") for s in (3, 7)]
     for i, (prompt, seed) in enumerate(wanted):
@@ -50,7 +50,7 @@ def test_every_prompt_at_every_seed_is_written_and_told(folder, tmp_path, capsys
 
 
 def test_the_same_seed_is_the_same_video_among_others_and_alone(folder, tmp_path):
-    others = ["--prompt", "a", "--prompt", "a red disc moves left", "--seed", "1", "2", "--batch", "4"]
+    others = ["--prompt", "a", "--prompt", "a red disc moves left", "--seed", "1", "2", "--batch-size", "4"]
     sample.main([folder, *others, *FEW, "--out", str(tmp_path / "v.mp4")])
     alone = ["--prompt", "a red disc moves left", "--seed", "2"]
     sample.main([folder, *alone, *FEW, "--out", str(tmp_path / "alone.mp4")])
@@ -61,7 +61,7 @@ def test_the_same_seed_is_the_same_video_among_others_and_alone(folder, tmp_path
 
 def test_a_gif_a_budget_and_a_size_of_ones_own(folder, tmp_path, capsys):
     out = tmp_path / "v.gif"
-    size = ["--height", "24", "--width", "32", "--num-frames", "9", "--temporal-ratio", "4", "--fps", "10"]
+    size = ["--height", "24", "--width", "32", "--frames", "9", "--ratio", "4", "--fps", "10"]
     sample.main([folder, "--prompt", "a", *FEW, *size, "--out", str(out), "--precision", "bf16"])
     with Image.open(out) as picture:
         assert (picture.n_frames, picture.size, picture.info["duration"]) == (9, (32, 24), 100)
@@ -72,7 +72,7 @@ def test_a_gif_a_budget_and_a_size_of_ones_own(folder, tmp_path, capsys):
 
 def test_a_draft_is_refined(folder, tmp_path, capsys):
     """More strength leads further away from the draft."""
-    asked = [folder, "--prompt", "a", *FEW, "--temporal-ratio", "4"]
+    asked = [folder, "--prompt", "a", *FEW, "--ratio", "4"]
     strengths = ("0", "0.5", "0.9")
     for strength in strengths:
         drafted = ["--draft-ratio", "16", "--draft-steps", "3", "--denoise-strength", strength]
@@ -128,11 +128,11 @@ def test_clip_similarity_is_printed_for_each_video(folder, tmp_path, capsys):
         ({"--fps": "60", "--out": "v.gif"}, "60 fps: a GIF has at most 50"),
         ({"--fps": "0"}, "--fps 0: must be above 0"),
         ({"--steps": "0"}, "--steps 0: must be above 0"),
-        ({"--num-frames": "0"}, "--num-frames 0: must be above 0"),
-        ({"--num-frames": "20"}, r"20 frames: 16x needs 1 \+ 16k; use 17 or 33"),
+        ({"--frames": "0"}, "--frames 0: must be above 0"),
+        ({"--frames": "20"}, r"20 frames: 16x needs 1 \+ 16k; use 17 or 33"),
         ({"--height": "20"}, "height 20: needs a multiple of 8; use 16 or 24"),
-        ({"--temporal-ratio": "8"}, "temporal_ratio 8: the transformer was trained at 4x, 16x"),
-        ({"--batch": "0"}, "--batch 0: must be above 0"),
+        ({"--ratio": "8"}, "temporal_ratio 8: the transformer was trained at 4x, 16x"),
+        ({"--batch-size": "0"}, "--batch-size 0: must be above 0"),
         ({"--seed": "-1"}, "--seed -1: 0 to"),
         ({"--attention": "xformers"}, "attention: xformers does not work on cpu: .*xformers"),
         ({"--clip-weights": "a.bin"}, r"--clip-weights a\.bin: name the model they belong to"),

@@ -103,7 +103,7 @@ def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
 def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     arguments = [str(demo_run / "tokenizer-run" / "tokenizer"), "--videos", "synthetic", "--count", "2", "--frames", "17"]
     out, record = tmp_path / "out.json", tmp_path / "results.jsonl"
-    evaluate_tokenizer.main([*arguments, "--size", "32", "--precision", "fp32", "--json", str(out), "--record", str(record)])
+    evaluate_tokenizer.main([*arguments, "--size", "32", "--precision", "fp32", "--out", str(out), "--record", str(record)])
     found = json.loads(out.read_text())["ratios"]
     report = json.loads((demo_run / "report.json").read_text())["rows"]
     for row in report:
@@ -343,12 +343,12 @@ def test_interrupted_diffusion_is_bit_for_bit_the_same(demo_run, tmp_path):
 def test_sample_writes_what_the_pipeline_gives(demo_run, tmp_path, capsys):
     pipeline = str(demo_run / "video-16x" / "pipeline")
     prompts = ["--prompt", "a red disc grows", "--prompt", "a blue plus moves up"]
-    sample.main([pipeline, *prompts, "--num-frames", "33", "--steps", "2", "--out", str(tmp_path / "v.mp4")])
+    sample.main([pipeline, *prompts, "--frames", "33", "--steps", "2", "--out", str(tmp_path / "v.mp4")])
     for i in range(2):
         facts = decode_strictly(tmp_path / f"v-0{i}.mp4")
         assert (facts.frames, facts.height, facts.width, facts.fps) == (33, 32, 32, 16)
     first = read_frames(tmp_path / "v-00.mp4", range(33))
-    sample.main([pipeline, *prompts[:2], "--num-frames", "33", "--steps", "2", "--out", str(tmp_path / "again.mp4")])
+    sample.main([pipeline, *prompts[:2], "--frames", "33", "--steps", "2", "--out", str(tmp_path / "again.mp4")])
     assert np.array_equal(first, read_frames(tmp_path / "again.mp4", range(33)))
 
 
@@ -375,7 +375,18 @@ def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
     out = tmp_path / "cost.jsonl"
     values = overrides({"transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}})
     benchmark.main(
-        ["--config", "configs/diffusion/tiny.yaml", "--record", str(out), "--rounds", "1", "--batch", "1", "--frames", "17"]
+        [
+            "--config",
+            "configs/diffusion/tiny.yaml",
+            "--record",
+            str(out),
+            "--rounds",
+            "1",
+            "--train-batch-size",
+            "1",
+            "--frames",
+            "17",
+        ]
         + [v.replace("transformer.", "model.") for v in values]
     )
     line = json.loads(out.read_text())
@@ -391,7 +402,7 @@ def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
 def test_benchmark_cache_records_its_parts(demo_run, tmp_path, capsys):
     out, budgets = tmp_path / "training.jsonl", [{"ratio": 16, "share": 1}, {"ratio": 4, "share": 1}]
     arguments = diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", budgets=budgets)
-    benchmark_cache.main([*arguments, "--clips", "8", "--rounds", "1", "--record", str(out)])
+    benchmark_cache.main([*arguments, "--count", "8", "--rounds", "1", "--record", str(out)])
     line = json.loads(out.read_text())
     for clock in ("second", "cpu_second"):
         decode, encode, cache = (line[f"{part}_frames_per_{clock}"] for part in ("decode", "encode", "cache"))
@@ -450,6 +461,6 @@ def test_a_users_mistake_is_one_line_and_status_2(script, arguments, message):
 def test_sample_and_evaluate_name_illegal_sizes(demo_run, tmp_path):
     pipeline = str(demo_run / "video-16x" / "pipeline")
     with pytest.raises(UserError, match=r"20 frames: 16x needs 1 \+ 16k"):
-        sample.main([pipeline, "--prompt", "a", "--num-frames", "20", "--out", str(tmp_path / "v.mp4")])
+        sample.main([pipeline, "--prompt", "a", "--frames", "20", "--out", str(tmp_path / "v.mp4")])
     with pytest.raises(UserError, match="60 frames: 16x needs"):
         evaluate_tokenizer.main([pipeline, "--videos", "synthetic", "--frames", "60"])

@@ -117,7 +117,7 @@ def test_one_clip_is_measured_both_ways(tmp_path, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # read by oneDNN long ago, but recorded
     make_tokenizer(2).save_pretrained(tmp_path / "tokenizer")
     record = tmp_path / "cost.jsonl"
-    arguments = [str(tmp_path / "tokenizer"), "--clips", "9x16x16", "--rounds", "1", "--record", str(record)]
+    arguments = [str(tmp_path / "tokenizer"), "--clip-sizes", "9x16x16", "--rounds", "1", "--record", str(record)]
     assert single_clip.main(arguments) == 0
     found = json.loads(record.read_text())
     assert (found["what"], found["instructions"]) == ("one clip on a CPU", "AVX2")
@@ -125,6 +125,6 @@ def test_one_clip_is_measured_both_ways(tmp_path, monkeypatch):
     for row in found["rows"]:
         before, after = (row[f"encode_seconds_{when}"] + row[f"decode_seconds_{when}"] for when in ("before", "after"))
         assert row["speedup"] == pytest.approx(before / after)
-    with pytest.raises(UserError, match="--clips 9x16: give frames x height x width"):
+    with pytest.raises(UserError, match="--clip-sizes 9x16: give FRAMESxHEIGHTxWIDTH"):
         single_clip.main([*arguments[:2], "9x16"])
     assert convolution.AVAILABLE

@@ -15,7 +15,8 @@ from promag.scripts.demo import DemoConfig
 from promag.tokenizer.config import TokenizerConfig
 from promag.tokenizer.train import train_tokenizer as train
 from promag.training import precision as module
-from promag.training.config import UserError, build, load_yaml, parse_config
+from promag.training.command_line import parse_config
+from promag.training.config import UserError, build, load_yaml
 from promag.training.precision import Choice, Timings, autocast, choose_for_run, choose_precision, decide, time_kernels
 from tests.tokenizer.test_train import make_config
 

@@ -1,0 +1,213 @@
+"""Command lines: one kind of parser for every command, and options for every key of a configuration.
+
+`-` and `_` are the same in an option's name. --help shows every option with its type and default.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from .config import NULLS, UserError, build, complete, dataclass_in, dump_yaml, load_yaml, plain, read_yaml
+
+Config = TypeVar("Config")
+
+
+def run_main(main: Callable[[Sequence[str]], int]) -> int:
+    """Run `main(argv)` and return its exit status; a UserError becomes one line on stderr and status 2.
+
+    argparse's own errors already have that status. A process of several leaves their group, unless `main` raised.
+    """
+    try:
+        status = main(sys.argv[1:])
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_initialized():
+            from .fsdp import leave_process_group
+
+            leave_process_group()
+        return status
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away: not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose options take `-` and `_` alike, are never abbreviated, and show type and default.
+
+    Args:
+        description: shown by --help.
+        options: those of argparse.ArgumentParser.
+    """
+
+    def __init__(self, description: str | None = None, **options: Any):
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore
+        """Parse what the parser knows and return the rest as it is."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._with_dashes(word) for word in words], namespace)
+
+    def _with_dashes(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        return dashed + equals + value if dashed in self._option_string_actions else word
+
+    def parse_with_config(
+        self, cls: type[Config], argv: Sequence[str], preset: str | None = None
+    ) -> tuple[argparse.Namespace, Config]:
+        """Parse the parser's own options, `--config PRESET` and an option for every key of the dataclass `cls`.
+
+        `preset` is that of a call without --config; None demands one. A nested key is dotted (`--data.size 64`), an element
+        of a list is named by its index (`--stages.0.steps 10`); a list is given as words (`--ratios 4 8`) or as YAML
+        (`--ratios "[4, 8]"`). The key's type decides how a word is read: text stays as it is, all else is YAML 1.2.
+        --print-config prints the resolved configuration and exits.
+        Raises UserError for a missing file, unknown or missing keys and wrong types.
+        """
+        section = self.add_argument_group("configuration", "A preset, and options that change its keys.")
+        help = "a YAML file, or a preset such as tokenizer/tiny"
+        section.add_argument("--config", metavar="PRESET", required=preset is None, default=preset, help=help)
+        section.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and exit")
+        if {"-h", "--help"} & set(argv):
+            self.usage = f"{self.format_usage().removeprefix('usage: ').rstrip()} [--KEY VALUE ...]".replace("%", "%%")
+            for name, kind, text in _describe(cls):
+                if name not in self._option_string_actions:  # the command's own option goes first
+                    section.add_argument(name, metavar=kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        arguments, rest = self.parse_known_args(argv)
+        values = complete(cls, load_yaml(arguments.config))
+        for name, words in _pair_options(rest):
+            _override(cls, values, name, words)
+            values = complete(cls, values)
+        config = build(cls, values, arguments.config)
+        if arguments.print_config:
+            print(dump_yaml(config), end="")
+            raise SystemExit(0)
+        return arguments, config
+
+
+def parse_config(cls: type[Config], argv: Sequence[str], description: str) -> Config:
+    """Read a command line that holds a configuration alone; see Parser.parse_with_config."""
+    return Parser(description).parse_with_config(cls, argv)[1]
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.option_strings and action.default not in (None, "", False, argparse.SUPPRESS, [])
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kinds = {int: "INT", float: "FLOAT", Path: "PATH"}
+        return kinds.get(action.type, "TEXT")  # pyright: ignore[reportArgumentType]
+
+
+def _pair_options(rest: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return each option's name, with underscores, and the words that follow it."""
+    pairs: list[tuple[str, list[str]]] = []
+    for word in rest:
+        if re.match("--[a-zA-Z_]", word):
+            name, equals, value = word[2:].partition("=")
+            pairs.append((name.replace("-", "_"), [value] if equals else []))
+        elif not pairs:
+            raise UserError(f"argument {word!r}: options are --name value or --name=value")
+        else:
+            pairs[-1][1].append(word)
+    return pairs
+
+
+def _override(cls: Any, values: dict[str, Any], name: str, words: list[str]) -> None:
+    """Set one dotted key in place; unknown last keys are left to the strict build, which names the legal ones."""
+    place: Any = values
+    parts = name.split(".")
+    hint = cls
+    for depth, part in enumerate(parts):
+        key: Any = part
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise UserError(f"option --{name}: {part!r} is not an index of a list of {len(place)}")
+            key, hint = int(part), _element(hint)
+        elif isinstance(place, dict):
+            inner = dataclass_in(hint)
+            hint = typing.get_type_hints(inner).get(part) if inner else None
+        else:
+            raise UserError(f"option --{name}: {'.'.join(parts[:depth])} holds a value, not keys")
+        if depth < len(parts) - 1:
+            if isinstance(place, dict) and place.get(key) is None:
+                place[key] = {}  # what the preset left out, or null, is given key by key
+            place = place[key]
+        else:
+            place[key] = _read_words(hint, name, words)
+
+
+def _read_words(hint: Any, name: str, words: list[str]) -> Any:
+    """Read an option's words as its type demands."""
+    element = _element(hint)
+    if element and not (len(words) == 1 and (words[0][:1] == "[" or words[0] in NULLS)):
+        return [_read_word(element, word) for word in words]
+    if len(words) != 1:
+        raise UserError(f"option --{name} has no value" if not words else f"argument {words[1]!r}: --{name} takes one value")
+    return _read_word(hint, words[0])
+
+
+def _read_word(hint: Any, word: str) -> Any:
+    kinds = set(_alternatives(hint))
+    if str in kinds and not (type(None) in kinds and word in NULLS):
+        return word
+    try:
+        return read_yaml(word)
+    except yaml.YAMLError:
+        return word
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """Return the types that a hint allows; a choice of words counts as text."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return [type(value) for value in arguments]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [kind for argument in arguments for kind in _alternatives(argument)]
+    return [hint]
+
+
+def _element(hint: Any) -> Any:
+    """Return the type of a tuple's elements; None for what is no tuple."""
+    return next((typing.get_args(kind)[0] for kind in _alternatives(hint) if typing.get_origin(kind) is tuple), None)
+
+
+def _describe(cls: Any, prefix: str = "", default: Any = None) -> list[tuple[str, str, str]]:
+    """Return option, type and help of every leaf of a dataclass."""
+    lines, hints = [], typing.get_type_hints(cls)
+    for field in fields(cls):
+        hint = hints[field.name]
+        own = getattr(default, field.name) if isinstance(default, cls) else field.default
+        if inner := dataclass_in(hint):
+            several = "" if _element(hint) is None else ".N"
+            lines += _describe(inner, f"{prefix}{field.name}{several}.", own)
+        else:
+            value = "required" if own is MISSING else f"default: {json.dumps(plain(own))}"
+            lines.append((f"--{prefix}{field.name}".replace("_", "-"), _kind(hint), f"{field.metadata['help']} ({value})"))
+    return lines
+
+
+def _kind(hint: Any) -> str:
+    """Return a type as --help shows it: INT, TEXT|null, {a,b}, [INT ...]."""
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return "|".join(map(_kind, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        inner = [_kind(argument) for argument in typing.get_args(hint)]
+        return f"[{inner[0]} ...]" if inner[1:] == ["Ellipsis"] else f"[{' '.join(inner)}]"
+    names = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL", type(None): "null", ...: "Ellipsis"}
+    return names.get(hint, "YAML")
