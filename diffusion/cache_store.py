@@ -57,7 +57,7 @@ def hash_weights(modules: Iterable[nn.Module]) -> str:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def claim(folder: Path, fingerprint: Fingerprint, shards: int) -> list[int] | None:
+def open_or_resume_cache(folder: Path, fingerprint: Fingerprint, shards: int) -> list[int] | None:
     """Mark a folder as this cache's, or find it marked; return which of its shards are missing, None for a whole cache.
 
     Raises UserError naming what differs where the folder holds another cache.

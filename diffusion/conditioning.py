@@ -1,11 +1,13 @@
-"""First-frame conditioning: some first latent frames are given clean, and the model makes the rest.
+"""First-frame conditioning: the first latent frames may be clean conditioning frames, and the model generates the rest.
 
-The given frames stand in the latent itself, at time 0 of their own, while all others are as noisy as ever: the model is told
-the time of each frame. A causal tokenizer makes that enough for image-to-video and for continuation, since an image is its
-one-frame clip. Sources: a noise level for each frame, Diffusion Forcing (arXiv 2407.01392, sec. 3); conditioning by the times
+Conditioning frames stand in the latent itself with a time of 0, while all others are as noisy as usual: the model gets a time
+for each frame. With a causal tokenizer this covers image-to-video and continuation, since an image is a one-frame clip. A
+cond_mask, b t, is True at conditioning frames.
+
+Sources: a noise level for each frame, Diffusion Forcing (arXiv 2407.01392, sec. 3); conditioning by the times
 of the first frame's tokens, LTX-Video (arXiv 2501.00103, on image-to-video), likewise Wan 2.2's 5B model. A mask and clean
 latents as further input channels (Wan 2.1's image-to-video) would need new weights: this way a model trained without
-given frames can be trained further with them, and one that was trained with them makes text-to-video as before.
+conditioning frames can be trained further with them, and one that was trained with them still does text-to-video.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from promag.training.config import setting
 
 @dataclass(frozen=True)
 class Condition:
-    """How often, and how many, first latent frames are given."""
+    """How often, and how many, first latent frames are conditioning frames."""
 
     probability: float = setting(0.0, "part of the clips that are given frames; 0 trains text-to-video alone")
     frames: int = setting(1, "most first latent frames given; each number from 1 up is drawn as often")
@@ -31,17 +33,17 @@ class Condition:
             )
 
     @property
-    def given(self) -> int:
-        """Most frames that a model trained this way was ever given."""
+    def max_frames(self) -> int:
+        """Most conditioning frames that a model sees in this training; 0 without any."""
         return self.frames if self.probability else 0
 
 
-def draw_given(condition: Condition, frames: int, generators: list[torch.Generator]) -> Tensor | None:
-    """Draw which of `frames` latent frames are given, one clip from each generator: b t, True where given.
+def draw_cond_mask(condition: Condition, frames: int, generators: list[torch.Generator]) -> Tensor | None:
+    """Draw the cond_mask, b t, of clips of `frames` latent frames, one from each generator.
 
-    One frame at least is left to make. None, and nothing is drawn, where no frame can be given.
+    At least one frame is left to generate. Where that leaves none to condition on, nothing is drawn and None is returned.
     """
-    most = min(condition.given, frames - 1)
+    most = min(condition.max_frames, frames - 1)
     if most < 1:
         return None
     draws = torch.stack([torch.rand(2, generator=g, device=g.device) for g in generators])
@@ -50,9 +52,9 @@ def draw_given(condition: Condition, frames: int, generators: list[torch.Generat
     return torch.arange(frames, device=counts.device) < counts[:, None]
 
 
-def frame_times(times: Tensor, given: Tensor) -> Tensor:
-    """Return the time of each frame, b t: that of its clip, (b,), and 0 where it is given."""
-    return times[:, None].masked_fill(given, 0)
+def frame_times(times: Tensor, cond_mask: Tensor) -> Tensor:
+    """Return the time of each frame, b t: that of its clip, (b,), and 0 at conditioning frames."""
+    return times[:, None].masked_fill(cond_mask, 0)
 
 
 def pin_frames(latents: Tensor, conditioning: Tensor | None) -> Tensor:
@@ -60,7 +62,7 @@ def pin_frames(latents: Tensor, conditioning: Tensor | None) -> Tensor:
     return latents if conditioning is None else torch.cat([conditioning, latents[:, :, conditioning.shape[2] :]], 2)
 
 
-def mean_over_made(errors: Tensor, given: Tensor) -> Tensor:
-    """Return the mean over all that is not given, of each clip: b c t h w and b t -> (b,)."""
-    made = (~given).to(errors.dtype)
-    return (errors.mean((1, 3, 4)) * made).sum(1) / made.sum(1)
+def mean_over_generated(errors: Tensor, cond_mask: Tensor) -> Tensor:
+    """Return each clip's mean over the frames that are generated: b c t h w and b t -> (b,)."""
+    generated = (~cond_mask).to(errors.dtype)
+    return (errors.mean((1, 3, 4)) * generated).sum(1) / generated.sum(1)

@@ -197,8 +197,8 @@ class DiffusionConfig:
         if self.condition.probability and self.model and self.model.patch_size[0] > 1:
             raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
         lengths = {bucket.frames for bucket in self.data.training_buckets if bucket.frames > 1} or {1}
-        fewest = latent_frames(min(lengths), max(self.ratios))  # images aside, of which nothing can be given
-        if self.condition.given >= fewest:
+        fewest = latent_frames(min(lengths), max(self.ratios))  # images aside: they have no frame to condition on
+        if self.condition.max_frames >= fewest:
             raise ValueError(f"condition frames {self.condition.frames}: clips have {fewest} latent frames, one must be left")
         if self.samples and self.samples.every % self.run.validate_every:
             raise ValueError(

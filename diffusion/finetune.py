@@ -30,7 +30,7 @@ def load_transformer(init: str) -> ProMAGTransformer3DModel:
     return model.train()
 
 
-def take_up(
+def adapt_to_latents(
     transformer: ProMAGTransformer3DModel,
     latents: Sequence[LatentDataset],
     text: CaptionEncoder,

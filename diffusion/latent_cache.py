@@ -23,7 +23,17 @@ from promag.training.config import UserError
 from promag.training.loop import broadcast_from_main, processes
 from promag.training.progress import ProgressBar
 
-from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, pack_texts, shard_path, write_shard
+from .cache_store import (
+    DTYPES,
+    Fingerprint,
+    Shards,
+    clips_of,
+    finish,
+    open_or_resume_cache,
+    pack_texts,
+    shard_path,
+    write_shard,
+)
 from .caption_weights import CaptionWeight, clip_weights
 from .text_cache import EmbeddingCache
 
@@ -89,7 +99,9 @@ def write_latents(
     """
     shard_size = next(iter(caches.values())).shard_size
     shards = math.ceil(count / shard_size)
-    missing = broadcast_from_main(lambda: {folder: claim(folder, wanted, shards) for folder, wanted in caches.items()})
+    missing = broadcast_from_main(
+        lambda: {folder: open_or_resume_cache(folder, wanted, shards) for folder, wanted in caches.items()}
+    )
     unfinished = {folder: found for folder, found in missing.items() if found is not None}
     if not unfinished:
         return list(caches)

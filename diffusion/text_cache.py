@@ -22,7 +22,7 @@ from promag.training.loop import broadcast_from_main, processes
 from promag.training.progress import ProgressBar
 from promag.training.run import save_tensors_atomically, write_atomically
 
-from .cache_store import DTYPES, Fingerprint, Shards, claim, clips_of, finish, stretch, write_shard
+from .cache_store import DTYPES, Fingerprint, Shards, clips_of, finish, open_or_resume_cache, stretch, write_shard
 from .text import (
     NULL_CAPTION,
     Embedded,
@@ -89,7 +89,7 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
     """
     captions, size = Shards(latents), fingerprint.shard_size
     shards = math.ceil(captions.clips / size)
-    missing = broadcast_from_main(lambda: claim(folder, fingerprint, shards))
+    missing = broadcast_from_main(lambda: open_or_resume_cache(folder, fingerprint, shards))
     if missing is None:
         return folder
     state, dtype = processes(), DTYPES[fingerprint.dtype]

@@ -40,9 +40,9 @@ from promag.training.trackers import Log
 
 from .attention import choose_attention
 from .cache_store import Shards, hash_weights
-from .conditioning import draw_given, frame_times, mean_over_made
+from .conditioning import draw_cond_mask, frame_times, mean_over_generated
 from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
-from .finetune import add_lora, load_transformer, take_up
+from .finetune import adapt_to_latents, add_lora, load_transformer
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
@@ -55,8 +55,8 @@ VOCABULARY = "vocabulary.json"  # in the run directory
 
 
 @dataclass(frozen=True)
-class Cached:
-    """Where the latents of one split and bucket lie, in the budgets' order, and the embeddings of each frozen text encoder."""
+class BucketCache:
+    """Folders of the caches of one split and bucket: latents in the budgets' order, embeddings of each frozen text encoder."""
 
     bucket: Bucket
     latents: Sequence[Path]
@@ -64,8 +64,8 @@ class Cached:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a training leaves: the averaged transformer, the small text model trained along, and how it ended."""
+class TrainingResult:
+    """Result of a training: the averaged transformer, the small text model trained with it, and how it ended."""
 
     transformer: ProMAGTransformer3DModel  # with the adapters of a training with lora
     small_text: tuple[Any, Any] | None  # tokenizer and model
@@ -80,7 +80,7 @@ def hidden_matrices(transformer: ProMAGTransformer3DModel) -> list[torch.nn.Para
 
 
 class FlowObjective(Objective):
-    """Squared error of the velocity at logit-normal times, captions dropped and first frames given now and then."""
+    """Squared error of the velocity at logit-normal times, with caption dropout and first-frame conditioning."""
 
     def __init__(self, transformer: Any, text: CaptionEncoder, config: DiffusionConfig):
         super().__init__()
@@ -89,7 +89,7 @@ class FlowObjective(Objective):
         self.text_rate_factor = config.text.learning_rate / config.optimization.learning_rate
 
     def rate_factors(self) -> list[tuple[torch.nn.Module, float]]:
-        """Slow the text model down: at the transformer's rate what all captions share drowns what tells them apart."""
+        """Give the text model its own learning rate: at the transformer's, all captions come out alike."""
         return [(self.text, self.text_rate_factor)]
 
     def matrices(self) -> list[torch.nn.Parameter]:
@@ -113,8 +113,8 @@ class FlowObjective(Objective):
         text = self.text(batch, draw_dropped(self.caption_dropout, generators))
         times = sample_times(self.mu(x), generators, x.device)
         noise = randn_tensor(x.shape, generators, x.device)
-        given = draw_given(self.condition, x.shape[2], generators)
-        return {"loss": self.errors(x, noise, times, text, batch["fps"], int(batch["ratio"][0]), given).mean()}
+        cond_mask = draw_cond_mask(self.condition, x.shape[2], generators)
+        return {"loss": self.errors(x, noise, times, text, batch["fps"], int(batch["ratio"][0]), cond_mask).mean()}
 
     def errors(
         self,
@@ -124,10 +124,10 @@ class FlowObjective(Objective):
         text: Embedded,
         fps: Tensor,
         ratio: int,
-        given: Tensor | None = None,
+        cond_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the mean squared velocity error of each clip, (b,), over the frames that are not given (b t)."""
-        times = times if given is None else frame_times(times, given)
+        """Return the mean squared velocity error of each clip, (b,), over the frames outside cond_mask (b t)."""
+        times = times if cond_mask is None else frame_times(times, cond_mask)
         predicted = self.transformer(
             interpolate(x, noise, times),
             times * 1000,
@@ -139,7 +139,7 @@ class FlowObjective(Objective):
             return_dict=False,
         )[0]
         errors = F.mse_loss(predicted.float(), velocity(x, noise), reduction="none")
-        return errors.flatten(1).mean(1) if given is None else mean_over_made(errors, given)
+        return errors.flatten(1).mean(1) if cond_mask is None else mean_over_generated(errors, cond_mask)
 
     def mu(self, x: Tensor) -> float:
         """Return the time shift for latents of this size."""
@@ -147,22 +147,22 @@ class FlowObjective(Objective):
         return token_shift(x.shape[2] // pt * (x.shape[3] // ph) * (x.shape[4] // pw), self.shift)
 
 
-def _open_latents(config: DiffusionConfig, cached: Sequence[Cached]) -> list[list[LatentDataset]]:
-    """Return the latents of each bucket, in the budgets' order; those of a ratio are normalised alike."""
-    scale, found = config.data.scale, []
+def _open_latents(config: DiffusionConfig, cached: Sequence[BucketCache]) -> list[list[LatentDataset]]:
+    """Return the latents of each bucket, in the budgets' order; all buckets of a ratio share mean and deviation."""
+    scale, datasets = config.data.scale, []
     for part in cached:
         texts = [EmbeddingCache(folder, number) for number, folder in part.texts.items()]
         pairs = zip(part.latents, config.ratios, strict=True)
-        found.append([LatentDataset(folder, ratio, scale, texts) for folder, ratio in pairs])
-    for parts in zip(*found, strict=True):
+        datasets.append([LatentDataset(folder, ratio, scale, texts) for folder, ratio in pairs])
+    for parts in zip(*datasets, strict=True):
         normalise_alike(parts, scale)
-    return found
+    return datasets
 
 
 def mixed(
     config: DiffusionConfig, buckets: Sequence[Bucket], latents: Sequence[Sequence[LatentDataset]]
 ) -> tuple[Mixture, str]:
-    """Return what steps draw from, each from one budget and bucket, and the plan of the buckets for the log.
+    """Return the mixture that steps draw from, each step from one budget and bucket, and the plan of the buckets for the log.
 
     A bucket's share of the steps is that of the batches which an epoch of it fills. The clips of a bucket come once an epoch,
     or as often as their weights say, whatever the budgets of the steps.
@@ -181,7 +181,7 @@ def mixed(
     return mixture, plan
 
 
-def fingerprints(config: DiffusionConfig, cached: Mapping[str, Sequence[Cached]]) -> dict[str, Any]:
+def fingerprints(config: DiffusionConfig, cached: Mapping[str, Sequence[BucketCache]]) -> dict[str, Any]:
     """Return what the caches of each split were made from, as a run records it: a cache may move, and its shards may change."""
     places = {}
     for split, parts in cached.items():
@@ -206,9 +206,9 @@ def open_vocabulary(place: Path, config: DiffusionConfig, latents: Sequence[Late
 
 
 def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> CaptionEncoder:
-    """Return what encodes captions: the caches of frozen encoders, and the small CLIP, a new one or that of `init`.
+    """Return the encoder of captions: caches of frozen text encoders, and the small CLIP, a new one or that of `init`.
 
-    `latents` are of each bucket; captions are read from the caches of all, and what is not of captions from the first.
+    `latents` has one dataset for each bucket; captions are read from all of them, all else from the first.
     """
     frozen = {cache.number: cache for cache in latents[0].texts}
     caches = [frozen.get(number) for number in range(1, len(config.text.encoders) + 1)]
@@ -234,7 +234,7 @@ def new_transformer(
         text_dim=text.widths,
         pooled_dim=text.pooled_width,
         temporal_ratios=config.ratios,
-        condition_frames=config.condition.given,
+        condition_frames=config.condition.max_frames,
         latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
         latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
     )
@@ -250,13 +250,13 @@ def _models(config: DiffusionConfig, transformer: ProMAGTransformer3DModel, text
 
 def train_diffusion(
     config: DiffusionConfig,
-    cached: Sequence[Cached],
-    validation: Sequence[Cached],
-    sample: Callable[["Trained", SamplesConfig], Sequence[np.ndarray]] | None = None,
-) -> Trained:
-    """Train, or continue to train, a transformer on the caches of the training split and of the held-out one, by bucket.
+    cached: Sequence[BucketCache],
+    validation: Sequence[BucketCache],
+    sample: Callable[["TrainingResult", SamplesConfig], Sequence[np.ndarray]] | None = None,
+) -> TrainingResult:
+    """Train, or continue to train, a transformer on the caches of the training and the validation split, by bucket.
 
-    `sample` makes the videos, T H W 3 of uint8, that `config.samples` asks for.
+    `sample` returns the videos, T H W 3 of uint8, that `config.samples` asks for.
 
     Raises UserError for a cache of another ratio or other clips, an unsuitable run directory, and one that was started with
     other caches, another vocabulary or another `init`.
@@ -267,7 +267,7 @@ def train_diffusion(
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     splits = {"train": cached, "eval": validation}
     broadcast_from_main(lambda: record_data(run, fingerprints(config, splits)))
-    by_bucket, unseen = (_open_latents(config, split) for split in (cached, validation))
+    by_bucket, validation_sets = (_open_latents(config, split) for split in (cached, validation))
     weight_by_caption(by_bucket, config.data.caption_weights)
     buckets, latents = [part.bucket for part in cached], [part for parts in by_bucket for part in parts]
 
@@ -278,7 +278,7 @@ def train_diffusion(
         raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
     if config.init:
         transformer = load_transformer(config.init)
-        take_up(transformer, latents, text, config.condition.given, frozen=config.lora is not None)
+        adapt_to_latents(transformer, latents, text, config.condition.max_frames, frozen=config.lora is not None)
     else:
         transformer = new_transformer(config, latents, text)
     broadcast_from_main(lambda: record_data(run, _models(config, transformer, text)))
@@ -299,18 +299,18 @@ def train_diffusion(
     fps = by_bucket[shown][0].fps
     checks = [
         ValidationSet(part, str(cache.bucket), transformer, cache.bucket.batch_size or config.optimization.batch_size)
-        for cache, parts in zip(validation, unseen, strict=True)
+        for cache, parts in zip(validation, validation_sets, strict=True)
         for part in parts
     ]
 
     def validate(log: Log, step: int) -> Metrics:
         if config.samples and sample and (step % config.samples.every == 0 or step == config.optimization.steps):
             # Every rank samples: a transformer may be spread over them. Those without trackers show nothing.
-            videos = sample(Trained(transformer, text.learned, fps), config.samples)
+            videos = sample(TrainingResult(transformer, text.learned, fps), config.samples)
             for i, (prompt, video) in enumerate(zip(config.samples.prompts, videos, strict=True)):
                 log.video(f"{config.stage}/{i} {prompt}", video, fps, step)
         with accelerator.autocast():
-            return validation_losses(objective, checks, first_given=config.condition.given > 0)
+            return validation_losses(objective, checks, first_given=config.condition.max_frames > 0)
 
     rank, world = accelerator.process_index, accelerator.num_processes
 
@@ -322,4 +322,4 @@ def train_diffusion(
         accelerator, run / config.stage, objective, open_stream, config.optimization, config.run, config.seed, validate
     )
     close_trackers(accelerator)
-    return Trained(objective.transformer.cpu(), objective.text.cpu().learned, fps, outcome)
+    return TrainingResult(objective.transformer.cpu(), objective.text.cpu().learned, fps, outcome)

@@ -47,7 +47,7 @@ class ValidationSet:
         return len(self.clips)
 
     def loss(self, objective: "FlowObjective", first_given: bool = False) -> float:
-        """Return the mean over clips and times, of all frames or with the first latent frame given.
+        """Return the mean over clips and times, over all frames, or with the first latent frame as conditioning.
 
         The processes share the clips out. Each calls the model equally often, as a spread one needs: where clips run out, one
         is scored again and not counted.
@@ -57,9 +57,9 @@ class ValidationSet:
         errors = torch.zeros(len(self), device=state.device)
         for first in range(0, len(self), at_once):
             mine = range(first + state.process_index * self.batch_size, len(self))[: self.batch_size]
-            found = self._errors(objective, mine or range(1), state.device, first_given)
+            values = self._errors(objective, mine or range(1), state.device, first_given)
             if mine:
-                errors[mine.start : mine.stop] = found
+                errors[mine.start : mine.stop] = values
         return float(sum_over_processes(errors).mean())
 
     def _errors(self, objective: "FlowObjective", clips: range, device: torch.device, first_given: bool) -> Tensor:
@@ -72,31 +72,31 @@ class ValidationSet:
         keys = [key for key in self.text_keys if key in rows[0]]
         batch: dict[str, Any] = {key: torch.stack([row[key] for row in rows]).to(device) for key in keys}
         text = objective.text({**batch, "caption": [row["caption"] for row in rows]})
-        given = torch.arange(self.frames, device=device).expand(len(x), -1) < 1 if first_given else None
+        cond_mask = torch.arange(self.frames, device=device).expand(len(x), -1) < 1 if first_given else None
         times = [torch.full((len(x),), t, device=device) for t in VALIDATION_TIMES]
-        return torch.stack([objective.errors(x, noise, t, text, fps, self.ratio, given) for t in times]).mean(0)
+        return torch.stack([objective.errors(x, noise, t, text, fps, self.ratio, cond_mask) for t in times]).mean(0)
 
 
 def validation_losses(objective: "FlowObjective", parts: Sequence[ValidationSet], first_given: bool) -> Metrics:
     """Return the mean over clips at each ratio, the mean of the ratios, and the mean of each shape where there are several.
 
-    With `first_given` also the mean with the first latent frame given, of clips that have more than one.
+    With `first_given` also the mean with the first latent frame as conditioning, over clips that have more than one.
     """
     losses = [part.loss(objective) for part in parts]
-    found = _grouped("x", parts, losses, [part.ratio for part in parts])
-    found |= {"validation_loss": sum(found.values()) / len(found)}
-    several = {key: value for key, value in found.items() if len(found) > 2 or key == "validation_loss"}
+    means = _grouped("x", parts, losses, [part.ratio for part in parts])
+    means |= {"validation_loss": sum(means.values()) / len(means)}
+    metrics = {key: value for key, value in means.items() if len(means) > 2 or key == "validation_loss"}
     shapes = _grouped("", parts, losses, [part.bucket for part in parts])
-    several |= shapes if len(shapes) > 1 else {}
+    metrics |= shapes if len(shapes) > 1 else {}
     longer = [part for part in parts if first_given and part.frames > 1]
     if longer:
         given = _grouped("x", longer, [part.loss(objective, True) for part in longer], [part.ratio for part in longer])
-        several["validation_loss_first_given"] = sum(given.values()) / len(given)
-    return several
+        metrics["validation_loss_first_given"] = sum(given.values()) / len(given)
+    return metrics
 
 
 def _grouped(unit: str, parts: Sequence[ValidationSet], losses: Sequence[float], keys: Iterable[object]) -> dict[str, float]:
-    """Return the mean over the clips of all parts with the same key."""
+    """Return the mean over the clips of all parts that share a key."""
     sums: dict[str, list[float]] = {}
     for part, loss, key in zip(parts, losses, keys, strict=True):
         total = sums.setdefault(f"validation_loss_{key}{unit}", [0.0, 0])
@@ -106,7 +106,7 @@ def _grouped(unit: str, parts: Sequence[ValidationSet], losses: Sequence[float],
 
 
 def training_figures(run: Path, ratio: int) -> dict[str, float]:
-    """Return steps, seconds and the held-out loss at a ratio of the training that a run's folder holds; empty without one."""
+    """Return steps, seconds and the validation loss at a ratio of the training in a run's folder; empty without one."""
     files = [file for file in sorted(run.glob("*/metrics.jsonl")) if f"{ratio}x" in file.parent.name.split("-")]
     lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     validated = [line for line in lines if "validation_loss" in line]

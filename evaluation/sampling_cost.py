@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from promag.diffusion.flops import forward_flops
-from promag.pipelines.sampling import Order, Seconds, make_videos, trained_ratios
+from promag.pipelines.sampling import SampleRequest, Seconds, make_videos, trained_ratios
 from promag.tokenizer.geometry import latent_frames, tokens
 from promag.training.precision import Precision
 
@@ -56,16 +56,17 @@ class Pace:
         return Seconds(took.text, denoising, took.decoding * cost.frames / known.frames), when
 
 
-def measure_pace(pipe: Any, precision: Precision, told: Callable[[str], None]) -> Pace:
+def measure_pace(pipe: Any, precision: Precision, on_progress: Callable[[str], None]) -> Pace:
     """Make a video of two denoising steps at every ratio that the pipeline was trained at; the second time counts."""
     pace, frames = Pace(), pipe.config["num_frames"]
-    how = {"num_inference_steps": PROBE_STEPS, "guidance_scale": 2.0}
+    options = {"num_inference_steps": PROBE_STEPS, "guidance_scale": 2.0}
     for ratio in trained_ratios(pipe):
         cost = sampling_cost(pipe, ratio, frames, PROBE_STEPS, 2.0)
         for _ in range(2):
             seconds = sum(
-                (s for _, s in make_videos(pipe, [Order("", 0)], 1, precision, temporal_ratio=ratio, **how)), Seconds()
+                (s for _, s in make_videos(pipe, [SampleRequest("", 0)], 1, precision, temporal_ratio=ratio, **options)),
+                Seconds(),
             )
         pace.learn(cost, seconds, f"{PROBE_STEPS} steps at the start")
-        told(f"{ratio}x: {PROBE_STEPS} steps in {seconds.denoising:.2f} s, decoding in {seconds.decoding:.2f} s")
+        on_progress(f"{ratio}x: {PROBE_STEPS} steps in {seconds.denoising:.2f} s, decoding in {seconds.decoding:.2f} s")
     return pace

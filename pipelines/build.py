@@ -19,7 +19,7 @@ from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextConfig, 
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
 from promag.diffusion.text import NULL_CAPTION, Embedded, encode, load_frozen, side_by_side, tokenize
 from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_embeddings
-from promag.diffusion.train import Cached, Trained, train_diffusion
+from promag.diffusion.train import BucketCache, TrainingResult, train_diffusion
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
@@ -45,7 +45,7 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
 
     text = SampleText(config.text, config.samples.prompts if config.samples else ())
 
-    def sample(so_far: Trained, samples: SamplesConfig) -> list[np.ndarray]:
+    def sample(so_far: TrainingResult, samples: SamplesConfig) -> list[np.ndarray]:
         pipe = assemble(config, so_far, vae, with_text=False)
         pipe.set_progress_bar_config(disable=True)
         how = (samples.steps, samples.guidance, config.precision)
@@ -82,7 +82,9 @@ class SavedLora:
         )
 
 
-def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG, with_text: bool = True) -> ProMAGPipeline:
+def assemble(
+    config: DiffusionConfig, trained: TrainingResult, vae: AutoencoderKLProMAG, with_text: bool = True
+) -> ProMAGPipeline:
     """Put a trained transformer, the tokenizer and, `with_text`, the text encoders into a pipeline.
 
     Its defaults are what it was trained on. Frozen text encoders are loaded again: training did without them.
@@ -105,7 +107,7 @@ def assemble(config: DiffusionConfig, trained: Trained, vae: AutoencoderKLProMAG
     )
 
 
-def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, list[Cached]]:
+def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, list[BucketCache]]:
     """Cache latents, and embeddings of frozen text encoders, of both splits, train and eval, where they are not cached yet.
 
     Returns for each split where each bucket lies.
@@ -114,7 +116,7 @@ def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, list[C
     folders = {_name(config, split, bucket): found[0] for split, parts in latents.items() for bucket, found in parts}
     texts = cache_text(config, folders)
     return {
-        split: [Cached(bucket, found, texts[_name(config, split, bucket)]) for bucket, found in parts]
+        split: [BucketCache(bucket, found, texts[_name(config, split, bucket)]) for bucket, found in parts]
         for split, parts in latents.items()
     }
 

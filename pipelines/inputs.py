@@ -144,7 +144,7 @@ class Prompts:
 # -- first frames ----------------------------------------------------------------------------------------------------
 
 
-def read_given(image: Any, video: Any, size: tuple[int, int], processor: VideoProcessor) -> Tensor | None:
+def read_conditioning_frames(image: Any, video: Any, size: tuple[int, int], processor: VideoProcessor) -> Tensor | None:
     """Return what `image` or `video` shows as B C T H W in [-1, 1], T being 1 for images; None if neither is given.
 
     Args:

@@ -1,4 +1,4 @@
-"""Videos for prompts and seeds: the same ones however many are made at once, with the time that each part took.
+"""Sampling videos for prompts and seeds, the same ones in any batch, and timing the parts of it.
 
 Videos are uint8 (T, H, W, 3).
 """
@@ -22,14 +22,14 @@ from promag.training.progress import ProgressBar
 
 from .inputs import NAMES, NEGATIVE_NAMES, unpack
 from .text_to_video import ProMAGPipeline
-from .timesteps import count_of_times
+from .timesteps import count_model_calls
 
 BATCH = 8  # videos sampled at once
 
 
 @dataclass(frozen=True)
-class Order:
-    """One video to make: what it shows, and the seed of its noise."""
+class SampleRequest:
+    """One video to sample: its prompt, and the seed of its noise."""
 
     prompt: str
     seed: int
@@ -37,16 +37,16 @@ class Order:
 
 @dataclass(frozen=True)
 class Draft:
-    """How a video is drafted at a higher temporal ratio before it is refined at the one that is asked for."""
+    """A draft at a higher temporal ratio, which is refined at the ratio of the video."""
 
-    ratio: int  # of the draft, more than that of the video
-    steps: int  # of the draft
+    ratio: int  # higher than the video's
+    steps: int  # denoising steps of the draft
     strength: float  # share of the video's steps that refine the draft, below 1; 0 decodes the lifted draft as it is
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """What a call of the pipeline spent on its text (given first frames included), on denoising and on decoding."""
+    """Seconds of a pipeline call: encoding of text (and first frames), denoising, decoding."""
 
     text: float = 0.0
     denoising: float = 0.0
@@ -54,7 +54,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum."""
         return self.text + self.denoising + self.decoding
 
     def __add__(self, other: "Seconds") -> "Seconds":
@@ -83,39 +83,47 @@ def trained_ratios(pipe: Any) -> tuple[int, ...]:
 
 def make_videos(
     pipe: Any,
-    orders: Sequence[Order],
+    requests: Sequence[SampleRequest],
     batch: int = 1,
     precision: Precision = "auto",
-    told: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     encode: Callable[[Sequence[str]], Embedded] | None = None,
     draft: Draft | None = None,
     **arguments: Any,
 ) -> Iterator[tuple[list[np.ndarray], Seconds]]:
-    """Make the ordered videos, `batch` at once, and yield each batch's with the seconds it took.
+    """Sample the requested videos, `batch` at once, and yield the videos and the seconds of each batch.
 
-    A video depends on its order and on `arguments` (the pipeline's) alone: another batch moves values by rounding.
-    `told` is called after each denoising step with the steps done and those to do, of all batches together; `encode` encodes
-    prompts, and the null caption, in place of the pipeline. With a `draft`, a video is sampled at its ratio first, its latents
-    are lifted to the ratio asked for, without pixels, and refined there.
-    Raises ValueError as the pipeline does, and for a draft that is no higher ratio or refined with all steps.
+    A video depends only on its request and on the pipeline's arguments; another batch size moves values by rounding.
+
+    Args:
+        pipe: the pipeline.
+        requests: the videos.
+        batch: videos sampled at once.
+        precision: of the sampling.
+        on_progress: called after each denoising step with the steps done and the steps in total, over all batches.
+        encode: encodes prompts, and the null caption, in place of the pipeline.
+        draft: samples each video at a higher ratio first, lifts its latents to the video's ratio and refines them there.
+        arguments: the pipeline's.
+
+    Raises ValueError as the pipeline does, and for a draft at a ratio that is not higher or refined with all steps.
     """
     steps = arguments.get("num_inference_steps") or inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
     ratio = arguments.get("temporal_ratio") or pipe.config["temporal_ratio"]
-    calls = count_of_times(pipe.scheduler, steps)
+    calls = count_model_calls(pipe.scheduler, steps)
     if draft is not None:
         if draft.ratio <= ratio or not 0 <= draft.strength < 1:
             raise ValueError(
                 f"draft at {draft.ratio}x with denoise_strength {draft.strength:g} for a video at {ratio}x: a higher ratio and "
                 "a strength from 0 to below 1 are needed"
             )
-        calls = count_of_times(pipe.scheduler, draft.steps) + count_of_times(pipe.scheduler, steps, draft.strength)
-    batches = range(0, len(orders), batch)
+        calls = count_model_calls(pipe.scheduler, draft.steps) + count_model_calls(pipe.scheduler, steps, draft.strength)
+    batches = range(0, len(requests), batch)
     for number, first in enumerate(batches):
-        part = orders[first : first + batch]
-        watch = Stopwatch(pipe, told, number * calls, len(batches) * calls)
+        part = requests[first : first + batch]
+        watch = Stopwatch(pipe, on_progress, number * calls, len(batches) * calls)
         call = {
-            **_text([order.prompt for order in part], encode),
-            "generator": [torch.Generator().manual_seed(order.seed) for order in part],
+            **_text([request.prompt for request in part], encode),
+            "generator": [torch.Generator().manual_seed(request.seed) for request in part],
             "callback_on_step_end": watch.step,
             **arguments,
         }
@@ -124,12 +132,12 @@ def make_videos(
                 higher = {"temporal_ratio": draft.ratio, "num_inference_steps": draft.steps, "output_type": "latent"}
                 lifted = pipe.vae.lift(pipe(**{**call, **higher}).frames, draft.ratio, ratio)
                 call |= {"latents": lifted, "denoise_strength": draft.strength}
-            made = pipe(**call).frames
-        yield list((made * 255).round().astype(np.uint8)), watch.seconds
+            frames = pipe(**call).frames
+        yield list((frames * 255).round().astype(np.uint8)), watch.seconds
 
 
 def _text(prompts: list[str], encode: Callable[[Sequence[str]], Embedded] | None) -> dict[str, Any]:
-    """Return the pipeline's arguments that say what to show."""
+    """Return the prompts as arguments of the pipeline, encoded if `encode` is given."""
     if encode is None:
         return {"prompt": prompts}
     negative = unpack(encode([NULL_CAPTION] * len(prompts)))
@@ -139,12 +147,12 @@ def _text(prompts: list[str], encode: Callable[[Sequence[str]], Embedded] | None
 class Stopwatch:
     """Times the parts of one call of a pipeline that gets `step` as its callback.
 
-    Denoising begins at the transformer's first call and ends with the last step; what comes before is text, after it decoding.
-    `told` gets the steps done, `before` this and in it, and `total`.
+    Denoising lasts from the first call of the transformer to the end of the last step; text comes before it, decoding after it.
+    `on_progress` gets the steps done, including those `before` this call, and `total`.
     """
 
-    def __init__(self, pipe: Any, told: Callable[[int, int], None] | None = None, before: int = 0, total: int = 0):
-        self.pipe, self.told, self.done, self.total = pipe, told, before, total
+    def __init__(self, pipe: Any, on_progress: Callable[[int, int], None] | None = None, before: int = 0, total: int = 0):
+        self.pipe, self.on_progress, self.done, self.total = pipe, on_progress, before, total
         self.first: float | None = None
         self.last: float | None = None
 
@@ -158,16 +166,16 @@ class Stopwatch:
         self.ended = self._now()
 
     def step(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Be the pipeline's callback."""
+        """Count a step: the pipeline's callback."""
         self.last = self._now()
         self.done += 1
-        if self.told:
-            self.told(self.done, self.total)
+        if self.on_progress:
+            self.on_progress(self.done, self.total)
         return tensors
 
     @property
     def seconds(self) -> Seconds:
-        """What the call took, once it is over."""
+        """Seconds of the parts, once the call is over."""
         first = self.started if self.first is None else self.first
         last = first if self.last is None else self.last
         return Seconds(first - self.started, last - first, self.ended - last)
@@ -182,9 +190,9 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def sample_videos(pipe: Any, prompts: Sequence[str], *arguments: Any, **how: Any) -> list[np.ndarray]:
-    """Sample one video per prompt, as `sample_timed` does."""
-    return sample_timed(pipe, prompts, *arguments, **how)[0]
+def sample_videos(pipe: Any, prompts: Sequence[str], *arguments: Any, **options: Any) -> list[np.ndarray]:
+    """Sample one video per prompt; arguments are those of `sample_timed`."""
+    return sample_timed(pipe, prompts, *arguments, **options)[0]
 
 
 def sample_timed(
@@ -195,20 +203,20 @@ def sample_timed(
     precision: Precision = "auto",
     first_seed: int = 0,
     name: str | None = "sampling",
-    **how: Any,
+    **options: Any,
 ) -> tuple[list[np.ndarray], Seconds]:
     """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
 
-    A progress bar on stderr is called `name`; None for silence. `how` is what else `make_videos` takes. Returns the videos,
-    and what all took, in batches.
+    `name` is that of the progress bar on stderr; None shows none. `options` are further arguments of `make_videos`. Returns the
+    videos and the seconds of all batches.
     """
     videos: list[np.ndarray] = []
     spent = Seconds()
-    orders = [Order(prompt, first_seed + i) for i, prompt in enumerate(prompts)]
-    how |= {"num_inference_steps": steps, "guidance_scale": guidance}
+    requests = [SampleRequest(prompt, first_seed + i) for i, prompt in enumerate(prompts)]
+    options |= {"num_inference_steps": steps, "guidance_scale": guidance}
     with ProgressBar(desc=name or "", unit="video", total=len(prompts), disable=name is None) as bar:
-        for made, seconds in make_videos(pipe, orders, BATCH, precision, **how):
-            videos += made
+        for sampled, seconds in make_videos(pipe, requests, BATCH, precision, **options):
+            videos += sampled
             spent += seconds
-            bar.update(len(made))
+            bar.update(len(sampled))
     return videos, spent

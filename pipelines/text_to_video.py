@@ -38,7 +38,7 @@ from .inputs import (
     check_prompts,
     last_frames,
     pack,
-    read_given,
+    read_conditioning_frames,
     unpack,
 )
 from .model_card import write_card
@@ -337,7 +337,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         frames = latent_frames(num_frames, ratio)
         shape = (len(prompts), self.transformer.config["in_channels"], frames, height // spatial, width // spatial)
         check_latents(latents, shape, denoise_strength)
-        given = self._given_latents(image, video, (height, width), shape, num_videos_per_prompt, ratio, device)
+        given = self._conditioning_latents(image, video, (height, width), shape, num_videos_per_prompt, ratio, device)
         times = set_flow_times(self.scheduler, num_inference_steps, token_count, device, denoise_strength)
         steps = len(times) - 1
         timesteps = self.scheduler.timesteps[len(self.scheduler.timesteps) - steps :]
@@ -415,7 +415,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
             raise ValueError(f"generator: {len(generators)} given; use one, or one for each of the {shape[0]} videos")
         return torch.cat([randn_tensor((1, *shape[1:]), generator=g, device=device, dtype=torch.float32) for g in generators])
 
-    def _given_latents(
+    def _conditioning_latents(
         self,
         image: Any,
         video: Any,
@@ -426,7 +426,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         device: torch.device,
     ) -> Tensor | None:
         """Encode the first frames that the videos start with: normalised latents b c n h w, None without any."""
-        pixels = read_given(image, video, size, self.video_processor)
+        pixels = read_conditioning_frames(image, video, size, self.video_processor)
         if pixels is None:
             return None
         name, trained = "image" if video is None else "video", self.transformer.config["condition_frames"]

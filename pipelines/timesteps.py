@@ -26,15 +26,15 @@ def check_flow(scheduler: Any) -> None:
     )
 
 
-def steps_left_out(steps: int, strength: float) -> int:
-    """Return how many of the first steps are not made where only a share of them, the last ones, is to be made."""
+def skipped_steps(steps: int, strength: float) -> int:
+    """Return how many of the first steps are skipped where only a share of them, the last ones, is taken."""
     return steps - math.ceil(steps * strength - 1e-6)
 
 
-def count_of_times(scheduler: Any, steps: int, strength: float = 1.0) -> int:
-    """Return how many times `set_flow_times` sets: as often the transformer is called, and a call's callback."""
-    made = steps - steps_left_out(steps, strength)
-    return max(0, scheduler.order * made - (scheduler.order - 1))  # the last step of a second-order one needs one call
+def count_model_calls(scheduler: Any, steps: int, strength: float = 1.0) -> int:
+    """Return how often a sampling calls the transformer, and a pipeline its callback."""
+    taken = steps - skipped_steps(steps, strength)
+    return max(0, scheduler.order * taken - (scheduler.order - 1))  # the last step of a second-order one needs one call
 
 
 def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.device, strength: float = 1.0) -> Tensor:
@@ -42,16 +42,15 @@ def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.d
 
     Only the last `strength` of the steps, rounded up, are taken: the scheduler starts there.
 
-    Where the scheduler's configuration says `use_dynamic_shifting` - one made by `from_config` of the saved scheduler's
-    keeps that - times are shifted for the number of tokens as in training, by its own means or by those of its constant
-    shift. Elsewhere its constant shift stays as it is.
+    With `use_dynamic_shifting` in the scheduler's configuration, which `from_config` of the saved scheduler's keeps, times are
+    shifted for the number of tokens as in training. Without, the scheduler's constant shift applies.
     """
     config = scheduler.config
     dynamic = config.get("use_dynamic_shifting", False)
     mu = token_shift(token_count, config.get("shift", config.get("flow_shift", 1.0))) if dynamic else None
     if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        shifted = {"mu": mu} if dynamic else {}
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, **shifted)
+        shift = {"mu": mu} if dynamic else {}
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, **shift)
     elif mu is None:
         scheduler.set_timesteps(steps, device=device)
     else:
@@ -61,7 +60,7 @@ def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.d
             scheduler.set_timesteps(steps, device=device)
         finally:
             scheduler.register_to_config(**{constant: config[constant]})
-    skipped = steps_left_out(steps, strength) * scheduler.order
+    skipped = skipped_steps(steps, strength) * scheduler.order
     scheduler.set_begin_index(skipped)
     return scheduler.sigmas[skipped : len(scheduler.timesteps) + 1].to(device, torch.float32)
 

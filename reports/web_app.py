@@ -15,7 +15,7 @@ import torch
 
 from promag.data.video import encode_mp4
 from promag.evaluation.sampling_cost import Pace, sampling_cost
-from promag.pipelines.sampling import Order, make_videos, trained_ratios
+from promag.pipelines.sampling import SampleRequest, make_videos, trained_ratios
 from promag.training.config import UserError
 from promag.training.precision import Precision
 
@@ -80,7 +80,7 @@ class AppBackend:
         """Sample one video; `on_progress` is called after each step."""
         if seed is None or not 0 <= seed < 2**63:
             return _part("message", text=f"seed {seed}: 0 to 2^63 - 1 are legal")
-        order, options = Order(prompt, int(seed)), {"negative_prompt": negative, "num_frames": frames}
+        order, options = SampleRequest(prompt, int(seed)), {"negative_prompt": negative, "num_frames": frames}
         options |= {"num_inference_steps": int(steps), "temporal_ratio": ratio, "guidance_scale": guidance}
         try:
             with self.lock:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from promag.data.video import frame_times, pick_by_time, read_frames, write_video, written_whole
 from promag.diffusion.attention import choose_attention
 from promag.evaluation.clip_similarity import ClipSimilarity
-from promag.pipelines.sampling import Draft, Order, Seconds, load_pipeline, make_videos
+from promag.pipelines.sampling import Draft, SampleRequest, Seconds, load_pipeline, make_videos
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.side_by_side import grid
 from promag.scripts._options import share
@@ -44,15 +44,15 @@ def main(argv: Sequence[str]) -> int:
     if fps > MOST_FPS and GIF in [path.suffix for path in _films(arguments)]:
         raise UserError(f"{fps:g} fps: a GIF has at most {MOST_FPS}; write an {MP4}")
 
-    orders = [Order(prompt, seed) for prompt in prompts for seed in arguments.seed]
+    requests = [SampleRequest(prompt, seed) for prompt in prompts for seed in arguments.seed]
     videos: list[np.ndarray] = []
     similarities: list[float] = []
     spent = Seconds()
     try:
-        for batch, seconds in _sampled(arguments, pipe, orders, fps):
+        for batch, seconds in _sampled(arguments, pipe, requests, fps):
             spent += seconds
             for video in batch:
-                order, place = orders[len(videos)], _numbered(arguments.out, len(videos), len(orders))
+                order, place = requests[len(videos)], _numbered(arguments.out, len(videos), len(requests))
                 videos.append(video)
                 said = write(place, video, fps, arguments.crf)
                 if clip:
@@ -153,18 +153,18 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def _sampled(
-    arguments: argparse.Namespace, pipe: Any, orders: Sequence[Order], fps: float
+    arguments: argparse.Namespace, pipe: Any, requests: Sequence[SampleRequest], fps: float
 ) -> Iterator[tuple[list[np.ndarray], Seconds]]:
     """Make the videos, with a progress bar over the steps of all."""
     pipe.set_progress_bar_config(disable=True)
-    with ProgressBar(desc=f"denoising {len(orders)}", unit="step") as bar:
+    with ProgressBar(desc=f"denoising {len(requests)}", unit="step") as bar:
 
-        def told(done: int, total: int) -> None:
+        def on_progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        how = {"told": told, "draft": _draft(arguments), **_call(arguments, pipe, fps)}
-        yield from make_videos(pipe, orders, arguments.batch_size, arguments.precision, **how)
+        options = {"on_progress": on_progress, "draft": _draft(arguments), **_call(arguments, pipe, fps)}
+        yield from make_videos(pipe, requests, arguments.batch_size, arguments.precision, **options)
 
 
 def _draft(arguments: argparse.Namespace) -> Draft | None:

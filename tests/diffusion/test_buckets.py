@@ -15,7 +15,7 @@ from promag.data.stream import TrainingStream
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.flow import token_shift
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, normalise_alike, write_latents
-from promag.diffusion.train import Cached, FlowObjective, mixed, train_diffusion
+from promag.diffusion.train import BucketCache, FlowObjective, mixed, train_diffusion
 from promag.training.config import build, load_yaml
 from promag.training.run import checkpoints, load_checkpoint
 
@@ -43,9 +43,9 @@ def write(folder, bucket, ratio, count):
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory) -> list[Cached]:
+def cached(tmp_path_factory) -> list[BucketCache]:
     folder = tmp_path_factory.mktemp("cache")
-    return [Cached(b, [write(folder, b, ratio, n) for ratio in (16, 8)], {}) for b, n in CLIPS.items()]
+    return [BucketCache(b, [write(folder, b, ratio, n) for ratio in (16, 8)], {}) for b, n in CLIPS.items()]
 
 
 def configuration(folder: Path, **change) -> DiffusionConfig:

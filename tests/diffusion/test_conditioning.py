@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from promag.diffusion.conditioning import Condition, draw_given, frame_times, mean_over_made
+from promag.diffusion.conditioning import Condition, draw_cond_mask, frame_times, mean_over_generated
 from promag.diffusion.flow import interpolate, sample_times
 from promag.diffusion.text import draw_dropped, learn_vocabulary, small_clip
 from promag.diffusion.text_cache import CaptionEncoder
@@ -21,15 +21,15 @@ def generators(count, seed=0):
 
 
 def test_given_frames_come_first_and_leave_some_to_make():
-    given = draw_given(Condition(0.5, 3), 5, generators(4000))
+    given = draw_cond_mask(Condition(0.5, 3), 5, generators(4000))
     counts = given.sum(1)
     assert torch.equal(given, torch.arange(5) < counts[:, None])
     shares = torch.bincount(counts, minlength=6) / 4000
     assert torch.allclose(shares, torch.tensor([0.5, 1 / 6, 1 / 6, 1 / 6, 0, 0]), atol=0.03)
-    assert draw_given(Condition(1.0, 3), 2, generators(50)).sum(1).tolist() == [1] * 50
-    assert draw_given(Condition(1.0, 3), 1, generators(2)) is None
+    assert draw_cond_mask(Condition(1.0, 3), 2, generators(50)).sum(1).tolist() == [1] * 50
+    assert draw_cond_mask(Condition(1.0, 3), 1, generators(2)) is None
     untouched = generators(1)
-    assert draw_given(Condition(0.0, 3), 5, untouched) is None
+    assert draw_cond_mask(Condition(0.0, 3), 5, untouched) is None
     assert torch.equal(torch.rand(1, generator=untouched[0]), torch.rand(1, generator=generators(1)[0]))
 
 
@@ -42,7 +42,7 @@ def test_given_frames_stay_clean_and_do_not_count():
     assert torch.equal(noisy[0, :, :2], x[0, :, :2])
     assert torch.allclose(noisy[1], 0.6 * x[1] + 0.4 * noise[1])
     errors = torch.rand(2, 4, 3, 2, 2)
-    mean = mean_over_made(errors, given)
+    mean = mean_over_generated(errors, given)
     assert torch.allclose(mean, torch.stack([errors[0, :, 2].mean(), errors[1].mean()]))
 
 

@@ -23,7 +23,7 @@ def write(place, fingerprint=PRINT, captions=CAPTIONS):
         return {**read(VIDEO, index), "caption": captions[index]}
 
     clips = type("Clips", (), {"fixed": staticmethod(fixed)})()
-    return [train.Cached(VIDEO, write_latents({place: fingerprint}, len(captions), clips, encode), {})]
+    return [train.BucketCache(VIDEO, write_latents({place: fingerprint}, len(captions), clips, encode), {})]
 
 
 def settings(folder, stop_after=None):

@@ -11,7 +11,7 @@ import pytest
 
 from promag.data.video import read_frames, write_video
 from promag.evaluation.sampling_cost import Pace, SamplingCost
-from promag.pipelines.sampling import Order, Seconds, make_videos
+from promag.pipelines.sampling import SampleRequest, Seconds, make_videos
 from promag.reports import page
 from promag.reports.uploads import UploadLimits
 from promag.reports.web_app import AppBackend, build_app
@@ -68,7 +68,7 @@ def test_a_sampled_video_is_the_pipelines(backend, tmp_path):
     assert progress == [(1, 2), (2, 2)]
     assert "a &lt;red&gt; disc" in html
     options = {"num_frames": 17, "temporal_ratio": 4, "num_inference_steps": 2, "guidance_scale": 2.0}
-    ((expected, _),) = make_videos(backend.pipe, [Order("a <red> disc", 3)], **options)
+    ((expected, _),) = make_videos(backend.pipe, [SampleRequest("a <red> disc", 3)], **options)
     shown = read_frames(played(html, tmp_path), range(17))
     assert shown.shape == (17, 256, 256, 3)
     assert np.abs(shown[:, 4::8, 4::8].astype(int) - expected[0]).mean() < 12  # random colours after H.264
