@@ -36,12 +36,12 @@ class Bucket:
 class Buckets:
     """Assigns clips to buckets.
 
-    A clip goes to the longest windows that it has the frames for; among their sizes to the nearest in aspect ratio; among
+    A clip goes to the longest buckets that it has the frames for; among their sizes to the nearest in aspect ratio; among
     those of one aspect ratio to the largest that needs no enlarging, else to the smallest.
 
     Args:
         buckets: of different shapes.
-        stride: the smallest step from one frame of a window to the next, in frames of the clip.
+        stride: the smallest step from one frame of a crop to the next, in frames of the clip.
 
     Raises UserError for none, and for two of one shape.
     """
@@ -59,14 +59,14 @@ class Buckets:
         return np.concatenate([np.empty(0, np.int16), *parts])
 
     def _assign(self, frames: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
-        length, high, wide = (
+        lengths, heights, widths = (
             np.array([getattr(bucket, key) for bucket in self.buckets])[:, None] for key in ("frames", "height", "width")
         )
-        fits = (length - 1) * self.stride + 1 <= frames  # buckets x clips, as all below
-        unlike = np.abs(np.log(wide / high) - np.log(width / height))
-        enlarged = (high > height) | (wide > width)
-        area = np.where(enlarged, high * wide, -high * wide)
-        order = np.lexsort((area, enlarged, unlike, np.broadcast_to(-length, fits.shape), ~fits), axis=0)
+        fits = (lengths - 1) * self.stride + 1 <= frames  # buckets x clips, as all below
+        aspect_gap = np.abs(np.log(widths / heights) - np.log(width / height))
+        enlarged = (heights > height) | (widths > width)
+        area = np.where(enlarged, heights * widths, -heights * widths)
+        order = np.lexsort((area, enlarged, aspect_gap, np.broadcast_to(-lengths, fits.shape), ~fits), axis=0)
         return np.where(fits.any(0), order[0], NONE).astype(np.int16)
 
     def counts(self, assigned: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from promag.training.config import UserError
 from promag.training.run import write_atomically
 
-KEPT_FROM = 10_000  # rows; shorter indices open in a tenth of a second without columns beside them
+SAVE_COLUMNS_FROM = 10_000  # rows; shorter indices open in a tenth of a second without columns beside them
 
 _COLUMNS = {
     "offset": np.int64,
@@ -146,12 +146,12 @@ def load_clips(path: str | os.PathLike) -> ClipIndex:
     path = Path(os.path.abspath(path))
     try:
         state = os.stat(path)
-        mark = {"size": str(state.st_size), "modified": str(state.st_mtime_ns), "folder": str(path.parent)}
-        columns = _kept_columns(path, mark)
+        identity = {"size": str(state.st_size), "modified": str(state.st_mtime_ns), "folder": str(path.parent)}
+        columns = _saved_columns(path, identity)
         if columns is None:
             columns = _read_columns(path)
-            if len(columns["offset"]) >= KEPT_FROM:
-                _keep_columns(path, mark, columns)
+            if len(columns["offset"]) >= SAVE_COLUMNS_FROM:
+                _save_columns(path, identity, columns)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a clip index: {error}") from None
     if not len(columns["offset"]):
@@ -171,7 +171,7 @@ def _located(clip: Clip, index: Path) -> Clip:
 def _read_columns(path: Path) -> dict[str, np.ndarray]:
     """Read and check every row once, holding none."""
     adapter, offset = _adapter(), 0
-    found = {name: array({"i": "l", "f": "d"}[np.dtype(kind).kind]) for name, kind in _COLUMNS.items()}
+    values = {name: array({"i": "l", "f": "d"}[np.dtype(kind).kind]) for name, kind in _COLUMNS.items()}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -183,33 +183,33 @@ def _read_columns(path: Path) -> dict[str, np.ndarray]:
             if not os.path.isfile(clip.path):
                 raise UserError(f"{path}, line {number}: {clip.path} is not there; prepare the clips again")
             row = (offset, len(line), clip.frames, clip.height, clip.width, clip.fps)
-            for values, value in zip(found.values(), row, strict=True):
-                values.append(value)
+            for column_values, value in zip(values.values(), row, strict=True):
+                column_values.append(value)
             offset += len(line)
-    return {name: np.array(found[name], kind) for name, kind in _COLUMNS.items()}
+    return {name: np.array(values[name], kind) for name, kind in _COLUMNS.items()}
 
 
 def _columns_file(path: Path) -> Path:
     return path.with_name(path.name + ".columns")
 
 
-def _kept_columns(path: Path, mark: Mapping[str, str]) -> dict[str, np.ndarray] | None:
-    """Return the columns kept beside an index, if they are of this very file."""
+def _saved_columns(path: Path, identity: Mapping[str, str]) -> dict[str, np.ndarray] | None:
+    """Return the columns saved beside an index, if they are of this very file."""
     try:
         with safe_open(_columns_file(path), "np") as file:
-            if file.metadata() == mark and set(file.keys()) == set(_COLUMNS):
+            if file.metadata() == identity and set(file.keys()) == set(_COLUMNS):
                 return {name: file.get_tensor(name) for name in _COLUMNS}
     except (OSError, SafetensorError):
         pass  # none there, or another program's
     return None
 
 
-def _keep_columns(path: Path, mark: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> None:
+def _save_columns(path: Path, identity: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> None:
     place = _columns_file(path)
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        save_file(dict(columns), aside, metadata=dict(mark))
-        os.replace(aside, place)
+        save_file(dict(columns), temporary, metadata=dict(identity))
+        os.replace(temporary, place)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         logger.warning("%s: cannot be written, so every start reads the whole index: %s", place, error)

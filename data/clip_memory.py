@@ -1,4 +1,4 @@
-"""Clips held in memory: decoded and scaled at their first reading, by whichever process of a loader comes first.
+"""Clips cached in memory: decoded and scaled at their first reading, by whichever process of a loader comes first.
 
 Shapes: T C H W uint8, of all frames of a clip, scaled to cover a size and not yet cropped.
 """
@@ -13,40 +13,40 @@ from torch import Tensor
 from promag.training.config import UserError
 
 from .clip_index import Clip, column
-from .crops import Windows
+from .crops import ClipCrop
 from .video import UnreadableVideo
 
 logger = logging.getLogger(__name__)
 
 
 class ClipMemory:
-    """Room for all frames of all of `clips`, at the scale of `windows`, shared with processes started later.
+    """Room for all frames of all of `clips`, at the scale of `crop`, shared with processes started later.
 
     The room is reserved at once, so that a training that does not fit ends before its first step; its size is logged.
     Raises UserError where there is not so much shared memory.
     """
 
-    def __init__(self, clips: Sequence[Clip], windows: Windows):
-        self._windows = windows
+    def __init__(self, clips: Sequence[Clip], crop: ClipCrop):
+        self._crop = crop
         sizes = zip(column(clips, "height").tolist(), column(clips, "width").tolist(), strict=True)
         frames = column(clips, "frames").tolist()
-        self._shapes = np.array([(count, 3, *windows.scaled(*size)) for count, size in zip(frames, sizes, strict=True)])
+        self._shapes = np.array([(count, 3, *crop.scaled(*size)) for count, size in zip(frames, sizes, strict=True)])
         self._ends = self._shapes.prod(axis=1).cumsum()
         self.bytes = int(self._ends[-1])
         try:
-            self._pixels, self._held = _shared(self.bytes), _shared(len(clips))
+            self._pixels, self._cached = _shared(self.bytes), _shared(len(clips))
         except RuntimeError as error:
             raise UserError(
                 f"in_memory true: {len(clips)} clips need {self.bytes / 2**30:.2f} GiB of shared memory, which cannot be had "
                 f"({error}); in_memory: false reads them from their files"
             ) from None
-        self._held.zero_()
-        logger.info("%d clips are held in %.2f GiB of shared memory", len(clips), self.bytes / 2**30)
+        self._cached.zero_()
+        logger.info("%.2f GiB of shared memory are reserved for %d clips", self.bytes / 2**30, len(clips))
 
     @property
-    def held(self) -> int:
+    def cached(self) -> int:
         """Count the clips that were read, by any process."""
-        return int(self._held.sum(dtype=torch.int64))
+        return int(self._cached.sum(dtype=torch.int64))
 
     def frames(self, index: int, clip: Clip) -> Tensor:
         """Return all frames of clip `index`, not to be changed.
@@ -56,9 +56,9 @@ class ClipMemory:
         shape = self._shapes[index].tolist()
         end = int(self._ends[index])
         room = self._pixels[end - int(np.prod(shape)) : end].view(shape)
-        if not self._held[index]:
+        if not self._cached[index]:
             try:
-                pixels = self._windows.all_frames(clip.path, clip)
+                pixels = self._crop.all_frames(clip.path, clip)
             except UserError:
                 raise
             except ValueError as error:  # of a time that the video does not have
@@ -73,7 +73,7 @@ class ClipMemory:
                 )
             # Two processes may be here at once: they write the same bytes, and each its mark when all of them are there.
             room.copy_(pixels)
-            self._held[index] = 1
+            self._cached[index] = 1
         return room
 
 

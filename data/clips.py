@@ -75,8 +75,8 @@ def list_videos(source: str | os.PathLike, split: str | None = None, images: boo
     listed = _select(table, _read_table(table), None) if table else []
     known = {path for path, _ in listed}
     endings = VIDEO_EXTENSIONS + (IMAGE_EXTENSIONS if images else ())
-    found = (path for path in source.rglob("*") if path.suffix.lower() in endings and str(path) not in known)
-    unnamed = [path for path in found if not any(part.startswith(".") for part in path.relative_to(source).parts)]
+    files = (path for path in source.rglob("*") if path.suffix.lower() in endings and str(path) not in known)
+    unnamed = [path for path in files if not any(part.startswith(".") for part in path.relative_to(source).parts)]
     if not listed and not unnamed:
         raise UserError(f"{source}: holds no video ({' '.join(endings)})")
     if listed and unnamed:
@@ -176,11 +176,11 @@ def prepare(
     try:
         examined = pool.map(_examine, [path for path, _ in videos])
         bar = ProgressBar(examined, total=len(videos), desc="decoding", unit="video", disable=not progress)
-        for (path, caption), found in zip(videos, bar, strict=True):
-            if isinstance(found, UnreadableVideo):
-                quarantined.append((path, found.reason))
+        for (path, caption), result in zip(videos, bar, strict=True):
+            if isinstance(result, UnreadableVideo):
+                quarantined.append((path, result.reason))
                 continue
-            facts, digest = found
+            facts, digest = result
             rate = fps or facts.fps
             available = int(facts.timestamps[-1] * rate + TIE) + 1
             longest = max(longest, (path, available), key=lambda video: video[1])

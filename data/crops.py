@@ -1,4 +1,4 @@
-"""Windows: which frames of a clip an item shows, and at what size.
+"""Crops of clips: which frames an item shows, and which part of the picture at what size.
 
 Shapes: T H W C uint8 pixels of files, C T H W float32 in [-1, 1] of items.
 """
@@ -17,17 +17,17 @@ from promag.training.config import UserError
 from .clip_index import Clip
 from .video import READ_TIMEOUT, VideoSource, frame_times, pick_by_time, read_frames
 
-PIECE = 256  # frames of a clip read at a time where all are: pixels of files are many times as large as scaled ones
+CHUNK = 256  # frames of a clip that are read and scaled at a time: pixels of files are many times as large as scaled ones
 
 
-class Windows:
-    """Windows of `frames` frames, resized and cropped to `size`.
+class ClipCrop:
+    """Takes `frames` frames of a clip, resized and cropped to `size`.
 
     Args:
         frames: T.
         size: H and W; an int is both. The picture is scaled to cover it and cropped.
         temporal_strides: strides to choose from, of those that fit into the clip.
-        flip: mirror windows at random, half of them. Captions that tell left from right become wrong.
+        flip: mirror half of the crops, at random. Captions that tell left from right become wrong.
         timeout: seconds a read may take.
 
     Raises UserError for numbers that are not positive.
@@ -55,7 +55,7 @@ class Windows:
         return self.span(min(self.strides))
 
     def span(self, stride: int) -> int:
-        """Return how many frames of a clip a window reaches over."""
+        """Return how many frames of a clip a crop reaches over."""
         return (self.frames - 1) * stride + 1
 
     def scaled(self, height: int, width: int) -> tuple[int, int]:
@@ -64,30 +64,30 @@ class Windows:
         return max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))
 
     def random(self, video: VideoSource | Tensor, clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
-        """Return a random window, at a random place: video, caption, start, stride and fps.
+        """Return a random crop: video, caption, start, stride and fps.
 
         `video` is a file, or what `all_frames` returned of it.
         """
         stride = int(rng.choice([s for s in self.strides if self.span(s) <= clip.frames]))
         start = int(rng.integers(clip.frames - self.span(stride) + 1))
         pixels = self._resized(video, clip, start, stride)
-        top, left = (int(rng.integers(have - want + 1)) for have, want in zip(pixels.shape[2:], self.size, strict=True))
+        top, left = (int(rng.integers(side - target + 1)) for side, target in zip(pixels.shape[2:], self.size, strict=True))
         mirror = self.flip and bool(rng.integers(2))
         return self._item(clip, start, stride, pixels, top, left, mirror)
 
     def first(self, video: VideoSource | Tensor, clip: Clip) -> dict[str, Any]:
         """Return the first frames, cropped in the centre."""
         pixels = self._resized(video, clip, 0, 1)
-        top, left = ((have - want) // 2 for have, want in zip(pixels.shape[2:], self.size, strict=True))
+        top, left = ((side - target) // 2 for side, target in zip(pixels.shape[2:], self.size, strict=True))
         return self._item(clip, 0, 1, pixels, top, left, False)
 
     def all_frames(self, video: VideoSource, clip: Clip) -> Tensor:
-        """Read all frames of a clip, scaled to cover `size`: uint8 T C H W, of which every window is a slice."""
-        pieces = np.split(np.arange(clip.frames), range(PIECE, clip.frames, PIECE))
-        return torch.cat([self._read(video, clip, offsets) for offsets in pieces])
+        """Read all frames of a clip, scaled to cover `size`: uint8 T C H W, of which every crop is a slice."""
+        chunks = np.split(np.arange(clip.frames), range(CHUNK, clip.frames, CHUNK))
+        return torch.cat([self._read(video, clip, offsets) for offsets in chunks])
 
     def _resized(self, video: VideoSource | Tensor, clip: Clip, start: int, stride: int) -> Tensor:
-        """Return a window, scaled to cover `size`: uint8 T C H W."""
+        """Return the frames of a crop, scaled to cover `size`: uint8 T C H W."""
         if isinstance(video, Tensor):
             return video[start : start + self.span(stride) : stride]
         return self._read(video, clip, start + stride * np.arange(self.frames))

@@ -24,7 +24,7 @@ from .buckets import NONE, Bucket, Buckets, bucket_plan
 from .clip_index import Clip, column, load_clips, row_of, take
 from .clip_memory import ClipMemory
 from .clips import first_few, list_videos, prepare
-from .crops import Windows, to_model
+from .crops import ClipCrop, to_model
 from .stream import Mixture
 from .tar_shards import is_shards, open_shards
 from .tar_stream import ShardedClips, Sharding
@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class ClipDataset(Dataset):
-    """Windows of the clips of one index that are long enough.
+    """Crops of the clips of one index that are long enough.
 
-    An item is a dictionary: video (float32 C T H W in [-1, 1]), caption, clip (index), start (the window's first frame
-    in the clip), stride (clip frames from one frame to the next), fps (of the window). Reading raises UnreadableVideo.
+    An item is a dictionary: video (float32 C T H W in [-1, 1]), caption, clip (index), start (the crop's first frame
+    in the clip), stride (clip frames from one frame to the next), fps (of the crop). Reading raises UnreadableVideo.
 
     Args:
         clips: of one index; those too short for the smallest stride and for stride 1 are left out and named in the log.
-        frames, size, temporal_strides, flip, timeout: see Windows.
+        frames, size, temporal_strides, flip, timeout: see ClipCrop.
         in_memory: keep each clip's frames from its first reading on; see ClipMemory. The items are the same.
 
     Raises UserError if no clip is long enough, or there is not the memory. `skipped` counts the clips left out.
@@ -59,16 +59,16 @@ class ClipDataset(Dataset):
         timeout: float = READ_TIMEOUT,
         in_memory: bool = False,
     ):
-        self.windows = windows = Windows(frames, size, temporal_strides, flip, timeout)
+        self.crop = crop = ClipCrop(frames, size, temporal_strides, flip, timeout)
         self._leave_out_short(clips)
-        height, width = windows.size
+        height, width = crop.size
         small = np.count_nonzero((column(self.clips, "height") < height) | (column(self.clips, "width") < width))
         if small:
             logger.warning("%d of %d clips are smaller than %dx%d and enlarged", small, len(self.clips), height, width)
-        self.memory = ClipMemory(self.clips, windows) if in_memory else None
+        self.memory = ClipMemory(self.clips, crop) if in_memory else None
 
     def _leave_out_short(self, clips: Sequence[Clip]) -> None:
-        frames, needed = column(clips, "frames"), self.windows.needed
+        frames, needed = column(clips, "frames"), self.crop.needed
         long = frames >= needed
         self.skipped = int(np.count_nonzero(~long))
         if not long.any():
@@ -88,14 +88,14 @@ class ClipDataset(Dataset):
         return len(self.clips)
 
     def item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Return a random window, at a random place, of clip `index`."""
+        """Return a random crop of clip `index`."""
         clip = self.clips[index]
-        return {"clip": index, **self.windows.random(self._video(index, clip), clip, rng)}
+        return {"clip": index, **self.crop.random(self._video(index, clip), clip, rng)}
 
     def fixed(self, index: int) -> dict[str, Any]:
         """Return the first frames of clip `index`, cropped in the centre."""
         clip = self.clips[index]
-        return {"clip": index, **self.windows.first(self._video(index, clip), clip)}
+        return {"clip": index, **self.crop.first(self._video(index, clip), clip)}
 
     def _video(self, index: int, clip: Clip) -> str | Tensor:
         return self.memory.frames(index, clip) if self.memory else clip.path
@@ -203,7 +203,7 @@ def is_index(path: str | os.PathLike) -> bool:
         return '"sha256"' in file.readline()
 
 
-def open_apart(
+def open_by_bucket(
     source: str | os.PathLike, split: str, buckets: Sequence[Bucket], count: int
 ) -> list[tuple[Bucket, "ClipDataset | SyntheticDataset | ShardedClips"]]:
     """Open the clips of each bucket by themselves, to be looked at by their number: of those that have any.
@@ -214,9 +214,9 @@ def open_apart(
     if len(buckets) == 1 or source == "synthetic":
         return [(b, open_dataset(source, split, b.frames, (b.height, b.width), count)) for b in buckets]
     if is_shards(source):
-        parts = ShardedClips(open_shards(source), buckets).apart()
+        parts = ShardedClips(open_shards(source), buckets).by_bucket()
         return [(part.buckets.buckets[0], part) for part in parts]
-    used, parts = _parted(_load_index(source), buckets, stride=1)
+    used, parts = _split_by_bucket(_load_index(source), buckets, stride=1)
     return [(b, ClipDataset(part, b.frames, (b.height, b.width))) for b, part in zip(used, parts, strict=True)]
 
 
@@ -249,7 +249,7 @@ def open_training(
     if is_shards(source):
         if in_memory:
             raise UserError(
-                f"in_memory true with shards {os.fspath(source)}: only the clips of an index (.jsonl) can be held in memory; "
+                f"in_memory true with shards {os.fspath(source)}: only the clips of an index (.jsonl) can be kept in memory; "
                 "use false, or train on an index"
             )
         clips = ShardedClips(open_shards(source), buckets, temporal_strides, sharding)
@@ -259,7 +259,7 @@ def open_training(
         used = list(buckets)
         datasets = [open_dataset(source, "train", b.frames, (b.height, b.width), count, temporal_strides) for b in used]
     else:
-        used, parts = _parted(_load_index(source), buckets, min(temporal_strides))
+        used, parts = _split_by_bucket(_load_index(source), buckets, min(temporal_strides))
         datasets = [
             ClipDataset(part, b.frames, (b.height, b.width), temporal_strides, in_memory=in_memory)
             for part, b in zip(parts, used, strict=True)
@@ -269,7 +269,9 @@ def open_training(
     return Mixture(datasets, shares, [bucket.batch_size for bucket in used]), bucket_plan(used, counts, batches, shares)
 
 
-def _parted(clips: Sequence[Clip], buckets: Sequence[Bucket], stride: int) -> tuple[list[Bucket], list[Sequence[Clip]]]:
+def _split_by_bucket(
+    clips: Sequence[Clip], buckets: Sequence[Bucket], stride: int
+) -> tuple[list[Bucket], list[Sequence[Clip]]]:
     """Return the buckets that have clips, and the clips of each; names what is in none, and buckets without any."""
     assigned = Buckets(buckets, stride).assign(*(column(clips, name) for name in ("frames", "height", "width")))
     short = np.flatnonzero(assigned == NONE)

@@ -45,16 +45,16 @@ def open_sources(
     if shares[0] <= 0:
         raise UserError(f"shares {', '.join(map(str, shares[1:]))} of other sources: together they must stay below 1")
     sources = [(train, temporal_strides), *((source.train, source.temporal_strides) for source in extra_sources)]
-    found, plans, weights = [], [], []
+    mixtures, plans, weights = [], [], []
     for (name, strides), share in zip(sources, shares, strict=True):
         clips, plan = open_training(name, buckets, count, batch_size, batches_per_step, strides, sharding, in_memory)
         if not extra_sources:
             return clips, plan
         if isinstance(clips, ShardedClips):
             raise UserError(f"shards {name} among {len(sources)} sources: name all shards in one pattern, without others")
-        found.append(clips)
+        mixtures.append(clips)
         plans.append(f"{name}, {share:.1%} of the steps\n{plan}")
         weights += [share * part for part in clips.shares]
-    datasets = [dataset for clips in found for dataset in clips.datasets]
-    sizes = [size for clips in found for size in clips.batch_sizes]
+    datasets = [dataset for mixture in mixtures for dataset in mixture.datasets]
+    sizes = [size for mixture in mixtures for size in mixture.batch_sizes]
     return Mixture(datasets, weights, sizes), "\n".join(plans)

@@ -73,13 +73,13 @@ class Scene:
 
 def parse_caption(text: str) -> Scene:
     """Invert `Scene.caption`; raises ValueError naming what is legal."""
-    two = re.fullmatch(r"a (\w+) (\w+) and a (\w+) (\w+) cross", text)
-    if two:
-        return Scene(two[2], two[1], "crosses", (two[4], two[3]))
-    one = re.fullmatch(r"a (\w+) (\w+) (.+)", text)
-    if not one or one[3] == "crosses":
+    crossing = re.fullmatch(r"a (\w+) (\w+) and a (\w+) (\w+) cross", text)
+    if crossing:
+        return Scene(crossing[2], crossing[1], "crosses", (crossing[4], crossing[3]))
+    single = re.fullmatch(r"a (\w+) (\w+) (.+)", text)
+    if not single or single[3] == "crosses":
         raise ValueError(f"caption {text!r}: 'a COLOUR SHAPE MOTION' or 'a COLOUR SHAPE and a COLOUR SHAPE cross'")
-    return Scene(one[2], one[1], one[3])
+    return Scene(single[2], single[1], single[3])
 
 
 def legal_scenes() -> Iterator[Scene]:
@@ -95,8 +95,8 @@ def legal_scenes() -> Iterator[Scene]:
 def is_unseen(scene: Scene) -> bool:
     """Tell whether a combination of shape, colour and motion is never trained on: about one in ten.
 
-    The combinations are spread like the cells of a Latin square: what is held out is always a triple, and each two of
-    its three parts are trained on together. A crossing is held out if either of its objects is, with that motion.
+    The combinations are spread like the cells of a Latin square: what is never seen is always a triple, and each two of
+    its three parts are trained on together. A crossing is unseen if either of its objects is, with that motion.
     """
     objects = [(scene.shape, scene.colour), *([scene.other] if scene.other else [])]
     motion = MOTIONS.index(scene.motion)
@@ -119,8 +119,8 @@ def sample_scene(rng: np.random.Generator, unseen: bool | None = False) -> Scene
 def clip(seed: int, split: str, frames: int = 65, size: int | tuple[int, int] = 64) -> tuple[np.ndarray, Scene]:
     """Return clip `seed` (0 or more) of a split: pixels, uint8 (T, H, W, 3), and scene, decided by the arguments alone.
 
-    Splits draw from different streams; only "unseen" shows held-out combinations, and nothing else. Raises ValueError
-    for an unknown split, a negative seed, and as `render` does.
+    Splits draw from different streams; "unseen" shows the combinations that no other split has, and nothing else. Raises
+    ValueError for an unknown split, a negative seed, and as `render` does.
     """
     scene, rng = _drawn(seed, split)
     return render(scene, rng, frames, size), scene
@@ -190,9 +190,9 @@ Path = tuple[np.ndarray, np.ndarray, np.ndarray]  # centre (T, 2), radius (T,), 
 
 def _path(rng: np.random.Generator, motion: str, time: np.ndarray, span: np.ndarray) -> Path:
     """Return the path of a lone object."""
-    still = np.ones_like(time)
-    radius, angle = rng.uniform(0.16, 0.195) * still, rng.uniform(-0.15, 0.15) * still
-    place = still[:, None] * span * rng.uniform(0.36, 0.64, 2)
+    ones = np.ones_like(time)
+    radius, angle = rng.uniform(0.16, 0.195) * ones, rng.uniform(-0.15, 0.15) * ones
+    place = ones[:, None] * span * rng.uniform(0.36, 0.64, 2)
     start, end = rng.uniform(0.22, 0.29), rng.uniform(0.71, 0.78)
     along = start + (end - start) * time
     if motion in ("moves left", "moves right"):
@@ -207,7 +207,7 @@ def _path(rng: np.random.Generator, motion: str, time: np.ndarray, span: np.ndar
         axis = 0 if motion == "bounces from side to side" else 1
         place[:, axis] = span[axis] * (there_and_back if rng.integers(2) else 1 - there_and_back)
     elif motion == "circles":
-        radius = rng.uniform(0.15, 0.175) * still
+        radius = rng.uniform(0.15, 0.175) * ones
         turn = rng.uniform(0, 2 * np.pi) + rng.choice((-2, 2)) * np.pi * time
         centre = span / 2 + rng.uniform(-0.04, 0.04, 2)
         place = centre + rng.uniform(0.19, 0.24) * np.stack([np.cos(turn), np.sin(turn)], 1)
@@ -229,8 +229,8 @@ def _cross(rng: np.random.Generator, time: np.ndarray, span: np.ndarray) -> list
         place = np.empty((len(time), 2))
         place[:, axis] = span[axis] * (along if forward else 1 - along)
         place[:, 1 - axis] = span[1 - axis] * level + rng.uniform(-0.04, 0.04)
-        still = np.ones_like(time)
-        paths.append((place, rng.uniform(0.145, 0.175) * still, rng.uniform(-0.15, 0.15) * still))
+        ones = np.ones_like(time)
+        paths.append((place, rng.uniform(0.145, 0.175) * ones, rng.uniform(-0.15, 0.15) * ones))
     return paths
 
 

@@ -112,11 +112,11 @@ class ShardReader:
         fresh = numbers[0] <= begun or self._archive is None
         if fresh:
             self._start()
-        found = self._read_on(numbers)
+        samples = self._read_on(numbers)
         if self._broken not in ("", _WHOLE) and not fresh and not is_local(self.url):
             self._start()
-            found = self._read_on(numbers)
-        return found
+            samples = self._read_on(numbers)
+        return samples
 
     def _read_on(self, numbers: Sequence[int]) -> dict[int, Sample | BadSample]:
         files: dict[int, dict[str, bytes]] = {}
@@ -137,10 +137,10 @@ class ShardReader:
                     break
                 if self._number in wanted:
                     keys[self._number] = self._key
-                    held = files.setdefault(self._number, {})
-                    if name in held:
+                    endings = files.setdefault(self._number, {})
+                    if name in endings:
                         wrong[self._number] = f"holds two files .{name}"
-                    held[name] = self._read(member)
+                    endings[name] = self._read(member)
         except _DAMAGED as error:
             self._broken = f"cannot be read on: {error or type(error).__name__}"
             wrong[self._number] = f"the shard {self._broken}"
@@ -180,9 +180,9 @@ class ShardReader:
         member = self._archive.next()
         self._archive.members = []  # tarfile would keep them all
         if member is None:
-            have = self._number + 1
-            short = self.samples is not None and have < self.samples
-            ends = f"ends after {have} of {self.samples} samples: truncated, or its index is of another file"
+            count = self._number + 1
+            short = self.samples is not None and count < self.samples
+            ends = f"ends after {count} of {self.samples} samples: truncated, or its index is of another file"
             self._broken = ends if short else _WHOLE
             member = tarfile.TarInfo()
             member.type = tarfile.DIRTYPE
@@ -212,8 +212,8 @@ def _unpack(url: str, key: str, files: dict[str, bytes]) -> tuple[VideoBytes, st
     """Return a sample's video and caption; raises ValueError saying what is missing."""
     media = [ending for ending in files if ending in _MEDIA]
     if len(media) != 1:
-        held = ", ".join(f".{ending}" for ending in files)
-        raise ValueError(f"{len(media) or 'no'} videos or images among its files {held}; one is needed")
+        names = ", ".join(f".{ending}" for ending in files)
+        raise ValueError(f"{len(media) or 'no'} videos or images among its files {names}; one is needed")
     return VideoBytes(f"{url}: {key}.{media[0]}", files[media[0]]), _caption(files)
 
 

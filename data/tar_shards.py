@@ -83,15 +83,15 @@ class ShardIndex:
 
     def damaged(self) -> dict[int, str]:
         """Return the shards, of those in local files, that are not as long as the index says, and why."""
-        found = {}
+        reasons = {}
         for number, (url, size) in enumerate(zip(self.urls, self.bytes, strict=True)):
             if is_local(url):
-                have = os.path.getsize(url) if os.path.isfile(url) else None
-                if have is None:
-                    found[number] = f"{url} is not there"
-                elif have != size:
-                    found[number] = f"{url} has {have} bytes, {INDEX_NAME} says {size}"
-        return found
+                size_now = os.path.getsize(url) if os.path.isfile(url) else None
+                if size_now is None:
+                    reasons[number] = f"{url} is not there"
+                elif size_now != size:
+                    reasons[number] = f"{url} has {size_now} bytes, {INDEX_NAME} says {size}"
+        return reasons
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
@@ -113,15 +113,15 @@ def find_shards(pattern: str | os.PathLike) -> list[str]:
         named = list(braceexpand(os.fspath(pattern)))
     except ValueError as error:
         raise UserError(f"shards {pattern}: {error}") from None
-    found = []
+    shards = []
     for name in named:
         wild = is_local(name) and glob.has_magic(name)
-        found += sorted(glob.glob(name)) if wild else [os.path.abspath(name) if is_local(name) else name]
-    if not found:
+        shards += sorted(glob.glob(name)) if wild else [os.path.abspath(name) if is_local(name) else name]
+    if not shards:
         raise UserError(f"shards {pattern}: no file matches")
-    if len(set(found)) < len(found):
-        raise UserError(f"shards {pattern}: names {len(found) - len(set(found))} shards more than once")
-    return found
+    if len(set(shards)) < len(shards):
+        raise UserError(f"shards {pattern}: names {len(shards) - len(set(shards))} shards more than once")
+    return shards
 
 
 def shard_name(url: str) -> str:

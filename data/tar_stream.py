@@ -1,7 +1,7 @@
 """Clips from tar shards: an epoch's order read from front to back, in one bucket or several.
 
-Which samples the batch of a step holds is arithmetic (epochs.py); which window of each is drawn by the same numbers as
-everywhere else (datasets.py). What is open is only a cache: any step can be asked for.
+Which samples the batch of a step holds is arithmetic (epochs.py); which crop of each is drawn by the same numbers as
+everywhere else (stream.py). What is open is only a cache: any step can be asked for.
 """
 
 import copy
@@ -20,7 +20,7 @@ from promag.training.config import UserError, setting
 
 from .buckets import NONE, Bucket, Buckets, bucket_plan
 from .clips import first_few
-from .crops import Windows
+from .crops import ClipCrop
 from .epochs import EpochPlan, ShardOrder
 from .tar_reader import BadSample, Sample, ShardReader
 from .tar_shards import ShardIndex
@@ -49,14 +49,14 @@ IN_ORDER = Sharding(concurrent_shards=1, shuffle=1)  # for clips that are looked
 
 
 class ShardedClips:
-    """Windows of the clips in shards.
+    """Crops of the clips in shards.
 
     An item is that of ClipDataset; `clip` is the sample's place among all of the shards.
 
     Args:
         shards: those that are trained on.
-        buckets: shapes of the windows; clips too short for all of them are left out and named in the log.
-        temporal_strides, flip, timeout: see Windows.
+        buckets: shapes of the crops; clips too short for all of them are left out and named in the log.
+        temporal_strides, flip, timeout: see ClipCrop.
         sharding: how shards are read. Skipped shards are left out of the order; a skipped sample's place is taken by
             another one near it in the shard, drawn by the element's generator, so that batches stay full and addressed.
 
@@ -75,7 +75,7 @@ class ShardedClips:
         self.shards, self.sharding = shards, sharding
         self.buckets = Buckets(buckets, min(temporal_strides))
         sizes = [(bucket.frames, (bucket.height, bucket.width)) for bucket in buckets]
-        self.windows = [Windows(frames, size, temporal_strides, flip, timeout) for frames, size in sizes]
+        self.crops = [ClipCrop(frames, size, temporal_strides, flip, timeout) for frames, size in sizes]
         assigned = self.buckets.assign(*(shards.column(name) for name in ("frames", "height", "width")))
         self.skipped = self._name_short(assigned)
         self._leave_out_damaged(assigned)
@@ -101,14 +101,14 @@ class ShardedClips:
         """Count the clips of all buckets."""
         return sum(map(len, self.numbers))
 
-    def apart(self) -> list["ShardedClips"]:
+    def by_bucket(self) -> list["ShardedClips"]:
         """Return the clips of each bucket that has any by themselves, so that they can be looked at by their number."""
-        return [self._of(bucket) for bucket, numbers in enumerate(self.numbers) if len(numbers)]
+        return [self._only(bucket) for bucket, numbers in enumerate(self.numbers) if len(numbers)]
 
-    def _of(self, bucket: int) -> "ShardedClips":
+    def _only(self, bucket: int) -> "ShardedClips":
         part = copy.copy(self)
         part.buckets = Buckets([self.buckets.buckets[bucket]], self.buckets.stride)
-        part.windows, part.numbers = [self.windows[bucket]], [self.numbers[bucket]]
+        part.crops, part.numbers = [self.crops[bucket]], [self.numbers[bucket]]
         part._forget()
         return part
 
@@ -144,7 +144,7 @@ class ShardedClips:
         reader = self._reader(0, NONE, NONE, block=1)
         shard, place = reader.find(index)
         number, sample = reader.sample(shard, place)
-        return self._shown(number, sample, self.windows[0].first)
+        return self._shown(number, sample, self.crops[0].first)
 
     def digest(self, count: int) -> str:
         """Hash which shards the first `count` clips are in, by content, and which samples they are."""
@@ -159,11 +159,11 @@ class ShardedClips:
         counts = [len(numbers) for numbers in self.numbers]
         steps = EpochPlan(counts, sizes, batches_per_step, self.sharding.concurrent_shards, 0).steps
         left = [count - n * size * batches_per_step for count, n, size in zip(counts, steps, sizes, strict=True)]
-        said = bucket_plan(self.buckets.buckets, counts, sizes, steps)
+        plan = bucket_plan(self.buckets.buckets, counts, sizes, steps)
         if never := [f"{b} ({n} clips)" for b, n, s in zip(self.buckets.buckets, counts, steps, strict=True) if n and not s]:
             logger.warning("buckets that never fill a step of %d batches never come: %s", batches_per_step, ", ".join(never))
         rest = f"; each leaves out {sum(left)} of {len(self)} clips, others each time" if sum(left) else ""
-        return f"{said}\n{sum(steps)} steps an epoch{rest}"
+        return f"{plan}\n{sum(steps)} steps an epoch{rest}"
 
     # -- planning ----------------------------------------------------------------------------------------------------
 
@@ -219,10 +219,10 @@ class ShardedClips:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def _item(self, reader: "_BlockReader", shard: int, place: int, rng: np.random.Generator) -> dict[str, Any]:
-        window = functools.partial(self.windows[reader.bucket].random, rng=rng)
+        crop = functools.partial(self.crops[reader.bucket].random, rng=rng)
         for number, sample in self._candidates(reader, shard, place, rng):
             try:
-                return self._shown(number, sample, window)
+                return self._shown(number, sample, crop)
             except (BadSample, UnreadableVideo) as error:
                 if self.sharding.bad == "stop":
                     raise
@@ -239,11 +239,11 @@ class ShardedClips:
             for k in rng.permutation(len(others)):
                 yield reader.sample(shard, others[k])
 
-    def _shown(self, number: int, sample: Sample | BadSample, window: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    def _shown(self, number: int, sample: Sample | BadSample, crop: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         if isinstance(sample, BadSample):
             raise BadSample(str(sample))  # anew: an exception keeps what it passed through alive
         try:
-            return {"clip": number, **window(sample.video, self.shards.clip(number, sample))}
+            return {"clip": number, **crop(sample.video, self.shards.clip(number, sample))}
         except UnreadableVideo:
             raise
         except ValueError as error:  # a frame that the index promises and the video does not have

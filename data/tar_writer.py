@@ -185,14 +185,14 @@ def index_shards(
     pool = ThreadPoolExecutor(workers)
     try:
         bar = ProgressBar(pool.map(_examine_shard, urls), total=len(urls), desc="decoding", unit="shard", disable=not progress)
-        found = list(bar)
+        examined = list(bar)
     finally:
         pool.shutdown(cancel_futures=True)
-    samples, bad = sum(row.samples for row, _ in found), [reason for _, reasons in found for reason in reasons]
+    samples, bad = sum(row.samples for row, _ in examined), [reason for _, reasons in examined for reason in reasons]
     if not samples or len(bad) > max_bad * samples:
         raise UserError(f"{len(bad)} of {samples} samples are bad, at most {max_bad:.1%} may be: {'; '.join(bad)}")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    _write_index(Path(out), [row for row, _ in found])
+    _write_index(Path(out), [row for row, _ in examined])
     return samples, bad
 
 

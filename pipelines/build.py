@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from promag.data.buckets import Bucket
-from promag.data.datasets import open_apart
+from promag.data.datasets import open_by_bucket
 from promag.diffusion.cache_store import Shards, hash_weights
 from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextConfig, TextEncoderConfig
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
@@ -142,7 +142,7 @@ def cache_latents(
         raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
     hashes = broadcast_from_main(lambda: {ratio: weights_hash(vae, ratio) for ratio in ratios})
     source, count = (data.train, data.synthetic_clips) if split == "train" else (data.validation, data.validation_clips)
-    parts, device = open_apart(source, split, data.training_buckets, count), processes().device
+    parts, device = open_by_bucket(source, split, data.training_buckets, count), processes().device
     counts = [len(clips) if split == "train" else min(count, len(clips)) for _, clips in parts]
     if len(parts) > 1 and processes().is_main_process:
         print(", ".join(f"{bucket}: {n} clips" for (bucket, _), n in zip(parts, counts, strict=True)), flush=True)

@@ -65,7 +65,7 @@ def test_missing_keys_broken_lines_and_empty_files(clips, tmp_path):
 @pytest.fixture
 def long_index(clips, tmp_path, monkeypatch):
     """Twelve rows of three clips, their columns kept as those of a long index are."""
-    monkeypatch.setattr(clip_index, "KEPT_FROM", 12)
+    monkeypatch.setattr(clip_index, "SAVE_COLUMNS_FROM", 12)
     rows = [dataclasses.replace(clips[k % 3], caption=f"clip {k}", frames=5 + k) for k in range(12)]
     save_clips(tmp_path / "clips.jsonl", rows)
     return tmp_path / "clips.jsonl", rows
@@ -84,7 +84,7 @@ def test_an_open_index_is_a_sequence_of_clips(long_index):
         index[12]
 
 
-def test_kept_columns_open_the_file_they_are_of_and_no_other(long_index, monkeypatch):
+def test_saved_columns_open_the_file_they_are_of_and_no_other(long_index, monkeypatch):
     path, rows = long_index
     load_clips(path)
     assert sorted(p.name for p in path.parent.iterdir()) == ["clips.jsonl", "clips.jsonl.columns"]

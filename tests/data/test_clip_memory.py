@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from promag.data.buckets import Bucket
 from promag.data.clip_index import save_clips
 from promag.data.clips import list_videos, prepare
-from promag.data.crops import PIECE, Windows
+from promag.data.crops import CHUNK, ClipCrop
 from promag.data.datasets import ClipDataset, open_training
 from promag.data.sources import Source, open_sources
 from promag.data.stream import TrainingStream
@@ -69,17 +69,17 @@ def test_items_are_those_of_files(noisy, frames, strides, size, flip):
     assert len(drawn) > len(plain)
 
 
-def test_all_frames_are_the_windows_one_after_the_other(tmp_path):
-    frames = np.random.default_rng(0).integers(0, 256, (2 * PIECE + 20, 34, 50, 3), np.uint8)
+def test_all_frames_are_the_crops_one_after_the_other(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (2 * CHUNK + 20, 34, 50, 3), np.uint8)
     write_video(tmp_path / "long.mp4", frames, 25)
     (clip,) = prepare([(str(tmp_path / "long.mp4"), "")], progress=False).clips
-    windows = Windows(76, (32, 20))
-    pixels = windows.all_frames(clip.path, clip)
-    assert pixels.shape == (2 * PIECE + 20, 3, 32, 47)
+    crop = ClipCrop(76, (32, 20))
+    pixels = crop.all_frames(clip.path, clip)
+    assert pixels.shape == (2 * CHUNK + 20, 3, 32, 47)
     for seed in range(12):
-        same(*(windows.random(video, clip, np.random.default_rng(seed)) for video in (clip.path, pixels)))
-    last = dataclasses.replace(clip, start=(2 * PIECE - 56) / 25, frames=76)
-    same(windows.first(last.path, last), windows.first(pixels[-76:], last))
+        same(*(crop.random(video, clip, np.random.default_rng(seed)) for video in (clip.path, pixels)))
+    last = dataclasses.replace(clip, start=(2 * CHUNK - 56) / 25, frames=76)
+    same(crop.first(last.path, last), crop.first(pixels[-76:], last))
 
 
 def test_room_is_that_of_the_scaled_frames_and_named(noisy, caplog):
@@ -87,8 +87,8 @@ def test_room_is_that_of_the_scaled_frames_and_named(noisy, caplog):
         memory = ClipDataset(noisy, 5, 20, in_memory=True).memory
     # The image is too short; 20 x 28 pixels cover the wide video's picture, 38 x 20 the tall one's.
     assert memory.bytes == 3 * ((30 + 17) * 20 * 28 + 13 * 38 * 20)
-    assert memory.held == 0
-    assert "3 clips are held in 0.00 GiB of shared memory" in caplog.text
+    assert memory.cached == 0
+    assert "0.00 GiB of shared memory are reserved for 3 clips" in caplog.text
 
 
 def test_a_file_is_read_once(copied):
@@ -97,7 +97,7 @@ def test_a_file_is_read_once(copied):
     expected = [plain.item(seed % 3, np.random.default_rng(seed)) for seed in range(12)]
     for index in range(len(dataset)):
         dataset.fixed(index)
-        assert dataset.memory.held == index + 1
+        assert dataset.memory.cached == index + 1
     for path in {clip.path for clip in copied}:
         Path(path).unlink()
     for seed, item in enumerate(expected):
@@ -117,7 +117,7 @@ def test_what_a_loader_process_read_is_there_for_all(copied):
 
     for one, other in zip(batches(0), expected[:8], strict=True):
         same(one, other)
-    assert held.memory.held == len(held) == 3
+    assert held.memory.cached == len(held) == 3
     for path in {clip.path for clip in copied}:
         Path(path).unlink()
     for one, other in zip(batches(8), expected[8:], strict=True):
@@ -138,7 +138,7 @@ def test_a_video_that_is_not_what_the_index_states(noisy, change, message):
     for _ in range(2):  # what failed is not held
         with pytest.raises(UnreadableVideo, match=message):
             dataset.fixed(0)
-    assert dataset.memory.held == 0
+    assert dataset.memory.cached == 0
 
 
 def test_an_unreadable_video_is_not_held(copied):
@@ -147,7 +147,7 @@ def test_an_unreadable_video_is_not_held(copied):
     Path(wide.path).write_bytes(Path(wide.path).read_bytes()[:900])
     with pytest.raises(UnreadableVideo, match=r"wide\.mp4"):
         dataset.fixed(0)
-    assert dataset.memory.held == 0
+    assert dataset.memory.cached == 0
 
 
 def test_more_than_there_is(noisy):
@@ -165,7 +165,7 @@ def test_sources_hold_what_comes_from_an_index(noisy, tmp_path):
     assert plan == plan_of_files
     for step in range(24):
         same(*(TrainingStream(clips, 3, 2, 0, 1).batch(step) for clips in (held, plain)))
-    assert [dataset.memory.held for dataset in held.datasets[:2]] == [2, 1]
+    assert [dataset.memory.cached for dataset in held.datasets[:2]] == [2, 1]
     assert [dataset.memory for dataset in plain.datasets[:2]] == [None, None]
 
 

@@ -1,4 +1,4 @@
-"""Windows hold the frames they name, and digests follow what clips show."""
+"""Crops hold the frames they name, and digests follow what clips show."""
 
 import dataclasses
 import hashlib
@@ -105,7 +105,7 @@ def test_enlarging_is_named(clips, caplog):
 @pytest.mark.parametrize(
     ("frames", "size", "strides"), [(0, 16, (1,)), (4, 0, (1,)), (4, (16, -1), (1,)), (4, 16, ()), (4, 16, (0,))]
 )
-def test_windows_that_cannot_be_meant(clips, frames, size, strides):
+def test_crops_that_cannot_be_meant(clips, frames, size, strides):
     with pytest.raises(UserError, match="from 1 up"):
         ClipDataset(clips, frames, size, strides)
 
@@ -135,7 +135,7 @@ def test_opening_an_index(clips, tmp_path):
     save_clips(tmp_path / "clips.jsonl", clips)
     found = open_dataset(tmp_path / "clips.jsonl", "train", frames=6, size=16, count=1, temporal_strides=(1, 2))
     assert isinstance(found, ClipDataset)
-    assert (len(found), found.windows.strides) == (2, (1, 2))
+    assert (len(found), found.crop.strides) == (2, (1, 2))
     for source, message in (("videos", "give synthetic, or a .jsonl"), (tmp_path / "gone.jsonl", "cannot be read")):
         with pytest.raises(UserError, match=message):
             open_dataset(source, "train", frames=5, size=32, count=3)

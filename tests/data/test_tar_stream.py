@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from promag.data.buckets import Bucket
 from promag.data.clip_index import Clip, load_clips, save_clips
-from promag.data.datasets import ClipDataset, open_apart, open_dataset, open_training
+from promag.data.datasets import ClipDataset, open_by_bucket, open_dataset, open_training
 from promag.data.stream import Mixture, TrainingStream
 from promag.data.tar_reader import BadSample
 from promag.data.tar_shards import open_shards
@@ -85,7 +85,7 @@ def test_an_epoch_shows_every_clip_once_over_all_ranks(folder, world, size):
         assert {(3, 32, 64), (1, 16, 16)} == set(shapes)
 
 
-def test_elements_are_windows_drawn_by_their_address(index, folder):
+def test_elements_are_crops_drawn_by_their_address(index, folder):
     clips, rows = clips_of(folder), {clip.caption: clip for clip in load_clips(index)}
     stream = TrainingStream(clips, 3, 2, 1, 2)
     batch = stream.batch(2)
@@ -93,8 +93,8 @@ def test_elements_are_windows_drawn_by_their_address(index, folder):
     assert batch["sample"].tolist() == [first, first + 1]
     for element in range(2):
         row = rows[batch["caption"][element]]
-        windows = clips.windows[0 if row.frames > 1 else 1]
-        expected = windows.random(row.path, row, np.random.default_rng((3, batch["sample"][element].item())))
+        crop = clips.crops[0 if row.frames > 1 else 1]
+        expected = crop.random(row.path, row, np.random.default_rng((3, batch["sample"][element].item())))
         assert torch.equal(batch["video"][element], expected["video"])
         assert batch["start"][element] == expected["start"]
         assert batch["fps"][element] == expected["fps"]
@@ -291,7 +291,7 @@ def test_loaders_that_shuffle_nothing_away(folder):
 def test_clips_of_several_buckets_are_numbered_apart(index, folder, source):
     """Each is in the bucket that training has it in, and is shown as a bucket by itself shows it."""
     place = index if source == "index" else f"{folder}/*.tar"
-    parts = open_apart(place, "train", [VIDEO, IMAGE], 0)
+    parts = open_by_bucket(place, "train", [VIDEO, IMAGE], 0)
     assert [(bucket, len(clips)) for bucket, clips in parts] == [(VIDEO, 20), (IMAGE, 6)]
     captions = [[clips.fixed(i)["caption"] for i in range(len(clips))] for _, clips in parts]
     assert sorted(captions[0] + captions[1]) == sorted(f"clip {k}" for k in range(26))
