@@ -5,9 +5,11 @@ with one for each of several text encoders. Shapes: b videos, L text tokens, D w
 frames T H W C of arrays, T C H W of tensors, both in [0, 1], or PIL pictures of any mode; B C T H W pixels in [-1, 1].
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -53,23 +55,63 @@ def check_budget(ratio: int, tokenizer: Any, transformer: Any) -> None:
         raise ValueError(f"temporal_ratio {ratio}: the transformer was trained at {', '.join(f'{r}x' for r in trained)}")
 
 
-def check_numbers(fps: float, **counts: int) -> None:
-    """Refuse a frame rate that is not above 0 and counts below 1."""
+def with_defaults(config: Mapping[str, Any], **values: Any) -> list[Any]:
+    """Return the values in their order, those that are None replaced by the pipeline's defaults of the same name."""
+    return [config[name] if value is None else value for name, value in values.items()]
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuse what is no whole number of at least 1: zero, fractions, texts and truth values among them."""
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} {value}: at least 1 is needed")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} {value!r}: a whole number of at least 1 is needed")
+
+
+def check_finite(**numbers: Any) -> None:
+    """Refuse what is no finite number: NaN, infinities, texts and truth values among them."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name} {value!r}: a finite number is needed")
+
+
+def check_rate(fps: Any) -> None:
+    """Refuse a frame rate that is not above 0 and finite."""
+    check_finite(fps=fps)
     if fps <= 0:
         raise ValueError(f"fps {fps}: must be above 0")
 
 
+def check_lengths(lengths: Any) -> None:
+    """Refuse lengths of text that are neither None nor a whole number of at least 1, nor a list of these."""
+    for length in lengths if isinstance(lengths, list | tuple) else [lengths]:
+        if length is not None:
+            check_counts(max_sequence_length=length)
+
+
+def check_generators(generator: Any, videos: int) -> None:
+    """Refuse what is no random generator, nor a list with one for each of so many videos."""
+    generators = generator if isinstance(generator, list) else [generator] * videos
+    for one in generators:
+        if not isinstance(one, torch.Generator | None):
+            raise ValueError(f"generator {one!r}: a torch.Generator, a list of them or None is needed")
+    if len(generators) != videos:
+        raise ValueError(f"generator: {len(generators)} given; use one, or one for each of the {videos} videos")
+
+
 def check_latents(latents: Any, shape: tuple[int, ...], strength: float) -> None:
-    """Refuse latents of another shape, a share of the steps outside [0, 1], and one below 1 without latents to start from."""
+    """Refuse latents of another shape or not finite, strengths outside [0, 1], and those below 1 without latents."""
+    check_finite(denoise_strength=strength)
     if not 0 <= strength <= 1:
         raise ValueError(f"denoise_strength {strength}: 0 to 1 are legal")
-    if latents is None and strength < 1:
-        raise ValueError(f"denoise_strength {strength}: needs the latents to start from; 1 starts from noise")
-    if latents is not None and tuple(latents.shape) != shape:
-        raise ValueError(f"latents of shape {tuple(latents.shape)}: {shape} is needed")
+    if latents is None:
+        if strength < 1:
+            raise ValueError(f"denoise_strength {strength}: needs the latents to start from; 1 starts from noise")
+        return
+    if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
+        given = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else f"of type {type(latents).__name__}"
+        raise ValueError(f"latents {given}: a tensor of shape {shape} is needed")
+    if not latents.isfinite().all():
+        raise ValueError("latents: all values must be finite; some are NaN or infinite")
 
 
 def check_names(output_type: str, callback_tensors: Sequence[str], legal: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from promag.training.device import best_device
 from promag.training.precision import Precision, autocast
 from promag.training.progress import ProgressBar
 
-from .inputs import NAMES, NEGATIVE_NAMES, unpack
+from .inputs import NAMES, NEGATIVE_NAMES, check_counts, unpack, with_defaults
 from .text_to_video import ProMAGPipeline
 from .timesteps import count_model_calls
 
@@ -107,10 +107,13 @@ def make_videos(
 
     Raises ValueError as the pipeline does, and for a draft at a ratio that is not higher or refined with all steps.
     """
-    steps = arguments.get("num_inference_steps") or inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
-    ratio = arguments.get("temporal_ratio") or pipe.config["temporal_ratio"]
+    default = inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
+    steps = arguments.get("num_inference_steps", default)
+    (ratio,) = with_defaults(pipe.config, temporal_ratio=arguments.get("temporal_ratio"))
+    check_counts(batch=batch, num_inference_steps=steps, temporal_ratio=ratio)
     calls = count_model_calls(pipe.scheduler, steps)
     if draft is not None:
+        check_counts(draft_ratio=draft.ratio, draft_steps=draft.steps)
         if draft.ratio <= ratio or not 0 <= draft.strength < 1:
             raise ValueError(
                 f"draft at {draft.ratio}x with denoise_strength {draft.strength:g} for a video at {ratio}x: a higher ratio and "

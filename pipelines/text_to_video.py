@@ -32,14 +32,19 @@ from .inputs import (
     Prompts,
     Tensors,
     check_budget,
+    check_counts,
+    check_finite,
+    check_generators,
     check_latents,
+    check_lengths,
     check_names,
-    check_numbers,
     check_prompts,
+    check_rate,
     last_frames,
     pack,
     read_conditioning_frames,
     unpack,
+    with_defaults,
 )
 from .model_card import write_card
 from .timesteps import SchedulerStep, check_flow, set_flow_times
@@ -300,14 +305,16 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        known: Any = self.config
-        height, width = int(height or known["height"]), int(width or known["width"])
-        num_frames = int(num_frames or known["num_frames"])
-        ratio: int = temporal_ratio or known["temporal_ratio"]
-        rate: float = fps or known["fps"]
+        height, width, num_frames, ratio, fps = with_defaults(
+            self.config, height=height, width=width, num_frames=num_frames, temporal_ratio=temporal_ratio, fps=fps
+        )
         check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
+        check_counts(height=height, width=width, num_frames=num_frames, temporal_ratio=ratio)
+        check_counts(num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt)
+        check_finite(guidance_scale=guidance_scale)
+        check_rate(fps)
+        check_lengths(max_sequence_length)
         check_budget(ratio, self.vae, self.transformer)
-        check_numbers(rate, num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt)
         check_names(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_flow(self.scheduler)
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
@@ -337,6 +344,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         frames = latent_frames(num_frames, ratio)
         shape = (len(prompts), self.transformer.config["in_channels"], frames, height // spatial, width // spatial)
         check_latents(latents, shape, denoise_strength)
+        check_generators(generator, len(prompts))
         given = self._conditioning_latents(image, video, (height, width), shape, num_videos_per_prompt, ratio, device)
         times = set_flow_times(self.scheduler, num_inference_steps, token_count, device, denoise_strength)
         steps = len(times) - 1
@@ -357,7 +365,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
             with self.transformer.cache_context(
                 "cond_uncond", step_index=call, sigma=times[call].item(), num_inference_steps=steps
             ):
-                return self._predict(x, time, prompts, ratio, rate)
+                return self._predict(x, time, prompts, ratio, fps)
 
         progress: Any = self.progress_bar  # its decorator hides its arguments from type checkers
         with progress(total=steps) as bar:
@@ -411,8 +419,6 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
     def _first_noise(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
         """Draw each video's noise in turn, so that it does not depend on how many follow."""
         generators = generator if isinstance(generator, list) else [generator] * shape[0]
-        if len(generators) != shape[0]:
-            raise ValueError(f"generator: {len(generators)} given; use one, or one for each of the {shape[0]} videos")
         return torch.cat([randn_tensor((1, *shape[1:]), generator=g, device=device, dtype=torch.float32) for g in generators])
 
     def _conditioning_latents(

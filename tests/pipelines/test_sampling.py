@@ -70,6 +70,15 @@ def test_a_draft_that_drafts_nothing_is_refused(pipe, ratio, strength):
         next(make_videos(pipe, REQUESTS, draft=Draft(ratio, 2, strength), temporal_ratio=4, **HOW))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"num_inference_steps": 0}, "num_inference_steps"), ({"temporal_ratio": 0}, "temporal_ratio"), ({"batch": 0}, "batch")],
+)
+def test_zero_is_refused_and_not_the_default(pipe, arguments, named):
+    with pytest.raises(ValueError, match=f"{named} 0: a whole number of at least 1"):
+        list(make_videos(pipe, REQUESTS, **arguments))
+
+
 def test_seconds_add_up():
     assert Seconds(1, 2, 3) + Seconds(0.5, 0, 1) == Seconds(1.5, 2, 4)
     assert str(Seconds(1, 2, 3.5)) == "text 1.00 s, denoising 2.00 s, decoding 3.50 s, together 6.50 s"

@@ -1,6 +1,8 @@
 import ast
+import functools
 import inspect
 import json
+import math
 import textwrap
 
 import numpy as np
@@ -9,13 +11,15 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
+from hypothesis import given
+from hypothesis import strategies as st
 
 from promag import ProMAGPipeline, ProMAGTransformer3DModel
 from promag.diffusion.text import learn_vocabulary
 from promag.pipelines.inputs import NAMES, NEGATIVE_NAMES, unpack
 from promag.pipelines.sampling import sample_videos
 from tests.pipelines.conftest import call, like, seed
-from tests.tiny_pipeline import PROMPTS
+from tests.tiny_pipeline import PROMPTS, make_pipeline
 
 
 def test_defaults_are_what_it_was_trained_on_and_values_are_colours(pipe):
@@ -334,6 +338,57 @@ def test_guidance_moves_away_from_what_a_dropped_caption_was_in_training(two_enc
 def test_mistakes_are_named(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(pipe, **arguments)
+
+
+COUNTS = (
+    "height",
+    "width",
+    "num_frames",
+    "temporal_ratio",
+    "num_inference_steps",
+    "num_videos_per_prompt",
+    "max_sequence_length",
+)
+NO_COUNT = st.sampled_from([0, -1, 1.5, 17.9, 16.0, math.nan, math.inf, True, "16", b"1", {}]) | st.integers(max_value=0)
+NO_NUMBER = st.sampled_from([math.nan, math.inf, -math.inf, True, "4", [4.0], {}])
+
+
+one_pipeline = functools.cache(make_pipeline)  # hypothesis takes no fixtures of a test
+
+
+@given(st.sampled_from(COUNTS), NO_COUNT)
+def test_a_count_that_is_no_whole_number_above_zero_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} .*: a whole number of at least 1 is needed"):
+        call(one_pipeline(), **{name: value})
+
+
+@given(st.sampled_from(["fps", "guidance_scale", "denoise_strength"]), NO_NUMBER)
+def test_a_number_that_is_not_finite_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} .*: a finite number is needed"):
+        call(one_pipeline(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fps": 0}, "fps 0: must be above 0"),
+        ({"fps": 0.0}, "fps 0.0: must be above 0"),
+        ({"generator": 42}, "generator 42: a torch.Generator"),
+        ({"generator": [seed(0), 1]}, "generator"),
+        ({"latents": torch.full((1, 4, 2, 2, 3), math.nan)}, "latents: all values must be finite"),
+        ({"latents": np.zeros((1, 4, 2, 2, 3))}, "latents of type ndarray"),
+        ({"max_sequence_length": [0]}, "max_sequence_length 0"),
+    ],
+)
+def test_zeros_and_other_types_are_named(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe, **arguments)
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    expected = call(pipe, num_frames=33, guidance_scale=2.0, fps=8.0)
+    found = call(pipe, num_frames=np.int64(33), guidance_scale=np.float32(2), fps=np.int32(8), num_inference_steps=np.int16(2))
+    assert np.array_equal(found, expected)
 
 
 def test_sampled_videos_do_not_depend_on_how_many_there_are(pipe):
