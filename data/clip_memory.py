@@ -57,14 +57,7 @@ class ClipMemory:
         end = int(self._ends[index])
         room = self._pixels[end - int(np.prod(shape)) : end].view(shape)
         if not self._cached[index]:
-            try:
-                pixels = self._crop.all_frames(clip.path, clip)
-            except UserError:
-                raise
-            except ValueError as error:  # of a time that the video does not have
-                raise UnreadableVideo(
-                    clip.path, f"it is not as long as the index states ({error}); prepare the clips again"
-                ) from error
+            pixels = self._crop.all_frames(clip.path, clip)
             if pixels.shape != room.shape:
                 raise UnreadableVideo(
                     clip.path,

@@ -61,10 +61,7 @@ def list_videos(source: str | os.PathLike, split: str | None = None, images: boo
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
     if source.suffix.lower() in (".csv", ".jsonl"):
-        rows = _read_table(source)
-        if not rows:
-            raise UserError(f"{source}: needs rows with the columns file and caption")
-        return _select(source, rows, split)
+        return _select(source, _read_table(source, strict=True), split)
     table = _find_table(source) if source.is_dir() else None
     if split is not None:
         if table is None:
@@ -107,14 +104,19 @@ def _find_table(folder: Path) -> Path | None:
     return with_captions[0] if with_captions else None
 
 
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a CSV or JSONL file, or none where a row lacks the columns file and caption."""
+def _read_table(path: Path, strict: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of a CSV or JSONL file; none, or with `strict` UserError, where one lacks the columns file and caption."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file)) if path.suffix.lower() == ".csv" else [json.loads(line) for line in file]
+            is_csv = path.suffix.lower() == ".csv"
+            rows = list(csv.DictReader(file)) if is_csv else [json.loads(line) for line in file if line.strip()]
     except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read as {path.suffix[1:].upper()}: {error}") from None
-    return rows if all(isinstance(row, dict) and {"file", "caption"} <= row.keys() for row in rows) else []
+    wrong = [row for row in rows if not (isinstance(row, dict) and {"file", "caption"} <= row.keys())]
+    if strict and (wrong or not rows):
+        problem = f"one has {', '.join(wrong[0]) if isinstance(wrong[0], dict) else wrong[0]}" if wrong else "has no rows"
+        raise UserError(f"{path}: needs rows with the columns file and caption, and {problem}")
+    return [] if wrong else rows
 
 
 def _select(table: Path, rows: list[dict[str, Any]], split: str | None) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from promag.training.config import UserError
 
 from .clip_index import Clip
-from .video import READ_TIMEOUT, VideoSource, frame_times, pick_by_time, read_frames
+from .video import READ_TIMEOUT, UnreadableVideo, VideoSource, frame_times, pick_by_time, read_frames
 
 CHUNK = 256  # frames of a clip that are read and scaled at a time: pixels of files are many times as large as scaled ones
 
@@ -93,8 +93,17 @@ class ClipCrop:
         return self._read(video, clip, start + stride * np.arange(self.frames))
 
     def _read(self, video: VideoSource, clip: Clip, offsets: np.ndarray) -> Tensor:
-        """Read the frames of a clip at `offsets` and scale them to cover `size`: uint8 T C H W."""
-        indices = pick_by_time(_frame_times(video, self.timeout), clip.start + offsets / clip.fps)
+        """Read the frames of a clip at `offsets` and scale them to cover `size`: uint8 T C H W.
+
+        Raises UnreadableVideo as `read_frames` does, and where the video is shorter than its clip.
+        """
+        try:
+            indices = pick_by_time(_frame_times(video, self.timeout), clip.start + offsets / clip.fps)
+        except UserError:
+            raise
+        except ValueError as error:
+            reason = f"it is not as long as the index states ({error}); prepare the clips again"
+            raise UnreadableVideo(video, reason) from error
         pixels = read_frames(video, indices, self.timeout)
         frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
         # In 8 bits this is eight times as fast as in float32, within one grey level of it. decord can decode to this

@@ -242,12 +242,7 @@ class ShardedClips:
     def _shown(self, number: int, sample: Sample | BadSample, crop: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         if isinstance(sample, BadSample):
             raise BadSample(str(sample))  # anew: an exception keeps what it passed through alive
-        try:
-            return {"clip": number, **crop(sample.video, self.shards.clip(number, sample))}
-        except UnreadableVideo:
-            raise
-        except ValueError as error:  # a frame that the index promises and the video does not have
-            raise BadSample(f"{sample.video.name}: {error}") from error
+        return {"clip": number, **crop(sample.video, self.shards.clip(number, sample))}
 
     def _name_bad(self, what: str) -> None:
         if what not in self._bad:

@@ -70,8 +70,9 @@ def test_tables_list_videos_relative_to_themselves(folder, tmp_path, kind):
     [
         ("absent", None, "no such file or folder"),
         ("empty", "folder", "holds no video"),
-        ("a.csv", "path,text\na.mp4,x\n", "columns file and caption"),
-        ("b.csv", "file,caption\n", "columns file and caption"),
+        ("a.csv", "path,text\na.mp4,x\n", "columns file and caption, and one has path, text"),
+        ("a.jsonl", "[1, 2]\n", r"columns file and caption, and one has \[1, 2\]"),
+        ("b.csv", "file,caption\n", "columns file and caption, and has no rows"),
         ("c.csv", "file,caption\ngone.mp4,x\nlost.mp4,y\n", "2 files that are not there: .*gone.mp4, .*lost.mp4"),
         ("d.csv", "file,caption\n,x\n", "1 rows lack a file or a caption"),
         ("e.jsonl", '{"file": "a.mp4", "caption": 3}', "1 rows lack a file or a caption"),
@@ -171,3 +172,9 @@ def test_licences_go_along_from_a_table(folder, tmp_path):
     assert list_licences(path) == list_licences(folder) == {}
     prepared = prepare(list_videos(tmp_path / "v" / "captions.csv"), progress=False, licences={path: "CC0-1.0"})
     assert {clip.caption: clip.licence for clip in prepared.clips} == {"S": "CC0-1.0", "B": None}
+
+
+def test_empty_lines_of_a_jsonl_are_no_rows(folder, tmp_path):
+    rows = [json.dumps({"file": str(folder / name), "caption": name}) for name in ("short.mp4", "a_grey-wall_01.mp4")]
+    (tmp_path / "videos.jsonl").write_text("\ufeff" + "\n\n".join(rows) + "\n\n", encoding="utf-8")
+    assert [caption for _, caption in list_videos(tmp_path / "videos.jsonl")] == ["short.mp4", "a_grey-wall_01.mp4"]

@@ -16,7 +16,7 @@ from promag.data.clip_index import load_clips, row_of, save_clips
 from promag.data.clips import prepare
 from promag.data.datasets import ClipDataset, SyntheticDataset, open_dataset
 from promag.data.stream import TrainingStream
-from promag.data.video import write_video
+from promag.data.video import UnreadableVideo, write_video
 from promag.training.config import UserError
 from tests.data.conftest import numbers
 
@@ -198,3 +198,9 @@ def test_generated_clips_have_another_digest_when_the_generator_changes(monkeypa
 def test_a_scene_is_that_of_its_clip():
     for split in synthetic.SPLITS:
         assert synthetic.scene(5, split) == synthetic.clip(5, split, frames=2, size=32)[1]
+
+
+def test_a_video_shorter_than_its_clip_is_named(clips):
+    longer = dataclasses.replace(clips[2], frames=40)
+    with pytest.raises(UnreadableVideo, match=r"short\.mp4: it is not as long as the index states .*prepare the clips again"):
+        ClipDataset([longer], 9, 16).fixed(0)
