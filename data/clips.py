@@ -105,7 +105,7 @@ def _find_table(folder: Path) -> Path | None:
 
 
 def _read_table(path: Path, strict: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of a CSV or JSONL file; none, or with `strict` UserError, where one lacks the columns file and caption."""
+    """Return the rows of a CSV or JSONL file; where one lacks file or caption none, or with `strict` UserError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             is_csv = path.suffix.lower() == ".csv"
