@@ -31,7 +31,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             ", ".join(f"{one['words']} x{one['factor']:g}" for one in t["caption_weights"]) or "-",
             str(t["steps"]),
             str(t["batch"]),
-            f"{t['learning_rate']:g}, {t['muon_learning_rate'] or '-'}",
+            f"{t['learning_rate']:g}, " + (f"{t['muon_learning_rate']:g}" if t["muon_learning_rate"] else "-"),
             f"{t['shift']:g}",
             f"{t['seconds'] / 60:.1f}",
             where(t["machines"]),
@@ -56,7 +56,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             *table(heads, accuracy),
             "",
             f"{first['prompts']} prompts of each kind, {first['steps']} steps, guidance {first['guidance']:g}; in brackets 95 "
-            f"% intervals (Wilson). A combination that is held out was never trained on. Guessing: {guessing}. "
+            f"% intervals (Wilson). Unseen combinations were never trained on. Guessing: {guessing}. "
             f"Commit {first['commit']}, {first['machine']}, torch {first['versions']['torch']}.",
             "",
             "All right, of how many prompts, by motion:",
@@ -66,12 +66,11 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             "## Recipe",
             "",
             *table(
-                ["ratios", "generated clips", "caption_weights", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"],
+                ["ratios", "generated clips", "drawn more often", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"],
                 trainings,
             ),
             "",
-            "Every training starts from the one above it. Weights are moving averages. Minutes by the clock. `vae` links to "
-            "the folder of the tokenizer, which must lie beside this one.",
+            "Every training starts from the one above it. Weights are moving averages. Minutes by the clock.",
             "",
         ]
     )
@@ -79,8 +78,8 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
 
 def _kind(record: Mapping[str, Any]) -> str:
     if "unseen" not in record:
-        return "what the tokenizer makes of unseen clips"
-    return "held out" if record["unseen"] else "trained"
+        return "reconstructions of unseen clips"
+    return "unseen" if record["unseen"] else "trained"
 
 
 def _share(value: Sequence[float]) -> str:

@@ -39,11 +39,11 @@ def test_it_holds_the_tokenizer_and_its_card_has_its_own_figures(demo_run, token
     assert [line.get("unseen") for line in lines] == [False, True, None]
     assert not [file for file in out.rglob("*.json") if str(source.parent) in file.read_text()]
     card = (out / "README.md").read_text()
-    for line, kind in zip(lines, ("trained", "held out", "what the tokenizer makes of unseen clips"), strict=True):
+    for line, kind in zip(lines, ("trained", "unseen", "reconstructions of unseen clips"), strict=True):
         assert line["note"] == f"published as {out}"
         assert f"| 16x | {kind} | {100 * line['accuracy']['shape'][0]:.0f}% (" in card
     assert "| 16x | 4 of 17 frames at 32x32 | - | 2 | 1 |" in card
-    for line, kind in zip(lines[:2], ("trained", "held out"), strict=True):
+    for line, kind in zip(lines[:2], ("trained", "unseen"), strict=True):
         asked = {motion: "{} of {}".format(*line["right_by_motion"].get(motion, (0, 0))) for motion in MOTIONS}
         assert f"| 16x | {kind} | {' | '.join(asked.values())} |" in card
     assert "license: apache-2.0" in card
