@@ -15,7 +15,7 @@ from torch import Tensor
 
 from promag.tokenizer.metrics import psnr
 from promag.tokenizer.streaming import reconstruct
-from promag.training.precision import autocast
+from promag.training.precision import Precision, autocast
 
 from .budgets import Budget
 
@@ -27,7 +27,7 @@ class Allocation:
     target: float  # dB
     levels: tuple[str, ...]  # chosen for each part
     tokens: int
-    worst: float  # dB, of the worst part
+    worst: float  # PSNR of the worst part in dB
     missed: int  # parts below the target at every level; they get their best one
     fixed: str  # no worse in its worst part, and misses no more; where no level is that good, the one of most tokens
     fixed_tokens: int
@@ -43,7 +43,7 @@ def allocate(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], ta
 
     Args:
         parts: PSNR in dB of each clip or segment by level.
-        tokens: of one part by level, most tokens first.
+        tokens: tokens of one part by level, most first.
         target: PSNR in dB.
 
     Raises ValueError without parts, or where `tokens` do not fall from level to level.
@@ -73,24 +73,24 @@ def allocate(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], ta
 
 
 @torch.no_grad()
-def segment_psnr(budgets: Sequence[Budget], clip: Tensor, frames: int) -> list[dict[str, float]]:
+def segment_psnr(budgets: Sequence[Budget], clip: Tensor, frames: int, precision: Precision = "auto") -> list[dict[str, float]]:
     """Code a clip (1 C T H W) in windows of `frames` frames and return the PSNR of each by budget.
 
     A last window that is shorter is padded by its last frame while it is coded, and compared on its own frames.
     """
-    found: list[dict[str, float]] = []
+    rows: list[dict[str, float]] = []
     for window in clip.split(frames, 2):
         row = {}
         for budget in budgets:
             x = window.to(budget.model.device)
-            with autocast(x.device, enabled=budget.model.dtype == torch.float32):
-                output = reconstruct(budget.model, _filled(x, frames), budget.ratio).sample[:, :, : x.shape[2]]
+            with autocast(x.device, precision, enabled=budget.model.dtype == torch.float32):
+                output = reconstruct(budget.model, _padded(x, frames), budget.ratio).sample[:, :, : x.shape[2]]
             row[budget.name] = float(psnr(output, x))
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
-def _filled(window: Tensor, frames: int) -> Tensor:
+def _padded(window: Tensor, frames: int) -> Tensor:
     added = frames - window.shape[2]
     return torch.cat([window, window[:, :, -1:].expand(-1, -1, added, -1, -1)], 2) if added else window
 
@@ -99,10 +99,10 @@ def sweep(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], targe
     """Return the allocation at each target as plain figures."""
     rows = []
     for target in targets:
-        found = allocate(parts, tokens, target)
-        counts = {name: found.levels.count(name) for name in tokens}
-        row = {"target": target, "parts": counts, "tokens": found.tokens, "worst": found.worst, "missed": found.missed}
-        rows.append({**row, "fixed": found.fixed, "fixed_tokens": found.fixed_tokens, "saved": found.saved})
+        best = allocate(parts, tokens, target)
+        counts = {name: best.levels.count(name) for name in tokens}
+        row = {"target": target, "parts": counts, "tokens": best.tokens, "worst": best.worst, "missed": best.missed}
+        rows.append({**row, "fixed": best.fixed, "fixed_tokens": best.fixed_tokens, "saved": best.saved})
     return rows
 
 
@@ -113,33 +113,35 @@ def adaptive_figures(
     shape: tuple[int, int, int],
     segment: int,
     target: float,
+    precision: Precision = "auto",
 ) -> dict[str, Any]:
     """Measure the segments of every clip and return all figures of a content-adaptive budget.
 
     Args:
         budgets: the levels of one checkpoint, most tokens first.
-        reconstruction: what `compare_reconstructions` returned for them.
+        reconstruction: their figures by `compare_reconstructions`.
         clips: the open dataset that it read.
         shape: frames, height and width of a clip.
         segment: frames of a segment, 1 + r*N at every level.
         target: PSNR in dB of `by_clip` and `by_segment`; `sweep_by_clip` and `sweep_by_segment` have every half dB.
+        precision: of coding the segments.
 
     Tokens are those of patches of 1x2x2, or of single latent positions where these do not divide the latent.
     """
     names = [budget.name for budget in budgets]
     of_clips = [{name: reconstruction[name]["per_clip"][i]["psnr"] for name in names} for i in range(len(clips))]
-    of_segments = [segment_psnr(budgets, clips.fixed(i)["video"][None], segment) for i in range(len(clips))]
+    of_segments = [segment_psnr(budgets, clips.fixed(i)["video"][None], segment, precision) for i in range(len(clips))]
     patch = (1, 2, 2) if budgets[0].tokens(*shape, (1, 2, 2)) else (1, 1, 1)
     counts = {
         budget.name: {"clip_tokens": budget.tokens(*shape, patch), "segment_tokens": budget.tokens(segment, *shape[1:], patch)}
         for budget in budgets
     }
-    found: dict[str, Any] = {"target": target, "segment_frames": segment, "patch": patch, "tokens": counts}
+    figures: dict[str, Any] = {"target": target, "segment_frames": segment, "patch": patch, "tokens": counts}
     for kind, parts in (("clip", of_clips), ("segment", [part for clip in of_segments for part in clip])):
         tokens = {name: counts[name][f"{kind}_tokens"] or 0 for name in names}
-        found[f"by_{kind}"] = sweep(parts, tokens, [target])[0]
-        found[f"sweep_by_{kind}"] = sweep(parts, tokens, _targets(parts))
-    return {**found, "clip_psnr": of_clips, "segment_psnr": of_segments}
+        figures[f"by_{kind}"] = sweep(parts, tokens, [target])[0]
+        figures[f"sweep_by_{kind}"] = sweep(parts, tokens, _targets(parts))
+    return {**figures, "clip_psnr": of_clips, "segment_psnr": of_segments}
 
 
 def _targets(parts: Sequence[Mapping[str, float]]) -> list[float]:

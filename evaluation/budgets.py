@@ -1,4 +1,4 @@
-"""Token budgets side by side: how levels of a tokenizer, and other autoencoders, give the same frames of the same clips back.
+"""Token budgets side by side: reconstructions of the same clips by the levels of a tokenizer and by other autoencoders.
 
 Shapes: B C T H W pixels in [-1, 1], b c t h w latents; kept videos are uint8 (T, H, W, 3).
 """
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from promag.tokenizer.geometry import SPATIAL_RATIO, check_size, latent_frames, tokens
 from promag.tokenizer.metrics import evaluate_fully, from_uint8, psnr_per_frame, to_uint8
+from promag.training.precision import Precision
 
 from .baselines import open_peer
 from .bitrate import RateMeter
 
 PATCHES = ((1, 1, 1), (1, 2, 2))
-STORED_BITS = 16  # of a latent value in a cache, bfloat16
+STORED_BITS = 16  # a latent value in a cache is bfloat16
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,32 +34,32 @@ class Budget:
     ratio: int
     spatial: int  # pixels a side of a latent position
     channels: int  # of the latent
-    own: bool  # a level of the checkpoint that is looked at, not another model
-    step: int | None = None  # frames from one length that it takes to the next; None is the ratio
+    own: bool  # a level of the compared checkpoint, not another model
+    step: int | None = None  # it takes 1 + step*k frames; None is the ratio
 
     def coded_frames(self, frames: int) -> int:
-        """Return the frames that are coded for `frames`: the next length that the model takes."""
+        """Return the shortest legal length of at least `frames` frames; clips are padded to it."""
         return frames + -(frames - 1) % (self.step or self.ratio)
 
     def size(self, frames: int, height: int, width: int) -> dict[str, int]:
-        """Return the arguments by which geometry and costs know a clip at this budget."""
+        """Return a clip's size at this budget as the keyword arguments of geometry's and cost's functions."""
         size = {"frames": self.coded_frames(frames), "height": height, "width": width}
         return {**size, "ratio": self.ratio, "spatial": self.spatial}
 
     def tokens(self, frames: int, height: int, width: int, patch: tuple[int, int, int]) -> int | None:
-        """Return the tokens of a clip at a transformer's patch size; None where the latent does not divide by it."""
+        """Return the tokens of a clip at a transformer's patch size; None where patches do not divide the latent."""
         try:
             return tokens(**self.size(frames, height, width), patch=patch)
         except ValueError:
             return None
 
     def latent_values(self, frames: int, height: int, width: int) -> int:
-        """Return how many numbers a clip becomes."""
+        """Return the number of values in a clip's latent."""
         positions = tokens(**self.size(frames, height, width), patch=(1, 1, 1))
         return self.channels * positions
 
     def facts(self, frames: int, height: int, width: int) -> dict[str, Any]:
-        """Return what is known without a clip: ratios, latent frames, tokens by patch size, values and bits per pixel."""
+        """Return what follows from a clip's size: ratios, latent frames, tokens by patch size, values and bits per pixel."""
         values = self.latent_values(frames, height, width)
         pixels = frames * height * width
         return {
@@ -98,8 +99,8 @@ def check_budgets(budgets: Sequence[Budget], height: int, width: int) -> None:
             raise ValueError(f"{budget.name}: {error}") from None
 
 
-class Watched(torch.nn.Module):
-    """A budget's model as evaluation calls it, whose latents are measured and whose videos are kept on the way."""
+class MeasuredModel(torch.nn.Module):
+    """A budget's model for `evaluate_fully` that also measures the rate of its latents and passes each video to `keep`."""
 
     def __init__(self, budget: Budget, keep: Callable[[np.ndarray], None]):
         super().__init__()
@@ -112,18 +113,18 @@ class Watched(torch.nn.Module):
 
     @property
     def dtype(self) -> Any:
-        """Of the weights."""
+        """The type of the weights."""
         return self.budget.model.dtype
 
     def forward(self, clip: Tensor, temporal_ratio: int) -> DecoderOutput:
-        """Code a clip from the posterior's mean; what its length lacks is padded by its last frame and cropped again."""
+        """Reconstruct a clip from the posterior's mean; a clip that is too short is padded by its last frame, then cropped."""
         added = self.budget.coded_frames(clip.shape[2]) - clip.shape[2]
         padded = F.pad(clip, (0, 0, 0, 0, 0, added), mode="replicate") if added else clip
         posterior = self.budget.model.encode(padded, temporal_ratio).latent_dist
         self.rate.add(posterior)
         output = self.budget.model.decode(posterior.mode(), temporal_ratio).sample
         if output.shape != padded.shape:
-            raise ValueError(f"{self.budget.name}: clips of {tuple(padded.shape)} come back as {tuple(output.shape)}")
+            raise ValueError(f"{self.budget.name}: a clip of {tuple(padded.shape)} is reconstructed as {tuple(output.shape)}")
         output = output[:, :, : clip.shape[2]]
         self.keep(to_uint8(output)[0].cpu().numpy())
         return DecoderOutput(sample=output)
@@ -131,7 +132,7 @@ class Watched(torch.nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class ClipFacts:
-    """A clip that was compared, and where its videos lie: the original and what each budget makes of it, as .npy files."""
+    """A compared clip and the .npy files of its videos: the original and each budget's reconstruction."""
 
     name: str
     caption: str
@@ -149,19 +150,21 @@ def compare_reconstructions(
     folder: Path,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
-    told: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda line: None,
+    precision: Precision = "auto",
 ) -> tuple[dict[str, dict[str, Any]], list[ClipFacts]]:
     """Reconstruct every clip at every budget; return the figures by budget, and the clips.
 
     The figures are those of `evaluate_fully`, and `kl_bits_per_pixel` (bitrate.py; None where a model has no variance).
 
     Args:
-        budgets: see Budget.
-        clips: an open dataset; the first frames of each clip are taken, as `promag evaluate-tokenizer` takes them.
+        budgets: what is compared.
+        clips: an open dataset; the first frames of each clip are taken, as `promag evaluate-tokenizer` does.
         folder: where the videos are written, one file for each clip and budget.
-        lpips: see `evaluate_fully`; likewise the next.
-        features: a `VideoFeatures`.
-        told: called with a line on what was done.
+        lpips: an `LPIPS`; see `evaluate_fully`.
+        features: a `VideoFeatures`; see `evaluate_fully`.
+        on_progress: called with a line after each budget.
+        precision: in which models with float32 weights run.
     """
     names = (ORIGINAL, *(budget.name for budget in budgets))
     facts, pixels = [], 0
@@ -173,24 +176,24 @@ def compare_reconstructions(
         pixels += item["video"][0].numel()
     figures: dict[str, dict[str, Any]] = {}
     for budget in budgets:
-        left = iter(facts)
+        remaining = iter(facts)
 
-        def keep(video: np.ndarray, name: str = budget.name, left: Iterator[ClipFacts] = left) -> None:
-            clip = next(left)
+        def keep(video: np.ndarray, name: str = budget.name, remaining: Iterator[ClipFacts] = remaining) -> None:
+            clip = next(remaining)
             np.save(clip.videos[name], video)
             pair = (from_uint8(torch.from_numpy(x[None])) for x in (video, np.load(clip.videos[ORIGINAL])))
             clip.psnr_per_frame[name] = psnr_per_frame(*pair)[0].tolist()
 
-        watched = Watched(budget, keep)
+        model = MeasuredModel(budget, keep)
         videos = (clips.fixed(i)["video"][None] for i in range(len(facts)))
-        found = evaluate_fully(watched, videos, budget.ratio, lpips, features)
-        bits = watched.rate.bits()
-        figures[budget.name] = {**found, "kl_bits_per_pixel": None if bits is None else bits / pixels}
-        told(f"{budget.name}: {len(facts)} clips, {found['psnr']:.2f} dB")
+        quality = evaluate_fully(model, videos, budget.ratio, lpips, features, precision)
+        bits = model.rate.bits()
+        figures[budget.name] = {**quality, "kl_bits_per_pixel": None if bits is None else bits / pixels}
+        on_progress(f"{budget.name}: {len(facts)} clips, {quality['psnr']:.2f} dB")
     return figures, facts
 
 
 def _labels(clips: Any) -> list[str]:
-    """Return a name for each clip: its number, and its file's name where it has one."""
+    """Return a label for each clip: its number, and its file's name if it has one."""
     rows = getattr(clips, "clips", None)
     return [str(i) if rows is None else f"{i} {Path(str(rows[i].path)).stem}" for i in range(len(clips))]

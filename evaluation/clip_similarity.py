@@ -59,6 +59,16 @@ class ClipSimilarity:
         return float((F.normalize(torch.cat(parts), dim=-1) @ text.T).mean())
 
 
+def load_similarity(model: str | None, weights: str | None) -> ClipSimilarity | None:
+    """Return the CLIP similarity that the options --clip and --clip-weights name, None without a model.
+
+    Raises UserError as `ClipSimilarity.load` does, and for weights without a model.
+    """
+    if weights and not model:
+        raise UserError(f"--clip-weights {weights}: name the model they belong to, --clip open_clip:NAME")
+    return ClipSimilarity.load(model, weights) if model else None
+
+
 _NEEDS = "needs a file with its trained weights (--clip-weights)"
 
 

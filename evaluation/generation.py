@@ -19,7 +19,7 @@ from promag.training.precision import Precision
 
 from .prompt_accuracy import accuracies, scenes_to_score
 
-Similarity = Callable[[np.ndarray, str], float]  # of a video and its prompt
+Similarity = Callable[[np.ndarray, str], float]  # takes a video and its prompt
 
 
 def generation_figures(
@@ -32,17 +32,20 @@ def generation_figures(
     features: Callable[[Tensor], Tensor] | None = None,
     precision: Precision = "auto",
 ) -> dict[str, Any]:
-    """Sample one video for each of so many prompts at one ratio and return the figures.
+    """Sample a video for each of `prompts` captions at one temporal ratio and return the figures.
 
-    Keys: accuracy (value and 95 % interval by part), sampling_seconds (a video, decoding included, in batches),
-    clip_similarity and fvd; the last two are None without `similarity` and `features` (a
-    `VideoFeatures`; compared are as many generated clips, of the pipeline's own frames and size).
+    Keys: accuracy (value and 95 % interval by part), sampling_seconds (one video in a batch, decoding included),
+    clip_similarity (mean over videos) and fvd (against as many generated clips of the pipeline's frames and size).
+
+    Args:
+        similarity: a `ClipSimilarity`; without it clip_similarity is None.
+        features: a `VideoFeatures`; without it, and for a single prompt, fvd is None.
     """
     pipe.set_progress_bar_config(disable=True)
     scenes = scenes_to_score(prompts, seed=0)
     captions = [scene.caption() for scene in scenes]
-    how = {"name": f"{ratio}x prompts", "temporal_ratio": ratio}
-    videos, seconds = sample_timed(pipe, captions, steps, guidance, precision, **how)
+    name = f"{ratio}x prompts"
+    videos, seconds = sample_timed(pipe, captions, steps, guidance, precision, name=name, temporal_ratio=ratio)
     return {
         "ratio": ratio,
         "prompts": prompts,
@@ -58,6 +61,6 @@ def generation_figures(
 def _fvd(videos: Sequence[np.ndarray], features: Callable[[Tensor], Tensor]) -> float:
     frames, height, width, _ = videos[0].shape
     real = open_dataset("synthetic", "eval", frames, (height, width), len(videos))
-    seen = torch.cat([features(from_uint8(torch.from_numpy(video[None]))) for video in videos])
+    sampled = torch.cat([features(from_uint8(torch.from_numpy(video[None]))) for video in videos])
     true = torch.cat([features(real.fixed(i)["video"][None]) for i in range(len(videos))])
-    return frechet_distance(true, seen)
+    return frechet_distance(true, sampled)

@@ -23,6 +23,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "--precision": {"choices": PRECISIONS, "default": "auto", "help": HELP},
     "--lpips": {"help": "folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS"},
     "--fvd": {"help": "TorchScript file of an I3D, for FVD: a program, so take it from someone you trust"},
+    "--clip": {
+        "help": "CLIP model to score videos with: a folder of transformers, open_clip:NAME or open_clip:local-dir:FOLDER"
+    },
+    "--clip-weights": {"help": "file with the weights of open_clip:NAME"},
     "--contact-sheet": {"type": Path, "metavar": "FILE.png", "help": "picture to write, with frames of the videos"},
     "--record": {"type": Path, "help": RECORD},
     "--note": {"default": "", "help": "text that the recorded lines carry"},

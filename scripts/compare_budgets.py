@@ -14,8 +14,9 @@ from promag import ProMAGPipeline
 from promag.data.datasets import open_evaluation
 from promag.diffusion.config import DiffusionConfig
 from promag.evaluation.adaptive_budget import adaptive_figures
-from promag.evaluation.budget_costs import LENGTHS, Costs, Effort, fit_errors
 from promag.evaluation.budgets import Budget, check_budgets, compare_reconstructions, own_budgets, peer_budget
+from promag.evaluation.clip_similarity import ClipSimilarity, load_similarity
+from promag.evaluation.cost import LENGTHS, BudgetCosts, Effort, fit_errors
 from promag.evaluation.generation import generation_figures
 from promag.pipelines.sampling import trained_ratios
 from promag.reports.budget_report import (
@@ -36,7 +37,7 @@ from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
-from promag.training.precision import choose_precision
+from promag.training.precision import Precision, choose_precision
 from promag.training.run import append_result, provenance
 
 
@@ -48,23 +49,24 @@ def main(argv: Sequence[str]) -> int:
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
     lpips = LPIPS.load(arguments.lpips).to(best_device()) if arguments.lpips else None
     features = VideoFeatures(arguments.fvd) if arguments.fvd else None
+    similarity = load_similarity(arguments.clip, arguments.clip_weights)
     shape = (arguments.frames, arguments.size, arguments.size)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        found, facts = compare_reconstructions(budgets, clips, Path(folder), lpips, features, _tell)
-        figures = {b.name: {**b.facts(*shape), "reconstruction": found[b.name]} for b in budgets}
+        reconstructions, facts = compare_reconstructions(budgets, clips, Path(folder), lpips, features, _log, config.precision)
+        figures = {b.name: {**b.facts(*shape), "reconstruction": reconstructions[b.name]} for b in budgets}
         print(text_table(list(figures), {**token_lines(figures), **reconstruction_lines(figures)}))
         own = [budget for budget in budgets if budget.own]
-        adaptive = adaptive_figures(own, found, clips, shape, arguments.segment, arguments.target)
+        adaptive = adaptive_figures(own, reconstructions, clips, shape, arguments.segment, arguments.target, config.precision)
         print(_adaptive_text(adaptive))
         costs, lengths = _measure_costs(budgets, config, arguments) if arguments.costs else ({}, {})
         costed = {name: {**row, "cost": costs.get(name)} for name, row in figures.items()}
         if costs:
             print(text_table(list(costed), cost_lines(costed)))
-        generation = _generate(pipelines, arguments, features)
+        generation = _generate(pipelines, arguments, config.precision, similarity, features)
         if generation:
             print(text_table(list(generation), generation_lines(generation)))
-        records = _records(arguments, len(clips), figures, adaptive, costs, lengths, generation)
+        records = _records(arguments, config, len(clips), figures, adaptive, costs, lengths, generation)
         _write(arguments.out / "results.jsonl", records)
         report = BudgetReport(
             title=f"Token budgets of {Path(arguments.tokenizer).name} on {Path(arguments.videos).stem}",
@@ -95,7 +97,8 @@ def _parser() -> Parser:
     parser.add_argument("--target", type=float, default=25.0, help="PSNR in dB that each clip should have, at its own level")
     parser.add_argument("--segment", type=int, default=17, help="frames of the segments that can have a level each")
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, default=True, help="measure the transformer's cost")
-    share(parser, "--train-batch-size", "--steps", "--guidance", "--prompts", "--lpips", "--fvd", "--record", "--note")
+    share(parser, "--train-batch-size", "--steps", "--guidance", "--prompts", "--lpips", "--fvd")
+    share(parser, "--clip", "--clip-weights", "--record", "--note")
     share(parser, "--rounds", default=3)
     parser.add_argument("--curve-seconds", type=float, default=120.0, help="for costs by length; the rest is extrapolated")
     return parser
@@ -103,6 +106,7 @@ def _parser() -> Parser:
 
 def _records(
     arguments: argparse.Namespace,
+    config: DiffusionConfig,
     clips: int,
     figures: dict[str, dict[str, Any]],
     adaptive: dict[str, Any],
@@ -110,8 +114,7 @@ def _records(
     lengths: dict[str, Any],
     generation: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Return what results.jsonl holds: a line for each budget, kind of figure and pipeline, each with its protocol."""
-    precision = choose_precision("auto", best_device())
+    """Return the lines of results.jsonl: one for each budget, kind of figure and pipeline, each with its protocol."""
     common = {
         "note": arguments.note,
         "videos": Path(arguments.videos).name,
@@ -122,11 +125,12 @@ def _records(
     }
     coded = f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}"
     alone = f"{coded}; segments of {arguments.segment} frames are coded alone"
+    precision = choose_precision(config.precision, best_device())
     cost = (
         f"preset {Path(arguments.config).stem}, {precision}, random latents and text; train step of "
         f"{arguments.train_batch_size} clips with its optimisers, {arguments.steps} denoising steps of one video with "
-        f"guidance, decoding it; medians of {arguments.rounds} rounds in turns; peaks are beyond what stands before; "
-        f"FLOPs counted, of one clip"
+        f"guidance, decoding it; medians of {arguments.rounds} rounds in turns; peaks leave out what was allocated before; "
+        "FLOPs counted, of one clip"
     )
     by_length = "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
     sampled = f"{precision}, {arguments.steps} steps, guidance {arguments.guidance:g}; Wilson 95 % intervals; decoding included"
@@ -141,7 +145,10 @@ def _records(
 
 
 def _budgets(arguments: argparse.Namespace) -> list[Budget]:
-    """Load all that is compared and check that names, frames and sizes suit it."""
+    """Load the models that are compared and check the numbers, names, frames and sizes that were given."""
+    for name in ("frames", "size", "count", "segment", "train_batch_size", "steps", "rounds", "prompts"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed")
     model: Any = load_tokenizer(arguments.tokenizer)
     budgets = own_budgets(model)
     try:
@@ -165,15 +172,15 @@ def _measure_costs(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Return figures at the clips' length, and points over lengths, by budget."""
     try:
-        costs = Costs(budgets, config, arguments.size, arguments.size)
+        costs = BudgetCosts(budgets, config, arguments.size, arguments.size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    effort = Effort(arguments.train_batch_size, arguments.steps, arguments.rounds, arguments.curve_seconds)
-    _tell(f"measuring costs: {arguments.rounds} rounds at {arguments.frames} frames")
-    found = costs.at_length(arguments.frames, effort)
-    _tell(f"measuring costs from {LENGTHS[0]} to {LENGTHS[-1]} frames, for about {arguments.curve_seconds:.0f} s")
-    how = {"preset": Path(arguments.config).stem, "batch": arguments.train_batch_size, "steps": arguments.steps}
-    return {name: {**row, **how} for name, row in found.items()}, costs.over_lengths(effort)
+    effort = Effort(arguments.train_batch_size, arguments.steps, arguments.rounds, seconds=arguments.curve_seconds)
+    _log(f"measuring costs: {arguments.rounds} rounds at {arguments.frames} frames")
+    rows = costs.measure_length(arguments.frames, effort)
+    _log(f"measuring costs from {LENGTHS[0]} to {LENGTHS[-1]} frames, for about {arguments.curve_seconds:.0f} s")
+    settings = {"preset": Path(arguments.config).stem, "batch": arguments.train_batch_size, "steps": arguments.steps}
+    return {name: {**row, **settings} for name, row in rows.items()}, costs.measure_lengths(effort)
 
 
 CURVES = {
@@ -185,7 +192,7 @@ CURVES = {
 
 
 def _curves(lengths: dict[str, Any]) -> dict[str, dict[str, list[Mark]]]:
-    """Return the points of each plot; arithmetic is counted at every length, so its points are none of the fitted ones."""
+    """Return the points of each plot; arithmetic is counted at every length, so none of its points is fitted."""
     if not lengths:
         return {}
     return {
@@ -199,25 +206,30 @@ def _curves(lengths: dict[str, Any]) -> dict[str, dict[str, list[Mark]]]:
 
 def _pipelines(folders: Sequence[str]) -> dict[str, Any]:
     """Load the pipelines, by a name that tells them apart."""
-    found: dict[str, Any] = {}
+    pipelines: dict[str, Any] = {}
     for folder in map(Path, folders):
         if not (folder / "model_index.json").exists():
             raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of `promag train-diffusion`")
         name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
-        if name in found:
+        if name in pipelines:
             raise UserError(f"pipeline {folder}: another one is called {name} too; names of folders must differ")
-        found[name] = ProMAGPipeline.from_pretrained(folder)
-        found[name].to(best_device())
-    return found
+        pipelines[name] = ProMAGPipeline.from_pretrained(folder)
+        pipelines[name].to(best_device())
+    return pipelines
 
 
 def _generate(
-    pipelines: dict[str, Any], arguments: argparse.Namespace, features: VideoFeatures | None
+    pipelines: dict[str, Any],
+    arguments: argparse.Namespace,
+    precision: Precision,
+    similarity: ClipSimilarity | None,
+    features: VideoFeatures | None,
 ) -> dict[str, dict[str, Any]]:
     """Sample from every pipeline at each of its ratios; return figures by pipeline and ratio."""
-    how = {"prompts": arguments.prompts, "steps": arguments.steps, "guidance": arguments.guidance, "features": features}
     return {
-        f"{name} at {ratio}x": generation_figures(pipe, ratio, **how)
+        f"{name} at {ratio}x": generation_figures(
+            pipe, ratio, arguments.prompts, arguments.steps, arguments.guidance, similarity, features, precision
+        )
         for name, pipe in pipelines.items()
         for ratio in trained_ratios(pipe)
     }
@@ -230,7 +242,7 @@ def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is of single clips: a page and results.jsonl have it, a record of a set of clips need not."""
+    """Leave out the figures of single clips: the page and results.jsonl have them."""
     kept = {key: value for key, value in record.items() if key not in ("clip_psnr", "segment_psnr")}
     if "reconstruction" in kept:
         kept["reconstruction"] = {key: value for key, value in kept["reconstruction"].items() if key != "per_clip"}
@@ -239,11 +251,12 @@ def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(record: dict[str, Any], arguments: argparse.Namespace) -> dict[str, str]:
     facts = provenance()
-    absent = [name for name in ("lpips", "fvd") if getattr(arguments, name) is None]
+    asked = ("lpips", "fvd", *(("clip",) if arguments.pipelines else ()))
+    absent = [name for name in asked if getattr(arguments, name) is None]
     return {
         "Clips": f"{record['clips']} of {record['videos']}{' ' + record['split'] if record['split'] else ''}",
         "Protocol": record["protocol"],
-        "Not measured": f"for want of weights: {', '.join(absent)}" if absent else "nothing that was asked for",
+        "Not measured": f"no weights given: {', '.join(absent)}" if absent else "nothing that was asked for",
         "Machine": facts["machine"],
         "Commit": facts["commit"],
         "Versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
@@ -253,17 +266,17 @@ def _facts(record: dict[str, Any], arguments: argparse.Namespace) -> dict[str, s
 def _adaptive_text(adaptive: dict[str, Any]) -> str:
     lines = []
     for by in ("clip", "segment"):
-        found = adaptive[f"by_{by}"]
-        counts = ", ".join(f"{count} at {name}" for name, count in found["parts"].items())
+        row = adaptive[f"by_{by}"]
+        counts = ", ".join(f"{count} at {name}" for name, count in row["parts"].items())
         lines.append(
-            f"{found['target']:g} dB by {by}: {counts}; {found['tokens']} tokens, {abs(100 * found['saved']):.1f} % "
-            f"{'more' if found['saved'] < 0 else 'fewer'} than {found['fixed']} everywhere; worst case "
-            f"{found['worst']:.2f} dB, {found['missed']} miss the target"
+            f"{row['target']:g} dB by {by}: {counts}; {row['tokens']} tokens, {abs(100 * row['saved']):.1f} % "
+            f"{'more' if row['saved'] < 0 else 'fewer'} than {row['fixed']} everywhere; worst case "
+            f"{row['worst']:.2f} dB, {row['missed']} miss the target"
         )
     return "\n".join(lines)
 
 
-def _tell(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from promag.data.video import frame_times, pick_by_time, read_frames, write_video, written_whole
 from promag.diffusion.attention import choose_attention
-from promag.evaluation.clip_similarity import ClipSimilarity
+from promag.evaluation.clip_similarity import load_similarity
 from promag.pipelines.sampling import Draft, SampleRequest, Seconds, load_pipeline, make_videos
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.side_by_side import grid
@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     prompts = _prompts(arguments)
     _check_files(arguments)
     _check_numbers(arguments)
+    clip = load_similarity(arguments.clip, arguments.clip_weights)
     pipe: Any = load_pipeline(arguments.checkpoint)
-    clip = ClipSimilarity.load(arguments.clip, arguments.clip_weights) if arguments.clip else None
     choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
     fps = arguments.fps or pipe.config["fps"]
     if fps > MOST_FPS and GIF in [path.suffix for path in _films(arguments)]:
@@ -97,11 +97,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")
     opening.add_argument("--video", type=Path, help="clip to continue from its last frames; scaled and cropped likewise")
-    add(
-        "--clip",
-        help="CLIP model that scores: a folder of transformers, open_clip:NAME or open_clip:local-dir:FOLDER",
-    )
-    add("--clip-weights", help="file with the weights of open_clip:NAME")
+    share(parser, "--clip", "--clip-weights")
     return parser.parse_args(argv)
 
 
@@ -148,8 +144,6 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     for seed in arguments.seed:
         if not 0 <= seed < 2**63:
             raise UserError(f"--seed {seed}: 0 to 2^63 - 1 are legal")
-    if arguments.clip_weights and not arguments.clip:
-        raise UserError(f"--clip-weights {arguments.clip_weights}: name the model they belong to, --clip open_clip:NAME")
 
 
 def _sampled(

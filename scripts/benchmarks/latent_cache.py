@@ -1,24 +1,26 @@
 """Measure how fast latents are cached, against decoding and encoding alone.
 
-What the weights are does not matter: any tokenizer of the shape that is meant will do. Work is measured in turns, in one
-process and its decoding workers (run.workers); CPU seconds too, which tell more than the clock where other programs run.
+The weights do not matter: any tokenizer of the intended size will do. The parts are measured in turns, in one process and its
+decoding workers (run.workers), by the clock and in CPU seconds, which are the better measure while other programs run.
 """
 
 import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
 from promag.data.datasets import open_dataset
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
+from promag.evaluation.cost import measure_in_turns
 from promag.pipelines.build import encoder
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
@@ -61,8 +63,9 @@ def main(argv: Sequence[str]) -> int:
     calls = {"decode": decode_alone, "encode": encode_alone, "cache": cache}
     frames = {"decode": count, "encode": count // BATCH * BATCH, "cache": count}
     record: dict[str, Any] = {}
-    for clock, found in _measure_in_turns(calls, arguments.rounds).items():
-        rates = {name: frames[name] * data.frames / seconds for name, seconds in found.items()}
+    measured = measure_in_turns(calls, arguments.rounds, _clocks)
+    for i, clock in enumerate(("second", "cpu_second")):
+        rates = {name: float(frames[name] * data.frames / seconds[i]) for name, seconds in measured.items()}
         in_turn = 1 / (1 / rates["decode"] + 1 / rates["encode"])
         record |= {f"{name}_frames_per_{clock}": rate for name, rate in rates.items()}
         record[f"cache_against_both_in_turn_{clock}"] = rates["cache"] / in_turn
@@ -99,21 +102,13 @@ def _caches(config: DiffusionConfig, folder: Path) -> dict[Path, LatentFingerpri
     }
 
 
-def _measure_in_turns(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
-    """Call each once to warm up, then in turns; return median seconds by the clock, and of the CPU, children's included."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            clock, cpu = time.perf_counter(), _cpu_seconds()
-            call()
-            if turn:
-                times[name].append((time.perf_counter() - clock, _cpu_seconds() - cpu))
-    pairs = {name: [median(column) for column in zip(*found, strict=True)] for name, found in times.items()}
-    return {clock: {name: pair[i] for name, pair in pairs.items()} for i, clock in enumerate(("second", "cpu_second"))}
+def _clocks() -> np.ndarray:
+    """Return the seconds of the clock, and of the CPU: this process's and its ended children's."""
+    return np.array([time.perf_counter(), _cpu_seconds()])
 
 
 def _cpu_seconds() -> float:
-    """Return what this process and its ended children have computed, to the microsecond; os.times counts in hundredths."""
+    """Return CPU seconds to the microsecond; os.times counts in hundredths."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 

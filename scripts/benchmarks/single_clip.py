@@ -7,15 +7,15 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
+from promag.evaluation.cost import measure_in_turns
 from promag.scripts._options import share
 from promag.tokenizer import convolution
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_size
-from promag.tokenizer.train import load_tokenizer
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.run import append_result
@@ -70,23 +70,23 @@ def _size(clip: str, ratio: int) -> tuple[int, int, int]:
 @torch.no_grad()
 def _row(model: Any, x: torch.Tensor, ratio: int, rounds: int) -> dict[str, float]:
     z = model.encode(x, ratio).latent_dist.mode()
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for turn in range(rounds + 1):
-        for when, available in (("before", False), ("after", True)):
+
+    def with_kernel(call: Callable[[], Any], available: bool) -> Callable[[], None]:
+        def timed() -> None:
             convolution.AVAILABLE = available
-            for part, call in (("encode", lambda: model.encode(x, ratio)), ("decode", lambda: model.decode(z, ratio))):
-                spent = _processor_seconds(call)
-                if turn:
-                    seconds.setdefault((part, when), []).append(spent)
-    found = {f"{part}_seconds_{when}": median(values) for (part, when), values in seconds.items()}
-    before, after = (sum(found[f"{part}_seconds_{when}"] for part in ("encode", "decode")) for when in ("before", "after"))
-    return {**found, "speedup": before / after}
+            call()
 
+        return timed
 
-def _processor_seconds(call: Callable[[], Any]) -> float:
-    started = time.thread_time()
-    call()
-    return time.thread_time() - started
+    parts = {"encode": lambda: model.encode(x, ratio), "decode": lambda: model.decode(z, ratio)}
+    calls = {
+        f"{part}_seconds_{when}": with_kernel(call, available)
+        for when, available in (("before", False), ("after", True))
+        for part, call in parts.items()
+    }
+    seconds = measure_in_turns(calls, rounds, time.thread_time)
+    before, after = (sum(seconds[f"{part}_seconds_{when}"] for part in parts) for when in ("before", "after"))
+    return {**seconds, "speedup": before / after}
 
 
 if __name__ == "__main__":

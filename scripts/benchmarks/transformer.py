@@ -5,29 +5,23 @@ model's own arithmetic over the best of a few large matrix products in the same 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from promag import ProMAGTransformer3DModel
-from promag.diffusion.attention import choose_attention
 from promag.diffusion.config import DiffusionConfig
-from promag.diffusion.flops import training_flops
-from promag.evaluation.cost import TEXT_TOKENS, denoising, measure_in_turns, train_step
+from promag.evaluation.budgets import Budget
+from promag.evaluation.cost import BudgetCosts, Effort
 from promag.scripts._options import share
-from promag.tokenizer.geometry import latent_frames, tokens
+from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.training.command_line import Parser, run_main
-from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
-from promag.training.device import best_device
-from promag.training.precision import DTYPES, choose_precision
 from promag.training.run import append_result
 from promag.training.throughput import matmul_tflops
 
+CHANNELS = 8  # of the latents; they play no part but in the first and the last layer
+
 
 def main(argv: Sequence[str]) -> int:
-    """Print a table; with --record append it as a JSON line."""
+    """Print a line for each budget; with --record append them as a JSON line."""
     parser = Parser(__doc__)
     share(parser, "--ratios", default=[4, 8, 16], help="temporal ratios, the baseline first")
     share(parser, "--frames", help="pixel frames of a clip")
@@ -38,80 +32,43 @@ def main(argv: Sequence[str]) -> int:
     arguments, config = parser.parse_with_config(DiffusionConfig, argv)
 
     size = {"frames": arguments.frames, "height": config.data.size, "width": config.data.size}
-    device = best_device()
-    precision = choose_precision(config.precision, device)
-    ratios, steps = arguments.ratios, arguments.steps
-    models: dict[int, Any] = {r: _transformer(config) for r in ratios}
-    for model in models.values():
-        attention = choose_attention(model.to(device), config.attention, device, DTYPES[precision])
-        if config.compile:
-            compile_blocks(model)
-    gradients, trained = (
-        measure_in_turns(
-            {
-                r: train_step(
-                    models[r], **size, ratio=r, batch_size=arguments.train_batch_size, optimization=loop, precision=precision
-                )
-                for r in ratios
-            },
-            arguments.rounds,
-        )
-        for loop in (None, config.optimization)
-    )
-    calls = {
-        r: denoising(models[r].eval(), **size, ratio=r, steps=steps, videos=arguments.batch_size, precision=precision)
-        for r in ratios
-        if steps
-    }
-    denoised = measure_in_turns(calls, arguments.rounds)
-    peak = matmul_tflops(device, bf16=precision == "bf16")
+    budgets = [Budget(f"{ratio}x", None, ratio, SPATIAL_RATIO, CHANNELS, True) for ratio in dict.fromkeys(arguments.ratios)]
+    try:
+        costs = BudgetCosts(budgets, config, size["height"], size["width"])
+        for budget in budgets:
+            tokens(**size, ratio=budget.ratio, patch=costs.patch)  # refuses frames and sizes that do not fit
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    effort = Effort(arguments.train_batch_size, arguments.steps, arguments.rounds, arguments.batch_size)
+    measured = costs.measure_length(arguments.frames, effort)
+    peak = matmul_tflops(costs.device, bf16=costs.precision == "bf16")
 
     rows: list[dict[str, Any]] = []
-    for ratio in ratios:
-        count = tokens(**size, ratio=ratio, patch=tuple(models[ratio].config["patch_size"]))
-        flops = training_flops(models[ratio].config, count, TEXT_TOKENS, arguments.train_batch_size)
-        row = {
-            "ratio": ratio,
-            "latent_frames": latent_frames(arguments.frames, ratio),
-            "tokens": count,
-            "gradient_seconds": gradients[ratio],
-            "gradient_speedup": gradients[ratios[0]] / gradients[ratio],
-            "gradient_mfu": flops / gradients[ratio] / 1e12 / peak,
-            "train_step_seconds": trained[ratio],
-            "train_step_speedup": trained[ratios[0]] / trained[ratio],
-            "train_step_mfu": flops / trained[ratio] / 1e12 / peak,
-            "train_tokens_per_second": count * arguments.train_batch_size / trained[ratio],
-        }
-        if steps:
-            row["denoise_seconds"] = denoised[ratio] / arguments.batch_size
-            row["denoise_speedup"] = denoised[ratios[0]] / denoised[ratio]
-        rows.append(row)
-        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    baseline = measured[budgets[0].name]
+    for budget in budgets:
+        row = measured[budget.name]
+        kinds = [kind for kind in ("gradient", "train_step", "denoising") if f"{kind}_seconds" in row]
+        flops = 1e9 * arguments.train_batch_size * row["training_gflops"]
+        row |= {f"{kind}_speedup": baseline[f"{kind}_seconds"] / row[f"{kind}_seconds"] for kind in kinds}
+        row |= {f"{kind}_mfu": flops / row[f"{kind}_seconds"] / 1e12 / peak for kind in kinds if kind != "denoising"}
+        row["train_tokens_per_second"] = row["tokens"] * arguments.train_batch_size / row["train_step_seconds"]
+        rows.append({"ratio": budget.ratio, "latent_frames": latent_frames(arguments.frames, budget.ratio), **row})
+        print("  ".join(f"{key} {value:.4g}" for key, value in rows[-1].items()))
     if arguments.record:
-        count = sum(p.numel() for p in models[ratios[0]].parameters())
         optimizers = (
             "AdamW" if config.optimization.muon_learning_rate is None else "Muon for the blocks' matrices, AdamW for the rest"
         )
         protocol = (
-            f"{precision}, batch {arguments.train_batch_size}: gradients (forward, backward) and train step "
-            f"(with {optimizers}); {arguments.steps} denoising steps of {arguments.batch_size} videos at once with "
-            f"guidance, without decoding, seconds per video; medians of {arguments.rounds} rounds in turns"
+            f"{costs.precision}, batch {arguments.train_batch_size}: gradients (forward, backward) and train step "
+            f"(with {optimizers}); {arguments.steps} denoising steps of {arguments.batch_size} videos at once with guidance, "
+            f"without decoding, seconds per video; medians of {arguments.rounds} rounds in turns; peaks leave out what was "
+            "allocated before; FLOPs counted, of one clip"
         )
-        how = {"compiled": config.compile, "attention": attention, "matmul_tflops": peak}
-        record = {"what": "cost", "seed": config.seed, **size, "parameters": count, "protocol": protocol, **how, "rows": rows}
-        append_result(arguments.record, record)
+        facts = {"compiled": config.compile, "attention": costs.attention, "matmul_tflops": peak}
+        parameters = costs.parameters(budgets[0])
+        record = {"what": "cost", "seed": config.seed, **size, "parameters": parameters, "protocol": protocol, **facts}
+        append_result(arguments.record, {**record, "rows": rows})
     return 0
-
-
-def _transformer(config: DiffusionConfig) -> ProMAGTransformer3DModel:
-    if config.model is None:
-        raise UserError("model null: a configuration with a transformer of its own is needed")
-    torch.manual_seed(config.seed)
-    return ProMAGTransformer3DModel(
-        **asdict(config.model),
-        text_dim=config.text.width,
-        pooled_dim=config.text.width,
-    )
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ def video():
     return np.random.default_rng(0).integers(0, 256, (35, 40, 48, 3), np.uint8)  # more frames than one batch
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
+def write_clip(folder):
+    """Write a tiny CLIP model of transformers with random weights; return the folder."""
     torch.manual_seed(0)
     words = learn_vocabulary([PROMPT], 300, max_length=12)
     ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
@@ -35,6 +34,11 @@ def clip_folder(tmp_path_factory):
     for part in (CLIPModel(config), words, CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)):
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from promag.evaluation.baselines import build_peer
 from promag.scripts.compare_budgets import main
 from promag.scripts.evaluate_tokenizer import main as evaluate
 from tests.evaluation.test_baselines import WAN
+from tests.evaluation.test_clip_similarity import write_clip
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,8 @@ def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, t
     pipeline = demo_run / "video-16x" / "pipeline"
     record, out = tmp_path / "budgets.jsonl", tmp_path / "report"
     arguments = ["--tokenizer", str(tokenizer), *clips, "--also", f"wan={peer}", "--pipelines", str(pipeline)]
-    assert main([*arguments, *little, *smallest, "--out", str(out), "--record", str(record)]) == 0
+    clip = ["--clip", str(write_clip(tmp_path / "clip"))]
+    assert main([*arguments, *little, *smallest, *clip, "--out", str(out), "--record", str(record)]) == 0
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [line["what"] for line in lines] == [
         *["reconstruction"] * 4,
@@ -50,8 +52,10 @@ def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, t
     assert "clip_psnr" not in recorded
     assert str(tmp_path) not in recorded
     assert lines[-1]["pipeline"] == "video-16x at 16x"
-    assert lines[-1]["clip_similarity"] is None
+    assert -1 < lines[-1]["clip_similarity"] < 1
     page = (out / "report.html").read_text()
+    assert '<th scope="row">CLIP similarity<' in page
+    assert "CLIP similarity (no weights given)" not in page
     assert "Training step of one clip" in page
     assert "video-16x at 16x" in page
     shown = capsys.readouterr().out
@@ -59,15 +63,18 @@ def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, t
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (["--also", "wan"], "--also wan: NAME=PATH is needed"),
         (["--frames", "18"], "18 frames: 16x needs 1 + 16k; use 17 or 33"),
         (["--segment", "16"], "16 frames: 16x needs 1 + 16k"),
         (["--model.layers", "3"], "unknown key model.layers"),
+        (["--rounds", "0"], "--rounds 0: at least 1 is needed"),
+        (["--clip", "nowhere"], "clip nowhere: no config.json there"),
+        (["--clip-weights", "weights.pt"], "--clip-weights weights.pt: name the model they belong to"),
     ],
 )
-def test_mistakes_are_named(demo_run, tmp_path, change, said):
+def test_mistakes_are_named(demo_run, tmp_path, change, message):
     tokenizer = next(demo_run.glob("**/vae")).parent
-    with pytest.raises(ValueError, match=said.replace("+", r"\+")):
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         main(["--tokenizer", str(tokenizer), "--videos", "synthetic", "--out", str(tmp_path), *change])

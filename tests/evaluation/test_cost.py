@@ -6,9 +6,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag.diffusion.config import DiffusionConfig
-from promag.evaluation.budget_costs import LENGTHS, MEASURES, Costs, Effort, fit_curve, fit_errors
 from promag.evaluation.budgets import Budget, own_budgets
-from promag.evaluation.cost import denoising, peak_bytes
+from promag.evaluation.cost import (
+    LENGTHS,
+    MEASURES,
+    BudgetCosts,
+    Effort,
+    denoising,
+    fit_curve,
+    fit_errors,
+    measure_in_turns,
+    peak_bytes,
+)
 from promag.training.config import build, load_yaml
 
 
@@ -20,14 +29,14 @@ def config():
 
 @pytest.fixture
 def costs(config, tokenizer):
-    return Costs(own_budgets(tokenizer), config, 32, 32)
+    return BudgetCosts(own_budgets(tokenizer), config, 32, 32)
 
 
-def test_a_curve_is_found_again():
+def test_a_curve_is_recovered():
     tokens = (32, 48, 80, 144, 272, 528)
     curve = fit_curve([(n, 3 + 0.2 * n + 0.004 * n**2) for n in tokens])
     assert curve.coefficients == pytest.approx((3, 0.2, 0.004), rel=1e-6)
-    assert curve.at(4112) == pytest.approx(3 + 0.2 * 4112 + 0.004 * 4112**2)
+    assert curve.value(4112) == pytest.approx(3 + 0.2 * 4112 + 0.004 * 4112**2)
 
 
 def test_no_term_is_negative_and_few_points_make_a_simple_curve():
@@ -64,8 +73,25 @@ def test_peak_memory_is_the_largest_that_was_alive_at_once():
         assert peak_bytes(call) == pytest.approx(8e6, rel=0.01)
 
 
+def test_calls_are_timed_in_turns_after_a_warm_up_and_the_median_counts():
+    now, order = [0.0], []
+
+    def call(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += next(seconds)
+
+        return run
+
+    calls = {"a": call("a", iter((9, 1, 5, 2))), "b": call("b", iter((9, 4, 4, 7)))}
+    assert measure_in_turns(calls, 3, lambda: now[0]) == {"a": 2, "b": 4}
+    assert order == ["a", "b"] * 4
+    calls = {"a": call("a", iter((9, 1, 5, 2)))}
+    assert measure_in_turns(calls, 3, lambda: np.array([now[0], 10 * now[0]]))["a"].tolist() == [2, 20]
+
+
 def test_costs_at_one_length(costs):
-    found = costs.at_length(33, Effort(batch=1, steps=1, rounds=1, seconds=0))
+    found = costs.measure_length(33, Effort(batch=1, steps=1, rounds=1))
     assert [found[name]["tokens"] for name in ("4x", "8x", "16x")] == [36, 20, 12]
     assert found["4x"]["training_gflops"] > found["8x"]["training_gflops"] > found["16x"]["training_gflops"]
     for row in found.values():
@@ -73,8 +99,28 @@ def test_costs_at_one_length(costs):
         assert row["train_peak_mib"] > 0
 
 
-def test_lengths_beyond_the_limit_follow_the_curve_and_are_told_apart(costs):
-    found = costs.over_lengths(Effort(batch=1, steps=1, rounds=1, seconds=0))
+def test_videos_are_denoised_in_one_batch(costs):
+    counts = []
+    for videos in (1, 3):
+        denoise = costs.denoising(costs.budgets[2], 17, 1, videos)
+        denoise()
+        with FlopCounterMode(display=False) as counter:
+            denoise()
+        counts.append(counter.get_total_flops())
+    # The features of the positions are computed once for the batch.
+    places = 2 * costs.tokens(costs.budgets[2], 17) * costs._models[costs.budgets[2].channels].place_embed.weight.numel()
+    assert counts[1] + 2 * places == 3 * counts[0]
+
+
+def test_figures_that_need_denoising_or_a_decoder_are_left_out_without(costs):
+    costs.budgets = [replace(costs.budgets[-1], model=None)]
+    for steps, measured in ((0, set()), (1, {"denoising_seconds"})):
+        row = costs.measure_length(17, Effort(batch=1, steps=steps, rounds=1))["16x"]
+        assert {key for key in row if key.endswith("_seconds")} == {"gradient_seconds", "train_step_seconds", *measured}
+
+
+def test_lengths_beyond_the_limit_follow_the_curve_and_are_marked(costs):
+    found = costs.measure_lengths(Effort(batch=1, steps=1, rounds=1))
     for name, points in found.items():
         assert [point["frames"] for point in points] == list(LENGTHS)
         assert [point["measured"] for point in points] == [True, *[False] * 6]
@@ -94,7 +140,7 @@ def test_how_far_a_curve_leads_is_measured_on_the_longest_clip():
 def test_a_peer_with_another_grid_costs_what_its_tokens_cost(config, tokenizer):
     torch.manual_seed(0)
     peer = Budget("ltx", tokenizer, 8, 16, 6, False)
-    costs = Costs([*own_budgets(tokenizer), peer], config, 32, 32)
+    costs = BudgetCosts([*own_budgets(tokenizer), peer], config, 32, 32)
     assert costs.tokens(peer, 33) == 5
     model = costs._models[6]
     with FlopCounterMode(display=False) as counter:
