@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from promag import ProMAGPipeline
+from promag.tokenizer.config import TokenizerConfig
+from promag.training.config import build, load_yaml, to_plain
 from tests.packaging.conftest import ROOT, run
 
 ROOMS = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name not in ("promag", "tests"))
@@ -95,6 +98,9 @@ def test_the_program_of_the_wheel_works_outside_of_any_checkout(places):
     program = place.python.parent / "promag"
     assert "  sample " in run(program, "--help", cwd=place.folder)
     assert run(program, "sample", "--help", cwd=place.folder).startswith("usage: promag sample ")
-    assert "--stages" in run(program, "train-tokenizer", "--config", "tokenizer/tiny", "--help", cwd=place.folder)
+    printed = yaml.safe_load(run(program, "train-tokenizer", "--config", "tokenizer/tiny", "--print-config", cwd=place.folder))
+    assert (
+        printed["model"] == to_plain(build(TokenizerConfig, load_yaml(ROOT / "configs/tokenizer/tiny.yaml"), "tiny"))["model"]
+    )
     assert place.run("-m", "promag", "--version") == "promag 0.1.0\n"
     assert run(program, "--version", cwd=place.folder) == "promag 0.1.0\n"
