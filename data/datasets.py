@@ -20,14 +20,13 @@ from torch.utils.data import Dataset
 from promag.training.config import UserError
 
 from . import synthetic
-from .buckets import NONE, Bucket, Buckets, bucket_plan
+from .buckets import NONE, Bucket, Buckets
 from .clip_index import Clip, column, load_clips, row_of, take
 from .clip_memory import ClipMemory
 from .clips import first_few, list_videos, prepare
 from .crops import ClipCrop, to_model
-from .stream import Mixture
 from .tar_shards import is_shards, open_shards
-from .tar_stream import ShardedClips, Sharding
+from .tar_stream import ShardedClips
 from .video import READ_TIMEOUT
 
 logger = logging.getLogger(__name__)
@@ -180,7 +179,7 @@ def open_dataset(
         height, width = (size, size) if isinstance(size, int) else size
         bucket = Bucket(frames, height, width)
         return ShardedClips(open_shards(source), [bucket], temporal_strides, flip=flip, timeout=timeout)
-    return ClipDataset(_load_index(source), frames, size, temporal_strides, flip, timeout)
+    return ClipDataset(load_index(source), frames, size, temporal_strides, flip, timeout)
 
 
 def open_evaluation(
@@ -216,11 +215,12 @@ def open_by_bucket(
     if is_shards(source):
         parts = ShardedClips(open_shards(source), buckets).by_bucket()
         return [(part.buckets.buckets[0], part) for part in parts]
-    used, parts = _split_by_bucket(_load_index(source), buckets, stride=1)
+    used, parts = split_by_bucket(load_index(source), buckets, stride=1)
     return [(b, ClipDataset(part, b.frames, (b.height, b.width))) for b, part in zip(used, parts, strict=True)]
 
 
-def _load_index(source: str | os.PathLike) -> Sequence[Clip]:
+def load_index(source: str | os.PathLike) -> Sequence[Clip]:
+    """Open a clip index; raises UserError, which says what sources there are, for another file."""
     if Path(source).suffix != ".jsonl":
         raise UserError(
             f"clips {os.fspath(source)!r}: give synthetic, or a .jsonl index made by `promag prepare-clips`, "
@@ -229,49 +229,7 @@ def _load_index(source: str | os.PathLike) -> Sequence[Clip]:
     return load_clips(source)
 
 
-def open_training(
-    source: str | os.PathLike,
-    buckets: Sequence[Bucket],
-    count: int,
-    batch_size: int,
-    batches_per_step: int,
-    temporal_strides: Sequence[int],
-    sharding: Sharding,
-    in_memory: bool = False,
-) -> tuple[Mixture | ShardedClips, str]:
-    """Open what a training draws from, in one bucket or several, and the plan of the buckets as lines for the log.
-
-    Clips come by epochs (epochs.py), from a bucket as often as its clips fill batches. `count` is that of generated clips,
-    `batch_size` that of buckets that state none, `batches_per_step` processes x accumulate. `in_memory` keeps an index's clips
-    in memory; generated clips are generated all the same. Raises UserError as `open_dataset` does, where no clip is long enough
-    for any bucket, and for shards in memory.
-    """
-    if is_shards(source):
-        if in_memory:
-            raise UserError(
-                f"in_memory true with shards {os.fspath(source)}: only the clips of an index (.jsonl) can be kept in memory; "
-                "use false, or train on an index"
-            )
-        clips = ShardedClips(open_shards(source), buckets, temporal_strides, sharding)
-        return clips, clips.plan(batches_per_step, batch_size)
-    datasets: list[Any]
-    if source == "synthetic":
-        used = list(buckets)
-        datasets = [open_dataset(source, "train", b.frames, (b.height, b.width), count, temporal_strides) for b in used]
-    else:
-        used, parts = _split_by_bucket(_load_index(source), buckets, min(temporal_strides))
-        datasets = [
-            ClipDataset(part, b.frames, (b.height, b.width), temporal_strides, in_memory=in_memory)
-            for part, b in zip(parts, used, strict=True)
-        ]
-    counts, batches = [len(part) for part in datasets], Buckets(used).batch_sizes(batch_size)
-    shares = [number / size for number, size in zip(counts, batches, strict=True)]
-    return Mixture(datasets, shares, [bucket.batch_size for bucket in used]), bucket_plan(used, counts, batches, shares)
-
-
-def _split_by_bucket(
-    clips: Sequence[Clip], buckets: Sequence[Bucket], stride: int
-) -> tuple[list[Bucket], list[Sequence[Clip]]]:
+def split_by_bucket(clips: Sequence[Clip], buckets: Sequence[Bucket], stride: int) -> tuple[list[Bucket], list[Sequence[Clip]]]:
     """Return the buckets that have clips, and the clips of each; names what is in none, and buckets without any."""
     assigned = Buckets(buckets, stride).assign(*(column(clips, name) for name in ("frames", "height", "width")))
     short = np.flatnonzero(assigned == NONE)

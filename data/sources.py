@@ -1,13 +1,16 @@
-"""What a training draws from: one source of clips, or several by their shares of the steps."""
+"""What a training draws from: one source of clips in one bucket or several, or several sources by their shares of the steps."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from promag.training.config import UserError, required, setting
 
-from .buckets import Bucket
-from .datasets import open_training
+from .buckets import Bucket, Buckets, bucket_plan
+from .datasets import ClipDataset, load_index, open_dataset, split_by_bucket
 from .stream import Mixture
+from .tar_shards import is_shards, open_shards
 from .tar_stream import ShardedClips, Sharding
 
 
@@ -23,6 +26,46 @@ class Source:
         """Raise ValueError for a share that leaves a source without steps."""
         if not 0 < self.share < 1:
             raise ValueError(f"share {self.share} of {self.train}: must be above 0 and below 1")
+
+
+def open_training(
+    source: str | os.PathLike,
+    buckets: Sequence[Bucket],
+    count: int,
+    batch_size: int,
+    batches_per_step: int,
+    temporal_strides: Sequence[int],
+    sharding: Sharding,
+    in_memory: bool = False,
+) -> tuple[Mixture | ShardedClips, str]:
+    """Open what a training draws from, in one bucket or several, and the plan of the buckets as lines for the log.
+
+    Clips come by epochs (epochs.py), from a bucket as often as its clips fill batches. `count` is that of generated clips,
+    `batch_size` that of buckets that state none, `batches_per_step` processes x accumulate. `in_memory` keeps an index's clips
+    in memory; generated clips are generated all the same. Raises UserError as `open_dataset` does, where no clip is long enough
+    for any bucket, and for shards in memory.
+    """
+    if is_shards(source):
+        if in_memory:
+            raise UserError(
+                f"in_memory true with shards {os.fspath(source)}: only the clips of an index (.jsonl) can be kept in memory; "
+                "use false, or train on an index"
+            )
+        clips = ShardedClips(open_shards(source), buckets, temporal_strides, sharding)
+        return clips, clips.plan(batches_per_step, batch_size)
+    datasets: list[Any]
+    if source == "synthetic":
+        used = list(buckets)
+        datasets = [open_dataset(source, "train", b.frames, (b.height, b.width), count, temporal_strides) for b in used]
+    else:
+        used, parts = split_by_bucket(load_index(source), buckets, min(temporal_strides))
+        datasets = [
+            ClipDataset(part, b.frames, (b.height, b.width), temporal_strides, in_memory=in_memory)
+            for part, b in zip(parts, used, strict=True)
+        ]
+    counts, batches = [len(part) for part in datasets], Buckets(used).batch_sizes(batch_size)
+    shares = [number / size for number, size in zip(counts, batches, strict=True)]
+    return Mixture(datasets, shares, [bucket.batch_size for bucket in used]), bucket_plan(used, counts, batches, shares)
 
 
 def open_sources(

@@ -5,8 +5,8 @@ import torch
 
 from promag.data.buckets import Bucket
 from promag.data.clip_index import save_clips
-from promag.data.datasets import SyntheticDataset, open_training
-from promag.data.sources import Source, open_sources
+from promag.data.datasets import SyntheticDataset
+from promag.data.sources import Source, open_sources, open_training
 from promag.data.stream import TrainingStream
 from promag.data.tar_stream import Sharding
 from promag.data.tar_writer import write_shards

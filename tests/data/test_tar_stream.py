@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from promag.data.buckets import Bucket
 from promag.data.clip_index import Clip, load_clips, save_clips
-from promag.data.datasets import ClipDataset, open_by_bucket, open_dataset, open_training
+from promag.data.datasets import ClipDataset, open_by_bucket, open_dataset
+from promag.data.sources import open_training
 from promag.data.stream import Mixture, TrainingStream
 from promag.data.tar_reader import BadSample
 from promag.data.tar_shards import open_shards
