@@ -1,7 +1,7 @@
-"""Buckets: the few lengths and sizes at which clips are trained on, so that every batch is of one shape.
+"""Buckets: the few lengths and sizes at which clips are trained on, so that all clips of a batch have one shape.
 
-Each clip belongs to one bucket, chosen by its own length and size; each batch is of one bucket, the same on all ranks.
-An image, or a video that is too short for the others, is for a bucket of one frame.
+Each clip belongs to one bucket, chosen by its length and size. Each batch comes from one bucket, the same on all ranks.
+Images, and videos too short for the other buckets, belong to a bucket of one frame.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _CHUNK = 65_536  # clips assigned at a time, which bounds the memory it takes
 
 @dataclass(frozen=True)
 class Bucket:
-    """One shape of clips."""
+    """A length and size of clips, and the batch size at which they are trained on."""
 
     frames: int = required("frames of its clips: 1 + ratio*k; 1 takes images")
     height: int = required("of its clips, in pixels")
@@ -43,7 +43,7 @@ class Buckets:
         buckets: of different shapes.
         stride: the smallest step from one frame of a crop to the next, in frames of the clip.
 
-    Raises UserError for none, and for two of one shape.
+    Raises UserError where there is no bucket and where two have one shape.
     """
 
     def __init__(self, buckets: Sequence[Bucket], stride: int = 1):
@@ -53,7 +53,7 @@ class Buckets:
         self.buckets, self.stride = tuple(buckets), stride
 
     def assign(self, frames: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
-        """Return each clip's place in `buckets`, or NONE; all arguments are (clips,), of the clips themselves."""
+        """Return the number of each clip's bucket, or NONE; all arguments have the shape (clips,)."""
         starts = range(0, len(frames), _CHUNK)
         parts = [self._assign(*(values[i : i + _CHUNK] for values in (frames, height, width))) for i in starts]
         return np.concatenate([np.empty(0, np.int16), *parts])
@@ -79,7 +79,7 @@ class Buckets:
 
 
 def bucket_plan(buckets: Sequence[Bucket], clips: Sequence[int], batch_sizes: Sequence[int], weights: Sequence[float]) -> str:
-    """Return the plan as lines for the log: bucket, clips, batch, share of steps (in the proportion of `weights`)."""
+    """Return a table for the log: bucket, clips, batch size, share of the steps (in proportion to `weights`)."""
     rows = [("bucket", "clips", "batch", "steps")]
     for bucket, count, size, weight in zip(buckets, clips, batch_sizes, weights, strict=True):
         rows.append((str(bucket), f"{count}", f"{size}", f"{weight / sum(weights):.1%}"))

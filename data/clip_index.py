@@ -63,7 +63,7 @@ class Clip:
 class ClipIndex(Sequence[Clip]):
     """The clips of an index file, or some of them, in order; a row is parsed when it is asked for.
 
-    It goes to other processes as the columns and the file's name. `load_clips` opens one.
+    Other processes receive the columns and the file's name. `load_clips` opens an index.
     """
 
     def __init__(self, path: Path, columns: Mapping[str, np.ndarray]):
@@ -121,12 +121,12 @@ def take(clips: Sequence[Clip], which: np.ndarray) -> Sequence[Clip]:
 
 
 def row_of(clip: Clip) -> dict[str, Any]:
-    """Return a clip as its line's keys and values; what is not known is left out."""
+    """Return the keys and values of a clip's line, without those that are None."""
     return {key: value for key, value in dataclasses.asdict(clip).items() if value is not None}
 
 
 def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
-    """Write the index, complete or not at all; videos below its folder are named relative to it."""
+    """Write the index atomically; paths of videos below its folder are relative to it."""
     folder = Path(os.path.abspath(path)).parent
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -169,7 +169,7 @@ def _located(clip: Clip, index: Path) -> Clip:
 
 
 def _read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Read and check every row once, holding none."""
+    """Read and check every row once; keep none of them."""
     adapter, offset = _adapter(), 0
     values = {name: array({"i": "l", "f": "d"}[np.dtype(kind).kind]) for name, kind in _COLUMNS.items()}
     with open(path, "rb") as file:

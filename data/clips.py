@@ -1,4 +1,4 @@
-"""Captioned videos are found, decoded strictly once and cut into clips.
+"""Find captioned videos, decode each strictly once, and cut them into clips.
 
 list_videos -> prepare -> save_clips -> clips.jsonl -> load_clips
 """
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedClips:
-    """What `prepare` made of a list of videos, and what it left out."""
+    """The clips that `prepare` cut, and the videos it left out."""
 
     clips: list[Clip]
     quarantined: list[tuple[str, str]]  # path, reason
@@ -91,7 +91,7 @@ def list_licences(source: str | os.PathLike) -> dict[str, str]:
 
 
 def caption_from_name(path: str | os.PathLike) -> str:
-    """Return what a file name says: `a_red-kite_03.mp4` -> `a red kite`; empty where only numbers stand."""
+    """Return a caption from a file name: `a_red-kite_03.mp4` -> `a red kite`; empty for a name of digits only."""
     return re.sub(r"[\d ]+$", "", re.sub(r"[_\-\s]+", " ", Path(path).stem)).strip()
 
 
@@ -136,7 +136,7 @@ def _select(table: Path, rows: list[dict[str, Any]], split: str | None) -> list[
 
 
 def first_few(names: Iterable[str], limit: int = 3, count: int | None = None) -> str:
-    """Return the first names of a list and how many more there are; no more than `limit` are asked for, given `count`."""
+    """Return the first `limit` names and the number of the rest; with `count` given, only `limit` names are consumed."""
     names = list(names if count is None else itertools.islice(names, limit))
     count = count or len(names)
     return ", ".join(names[:limit]) + (f" and {count - limit} more" if count > limit else "")

@@ -51,15 +51,15 @@ class ClipCrop:
 
     @property
     def needed(self) -> int:
-        """Frames that a clip must have."""
+        """The number of frames that a clip must have."""
         return self.span(min(self.strides))
 
     def span(self, stride: int) -> int:
-        """Return how many frames of a clip a crop reaches over."""
+        """Return the number of clip frames from a crop's first frame to its last."""
         return (self.frames - 1) * stride + 1
 
     def scaled(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of a picture that is scaled to cover `size`."""
+        """Return height and width of a picture after scaling it to cover `size`."""
         scale = max(self.size[0] / height, self.size[1] / width)
         return max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))
 
@@ -76,7 +76,7 @@ class ClipCrop:
         return self._item(clip, start, stride, pixels, top, left, mirror)
 
     def first(self, video: VideoSource | Tensor, clip: Clip) -> dict[str, Any]:
-        """Return the first frames, cropped in the centre."""
+        """Return the first frames at stride 1, cropped in the centre."""
         pixels = self._resized(video, clip, 0, 1)
         top, left = ((side - target) // 2 for side, target in zip(pixels.shape[2:], self.size, strict=True))
         return self._item(clip, 0, 1, pixels, top, left, False)

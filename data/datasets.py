@@ -163,7 +163,7 @@ def open_dataset(
     flip: bool = False,
     timeout: float = READ_TIMEOUT,
 ) -> "ClipDataset | SyntheticDataset | ShardedClips":
-    """Open clips of one shape, to be looked at by their number or drawn from.
+    """Open clips of one shape, to be shown by their number or trained on.
 
     `source` is `synthetic` (generated clips: `count` of `split`), a clip index (.jsonl, which is one split, taken whole) or a
     pattern of shards (.tar, the same). Raises UserError for another source, and what the datasets raise.
@@ -185,7 +185,7 @@ def open_dataset(
 def open_evaluation(
     videos: str, split: str | None, frames: int, size: int, count: int
 ) -> "ClipDataset | SyntheticDataset | ShardedClips":
-    """Open whatever a user calls videos: what `open_dataset` opens, or a folder, a list of files, one video.
+    """Open videos to evaluate on: what `open_dataset` opens, or a folder, a list of files, one video.
 
     The latter are decoded strictly first; `split` keeps these rows of a list. Raises UserError as both do.
     """
@@ -195,7 +195,7 @@ def open_evaluation(
 
 
 def is_index(path: str | os.PathLike) -> bool:
-    """Tell a clip index from a list of files with captions; both may be JSONL."""
+    """Return whether a file is a clip index; a list of files with captions may be JSONL too."""
     if Path(path).suffix != ".jsonl" or not Path(path).is_file():
         return False
     with open(path, encoding="utf-8") as file:
@@ -205,7 +205,7 @@ def is_index(path: str | os.PathLike) -> bool:
 def open_by_bucket(
     source: str | os.PathLike, split: str, buckets: Sequence[Bucket], count: int
 ) -> list[tuple[Bucket, "ClipDataset | SyntheticDataset | ShardedClips"]]:
-    """Open the clips of each bucket by themselves, to be looked at by their number: of those that have any.
+    """Open the clips of each bucket that has any as a dataset of its own.
 
     `source` and `count` are as for `open_dataset`; generated clips are there in every bucket. Raises UserError as that does,
     and where no clip is long enough for any bucket.
@@ -230,7 +230,7 @@ def load_index(source: str | os.PathLike) -> Sequence[Clip]:
 
 
 def split_by_bucket(clips: Sequence[Clip], buckets: Sequence[Bucket], stride: int) -> tuple[list[Bucket], list[Sequence[Clip]]]:
-    """Return the buckets that have clips, and the clips of each; names what is in none, and buckets without any."""
+    """Return the buckets that have clips, and the clips of each; warn of clips without a bucket and of empty buckets."""
     assigned = Buckets(buckets, stride).assign(*(column(clips, name) for name in ("frames", "height", "width")))
     short = np.flatnonzero(assigned == NONE)
     names = first_few((f"{clips[int(k)].path} ({clips[int(k)].frames})" for k in short), count=len(short))

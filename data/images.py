@@ -16,11 +16,11 @@ _DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.Deco
 
 
 class ImageError(Exception):
-    """An image that cannot be read; the message says why."""
+    """An image cannot be read."""
 
 
 def is_image(path: str | os.PathLike) -> bool:
-    """Tell an image from a video by its name."""
+    """Return whether a file name is an image's."""
     return Path(path).suffix.lower() in IMAGE_EXTENSIONS
 
 

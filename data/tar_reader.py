@@ -1,4 +1,4 @@
-"""Reading a tar shard from front to back, from a file, a URL or a pipe.
+"""Read a tar shard from front to back, from a file, a URL or a pipe.
 
 Files that share a name up to the first dot are a sample: a video or an image, and its caption, which is the key `caption`
 of its .json, else its .txt (webdataset's conventions).
@@ -44,7 +44,7 @@ class Sample:
 
 
 def is_local(url: str) -> bool:
-    """Tell a path from a URL and from a pipe."""
+    """Return whether `url` is a path, not a URL or a pipe."""
     return not re.match(r"[a-z0-9+]+:", url, re.IGNORECASE) or url.startswith("file:")
 
 
@@ -75,7 +75,7 @@ def _open(url: str) -> Any:
 
 
 def _abandon(file: Any) -> None:
-    """Close a stream of which more may be to come."""
+    """Close a stream that may have more to read."""
     if hasattr(file, "proc"):
         file.proc.kill()  # it may wait for a network
         file.proc.wait()
@@ -107,7 +107,7 @@ class ShardReader:
         self._broken = ""  # why nothing more can be read
 
     def read(self, numbers: Sequence[int]) -> dict[int, Sample | BadSample]:
-        """Return the samples with these numbers, which increase; what is wrong with one stands in its place."""
+        """Return the samples with these increasing numbers, a BadSample in place of one that cannot be read."""
         begun = self._number - (self._next is not None)  # the next one's first header may have been read already
         fresh = numbers[0] <= begun or self._archive is None
         if fresh:
@@ -147,11 +147,11 @@ class ShardReader:
         return {number: self._sample(number, keys.get(number), files.get(number), wrong.get(number)) for number in numbers}
 
     def ended(self, number: int) -> bool:
-        """Tell whether the shard was read to its end and sample `number` is behind it."""
+        """Return whether the shard was read to its end and has no sample `number`."""
         return self._broken == _WHOLE and number > self._number
 
     def stuck(self, number: int) -> bool:
-        """Tell whether the shard is damaged where sample `number` would be, so that nothing behind it can be read."""
+        """Return whether the shard is damaged at or before sample `number`, so that neither it nor a later one can be read."""
         return self._broken not in ("", _WHOLE) and number >= self._number
 
     def close(self) -> None:
@@ -176,7 +176,7 @@ class ShardReader:
             self._broken = f"cannot be opened: {error}" + (f" (exit status {status})" if status else "")
 
     def _advance(self) -> tarfile.TarInfo:
-        """Return the next header, or at the archive's end one that is no file's, and note whether samples are missing."""
+        """Return the next header; at the archive's end return a directory's, and note whether samples are missing."""
         member = self._archive.next()
         self._archive.members = []  # tarfile would keep them all
         if member is None:
@@ -189,7 +189,7 @@ class ShardReader:
         return member
 
     def _begin(self, member: tarfile.TarInfo) -> str | None:
-        """Return the ending of a sample's file, after counting on where a new sample begins; None for any other member."""
+        """Return the extension of a sample's file, None for other members; count a sample where a new one begins."""
         folder, slash, name = member.name.rpartition("/")
         stem, dot, ending = name.partition(".")
         if not member.isreg() or not stem or not dot or re.match(r"__[^/]*__($|/)", member.name):
@@ -209,7 +209,7 @@ class ShardReader:
 
 
 def _unpack(url: str, key: str, files: dict[str, bytes]) -> tuple[VideoBytes, str]:
-    """Return a sample's video and caption; raises ValueError saying what is missing."""
+    """Return a sample's video and caption; raises ValueError where one is missing."""
     media = [ending for ending in files if ending in _MEDIA]
     if len(media) != 1:
         names = ", ".join(f".{ending}" for ending in files)

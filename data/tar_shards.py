@@ -1,4 +1,4 @@
-"""Tar shards of clips: found by a pattern, described by an index beside them.
+"""Tar shards of clips, named by a pattern and described by an index beside them.
 
     shards/shard-000000.tar     samples: 000000017.mp4, 000000017.json, ...
     shards/shards.jsonl         one line a shard: its name, samples, bytes, sha256, and start, frames, fps, height and width
@@ -77,12 +77,12 @@ class ShardIndex:
         return self._columns[name]
 
     def clip(self, place: int, sample: Sample) -> Clip:
-        """Return the clip that a sample is."""
+        """Return a sample as a clip."""
         facts: dict[str, Any] = {name: values[place].item() for name, values in self._columns.items()}
         return Clip(path=sample.video.name, caption=sample.caption, sha256="", **facts)
 
     def damaged(self) -> dict[int, str]:
-        """Return the shards, of those in local files, that are not as long as the index says, and why."""
+        """Return the local shards whose length differs from the index, by number, each with the reason."""
         reasons = {}
         for number, (url, size) in enumerate(zip(self.urls, self.bytes, strict=True)):
             if is_local(url):
@@ -98,7 +98,7 @@ class ShardIndex:
 
 
 def is_shards(source: str | os.PathLike) -> bool:
-    """Tell a pattern of shards from other sources of clips."""
+    """Return whether `source` is a pattern of shards and not another source of clips."""
     return bool(_NAME.search(os.fspath(source)))
 
 
@@ -156,7 +156,7 @@ def open_shards(pattern: str | os.PathLike) -> ShardIndex:
 
 @dataclass(frozen=True, eq=False)
 class _Shard:
-    """A row with columns in place of its lists, which take several times the memory."""
+    """A row with arrays in place of its lists, which take several times the memory."""
 
     samples: int
     bytes: int
@@ -186,7 +186,7 @@ def _read_index(place: str, wanted: Sequence[str]) -> dict[str, _Shard]:
 
 
 def _lines(file: Any) -> Iterator[bytes]:
-    """Yield the lines of a stream that can only be read; a pipe that fails raises OSError."""
+    """Yield the lines of a stream that has only `read`; raises OSError where a pipe fails."""
     rest = b""
     while part := file.read(2**20):
         *lines, rest = (rest + part).split(b"\n")

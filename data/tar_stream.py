@@ -1,7 +1,7 @@
-"""Clips from tar shards: an epoch's order read from front to back, in one bucket or several.
+"""Clips from tar shards, read from front to back in an epoch's order, in one bucket or several.
 
 Which samples the batch of a step holds is arithmetic (epochs.py); which crop of each is drawn by the same numbers as
-everywhere else (stream.py). What is open is only a cache: any step can be asked for.
+everywhere else (stream.py). Open files are only a cache: any step can be asked for.
 """
 
 import copy
@@ -83,7 +83,7 @@ class ShardedClips:
         self._forget()
 
     def _forget(self) -> None:
-        """Drop what belongs to one process."""
+        """Drop open files, counters and plans, which belong to one process."""
         self._bad: set[str] = set()  # samples already named
         self._readers: dict[tuple[int, int, int], _BlockReader] = {}
         self._plan = functools.lru_cache(maxsize=1)(self._make_plan)
@@ -102,7 +102,7 @@ class ShardedClips:
         return sum(map(len, self.numbers))
 
     def by_bucket(self) -> list["ShardedClips"]:
-        """Return the clips of each bucket that has any by themselves, so that they can be looked at by their number."""
+        """Return a source for each bucket that has clips, in which they have numbers of their own."""
         return [self._only(bucket) for bucket, numbers in enumerate(self.numbers) if len(numbers)]
 
     def _only(self, bucket: int) -> "ShardedClips":
@@ -147,14 +147,14 @@ class ShardedClips:
         return self._shown(number, sample, self.crops[0].first)
 
     def digest(self, count: int) -> str:
-        """Hash which shards the first `count` clips are in, by content, and which samples they are."""
+        """Hash the contents of the shards that hold the first `count` clips, and the samples' numbers in them."""
         numbers = self.numbers[0][:count]
         shards = np.unique(np.searchsorted(self.shards.offsets, numbers, side="right") - 1)
         facts = [[self.shards.sha256[shard] for shard in shards], (numbers - self.shards.offsets[shards[0]]).tolist()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def plan(self, batches_per_step: int, batch_size: int) -> str:
-        """Return the buckets as lines for the log, with what an epoch leaves out."""
+        """Return a table of the buckets for the log, and how many clips an epoch leaves out."""
         sizes = self.buckets.batch_sizes(batch_size)
         counts = [len(numbers) for numbers in self.numbers]
         steps = EpochPlan(counts, sizes, batches_per_step, self.sharding.concurrent_shards, 0).steps
@@ -232,7 +232,7 @@ class ShardedClips:
     def _candidates(
         self, reader: "_BlockReader", shard: int, place: int, rng: np.random.Generator
     ) -> Iterator[tuple[int, Sample | BadSample]]:
-        """Yield the sample, then those that may stand in for it: others of its block, then of the shard's first block."""
+        """Yield the sample, then its replacements: others of its block, then of the shard's first block."""
         yield reader.sample(shard, place)
         for block in (place // reader.block, 0):
             others = [other for other in reader.places(shard, block) if other != place]

@@ -1,4 +1,4 @@
-"""Writing tar shards from a clip index, and the index of shards that others wrote."""
+"""Write tar shards from a clip index, and the index of shards that others wrote."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_shards` wrote."""
+    """The counts that `write_shards` returns."""
 
     shards: int
     samples: int
@@ -107,7 +107,7 @@ def _plan(clips: ClipIndex, per_shard: int, seed: int, buckets: Sequence[Bucket]
 def _begin(
     folder: Path, index: str | os.PathLike, per_shard: int, seed: int, buckets: Sequence[Bucket]
 ) -> tuple[Path, list[ShardRow]]:
-    """Return the file that notes each shard when it is whole, and the shards that an interrupted call left."""
+    """Return the file that lists finished shards, and the shards that an interrupted call finished."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{INDEX_NAME}.part"
     with open(index, "rb") as file:
@@ -215,7 +215,7 @@ def _examine_shard(url: str) -> tuple[ShardRow, list[str]]:
 
 
 def _facts(url: str) -> Iterator[VideoFacts | UserError]:
-    """Yield what a strict pass over each sample of a shard finds, or what is wrong with it."""
+    """Yield the facts of each sample of a shard after a strict pass, or the reason why it cannot be used."""
     reader = ShardReader(url, None)
     for number in itertools.count():
         sample = reader.read([number])[number]
