@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from promag.training.config import UserError
-from promag.training.run import write_atomically
+from promag.training.files import write_atomically
 
 SAVE_COLUMNS_FROM = 10_000  # rows; shorter indices open in a tenth of a second without columns beside them
 

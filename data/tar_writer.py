@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from promag.training.config import UserError
+from promag.training.files import write_atomically
 from promag.training.progress import ProgressBar
-from promag.training.run import write_atomically
 
 from .buckets import NONE, Bucket, Buckets
 from .clip_index import Clip, ClipIndex, load_clips, row_of

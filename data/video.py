@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from promag.training.config import UserError
+from promag.training.files import move_into_place
 
 from .images import IMAGE_FPS, ImageError, is_image, read_image
 
@@ -262,7 +263,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[str]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield str(aside)
-        os.replace(aside, path)
+        move_into_place(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from promag.training.config import UserError
-from promag.training.run import save_tensors_atomically, write_atomically
+from promag.training.files import save_tensors_atomically, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPEN_FILES = 128  # shards that one reader keeps mapped into memory

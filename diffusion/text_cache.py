@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from promag.training.files import save_tensors_atomically, write_atomically
 from promag.training.loop import broadcast_from_main, processes
 from promag.training.progress import ProgressBar
-from promag.training.run import save_tensors_atomically, write_atomically
 
 from .cache_store import DTYPES, Fingerprint, Shards, clips_of, finish, open_or_resume_cache, stretch, write_shard
 from .text import (

@@ -23,6 +23,7 @@ from promag.data.buckets import Bucket, Buckets, bucket_plan
 from promag.data.stream import Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
+from promag.training.files import write_atomically
 from promag.training.loop import (
     Metrics,
     Objective,
@@ -34,7 +35,7 @@ from promag.training.loop import (
     train,
 )
 from promag.training.precision import DTYPES
-from promag.training.run import open_run, record_data, write_atomically
+from promag.training.run import open_run, record_data
 from promag.training.throughput import Work
 from promag.training.trackers import Log
 

@@ -3,7 +3,6 @@
 Shapes: b c t h w latents.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from promag.training.files import read_json_lines
 from promag.training.loop import Metrics, processes, seeded, sum_over_processes
 
 from .latent_cache import LatentDataset
@@ -108,7 +108,7 @@ def _grouped(unit: str, parts: Sequence[ValidationSet], losses: Sequence[float],
 def training_figures(run: Path, ratio: int) -> dict[str, float]:
     """Return steps, seconds and the validation loss at a ratio of the training in a run's folder; empty without one."""
     files = [file for file in sorted(run.glob("*/metrics.jsonl")) if f"{ratio}x" in file.parent.name.split("-")]
-    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for file in files for line in read_json_lines(file)]
     validated = [line for line in lines if "validation_loss" in line]
     if not validated:
         return {}

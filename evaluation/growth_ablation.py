@@ -1,12 +1,12 @@
 """Figures of `promag experiment growth-ablation` from its recorded lines: the table, what growth gains, and the curves."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from promag.training.config import UserError
+from promag.training.files import read_json_lines
 
 Row = Mapping[str, Any]
 # Figures of the printed table: name, heading, digits after the point.
@@ -66,7 +66,7 @@ def read(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise UserError(f"results {path}: no such file; `promag experiment growth-ablation --record FILE` writes one")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    lines = read_json_lines(path)
     rows = [with_variant(line) for line in lines if line.get("what") in RECORDED_AS]
     if not rows:
         raise UserError(f"results {path}: none of its {len(lines)} lines is one of the growth ablation's")

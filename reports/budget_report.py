@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from promag.evaluation.budgets import ORIGINAL, ClipFacts
-from promag.training.run import write_atomically
+from promag.training.files import write_atomically
 
 from .page import render_page
 from .plots import Mark, colour, marked_plot

@@ -13,7 +13,8 @@ from promag.reports.plots import plot_file
 from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
-from promag.training.run import append_result, read_curve, write_atomically
+from promag.training.files import write_atomically
+from promag.training.run import append_result, read_curve
 
 Curve = list[tuple[float, float]]  # (step, value)
 

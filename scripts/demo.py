@@ -45,6 +45,7 @@ from promag.tokenizer.train import train_tokenizer
 from promag.training.command_line import parse_config, run_main
 from promag.training.config import UserError, required, setting, to_plain
 from promag.training.device import best_device
+from promag.training.files import read_json_lines
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, autocast, check_training_precision, choose_for_run
@@ -406,7 +407,7 @@ def curves(config: DemoConfig, run: Path) -> dict[str, list[tuple[float, float]]
 
 def points(file: Path, key: str) -> list[tuple[float, float]]:
     """Return (step, value) of one key of a metrics file."""
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    records = read_json_lines(file) if file.exists() else []
     return [(float(r["step"]), float(r[key])) for r in records if key in r]
 
 

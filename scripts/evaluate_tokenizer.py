@@ -23,8 +23,9 @@ from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.device import best_device
+from promag.training.files import write_atomically
 from promag.training.precision import choose_precision
-from promag.training.run import append_result, write_atomically
+from promag.training.run import append_result
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from promag.data.clip_index import save_clips
 from promag.data.clips import list_licences, list_videos, prepare
 from promag.data.video import REENCODE
 from promag.training.command_line import Parser, run_main
-from promag.training.run import write_atomically
+from promag.training.files import write_atomically
 
 
 def main(argv: Sequence[str]) -> int:

@@ -25,7 +25,8 @@ from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import forget_where_it_was, load_tokenizer, save_model
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
-from promag.training.run import machines_of, write_atomically
+from promag.training.files import append_json, write_atomically
+from promag.training.run import machines_of
 
 LOOP_KEYS = ("steps", "learning_rate", "muon_learning_rate", "ema_decay")  # of a text-to-video training, on its card
 
@@ -58,8 +59,7 @@ def main(argv: Sequence[str]) -> int:
     lines, card = arguments.run(arguments)
     write_atomically(arguments.out / "README.md", card)
     if arguments.record:
-        with open(arguments.record, "a", encoding="utf-8") as file:
-            file.write(lines)
+        append_json(arguments.record, *map(json.loads, lines.splitlines()))
     print(arguments.out)
     return 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from promag.training.config import UserError
-from promag.training.run import write_atomically
+from promag.training.files import move_into_place, write_atomically
 
 from .autoencoder import AutoencoderKLProMAG
 
@@ -36,7 +36,7 @@ def save_model(model: Any, folder: Path) -> None:
     forget_where_it_was(aside)
     if folder.exists():
         folder.rename(old)
-    aside.rename(folder)
+    move_into_place(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -18,6 +18,7 @@ from promag.data.sources import open_sources
 from promag.data.stream import TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
+from promag.training.files import write_atomically
 from promag.training.loop import (
     Metrics,
     Objective,
@@ -27,7 +28,7 @@ from promag.training.loop import (
     make_accelerator,
     train,
 )
-from promag.training.run import open_run, write_atomically
+from promag.training.run import open_run
 from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG, parameter_count

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from .files import write_atomically
+
 Config = TypeVar("Config")
 
 
@@ -72,9 +74,7 @@ def dump_yaml(config: Any) -> str:
 
 def save_yaml(path: str | os.PathLike, config: Any) -> None:
     """Write the resolved configuration as YAML, keys in the dataclass's order; other processes see all of it or nothing."""
-    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    aside.write_text(dump_yaml(config), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, dump_yaml(config))
 
 
 def plain(value: Any) -> Any:

@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .compilation import as_it_stands
 from .config import setting
+from .files import append_json
 from .fsdp import gather, held, shard
 from .optimizers import OptimizationConfig, make_optimizers
 from .precision import Chosen, Precision, choose_for_run
 from .progress import ProgressBar
-from .run import StopSignal, append_metrics, checkpoints, cut_metrics, load_checkpoint, save_checkpoint, thin_out
+from .run import StopSignal, cut_metrics, newest_checkpoint, save_checkpoint, thin_out
 from .state import State
 from .throughput import Meter, Work
 from .trackers import Log, Tracker, check_trackers
@@ -205,9 +206,9 @@ def train(
         seed: all noise of sample n comes from (seed, n).
         validate: called with a Log for pictures and videos and the step, under the averaged weights; returns metrics.
 
-    A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished. A step whose
-    loss or gradients are not finite is named, counted and skipped. Raises FloatingPointError where `max_skipped` such steps
-    in a row are not enough.
+    A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished, even in the
+    last step. A step whose loss or gradients are not finite is named, counted and skipped. Raises FloatingPointError where
+    `max_skipped` such steps in a row are not enough.
     """
     name = folder.name
     wrapped, make_whole = _in_parallel(accelerator, objective, run.distributed)  # lays weights out anew: first of all
@@ -220,7 +221,8 @@ def train(
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     global_batch = accelerator.num_processes * settings.batch_size * settings.accumulate
     state = State(named, dict(objective.named_buffers()), optimizers, ema, global_batch)
-    state.resume(folder)
+    if checkpoint := broadcast_from_main(lambda: newest_checkpoint(folder)):
+        state.resume(checkpoint)
     first = step = state.step
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
@@ -251,7 +253,7 @@ def train(
     with StopSignal() as stop, _shut_down_after(batches):
         objective.train()
         meter.start()
-        stopping = False
+        saved, stopping = first, False
         while step < last and not stopping:
             for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in prepared):
                 group["lr"] = settings.rate_at(step) * group["factor"]
@@ -308,16 +310,19 @@ def train(
                         bar.write(f"{name} step {step}: {said}", sys.stderr)
             if step % run.save_every == 0 and step < last:
                 _save(accelerator, folder, state, meter.seconds(), run)
-    bar.close()
-    seconds = meter.seconds()
-    if step > first:
-        _save(accelerator, folder, state, seconds, run)
+                saved = step
+        bar.close()
+        seconds = meter.seconds()
+        if step > saved:
+            _save(accelerator, folder, state, seconds, run)
+        ema.copy_to(parameters)
+        make_whole()
+        objective.eval()
+        stop.handled = True
+        (stopped,) = _any_rank(accelerator, stop.received is not None)
     if stop.received:
         accelerator.print(f"{name}: {stop.received} received, saved at step {step} of {settings.steps}")
-    ema.copy_to(parameters)
-    make_whole()
-    objective.eval()
-    return Outcome(step, state.seconds + seconds, step >= settings.steps, metrics)
+    return Outcome(step, state.seconds + seconds, step >= settings.steps and not stopped, metrics)
 
 
 def _in_parallel(
@@ -328,15 +333,6 @@ def _in_parallel(
     if distributed == "fsdp2":
         return objective, shard(objective, objective.units(), device, world, accelerator.mixed_precision == "bf16")
     return accelerator.prepare(objective.to(device)), lambda: None
-
-
-def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the averaged weights, by parameter name, and the meta data of the newest checkpoint in `folder`."""
-    found = checkpoints(folder)
-    if not found:
-        return None
-    groups, meta = load_checkpoint(found[-1])
-    return groups["ema"], meta
 
 
 def _save(accelerator: Accelerator, folder: Path, state: State, seconds: float, run: RunConfig) -> None:
@@ -362,7 +358,7 @@ def _validate(validate, log: Log, step: int, objective: nn.Module, ema: EMAModel
 
 def _write(accelerator: Accelerator, file: Path, name: str, step: int, record: Metrics) -> None:
     if accelerator.is_main_process:
-        append_metrics(file, {"step": step, **record})
+        append_json(file, {"step": step, **record})
         accelerator.log({f"{name}/{k}": v for k, v in record.items()}, step=step)
 
 

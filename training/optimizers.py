@@ -209,7 +209,7 @@ class Muon(torch.optim.Muon):
             if not views:
                 continue
             gradients: list[Any] = [view.grad for view in views]
-            momenta = [self.state[view].setdefault("momentum_buffer", torch.zeros_like(view)) for view in views]
+            momenta = [self._momentum(view) for view in views]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
             torch._foreach_mul_(views, 1 - group["lr"] * group["weight_decay"])
@@ -224,7 +224,7 @@ class Muon(torch.optim.Muon):
         """Take a step of at most as many matrices as there are processes, given by the parts held here; one for each."""
         mine: Tensor | None = None
         for owner, (view, weight) in enumerate(weights.items()):
-            momentum = self.state[view].setdefault("momentum_buffer", torch.zeros_like(view))
+            momentum = self._momentum(view)
             momentum.lerp_(view.grad, 1 - group["momentum"])
             update = view.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum  # pyright: ignore
             whole = gather(joined(update.to(self.dtype), weight))  # Newton-Schulz begins with that rounding
@@ -235,6 +235,13 @@ class Muon(torch.optim.Muon):
             whole = step if owner == get_rank() and step is not None else torch.empty(weight.shape, device=view.device)
             part: Any = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=owner)
             view.mul_(1 - group["lr"] * group["weight_decay"]).add_(part.to_local(), alpha=group["lr"])
+
+    def _momentum(self, view: nn.Parameter) -> Tensor:
+        """Return a matrix's momentum, made of zeros in its first step."""
+        state = self.state[view]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(view)
+        return state["momentum_buffer"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the weights, or set them to zero."""

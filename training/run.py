@@ -9,43 +9,26 @@ run/NAME/metrics.jsonl          one line per logged or validated step
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import UserError, load_yaml, save_yaml, to_plain
+from .files import append_json, move_into_place, read_json_lines, write_atomically
 
 MACHINES = "machines.txt"
 DATA = "data.json"
-
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write a text file aside, flush it to disk and rename it into place."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def save_tensors_atomically(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file aside, flush it to disk and rename it into place."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside)
-    _sync(aside)
-    os.replace(aside, path)
 
 
 def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (), write: bool = True) -> Path:
@@ -112,63 +95,97 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def save_checkpoint(
     folder: Path, step: int, groups: Iterable[tuple[str, Mapping[str, Tensor]]], meta: Mapping[str, Any]
 ) -> Path:
-    """Write `folder/step-N` with one safetensors file per named group and the JSON `meta`; complete or not there at all."""
+    """Write `folder/step-N` with one safetensors file per named group and the JSON `meta`; complete or not there at all.
+
+    What killed processes left behind is removed. A checkpoint of that step stays until the new one is complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    final, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
+    for stale in folder.glob(".step-*"):
+        shutil.rmtree(stale)
+    final, aside, old = (folder / f"{name}-{step:08d}" for name in ("step", ".step-new", ".step-old"))
     aside.mkdir()
+    names = []
     for name, tensors in groups:
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
-        _sync(aside / f"{name}.safetensors")
-    write_atomically(aside / "state.json", json.dumps({"step": step, **meta}))
+        names.append(name)
+    (aside / "state.json").write_text(json.dumps({"step": step, "groups": names, **meta}), encoding="utf-8")
     if final.exists():
-        shutil.rmtree(final)
-    os.replace(aside, final)
-    _sync(folder)
+        final.rename(old)
+    move_into_place(aside, final)
+    shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensor groups and the meta data of a checkpoint folder."""
-    groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return groups, json.loads((path / "state.json").read_text(encoding="utf-8"))
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, "pt")
+        self._names = tuple(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor onto the CPU."""
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, TensorFile], dict[str, Any]]:
+    """Open the tensor groups of a checkpoint folder, and return its meta data; raises OSError where it is damaged."""
+    try:
+        groups = {file.stem: TensorFile(file) for file in sorted(path.glob("*.safetensors"))}
+        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError) as error:
+        raise OSError(f"checkpoint {path}: damaged: {error}") from None
+    if missing := [name for name in meta.pop("groups", ()) if name not in groups]:
+        raise OSError(f"checkpoint {path}: damaged: {missing[0]}.safetensors is missing")
+    return groups, meta
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is not damaged; None where there is none at all.
+
+    Each damaged one is named on stderr. Raises UserError where all are.
+    """
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            load_checkpoint(path)
+            return path
+        except OSError as error:
+            print(f"{error}; the checkpoint before it is taken", file=sys.stderr)
+    if paths:
+        raise UserError(f"{folder}: all checkpoints are damaged; remove them to start this stage anew")
+    return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").exists())
+    """Return the complete checkpoints in `folder`, oldest first; folders of other names are none."""
+    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and (p / "state.json").exists())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def thin_out(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
     """Delete all checkpoints but the newest `keep_last` and those at multiples of `keep_every` steps."""
     for old in checkpoints(folder)[:-keep_last]:
         if keep_every is None or int(old.name.removeprefix("step-")) % keep_every:
-            shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # a kill leaves no half of a checkpoint
 
 
 # -- metrics and signals ---------------------------------------------------------------------------------------------
 
 
-def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes them again."""
+    """Drop the lines after `step`, which a resumed run writes again, and damaged ones."""
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(line + "\n" for line in lines))
+        records = [record for record in read_json_lines(path) if record["step"] <= step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_curve(folder: Path, key: str) -> list[tuple[float, float]]:
@@ -176,7 +193,7 @@ def read_curve(folder: Path, key: str) -> list[tuple[float, float]]:
     file = folder / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{folder}: no metrics.jsonl there; give the folder of a stage")
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    records = read_json_lines(file)
     points = [(record["step"], record[key]) for record in records if key in record]
     if not points:
         known = sorted({name for record in records for name in record} - {"step"})
@@ -185,11 +202,15 @@ def read_curve(folder: Path, key: str) -> list[tuple[float, float]]:
 
 
 class StopSignal:
-    """Context in which SIGTERM and SIGINT set `received` instead of ending the process; a second SIGINT ends it."""
+    """Context in which SIGTERM and SIGINT set `received` instead of ending the process; a second SIGINT ends it.
+
+    A signal that was not acted on within the context, which `handled` tells, is sent again after it.
+    """
 
     def __enter__(self) -> "StopSignal":
         """Take over both signals."""
         self.received: str | None = None
+        self.handled = False
         self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -198,10 +219,12 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
         """Give both signals back."""
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        if self.received and not self.handled and exception is None:
+            signal.raise_signal(signal.Signals[self.received])
 
 
 # -- provenance ------------------------------------------------------------------------------------------------------
@@ -233,4 +256,4 @@ def _machine() -> str:
 
 def append_result(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Append a published figure, with its provenance, as one JSON line."""
-    append_metrics(Path(path), {**record, **provenance()})
+    append_json(path, {**record, **provenance()})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import UserError
 from .fsdp import gather_on_main, held, joined, spread_like
 from .optimizers import from_saved, held_by, to_saved
-from .run import checkpoints, load_checkpoint
+from .run import load_checkpoint
 
 
 class State:
@@ -41,15 +41,12 @@ class State:
         self.skipped += 1
         self.skipped_in_a_row += 1
 
-    def resume(self, folder: Path) -> None:
-        """Read the newest checkpoint, if there is one; raises UserError where its steps had more or fewer samples."""
-        found = checkpoints(folder)
-        if not found:
-            return
-        groups, meta = load_checkpoint(found[-1])
+    def resume(self, path: Path) -> None:
+        """Read a checkpoint, a tensor at a time; raises UserError where its steps had more or fewer samples."""
+        groups, meta = load_checkpoint(path)
         if meta["global_batch"] != self.global_batch:
             raise UserError(
-                f"{found[-1]}: was trained on {meta['global_batch']} samples a step, these processes have {self.global_batch} "
+                f"{path}: was trained on {meta['global_batch']} samples a step, these processes have {self.global_batch} "
                 "(processes x batch_size x accumulate); start as many processes as before"
             )
         with torch.no_grad():
@@ -58,14 +55,17 @@ class State:
                     place.copy_(held(spread_like(groups[group][name], parameter)))
             for name, buffer in self.buffers.items():
                 buffer.copy_(groups["buffers"][name])
-        slots: dict[str, dict[str, Tensor]] = {}
-        for key, value in groups["optimizer"].items():
+        slots: dict[str, list[str]] = {}
+        for key in groups["optimizer"]:
             name, _, slot = key.rpartition("/")
-            slots.setdefault(name, {})[slot] = value
+            slots.setdefault(name, []).append(slot)
         names = {id(p): name for name, p in self.named.items()}
         for optimizer in self.optimizers:
             moments = {
-                i: {slot: from_saved(optimizer, value, p) for slot, value in slots.get(names[id(p)], {}).items()}
+                i: {
+                    slot: from_saved(optimizer, groups["optimizer"][f"{names[id(p)]}/{slot}"], p)
+                    for slot in slots.get(names[id(p)], ())
+                }
                 for i, (p, _) in enumerate(held_by(optimizer))
             }
             moments = {i: slot for i, slot in moments.items() if slot}

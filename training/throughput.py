@@ -35,7 +35,8 @@ class Meter:
     def __init__(self, processes: int, device: torch.device | str, bf16: bool, peak_tflops: float | None):
         self.processes, self.device, self.bf16, self.peak = processes, device, bf16, peak_tflops
         self.sums: dict[str, Tensor] = {}
-        self.steps = self.samples = self.tokens = 0
+        self.counts: dict[str, int] = {}  # steps that had a figure: some begin or end within a window
+        self.samples = self.tokens = 0
         self.flops = 0.0
         self.started = self.since = 0.0
 
@@ -64,13 +65,13 @@ class Meter:
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
         """Add the figures of a step that was taken."""
-        self.steps += 1
         for key, value in figures.items():
             self.sums[key] = self.sums.get(key, 0) + value.detach().float()
+            self.counts[key] = self.counts.get(key, 0) + 1
 
     def read(self) -> dict[str, float]:
-        """Return averages over the steps taken and the throughput since the last reading, and begin anew."""
-        record = {key: float(value) / self.steps for key, value in self.sums.items()}  # waits for the device
+        """Return each figure's average over the steps that had it and the throughput since the last reading, and begin anew."""
+        record = {key: float(value) / self.counts[key] for key, value in self.sums.items()}  # waits for the device
         seconds = time.perf_counter() - self.since
         record["samples_per_second"] = self.samples * self.processes / seconds
         if self.flops:
@@ -80,7 +81,7 @@ class Meter:
             record["tokens_per_second"] = self.tokens * self.processes / seconds
             record["tflops"] = self.flops / seconds / 1e12
             record["mfu"] = record["tflops"] / self.peak
-        self.sums, self.steps, self.samples, self.tokens, self.flops = {}, 0, 0, 0, 0.0
+        self.sums, self.counts, self.samples, self.tokens, self.flops = {}, {}, 0, 0, 0.0
         self.since = time.perf_counter()
         return record
 

@@ -26,9 +26,10 @@ from promag.tokenizer.train import StageObjective, train_tokenizer
 from promag.training.command_line import Parser, parse_config, run_main
 from promag.training.config import required, setting
 from promag.training.device import best_device
+from promag.training.files import read_json_lines, write_atomically
 from promag.training.loop import RunConfig, seeded
 from promag.training.precision import Precision, autocast, check_training_precision, choose_for_run
-from promag.training.run import append_result, write_atomically
+from promag.training.run import append_result
 
 COSTS = ("steps", "clips_seen", "frames_seen", "seconds", "flops")
 
@@ -294,7 +295,7 @@ def _curve(
 ) -> list[list[float]]:
     """Return validation points of a stage: steps and seconds since the first variant began, PSNR."""
     folder = run_folder(config, variant.name, seed) / f"{stage.ratio}x"
-    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    points = read_json_lines(folder / "metrics.jsonl")
     before = spent["steps"] - stage.optimization.steps
     since = spent["seconds"] - json.loads((folder / "done.json").read_text(encoding="utf-8"))["seconds"]
     return [[before + p["step"], since + p["train_seconds"], p["psnr"]] for p in points if "psnr" in p]

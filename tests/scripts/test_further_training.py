@@ -87,11 +87,11 @@ def test_a_pipeline_loads_adapters_weighs_them_and_puts_them_away(lora, base, de
 def test_saved_adapters_give_what_was_trained(lora, base, demo_run):
     """The averaged adapters of the last checkpoint, put on the base by hand, are what load_lora_weights gives."""
     from promag.diffusion.finetune import Lora, add_lora
-    from promag.training.loop import averaged_weights
+    from promag.training.run import checkpoints, load_checkpoint
 
     pipe = load(base)
     add_lora(pipe.transformer, Lora(RANK, 4, tuple(TARGETS)))
-    averaged, _ = averaged_weights(lora / "16x")
+    averaged = load_checkpoint(checkpoints(lora / "16x")[-1])[0]["ema"]
     own = dict(pipe.transformer.named_parameters())
     with torch.no_grad():
         for name, value in averaged.items():

@@ -11,17 +11,9 @@ from torch import nn
 
 from promag.data.stream import TrainingStream
 from promag.training.config import UserError
+from promag.training.files import append_json, write_atomically
 from promag.training.loop import Objective, close_trackers, make_accelerator, seeded, train
-from promag.training.run import (
-    append_metrics,
-    checkpoints,
-    cut_metrics,
-    load_checkpoint,
-    open_run,
-    save_checkpoint,
-    thin_out,
-    write_atomically,
-)
+from promag.training.run import StopSignal, checkpoints, cut_metrics, load_checkpoint, open_run, save_checkpoint, thin_out
 from promag.training.throughput import Work
 from tests.conftest import optimization_config, run_config
 
@@ -182,6 +174,78 @@ def test_sigterm_saves_and_ends_in_order(tmp_path):
     assert again.step == 4
 
 
+def test_sigterm_in_the_last_step_leaves_the_stage_to_the_next_call(tmp_path):
+    def validate(log, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    outcome, _ = run(tmp_path, validate=validate)
+    assert (outcome.step, outcome.finished) == (4, False)
+    again, _ = run(tmp_path)
+    assert (again.step, again.finished) == (4, True)
+
+
+@pytest.mark.parametrize("place", ["save_checkpoint", "thin_out"])
+def test_more_signals_during_the_final_save_do_not_end_it(tmp_path, monkeypatch, place):
+    from promag.training import loop
+
+    original = getattr(loop, place)
+
+    def interrupted(*arguments):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, place, interrupted)
+    outcome, _ = run(tmp_path, run_config(save_every=50, stop_after=3))
+    assert (outcome.step, outcome.finished) == (3, False)
+    assert [p.name for p in checkpoints(tmp_path / "stage")] == ["step-00000003"]
+
+
+def test_a_signal_that_nobody_acted_on_is_sent_again():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        for handled in (True, False):
+            with StopSignal() as stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+                stop.handled = handled
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_step_is_saved_once(tmp_path, monkeypatch):
+    from promag.training import loop
+
+    saved = []
+    original = loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda f, step, *rest: (saved.append(step), original(f, step, *rest)))
+
+    class Terminated(Noisy):
+        def forward(self, batch, generators, step):
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(batch, generators, step)
+
+    run(tmp_path, run_config(save_every=2), objective=Terminated())
+    assert saved == [2]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, capsys):
+    run(tmp_path, run_config(save_every=1, stop_after=3, keep_last=3))
+    file = tmp_path / "stage" / "step-00000003" / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    run(tmp_path / "whole")
+    outcome, _ = run(tmp_path)
+    error = capsys.readouterr().err
+    assert "step-00000003: damaged: " in error
+    assert "the checkpoint before it is taken" in error
+    assert outcome.finished
+    assert all(torch.equal(value, tensors(tmp_path)[key]) for key, value in tensors(tmp_path / "whole").items())
+
+
 class Sick(Noisy):
     """Its loss is not a number at some steps; it keeps a moving average that such a step would spoil."""
 
@@ -326,7 +390,7 @@ def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
 
 def test_metrics_after_a_checkpoint_are_cut(tmp_path):
     for step in range(5):
-        append_metrics(tmp_path / "m.jsonl", {"step": step})
+        append_json(tmp_path / "m.jsonl", {"step": step})
     cut_metrics(tmp_path / "m.jsonl", 2)
     assert (tmp_path / "m.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
 

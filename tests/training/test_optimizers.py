@@ -133,3 +133,15 @@ def test_trainings_in_float32_orthogonalise_in_float32():
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         muon = make_optimizers(objective, settings, precision)[-1]
         assert muon.dtype == dtype
+
+
+def test_momentum_is_allocated_once(monkeypatch):
+    weights = [nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    muon, made, zeros_like = Muon(weights), [], torch.zeros_like
+    muon.batched = True
+    monkeypatch.setattr(torch, "zeros_like", lambda *arguments, **options: made.append(1) or zeros_like(*arguments, **options))
+    for steps in (2, 2, 2):
+        for weight in weights:
+            weight.grad = torch.ones(4, 3)
+        muon.step()
+        assert len(made) == steps

@@ -1,0 +1,148 @@
+"""Checkpoints and JSON lines after kills, full disks and strangers' folders."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from promag.training import files
+from promag.training.config import UserError
+from promag.training.files import append_json, read_json_lines, save_tensors_atomically, write_atomically
+from promag.training.run import (
+    checkpoints,
+    cut_metrics,
+    load_checkpoint,
+    newest_checkpoint,
+    open_run,
+    save_checkpoint,
+    thin_out,
+)
+from tests.conftest import optimization_config
+
+
+def save(folder, step, value=1.0, **meta):
+    return save_checkpoint(folder, step, [(n, {"a": torch.full((2,), value)}) for n in ("weights", "ema")], meta)
+
+
+def own_bytes():
+    """Return this process's resident memory without that which it maps from files."""
+    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_killed_saves_left_is_removed(tmp_path):
+    for name in (".step-00000003.4711", ".step-old-00000001", ".step-00000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_bytes(b"half")
+    save(tmp_path, 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_a_checkpoint_stays_until_the_one_that_replaces_it_is_whole(tmp_path):
+    save(tmp_path, 5, 1.0)
+
+    def groups():
+        yield "weights", {"a": torch.zeros(2)}
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(tmp_path, 5, groups(), {})
+    assert load_checkpoint(newest_checkpoint(tmp_path))[0]["weights"]["a"].tolist() == [1, 1]
+    save(tmp_path, 5, 2.0)
+    assert load_checkpoint(newest_checkpoint(tmp_path))[0]["weights"]["a"].tolist() == [2, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_folders_of_other_names_are_no_checkpoints(tmp_path):
+    for step in (1, 2, 100_000_000):
+        path = save(tmp_path, step)
+    for name in ("step-best", "step-00000009-copy", "step-9"):
+        path.rename(tmp_path / name)
+        path = save(tmp_path, 100_000_000)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001", "step-00000002", "step-100000000"]
+    thin_out(tmp_path, keep_last=1)
+    kept = {"step-best", "step-00000009-copy", "step-9", "step-100000000"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "state"])
+def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, capsys, damage):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    if damage == "cut":
+        (bad / "ema.safetensors").write_bytes((bad / "ema.safetensors").read_bytes()[:-1])
+    elif damage == "missing":
+        (bad / "ema.safetensors").unlink()
+    else:
+        (bad / "state.json").write_text('{"step": 2, "gro')
+    assert newest_checkpoint(tmp_path) == good
+    assert f"checkpoint {bad}: damaged: " in capsys.readouterr().err
+    (good / "state.json").write_text("")
+    with pytest.raises(UserError, match="all checkpoints are damaged; remove them to start this stage anew"):
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's figures of memory")
+def test_a_checkpoint_is_read_a_tensor_at_a_time(tmp_path):
+    path = save_checkpoint(tmp_path, 1, [("weights", {f"{i}": torch.ones(2**20) for i in range(32)})], {})
+    before = own_bytes()
+    groups, _ = load_checkpoint(path)
+    total = sum(groups["weights"][name].sum().item() for name in groups["weights"])
+    assert total == 2**25
+    assert own_bytes() - before < 2**25  # 128 MiB are on disk
+
+
+@pytest.mark.parametrize("half", [b'{"step": 3, "lo', b"\xff\xfe", b"{"])
+def test_half_a_line_ends_no_run(tmp_path, capsys, half):
+    path = tmp_path / "metrics.jsonl"
+    append_json(path, {"step": 1}, {"step": 2})
+    with open(path, "ab") as file:
+        file.write(half)
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    assert f"{path}: line 3 is damaged, left out" in capsys.readouterr().err
+    append_json(path, {"step": 4})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 4}\n'
+    assert f"{path}: half a line at its end is dropped" in capsys.readouterr().err
+
+
+def test_a_damaged_line_in_the_middle_is_cut_with_the_metrics_after_a_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "l{"step": 3}\n{"step": 4}\n{"step": 5}\n')
+    cut_metrics(path, 4)
+    assert read_json_lines(path) == [{"step": 1}, {"step": 4}]
+
+
+def test_a_whole_line_without_its_end_stays(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"a": 1}')
+    append_json(path, {"b": 2})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1}, {"b": 2}]
+
+
+def test_files_are_on_disk_before_their_name_is(tmp_path, monkeypatch):
+    order = []
+    flush, replace = files.flush, os.replace
+    monkeypatch.setattr(files, "flush", lambda path: (order.append(("flush", path.name)), flush(path)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(("rename", b.name)), replace(a, b)))
+    write_atomically(tmp_path / "a.txt", "one")
+    save_tensors_atomically(tmp_path / "b.safetensors", {"x": torch.ones(1)})
+    save(tmp_path, 1)
+    for name in ("a.txt", "b.safetensors", "step-00000001"):
+        place = order.index(("rename", name))
+        assert order[place - 1][0] == "flush"
+        assert order[place + 1] == ("flush", tmp_path.name)
+    flushed = {name for kind, name in order if kind == "flush"}
+    assert {"weights.safetensors", "ema.safetensors", "state.json"} <= flushed
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    write_atomically(tmp_path / "a.txt", "é")
+    assert (tmp_path / "a.txt").read_bytes() == "é".encode()
+
+
+def test_an_empty_record_of_the_configuration_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml: is empty"):
+        open_run(tmp_path, optimization_config())
