@@ -105,6 +105,25 @@ def test_a_batch_is_of_one_shape_and_ratio_the_same_on_all_ranks(cached, tmp_pat
         assert seen[key] / steps == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / steps))
 
 
+def test_processes_and_accumulation_may_be_traded_and_each_clip_comes_once_an_epoch(cached, tmp_path):
+    latents = [[LatentDataset(folder) for folder in part.latents] for part in cached]
+    source, _ = mixed(configuration(tmp_path), list(CLIPS), latents)
+
+    def rows(world, accumulate):
+        streams = [TrainingStream(source, 5, 2, rank, world, 0, accumulate) for rank in range(world)]
+        batches = [s.batch(k * accumulate + part) for k in range(40) for part in range(accumulate) for s in streams]
+        keys = ("sample", "ratio", "clip")
+        return [row for b in batches for row in zip(b["caption"], *(b[key].tolist() for key in keys), strict=True)]
+
+    whole = rows(1, 2)
+    assert whole == rows(2, 1)
+    for bucket, count in CLIPS.items():
+        drawn = [row[0] for row in whole if row[0].endswith(f"of {bucket}")]
+        epochs = [drawn[k : k + count] for k in range(0, len(drawn) - count + 1, count)]
+        assert len(epochs) > 3
+        assert all(len(set(epoch)) == count for epoch in epochs)
+
+
 def test_the_time_shift_follows_the_tokens_of_each_shape():
     transformer = type("Shape", (torch.nn.Module,), {"config": {"patch_size": (1, 2, 2)}})()
     values = type("Values", (), {})()
