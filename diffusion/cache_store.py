@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from promag.training.config import UserError
@@ -80,9 +80,16 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write one shard; after a kill it is there in full or not at all."""
-    save_tensors_atomically(shard_path(folder, number), tensors)
+def write_shard(folder: Path, number: int, fingerprint: Fingerprint, tensors: Mapping[str, Tensor]) -> None:
+    """Write one shard, marked with its cache and its number; after a kill it is there in full or not at all."""
+    mark = {"identity": _identity(asdict(fingerprint), number)}
+    save_tensors_atomically(shard_path(folder, number), {**tensors, **mark})
+
+
+def _identity(fingerprint: Mapping[str, Any], number: int) -> Tensor:
+    """Return 16 bytes that no other shard, of this cache or of another, has."""
+    digest = hashlib.sha256(json.dumps([fingerprint, number], sort_keys=True).encode()).digest()
+    return torch.tensor(list(digest[:16]), dtype=torch.uint8)
 
 
 def finish(folder: Path, fingerprint: Fingerprint, clips: int, shard_size: int, **facts: Any) -> None:
@@ -109,7 +116,7 @@ def pack_texts(texts: Sequence[str]) -> dict[str, Tensor]:
 class Shards:
     """A whole cache, its shards mapped into memory when they are read.
 
-    Raises UserError for a folder that holds no whole cache.
+    Raises UserError for a folder that holds no whole cache, and on reading a shard that is damaged, missing or another's.
     """
 
     def __init__(self, folder: Path):
@@ -132,12 +139,25 @@ class Shards:
         return self.shard(number), row
 
     def shard(self, number: int) -> Any:
-        """Return one shard, open."""
+        """Return one shard, open; raises UserError where its file is damaged, missing or in another's place."""
         if number not in self._open:
             while len(self._open) >= OPEN_FILES:
                 self._open.pop(next(iter(self._open)))
-            self._open[number] = safe_open(shard_path(self.folder, number), "pt")
+            self._open[number] = self._checked(number)
         return self._open[number]
+
+    def _checked(self, number: int) -> Any:
+        path = shard_path(self.folder, number)
+        again = "delete it and index.json, and write the cache again with `promag cache-latents`"
+        try:
+            shard: Any = safe_open(path, "pt")
+            names = set(shard.keys())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cache shard {path}: cannot be read: {error}; {again}") from None
+        # Caches written by earlier versions have no identities.
+        if "identity" in names and not torch.equal(shard.get_tensor("identity"), _identity(self.index["fingerprint"], number)):
+            raise UserError(f"cache shard {path}: is another shard, or one of another cache; {again}")
+        return shard
 
     def caption(self, clip: int) -> str:
         """Return the caption of one clip."""

@@ -169,8 +169,19 @@ def _write_shards(
         facts = {**pack_texts(captions), "fps": torch.tensor(rates, dtype=torch.float64)}
         for folder, parts in latents.items():
             z = torch.cat(parts)
-            write_shard(folder, shard, {"latents": z, **facts, **_sums(z)})
+            _check_finite(z, folder, clips_of(shard, batches.shard_size, batches.clips))
+            write_shard(folder, shard, caches[folder][0], {"latents": z, **facts, **_sums(z)})
     bar.close()
+
+
+def _check_finite(latents: Tensor, folder: Path, clips: range) -> None:
+    """Raise UserError naming the clips whose latents are NaN or infinite."""
+    broken = [clip for clip, z in zip(clips, latents, strict=True) if not z.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"cache {folder}: latents of clips {', '.join(map(str, broken[:5]))} are not finite ({len(broken)} of {len(clips)} "
+            "in this shard); look at these clips, try --precision fp32 or --data.dtype float32"
+        )
 
 
 def _sums(latents: Tensor) -> dict[str, Tensor]:
@@ -227,6 +238,12 @@ class LatentDataset(Dataset):
                 raise UserError(f"cache {text.folder}: its embeddings belong to other clips than the latents in {folder}")
         self.fps: float = self.index["fps"]  # median of the clips
         self.weights: np.ndarray | None = None  # how often each clip comes in an epoch; see `weight_by_caption`
+        values = np.array([self.index["mean"], self.index["std"]], float)
+        if not np.isfinite(values).all() or (values[1] <= 0).any() or values.shape != (2, self.index["shape"][0]):
+            raise UserError(
+                f"latent cache {folder}: index.json needs a finite mean and a deviation above 0 for each of "
+                f"{self.index['shape'][0]} channels; delete index.json and let `promag cache-latents` write it again"
+            )
         self.normalise_by(self.index["mean"], self.index["std"], scale)
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float], scale: Scale) -> None:

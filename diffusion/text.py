@@ -158,7 +158,9 @@ def _load_transformers(path: str, number: int) -> tuple[Any, Any]:
         kind = AutoConfig.from_pretrained(place["text_encoder"]).model_type
         if kind not in FROZEN:
             raise UserError(f"text encoder {path}: is a {kind} model; legal are {', '.join(sorted(FROZEN))}")
-        encoder = FROZEN[kind].from_pretrained(place["text_encoder"])
+        encoder, loading = FROZEN[kind].from_pretrained(place["text_encoder"], output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):  # they would stay random
+            raise UserError(f"text encoder {path}: its file lacks {', '.join(missing[:3])} ({len(missing)} tensors)")
         return AutoTokenizer.from_pretrained(place["tokenizer"]), encoder
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):

@@ -99,7 +99,7 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
         encoder.to(state.device)
         for number in ProgressBar(mine, desc="caching text", unit="shard", disable=not state.is_main_process):
             texts = [captions.caption(clip) for clip in clips_of(number, size, captions.clips)]
-            write_shard(folder, number, _encode(tokenizer, encoder, texts, dtype))
+            write_shard(folder, number, fingerprint, _encode(tokenizer, encoder, texts, dtype))
         if state.is_main_process:
             save_tensors_atomically(folder / "null.safetensors", _encode(tokenizer, encoder, [NULL_CAPTION], dtype))
             width, pooled = text_widths(encoder)

@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from promag.diffusion.text import Embedded
 from promag.tokenizer.geometry import check_ratio
+from promag.training.config import UserError
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 NAMES = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
@@ -74,11 +76,25 @@ def check_finite(**numbers: Any) -> None:
             raise ValueError(f"{name} {value!r}: a finite number is needed")
 
 
-def check_rate(fps: Any) -> None:
-    """Refuse a frame rate that is not above 0 and finite."""
-    check_finite(fps=fps)
-    if fps <= 0:
-        raise ValueError(f"fps {fps}: must be above 0")
+class VideoShape(NamedTuple):
+    """Size, length, token budget and frame rate of the videos of a call."""
+
+    height: int
+    width: int
+    num_frames: int
+    temporal_ratio: int
+    fps: float
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], *values: Any) -> "VideoShape":
+        """Return the values, in the order of the fields, with the pipeline's defaults for those that are None; checked."""
+        names = cls._fields
+        shape = cls(*with_defaults(config, **dict(zip(names, values, strict=True))))
+        check_counts(**{name: getattr(shape, name) for name in names if name != "fps"})
+        check_finite(fps=shape.fps)
+        if shape.fps <= 0:
+            raise ValueError(f"fps {shape.fps}: must be above 0")
+        return shape
 
 
 def check_lengths(lengths: Any) -> None:
@@ -121,6 +137,23 @@ def check_names(output_type: str, callback_tensors: Sequence[str], legal: Sequen
     unknown = set(callback_tensors) - set(legal)
     if unknown:
         raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: legal are {', '.join(legal)}")
+
+
+def check_lora(weights: Mapping[str, Tensor], transformer: nn.Module) -> None:
+    """Refuse adapters of layers that the transformer does not have, which diffusers leaves out; raises UserError."""
+    layers = {f"transformer.{name}" for name, _ in transformer.named_modules()}
+    foreign = sorted({name for name in weights if name.split(".lora_")[0].removesuffix(".alpha") not in layers})
+    if foreign or not weights:
+        raise UserError(
+            f"LoRA: {len(foreign)} of its {len(weights)} tensors fit no layer of this transformer ({', '.join(foreign[:3])}); "
+            "names are transformer.LAYER.lora_A.weight, as `promag train-diffusion` saves them"
+        )
+
+
+def first_noise(shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
+    """Draw each video's noise in turn, so that it does not depend on how many follow."""
+    generators = generator if isinstance(generator, list) else [generator] * shape[0]
+    return torch.cat([randn_tensor((1, *shape[1:]), generator=g, device=device, dtype=torch.float32) for g in generators])
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
@@ -181,6 +214,11 @@ class Prompts:
             return self
         text, negative = ([new[name] for name in names] for names in (NAMES, NEGATIVE_NAMES))
         return Prompts(pack(*text), None if negative[0] is None else pack(*negative, names=NEGATIVE_NAMES))
+
+
+def repeat_for_videos(text: Embedded, times: int, device: torch.device) -> Embedded:
+    """Repeat each prompt for its videos and move all to where they are sampled."""
+    return text.map(lambda x: x.repeat_interleave(times, 0).to(device))
 
 
 # -- first frames ----------------------------------------------------------------------------------------------------
@@ -255,3 +293,22 @@ def last_frames(pixels: Tensor, ratio: int, most: int) -> Tensor:
     """Return the last 1 + ratio*k frames of B C T H W, as many as there are but at most `most` latent frames of them."""
     latents = min(most, 1 + (pixels.shape[2] - 1) // ratio)
     return pixels[:, :, pixels.shape[2] - (1 + ratio * (latents - 1)) :]
+
+
+def check_conditioning(name: str, count: int, prompts: int, most: int, frames: int, ratio: int) -> None:
+    """Refuse first frames that the model was not trained with, that leave no latent frame to generate, or of another number.
+
+    Args:
+        name: image or video.
+        count: images or clips given.
+        prompts: prompts of the call.
+        most: latent frames that the transformer was trained to be conditioned on.
+        frames: latent frames of a video.
+        ratio: temporal ratio.
+    """
+    if not most:
+        raise ValueError(f"{name}: this transformer was trained without given frames (condition.probability 0)")
+    if frames < 2:
+        raise ValueError(f"num_frames 1 with {name}: no frame is left to make; use {1 + ratio} or more")
+    if count not in (1, prompts):
+        raise ValueError(f"{name}: {count} given; use one, or one for each of the {prompts} prompts")

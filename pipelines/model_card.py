@@ -11,15 +11,17 @@ from promag.tokenizer.geometry import latent_frames, tokens
 EMPTY = "This model card has been automatically generated."  # how diffusers ends the description of a card without content
 
 
-def write_card(pipe: Any, folder: str | Path, name: str) -> None:
-    """Put a card in the place of the empty one in `folder`; one that somebody wrote stays."""
+def write_card(pipe: Any, folder: str | Path, repo_id: str) -> None:
+    """Replace the empty card in `folder`, which is uploaded as `repo_id`; a card that somebody wrote stays."""
     path = Path(folder) / "README.md"
     if path.exists() and EMPTY in path.read_text(encoding="utf-8"):
-        path.write_text(pipeline_card(pipe, name), encoding="utf-8")
+        path.write_text(pipeline_card(pipe, repo_id, hub=True), encoding="utf-8")
 
 
-def pipeline_card(pipe: Any, name: str) -> str:
-    """Return the card of a pipeline that people load as `name`, as Markdown."""
+def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
+    """Return the card, as Markdown, of a pipeline in the folder `name`, or in the hub's repository of that name."""
+    # By the name of a repository diffusers cannot load classes of an installed package; a snapshot of it can be.
+    place = f'snapshot_download("{name}")' if hub else f'"{name}"'
     known = pipe.config
     frames, height, width = (known[key] for key in ("num_frames", "height", "width"))
     size = f"{frames} frames of {height}x{width} (height x width)"
@@ -40,9 +42,10 @@ def pipeline_card(pipe: Any, name: str) -> str:
             "```python",
             "import promag",
             "from diffusers import DiffusionPipeline",
+            *(["from huggingface_hub import snapshot_download"] if hub else []),
             "from promag.data.video import write_video",
             "",
-            f'pipe = DiffusionPipeline.from_pretrained("{name}")',
+            f"pipe = DiffusionPipeline.from_pretrained({place})",
             'frames = pipe("what the video shows").frames[0]',
             f'write_video("video.mp4", (frames * 255).round().astype("uint8"), {known["fps"]:g})',
             "```",

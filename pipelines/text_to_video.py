@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.outputs import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
@@ -24,27 +23,30 @@ from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.geometry import check_size, latent_frames, tokens
 from promag.training.config import UserError
-from promag.training.safetensors_only import PICKLES, SafetensorsOnly
+from promag.training.safetensors_only import PICKLES, SafetensorsOnly, check_complete
 
 from .inputs import (
     NAMES,
     NEGATIVE_NAMES,
     Prompts,
     Tensors,
+    VideoShape,
     check_budget,
+    check_conditioning,
     check_counts,
     check_finite,
     check_generators,
     check_latents,
     check_lengths,
+    check_lora,
     check_names,
     check_prompts,
-    check_rate,
+    first_noise,
     last_frames,
     pack,
     read_conditioning_frames,
+    repeat_for_videos,
     unpack,
-    with_defaults,
 )
 from .model_card import write_card
 from .timesteps import SchedulerStep, check_flow, set_flow_times
@@ -79,6 +81,8 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         num_frames: default frames.
         fps: default frame rate that the model is told.
         temporal_ratio: default temporal ratio.
+
+    Raises UserError for a text encoder that was loaded from a file without some of its tensors.
     """
 
     __module__ = "promag"
@@ -104,6 +108,9 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         temporal_ratio: int = 16,
     ):
         super().__init__()
+        for encoder in (text_encoder, text_encoder_2, text_encoder_3):
+            if folder := getattr(encoder, "name_or_path", None):  # transformers only warns of random weights
+                check_complete(encoder, Path(folder))
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
         )
@@ -126,11 +133,17 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         return {**ours, **parts}, *rest
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """Load LoRA adapters for the transformer, from safetensors or a dictionary; raises UserError for a pickle."""
+        """Load LoRA adapters for the transformer, from safetensors or a dictionary.
+
+        Raises UserError for a pickle, and for adapters of layers that the transformer does not have.
+        """
         for given in (pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")):
             if not isinstance(given, dict) and Path(given or "").suffix in PICKLES:
                 raise UserError(f"LoRA {given}: may be a pickle, which runs code when loaded; only safetensors are loaded")
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **{**kwargs, "use_safetensors": True})
+        kwargs["use_safetensors"] = True
+        weights: Any = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **dict(kwargs))
+        check_lora(weights, self.transformer)
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
 
     def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload what push_to_hub saved, with a card that says how to use it in place of an empty one."""
@@ -203,10 +216,10 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
             given = [given] * len(text.tokens[0]) if isinstance(given, str) else given
             negative = self._encode(given, max_sequence_length)
         device = device or self._execution_device
-        text = _for_videos(text, num_videos_per_prompt, device)
+        text = repeat_for_videos(text, num_videos_per_prompt, device)
         prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(text)
         if negative is not None:
-            negative = _for_videos(negative, num_videos_per_prompt, device)
+            negative = repeat_for_videos(negative, num_videos_per_prompt, device)
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = unpack(negative)
         return (
             prompt_embeds,
@@ -305,21 +318,19 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        height, width, num_frames, ratio, fps = with_defaults(
-            self.config, height=height, width=width, num_frames=num_frames, temporal_ratio=temporal_ratio, fps=fps
-        )
+        config: Any = self.config
+        video_shape = VideoShape.of(config, height, width, num_frames, temporal_ratio, fps)
+        ratio, size = video_shape.temporal_ratio, (video_shape.height, video_shape.width)
         check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-        check_counts(height=height, width=width, num_frames=num_frames, temporal_ratio=ratio)
         check_counts(num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt)
         check_finite(guidance_scale=guidance_scale)
-        check_rate(fps)
         check_lengths(max_sequence_length)
         check_budget(ratio, self.vae, self.transformer)
         check_names(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_flow(self.scheduler)
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
-        check_size(height, width, spatial * max(patch[1:]))
-        token_count = tokens(num_frames, height, width, ratio, tuple(patch))
+        check_size(*size, spatial * max(patch[1:]))
+        token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch))
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._current_timestep, self._interrupt = None, False
         device = self._execution_device
@@ -341,16 +352,16 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         negative = None if embedded[3] is None else pack(*embedded[3:], names=NEGATIVE_NAMES)
         prompts = Prompts(pack(*embedded[:3]), negative)
 
-        frames = latent_frames(num_frames, ratio)
-        shape = (len(prompts), self.transformer.config["in_channels"], frames, height // spatial, width // spatial)
+        frames, channels = latent_frames(video_shape.num_frames, ratio), self.transformer.config["in_channels"]
+        shape = (len(prompts), channels, frames, *(side // spatial for side in size))
         check_latents(latents, shape, denoise_strength)
         check_generators(generator, len(prompts))
-        given = self._conditioning_latents(image, video, (height, width), shape, num_videos_per_prompt, ratio, device)
+        given = self._conditioning_latents(image, video, size, shape, num_videos_per_prompt, ratio, device)
         times = set_flow_times(self.scheduler, num_inference_steps, token_count, device, denoise_strength)
         steps = len(times) - 1
         timesteps = self.scheduler.timesteps[len(self.scheduler.timesteps) - steps :]
         start = None if latents is None else latents.to(device, torch.float32)
-        x = self._first_noise(shape, generator, device) if start is None or denoise_strength < 1 else start
+        x = first_noise(shape, generator, device) if start is None or denoise_strength < 1 else start
         if start is not None and denoise_strength < 1:
             start = self.transformer.normalise(start, ratio)
             x = interpolate(start, x, times[:1]) if steps else start
@@ -365,7 +376,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
             with self.transformer.cache_context(
                 "cond_uncond", step_index=call, sigma=times[call].item(), num_inference_steps=steps
             ):
-                return self._predict(x, time, prompts, ratio, fps)
+                return self._predict(x, time, prompts, ratio, video_shape.fps)
 
         progress: Any = self.progress_bar  # its decorator hides its arguments from type checkers
         with progress(total=steps) as bar:
@@ -416,11 +427,6 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         video = self.vae.decode(latents.to(self.vae.dtype), ratio, return_dict=False)[0]
         return self.video_processor.postprocess_video(video.float(), output_type=output_type)
 
-    def _first_noise(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
-        """Draw each video's noise in turn, so that it does not depend on how many follow."""
-        generators = generator if isinstance(generator, list) else [generator] * shape[0]
-        return torch.cat([randn_tensor((1, *shape[1:]), generator=g, device=device, dtype=torch.float32) for g in generators])
-
     def _conditioning_latents(
         self,
         image: Any,
@@ -435,20 +441,10 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         pixels = read_conditioning_frames(image, video, size, self.video_processor)
         if pixels is None:
             return None
-        name, trained = "image" if video is None else "video", self.transformer.config["condition_frames"]
-        if not trained:
-            raise ValueError(f"{name}: this transformer was trained without given frames (condition.probability 0)")
-        if shape[2] < 2:
-            raise ValueError(f"num_frames 1 with {name}: no frame is left to make; use {1 + ratio} or more")
+        name, most = "image" if video is None else "video", self.transformer.config["condition_frames"]
         prompts = shape[0] // times
-        if len(pixels) not in (1, prompts):
-            raise ValueError(f"{name}: {len(pixels)} given; use one, or one for each of the {prompts} prompts")
-        pixels = last_frames(pixels, ratio, min(trained, shape[2] - 1)).to(device, self.vae.dtype)
+        check_conditioning(name, len(pixels), prompts, most, shape[2], ratio)
+        pixels = last_frames(pixels, ratio, min(most, shape[2] - 1)).to(device, self.vae.dtype)
         latents = self.vae.encode(pixels, ratio).latent_dist.mode().float()  # pyright: ignore
         latents = self.transformer.normalise(latents, ratio)
         return latents.expand(prompts, *latents.shape[1:]).repeat_interleave(times, 0)
-
-
-def _for_videos(text: Embedded, times: int, device: torch.device) -> Embedded:
-    """Repeat each prompt for its videos and move all to where they are made."""
-    return text.map(lambda x: x.repeat_interleave(times, 0).to(device))

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors import safe_open
+from torch import nn
+
 from .config import UserError
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -15,7 +18,8 @@ class SafetensorsOnly:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
         """Load as the class of diffusers does, from safetensors alone.
 
-        Raises UserError where the folder, or the saved pipeline that it is a part of, holds a pickle.
+        Raises UserError where the folder, or the saved pipeline that it is a part of, holds a pickle, and where a model's file
+        lacks tensors, which would be left as they happen to be.
         """
         if kwargs.get("use_safetensors") is False:
             raise UserError(f"use_safetensors False: {cls.__name__} is loaded from safetensors alone; use True")
@@ -25,7 +29,11 @@ class SafetensorsOnly:
         else:  # a name on the hub
             kwargs["use_safetensors"] = True
         parent: Any = super()
-        return parent.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded: Any = parent.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if isinstance(model, nn.Module):
+            check_complete(model, place, kwargs.get("variant"))
+        return loaded  # pyright: ignore[reportReturnType]
 
     def save_pretrained(
         self,
@@ -50,3 +58,25 @@ def check_no_pickles(folder: Path) -> None:
     found = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.suffix in PICKLES)
     if found:
         raise UserError(f"{whole}: {', '.join(found)}: may be pickles, which run code when loaded; only safetensors are loaded")
+
+
+def check_complete(model: nn.Module, folder: Path, variant: str | None = None) -> None:
+    """Raise UserError where the safetensors files of a saved model lack tensors that the model has.
+
+    Loaders leave such tensors random or empty. Weights that are tied to a saved one may be missing. Nothing is checked without
+    files in `folder` (a name on the hub), or where they name tensors by another convention than the model.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    of_variant = [file for file in files if f".{variant}" in file.name]
+    names: set[str] = set()
+    for file in of_variant or [file for file in files if file.name.count(".") == 1] or files:
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    saved = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in names}
+    tied = {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in saved}
+    missing = sorted(model.state_dict().keys() - names - tied)
+    if missing and names & model.state_dict().keys():
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{folder}: {type(model).__name__} lacks {', '.join(missing[:3])}{more}; the file is damaged or of another model"
+        )

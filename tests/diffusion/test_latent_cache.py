@@ -2,6 +2,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 
 import pytest
 import torch
@@ -228,3 +229,38 @@ def test_an_opened_cache_goes_to_another_process(tmp_path, method):
         assert torch.equal(batch["latents"], other["latents"])
         assert batch["caption"] == other["caption"]
     loader._shutdown_workers()
+
+
+@pytest.mark.parametrize("damage", ["swapped", "from another cache", "cut", "gone"])
+def test_a_shard_in_anothers_place_or_a_damaged_one_is_refused_by_name(tmp_path, damage):
+    folder = make(tmp_path / "cache")
+    first, second = (folder / f"shard-{number:05d}.safetensors" for number in (0, 1))
+    if damage == "swapped":
+        first.rename(tmp_path / "aside")
+        second.rename(first)
+        (tmp_path / "aside").rename(second)
+    elif damage == "from another cache":
+        other = make(tmp_path / "other", fingerprint=dataclasses.replace(PRINT, tokenizer="another"))
+        shutil.copy(other / second.name, second)
+    elif damage == "cut":
+        second.write_bytes(second.read_bytes()[:20])
+    else:
+        second.unlink()
+    data = LatentDataset(folder)
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors: (is another shard|cannot be read).*cache-latents"):
+        data.fixed(data.shards.size)
+
+
+@pytest.mark.parametrize(("key", "value"), [("mean", float("nan")), ("std", float("inf")), ("std", 0.0)])
+def test_statistics_that_are_no_numbers_are_refused(tmp_path, key, value):
+    folder = make(tmp_path)
+    index = json.loads((folder / "index.json").read_text())
+    index[key][0] = value
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json needs a finite mean and a deviation above 0"):
+        LatentDataset(folder)
+
+
+def test_latents_that_are_not_finite_are_not_cached(tmp_path):
+    with pytest.raises(UserError, match=r"latents of clips .* are not finite"):
+        write_latents({tmp_path: PRINT}, 2, Clips(), lambda x, ratios: [encode(x, ratios)[0] * float("nan")])

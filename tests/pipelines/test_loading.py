@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,11 +13,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 
 import promag
 from promag import AutoencoderKLProMAG, ProMAGPipeline, ProMAGTransformer3DModel
+from promag.diffusion.text import load_frozen
 from promag.training.config import UserError
+from promag.training.safetensors_only import check_complete
 from tests.pipelines.conftest import call, like
+from tests.scripts.test_scripts import write_t5
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +133,7 @@ def hub_folder(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
-def test_what_is_pushed_has_a_card_that_says_how_to_use_it(pipe, hub_folder, tmp_path, how):
+def test_what_is_pushed_has_a_card_that_says_how_to_use_it(pipe, hub_folder, tmp_path, how, monkeypatch):
     if how == "push_to_hub":
         pipe.push_to_hub("discs")
     else:
@@ -136,7 +141,12 @@ def test_what_is_pushed_has_a_card_that_says_how_to_use_it(pipe, hub_folder, tmp
     card = (hub_folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-video\n")
     assert "automatically generated" not in card
-    assert 'DiffusionPipeline.from_pretrained("someone/discs")' in card
+    assert 'DiffusionPipeline.from_pretrained(snapshot_download("someone/discs"))' in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", {"someone/discs": hub_folder}.__getitem__)  # no network
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert (tmp_path / "video.mp4").stat().st_size > 0
     assert "17 frames of 16x24" in card
     assert "| 4 | 5 | 30 |" in card
     assert "| 16 | 2 | 12 |" in card
@@ -158,3 +168,47 @@ def test_models_are_pushed_with_a_card_too(pipe, hub_folder):
     assert (hub_folder / "README.md").exists()
     found = AutoencoderKLProMAG.from_pretrained(hub_folder)
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), pipe.vae.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
+@pytest.mark.parametrize("cls", [DiffusionPipeline, ProMAGPipeline])
+def test_a_part_whose_file_lacks_a_tensor_is_refused_and_not_filled_up_at_random(folder, part, cls):
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks {re.escape(name)}"):
+        loaded(folder, cls)
+
+
+def test_a_text_encoder_without_a_tensor_is_not_trained_on(folder):
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors.pop("final_layer_norm.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"its file lacks final_layer_norm\.weight \(1 tensors\)"):
+        load_frozen(str(folder), None, 10)
+
+
+def test_tied_weights_may_be_saved_once(tmp_path):
+    write_t5(tmp_path)
+    load_frozen(str(tmp_path), None, 8)
+    check_complete(load_frozen(str(tmp_path), None, 8)[1], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["unet.down.to_q"], "LoRA: 2 of its 2 tensors fit no layer of this transformer"),
+        (["transformer.transformer_blocks.0.attn1.to_q", "transformer.transformer_blocks.9.attn1.to_q"], "LoRA: 2 of its 4"),
+        ([], "LoRA: 0 of its 0 tensors"),
+    ],
+)
+def test_adapters_that_fit_no_layer_are_refused(pipe, names, message):
+    own = like(pipe)
+    shapes = {"A": (2, 16), "B": (16, 2)}
+    weights = {f"{name}.lora_{end}.weight": torch.zeros(shape) for name in names for end, shape in shapes.items()}
+    with pytest.raises(UserError, match=message):
+        own.load_lora_weights(weights)
+    assert not hasattr(own.transformer, "peft_config")
