@@ -22,7 +22,7 @@ from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.scripts._options import share
 from promag.tokenizer.autoencoder import parameter_count
-from promag.tokenizer.checkpoint import forget_where_it_was, load_tokenizer, save_model
+from promag.tokenizer.checkpoint import forget_source_path, load_tokenizer, save_model
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.files import append_json, write_atomically
@@ -142,7 +142,7 @@ def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
     if vae.is_symlink():  # as published by earlier versions: weights must not be written through it
         vae.unlink()
     pipe.save_pretrained(arguments.out)
-    forget_where_it_was(arguments.out)
+    forget_source_path(arguments.out)
     # The same bytes as the published tokenizer: git stores them once, and the folder can be copied alone.
     shutil.rmtree(vae)
     shutil.copytree(arguments.tokenizer, vae, ignore=shutil.ignore_patterns("README.md"))

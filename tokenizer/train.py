@@ -28,11 +28,11 @@ from promag.training.loop import (
     make_accelerator,
     train,
 )
-from promag.training.run import open_run
+from promag.training.run import load_checkpoint, newest_checkpoint, open_run
 from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG, parameter_count
-from .checkpoint import load_tokenizer, save_model
+from .checkpoint import finish_save, load_tokenizer, save_model, saved_ratios
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig
 from .discriminator import AdversarialLoss
 from .losses import kl_loss, latent_loss, reconstruction_loss, reparametrise, squared_loss
@@ -111,6 +111,9 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
         unused=any(_leaves_unused(stage) for stage in config.stages),
     )
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        finish_save(run / "tokenizer")
+    accelerator.wait_for_everyone()
     for stage in config.stages:
         if config.only_stage not in (None, stage.ratio):
             continue
@@ -135,8 +138,10 @@ def train_stage(
     build: Callable[[], Any] | None = None,
 ) -> Outcome:
     """Train one level from the levels below it, found in the run directory or in `config.init`."""
-    folder, done = run / f"{stage.ratio}x", run / f"{stage.ratio}x" / "done.json"
-    if done.exists() and (run / "tokenizer").exists():
+    folder = run / f"{stage.ratio}x"
+    if _is_trained(run, stage):
+        if accelerator.is_main_process:
+            _record_end(folder)
         accelerator.print(f"{stage.ratio}x: already trained in {folder}")
         return Outcome(stage.optimization.steps, 0.0, True, {})
     data = config.data
@@ -183,9 +188,38 @@ def train_stage(
     outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
         save_model(model, run / "tokenizer")
-        write_atomically(done, f'{{"seconds": {outcome.seconds:.1f}, "steps": {outcome.step}}}\n')
+        _record_end(folder)
     accelerator.wait_for_everyone()
     return outcome
+
+
+def _is_trained(run: Path, stage: StageConfig) -> bool:
+    """Tell whether the run's tokenizer holds a stage's level; raises UserError where its training did not get to the end.
+
+    The tokenizer decides, not the record beside the checkpoints: a run may be killed between writing the two.
+    """
+    place, folder = run / "tokenizer", run / f"{stage.ratio}x"
+    if not (place.exists() if stage.growth is None else stage.ratio in saved_ratios(place)):
+        return False
+    if not (folder / "done.json").exists() and (step := _newest_meta(folder)["step"]) < stage.optimization.steps:
+        raise UserError(
+            f"stage {stage.ratio}x: {place} has that level, but its training in {folder} stands at step {step} of "
+            f"{stage.optimization.steps}; move one of the two away, or use another --output_dir"
+        )
+    return True
+
+
+def _newest_meta(folder: Path) -> dict[str, Any]:
+    """Return the meta data of a stage's newest checkpoint; of step 0 where there is none."""
+    newest = newest_checkpoint(folder)
+    return load_checkpoint(newest)[1] if newest else {"step": 0, "seconds": 0.0}
+
+
+def _record_end(folder: Path) -> None:
+    """Write the seconds and steps of a finished stage beside its checkpoints, unless they are there."""
+    if not (folder / "done.json").exists():
+        meta = _newest_meta(folder)
+        write_atomically(folder / "done.json", f'{{"seconds": {meta["seconds"]:.1f}, "steps": {meta["step"]}}}\n')
 
 
 def _model_for(
