@@ -9,6 +9,7 @@ whole, and its videos looked for, once and not at every start of every process.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -135,6 +136,16 @@ def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
         name = video.relative_to(folder).as_posix() if video.is_relative_to(folder) else str(video)
         lines.append(json.dumps(row_of(clip) | {"path": name}, ensure_ascii=False) + "\n")
     write_atomically(path, "".join(lines))
+
+
+def digest_clips(clips: Sequence[Clip], count: int) -> str:
+    """Hash the contents, stretches and captions of the first `count` clips, a row at a time; paths do not matter."""
+    digest = hashlib.sha256(b"[")
+    for place in range(count):
+        row = row_of(clips[place]) | {"path": ""}
+        digest.update(((", " if place else "") + json.dumps(row, sort_keys=True)).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def load_clips(path: str | os.PathLike) -> ClipIndex:

@@ -21,7 +21,7 @@ from promag.training.config import UserError
 
 from . import synthetic
 from .buckets import NONE, Bucket, Buckets
-from .clip_index import Clip, column, load_clips, row_of, take
+from .clip_index import Clip, column, digest_clips, load_clips, take
 from .clip_memory import ClipMemory
 from .clips import first_few, list_videos, prepare
 from .crops import ClipCrop, to_model
@@ -101,12 +101,7 @@ class ClipDataset(Dataset):
 
     def digest(self, count: int) -> str:
         """Hash the contents, stretches and captions of the first `count` clips, a row at a time; paths do not matter."""
-        digest = hashlib.sha256(b"[")
-        for place in range(min(count, len(self))):
-            row = row_of(self.clips[place]) | {"path": ""}
-            digest.update(((", " if place else "") + json.dumps(row, sort_keys=True)).encode())
-        digest.update(b"]")
-        return digest.hexdigest()
+        return digest_clips(self.clips, min(count, len(self)))
 
 
 class SyntheticDataset(Dataset):

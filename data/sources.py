@@ -1,5 +1,6 @@
 """What a training draws from: one source of clips in one bucket or several, or several sources by their shares of the steps."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any
 from promag.training.config import UserError, required, setting
 
 from .buckets import Bucket, Buckets, bucket_plan
-from .datasets import ClipDataset, load_index, open_dataset, split_by_bucket
+from .clip_index import digest_clips
+from .datasets import ClipDataset, SyntheticDataset, load_index, open_dataset, split_by_bucket
 from .stream import Mixture
 from .tar_shards import is_shards, open_shards
 from .tar_stream import ShardedClips, Sharding
@@ -101,3 +103,21 @@ def open_sources(
     datasets = [dataset for mixture in mixtures for dataset in mixture.datasets]
     sizes = [size for mixture in mixtures for size in mixture.batch_sizes]
     return Mixture(datasets, weights, sizes), "\n".join(plans)
+
+
+def digest_sources(train: str, extra_sources: Sequence[Source], count: int) -> dict[str, str]:
+    """Hash the clips of each source of a training, by name; `count` is that of generated clips.
+
+    Contents, stretches, captions and order count, not where the files lie. Shards that are skipped as damaged count too.
+    """
+    names = {"train": train, **{f"extra_sources {i}": source.train for i, source in enumerate(extra_sources)}}
+    return {name: _digest(source, count) for name, source in names.items()}
+
+
+def _digest(source: str, count: int) -> str:
+    if source == "synthetic":
+        return SyntheticDataset("train", count, frames=5, size=32).digest(count)
+    if is_shards(source):
+        return hashlib.sha256("".join(open_shards(source).sha256).encode()).hexdigest()
+    clips = load_index(source)
+    return digest_clips(clips, len(clips))

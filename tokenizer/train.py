@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from promag.data.datasets import open_dataset
-from promag.data.sources import open_sources
+from promag.data.sources import digest_sources, open_sources
 from promag.data.stream import TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
@@ -23,12 +23,13 @@ from promag.training.loop import (
     Metrics,
     Objective,
     Outcome,
+    broadcast_from_main,
     choose_precision_once,
     close_trackers,
     make_accelerator,
     train,
 )
-from promag.training.run import load_checkpoint, newest_checkpoint, open_run
+from promag.training.run import load_checkpoint, newest_checkpoint, open_run, record_data
 from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG, parameter_count
@@ -145,10 +146,11 @@ def train_stage(
         accelerator.print(f"{stage.ratio}x: already trained in {folder}")
         return Outcome(stage.optimization.steps, 0.0, True, {})
     data = config.data
+    extra_sources = data.extra_sources or ()
     rank, world = accelerator.process_index, accelerator.num_processes
     source, plan = open_sources(
         data.train,
-        data.extra_sources or (),
+        extra_sources,
         config.buckets_of(stage),
         count=data.synthetic_clips,
         batch_size=stage.optimization.batch_size,
@@ -157,6 +159,7 @@ def train_stage(
         sharding=data.sharding,
         in_memory=data.in_memory,
     )
+    broadcast_from_main(lambda: record_data(run, {"clips": digest_sources(data.train, extra_sources, data.synthetic_clips)}))
     fixed = open_dataset(data.validation, "eval", frames=stage.frames, size=data.size, count=data.validation_clips)
     clips = [fixed.fixed(i)["video"][None] for i in range(min(data.validation_clips, len(fixed)))]
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 
 from promag.data.buckets import Bucket
-from promag.data.clip_index import save_clips
+from promag.data.clip_index import load_clips, save_clips
 from promag.data.clips import list_videos, prepare
+from promag.data.datasets import SyntheticDataset
+from promag.data.sources import Source
 from promag.data.tar_stream import Sharding
 from promag.data.tar_writer import write_shards
 from promag.tokenizer.checkpoint import load_tokenizer
@@ -273,6 +276,45 @@ def test_a_run_may_take_its_clips_into_memory_on_the_way(shards, tmp_path):
     data = data_config(f"{shards}/*.tar", index, in_memory=True)
     with pytest.raises(UserError, match="in_memory true with shards"):
         train_tokenizer(make_config(tmp_path / "shards", data=data, stages=(stage(4, 5),)))
+
+
+@pytest.mark.parametrize("kind", ["index", "extra", "shards", "synthetic"])
+def test_a_run_goes_on_with_the_clips_it_was_started_with_alone(shards, tmp_path, monkeypatch, kind):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    rows = [clip for clip in load_clips(shards.parent / "clips.jsonl") if clip.frames > 1]
+    index, half = folder / "clips.jsonl", dataclasses.replace(RUN, stop_after=2)
+
+    def write(clips):
+        save_clips(index, clips)
+        if kind == "shards":
+            shutil.rmtree(folder / "shards", ignore_errors=True)
+            write_shards(index, folder / "shards", 6, progress=False)
+
+    def go_on():
+        extra = (Source(train=str(index), share=0.5, temporal_strides=(1,)),) if kind == "extra" else None
+        train = {"index": str(index), "shards": f"{folder}/shards/*.tar"}.get(kind, "synthetic")
+        data = data_config(train, extra_sources=extra)
+        return train_tokenizer(make_config(tmp_path / "run", data=data, stages=(stage(4, 5),), run=half))
+
+    write(rows)
+    assert go_on() is None
+    if kind == "synthetic":
+        monkeypatch.setattr(SyntheticDataset, "digest", lambda self, count: "of another generator")
+    else:
+        write([*rows[1:], dataclasses.replace(rows[0], caption="another caption")])
+    name = "extra_sources 0" if kind == "extra" else "train"
+    with pytest.raises(UserError, match=rf"run .* was trained on other data: clips {name} differs; give it the data"):
+        go_on()
+    monkeypatch.undo()
+    if kind == "index":  # videos may move
+        moved = [dataclasses.replace(clip, path=shutil.copy(clip.path, folder)) for clip in rows]
+        write(moved)
+    else:
+        write(rows)
+    assert go_on() == tmp_path / "run" / "tokenizer"
+    shutil.rmtree(folder)
+    assert go_on() == tmp_path / "run" / "tokenizer"  # a finished run needs its clips no more
 
 
 def test_buckets_must_fit_their_level(bucketed, tmp_path):
