@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from promag.data.buckets import Bucket
 from promag.data.clip_index import save_clips
@@ -249,12 +249,21 @@ def test_an_accumulating_stream_continues_at_any_batch(sources, kind, workers):
         same(one, other)
 
 
-@pytest.mark.parametrize("kind", ["dataset", "memory", "mixture", "shards"])
-def test_a_stream_that_was_read_goes_to_a_spawned_process(sources, clips, kind):
-    source = ClipDataset(clips, 3, 16, in_memory=True) if kind == "memory" else sources[kind]
-    stream = TrainingStream(source, 3, 2, 0, 1, 0, 2)
-    expected = [stream.batch(0), stream.batch(1)]  # opens files, which do not travel
-    loader = iter(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+class First(IterableDataset):
+    """The first batch of each of several streams."""
+
+    def __init__(self, streams):
+        self.streams = streams
+
+    def __iter__(self):
+        return (stream.batch(0) for stream in self.streams)
+
+
+def test_streams_that_were_read_go_to_a_spawned_process(sources, clips):
+    every = [*sources.values(), ClipDataset(clips, 3, 16, in_memory=True)]
+    streams = First([TrainingStream(source, 3, 2, 0, 1, 0, 2) for source in every])
+    expected = list(streams)  # opens files, which do not travel
+    loader = iter(DataLoader(streams, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
     for batch in expected:
         same(next(loader), batch)
     loader._shutdown_workers()
