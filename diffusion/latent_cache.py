@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from promag.training.config import UserError
-from promag.training.loop import broadcast_from_main, processes
+from promag.training.processes import broadcast_from_main, processes
 from promag.training.progress import ProgressBar
 
 from .cache_store import (

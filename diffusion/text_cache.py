@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from promag.training.files import save_tensors_atomically, write_atomically
-from promag.training.loop import broadcast_from_main, processes
+from promag.training.processes import broadcast_from_main, processes
 from promag.training.progress import ProgressBar
 
 from .cache_store import DTYPES, Fingerprint, Shards, clips_of, finish, open_or_resume_cache, stretch, write_shard

@@ -24,17 +24,9 @@ from promag.data.stream import Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
 from promag.training.files import write_atomically
-from promag.training.loop import (
-    Metrics,
-    Objective,
-    Outcome,
-    broadcast_from_main,
-    choose_precision_once,
-    close_trackers,
-    make_accelerator,
-    train,
-)
+from promag.training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
 from promag.training.precision import DTYPES
+from promag.training.processes import broadcast_from_main, choose_precision_once
 from promag.training.run import open_run, record_data
 from promag.training.throughput import Work
 from promag.training.trackers import Log
@@ -89,7 +81,7 @@ class FlowObjective(Objective):
         self.caption_dropout, self.shift, self.condition = config.caption_dropout, config.shift, config.condition
         self.text_rate_factor = config.text.learning_rate / config.optimization.learning_rate
 
-    def rate_factors(self) -> list[tuple[torch.nn.Module, float]]:
+    def learning_rate_scales(self) -> list[tuple[torch.nn.Module, float]]:
         """Give the text model its own learning rate: at the transformer's, all captions come out alike."""
         return [(self.text, self.text_rate_factor)]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from promag.training.files import read_json_lines
-from promag.training.loop import Metrics, processes, seeded, sum_over_processes
+from promag.training.loop import Metrics, seeded
+from promag.training.processes import processes, sum_over_processes
 
 from .latent_cache import LatentDataset
 from .transformer import ProMAGTransformer3DModel

@@ -25,8 +25,8 @@ from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.geometry import check_ratio
 from promag.training.config import UserError
-from promag.training.loop import broadcast_from_main, choose_precision_once, main_process_first, processes
 from promag.training.precision import Precision, autocast
+from promag.training.processes import broadcast_from_main, choose_precision_once, main_process_first, processes
 
 from .sampling import sample_videos
 from .text_to_video import ProMAGPipeline

@@ -12,7 +12,7 @@ from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import cache
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.command_line import parse_config, run_main
-from promag.training.loop import processes
+from promag.training.processes import processes
 
 
 def main(argv: Sequence[str]) -> int:

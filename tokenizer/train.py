@@ -19,16 +19,8 @@ from promag.data.stream import TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
 from promag.training.files import write_atomically
-from promag.training.loop import (
-    Metrics,
-    Objective,
-    Outcome,
-    broadcast_from_main,
-    choose_precision_once,
-    close_trackers,
-    make_accelerator,
-    train,
-)
+from promag.training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
+from promag.training.processes import broadcast_from_main, choose_precision_once
 from promag.training.run import load_checkpoint, newest_checkpoint, open_run, record_data
 from promag.training.trackers import Log
 
@@ -55,11 +47,11 @@ class StageObjective(Objective):
         self.lpips = LPIPS.load(stage.perceptual.path) if stage.perceptual else None
         self.adversary = AdversarialLoss(stage.adversarial) if stage.adversarial else None
 
-    def clipped_apart(self) -> list[nn.Module]:
+    def separately_clipped(self) -> list[nn.Module]:
         """Return the discriminator, whose gradients must not shrink the autoencoder's."""
         return [self.adversary] if self.adversary else []
 
-    def rate_factors(self) -> list[tuple[nn.Module, float]]:
+    def learning_rate_scales(self) -> list[tuple[nn.Module, float]]:
         """Give what was trained before, and the discriminator, learning rates of their own."""
         factors = [(module, self.stage.inherited_lr_scale) for module in self.inherited]
         if self.adversary and (settings := self.stage.adversarial):

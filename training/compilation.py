@@ -1,7 +1,7 @@
 """Compiling the blocks that a model repeats: minutes at the start of a training on a GPU, fewer and larger kernels after.
 
 Blocks are compiled one by one (regional compilation), for each shape that training meets. Validation has other shapes: it
-runs what is compiled where that fits, and all else as it stands.
+runs what is compiled where that fits, and all else eagerly.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import torch
 from .config import UserError
 
 BACKEND = "inductor"
-SHAPES = 256  # for which one kind of block may be compiled; PyTorch leaves blocks beyond its own 8 as they are without a word
+SHAPES = 256  # for which one kind of block may be compiled; beyond its own limit of 8 PyTorch silently stops compiling
 
 
 def compile_blocks(model: Any) -> None:
@@ -24,6 +24,6 @@ def compile_blocks(model: Any) -> None:
         raise UserError(f"compile: {' '.join(str(error).split())}; set it to false") from None
 
 
-def as_it_stands() -> contextlib.AbstractContextManager:
-    """Let nothing new be compiled in the block."""
+def no_recompile() -> contextlib.AbstractContextManager:
+    """Run what is compiled where it fits and all else eagerly: nothing new is compiled in the block."""
     return torch.compiler.set_stance("eager_on_recompile")

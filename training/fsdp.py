@@ -23,7 +23,7 @@ _meshes: list[DeviceMesh] = []  # none or one
 
 
 def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device, world: int, bf16: bool) -> Callable[[], None]:
-    """Spread the units' weights over `world` processes, in place, and move all else to `device`.
+    """Shard the units' weights over `world` processes, in place, and move all else to `device`.
 
     Args:
         objective: what holds the units; every weight that is trained must be in one of them.
@@ -32,15 +32,15 @@ def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device
         world: processes.
         bf16: gather the weights of inner units in bfloat16; gradients are summed in float32 all the same.
 
-    Returns a function that puts modules with whole weights, on the CPU, in the place of the spread ones, which can be neither
-    copied nor saved. Raises UserError for one process, for no units, and for trained weights outside of them.
+    Returns a function that replaces the sharded modules, which can be neither copied nor saved, by plain ones on the CPU.
+    Raises UserError for one process, for no units, and for trained weights outside of them.
     """
     if world < 2:
-        raise UserError("parallel fsdp2: one process has nobody to share weights with; start several, or use ddp")
+        raise UserError("distributed fsdp2: needs several processes; start them with torchrun, or use ddp")
     inside = {id(p) for unit in units for p in unit.parameters()}
     outside = [name for name, p in objective.named_parameters() if p.requires_grad and id(p) not in inside]
     if outside:
-        raise UserError(f"parallel fsdp2: {outside[0]} and {len(outside) - 1} more weights cannot be spread here; use ddp")
+        raise UserError(f"distributed fsdp2: {outside[0]} and {len(outside) - 1} more weights cannot be sharded here; use ddp")
     plain = {name: _without_data(objective.get_submodule(name)) for name in _outermost(objective, units)}
     roots = {id(objective.get_submodule(name)) for name in plain}
     mesh = _mesh(device.type, world)
@@ -54,9 +54,8 @@ def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device
 
     def make_whole() -> None:
         for name, module in plain.items():
-            spread = objective.get_submodule(name)
-            whole = {key: gather(value).cpu() for key, value in spread.state_dict().items()}
-            module.load_state_dict(whole, assign=True)
+            sharded = objective.get_submodule(name)
+            module.load_state_dict({key: full(value).cpu() for key, value in sharded.state_dict().items()}, assign=True)
             parent, _, child = name.rpartition(".")
             setattr(objective.get_submodule(parent), child, module)
 
@@ -97,37 +96,37 @@ def _without_data(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, empty)
 
 
-def held(weight: Any) -> nn.Parameter:
-    """Return a weight as this process holds it: a plain parameter over the same memory, or itself where it is whole."""
+def local_shard(weight: Any) -> nn.Parameter:
+    """Return this rank's local shard as a plain parameter over the same memory; a weight that is not sharded as it is."""
     if not isinstance(weight, DTensor):
         return weight
     with torch.no_grad():
         return nn.Parameter(weight.to_local(), weight.requires_grad)
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """Return a tensor whole; all processes must ask for it together."""
+def full(tensor: Tensor) -> Tensor:
+    """Return the full tensor on every rank; all ranks must call this together."""
     free: Any = tensor.detach()
     return free.full_tensor() if isinstance(free, DTensor) else free
 
 
-def gather_on_main(tensor: Tensor) -> Tensor:
-    """Return a spread tensor whole, on the CPU, on the main process and an empty one on the others; plain ones as they are."""
+def full_on_main(tensor: Tensor) -> Tensor:
+    """Return the full tensor on rank 0's CPU and an empty one on other ranks; a tensor that is not sharded as it is."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    whole = gather(tensor)
+    whole = full(tensor)
     return whole.cpu() if get_rank() == 0 else whole.new_empty(0)
 
 
-def spread_like(whole: Tensor, weight: Tensor) -> Tensor:
-    """Return a tensor, whole on every process, spread as `weight` is; a plain one where that is not spread."""
+def shard_like(whole: Tensor, weight: Tensor) -> Tensor:
+    """Shard a tensor, full on every rank, as `weight` is sharded; return it as it is where `weight` is not."""
     if not isinstance(weight, DTensor):
         return whole
     return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
-def joined(part: Tensor, weight: Tensor) -> Tensor:
-    """Return the tensor of which each process holds `part`, as it does of `weight`; `part` itself where that is whole."""
+def as_dtensor(part: Tensor, weight: Tensor) -> Tensor:
+    """Join the ranks' local shards to a DTensor, sharded as `weight`; return `part` where `weight` is not sharded."""
     if not isinstance(weight, DTensor):
         return part
     return DTensor.from_local(

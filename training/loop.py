@@ -13,21 +13,22 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env, reduce, send_to_device
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from .compilation import as_it_stands
+from .compilation import no_recompile
 from .config import setting
 from .files import append_json
-from .fsdp import gather, held, shard
+from .fsdp import full, local_shard, shard
 from .optimizers import OptimizationConfig, make_optimizers
-from .precision import Chosen, Precision, choose_for_run
+from .precision import Chosen
+from .processes import broadcast_from_main
 from .progress import ProgressBar
 from .run import StopSignal, cut_metrics, newest_checkpoint, save_checkpoint, thin_out
 from .state import State
@@ -35,7 +36,6 @@ from .throughput import Meter, Work
 from .trackers import Log, Tracker, check_trackers
 
 Metrics = Mapping[str, float]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +51,13 @@ class RunConfig:
     )
     workers: int = setting(2, "data loading processes; 0 loads in the training process")
     distributed: Literal["ddp", "fsdp2"] = setting(
-        "ddp", "each of several processes holds all weights and moments (ddp) or parts"
+        "ddp", "ddp: every process holds all weights and moments; fsdp2: a shard of them"
     )
     stop_after: int | None = setting(None, "save and end this call after so many steps; null runs to the end")
     trackers: tuple[Tracker, ...] = setting(
         ("tensorboard",), "where curves, pictures and videos are shown: tensorboard, wandb, both or none"
     )
-    peak_tflops: float | None = setting(
-        None, "what the device is said to do in TFLOP/s, for MFU; null measures a matrix product"
-    )
+    peak_tflops: float | None = setting(None, "the device's stated peak in TFLOP/s, for MFU; null measures a matrix product")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""
@@ -85,12 +83,12 @@ class Outcome:
 class Objective(nn.Module):
     """What is minimised: called with a batch and a generator for each of its samples; returns scalars, `loss` among them."""
 
-    def clipped_apart(self) -> list[nn.Module]:
-        """Return modules whose gradients are clipped by a norm of their own, each apart from all else."""
+    def separately_clipped(self) -> list[nn.Module]:
+        """Return modules whose gradients are clipped separately, each by its own norm."""
         return []
 
-    def rate_factors(self) -> list[tuple[nn.Module, float]]:
-        """Return modules that learn at another rate than the rest, each with its factor."""
+    def learning_rate_scales(self) -> list[tuple[nn.Module, float]]:
+        """Return modules with a learning rate of their own, each with its scale on the schedule's."""
         return []
 
     def matrices(self) -> list[nn.Parameter]:
@@ -121,7 +119,7 @@ def make_accelerator(
     Raises UserError for a tracker that is not installed.
     """
     check_trackers(trackers)
-    torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, and of 3D kernels the best by far is to be found
+    torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, and the best 3D kernel is worth a search
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(trackers) or None,
@@ -131,50 +129,9 @@ def make_accelerator(
 
 
 def close_trackers(accelerator: Accelerator) -> None:
-    """Finish what the trackers write. The processes stay connected: what follows a training may still need them."""
+    """Finish the trackers' files; the processes stay connected for what follows."""
     for tracker in accelerator.trackers:
         tracker.finish()
-
-
-def processes() -> PartialState:
-    """Return this process's place among those started together: its index, their number, its device, waiting for all."""
-    # Before any Accelerator, this alone decides whether processes on CPUs find each other.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
-@contextlib.contextmanager
-def main_process_first() -> Iterator[bool]:
-    """Let the main process do the block while the others wait, then let them do it; yields whether this is the main one."""
-    state = processes()
-    with state.main_process_first():
-        yield state.is_main_process
-
-
-def broadcast_from_main(find: Callable[[], T]) -> T:
-    """Return, on every process, what `find` returns on the main one, or raise there and everywhere what it raises."""
-    state = processes()
-    found: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            found[0] = find()
-        except Exception as error:
-            found[1] = error
-    broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Return the sum of the processes' tensors, all of one shape and on the processes' device, on every process."""
-    total: Any = reduce(values, "sum")
-    return total
-
-
-def choose_precision_once(precision: Precision, *runs: str | Path) -> Chosen:
-    """Return `choose_for_run` of the main process's device, on every process."""
-    device: Any = processes().device
-    return broadcast_from_main(lambda: choose_for_run(precision, device, *runs))
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -211,13 +168,13 @@ def train(
     `max_skipped` such steps in a row are not enough.
     """
     name = folder.name
-    wrapped, make_whole = _in_parallel(accelerator, objective, run.distributed)  # lays weights out anew: first of all
+    wrapped, make_whole = _distribute(accelerator, objective, run.distributed)  # lays weights out anew: first of all
     named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-    apart = [[p for p in module.parameters() if p.requires_grad] for module in objective.clipped_apart()]
-    theirs = {id(p) for group in apart for p in group}
-    together = [p for p in named.values() if id(p) not in theirs]
+    separate = [[p for p in module.parameters() if p.requires_grad] for module in objective.separately_clipped()]
+    separate_ids = {id(p) for group in separate for p in group}
+    together = [p for p in named.values() if id(p) not in separate_ids]
     optimizers = make_optimizers(objective, settings, "bf16" if accelerator.mixed_precision == "bf16" else "fp32")
-    parameters = [held(p) for p in named.values()]
+    parameters = [local_shard(p) for p in named.values()]
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     global_batch = accelerator.num_processes * settings.batch_size * settings.accumulate
     state = State(named, dict(objective.named_buffers()), optimizers, ema, global_batch)
@@ -256,7 +213,7 @@ def train(
         saved, stopping = first, False
         while step < last and not stopping:
             for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in prepared):
-                group["lr"] = settings.rate_at(step) * group["factor"]
+                group["lr"] = settings.learning_rate_at(step) * group["factor"]
             losses: dict[str, Any] = {}
             untouched = state.copy_of_buffers()
             for part in range(settings.accumulate):
@@ -266,23 +223,25 @@ def train(
                 summing = part < settings.accumulate - 1  # DDP's gradients cross processes once a step, FSDP2's each time
                 with accelerator.no_sync(wrapped) if summing else contextlib.nullcontext():
                     with accelerator.autocast():
-                        found = wrapped(batch, generators, step)
-                    accelerator.backward(found["loss"] / settings.accumulate)
-                for key, value in found.items():
+                        results = wrapped(batch, generators, step)
+                    accelerator.backward(results["loss"] / settings.accumulate)
+                for key, value in results.items():
                     losses[key] = losses.get(key, 0) + value.detach().float() / settings.accumulate
                 meter.count(len(batch["sample"]), objective.work(batch))
-            norms: list[Any] = [accelerator.clip_grad_norm_(group, settings.clip_norm) for group in (together, *apart)]
-            losses["gradient_norm"], *others = (gather(norm) for norm in norms)
+            norms: list[Any] = [accelerator.clip_grad_norm_(group, settings.clip_norm) for group in (together, *separate)]
+            losses["gradient_norm"], *others = (full(norm) for norm in norms)
             bad = _not_finite({**losses, **{f"gradient norm {i + 2}": norm for i, norm in enumerate(others)}})
             skipping, stopping = _any_rank(accelerator, bool(bad), stop.received is not None)
             if skipping:
                 state.skip(untouched)
-                what = f"{name} step {step + 1}: {', '.join(bad) or 'a figure on another rank'} not finite"
+                message = f"{name} step {step + 1}: {', '.join(bad) or 'a figure on another rank'} not finite"
                 if state.skipped_in_a_row > settings.max_skipped:
                     bar.close()
-                    raise FloatingPointError(f"{what}, {state.skipped_in_a_row} in a row; lower learning_rate or raise warmup")
+                    raise FloatingPointError(
+                        f"{message}, {state.skipped_in_a_row} in a row; lower learning_rate or raise warmup"
+                    )
                 if accelerator.is_main_process:
-                    bar.write(f"{what}, skipped ({state.skipped} in all)", sys.stderr)
+                    bar.write(f"{message}, skipped ({state.skipped} in all)", sys.stderr)
             else:
                 state.skipped_in_a_row = 0
                 for optimizer in prepared:
@@ -297,7 +256,7 @@ def train(
             if step % run.log_every == 0 or step == last:
                 meter.sums = _mean_over_ranks(accelerator, meter.sums)
                 record = meter.read()
-                record |= {"learning_rate": settings.rate_at(step - 1), "skipped": state.skipped}
+                record |= {"learning_rate": settings.learning_rate_at(step - 1), "skipped": state.skipped}
                 _write(accelerator, metrics_file, name, step, record)
                 bar.set_postfix({k: f"{record[k]:.4g}" for k in losses if k in record})
             if validate and (step % run.validate_every == 0 or step == settings.steps):
@@ -306,8 +265,8 @@ def train(
                     metrics = _validate(validate, log, step, objective, ema, parameters)
                     _write(accelerator, metrics_file, name, step, {**metrics, "train_seconds": seconds})
                     if accelerator.is_main_process:
-                        said = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-                        bar.write(f"{name} step {step}: {said}", sys.stderr)
+                        message = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+                        bar.write(f"{name} step {step}: {message}", sys.stderr)
             if step % run.save_every == 0 and step < last:
                 _save(accelerator, folder, state, meter.seconds(), run)
                 saved = step
@@ -325,10 +284,10 @@ def train(
     return Outcome(step, state.seconds + seconds, step >= settings.steps and not stopped, metrics)
 
 
-def _in_parallel(
+def _distribute(
     accelerator: Accelerator, objective: Objective, distributed: Literal["ddp", "fsdp2"]
 ) -> tuple[nn.Module, Callable[[], None]]:
-    """Return what computes the losses on all processes together, and what makes the objective whole again at the end."""
+    """Wrap the objective for DDP or FSDP2; return the wrapped module and a function that makes its weights whole at the end."""
     device, world = accelerator.device, accelerator.num_processes
     if distributed == "fsdp2":
         return objective, shard(objective, objective.units(), device, world, accelerator.mixed_precision == "bf16")
@@ -349,7 +308,7 @@ def _validate(validate, log: Log, step: int, objective: nn.Module, ema: EMAModel
     ema.store(parameters)
     ema.copy_to(parameters)
     objective.eval()
-    with torch.no_grad(), as_it_stands():
+    with torch.no_grad(), no_recompile():
         metrics = validate(log, step)
     objective.train()
     ema.restore(parameters)

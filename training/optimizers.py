@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim._muon import _adjust_lr
 
 from .config import UserError, setting
-from .fsdp import gather, held, joined, spread_like
+from .fsdp import as_dtensor, full, local_shard, shard_like
 from .precision import DTYPES, Chosen
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class OptimizationConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay {self.ema_decay}: must be in [0, 1)")
 
-    def rate_at(self, step: int) -> float:
+    def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of step 0, 1, ..."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
@@ -72,19 +72,19 @@ class OptimizationConfig:
 def make_optimizers(
     objective: "Objective", settings: OptimizationConfig, precision: Chosen = "bf16"
 ) -> list[torch.optim.Optimizer]:
-    """Return AdamW and, where asked for, Muon for the objective's matrices; to be called where the weights will stay.
+    """Return AdamW and, where asked for, Muon for the objective's matrices; call it when the weights are where they will stay.
 
     Muon orthogonalises in `precision`: processors that only emulate bfloat16 would spend more time on it than on the model.
     A group's `factor` is its learning rate over the schedule's. Raises UserError where Muon has nothing to train.
     """
-    factors = {id(p): factor for module, factor in objective.rate_factors() for p in module.parameters()}
+    factors = {id(p): factor for module, factor in objective.learning_rate_scales() for p in module.parameters()}
     matrices = [] if settings.muon_learning_rate is None else [p for p in objective.matrices() if p.requires_grad]
     if settings.muon_learning_rate is not None and not matrices:
         raise UserError(
             f"muon_learning_rate {settings.muon_learning_rate}: nothing here has matrices that Muon may train; set it to null"
         )
-    theirs = {id(p) for p in matrices}
-    rest = [p for p in objective.parameters() if p.requires_grad and id(p) not in theirs]
+    muon_ids = {id(p) for p in matrices}
+    rest = [p for p in objective.parameters() if p.requires_grad and id(p) not in muon_ids]
     optimizers: list[torch.optim.Optimizer] = []
     if rest:  # adapters may be matrices alone
         groups, options = _groups(rest, factors, 1.0), {"betas": (0.9, 0.99), "weight_decay": settings.weight_decay}
@@ -98,10 +98,10 @@ def make_optimizers(
 
 def _groups(weights: Iterable[nn.Parameter], factors: dict[int, float], rate: float) -> list[dict[str, Any]]:
     """Gather weights of one factor each; `rate` is what a weight without a factor of its own has."""
-    found: dict[float, list[nn.Parameter]] = {}
+    by_scale: dict[float, list[nn.Parameter]] = {}
     for weight in weights:
-        found.setdefault(rate * factors.get(id(weight), 1.0), []).append(weight)
-    return [{"params": group, "factor": factor} for factor, group in found.items()]
+        by_scale.setdefault(rate * factors.get(id(weight), 1.0), []).append(weight)
+    return [{"params": group, "factor": factor} for factor, group in by_scale.items()]
 
 
 def muon_flops(rows: int, columns: int) -> float:
@@ -110,8 +110,8 @@ def muon_flops(rows: int, columns: int) -> float:
     return float(NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3))
 
 
-def held_by(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Return the weights that an optimiser trains, in the order in which its state numbers them, and the state's keys."""
+def weights_and_keys(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Return the pairs of a trained weight and its key in the optimiser's state, in the order of the state's numbers."""
     keys = [p for group in optimizer.param_groups for p in group["params"]]
     return list(zip(optimizer.weights if isinstance(optimizer, Muon) else keys, keys, strict=True))
 
@@ -119,21 +119,21 @@ def held_by(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Par
 def to_saved(optimizer: torch.optim.Optimizer, value: Tensor, weight: Tensor) -> Tensor:
     """Return a moment as checkpoints hold it: shaped like its weight, whatever the weight's memory layout.
 
-    That of a weight that is spread over processes is spread likewise (fsdp.py).
+    The moment of a sharded weight is sharded likewise (fsdp.py).
     """
     if isinstance(weight, DTensor):
-        return joined(value, weight) if isinstance(optimizer, Muon) else value
+        return as_dtensor(value, weight) if isinstance(optimizer, Muon) else value
     if not isinstance(optimizer, Muon) or not _channels_last(weight):
         return value.view_as(weight) if value.numel() == weight.numel() else value
     return value.unflatten(1, (*weight.shape[2:], weight.shape[1])).movedim(-1, 1)
 
 
 def from_saved(optimizer: torch.optim.Optimizer, value: Tensor, weight: Tensor) -> Tensor:
-    """Invert `to_saved` for a weight of perhaps another layout, or spread otherwise; `value` is whole on every process."""
+    """Invert `to_saved`, also for another memory layout or sharding; `value` is full on every process."""
     if value.shape != weight.shape:
         return value
     if isinstance(weight, DTensor):
-        spread: Any = spread_like(value, weight)
+        spread: Any = shard_like(value, weight)
         return spread.to_local() if isinstance(optimizer, Muon) else spread
     # The fused AdamW walks weights and moments in memory order: both must have the weights' layout.
     laid_out = torch.empty_like(weight, dtype=value.dtype).copy_(value)
@@ -160,12 +160,12 @@ class Muon(torch.optim.Muon):
         dtype: torch.dtype = torch.bfloat16,
         **options: Any,
     ):
-        given: list[Any] = list(weights)
-        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        items: list[Any] = list(weights)
+        groups = items if items and isinstance(items[0], dict) else [{"params": items}]
         self.weights: list[nn.Parameter] = [weight for group in groups for weight in group["params"]]
-        views = [nn.Parameter(_matrix(held(weight).data, weight)) for weight in self.weights]
+        views = [nn.Parameter(_matrix(local_shard(weight).data, weight)) for weight in self.weights]
         for view, weight in zip(views, self.weights, strict=True):
-            if view.data_ptr() != held(weight).data_ptr() or (isinstance(weight, DTensor) and weight.ndim != 2):
+            if view.data_ptr() != local_shard(weight).data_ptr() or (isinstance(weight, DTensor) and weight.ndim != 2):
                 raise ValueError(
                     f"weight of shape {tuple(weight.shape)}, strides {weight.stride()}: no matrix view of it exists"
                 )
@@ -183,7 +183,7 @@ class Muon(torch.optim.Muon):
         """Take one step with the gradients that the weights hold now."""
         spread = {}
         for view, weight in zip(self._views, self.weights, strict=True):
-            if view.data_ptr() != held(weight).data_ptr():
+            if view.data_ptr() != local_shard(weight).data_ptr():
                 raise RuntimeError(
                     f"weight of shape {tuple(weight.shape)} lies elsewhere now: build the optimiser after moving it"
                 )
@@ -227,7 +227,7 @@ class Muon(torch.optim.Muon):
             momentum = self._momentum(view)
             momentum.lerp_(view.grad, 1 - group["momentum"])
             update = view.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum  # pyright: ignore
-            whole = gather(joined(update.to(self.dtype), weight))  # Newton-Schulz begins with that rounding
+            whole = full(as_dtensor(update.to(self.dtype), weight))  # Newton-Schulz begins with that rounding
             mine = whole.float() if owner == get_rank() else mine
         # All have what they need before any begins: the products of one overlap with those of the others.
         step = None if mine is None else _orthogonal_step(mine, group, self.dtype)
@@ -255,10 +255,10 @@ class Muon(torch.optim.Muon):
 
 def _batches(shapes: list[tuple[int, ...]]) -> list[list[int]]:
     """Group the numbers of matrices by shape, so many that their numbers stay below BATCHED."""
-    found: dict[tuple[int, ...], list[int]] = {}
+    by_shape: dict[tuple[int, ...], list[int]] = {}
     for number, shape in enumerate(shapes):
-        found.setdefault(shape, []).append(number)
-    pairs = ((numbers, max(1, BATCHED // prod(shape))) for shape, numbers in found.items())
+        by_shape.setdefault(shape, []).append(number)
+    pairs = ((numbers, max(1, BATCHED // prod(shape))) for shape, numbers in by_shape.items())
     return [numbers[i : i + size] for numbers, size in pairs for i in range(0, len(numbers), size)]
 
 

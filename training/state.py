@@ -1,4 +1,4 @@
-"""What a training is made of between two steps, as a checkpoint holds it."""
+"""The state of a training between two steps, as checkpoints hold it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,8 +9,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from .config import UserError
-from .fsdp import gather_on_main, held, joined, spread_like
-from .optimizers import from_saved, held_by, to_saved
+from .fsdp import as_dtensor, full_on_main, local_shard, shard_like
+from .optimizers import from_saved, to_saved, weights_and_keys
 from .run import load_checkpoint
 
 
@@ -35,7 +35,7 @@ class State:
         return {name: buffer.clone() for name, buffer in self.buffers.items() if buffer.is_floating_point()}
 
     def skip(self, untouched: Mapping[str, Tensor]) -> None:
-        """Count a step that is to change nothing, and give the buffers back what they held before."""
+        """Count a skipped step and restore the buffers."""
         for name, value in untouched.items():
             self.buffers[name].copy_(value)
         self.skipped += 1
@@ -51,8 +51,8 @@ class State:
             )
         with torch.no_grad():
             for (name, parameter), shadow in zip(self.named.items(), self.ema.shadow_params, strict=True):
-                for place, group in ((held(parameter), "weights"), (shadow, "ema")):
-                    place.copy_(held(spread_like(groups[group][name], parameter)))
+                for place, group in ((local_shard(parameter), "weights"), (shadow, "ema")):
+                    place.copy_(local_shard(shard_like(groups[group][name], parameter)))
             for name, buffer in self.buffers.items():
                 buffer.copy_(groups["buffers"][name])
         slots: dict[str, list[str]] = {}
@@ -66,7 +66,7 @@ class State:
                     slot: from_saved(optimizer, groups["optimizer"][f"{names[id(p)]}/{slot}"], p)
                     for slot in slots.get(names[id(p)], ())
                 }
-                for i, (p, _) in enumerate(held_by(optimizer))
+                for i, (p, _) in enumerate(weights_and_keys(optimizer))
             }
             moments = {i: slot for i, slot in moments.items() if slot}
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -75,22 +75,22 @@ class State:
         self.ema.optimization_step = self.step - self.skipped
 
     def groups(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield the groups of tensors, whole on the main process; all processes must ask for them together.
+        """Yield the groups of tensors, full on rank 0; all ranks must call this together.
 
-        One after the other, since the whole of a spread model may be more than fits into memory several times.
+        One group after the other: all of a sharded model's at once may not fit into memory.
         """
-        yield "weights", {name: gather_on_main(p) for name, p in self.named.items()}
+        yield "weights", {name: full_on_main(p) for name, p in self.named.items()}
         averages = zip(self.named.items(), self.ema.shadow_params, strict=True)
-        yield "ema", {name: gather_on_main(joined(shadow, p)) for (name, p), shadow in averages}
+        yield "ema", {name: full_on_main(as_dtensor(shadow, p)) for (name, p), shadow in averages}
         slots = {
             id(p): {slot: to_saved(optimizer, value, p) for slot, value in optimizer.state.get(key, {}).items()}
             for optimizer in self.optimizers
-            for p, key in held_by(optimizer)
+            for p, key in weights_and_keys(optimizer)
         }
-        yield "optimizer", {f"{n}/{k}": gather_on_main(v) for n, p in self.named.items() for k, v in slots[id(p)].items()}
+        yield "optimizer", {f"{n}/{k}": full_on_main(v) for n, p in self.named.items() for k, v in slots[id(p)].items()}
         yield "buffers", self.buffers
 
     def meta(self, seconds: float) -> dict[str, Any]:
-        """Return what a checkpoint tells beside its tensors; `seconds` are those of this call."""
+        """Return a checkpoint's figures beside its tensors; `seconds` are those of this call."""
         counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         return {"seconds": self.seconds + seconds, "global_batch": self.global_batch, **counts}

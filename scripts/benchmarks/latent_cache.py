@@ -25,8 +25,8 @@ from promag.pipelines.build import encoder
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.command_line import Parser, run_main
-from promag.training.loop import processes
 from promag.training.precision import choose_precision
+from promag.training.processes import processes
 from promag.training.run import append_result
 
 BATCH = 8

@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from promag import ProMAGTransformer3DModel
-from promag.training.fsdp import gather, held, shard
-from promag.training.loop import processes
+from promag.training.fsdp import full, local_shard, shard
 from promag.training.optimizers import Muon
+from promag.training.processes import processes
 
 MUON = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 4}
 SHAPES = ((6, 4), (5, 3), (3, 7), (1, 4), (8, 8))  # of two processes, one has more rows than the other, or all of them
@@ -45,8 +45,8 @@ def spread_transformer(device: torch.device, bf16: bool) -> dict:
     objective, seen = Holder(model), []
     units = [*model.transformer_blocks, model]
     make_whole = shard(objective, units, device, 2, bf16)
-    here = sum(held(p).numel() for p in model.parameters())
-    largest = max((held(p).numel() / p.numel(), tuple(p.shape)) for p in model.parameters() if p.shape[0] > 1)
+    here = sum(local_shard(p).numel() for p in model.parameters())
+    largest = max((local_shard(p).numel() / p.numel(), tuple(p.shape)) for p in model.parameters() if p.shape[0] > 1)
     model.transformer_blocks[0].register_forward_pre_hook(lambda block, _: seen.append(block.attn1.to_q.weight))
     latents, text = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 3, 8)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -78,7 +78,7 @@ def muon(device: torch.device) -> list[float]:
             optimizer.step()
             optimizer.zero_grad()
     pairs = zip(plain.weights, spread.model.weights, strict=True)
-    return [float((a - gather(b)).detach().abs().max()) for a, b in pairs]
+    return [float((a - full(b)).detach().abs().max()) for a, b in pairs]
 
 
 def main(arguments: Sequence[str]) -> None:

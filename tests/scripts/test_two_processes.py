@@ -238,11 +238,11 @@ def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_
 DIFFERENT = """
 import json, os, sys
 from pathlib import Path
-from promag.training import loop, precision
+from promag.training import precision, processes
 from promag.training.fsdp import leave_process_group
 rank = int(os.environ["RANK"])
 precision._measured = lambda device: precision.Choice(("bf16", "fp32")[rank], f"measured on rank {rank}")
-chosen = loop.choose_precision_once("auto", sys.argv[1])
+chosen = processes.choose_precision_once("auto", sys.argv[1])
 Path(sys.argv[1]).with_name(f"precision-{rank}.json").write_text(json.dumps(chosen))
 leave_process_group()
 """

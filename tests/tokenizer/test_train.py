@@ -21,7 +21,7 @@ from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import StageObjective, train_tokenizer
 from promag.training.config import UserError
-from promag.training.optimizers import held_by, make_optimizers
+from promag.training.optimizers import make_optimizers, weights_and_keys
 from promag.training.run import load_checkpoint
 from tests.conftest import TINY, make_tokenizer, optimization_config, run_config
 from tests.data.conftest import counting
@@ -193,15 +193,15 @@ def test_what_is_inherited_learns_at_its_own_rate():
     objective = StageObjective(model, stage(16, 17, Growth()), model.inherited_modules([16]))
     adam, muon = make_optimizers(objective, optimization_config(learning_rate=1e-3, muon_learning_rate=4e-3))
     for optimizer, factor in ((adam, 1.0), (muon, 4.0)):
-        factors = {id(w): None for w, _ in held_by(optimizer)}
-        for (weight, view), group in ((pair, g) for pair in held_by(optimizer) for g in optimizer.param_groups):
+        factors = {id(w): None for w, _ in weights_and_keys(optimizer)}
+        for (weight, view), group in ((pair, g) for pair in weights_and_keys(optimizer) for g in optimizer.param_groups):
             if any(view is p for p in group["params"]):
                 factors[id(weight)] = group["factor"]
         copied = {id(p) for p in model.own_encoders.parameters()}
         assert {f for i, f in factors.items() if i in copied} == {factor / 2}
         assert {f for i, f in factors.items() if i not in copied} == {factor}
     names = {id(p): n for n, p in model.named_parameters()}
-    trained = {names[id(w)].split(".")[0] for optimizer in (adam, muon) for w, _ in held_by(optimizer)}
+    trained = {names[id(w)].split(".")[0] for optimizer in (adam, muon) for w, _ in weights_and_keys(optimizer)}
     assert trained == {"encoder_growth", "decoder_growth", "own_encoders"}
 
 

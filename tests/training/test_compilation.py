@@ -5,7 +5,7 @@ import torch
 
 from promag.evaluation.baselines import PeerAutoencoder
 from promag.training import compilation
-from promag.training.compilation import as_it_stands, compile_blocks
+from promag.training.compilation import compile_blocks, no_recompile
 from promag.training.config import UserError
 from tests.conftest import make_tokenizer
 
@@ -51,7 +51,7 @@ def test_nothing_new_is_compiled_where_it_shall_stand_as_it_is(clip):
     model = make_tokenizer(levels=1)
     compile_blocks(model)
     torch._dynamo.utils.counters.clear()
-    with torch.no_grad(), as_it_stands():
+    with torch.no_grad(), no_recompile():
         model.encode(clip, 4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 

@@ -49,7 +49,7 @@ class Noisy(Objective):
         loss = (self.layer(given) - self.frozen(batch["x"])).square().mean()
         return {"loss": loss, "at": torch.tensor(float(step))}
 
-    def rate_factors(self):
+    def learning_rate_scales(self):
         return [(self.conv, 0.25)]
 
     def matrices(self):
@@ -353,14 +353,14 @@ def test_illegal_paces_are_named():
 
 def test_rates_warm_up_and_fall_to_a_twentieth():
     settings = optimization_config(steps=100, learning_rate=1.0, warmup=10)
-    rates = [settings.rate_at(step) for step in range(101)]
+    rates = [settings.learning_rate_at(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
     assert rates[100] == pytest.approx(0.05)
-    assert dataclasses.replace(settings, schedule="constant").rate_at(99) == 1.0
+    assert dataclasses.replace(settings, schedule="constant").learning_rate_at(99) == 1.0
     linear = dataclasses.replace(settings, schedule="linear")
-    assert [linear.rate_at(step) for step in (9, 10, 55, 100)] == pytest.approx([1.0, 1.0, 0.05 + 0.95 / 2, 0.05])
+    assert [linear.learning_rate_at(step) for step in (9, 10, 55, 100)] == pytest.approx([1.0, 1.0, 0.05 + 0.95 / 2, 0.05])
 
 
 def test_seeds_depend_on_every_number():
