@@ -1,4 +1,4 @@
-"""The blocks of docs/pipeline.md run as they stand, one after the other."""
+"""The blocks of docs/reference/pipeline.md run as they stand, one after the other."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from promag import ProMAGPipeline
 from tests.pipelines.conftest import like, pipe  # noqa: F401 (a fixture)
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "pipeline.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "pipeline.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 

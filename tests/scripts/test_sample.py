@@ -157,7 +157,7 @@ def test_a_damaged_pipeline_is_one_line(folder, tmp_path):
 
 
 def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
-    text = Path("docs/app.md").read_text().replace("\\\n", " ")
+    text = Path("docs/how-to/sample.md").read_text().replace("\\\n", " ")
     text = text.replace("checkpoints/tiny-video", folder).replace("PIPELINE", folder)
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red disc\na blue square\n")
@@ -175,7 +175,7 @@ def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
 
 
 def test_the_score_of_the_docs_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", Path("docs/app.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", Path("docs/how-to/sample.md").read_text(), re.DOTALL)
     clip = write_openclip(tmp_path / "clip", OPEN_CLIP)
     code = code.replace('"path/to/clip"', f'"open_clip:local-dir:{clip}"').replace("\nscore(", "\nfound = score(")
     names = {"video": np.zeros((3, 32, 32, 3), np.uint8)}
