@@ -221,10 +221,44 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = No
         list(prompts),
         padding="max_length",
         truncation=True,
-        max_length=max_length or tokenizer.model_max_length,
+        max_length=tokenizer.model_max_length if max_length is None else max_length,
         return_tensors="pt",
     )
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def lost_ends(tokenizer: Any, texts: Sequence[str], max_length: int | None = None) -> dict[str, str]:
+    """Return those of the texts that `tokenize` cuts, each with the end that is lost."""
+    length = tokenizer.model_max_length if max_length is None else max_length
+    texts = list(dict.fromkeys(texts))
+    room = max(0, length - tokenizer.num_special_tokens_to_add())
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return {text: tokenizer.decode(ids[room:]).strip() for text, ids in zip(texts, rows, strict=True) if len(ids) > room}
+
+
+class CutTexts:
+    """Counts the texts that an encoder's length cuts, for one line that names an example and what it loses."""
+
+    def __init__(self, tokenizer: Any, max_length: int | None = None):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.texts = self.cut = 0
+        self.example: tuple[str, str] | None = None
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Count some more texts."""
+        lost = lost_ends(self.tokenizer, texts, self.max_length)
+        self.texts += len(texts)
+        self.cut += sum(text in lost for text in texts)
+        if lost and self.example is None:
+            self.example = next(iter(lost.items()))
+
+    def __str__(self) -> str:
+        """Say how many were cut and what the first one loses; empty where none was."""
+        if self.example is None:
+            return ""
+        length = self.tokenizer.model_max_length if self.max_length is None else self.max_length
+        text, lost = self.example
+        return f"{self.cut} of {self.texts} texts have more than {length} tokens and are cut; {text!r} loses {lost!r}"
 
 
 def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:

@@ -25,6 +25,7 @@ from promag.training.progress import ProgressBar
 from .cache_store import DTYPES, Fingerprint, Shards, clips_of, finish, open_or_resume_cache, stretch, write_shard
 from .text import (
     NULL_CAPTION,
+    CutTexts,
     Embedded,
     encode,
     encoder_files,
@@ -97,9 +98,13 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
     if mine or state.is_main_process:
         tokenizer, encoder = load()
         encoder.to(state.device)
+        cut = CutTexts(tokenizer)
         for number in ProgressBar(mine, desc="caching text", unit="shard", disable=not state.is_main_process):
             texts = [captions.caption(clip) for clip in clips_of(number, size, captions.clips)]
+            cut.add(texts)
             write_shard(folder, number, fingerprint, _encode(tokenizer, encoder, texts, dtype))
+        if cut.example is not None:
+            print(f"{folder}: {cut}", flush=True)
         if state.is_main_process:
             save_tensors_atomically(folder / "null.safetensors", _encode(tokenizer, encoder, [NULL_CAPTION], dtype))
             width, pooled = text_widths(encoder)

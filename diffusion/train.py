@@ -39,7 +39,7 @@ from .finetune import adapt_to_latents, add_lora, load_transformer
 from .flops import training_flops
 from .flow import interpolate, sample_times, token_shift, velocity
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
-from .text import Embedded, draw_dropped, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
+from .text import CutTexts, Embedded, draw_dropped, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
 from .text_cache import CaptionEncoder, EmbeddingCache
 from .transformer import ProMAGTransformer3DModel
 from .validation import ValidationSet, validation_losses
@@ -192,6 +192,13 @@ def open_vocabulary(place: Path, config: DiffusionConfig, latents: Sequence[Late
         if not place.exists():
             captions = itertools.chain.from_iterable(part.captions() for part in latents)
             learned = learn_vocabulary(captions, config.text.vocabulary, max_length)
+            cut = CutTexts(learned)
+            for part in latents:
+                captions = part.captions()
+                while texts := list(itertools.islice(captions, 1000)):
+                    cut.add(texts)
+            if cut.example is not None:
+                print(f"captions: {cut}", flush=True)
             write_atomically(place, json.dumps(tokenizer_rules(learned)))
         return place.read_text(encoding="utf-8")
 

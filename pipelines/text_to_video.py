@@ -18,7 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from promag.diffusion.flow import StopSampling, guide, interpolate, sample_flow
-from promag.diffusion.text import NULL_CAPTION, Embedded, encode, side_by_side, tokenize
+from promag.diffusion.text import NULL_CAPTION, Embedded, side_by_side
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.geometry import check_size, latent_frames, tokens
@@ -41,6 +41,7 @@ from .inputs import (
     check_lora,
     check_names,
     check_prompts,
+    encode_prompts,
     first_noise,
     last_frames,
     pack,
@@ -239,10 +240,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         lengths = [given] * len(pairs) if given is None or isinstance(given, int) else list(given)
         if len(lengths) != len(pairs):
             raise ValueError(f"max_sequence_length {lengths}: give one number, or one for each of {len(pairs)} text encoders")
-        parts = [
-            encode(encoder, tokenize(tokenizer, prompts, length))
-            for (tokenizer, encoder), length in zip(pairs, lengths, strict=True)
-        ]
+        parts = [encode_prompts(*pair, prompts, length) for pair, length in zip(pairs, lengths, strict=True)]
         text = side_by_side(parts)
         dtype = text.tokens[0].dtype if self.transformer is None else self.transformer.dtype
         return text.map(lambda x: x.to(dtype) if x.is_floating_point() else x)

@@ -47,7 +47,7 @@ def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (
             if old.get(key) != new.get(key) and not any(key == k or key.startswith(k + ".") for k in may_change)
         ]
         if differs:
-            raise UserError(f"run {path} was started with other settings ({'; '.join(differs[:4])}): use another --output_dir")
+            raise UserError(f"run {path} was started with other settings ({'; '.join(differs[:4])}): use another --output-dir")
     elif write:
         path.mkdir(parents=True, exist_ok=True)
         save_yaml(known, config)
@@ -71,7 +71,7 @@ def record_data(run: Path, data: Mapping[str, Any]) -> None:
         verb = "differs" if len(differs) == 1 else "differ"
         raise UserError(
             f"run {run} was trained on other data: {', '.join(differs[:4])}{more} {verb}; give it the data that it was started "
-            "with, or use another --output_dir"
+            "with, or use another --output-dir"
         )
     if now.keys() - before.keys():
         write_atomically(place, json.dumps({**before, **now}, indent=1, sort_keys=True) + "\n")

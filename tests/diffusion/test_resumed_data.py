@@ -11,7 +11,7 @@ from promag.diffusion import train
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
 from promag.diffusion.text import learn_vocabulary, tokenize
 from promag.training.config import UserError
-from promag.training.loop import checkpoints
+from promag.training.run import checkpoints
 from tests.diffusion.test_buckets import VIDEO, configuration, encode, read
 
 CAPTIONS = ["a red disc moves left", "a blue square grows"]
@@ -80,3 +80,11 @@ def test_another_vocabulary_is_refused(started):
     with pytest.raises(UserError, match="was trained on other data: vocabulary differs"):
         train.train_diffusion(settings(run), cached, cached)
     assert checkpoints(run / "16x")[-1].name == "step-00000002"
+
+
+def test_cut_captions_are_named_once_in_a_run(tmp_path, capsys):
+    cached = write(tmp_path / "cache", captions=["a", "a red disc " * 40])
+    for _ in range(2):
+        train.train_diffusion(settings(tmp_path / "run", 1), cached, cached)
+    out = capsys.readouterr().out
+    assert out.count("captions: 1 of 2 texts have more than") == 1

@@ -144,3 +144,10 @@ def test_dropped_captions_become_the_null_caption_by_every_encoder(tmp_path, lat
         assert torch.allclose(b[1][real], null.tokens[0][0][real], atol=1e-6)
         assert not torch.allclose(a[1][real], b[1][real], atol=1e-2)
     assert torch.allclose(dropped.pooled[1], torch.cat([nulls[1].pooled[0], nulls[2].pooled[0]]), atol=1e-6)
+
+
+def test_captions_that_are_cut_are_counted_with_an_example(tmp_path, latents, encoders, capsys):
+    tokenizer = learn_vocabulary(CAPTIONS, 300, max_length=4)
+    make(tmp_path, latents, (tokenizer, encoders["t5"][1]), dataclasses.replace(PRINT, max_length=4))
+    out = capsys.readouterr().out
+    assert f"{tmp_path}: 3 of 7 texts have more than 4 tokens and are cut; 'a red disc' loses 'disc'" in out

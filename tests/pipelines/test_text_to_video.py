@@ -398,3 +398,15 @@ def test_sampled_videos_do_not_depend_on_how_many_there_are(pipe):
     assert len(whole) == 9
     assert np.abs(whole[8].astype(int) - last[0].astype(int)).max() <= 1  # a batch sums floats in another order
     assert np.abs(whole[8].astype(int) - whole[0].astype(int)).max() > 1
+
+
+def test_a_prompt_beyond_the_text_encoders_length_is_named_once_with_what_is_lost(pipe, caplog):
+    for _ in range(2):
+        call(pipe, ["a red disc moves left and a blue square grows", "a red disc"], max_sequence_length=6)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "prompt 'a red disc moves left and a blue square grows' is longer than the text encoder's 6 tokens: "
+        "'left and a blue square grows' is cut off"
+    )
+    kept = call(pipe, "a red disc moves", max_sequence_length=6)
+    assert np.array_equal(kept, call(pipe, "a red disc moves left and a blue square grows", max_sequence_length=6))
