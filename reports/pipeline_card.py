@@ -8,7 +8,8 @@ from promag.evaluation.prompt_accuracy import PARTS
 from promag.evaluation.synthetic_scorer import chance
 from promag.pipelines.model_card import pipeline_card
 
-from .tokenizer_card import table, where
+from .tables import markdown_table
+from .tokenizer_card import where
 
 
 def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], recipe: Sequence[Mapping[str, Any]]) -> str:
@@ -53,7 +54,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             f"and a green square cross`). Shapes: {', '.join(SHAPES)}. Colours: {', '.join(COLOURS)}. Motions: "
             f"{', '.join(MOTIONS)}. A scorer reads them back from the video.",
             "",
-            *table(heads, accuracy),
+            markdown_table(heads, accuracy),
             "",
             f"{first['prompts']} prompts of each kind, {first['steps']} steps, guidance {first['guidance']:g}; in brackets 95 "
             f"% intervals (Wilson). Unseen combinations were never trained on. Guessing: {guessing}. "
@@ -61,11 +62,11 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             "",
             "All right, of how many prompts, by motion:",
             "",
-            *table(["ratio", "combinations", *MOTIONS], motions),
+            markdown_table(["ratio", "combinations", *MOTIONS], motions),
             "",
             "## Recipe",
             "",
-            *table(
+            markdown_table(
                 ["ratios", "generated clips", "drawn more often", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"],
                 trainings,
             ),

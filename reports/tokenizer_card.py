@@ -8,6 +8,8 @@ from typing import Any
 
 from promag.training.config import UserError
 
+from .tables import markdown_table
+
 # Figures of the card: name, heading, digits after the point.
 COLUMNS = (
     ("psnr", "PSNR", 2),
@@ -75,7 +77,7 @@ def tokenizer_card(
             f"{record['protocol']}. {record['ratios'][str(some)]['clips']} clips at {record['size']}x{record['size']} that it "
             f"was never trained on. Commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}.",
             "",
-            *table(["ratio", *(heading for _, heading, _ in COLUMNS)], _figures(record["ratios"])),
+            markdown_table(["ratio", *(heading for _, heading, _ in COLUMNS)], _figures(record["ratios"])),
             "",
             *_lifts(record["ratios"]),
             "",
@@ -86,7 +88,7 @@ def tokenizer_card(
             "",
             "## Recipe",
             "",
-            *table(STAGE_HEADS, _stages(recipe)),
+            markdown_table(STAGE_HEADS, _stages(recipe)),
             "",
             "Weights are moving averages. Minutes by the clock.",
             "",
@@ -94,7 +96,7 @@ def tokenizer_card(
             "",
             f"{clips} clips; each keeps the licence of its source.",
             "",
-            *table(
+            markdown_table(
                 ["source", "commit", "licence", "clips"],
                 [[s["repository"], f"`{s['commit'][:12]}`", s["licence"], str(s["clips"])] for s in sources],
             ),
@@ -103,12 +105,6 @@ def tokenizer_card(
             "",
         ]
     )
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    rule = ["---"] * len(heads)
-    return [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]
 
 
 def _figures(ratios: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -120,11 +116,11 @@ def _figures(ratios: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def _lifts(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a line for each latent that lifts to lower ones."""
-    found = []
+    lifts = []
     for ratio, values in ratios.items():
         for low, lift in values["lift"].items():
-            found.append(f"{low}x from {ratio}x: {lift['latent_error']:.2f} of its variance, {lift['psnr']:.2f} dB decoded")
-    return [f"Latents estimated without pixels: {'; '.join(found)}."] if found else []
+            lifts.append(f"{low}x from {ratio}x: {lift['latent_error']:.2f} of its variance, {lift['psnr']:.2f} dB decoded")
+    return [f"Latents estimated without pixels: {'; '.join(lifts)}."] if lifts else []
 
 
 def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
