@@ -120,7 +120,7 @@ def _explain(cls: type, error: Any) -> str:
 
 
 def _legal_keys(cls: Any, path: Sequence[str]) -> set[str]:
-    found: set[str] = set()
+    keys: set[str] = set()
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         if not path:
@@ -130,8 +130,8 @@ def _legal_keys(cls: Any, path: Sequence[str]) -> set[str]:
     for argument in typing.get_args(cls):
         # A step into a list is an index, a step into a union names the class: neither changes the keys.
         rest = path[1:] if path and (path[0].isdigit() or not _has_key(argument, path[0])) else path
-        found |= _legal_keys(argument, rest)
-    return found
+        keys |= _legal_keys(argument, rest)
+    return keys
 
 
 def _has_key(cls: Any, key: str) -> bool:

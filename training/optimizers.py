@@ -224,7 +224,7 @@ class Muon(torch.optim.Muon):
         """Take a step of at most as many matrices as there are processes, given by the parts held here; one for each."""
         mine: Tensor | None = None
         for owner, (view, weight) in enumerate(weights.items()):
-            momentum = self._momentum(view)
+            momentum: Any = self._momentum(view)
             momentum.lerp_(view.grad, 1 - group["momentum"])
             update = view.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum  # pyright: ignore
             whole = full(as_dtensor(update.to(self.dtype), weight))  # Newton-Schulz begins with that rounding
@@ -236,7 +236,7 @@ class Muon(torch.optim.Muon):
             part: Any = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=owner)
             view.mul_(1 - group["lr"] * group["weight_decay"]).add_(part.to_local(), alpha=group["lr"])
 
-    def _momentum(self, view: nn.Parameter) -> Tensor:
+    def _momentum(self, view: nn.Parameter) -> Any:
         """Return a matrix's momentum, made of zeros in its first step."""
         state = self.state[view]
         if "momentum_buffer" not in state:
