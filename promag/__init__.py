@@ -1,6 +1,6 @@
 """ProMAG: progressively grown video tokenizers and text-to-video diffusion in their latent space.
 
-The public classes are imported on first use, and are known to diffusers: after `import promag`,
+The public classes and functions are imported on first use, and diffusers knows the classes: after `import promag`,
 `diffusers.DiffusionPipeline.from_pretrained(folder)` loads a folder that `ProMAGPipeline.save_pretrained` wrote.
 """
 
@@ -11,13 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from promag.data.video import write_video
+    from promag.diffusion.flow import sample_flow
     from promag.diffusion.openclip import OpenCLIPTextModel
     from promag.diffusion.transformer import ProMAGTransformer3DModel
+    from promag.pipelines.sampling import load_pipeline, sample_videos
     from promag.pipelines.text_to_video import ProMAGPipeline
     from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+    from promag.tokenizer.checkpoint import load_tokenizer
 
-__all__ = ["AutoencoderKLProMAG", "OpenCLIPTextModel", "ProMAGPipeline", "ProMAGTransformer3DModel"]
+__all__ = [
+    "AutoencoderKLProMAG",
+    "OpenCLIPTextModel",
+    "ProMAGPipeline",
+    "ProMAGTransformer3DModel",
+    "load_pipeline",
+    "load_tokenizer",
+    "sample_flow",
+    "sample_videos",
+    "write_video",
+]
 __version__ = "0.1.0"
+
+_CLASSES = [name for name in __all__ if name[0].isupper()]
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").exists() and (_root / "tokenizer" / "__init__.py").exists():
@@ -29,6 +45,11 @@ _HOME = {
     "AutoencoderKLProMAG": ".tokenizer.autoencoder",
     "ProMAGPipeline": ".pipelines.text_to_video",
     "ProMAGTransformer3DModel": ".diffusion.transformer",
+    "load_pipeline": ".pipelines.sampling",
+    "load_tokenizer": ".tokenizer.checkpoint",
+    "sample_flow": ".diffusion.flow",
+    "sample_videos": ".pipelines.sampling",
+    "write_video": ".data.video",
     # diffusers asks the package that a saved class names for the base class by which to load it.
     "ModelMixin": "diffusers.models.modeling_utils",
 }
@@ -47,14 +68,14 @@ def __dir__() -> list[str]:
 def _register(diffusers: Any) -> None:
     """Add our classes to the names that diffusers imports on demand, as if they lay in `diffusers.promag`."""
     sys.modules["diffusers.promag"] = sys.modules[__name__]
-    for name in __all__:
+    for name in _CLASSES:
         diffusers._class_to_module[name] = "promag"
     # diffusers 0.42 lists, at every cast of a model, the modules that should have stayed in float32, even where there are none.
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_a_module)
 
 
 def _names_a_module(record: logging.LogRecord) -> bool:
-    ours = tuple(f"There are modules in {name} that should be kept in float32: []" for name in __all__)
+    ours = tuple(f"There are modules in {name} that should be kept in float32: []" for name in _CLASSES)
     return not record.getMessage().startswith(ours)
 
 
