@@ -25,7 +25,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py .ci/torchvision_schemas.py .ci/typing_stubs.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check --editable '.[dev]'
 	$(BIN)/python .ci/torchvision_schemas.py
 	$(BIN)/python .ci/typing_stubs.py
 	touch $@

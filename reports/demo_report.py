@@ -82,7 +82,7 @@ class BudgetRow:
     train_step_seconds: float | None = None
     denoising_seconds: float | None = None
     sampling_seconds: float | None = None
-    train_loss: float | None = None
+    validation_loss: float | None = None
     accuracy: Mapping[str, Interval] | None = None
     readable: Mapping[str, Interval] | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -229,7 +229,7 @@ def budget_lines(rows: Sequence[BudgetRow], chance: Mapping[str, float]) -> Line
             line("train_step_seconds", "Training step (s)", None, -1, FASTER),
             line("denoising_seconds", "Denoising a video (s)", None, -1, FASTER),
             line("sampling_seconds", "Sampling a video, decoding included (s)", None, -1, FASTER),
-            line("train_loss", "Training loss (each in its own latent space)", 3, compared=False),
+            line("validation_loss", "Validation loss (each in its own latent space)", 3, compared=False),
         ],
         "Prompt accuracy (%), with 95 % interval": shares("accuracy"),
         "The same scorer on reconstructions (%): the upper bound for text to video": shares("readable"),

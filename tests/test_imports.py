@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # The one place that knows the order; setup.py, pyright and the editors' modules take the folders as they find them.
-ROOMS = ("configs", "training", "data", "tokenizer", "diffusion", "pipelines", "evaluation", "reports", "scripts")
+ROOMS = ("configs", "training", "data", "tokenizer", "diffusion", "pipelines", "evaluation", "reports", "demo", "scripts")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 

@@ -30,11 +30,11 @@ def test_it_leaves_a_report_figures_and_videos(demo_run):
     assert page.index("Samples of the trained pipeline") < page.index("<h2>Reconstructions")
     assert [clip["columns"] for clip in figures["shipped"]] == [["16×"], ["16×"]]  # noqa: RUF001
     assert all((demo_run / clip["video"]).stat().st_size > 0 for clip in figures["shipped"])
-    assert (demo_run / "shipped.png").exists()
+    assert [clip["columns"] for clip in figures["shipped_reconstructions"]] == [["original", "4×", "8×", "16×"]] * 2  # noqa: RUF001
 
 
 def test_a_second_call_uses_what_is_trained_and_says_so(demo_run, capsys):
-    weights = demo_run / "video-16x" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = demo_run / "video" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns
     assert main([*DEMO, "--output-dir", str(demo_run)]) == 0
     said = capsys.readouterr().out

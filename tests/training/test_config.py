@@ -223,8 +223,8 @@ def test_presets_are_legal_and_state_only_what_differs_from_the_defaults(path):
 
 
 def _class_of(path: Path):
+    from promag.demo.config import DemoConfig
     from promag.diffusion.config import DiffusionConfig
-    from promag.scripts.demo import DemoConfig
     from promag.scripts.experiments.growth_ablation import AblationConfig
 
     if path.stem == "demo":

@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from promag.demo.config import DemoConfig
 from promag.diffusion.config import DiffusionConfig
 from promag.scripts import sample, train_tokenizer
-from promag.scripts.demo import DemoConfig
 from promag.tokenizer.config import TokenizerConfig
 from promag.tokenizer.train import train_tokenizer as train
 from promag.training import precision as module

@@ -1,0 +1,1 @@
+"""The demo: the whole system at a small size, and its page."""

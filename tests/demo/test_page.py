@@ -1,0 +1,97 @@
+"""The page while the demo trains: how far it says the run is, and that it is rewritten from the run's files."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+
+from promag.demo.config import DemoConfig, stage_folder, video_folder
+from promag.demo.page import LivePage, parts
+from promag.reports.demo_report import Report
+from promag.training.command_line import parse_config
+from promag.training.config import load_yaml
+
+
+@pytest.fixture
+def config(tmp_path) -> DemoConfig:
+    return parse_config(DemoConfig, ["--config", "configs/demo.yaml", "--output_dir", str(tmp_path)], "")
+
+
+def log(folder, *steps, **figures):
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": step, **figures}) + "\n" for step in steps)
+
+
+def cache(config, shards, whole=False):
+    for ratio in config.ratios:
+        folder = config_folder = video_folder(config).parents[1] / "latents" / f"train-{ratio}x"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fingerprint.json").write_text('{"shard_size": 64}')
+        for number in range(shards):
+            (folder / f"shard-{number:05d}.safetensors").touch()
+        if whole:
+            (config_folder / "index.json").touch()
+
+
+def test_how_far_a_run_is_follows_from_its_files(config):
+    page = LivePage(config)
+    assert page.progress().stage == "1/3 tokenizer, 4x"
+    assert page.progress().fraction == 0
+    first, second, _, caching, video, last = parts(config)
+    whole = sum(part.seconds for part in parts(config))
+    steps = config.stages[0].optimization.steps
+    log(stage_folder(config, 4), 1, steps // 2, loss=1.0)
+    with open(stage_folder(config, 4) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 39')  # a line that is being written
+    assert page.progress().fraction == pytest.approx(first.seconds / 2 / whole)
+    for ratio in (4, 8, 16):
+        stage_folder(config, ratio).mkdir(exist_ok=True)
+        (stage_folder(config, ratio) / "done.json").touch()
+    assert second.done() == 1
+    cache(config, shards=4)
+    assert page.progress().stage == "2/3 caching latents"
+    assert caching.done() == 4 / (config.synthetic_clips / 64)
+    cache(config, shards=4, whole=True)
+    log(video_folder(config), config.diffusion.steps // 4, loss=1.0)
+    assert page.progress().stage == "2/3 text-to-video"
+    assert page.progress().fraction == pytest.approx((whole - last.seconds - 0.75 * video.seconds) / whole)
+    log(video_folder(config), config.diffusion.steps, loss=1.0)
+    assert page.progress().stage == "3/3 samples, scores and timings"
+    assert page.progress().fraction == pytest.approx(1 - last.seconds / whole)
+
+
+def test_the_time_to_go_follows_from_what_this_call_has_done(config):
+    log(stage_folder(config, 4), config.stages[0].optimization.steps // 2)  # by an earlier call
+    page = LivePage(config)
+    assert page.progress().seconds_left is None
+    before = page.progress().fraction
+    page.started -= 100
+    (stage_folder(config, 4) / "done.json").touch()
+    progress = page.progress()
+    expected = 100 / (progress.fraction - before) * (1 - progress.fraction)
+    assert progress.seconds_left == pytest.approx(expected, rel=0.01)
+
+
+def test_it_is_rewritten_until_the_run_is_over(config, tmp_path):
+    page = LivePage(config, seconds=0.05)
+    page.report = Report(title="a run")
+    with page:
+        assert "1/3 tokenizer, 4x" in page.write().read_text()
+        log(stage_folder(config, 4), 20, psnr=21.5)
+        deadline = time.monotonic() + 20
+        while not json.loads((tmp_path / "report.json").read_text())["curves"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert json.loads((tmp_path / "report.json").read_text())["curves"] == {"Validation PSNR, dB/4x": [[20.0, 21.5]]}
+    assert not page.thread.is_alive()
+
+
+def test_parts_without_a_scorer_or_growth_cost_less(config):
+    real = dataclasses.replace(config, videos="folder")
+    assert parts(real)[-1].seconds == 30
+    assert parts(config)[-1].seconds > 60
+    assert load_yaml("configs/demo.yaml")["stages"][0].get("growth") is None
+    base, grown = parts(config)[0].seconds, parts(config)[1].seconds
+    assert base > grown
