@@ -174,7 +174,7 @@ def test_the_table_holds_the_figures(written):
     assert page.line("Training step (s)") == ["0.842", "–", "★ 0.241 | 3.5× faster"]
     assert page.line("Denoising a video (s)") == ["9.87", "–", "★ 2.90 | 3.4× faster"]
     assert page.line("Sampling a video, decoding included (s)") == ["12.6", "–", "★ 3.72 | 3.4× faster"]
-    assert page.line("Training loss (each in its own latent space)") == ["0.612", "–", "0.644"]
+    assert page.line("Validation loss (each in its own latent space)") == ["0.612", "–", "0.644"]
     assert page.line("Commit") == ["abc"]
 
 

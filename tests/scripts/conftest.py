@@ -1,6 +1,7 @@
 """One smallest demo run, whose tokenizer and pipelines the tests of the other scripts use."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from promag.data.synthetic import clip
 from promag.data.video import write_video
+from promag.training.command_line import parse_config
 from promag.training.config import load_yaml
 from tests.tiny_pipeline import make_pipeline
 
@@ -61,12 +63,17 @@ DEMO = ["--config", "configs/demo.yaml", *SMALLEST]
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory) -> Path:
+    from promag.demo.config import DemoConfig, diffusion_config
+    from promag.pipelines.build import train_pipeline
     from promag.scripts.demo import main
 
     run, shipped = tmp_path_factory.mktemp("demo") / "run", tmp_path_factory.mktemp("shipped")
     torch.set_num_threads(1)
     make_pipeline(height=32, width=32).save_pretrained(shipped)
     assert main([*DEMO, "--output-dir", str(run), "--shipped", str(shipped), "--record", str(run / "results.jsonl")]) == 0
+    config = replace(parse_config(DemoConfig, [*DEMO, "--output-dir", str(run)], ""), ratios=(16,))
+    alone = diffusion_config(config, run / "tokenizer-run" / "tokenizer", "synthetic", "synthetic")
+    train_pipeline(replace(alone, output_dir=str(run / "video-16x")))  # the demo's own model is trained at two ratios
     return run
 
 

@@ -18,7 +18,7 @@ TEXT = {"encoders": [encoder("small", 16)]}
 
 @pytest.fixture(scope="module")
 def base(demo_run):
-    return demo_run / "video" / "pipeline"
+    return demo_run / "video-16x" / "pipeline"
 
 
 def arguments(demo_run, folder, base, lora, **change):

@@ -26,7 +26,7 @@ def tokenizer(demo_run, tmp_path_factory):
 
 
 def test_it_holds_the_tokenizer_and_its_card_has_its_own_figures(demo_run, tokenizer):
-    source, out, record = demo_run / "video" / "pipeline", tokenizer.parent / "video", tokenizer.parent / "results.jsonl"
+    source, out, record = demo_run / "video-16x" / "pipeline", tokenizer.parent / "video", tokenizer.parent / "results.jsonl"
     few = ["--prompts", "3", "--steps", "2"]
     publish.main(["pipeline", str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--record", str(record), *few])
     assert (out / "vae" / WEIGHTS).read_bytes() == (tokenizer / WEIGHTS).read_bytes()
@@ -50,7 +50,7 @@ def test_it_holds_the_tokenizer_and_its_card_has_its_own_figures(demo_run, token
 
 
 def test_publishing_again_leaves_the_tokenizer_beside_it_alone(demo_run, tokenizer):
-    source, out = demo_run / "video" / "pipeline", tokenizer.parent / "again"
+    source, out = demo_run / "video-16x" / "pipeline", tokenizer.parent / "again"
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tokenizer.iterdir()}
     (out / "vae").parent.mkdir()
     (out / "vae").symlink_to(tokenizer)  # as published by earlier versions
@@ -72,7 +72,7 @@ def test_the_batch_is_that_of_all_processes(tmp_path):
 
 
 def test_mistakes_are_named(demo_run, tokenizer, tmp_path):
-    source = demo_run / "video" / "pipeline"
+    source = demo_run / "video-16x" / "pipeline"
     other = load_tokenizer(tokenizer)
     with torch.no_grad():
         next(other.parameters()).add_(1)

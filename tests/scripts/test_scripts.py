@@ -341,7 +341,7 @@ def test_interrupted_diffusion_is_bit_for_bit_the_same(demo_run, tmp_path):
 
 
 def test_sample_writes_what_the_pipeline_gives(demo_run, tmp_path, capsys):
-    pipeline = str(demo_run / "video" / "pipeline")
+    pipeline = str(demo_run / "video-16x" / "pipeline")
     prompts = ["--prompt", "a red disc grows", "--prompt", "a blue plus moves up"]
     sample.main([pipeline, *prompts, "--frames", "33", "--steps", "2", "--out", str(tmp_path / "v.mp4")])
     for i in range(2):
@@ -355,7 +355,7 @@ def test_sample_writes_what_the_pipeline_gives(demo_run, tmp_path, capsys):
 def test_sample_starts_from_an_image_or_a_clip(demo_run, video_folder, tmp_path):
     from PIL import Image
 
-    pipeline, clip = str(demo_run / "video" / "pipeline"), video_folder / "v0.mp4"
+    pipeline, clip = str(demo_run / "video-16x" / "pipeline"), video_folder / "v0.mp4"
     frames = read_frames(clip, [0, 19])
     Image.fromarray(frames[1]).save(tmp_path / "last.png")
     made = []
@@ -459,7 +459,7 @@ def test_a_users_mistake_is_one_line_and_status_2(script, arguments, message):
 
 
 def test_sample_and_evaluate_name_illegal_sizes(demo_run, tmp_path):
-    pipeline = str(demo_run / "video" / "pipeline")
+    pipeline = str(demo_run / "video-16x" / "pipeline")
     with pytest.raises(UserError, match=r"20 frames: 16x needs 1 \+ 16k"):
         sample.main([pipeline, "--prompt", "a", "--frames", "20", "--out", str(tmp_path / "v.mp4")])
     with pytest.raises(UserError, match="60 frames: 16x needs"):
