@@ -1,7 +1,6 @@
 """What the demo measures once everything is trained: reconstructions, samples, prompt accuracy and seconds, as a report."""
 
 import copy
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from promag.pipelines.sampling import load_pipeline, sample_videos
 from promag.reports.demo_report import BudgetRow, ReconstructionClip, Report, SampleClip
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
+from promag.training.files import read_json_lines
 from promag.training.precision import Precision, autocast
 from promag.training.run import provenance
 
@@ -192,9 +192,8 @@ def curves(config: DemoConfig) -> dict[str, list[tuple[float, float]]]:
 
 
 def points(file: Path, key: str) -> list[tuple[float, float]]:
-    """Return (step, value) of one key of a metrics file; a last line that is being written does not count."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return (step, value) of one key of a metrics file."""
+    records = read_json_lines(file) if file.exists() else []
     return [(float(r["step"]), float(r[key])) for r in records if key in r]
 
 
