@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from promag.tokenizer.geometry import check_frames, check_ratio
 
-PROBE = 64  # pixels: height and width of the clip by which a loaded peer's arithmetic is learned
+PROBE = 64  # pixels: height and width of the clip by which a loaded autoencoder's arithmetic is learned
 # What diffusers' video autoencoders call their convolutions at pixels and latents.
 ENDS = {"conv_in", "conv_out", "quant_conv", "post_quant_conv"}
 
 
-class PeerAutoencoder(nn.Module):
+class BaselineAutoencoder(nn.Module):
     """A causal video autoencoder of diffusers with one temporal ratio: 1 + ratio*N frames to 1 + N latent frames.
 
     Args:
@@ -32,10 +32,10 @@ class PeerAutoencoder(nn.Module):
     def __init__(self, model: Any, temporal_ratio: int | None = None):
         super().__init__()
         self.model = model
-        known = temporal_ratio or _stated_ratio(model)
-        if not known:
+        ratio = temporal_ratio or _stated_ratio(model)
+        if not ratio:
             raise ValueError(f"{type(model).__name__}: its temporal ratio is not in its config; give temporal_ratio")
-        self.temporal_ratios = (int(known),)
+        self.temporal_ratios = (int(ratio),)
 
     @property
     def config(self) -> Any:
@@ -44,27 +44,27 @@ class PeerAutoencoder(nn.Module):
 
     @property
     def device(self) -> Any:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.device
 
     @property
     def dtype(self) -> Any:
-        """Of the weights."""
+        """The type of the weights."""
         return self.model.dtype
 
     def train_only(self, *temporal_ratios: int) -> list[nn.Parameter]:
-        """Make every weight trainable: a peer has one level."""
+        """Make every weight trainable: there is one level."""
         for ratio in temporal_ratios:
             check_ratio(ratio, self.temporal_ratios)
         self.requires_grad_(True)
         return list(self.parameters())
 
     def inherited_modules(self, added: Sequence[int]) -> list[nn.Module]:
-        """Return nothing: the one level of a peer starts from no other."""
+        """Return no modules: the one level starts from no other."""
         return []
 
     def enable_gradient_checkpointing(self) -> None:
-        """Let the model compute blocks again in the backward pass; raises ValueError where it cannot."""
+        """Let the model recompute blocks in the backward pass; raises ValueError where it cannot."""
         self.model.enable_gradient_checkpointing()
 
     def compile_repeated_blocks(self, **options: Any) -> None:
@@ -90,7 +90,7 @@ class PeerAutoencoder(nn.Module):
         return self.model.decode(z)
 
     def forward(self, x: Tensor, temporal_ratio: int | None = None) -> DecoderOutput:
-        """Encode and decode the posterior's mean; latents go through as they are, so no scaling of theirs plays a part."""
+        """Encode and decode the posterior's mean; latents are not scaled in between."""
         return self.decode(self.encode(x, temporal_ratio).latent_dist.mode(), temporal_ratio)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -103,70 +103,70 @@ class PeerAutoencoder(nn.Module):
         return self.temporal_ratios[0]
 
 
-def build_peer(name: str, config: dict[str, Any]) -> PeerAutoencoder:
-    """Build an untrained peer from the name of its class in diffusers; raises ValueError for an unknown one."""
-    return PeerAutoencoder(_class(name)(**config))
+def build_baseline(name: str, config: dict[str, Any]) -> BaselineAutoencoder:
+    """Build an untrained autoencoder by its class in diffusers; raises ValueError for an unknown class."""
+    return BaselineAutoencoder(_class(name)(**config))
 
 
-def load_peer(name: str, folder: str | Path) -> PeerAutoencoder:
-    """Load a peer that `save_pretrained` saved, for inference."""
-    return PeerAutoencoder(_class(name).from_pretrained(folder)).eval()
+def load_baseline(name: str, folder: str | Path) -> BaselineAutoencoder:
+    """Load an autoencoder that `save_pretrained` saved, for inference."""
+    return BaselineAutoencoder(_class(name).from_pretrained(folder)).eval()
 
 
 @dataclass(frozen=True, eq=False)
-class OpenedPeer:
-    """A peer and its arithmetic: 1 + step*k frames of sides that are multiples of `spatial`."""
+class OpenedBaseline:
+    """An autoencoder and its arithmetic: it takes 1 + step*k frames whose sides are multiples of `spatial`."""
 
-    model: PeerAutoencoder
+    model: BaselineAutoencoder
     spatial: int
     channels: int
     step: int
 
 
-def open_peer(folder: str | Path) -> OpenedPeer:
+def open_baseline(folder: str | Path) -> OpenedBaseline:
     """Load any causal video autoencoder of diffusers by the class that its config.json names.
 
-    What it takes is learned by coding small clips. Raises ValueError for a folder without one and for one that does not give
-    1 + ratio*N frames back from 1 + N latent frames.
+    Its arithmetic is learned by coding small clips. Raises ValueError for a folder without an autoencoder and for one that
+    does not map 1 + ratio*N frames to 1 + N latent frames and back.
     """
     config = Path(folder) / "config.json"
     if not config.is_file():
         raise ValueError(f"autoencoder {folder}: no config.json there; give a folder that save_pretrained wrote")
     name = str(json.loads(config.read_text(encoding="utf-8")).get("_class_name"))
     try:
-        peer = load_peer(name, folder)
+        model = load_baseline(name, folder)
     except (OSError, TypeError) as error:
         raise ValueError(f"autoencoder {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
     try:
-        return probe_peer(peer)
+        return probe_baseline(model)
     except ValueError as error:
         raise ValueError(f"autoencoder {folder}: {error}") from None
 
 
-def probe_peer(peer: PeerAutoencoder) -> OpenedPeer:
-    """Learn a peer's arithmetic by coding small clips, which on the meta device takes no time.
+def probe_baseline(model: BaselineAutoencoder) -> OpenedBaseline:
+    """Learn an autoencoder's arithmetic by coding small clips, which takes no time on the meta device.
 
-    Raises ValueError for one that does not give 1 + ratio*N frames back from 1 + N latent frames.
+    Raises ValueError where it does not map 1 + ratio*N frames to 1 + N latent frames and back.
     """
-    ratio, found = peer.temporal_ratios[0], ""
+    ratio, problem = model.temporal_ratios[0], ""
     for count in (1, 2):  # CogVideoX decodes latent frames in pairs and takes 1 + 8k frames
-        clip = torch.zeros(1, 3, 1 + count * ratio, PROBE, PROBE, dtype=peer.dtype, device=peer.device)
+        clip = torch.zeros(1, 3, 1 + count * ratio, PROBE, PROBE, dtype=model.dtype, device=model.device)
         try:
             with torch.no_grad():
-                latent = peer.encode(clip).latent_dist.mode()
-                output = peer.decode(latent).sample
+                latent = model.encode(clip).latent_dist.mode()
+                output = model.decode(latent).sample
         except (AttributeError, RuntimeError, ValueError, IndexError) as error:
-            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         if latent.ndim == 5 and latent.shape[2] == 1 + count and output.shape == clip.shape:
-            return OpenedPeer(peer, PROBE // latent.shape[3], latent.shape[1], count * ratio)
-        found = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
-    name = type(peer.model).__name__
-    raise ValueError(f"{name}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {found}")
+            return OpenedBaseline(model, PROBE // latent.shape[3], latent.shape[1], count * ratio)
+        problem = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
+    name = type(model.model).__name__
+    raise ValueError(f"{name}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {problem}")
 
 
 def _stated_ratio(model: Any) -> int | None:
-    """Return the temporal ratio as the models of diffusers state it, in one of the ways that they have."""
+    """Return the temporal ratio by whichever key of its configuration a model of diffusers states it; None without one."""
     config = model.config
     stated = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio")
     stated = stated or vars(model).get("temporal_compression_ratio")
@@ -174,7 +174,7 @@ def _stated_ratio(model: Any) -> int | None:
 
 
 def _class(name: str) -> Any:
-    found = getattr(diffusers, name, None) if name.startswith("AutoencoderKL") else None
-    if found is None:
-        raise ValueError(f"peer {name!r}: diffusers {diffusers.__version__} has no autoencoder of that name")
-    return found
+    autoencoder = getattr(diffusers, name, None) if name.startswith("AutoencoderKL") else None
+    if autoencoder is None:
+        raise ValueError(f"autoencoder {name!r}: diffusers {diffusers.__version__} has no autoencoder of that name")
+    return autoencoder

@@ -1,4 +1,4 @@
-"""How many bits the latents of a tokenizer take: an estimate that does not depend on how they are scaled.
+"""Rate of a tokenizer's latents in bits: an estimate that does not depend on their scale.
 
 Each channel c is coded with a Gaussian of its own mean m_c and variance s_c^2 over all latents seen (bits-back coding of a
 diagonal-Gaussian posterior q = N(mu, sigma^2), arXiv 1901.04866). Averaged over these latents,

@@ -18,7 +18,7 @@ from promag.tokenizer.geometry import SPATIAL_RATIO, check_size, latent_frames, 
 from promag.tokenizer.metrics import evaluate_fully, from_uint8, psnr_per_frame, to_uint8
 from promag.training.precision import Precision
 
-from .baselines import open_peer
+from .baselines import open_baseline
 from .bitrate import RateMeter
 
 PATCHES = ((1, 1, 1), (1, 2, 2))
@@ -81,10 +81,12 @@ def own_budgets(model: Any) -> list[Budget]:
     return [Budget(f"{ratio}x", model, ratio, SPATIAL_RATIO, channels, True) for ratio, channels in levels]
 
 
-def peer_budget(name: str, folder: str | Path) -> Budget:
-    """Return the budget of another autoencoder of diffusers; raises ValueError as `open_peer` does."""
-    peer = open_peer(folder)
-    return Budget(name, peer.model, peer.model.temporal_ratios[0], peer.spatial, peer.channels, False, peer.step)
+def baseline_budget(name: str, folder: str | Path) -> Budget:
+    """Return the budget of another autoencoder of diffusers; raises ValueError as `open_baseline` does."""
+    baseline = open_baseline(folder)
+    return Budget(
+        name, baseline.model, baseline.model.temporal_ratios[0], baseline.spatial, baseline.channels, False, baseline.step
+    )
 
 
 def check_budgets(budgets: Sequence[Budget], height: int, width: int) -> None:

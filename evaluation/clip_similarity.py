@@ -1,6 +1,6 @@
-"""How well a video shows its prompt by a CLIP model, whose trained weights the user gives by path.
+"""Similarity of a video and its prompt by a CLIP model, whose trained weights the user names by path.
 
-The cosine of text and picture embeddings (CLIP: arXiv 2103.00020), as CLIPScore (arXiv 2104.08718) has it before its scale
+It is the cosine of text and picture embeddings (CLIP: arXiv 2103.00020), that is CLIPScore (arXiv 2104.08718) without its scale
 and its clamp at 0. Videos are uint8 (T, H, W, 3).
 """
 
@@ -18,7 +18,7 @@ from promag.training.config import UserError
 
 BATCH = 32  # pictures encoded at once
 OPEN_CLIP = "open_clip:"
-# What loading a folder that is no model, or half of one, raises.
+# Raised on loading a folder that is not a model, or an incomplete one.
 UNLOADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -26,8 +26,8 @@ class ClipSimilarity:
     """Cosine between a text's embedding and each frame's, averaged over the frames: from -1 to 1.
 
     Args:
-        embed_text: a text -> (1, D); text beyond the model's length is cut, as CLIP's own tokenizers do.
-        embed_pictures: RGB pictures -> (N, D).
+        embed_text: maps a text to (1, D); text beyond the model's length is cut, as CLIP's own tokenizers do.
+        embed_pictures: maps RGB pictures to (N, D).
     """
 
     def __init__(self, embed_text: Callable[[str], Tensor], embed_pictures: Callable[[Sequence[Image.Image]], Tensor]):
@@ -39,20 +39,20 @@ class ClipSimilarity:
 
         Args:
             model: folder of a CLIP model of transformers, `open_clip:NAME` (ViT-B-32) or `open_clip:local-dir:FOLDER`.
-            weights: file with the weights of `open_clip:NAME`; the other two bring their own.
+            weights: file with the weights of `open_clip:NAME`; the other two include theirs.
 
         Raises UserError naming what is missing.
         """
         named = model.startswith(OPEN_CLIP) and not model.startswith(f"{OPEN_CLIP}local-dir:")
         if named != (weights is not None):
-            raise UserError(f"clip {model}: " + (_NEEDS if named else f"brings its own weights, {weights} has no use"))
+            raise UserError(f"clip {model}: " + (_NEEDS if named else f"includes its weights; leave {weights} out"))
         if weights is not None and not Path(weights).is_file():
             raise UserError(f"clip {model}: no file {weights} with its weights")
         return cls(*(_open_clip(model, weights) if model.startswith(OPEN_CLIP) else _transformers(model)))
 
     @torch.no_grad()
     def __call__(self, video: np.ndarray, prompt: str) -> float:
-        """Score one video."""
+        """Return the similarity of one video and its prompt."""
         text = F.normalize(self.embed_text(prompt).float(), dim=-1)
         pictures = [Image.fromarray(frame) for frame in video]
         parts = [self.embed_pictures(pictures[i : i + BATCH]).float() for i in range(0, len(pictures), BATCH)]
@@ -102,9 +102,9 @@ def _transformers(model: str) -> tuple[Callable[[str], Tensor], Callable[[Sequen
         prepare: Any = CLIPImageProcessor.from_pretrained(model)
     except UNLOADABLE as error:
         raise UserError(f"clip {model}: cannot be loaded: {_line(error)}") from None
-    clip, found = loaded
-    if found["missing_keys"]:  # transformers makes them up, with a warning
-        raise UserError(f"clip {model}: no weights there for {sorted(found['missing_keys'])[0]}; is it a text model alone?")
+    clip, loading = loaded
+    if loading["missing_keys"]:  # transformers initialises them at random, with a warning
+        raise UserError(f"clip {model}: no weights there for {sorted(loading['missing_keys'])[0]}; is it a text model alone?")
     clip.eval()
 
     def embed_text(prompt: str) -> Tensor:

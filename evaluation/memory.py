@@ -1,7 +1,7 @@
-"""What memory training a text-to-video transformer takes: what stays from step to step, and what a batch's gradients need.
+"""Memory of training a text-to-video transformer: weights, gradients, moments and averages, and a batch's activations.
 
-Counted, not read from an allocator: what stays is arithmetic on parameter counts, and what the forward pass keeps for the
-backward pass is seen by hooks. Both work on models without data, so a model needs not fit here to be counted.
+It is counted, not read from an allocator: static memory follows from parameter counts, and hooks see what the forward pass
+saves for the backward pass. Both work on tensors without data, so that a model can be counted that would not fit here.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from promag.diffusion.transformer import ProMAGAttention, ProMAGTransformer3DMod
 
 from .cost import random_loss
 
-FLOAT = 4  # bytes: weights, gradients, moments and averages are float32
-BACKEND = "native"  # PyTorch's fused attention: like a GPU's kernels it keeps no scores
+FLOAT = 4  # bytes; weights, gradients, moments and averages are float32
+BACKEND = "native"  # PyTorch's fused attention, which like a GPU's kernels saves no scores
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Bytes that stay from step to step, on every process."""
+class StaticMemory:
+    """Bytes that every process holds throughout training."""
 
     weights: int
     gradients: int
@@ -34,58 +34,60 @@ class Standing:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all."""
         return self.weights + self.gradients + self.optimizer + self.ema
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that the forward pass keeps for the backward pass."""
+    """Bytes that the forward pass saves for the backward pass."""
 
     per_clip: int
-    per_clip_checkpointed: int  # with one block's, computed again, at its height
-    per_step: int  # whatever the batch: autocast's bf16 copies of weights
+    per_clip_checkpointed: int  # at its peak, when one block's are recomputed
+    per_step: int  # for any batch size: autocast's bf16 copies of weights
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Bytes on each process where FSDP2 spreads a transformer and the text model trained along over several."""
+class ShardedMemory:
+    """Bytes of each process where FSDP2 shards a transformer and the jointly trained text model."""
 
-    stays: int  # weights, gradients, moments and averages, on the process that holds most
-    gathered: int  # at most: what is outside of blocks, two blocks, and gradients of what is being averaged
+    local: int  # weights, gradients, moments and averages, on the process that holds most
+    gathered: int  # at most: weights outside of blocks, two blocks, and the gradients that are being reduced
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.stays + self.gathered
+        """The sum of both."""
+        return self.local + self.gathered
 
 
-def spread_bytes(
+def sharded_memory(
     transformer: ProMAGTransformer3DModel, text: Iterable[nn.Parameter], by_muon: Iterable[nn.Parameter], world: int
-) -> Spread:
-    """Return what each of `world` processes holds under bf16: rows are divided, and rounded up."""
-    theirs = {id(p) for p in by_muon}
+) -> ShardedMemory:
+    """Return what each of `world` processes holds under bf16, where the rows of each weight are divided, rounded up."""
+    muon_ids = {id(p) for p in by_muon}
     trained = [*transformer.parameters(), *text]
-    parts = [(-(-p.shape[0] // world) * p[0].numel(), 4 if id(p) in theirs else 5) for p in trained]
+    # Copies of a weight's size: itself, gradient, average, and one moment under Muon or two under AdamW.
+    shards = [(-(-p.shape[0] // world) * p[0].numel(), 4 if id(p) in muon_ids else 5) for p in trained]
     block = sum(p.numel() for p in transformer.transformer_blocks[0].parameters())
     outside = sum(p.numel() for p in trained) - len(transformer.transformer_blocks) * block
-    # Outside of blocks weights and gradients are float32. The next block is gathered, in bfloat16, while one computes; that
-    # one's gradients are in bfloat16, and once more in float32 while they are averaged.
-    return Spread(FLOAT * sum(size * times for size, times in parts), 2 * FLOAT * outside + (2 * 2 + 2 + FLOAT) * block)
+    # Outside of blocks weights and gradients are float32. The next block is gathered in bfloat16 while the current one
+    # computes; the current one's gradients are in bfloat16, and in float32 too while they are reduced.
+    local = FLOAT * sum(size * copies for size, copies in shards)
+    return ShardedMemory(local, 2 * FLOAT * outside + (2 * 2 + 2 + FLOAT) * block)
 
 
-def standing_bytes(trained: Iterable[nn.Parameter], by_muon: Iterable[nn.Parameter]) -> Standing:
-    """Return what `trained` weights take, with one moment for those that Muon trains and two, and a step, for the rest."""
+def static_memory(trained: Iterable[nn.Parameter], by_muon: Iterable[nn.Parameter]) -> StaticMemory:
+    """Return what `trained` weights take: Muon keeps one moment of its weights, AdamW two and a step count of the others."""
     by_muon = list(by_muon)
-    theirs = {id(p) for p in by_muon}
-    rest = [p for p in trained if id(p) not in theirs]
-    ones, twos = (sum(p.numel() for p in group) for group in (by_muon, rest))
-    weights = FLOAT * (ones + twos)
-    return Standing(weights, weights, FLOAT * (ones + 2 * twos + len(rest)), weights)
+    muon_ids = {id(p) for p in by_muon}
+    by_adamw = [p for p in trained if id(p) not in muon_ids]
+    muon_size, adamw_size = (sum(p.numel() for p in group) for group in (by_muon, by_adamw))
+    weights = FLOAT * (muon_size + adamw_size)
+    return StaticMemory(weights, weights, FLOAT * (muon_size + 2 * adamw_size + len(by_adamw)), weights)
 
 
 def transformer_alone(model: TransformerConfig, text_dims: list[int], pooled: int) -> ProMAGTransformer3DModel:
-    """Return an untrained transformer on the device that is in force, for text encoders of these widths."""
+    """Return an untrained transformer on torch's default device, for text encoders of these widths."""
     transformer = ProMAGTransformer3DModel(**asdict(model), text_dim=text_dims, pooled_dim=pooled)
     for module in transformer.modules():
         if isinstance(module, ProMAGAttention):
@@ -94,7 +96,7 @@ def transformer_alone(model: TransformerConfig, text_dims: list[int], pooled: in
 
 
 def small_text(text: TextConfig) -> list[nn.Parameter]:
-    """Return the weights of the text model that is trained along, with the largest vocabulary it may have; none without one."""
+    """Return the weights of the jointly trained text model with its largest vocabulary; none if there is no such model."""
     if text.small is None:
         return []
     tokenizer = learn_vocabulary([], text.vocabulary, text.small.max_length)
@@ -104,14 +106,14 @@ def small_text(text: TextConfig) -> list[nn.Parameter]:
 
 
 def text_shape(config: DiffusionConfig, frozen_width: int) -> tuple[list[int], int, list[int]]:
-    """Return widths, pooled width and tokens of a configuration's text encoders, frozen ones being T5s of that width."""
+    """Return widths, pooled width and tokens of a configuration's text encoders; frozen ones have the given width."""
     text = config.text
     widths = [text.width if encoder == text.small else frozen_width for encoder in text.encoders]
     return widths, text.width if text.small else 0, [encoder.max_length for encoder in text.encoders]
 
 
 def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, size: int, fake: bool = True) -> Activations:
-    """Count what one step at `data.frames` frames of `size` squared keeps, on tensors without data where `fake`.
+    """Count the activations of a training step at `data.frames` frames of size x size, on tensors without data if `fake`.
 
     Raises ValueError for a configuration without a transformer of its own.
     """
@@ -128,19 +130,20 @@ def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, siz
             return saved_bytes(loss, transformer)
 
     shallower = replace(config.model, num_layers=config.model.num_layers - 1)
-    one, two = (saved(config.model, batch, False) for batch in (2, 3))
-    block = two - one - (saved(shallower, 3, False) - saved(shallower, 2, False))
+    two, three = (saved(config.model, batch, False) for batch in (2, 3))
+    per_clip = three - two
+    per_block = per_clip - (saved(shallower, 3, False) - saved(shallower, 2, False))
     checkpointed = saved(config.model, 3, True) - saved(config.model, 2, True)
-    return Activations(two - one, checkpointed + block, one - 2 * (two - one))
+    return Activations(per_clip, checkpointed + per_block, two - 2 * per_clip)
 
 
 def saved_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
-    """Return the bytes that the graph of `loss()` keeps beside the weights, each stretch of memory counted once."""
+    """Return the bytes that the graph of `loss()` saves beside the weights; each storage counts once."""
     weights = {_memory(p) for p in model.parameters()}
     with _saved() as kept:
         graph = loss()
     del graph
-    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
 
 
 @contextlib.contextmanager
@@ -148,7 +151,7 @@ def _saved() -> Iterator[dict[int, Any]]:
     kept: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[_memory(tensor)] = tensor.untyped_storage()  # held, so that its place is not given to another
+        kept[_memory(tensor)] = tensor.untyped_storage()  # kept alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""Prompt accuracy: how often sampled videos show the shape, the colour and the motion that their prompts ask for.
+"""Prompt accuracy: how often sampled videos show the shape, the colour and the motion of their prompts.
 
 Videos are uint8 (T, H, W, 3). The scorer reads generated clips only (evaluation/synthetic_scorer.py).
 """
@@ -19,52 +19,52 @@ PARTS = ("shape", "colour", "motion", "all")
 
 
 def scenes_to_score(count: int, seed: int, unseen: bool = False) -> list[Scene]:
-    """Draw scenes whose captions are prompts, of trained or of held-out combinations; the seed alone decides them."""
+    """Draw scenes whose captions serve as prompts, from trained or from unseen combinations, by the seed alone."""
     rng = np.random.default_rng((seed, 7))
     return [sample_scene(rng, unseen=unseen) for _ in range(count)]
 
 
 def accuracies(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, tuple[float, float, float]]:
-    """Return how often the scorer reads what the prompt said: value and 95 % Wilson interval for each part."""
+    """Return the share of videos that the scorer reads as prompted: value and 95 % Wilson interval for each of PARTS."""
     return accuracy_figures(videos, scenes)["accuracy"]
 
 
 def accuracy_figures(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Return accuracy, as `accuracies` does, and right_by_motion: how many videos of each motion are all right, of how many."""
+    """Return accuracy, as `accuracies` does, and right_by_motion: for each motion, the videos that are all right and all."""
     scores = [scorer.score(video, scene) for video, scene in zip(videos, scenes, strict=True)]
-    found = {}
+    accuracy = {}
     for part in PARTS:
         right = sum(bool(getattr(score, part)) for score in scores)
-        found[part] = (right / len(scores), *scorer.wilson_interval(right, len(scores)))
+        accuracy[part] = (right / len(scores), *scorer.wilson_interval(right, len(scores)))
     motions: dict[str, tuple[int, int]] = {}
     for motion in MOTIONS:
         right = [bool(score.all) for score, scene in zip(scores, scenes, strict=True) if scene.motion == motion]
         motions |= {motion: (sum(right), len(right))} if right else {}
-    return {"accuracy": found, "right_by_motion": motions}
+    return {"accuracy": accuracy, "right_by_motion": motions}
 
 
-def in_words(accuracy: Mapping[str, tuple[float, float, float]]) -> str:
-    """Return accuracies in per cent, with their intervals."""
+def format_accuracy(accuracy: Mapping[str, tuple[float, float, float]]) -> str:
+    """Return accuracies in per cent with their intervals, as one line."""
     return ", ".join("{} {:.0f} % ({:.0f} to {:.0f})".format(part, *(100 * x for x in accuracy[part])) for part in PARTS)
 
 
 def describe(video: np.ndarray, scene: Scene) -> tuple[str, bool]:
-    """Return what the scorer reads in a video, in words, and whether it is what was asked for."""
+    """Return the scorer's reading of a video as text, and whether it is what the scene says."""
     reading = scorer.read_scene(video)
-    said = " ".join(str(part) for part in (reading.colour, reading.shape, reading.motion) if part)
+    text = " ".join(str(part) for part in (reading.colour, reading.shape, reading.motion) if part)
     if reading.other:
-        said += f", {reading.other[1]} {reading.other[0]}"
-    return said or "nothing readable", bool(scorer.score(video, scene).all)
+        text += f", {reading.other[1]} {reading.other[0]}"
+    return text or "nothing readable", bool(scorer.score(video, scene).all)
 
 
 @torch.no_grad()
 def accuracies_of_reconstructions(
     model: Any, items: Sequence[Mapping[str, Any]], temporal_ratio: int, precision: Precision = "auto"
 ) -> dict[str, tuple[float, float, float]]:
-    """Score what the tokenizer makes of generated clips, as `accuracies` does.
+    """Score the tokenizer's reconstructions of generated clips, as `accuracies` does.
 
-    No text-to-video model of a latent space shows more than the tokenizer's decoder can: this is its ceiling. `items` hold
-    video, (C, T, H, W) in [-1, 1], and caption.
+    This is the ceiling of every text-to-video model of that latent space. `items` hold video, (C, T, H, W) in [-1, 1], and
+    caption.
     """
     videos = []
     for item in items:

@@ -1,6 +1,6 @@
-"""What sampling a video costs at each token budget: tokens, FLOPs, and the seconds it is expected to take here.
+"""Cost of sampling a video at each token budget: tokens, FLOPs, and the seconds to expect on this machine.
 
-Expectations come from what this machine took for the same budget before, scaled by FLOPs and frames; never from a table.
+Expected seconds are those that this machine last took at the same ratio, scaled by FLOPs and frames.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ class SamplingCost:
     frames: int
     latent_frames: int
     tokens: int
-    flops: float  # of the transformer in all steps, guidance included; text encoding and decoding are left out
+    flops: float  # of the transformer in all steps, guidance included, without text encoding and decoding
 
 
 def sampling_cost(pipe: Any, ratio: int, frames: int, steps: int, guidance: float) -> SamplingCost:
-    """Count what a video of the pipeline's size costs; raises ValueError for an illegal number of frames."""
-    known, transformer = pipe.config, pipe.transformer.config
+    """Count the cost of a video of the pipeline's size; raises ValueError for an illegal number of frames."""
+    config, transformer = pipe.config, pipe.transformer.config
     patch = tuple(transformer["patch_size"])
-    count = tokens(frames, known["height"], known["width"], ratio, patch)
+    count = tokens(frames, config["height"], config["width"], ratio, patch)
     lengths = [part.model_max_length for part in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3) if part is not None]
     batch = 2 if guidance > 1 else 1  # as the pipeline: guidance of 1 and less is off
     step = forward_flops({**transformer, "text_dim": pipe.transformer.text_dims}, count, lengths, batch)
@@ -38,26 +38,26 @@ def sampling_cost(pipe: Any, ratio: int, frames: int, steps: int, guidance: floa
 
 
 class Pace:
-    """How fast this machine was at each ratio the last time, to expect from."""
+    """The last measured seconds of this machine at each ratio, and what to expect by them."""
 
     def __init__(self):
         self._last: dict[int, tuple[SamplingCost, Seconds, str]] = {}
 
     def learn(self, cost: SamplingCost, seconds: Seconds, when: str) -> None:
-        """Remember what a video took; `when` says in words which one."""
+        """Remember the seconds of a video; `when` describes the measurement to readers."""
         self._last[cost.ratio] = (cost, seconds, when)
 
     def expect(self, cost: SamplingCost) -> tuple[Seconds, str] | None:
-        """Return what a video should take and from which measurement that follows; None before the first at its ratio."""
+        """Return the expected seconds of a video and the measurement behind them; None before the first at its ratio."""
         if cost.ratio not in self._last:
             return None
-        known, took, when = self._last[cost.ratio]
-        denoising = took.denoising * cost.flops / known.flops
-        return Seconds(took.text, denoising, took.decoding * cost.frames / known.frames), when
+        last, seconds, when = self._last[cost.ratio]
+        denoising = seconds.denoising * cost.flops / last.flops
+        return Seconds(seconds.text, denoising, seconds.decoding * cost.frames / last.frames), when
 
 
 def measure_pace(pipe: Any, precision: Precision, on_progress: Callable[[str], None]) -> Pace:
-    """Make a video of two denoising steps at every ratio that the pipeline was trained at; the second time counts."""
+    """Sample a video of two denoising steps twice at every trained ratio; the second time counts."""
     pace, frames = Pace(), pipe.config["num_frames"]
     options = {"num_inference_steps": PROBE_STEPS, "guidance_scale": 2.0}
     for ratio in trained_ratios(pipe):

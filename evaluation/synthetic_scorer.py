@@ -1,7 +1,7 @@
-"""Reads shape, colour and motion back out of a video of generated clips, from its pixels alone.
+"""Reads shape, colour and motion of a generated clip from its pixels alone.
 
-Objects are what is saturated; hue names their colour, the angular moments of the silhouette their shape, and the tracks
-of place, area and angle their motion. Nothing is fitted to data: prototypes come from the shapes' own formulas.
+Saturated pixels are objects. Hue gives an object's colour, angular moments of its silhouette the shape, and the tracks of its
+position, area and angle the motion. Nothing is fitted to data: the shapes' own formulas give the prototypes.
 """
 
 import functools
@@ -12,15 +12,15 @@ import numpy as np
 
 from promag.data.synthetic import COLOURS, SHAPES, Scene, distance, legal_scenes
 
-SATURATED = 0.38  # of the brightest channel; backgrounds lie below 0.15, painted objects above 0.7
+SATURATED = 0.38  # chroma over the brightest channel; backgrounds lie below 0.15, painted objects above 0.7
 SMALLEST, LARGEST = 0.012, 0.35  # area of an object in squares of the picture's short side; painted ones reach 0.18
 COMPACT = 0.5  # second radial moment over area: 0.16 for a disc, 0.2 for the widest shape, above 1 for scattered noise
-STEADY = 0.9  # correlation of a track with the path that a motion's name promises
+STEADY = 0.9  # least correlation of a track with the path that a motion's name means
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a video shows; None where it cannot be read."""
+    """The scene that a video shows; None for what cannot be read."""
 
     shape: str | None = None
     colour: str | None = None
@@ -30,7 +30,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Score:
-    """Whether a video shows what a scene says."""
+    """Whether a video shows the parts of a scene."""
 
     shape: bool
     colour: bool
@@ -38,13 +38,13 @@ class Score:
 
     @property
     def all(self) -> bool:
-        """Tell whether everything is right."""
+        """Whether all parts are right."""
         return self.shape and self.colour and self.motion
 
 
 @dataclass(frozen=True)
 class Track:
-    """One object over time; arrays over the n frames in which it is seen, lengths in parts of the short side."""
+    """One object over time: arrays over the n frames that show it, lengths as fractions of the short side."""
 
     colour: str
     seen: np.ndarray  # frame numbers
@@ -74,22 +74,22 @@ def read_scene(video: np.ndarray) -> Reading:
 
 
 def score(video: np.ndarray, scene: Scene) -> Score:
-    """Compare what a video shows with what it should; both objects of a crossing count, in any order."""
+    """Compare a video with the scene that it should show; both objects of a crossing count, in any order."""
     reading = read_scene(video)
-    asked = {scene.colour: scene.shape, **({scene.other[1]: scene.other[0]} if scene.other else {})}
-    found = {} if reading.colour is None else {reading.colour: reading.shape}
+    expected = {scene.colour: scene.shape, **({scene.other[1]: scene.other[0]} if scene.other else {})}
+    shown = {} if reading.colour is None else {reading.colour: reading.shape}
     if reading.other:
-        found[reading.other[1]] = reading.other[0]
-    same_colours = asked.keys() == found.keys()
+        shown[reading.other[1]] = reading.other[0]
+    same_colours = expected.keys() == shown.keys()
     # Shapes are judged without their colours, so that a wrong colour is one mistake, not two.
-    shapes = sorted(str(s) for s in asked.values()) == sorted(str(s) for s in found.values())
-    return Score(shapes and (not same_colours or asked == found), same_colours, reading.motion == scene.motion)
+    shapes = sorted(str(s) for s in expected.values()) == sorted(str(s) for s in shown.values())
+    return Score(shapes and (not same_colours or expected == shown), same_colours, reading.motion == scene.motion)
 
 
 def chance() -> dict[str, float]:
-    """Return how often a uniform guess is right about a scene of one object.
+    """Return the accuracy of a uniform guess about a scene of one object.
 
-    Part by part, the guess is one of its values in such scenes; for all of it, one of the scenes.
+    The guess of a part is one of its values in such scenes, that of all parts one of the scenes.
     """
     scenes = [scene for scene in legal_scenes() if not scene.other]
     parts = {part: 1 / len({getattr(scene, part) for scene in scenes}) for part in ("shape", "colour", "motion")}
@@ -102,7 +102,7 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
         raise ValueError(f"{successes} successes of {n}: 0 <= successes <= n and n >= 1 are needed")
     p = successes / n
     centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # In exact arithmetic low <= p <= high; the comparison with p takes rounding out at 0 and n successes.
+    # In exact arithmetic low <= p <= high; comparing with p removes the rounding error at 0 and n successes.
     return max(0.0, min(p, (centre - half) / (1 + z * z / n))), min(1.0, max(p, (centre + half) / (1 + z * z / n)))
 
 
@@ -110,7 +110,7 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 
 
 def _tracks(video: np.ndarray) -> list[Track]:
-    """Return the tracks of the one or two colours that cover most, if they are compact and seen in most frames."""
+    """Return the tracks of the one or two colours with the largest areas that are compact and in most frames."""
     frames, height, width, _ = video.shape
     side = min(height, width)
     red, green, blue = np.moveaxis(video, 3, 0)
@@ -120,25 +120,25 @@ def _tracks(video: np.ndarray) -> list[Track]:
     z = (column + 0.5 + 1j * (row + 0.5)) / side
     chroma = chroma[t, row, column]
     hues = _hue(np.array(list(COLOURS.values())))
-    apart = np.abs(_hue(video[t, row, column].astype(np.float64))[:, None] - hues)
-    nearest = np.minimum(apart, 2 * np.pi - apart).argmin(1)
-    found = []
+    difference = np.abs(_hue(video[t, row, column].astype(np.float64))[:, None] - hues)
+    nearest = np.minimum(difference, 2 * np.pi - difference).argmin(1)
+    tracks = []
     for i, name in enumerate(COLOURS):
-        mine = nearest == i
-        if mine.sum() < SMALLEST * side**2:
+        own = nearest == i
+        if own.sum() < SMALLEST * side**2:
             continue
         # Weights below 1 keep the greyish rim, where a blurred edge meets the background, from widening the silhouette;
         # a dark stripe has 0.64 of a bright one's chroma.
-        weight = np.minimum(chroma[mine] / (0.65 * np.quantile(chroma[mine], 0.9)), 1) ** 2
-        track = _track(name, t[mine], z[mine], weight, frames, 1 / side**2)
+        weight = np.minimum(chroma[own] / (0.65 * np.quantile(chroma[own], 0.9)), 1) ** 2
+        track = _track(name, t[own], z[own], weight, frames, 1 / side**2)
         if len(track.seen) >= 0.6 * frames and np.median(track.spread) < COMPACT and np.median(track.area) < LARGEST:
-            found.append(track)
-    found.sort(key=lambda track: -track.area.mean())
-    return [track for track in found[:2] if track.area.mean() > 0.25 * found[0].area.mean()]
+            tracks.append(track)
+    tracks.sort(key=lambda track: -track.area.mean())
+    return [track for track in tracks[:2] if track.area.mean() > 0.25 * tracks[0].area.mean()]
 
 
 def _track(name: str, t: np.ndarray, z: np.ndarray, weight: np.ndarray, frames: int, cell: float) -> Track:
-    """Measure an object's silhouettes from its pixels: frame, place and weight of each, `cell` the area of one."""
+    """Measure an object's silhouettes from the frame, place and weight of each of its pixels; `cell` is a pixel's area."""
     area = np.bincount(t, weight, frames) * cell
     seen = np.flatnonzero(area > SMALLEST)
     kept = area[t] > SMALLEST
@@ -157,12 +157,12 @@ def _track(name: str, t: np.ndarray, z: np.ndarray, weight: np.ndarray, frames: 
 
 
 def _hue(rgb: np.ndarray) -> np.ndarray:
-    """Angle of a colour around the grey axis, in radians."""
+    """Return the angle of a colour around the grey axis in radians."""
     r, g, b = np.moveaxis(rgb, -1, 0)
     return np.arctan2(sqrt(3) * (g - b), 2 * r - g - b)
 
 
-# -- from tracks to words --------------------------------------------------------------------------------------------
+# -- from tracks to names --------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -170,40 +170,39 @@ def _prototypes() -> dict[str, np.ndarray]:
     """Return each shape's features from its formula, on a fine grid."""
     axis = np.linspace(-1.4, 1.4, 281)
     u, v = np.meshgrid(axis, axis)
-    found = {}
+    prototypes = {}
     for shape in SHAPES:
         z = (u + 1j * v)[distance(shape, u, v) < 0]
-        found[shape] = _features(_track(shape, np.zeros(len(z), int), z, np.ones(len(z)), 1, (axis[1] - axis[0]) ** 2))
-    return found
+        prototypes[shape] = _features(_track(shape, np.zeros(len(z), int), z, np.ones(len(z)), 1, (axis[1] - axis[0]) ** 2))
+    return prototypes
 
 
 def _features(track: Track, use: np.ndarray | slice = slice(None)) -> np.ndarray:
     third, fourth, spread = np.abs(track.third[use]), np.abs(track.fourth[use]), track.spread[use]
-    # The spread of real silhouettes differs by a few hundredths, the moments by a few tenths: the factor levels them.
+    # The spreads of silhouettes differ by a few hundredths, their moments by a few tenths: the factor balances them.
     return np.array([np.median(third), np.median(fourth), 8 * (np.median(spread) - 1 / (2 * np.pi))])
 
 
 def _shape(track: Track, use: np.ndarray) -> str | None:
-    """Return the nearest prototype's name, None without frames or far from all."""
+    """Return the shape of the nearest prototype; None without frames or where every prototype is too far."""
     if not use.any():
         return None
     features = _features(track, use)
-    far = {shape: float(np.linalg.norm(features - proto)) for shape, proto in _prototypes().items()}
-    best = min(far, key=lambda shape: far[shape])
-    return best if far[best] < 0.35 else None
+    distances = {shape: float(np.linalg.norm(features - proto)) for shape, proto in _prototypes().items()}
+    best = min(distances, key=lambda shape: distances[shape])
+    return best if distances[best] < 0.35 else None
 
 
-def _fit(of: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Return slope and correlation of values as a linear function of `of`."""
-    a, b = of - of.mean(), values - values.mean()
-    across, along, up = a @ a, a @ b, b @ b
-    if across == 0 or up == 0:
+def _fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Return slope and correlation of y as a linear function of x; zeros where one of them is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    if x @ x == 0 or y @ y == 0:
         return 0.0, 0.0
-    return float(along / across), float(along / sqrt(across * up))
+    return float(x @ y / (x @ x)), float(x @ y / sqrt((x @ x) * (y @ y)))
 
 
 def _motion(track: Track, shape: str | None, last: int) -> str | None:
-    """Name a lone object's motion over the frames 0 to `last`, None for a standstill or a path like none."""
+    """Name a lone object's motion over the frames 0 to `last`; None for a standstill or another path."""
     if track.seen[0] > last / 8 or track.seen[-1] < last * 7 / 8:
         return None
     time, place = track.seen / max(last, 1), track.place
@@ -223,7 +222,7 @@ def _motion(track: Track, shape: str | None, last: int) -> str | None:
     growth, steady = _fit(time, np.log(track.area))
     if abs(growth) > log(1.8) and abs(steady) > STEADY:
         return "grows" if growth > 0 else "shrinks"
-    order = {"triangle": 3, "square": 4, "plus": 4}.get(shape or "")  # of a shape's rotational symmetry
+    order = {"triangle": 3, "square": 4, "plus": 4}.get(shape or "")  # order of rotational symmetry
     if order:
         turned, steady = _fit(time, np.unwrap(np.angle(track.third if order == 3 else track.fourth)) / order)
         if abs(turned) > np.deg2rad(70) and abs(steady) > 0.95:
@@ -232,9 +231,9 @@ def _motion(track: Track, shape: str | None, last: int) -> str | None:
 
 
 def _cross(first: Track, second: Track, last: int) -> bool:
-    """Tell whether two objects run against each other along one axis and meet."""
-    _, mine, yours = np.intersect1d(first.seen, second.seen, return_indices=True)
-    if len(mine) < 2 or np.abs(first.place[mine] - second.place[yours]).min() > 0.3:
+    """Tell whether two objects move in opposite directions along one axis and meet."""
+    _, i, j = np.intersect1d(first.seen, second.seen, return_indices=True)
+    if len(i) < 2 or np.abs(first.place[i] - second.place[j]).min() > 0.3:
         return False
     a, b = (
         [_fit(track.seen / max(last, 1), part) for part in (np.real(track.place), np.imag(track.place))]

@@ -14,7 +14,7 @@ from promag import ProMAGPipeline
 from promag.data.datasets import open_evaluation
 from promag.diffusion.config import DiffusionConfig
 from promag.evaluation.adaptive_budget import adaptive_figures
-from promag.evaluation.budgets import Budget, check_budgets, compare_reconstructions, own_budgets, peer_budget
+from promag.evaluation.budgets import Budget, baseline_budget, check_budgets, compare_reconstructions, own_budgets
 from promag.evaluation.clip_similarity import ClipSimilarity, load_similarity
 from promag.evaluation.cost import LENGTHS, BudgetCosts, Effort, fit_errors
 from promag.evaluation.generation import generation_figures
@@ -158,7 +158,7 @@ def _budgets(arguments: argparse.Namespace) -> list[Budget]:
             name, equals, path = text.partition("=")
             if not (name and equals and path):
                 raise UserError(f"--also {text}: NAME=PATH is needed, for example wan=models/Wan2.1/vae")
-            budgets.append(peer_budget(name, path))
+            budgets.append(baseline_budget(name, path))
         check_budgets(budgets, arguments.size, arguments.size)
     except ValueError as error:
         raise UserError(str(error)) from None

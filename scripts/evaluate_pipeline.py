@@ -1,10 +1,10 @@
 """Measure the prompt accuracy of pipelines at every token budget.
 
-It is measured on trained and on held-out combinations, and on the tokenizer's reconstructions, which no text-to-video model
-of its latents can exceed.
+It is measured on trained and on unseen combinations, and on the tokenizer's reconstructions, which no text-to-video model of
+its latents can exceed.
 
-Prompts are captions of generated clips (`data.train: synthetic`): a scorer reads shape, colour and motion back. Of
-a pipeline that lies in the folder of its run, the steps, seconds and held-out loss of its training are told too.
+Prompts are captions of generated clips (`data.train: synthetic`): a scorer reads shape, colour and motion back. For a pipeline
+in the folder of its run, the steps, seconds and validation loss of its training are printed too.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from promag.diffusion.validation import training_figures
 from promag.evaluation.prompt_accuracy import (
     accuracies_of_reconstructions,
     accuracy_figures,
-    in_words,
+    format_accuracy,
     scenes_to_score,
 )
 from promag.pipelines.sampling import load_pipeline, sample_timed, trained_ratios
@@ -38,25 +38,26 @@ def main(argv: Sequence[str]) -> int:
     for folder in arguments.checkpoints:
         pipe: Any = load_pipeline(folder)
         pipe.set_progress_bar_config(disable=True)
-        known = trained_ratios(pipe)
+        legal = trained_ratios(pipe)
         name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
-        for ratio in arguments.ratios or known:
-            if ratio not in known:
-                raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in known)}")
+        for ratio in arguments.ratios or legal:
+            if ratio not in legal:
+                raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in legal)}")
             trained, facts = training_figures(folder.parent, ratio), {"pipeline": name, "ratio": ratio, "note": arguments.note}
             for unseen in (False, True):
-                found = _figures(pipe, ratio, unseen, arguments)
-                print(f"{name} {ratio}x, {'held-out' if unseen else 'trained'} combinations: {in_words(found['accuracy'])}")
-                motions = [f"{motion} {right} of {count}" for motion, (right, count) in found["right_by_motion"].items()]
+                figures = _figures(pipe, ratio, unseen, arguments)
+                accuracy = format_accuracy(figures["accuracy"])
+                print(f"{name} {ratio}x, {'unseen' if unseen else 'trained'} combinations: {accuracy}")
+                motions = [f"{motion} {right} of {count}" for motion, (right, count) in figures["right_by_motion"].items()]
                 print(f"  all right by motion: {', '.join(motions)}")
                 if arguments.record:
-                    record = {"what": "prompt accuracy", "unseen": unseen, **facts, **found, "training": trained}
+                    record = {"what": "prompt accuracy", "unseen": unseen, **facts, **figures, "training": trained}
                     append_result(arguments.record, {**record, "protocol": PROTOCOL})
-            most = reconstructions(pipe, ratio, arguments.prompts, arguments.precision)
-            print(f"{name} {ratio}x, reconstructions of as many unseen clips: {in_words(most)}")
+            ceiling = reconstructions(pipe, ratio, arguments.prompts, arguments.precision)
+            print(f"{name} {ratio}x, reconstructions of as many unseen clips: {format_accuracy(ceiling)}")
             if arguments.record:
                 record = {"what": "prompt accuracy of reconstructions", **facts, "clips": arguments.prompts}
-                append_result(arguments.record, {**record, "accuracy": most})
+                append_result(arguments.record, {**record, "accuracy": ceiling})
             if trained:
                 print(f"{name} {ratio}x: " + ", ".join(f"{key} {value:g}" for key, value in trained.items()))
     return 0
@@ -76,7 +77,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _figures(pipe: Any, ratio: int, unseen: bool, arguments: argparse.Namespace) -> dict[str, Any]:
     scenes = scenes_to_score(arguments.prompts, seed=0, unseen=unseen)
-    how = {"prompts": arguments.prompts, "steps": arguments.steps, "guidance": arguments.guidance}
+    settings = {name: getattr(arguments, name) for name in ("prompts", "steps", "guidance", "precision")}
     videos, seconds = sample_timed(
         pipe,
         [scene.caption() for scene in scenes],
@@ -86,14 +87,13 @@ def _figures(pipe: Any, ratio: int, unseen: bool, arguments: argparse.Namespace)
         name=f"{ratio}x",
         temporal_ratio=ratio,
     )
-    found = {**accuracy_figures(videos, scenes), "sampling_seconds": seconds.total / len(videos)}
-    return {**how, "precision": arguments.precision, **found}
+    return {**settings, **accuracy_figures(videos, scenes), "sampling_seconds": seconds.total / len(videos)}
 
 
 def reconstructions(pipe: Any, ratio: int, clips: int, precision: Precision = "auto") -> dict[str, tuple[float, float, float]]:
-    """Return what the scorer reads in what the pipeline's tokenizer makes of unseen generated clips: the most it could show."""
-    known = pipe.config
-    source = open_dataset("synthetic", "eval", known["num_frames"], (known["height"], known["width"]), clips)
+    """Return the accuracy of the tokenizer's reconstructions of unseen generated clips, the ceiling of the pipeline's."""
+    config = pipe.config
+    source = open_dataset("synthetic", "eval", config["num_frames"], (config["height"], config["width"]), clips)
     return accuracies_of_reconstructions(pipe.vae, [source.fixed(i) for i in range(clips)], ratio, precision)
 
 

@@ -1,7 +1,7 @@
 """Measure speed and memory of video autoencoders, ours at every level and published ones.
 
-Weights are untrained: cost does not depend on them. Published architectures (--peers) are built from the defaults of their
-classes in diffusers. What does not fit into memory is recorded as such, and the run goes on.
+Weights are untrained: cost does not depend on them. Published architectures (--baselines) have the defaults of their classes in
+diffusers. A measurement that runs out of memory is recorded as such, and the run goes on.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
-from promag.evaluation.baselines import build_peer, probe_peer
+from promag.evaluation.baselines import build_baseline, probe_baseline
 from promag.evaluation.cost import measure_in_turns, peak_bytes
 from promag.scripts._options import share
 from promag.tokenizer.autoencoder import parameter_count
@@ -37,8 +37,8 @@ from promag.training.precision import DTYPES, autocast, choose_precision
 from promag.training.run import append_result
 from promag.training.throughput import matmul_tflops
 
-# Classes whose defaults are a published architecture (diffusers 0.42.1), and whose it is.
-PEERS = {
+# Classes whose defaults are a published architecture (diffusers 0.42.1), and its name.
+BASELINES = {
     "AutoencoderKLWan": "Wan 2.1",
     "AutoencoderKLLTXVideo": "LTX-Video 0.9.0",
     "AutoencoderKLCogVideoX": "CogVideoX",
@@ -50,21 +50,21 @@ Size = tuple[int, int, int]  # frames, height, width in pixels
 
 @dataclass(frozen=True)
 class Subject:
-    """An autoencoder that is measured."""
+    """A measured autoencoder."""
 
     name: str
     architecture: str
-    make: Callable[[], Any]  # an untrained one, where torch.device says
+    make: Callable[[], Any]  # builds an untrained one on torch's default device
     ratios: tuple[int, ...]  # at which it is measured
     step: int  # it takes 1 + step*k frames
-    spatial: int  # of sides that are multiples of this
-    config: TokenizerConfig | None  # of ours
+    spatial: int  # and sides that are multiples of this
+    config: TokenizerConfig | None  # None for published architectures
 
 
 def main(argv: Sequence[str]) -> int:
     """Print a line for each measurement; with --record append a JSON line for each model and size. 1: some had errors."""
     arguments = _parser().parse_args(argv)
-    subjects = [_preset(path) for path in arguments.presets] + [_peer(name) for name in arguments.peers]
+    subjects = [_preset(path) for path in arguments.presets] + [_baseline(name) for name in arguments.baselines]
     sizes = [_size(text) for text in arguments.clip_sizes]
     _check(subjects, sizes, arguments)
     device = best_device()
@@ -80,7 +80,9 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("presets", nargs="*", default=[], help="presets of tokenizers: all levels that their stages grow")
-    parser.add_argument("--peers", nargs="+", default=[], metavar="CLASS", help=f"of diffusers: {', '.join(PEERS)}")
+    parser.add_argument(
+        "--baselines", nargs="+", default=[], metavar="CLASS", help=f"classes of diffusers: {', '.join(BASELINES)}"
+    )
     parser.add_argument("--clip-sizes", nargs="+", default=["17x128x128", "65x256x256"], help="FRAMESxHEIGHTxWIDTH")
     share(parser, "--rounds", "--record")
     share(parser, "--precision", help="type of weights and pixels; trainings use autocast")
@@ -118,27 +120,27 @@ def _grow(config: TokenizerConfig, last: StageConfig) -> tuple[Any, Sequence[int
     return model, added
 
 
-def _peer(name: str) -> Subject:
-    if name not in PEERS:
-        raise UserError(f"--peers {name}: use one of {', '.join(PEERS)}")
+def _baseline(name: str) -> Subject:
+    if name not in BASELINES:
+        raise UserError(f"--baselines {name}: use one of {', '.join(BASELINES)}")
     with torch.device("meta"):
-        probed = probe_peer(build_peer(name, {}).eval())
+        probed = probe_baseline(build_baseline(name, {}).eval())
     ratios = probed.model.temporal_ratios
-    return Subject(name, PEERS[name], lambda: build_peer(name, {}), ratios, probed.step, probed.spatial, None)
+    return Subject(name, BASELINES[name], lambda: build_baseline(name, {}), ratios, probed.step, probed.spatial, None)
 
 
 def _size(text: str) -> Size:
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    if not found:
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if not match:
         raise UserError(f"--clip-sizes {text}: FRAMESxHEIGHTxWIDTH is needed, for example 17x128x128")
-    frames, height, width = map(int, found.groups())
+    frames, height, width = map(int, match.groups())
     return frames, height, width
 
 
 def _check(subjects: Sequence[Subject], sizes: Sequence[Size], arguments: argparse.Namespace) -> None:
-    """Raise UserError for what could not be measured, before anything is."""
+    """Raise UserError for arguments that cannot be measured."""
     if not subjects:
-        raise UserError("nothing to measure: give presets (tokenizer/small) or --peers")
+        raise UserError("nothing to measure: give presets (tokenizer/small) or --baselines")
     for name in ("rounds", "train_batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
@@ -169,7 +171,7 @@ def _measure(subject: Subject, sizes: Sequence[Size], device: torch.device, argu
                 row = {"model": subject.name, "ratio": ratio, **_facts(size), "compiled": compiled}
                 row |= {"parameters": _parameters(model, ratio), **counted[size, ratio]}
                 row |= _row(model, size, ratio, row["latent_shape"], arguments.rounds)
-                _tell(row, "compiled" if compiled else "eager")
+                _print_row(row, "compiled" if compiled else "eager")
                 rows.append(row)
             bad += sum("error" in row for row in rows)
             if arguments.record:
@@ -200,7 +202,7 @@ def _count(subject: Subject, size: Size, ratio: int) -> dict[str, Any]:
 
 
 def _parameters(model: Any, ratio: int) -> int:
-    """Return how many parameters coding at a ratio uses: levels above it play no part."""
+    """Return the number of parameters that coding at a ratio uses, levels above it left out."""
     if not isinstance(model, AutoencoderKLProMAG):
         return parameter_count([model])
     level = model.level_of(ratio)
@@ -208,23 +210,23 @@ def _parameters(model: Any, ratio: int) -> int:
 
 
 def _row(model: Any, size: Size, ratio: int, latent: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Return seconds, frames a second and peak memory of encoding and of decoding; without those of what did not fit."""
+    """Return seconds, frames a second and peak memory of encoding and of decoding, as far as they fit into memory."""
     x = torch.rand(1, 3, *size, device=model.device, dtype=model.dtype) * 2 - 1
     z = torch.randn(*latent, device=model.device, dtype=model.dtype)
     calls: dict[str, Callable[[], Any]] = {
         "encode": lambda: model.encode(x, ratio).latent_dist.mode(),
         "decode": lambda: model.decode(z, ratio).sample,
     }
-    found: dict[str, Any] = {"out_of_memory": False}
+    row: dict[str, Any] = {"out_of_memory": False}
     for name, call in calls.items():
         measured = _guarded(torch.no_grad()(lambda call=call: _seconds_and_peak(call, rounds)))
         if isinstance(measured, dict):
-            found |= measured
+            row |= measured
         else:
             seconds, peak = measured
-            found |= {f"{name}_seconds": seconds, f"{name}_frames_per_second": size[0] / seconds}
-            found[f"{name}_peak_mib"] = peak / MIB
-    return found
+            row |= {f"{name}_seconds": seconds, f"{name}_frames_per_second": size[0] / seconds}
+            row[f"{name}_peak_mib"] = peak / MIB
+    return row
 
 
 def _seconds_and_peak(call: Callable[[], Any], rounds: int) -> tuple[float, int]:
@@ -232,7 +234,7 @@ def _seconds_and_peak(call: Callable[[], Any], rounds: int) -> tuple[float, int]
 
 
 def _guarded(measure: Callable[[], Any]) -> Any:
-    """Return what `measure` returns, or how it failed, as keys of a row."""
+    """Return the result of `measure`, or its failure as keys of a row."""
     try:
         return measure()
     except torch.cuda.OutOfMemoryError:
@@ -260,7 +262,7 @@ def _measure_training(
             row |= {"gradient_checkpointing": config.gradient_checkpointing, "out_of_memory": False}
             row |= _training_row(config, stage, size, device, arguments, peak)
             _free()
-            _tell(row, "training")
+            _print_row(row, "training")
             rows.append(row)
         bad += sum("error" in row for row in rows)
         if arguments.record:
@@ -292,7 +294,7 @@ def _training_row(
             objective({"video": torch.empty(batch, 3, *size)}, [seeded(i) for i in range(batch)], 0)["loss"].backward()
     flops = counter.get_total_flops()
     trained = [p for p in objective.parameters() if p.requires_grad]
-    found: dict[str, Any] = {"trained_parameters": sum(p.numel() for p in trained), "step_gflops": flops / 1e9}
+    row: dict[str, Any] = {"trained_parameters": sum(p.numel() for p in trained), "step_gflops": flops / 1e9}
 
     def measure() -> dict[str, float]:
         step = _training_step(config, stage, pixels, size, batch, device)
@@ -301,7 +303,7 @@ def _training_row(
         speed = {"step_seconds": seconds, "clips_per_second": batch / seconds, "tflops": tflops, "mfu": tflops / peak}
         return {**speed, "step_peak_mib": taken / MIB}
 
-    return {**found, **_guarded(measure)}
+    return {**row, **_guarded(measure)}
 
 
 def _objective(config: TokenizerConfig, stage: StageConfig, pixels: StageConfig) -> StageObjective:
@@ -340,7 +342,7 @@ def _training_step(
     return step
 
 
-# -- telling ---------------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------------------------
 
 
 def _facts(size: Size) -> dict[str, int]:
@@ -348,40 +350,40 @@ def _facts(size: Size) -> dict[str, int]:
 
 
 def _protocol(arguments: argparse.Namespace, subject: Subject) -> str:
-    said = (
+    text = (
         f"untrained {arguments.precision} weights, random pixels and latents, batch 1, no_grad, no autocast; median of "
         f"{arguments.rounds} rounds after a warm-up; peaks are of tensors beyond weights and input; FLOPs: 2 for a "
         "multiply-add in convolutions, products and attention, counted on tensors without data"
     )
     if arguments.precision == "fp32":
-        said += "; convolutions in TF32 where torch's default has it"
+        text += "; convolutions in TF32 where torch's default has it"
     if subject.config:
-        return f"{said}; whole clips without tiles or chunks; parameters: those that the ratio uses"
-    return f"{said}; defaults of diffusers, its framewise coding and temporal tiles, where they are on, included"
+        return f"{text}; whole clips without tiles or chunks; parameters: those that the ratio uses"
+    return f"{text}; defaults of diffusers, its framewise coding and temporal tiles, where they are on, included"
 
 
-def _tell(row: dict[str, Any], how: str) -> None:
-    said = []
+def _print_row(row: dict[str, Any], kind: str) -> None:
+    parts = []
     for name in ("encode", "decode"):
         if f"{name}_seconds" in row:
-            said.append(
+            parts.append(
                 f"{name} {row[f'{name}_seconds']:.4g} s, {row[f'{name}_frames_per_second']:.4g} frames/s, "
                 f"{row[f'{name}_peak_mib']:.0f} MiB, {row[f'{name}_gflops']:.4g} GFLOP"
             )
     if "step_seconds" in row:
-        said.append(
+        parts.append(
             f"step of {row['batch']} {row['step_seconds']:.4g} s, {row['clips_per_second']:.4g} clips/s, "
             f"{row['step_peak_mib']:.0f} MiB, {row['tflops']:.4g} TFLOP/s, MFU {row['mfu']:.3f}"
         )
     if "latent_shape" in row:
         latent = f"latent {'x'.join(map(str, row['latent_shape']))}"
-        said.append(f"{row['parameters'] / 1e6:.4g} M parameters, {latent} = {row['latent_values']} values")
+        parts.append(f"{row['parameters'] / 1e6:.4g} M parameters, {latent} = {row['latent_values']} values")
     if row["out_of_memory"]:
-        said.append("out of memory")
+        parts.append("out of memory")
     if "error" in row:
-        said.append(row["error"])
+        parts.append(row["error"])
     size = f"{row['frames']}x{row['height']}x{row['width']}"
-    print(f"{row['model']} {row['ratio']}x, {size} {how}: {'; '.join(said)}", flush=True)
+    print(f"{row['model']} {row['ratio']}x, {size} {kind}: {'; '.join(parts)}", flush=True)
 
 
 def _free() -> None:

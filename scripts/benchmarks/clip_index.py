@@ -1,6 +1,4 @@
-"""Measure seconds and memory of opening a long clip index, and the index of shards.
-
-Each is opened in a process of its own.
+"""Measure the seconds and memory of opening a long clip index and the index of shards, each in a process of its own.
 
 promag benchmark clip-index --rows 1000000 --record docs/results/training.jsonl
 """
@@ -29,23 +27,23 @@ from promag.training.run import append_result
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Print the figures; with --record append them as a JSON line."""
     parser = Parser(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="clips in the index")
-    parser.add_argument("--read", type=int, default=10_000, help="rows that are then read at random")
+    parser.add_argument("--read", type=int, default=10_000, help="rows to read at random afterwards")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder, "clips.jsonl")
         write_index(index, arguments.rows)
-        figures = {"rows": arguments.rows, "index_bytes": index.stat().st_size}
+        figures: dict[str, Any] = {"rows": arguments.rows, "index_bytes": index.stat().st_size}
         for name in ("first", "again"):
-            figures[name] = found = apart(_open, str(index), arguments.read)
-            tell(f"opened {name}", found)
+            figures[name] = in_new_process(_open, str(index), arguments.read)
+            print_figures(f"opened {name}", figures[name])
         write_shard_index(Path(folder, "shards.jsonl"), arguments.rows)
-        figures["shards"] = found = apart(_open_shards, folder, arguments.rows)
-        tell("index of shards, with the order of an epoch", found)
+        figures["shards"] = in_new_process(_open_shards, folder, arguments.rows)
+        print_figures("index of shards, with the order of an epoch", figures["shards"])
     if arguments.record:
         append_result(arguments.record, {"what": "clip index", **figures, "note": arguments.note})
     else:
@@ -54,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_index(path: Path, rows: int) -> None:
-    """Write an index of clips of many lengths and captions of 15 words; all of them are of one file, which is there."""
+    """Write an index of clips of many lengths and captions of 15 words, all in one existing file."""
     (path.parent / "video.mp4").touch()
     rng = np.random.default_rng(0)
     words = ["red", "disc", "moves", "slowly", "over", "a", "textured", "meadow", "while", "clouds", "pass"]
@@ -78,13 +76,13 @@ def write_shard_index(path: Path, rows: int) -> None:
             file.write(json.dumps(asdict(row)) + "\n")
 
 
-def tell(what: str, found: dict[str, float]) -> None:
+def print_figures(what: str, figures: dict[str, float]) -> None:
     """Print figures as one line."""
-    print(f"{what}: {found['seconds']:.2f} s, {found['resident_bytes'] / 2**20:.0f} MiB more resident memory")
+    print(f"{what}: {figures['seconds']:.2f} s, {figures['resident_bytes'] / 2**20:.0f} MiB more resident memory")
 
 
-def apart(action: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """Return what `action` measures in a new process: seconds, and resident bytes that it adds."""
+def in_new_process(action: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """Run `action` in a new process; return its seconds and the resident bytes that it adds."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(action, arguments)
 

@@ -1,4 +1,4 @@
-"""Measure how fast latents are cached, against decoding and encoding alone.
+"""Measure the speed of caching latents against decoding and encoding alone.
 
 The weights do not matter: any tokenizer of the intended size will do. The parts are measured in turns, in one process and its
 decoding workers (run.workers), by the clock and in CPU seconds, which are the better measure while other programs run.

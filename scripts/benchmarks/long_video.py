@@ -1,4 +1,4 @@
-"""Measure memory by the length of a video, and tiles against the whole picture."""
+"""Measure the peak memory of streaming by the length of a video, and the PSNR of tiled against whole reconstructions."""
 
 import json
 import multiprocessing
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--video", type=Path, help="a video larger than a tile; left out: tiles are not compared")
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 2000], help="frames that are streamed")
     share(parser, "--size", help="height and width of the streamed frames")
-    parser.add_argument("--chunk", type=int, default=32, help="frames in work at a time, a multiple of every ratio")
+    parser.add_argument("--chunk", type=int, default=32, help="frames processed at a time, a multiple of every ratio")
     share(parser, "--frames", default=17, help="frames of the video that are tiled")
     parser.add_argument("--tile", type=int, default=128, help="side of a tile in pixels; tiles overlap by half of it")
     arguments = parser.parse_args(argv)
@@ -60,7 +60,9 @@ def main(argv: Sequence[str]) -> int:
         settings = {key: getattr(arguments, key) for key in ("size", "chunk", "frames", "tile")}
         video = arguments.video.name if arguments.video else None
         checkpoint = "/".join(Path(arguments.checkpoint).parts[-2:])
-        append_result(arguments.record, {"what": "soak", "checkpoint": checkpoint, **settings, "video": video, "rows": rows})
+        append_result(
+            arguments.record, {"what": "long video", "checkpoint": checkpoint, **settings, "video": video, "rows": rows}
+        )
     else:
         print(json.dumps(rows))
     return 0

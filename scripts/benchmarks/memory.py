@@ -1,12 +1,12 @@
 """Count the memory and FLOPs of training each text-to-video preset.
 
-Nothing is trained, and large models are counted on tensors without data. Left out: activations of the small text model, what a
-backward pass needs for a moment, and what an allocator and a device's libraries take beside tensors.
+Nothing is trained, and large models are counted on tensors without data. Activations of the small text model, temporary tensors
+of the backward pass, and what allocators and libraries take beside tensors are left out.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.flops import training_flops
 from promag.diffusion.train import hidden_matrices
-from promag.evaluation.memory import activation_bytes, small_text, spread_bytes, standing_bytes, text_shape, transformer_alone
+from promag.evaluation.memory import activation_bytes, sharded_memory, small_text, static_memory, text_shape, transformer_alone
 from promag.scripts._options import share
 from promag.tokenizer.geometry import tokens
 from promag.training.command_line import Parser, run_main
@@ -32,19 +32,24 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(__doc__)
     parser.add_argument("presets", nargs="+", help="presets of text-to-video trainings: diffusion/tiny ...")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="heights and widths beside the preset's own")
-    parser.add_argument("--text-width", type=int, default=4096, help="of frozen text encoders; 4096 is T5-XXL's")
-    parser.add_argument("--real", nargs="*", default=[], help="presets, by name, whose own size is measured on the CPU")
-    parser.add_argument("--processes", type=int, nargs="*", default=[], help="over which FSDP2 spreads what stays")
-    parser.add_argument("--no-clips", action="store_true", help="leave activations out: they take the most time to count")
+    parser.add_argument("--text-width", type=int, default=4096, help="width of frozen text encoders; 4096 is T5-XXL's")
+    parser.add_argument(
+        "--real", nargs="*", default=[], help="names of presets that are measured on the CPU, at their own size"
+    )
+    parser.add_argument(
+        "--processes", type=int, nargs="*", default=[], help="numbers of processes that FSDP2 shards weights over"
+    )
+    parser.add_argument("--no-clips", action="store_true", help="leave out activations, which take the most time to count")
     share(parser, "--record")
     arguments = parser.parse_args(argv)
     rows = [_row(preset, arguments) for preset in arguments.presets]
     if arguments.record:
         protocol = (
             "float32 weights, gradients, moments, averages: from parameter counts; activations under bf16 autocast with "
-            "attention that keeps no scores: tensors that the graph keeps, each stretch of memory once, batches of 3 less 2; "
-            "checkpointed: with one block's own; on the CPU where measured is true, else on tensors without data; fsdp2: "
-            "on the process with most rows; gathered: float32 outside of blocks, two blocks in bf16, gradients of one in both"
+            "attention that saves no scores: tensors that the graph saves, each storage once, batches of 3 minus 2; "
+            "checkpointed: with one recomputed block's; on the CPU where measured is true, else on tensors without data; "
+            "fsdp2: on the process with most rows; gathered: float32 outside of blocks, two blocks in bf16, "
+            "gradients of one in both"
         )
         append_result(arguments.record, {"what": "training memory and arithmetic", "protocol": protocol, "rows": rows})
     return 0
@@ -62,8 +67,8 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     text = small_text(config.text)
     trained = [*transformer.parameters(), *text]
     matrices = [] if config.optimization.muon_learning_rate is None else hidden_matrices(transformer)
-    standing = standing_bytes(trained, matrices)
-    print(f"{name}: {sum(p.numel() for p in trained) / 1e6:.1f} M weights, {standing.total / GIB:.2f} GiB: {standing}")
+    static = static_memory(trained, matrices)
+    print(f"{name}: {sum(p.numel() for p in trained) / 1e6:.1f} M weights, {static.total / GIB:.2f} GiB: {static}")
     print(f"  Muon: {sum(muon_flops(*p.shape) for p in matrices) / 1e9:.4g} GFLOP a step")
     row: dict[str, Any] = {
         "preset": name,
@@ -71,27 +76,28 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "text_parameters": sum(p.numel() for p in text),
         "muon_parameters": sum(p.numel() for p in matrices),
         "muon_flops_per_step": sum(muon_flops(*p.shape) for p in matrices),
-        "bytes": {**asdict(standing), "total": standing.total},
+        "bytes": {**asdict(static), "total": static.total},
         "clips": [],
     }
     for world in arguments.processes:
-        spread = spread_bytes(transformer, text, matrices, world)
-        row["fsdp2"] = {**row.get("fsdp2", {}), world: {**asdict(spread), "total": spread.total}}
-        said = f"{spread.stays / MIB:.0f} MiB on each, and up to {spread.gathered / MIB:.0f} gathered"
-        print(f"  FSDP2 on {world} processes: {said}")
+        sharded = sharded_memory(transformer, text, matrices, world)
+        row["fsdp2"] = {**row.get("fsdp2", {}), world: {**asdict(sharded), "total": sharded.total}}
+        local, gathered = sharded.local / MIB, sharded.gathered / MIB
+        print(f"  FSDP2 on {world} processes: {local:.0f} MiB on each, and up to {gathered:.0f} gathered")
     if arguments.no_clips:
         return row
     for size in sorted({config.data.size, *arguments.sizes}):
         for ratio in RATIOS:
             measured = name in arguments.real and size == config.data.size
-            found = activation_bytes(config, width, ratio, size, fake=not measured)
+            activations = activation_bytes(config, width, ratio, size, fake=not measured)
             count = tokens(config.data.frames, size, size, ratio, config.model.patch_size)
             clip = {"frames": config.data.frames, "size": size, "ratio": ratio, "tokens": count, "measured": measured}
-            clip |= {**asdict(found), "training_flops": training_flops(transformer.config, count, lengths)}
+            clip |= {**asdict(activations), "training_flops": training_flops(transformer.config, count, lengths)}
             row["clips"].append(clip)
+            per_clip, checkpointed, per_step = (value / MIB for value in astuple(activations))
             print(
-                f"  {clip['frames']} frames of {size}x{size} at {ratio}x, {count} tokens: {found.per_clip / MIB:.0f} MiB "
-                f"a clip, {found.per_clip_checkpointed / MIB:.0f} with checkpointing, and {found.per_step / MIB:.0f} a step; "
+                f"  {clip['frames']} frames of {size}x{size} at {ratio}x, {count} tokens: {per_clip:.0f} MiB a clip, "
+                f"{checkpointed:.0f} with checkpointing, and {per_step:.0f} a step; "
                 f"{clip['training_flops'] / 1e9:.4g} GFLOP a clip"
             )
     return row

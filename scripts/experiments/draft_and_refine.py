@@ -1,7 +1,8 @@
-"""Draft a video at a high temporal ratio, refine it at a low one: does it pay?
+"""Measure what drafting a video at a high temporal ratio and refining it at a low one gains over sampling at the low one.
 
-Same prompts, same seeds, in turns: from noise at the low ratio with several numbers of steps; the draft alone; the draft
-lifted to the low ratio without pixels, noised to several times and refined. Compared are ways of about equal seconds.
+The same prompts and seeds are sampled in several ways: from noise at the low ratio with several numbers of steps; the draft
+alone; the draft lifted to the low ratio without pixels, noised to several times and refined. Ways of about
+equal seconds are compared.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from promag.data.synthetic import render
-from promag.evaluation.prompt_accuracy import accuracies, in_words, scenes_to_score
+from promag.evaluation.prompt_accuracy import accuracies, format_accuracy, scenes_to_score
 from promag.pipelines.sampling import Draft, load_pipeline, sample_timed, trained_ratios
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.scripts._options import share
@@ -40,18 +41,20 @@ def main(argv: Sequence[str]) -> int:
     arguments.precision = choose_precision(arguments.precision, best_device())
     pipe: Any = load_pipeline(arguments.checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    ratio, known = arguments.ratio, trained_ratios(pipe)
+    ratio, legal = arguments.ratio, trained_ratios(pipe)
     for option, value in (("--ratio", ratio), ("--draft-ratio", arguments.draft_ratio)):
-        if value not in known:
-            raise UserError(f"{option} {value}: the pipeline was trained at {', '.join(f'{r}x' for r in known)}")
+        if value not in legal:
+            raise UserError(f"{option} {value}: the pipeline was trained at {', '.join(f'{r}x' for r in legal)}")
     scenes = scenes_to_score(arguments.prompts, seed=0)
-    known_size = (pipe.config["num_frames"], (pipe.config["height"], pipe.config["width"]))
-    true = [_tensor(render(scene, i, *known_size)) for i, scene in enumerate(scenes)]
+    clip_size = (pipe.config["num_frames"], (pipe.config["height"], pipe.config["width"]))
+    true = [_tensor(render(scene, i, *clip_size)) for i, scene in enumerate(scenes)]
 
-    def sample(name: str, steps: int, at: int, draft: Draft | None = None) -> tuple[list[np.ndarray], dict[str, Any]]:
-        how = {"temporal_ratio": at, "draft": draft}
+    def sample(
+        name: str, steps: int, sampled_ratio: int, draft: Draft | None = None
+    ) -> tuple[list[np.ndarray], dict[str, Any]]:
+        options = {"temporal_ratio": sampled_ratio, "draft": draft}
         prompts = [scene.caption() for scene in scenes]
-        videos, spent = sample_timed(pipe, prompts, steps, arguments.guidance, arguments.precision, name=name, **how)
+        videos, spent = sample_timed(pipe, prompts, steps, arguments.guidance, arguments.precision, name=name, **options)
         return videos, {
             "way": name,
             "seconds": spent.total / len(videos),
@@ -77,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     names = ("ratio", "draft_ratio", "draft_steps", "steps", "prompts", "guidance", "note")
     common = {name: getattr(arguments, name) for name in names} | {"protocol": PROTOCOL}
     for row in rows:
-        print(_said(row))
+        print(_format(row))
         if arguments.record:
             append_result(arguments.record, {"what": "draft and refine", **row, **common})
     if arguments.contact_sheet:
@@ -118,8 +121,8 @@ def _psnr(videos: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
     return fmean(float(psnr(_tensor(a), _tensor(b))) for a, b in zip(videos, others, strict=True))
 
 
-def _said(row: dict[str, Any]) -> str:
-    text = f"{row['way']}: {row['seconds']:.3f} s, {in_words(row['accuracy'])}; jitter {row['jitter']:.2f} (of true clips "
+def _format(row: dict[str, Any]) -> str:
+    text = f"{row['way']}: {row['seconds']:.3f} s, {format_accuracy(row['accuracy'])}; jitter {row['jitter']:.2f} (true clips "
     text += f"{row['jitter_of_true_clips']:.2f}), high frequencies {row['high_frequency']:.2f}"
     if "rival" in row:
         text += f"; {row['psnr_to_draft']:.1f} dB to the draft, {row['psnr_to_rival']:.1f} dB to {row['rival']}"

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag.data.datasets import open_dataset
-from promag.evaluation.baselines import build_peer, load_peer
+from promag.evaluation.baselines import build_baseline, load_baseline
 from promag.evaluation.growth_ablation import OURS, RATIO, WHAT, WIDE, curves, gains, read, table, with_variant
 from promag.reports.plots import plot_file
 from promag.tokenizer.autoencoder import parameter_count
@@ -35,7 +35,7 @@ COSTS = ("steps", "clips_seen", "frames_seen", "seconds", "flops")
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """Another architecture."""
 
     name: str = required("class of diffusers, AutoencoderKLWan for example")
@@ -44,19 +44,19 @@ class Peer:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to reach a ratio. Exactly one of `base`, `model` and `peer` says what it starts from."""
+    """One way to reach a ratio. Exactly one of `base`, `model` and `baseline` says what it starts from."""
 
     name: str = required("what the results call it")
     seeds: tuple[int, ...] = setting((0,), "one training for each")
     base: str | None = setting(None, "an earlier variant whose tokenizer, of the same seed, it continues")
     model: AutoencoderConfig | None = setting(None, "a tokenizer of ours from scratch")
-    peer: Peer | None = setting(None, "a peer from scratch")
+    baseline: Baseline | None = setting(None, "another architecture from scratch")
     stages: tuple[StageConfig, ...] = required("what is trained, one after the other")
 
     def __post_init__(self) -> None:
         """Raise ValueError unless one start is given."""
-        if sum(start is not None for start in (self.base, self.model, self.peer)) != 1:
-            raise ValueError(f"variant {self.name}: exactly one of base, model and peer is needed")
+        if sum(start is not None for start in (self.base, self.model, self.baseline)) != 1:
+            raise ValueError(f"variant {self.name}: exactly one of base, model and baseline is needed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def run_folder(config: AblationConfig, name: str, seed: int) -> Path:
 
 def train_variant(config: AblationConfig, variant: Variant, seed: int) -> Path | None:
     """Train one variant with one seed; None if stopped early."""
-    peer = variant.peer
+    baseline = variant.baseline
     tokenizer = TokenizerConfig(
         output_dir=str(run_folder(config, variant.name, seed)),
         seed=seed,
@@ -166,7 +166,7 @@ def train_variant(config: AblationConfig, variant: Variant, seed: int) -> Path |
         stages=variant.stages,
         run=config.run,
     )
-    return train_tokenizer(tokenizer, (lambda: build_peer(peer.name, peer.config)) if peer else None)
+    return train_tokenizer(tokenizer, (lambda: build_baseline(baseline.name, baseline.config)) if baseline else None)
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def score_variant(
     kept = run_folder(config, variant.name, seed) / "scores.json"
     if kept.exists():
         return [with_variant(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
-    model: Any = load_peer(variant.peer.name, folder) if variant.peer else load_tokenizer(folder)
+    model: Any = load_baseline(variant.baseline.name, folder) if variant.baseline else load_tokenizer(folder)
     model.to(best_device())
     source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
     count = len(source) if Path(config.data.validation).suffix == ".jsonl" else config.data.validation_clips
@@ -213,7 +213,7 @@ def score_variant(
         }
         rows.append(row)
         # The paper's observation: the lowest level on subsampled clips, scored on the frames that are left.
-        for step in (2, 4) if variant.base is None and not variant.peer and stage.ratio == 4 else ():
+        for step in (2, 4) if variant.base is None and not variant.baseline and stage.ratio == 4 else ():
             part = evaluate_fully(model, [clip[:, :, ::step] for clip in clips], stage.ratio, precision=config.precision)
             rows.append(
                 {**row, "variant": f"{variant.name}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []}
@@ -268,7 +268,7 @@ def _total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _stage_flops(config: AblationConfig, variant: Variant, seed: int, stage: StageConfig) -> float:
     """Count the FLOPs of a stage: one forward and backward of each kind of step, times how many there were."""
     folder = run_folder(config, variant.name, seed) / "tokenizer"
-    model: Any = load_peer(variant.peer.name, folder) if variant.peer else load_tokenizer(folder)
+    model: Any = load_baseline(variant.baseline.name, folder) if variant.baseline else load_tokenizer(folder)
     ratios = [r for r in model.temporal_ratios if r <= stage.ratio]
     below = [s.ratio for s in variant.stages if s.ratio < stage.ratio]
     if stage.trainable == "new" and stage.growth:

@@ -2,47 +2,47 @@ import diffusers
 import pytest
 import torch
 
-from promag.evaluation.baselines import build_peer, open_peer
+from promag.evaluation.baselines import build_baseline, open_baseline
 
 WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
 
 
-def test_a_peer_answers_as_our_tokenizer_does():
+def test_a_baseline_answers_as_our_tokenizer_does():
     torch.manual_seed(0)
-    peer = build_peer("AutoencoderKLWan", WAN)
-    assert peer.temporal_ratios == (4,)
-    assert len(peer.train_only(4)) == len(list(peer.model.parameters()))
+    baseline = build_baseline("AutoencoderKLWan", WAN)
+    assert baseline.temporal_ratios == (4,)
+    assert len(baseline.train_only(4)) == len(list(baseline.model.parameters()))
     x = torch.rand(1, 3, 5, 16, 16) * 2 - 1
-    posterior = peer.encode(x, 4).latent_dist
+    posterior = baseline.encode(x, 4).latent_dist
     assert posterior.mode().shape == (1, 4, 2, 2, 2)
-    assert torch.equal(peer(x, 4).sample, peer.model.decode(peer.model.encode(x).latent_dist.mode()).sample)
+    assert torch.equal(baseline(x, 4).sample, baseline.model.decode(baseline.model.encode(x).latent_dist.mode()).sample)
     with pytest.raises(ValueError, match="temporal ratio 8: this tokenizer has 4x"):
-        peer.encode(x, 8)
+        baseline.encode(x, 8)
     with pytest.raises(ValueError, match="6 frames: 4x needs"):
-        peer.encode(torch.zeros(1, 3, 6, 16, 16))
+        baseline.encode(torch.zeros(1, 3, 6, 16, 16))
 
 
-def test_every_weight_of_a_peer_learns():
+def test_every_weight_of_a_baseline_learns():
     torch.manual_seed(0)
-    peer = build_peer("AutoencoderKLWan", WAN)
-    peer(torch.rand(1, 3, 9, 16, 16) * 0.1).sample.square().mean().backward()
-    without = [name for name, p in peer.named_parameters() if p.grad is None]
+    baseline = build_baseline("AutoencoderKLWan", WAN)
+    baseline(torch.rand(1, 3, 9, 16, 16) * 0.1).sample.square().mean().backward()
+    without = [name for name, p in baseline.named_parameters() if p.grad is None]
     assert without == []
 
 
-def test_hidden_kernels_of_a_peer_are_all_but_those_at_pixels_and_latents():
-    peer = build_peer("AutoencoderKLWan", WAN)
-    hidden = {id(p) for p in peer.hidden_kernels()}
+def test_hidden_kernels_of_a_baseline_are_all_but_those_at_pixels_and_latents():
+    baseline = build_baseline("AutoencoderKLWan", WAN)
+    hidden = {id(p) for p in baseline.hidden_kernels()}
     ends = [f"{side}.conv_{end}" for side in ("encoder", "decoder") for end in ("in", "out")]
     ends += ["quant_conv", "post_quant_conv"]
-    at_ends = {name for name, p in peer.model.named_parameters() if name.endswith("weight") and id(p) not in hidden}
+    at_ends = {name for name, p in baseline.model.named_parameters() if name.endswith("weight") and id(p) not in hidden}
     assert at_ends == {f"{end}.weight" for end in ends}
 
 
 @pytest.mark.parametrize("name", ["AutoencoderKLNothing", "UNet2DModel"])
-def test_an_unknown_peer_is_named(name):
-    with pytest.raises(ValueError, match=f"peer '{name}': diffusers .* has no autoencoder of that name"):
-        build_peer(name, {})
+def test_an_unknown_baseline_is_named(name):
+    with pytest.raises(ValueError, match=f"autoencoder '{name}': diffusers .* has no autoencoder of that name"):
+        build_baseline(name, {})
 
 
 LTX = {
@@ -82,30 +82,30 @@ SAVED = {  # class, configuration, temporal ratio, spatial ratio, latent channel
 def test_a_saved_autoencoder_is_opened_by_the_class_in_its_config(name, tmp_path):
     config, *arithmetic = SAVED[name]
     torch.manual_seed(0)
-    build_peer(f"AutoencoderKL{name}", config).save_pretrained(tmp_path)
-    opened = open_peer(tmp_path)
-    peer, spatial, channels = opened.model, opened.spatial, opened.channels
-    assert [peer.temporal_ratios[0], spatial, channels, opened.step] == arithmetic
+    build_baseline(f"AutoencoderKL{name}", config).save_pretrained(tmp_path)
+    opened = open_baseline(tmp_path)
+    baseline, spatial, channels = opened.model, opened.spatial, opened.channels
+    assert [baseline.temporal_ratios[0], spatial, channels, opened.step] == arithmetic
     x = torch.rand(1, 3, 1 + 2 * arithmetic[0], 64, 64) * 2 - 1
     with torch.no_grad():
-        assert peer(x).sample.shape == x.shape
-        assert peer.encode(x).latent_dist.mode().shape == (1, channels, 3, 64 // spatial, 64 // spatial)
+        assert baseline(x).sample.shape == x.shape
+        assert baseline.encode(x).latent_dist.mode().shape == (1, channels, 3, 64 // spatial, 64 // spatial)
 
 
 def test_a_decoder_that_is_told_a_time_is_told_that_nothing_is_noise(tmp_path):
     torch.manual_seed(0)
-    build_peer("AutoencoderKLLTXVideo", {**LTX, "timestep_conditioning": True}).save_pretrained(tmp_path)
-    peer = open_peer(tmp_path).model
+    build_baseline("AutoencoderKLLTXVideo", {**LTX, "timestep_conditioning": True}).save_pretrained(tmp_path)
+    baseline = open_baseline(tmp_path).model
     z = torch.randn(1, 8, 2, 2, 2)
     with torch.no_grad():
-        assert torch.equal(peer.decode(z).sample, peer.model.decode(z, temb=torch.zeros(1)).sample)
+        assert torch.equal(baseline.decode(z).sample, baseline.model.decode(z, temb=torch.zeros(1)).sample)
 
 
 def test_what_cannot_be_compared_is_refused_with_its_reason(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json there"):
-        open_peer(tmp_path)
+        open_baseline(tmp_path)
     image = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 2}
     image |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     diffusers.AutoencoderKL(**image).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="AutoencoderKL: its temporal ratio is not in its config"):
-        open_peer(tmp_path)
+        open_baseline(tmp_path)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from promag.data.datasets import SyntheticDataset
-from promag.evaluation.baselines import build_peer
+from promag.evaluation.baselines import build_baseline
 from promag.evaluation.budgets import (
     ORIGINAL,
     Budget,
@@ -54,11 +54,11 @@ def test_kept_videos_and_frames_are_those_that_were_measured(tokenizer, tmp_path
     assert facts[1].psnr_per_frame["8x"] == pytest.approx(per_frame.tolist(), abs=1e-3)
 
 
-def test_a_peer_is_compared_on_the_same_frames_though_it_codes_more(tmp_path):
+def test_a_baseline_is_compared_on_the_same_frames_though_it_codes_more(tmp_path):
     torch.manual_seed(0)
-    peer = Budget("wan", build_peer("AutoencoderKLWan", WAN).eval(), 4, 8, 4, False)
+    baseline = Budget("wan", build_baseline("AutoencoderKLWan", WAN).eval(), 4, 8, 4, False)
     clips = SyntheticDataset("eval", 2, 15, 32)  # coded as 17
-    found, facts = compare_reconstructions([peer], clips, tmp_path)
+    found, facts = compare_reconstructions([baseline], clips, tmp_path)
     assert len(found["wan"]["psnr_per_frame"]) == 15
     assert np.load(facts[0].videos["wan"]).shape == (15, 32, 32, 3)
 

@@ -97,8 +97,8 @@ def test_a_long_prompt_is_cut(clip_folder, video):
         ("open_clip:ViT-B-32", None, "needs a file with its trained weights"),
         ("open_clip:ViT-B-32", "nowhere.bin", r"no file nowhere\.bin"),
         ("open_clip:local-dir:nowhere", None, "clip open_clip:local-dir:nowhere: cannot be loaded"),
-        ("open_clip:local-dir:nowhere", "a.bin", r"brings its own weights, a\.bin has no use"),
-        ("folder", "a.bin", r"brings its own weights, a\.bin has no use"),
+        ("open_clip:local-dir:nowhere", "a.bin", r"includes its weights; leave a\.bin out"),
+        ("folder", "a.bin", r"includes its weights; leave a\.bin out"),
     ],
 )
 def test_what_is_missing_is_named(model, weights, message):

@@ -137,13 +137,13 @@ def test_how_far_a_curve_leads_is_measured_on_the_longest_clip():
     assert found["denoising_step_seconds"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_peer_with_another_grid_costs_what_its_tokens_cost(config, tokenizer):
+def test_a_baseline_with_another_grid_costs_what_its_tokens_cost(config, tokenizer):
     torch.manual_seed(0)
-    peer = Budget("ltx", tokenizer, 8, 16, 6, False)
-    costs = BudgetCosts([*own_budgets(tokenizer), peer], config, 32, 32)
-    assert costs.tokens(peer, 33) == 5
+    baseline = Budget("ltx", tokenizer, 8, 16, 6, False)
+    costs = BudgetCosts([*own_budgets(tokenizer), baseline], config, 32, 32)
+    assert costs.tokens(baseline, 33) == 5
     model = costs._models[6]
     with FlopCounterMode(display=False) as counter:
         denoising(model, 33, 32, 32, 8, 1, spatial=16)()
     places = 2 * 5 * model.place_embed.weight.numel()
-    assert counter.get_total_flops() == 2 * 1e9 * costs.gflops(peer, 33, training=False) - places
+    assert counter.get_total_flops() == 2 * 1e9 * costs.gflops(baseline, 33, training=False) - places

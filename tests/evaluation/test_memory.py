@@ -11,9 +11,9 @@ from promag.evaluation.cost import TransformerAlone, random_loss
 from promag.evaluation.memory import (
     activation_bytes,
     saved_bytes,
+    sharded_memory,
     small_text,
-    spread_bytes,
-    standing_bytes,
+    static_memory,
     transformer_alone,
 )
 from promag.training.config import build, load_yaml
@@ -30,7 +30,7 @@ def config() -> DiffusionConfig:
 
 
 @pytest.mark.parametrize("muon", [None, 0.02])
-def test_what_stays_is_what_a_step_leaves(config, muon):
+def test_static_memory_is_what_a_step_leaves(config, muon):
     transformer = transformer_alone(SHAPE, [16], 16)
     optimizers = make_optimizers(TransformerAlone(transformer), replace(config.optimization, muon_learning_rate=muon))
     random_loss(transformer, 17, 32, 32, 16, 2, [5])().backward()
@@ -38,11 +38,11 @@ def test_what_stays_is_what_a_step_leaves(config, muon):
     for optimizer in optimizers:
         optimizer.step()
     held = [value for o in optimizers for slots in o.state.values() for value in slots.values()]
-    stays = standing_bytes(transformer.parameters(), [] if muon is None else hidden_matrices(transformer))
-    assert stays.optimizer == sum(value.nbytes for value in held)
-    assert stays.weights == sum(p.nbytes for p in transformer.parameters())
-    assert stays.gradients == sum(gradients)
-    assert stays.total == stays.weights + stays.gradients + stays.optimizer + stays.ema
+    static = static_memory(transformer.parameters(), [] if muon is None else hidden_matrices(transformer))
+    assert static.optimizer == sum(value.nbytes for value in held)
+    assert static.weights == sum(p.nbytes for p in transformer.parameters())
+    assert static.gradients == sum(gradients)
+    assert static.total == static.weights + static.gradients + static.optimizer + static.ema
 
 
 @pytest.mark.parametrize("world", [1, 3, 8])
@@ -51,14 +51,14 @@ def test_what_is_spread_is_the_largest_part_of_each_weight(config, world):
     transformer = transformer_alone(SHAPE, [16], 16)
     muon = {id(p) for p in hidden_matrices(transformer)}
     parts = [(p.chunk(world)[0].nbytes, 4 if id(p) in muon else 5) for p in transformer.parameters()]
-    found = spread_bytes(transformer, [], hidden_matrices(transformer), world)
-    assert found.stays == sum(size * times for size, times in parts)
+    counted = sharded_memory(transformer, [], hidden_matrices(transformer), world)
+    assert counted.local == sum(size * times for size, times in parts)
     if world == 1:
         counters = 4 * (len(parts) - len(muon))  # AdamW's steps
-        assert found.stays == standing_bytes(transformer.parameters(), hidden_matrices(transformer)).total - counters
+        assert counted.local == static_memory(transformer.parameters(), hidden_matrices(transformer)).total - counters
     blocks = sum(p.nbytes for p in transformer.transformer_blocks.parameters())
     outside = sum(p.nbytes for p in transformer.parameters()) - blocks
-    assert found.gathered == 2 * outside + blocks // 3 * 5 // 2  # two in bf16, gradients in bf16 and float32
+    assert counted.gathered == 2 * outside + blocks // 3 * 5 // 2  # two in bf16, gradients in bf16 and float32
 
 
 def test_tensors_without_data_count_like_real_ones(config):
@@ -66,11 +66,11 @@ def test_tensors_without_data_count_like_real_ones(config):
 
 
 def test_a_batch_takes_what_its_clips_take(config):
-    found = activation_bytes(config, 0, 16, 32)
+    counted = activation_bytes(config, 0, 16, 32)
     transformer = transformer_alone(SHAPE, [config.text.width], config.text.width)
     seven = saved_bytes(random_loss(transformer, 17, 32, 32, 16, 7, [config.text.small.max_length]), transformer)
-    assert seven == 7 * found.per_clip + found.per_step
-    assert found.per_clip_checkpointed < found.per_clip
+    assert seven == 7 * counted.per_clip + counted.per_step
+    assert counted.per_clip_checkpointed < counted.per_clip
 
 
 def test_saved_bytes_leave_weights_out_and_count_memory_once():

@@ -19,9 +19,9 @@ def test_tokens_and_flops_are_those_that_are_run(pipe, ratio, latents, guidance)
     assert (cost.latent_frames, cost.tokens) == (latents, latents * 2 * 3)
     counter = FlopCounterMode(display=False)
     text = dict(zip((*NAMES, *NEGATIVE_NAMES), pipe.encode_prompt("", ""), strict=True))
-    how = {**text, "output_type": "latent"}
+    options = {**text, "output_type": "latent"}
     with counter, torch.no_grad():
-        pipe(num_frames=33, temporal_ratio=ratio, num_inference_steps=3, guidance_scale=guidance, **how)
+        pipe(num_frames=33, temporal_ratio=ratio, num_inference_steps=3, guidance_scale=guidance, **options)
     assert cost.flops == counter.get_total_flops()
 
 
@@ -42,9 +42,9 @@ def test_expectations_follow_the_last_measurement():
 
 
 def test_every_trained_ratio_is_measured(pipe):
-    told = []
-    pace = measure_pace(pipe, "fp32", told.append)
-    assert [line.split()[0] for line in told] == ["4x:", "16x:"]
+    lines = []
+    pace = measure_pace(pipe, "fp32", lines.append)
+    assert [line.split()[0] for line in lines] == ["4x:", "16x:"]
     for ratio in trained_ratios(pipe):
         expected = pace.expect(sampling_cost(pipe, ratio, 17, 2, 2.0))
         assert expected

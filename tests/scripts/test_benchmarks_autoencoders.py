@@ -1,4 +1,4 @@
-"""What encoding and decoding cost, on a small tokenizer of ours and a small peer."""
+"""What encoding and decoding cost, on a small tokenizer of ours and a small baseline."""
 
 import functools
 import json
@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
-from promag.evaluation.baselines import build_peer
-from promag.scripts.benchmarks.autoencoders import _peer, main
+from promag.evaluation.baselines import build_baseline
+from promag.scripts.benchmarks.autoencoders import _baseline, main
 from promag.training import compilation
 from promag.training.config import UserError
 from tests.conftest import make_tokenizer
@@ -61,12 +61,12 @@ def counted(call, *arguments):
 
 def test_each_level_and_a_peer_are_measured(smallest, small_wan, tmp_path, capsys):
     out = tmp_path / "speed.jsonl"
-    run(smallest, "--peers", "AutoencoderKLWan", "--rounds", 2, "--precision", "fp32", "--record", out)
+    run(smallest, "--baselines", "AutoencoderKLWan", "--rounds", 2, "--precision", "fp32", "--record", out)
     ours, theirs = lines(out)
     assert [row["ratio"] for row in ours["rows"]] == [4, 8, 16]
     assert [row["latent_shape"] for row in ours["rows"]] == [[1, 4, t, 4, 6] for t in (5, 3, 2)]
     assert [row["latent_values"] for row in ours["rows"]] == [480, 288, 192]
-    wan = build_peer("AutoencoderKLWan", {})
+    wan = build_baseline("AutoencoderKLWan", {})
     models = [(make_tokenizer(), ours["rows"]), (wan.eval(), theirs["rows"])]
     for model, row in ((model, row) for model, rows in models for row in rows):
         gflops, posterior = counted(model.encode, torch.zeros(1, 3, *SIZE), row["ratio"])
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_recorded_and_the_run_goes_on(smallest, small_wan, 
         return decode(self, z, ratio)
 
     monkeypatch.setattr(AutoencoderKLProMAG, "decode", refusing)
-    run(smallest, "--peers", "AutoencoderKLWan", "--rounds", 1, "--record", out, status=1)
+    run(smallest, "--baselines", "AutoencoderKLWan", "--rounds", 1, "--record", out, status=1)
     ours, theirs = lines(out)
     assert [row["out_of_memory"] for row in ours["rows"] + theirs["rows"]] == [False, True, False, False]
     assert [row.get("error") for row in ours["rows"]] == [None, None, "RuntimeError: canUse32BitIndexMath(input) of a kernel"]
@@ -148,11 +148,11 @@ def test_what_does_not_fit_is_recorded_and_the_run_goes_on(smallest, small_wan, 
     ("arguments", "message"),
     [
         ([], "nothing to measure: give presets"),
-        (["--peers", "AutoencoderKL"], "--peers AutoencoderKL: use one of AutoencoderKLWan, AutoencoderKLLTXVideo, "),
+        (["--baselines", "AutoencoderKL"], "--baselines AutoencoderKL: use one of AutoencoderKLWan, AutoencoderKLLTXVideo, "),
         (["PRESET", "--clip-sizes", "17x32"], "--clip-sizes 17x32: FRAMESxHEIGHTxWIDTH is needed"),
         (["PRESET", "--clip-sizes", "25x32x32"], "smallest: 25 frames: 16x needs 1 \\+ 16k; use 17 or 33"),
         (["PRESET", "--clip-sizes", "17x30x32"], "smallest: height 30: needs a multiple of 8; use 24 or 32"),
-        (["--peers", "AutoencoderKLCogVideoX", "--clip-sizes", "13x32x32"], "13 frames: 8x needs 1 \\+ 8k; use 9 or 17"),
+        (["--baselines", "AutoencoderKLCogVideoX", "--clip-sizes", "13x32x32"], "13 frames: 8x needs 1 \\+ 8k; use 9 or 17"),
         (["PRESET", "--rounds", "0"], "--rounds 0: at least 1 is needed"),
         (["PRESET", "--train-batch-size", "0"], "--train-batch-size 0: at least 1 is needed"),
         (["configs/tokenizer/tiny-adversarial.yaml"], "a configuration with a model of its own"),
@@ -182,7 +182,7 @@ def test_compiled_blocks_are_measured_beside_eager_ones(smallest, monkeypatch, c
     ],
 )
 def test_defaults_of_diffusers_are_the_published_architectures(name, millions, step, spatial):
-    subject = _peer(name)
+    subject = _baseline(name)
     with torch.device("meta"):
         count = sum(p.numel() for p in subject.make().parameters())
     assert [round(count / 1e6), subject.step, subject.spatial] == [millions, step, spatial]

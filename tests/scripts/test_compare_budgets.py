@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from promag.evaluation.baselines import build_peer
+from promag.evaluation.baselines import build_baseline
 from promag.scripts.compare_budgets import main
 from promag.scripts.evaluate_tokenizer import main as evaluate
 from tests.evaluation.test_baselines import WAN
@@ -11,21 +11,21 @@ from tests.evaluation.test_clip_similarity import write_clip
 
 
 @pytest.fixture(scope="module")
-def peer(tmp_path_factory):
+def baseline(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("wan")
-    build_peer("AutoencoderKLWan", WAN).save_pretrained(folder)
+    build_baseline("AutoencoderKLWan", WAN).save_pretrained(folder)
     return folder
 
 
-def test_one_command_compares_levels_peers_costs_and_pipelines(demo_run, peer, tmp_path, capsys):
+def test_one_command_compares_levels_baselines_costs_and_pipelines(demo_run, baseline, tmp_path, capsys):
     tokenizer = next(demo_run.glob("**/vae")).parent
     clips = ["--videos", "synthetic", "--count", "3", "--frames", "17", "--size", "32"]
     little = ["--train-batch-size", "1", "--steps", "1", "--rounds", "1", "--curve-seconds", "0", "--prompts", "2"]
     smallest = ["--model.num_layers", "1", "--model.num_attention_heads", "2", "--model.attention_head_dim", "8"]
     pipeline = demo_run / "video-16x" / "pipeline"
     record, out = tmp_path / "budgets.jsonl", tmp_path / "report"
-    arguments = ["--tokenizer", str(tokenizer), *clips, "--also", f"wan={peer}", "--pipelines", str(pipeline)]
+    arguments = ["--tokenizer", str(tokenizer), *clips, "--also", f"wan={baseline}", "--pipelines", str(pipeline)]
     clip = ["--clip", str(write_clip(tmp_path / "clip"))]
     assert main([*arguments, *little, *smallest, *clip, "--out", str(out), "--record", str(record)]) == 0
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]

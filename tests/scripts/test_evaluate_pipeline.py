@@ -36,7 +36,7 @@ def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
     evaluate_pipeline.main([str(run / "pipeline"), *FEW, "--record", str(record), "--note", "random"])
     said = capsys.readouterr().out.splitlines()
     motions, said = [line for line in said if line[:2] == "  "], [line for line in said if line[:2] != "  "]
-    kinds = (", trained combinations", ", held-out combinations", ", reconstructions of as many unseen clips", "")
+    kinds = (", trained combinations", ", unseen combinations", ", reconstructions of as many unseen clips", "")
     assert [line.split(":")[0] for line in said] == [f"mine {ratio}x{kind}" for ratio in (4, 16) for kind in kinds]
     assert said[3] == "mine 4x: steps 10, seconds 5, validation_loss 0.4"
     found = lines(record)

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from promag import AutoencoderKLProMAG
-from promag.evaluation.baselines import build_peer
+from promag.evaluation.baselines import build_baseline
 from promag.scripts.experiments import growth_ablation
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import load_tokenizer
@@ -37,8 +37,8 @@ def stage(ratio, mixing="attention", **change):
     return {"ratio": ratio, "frames": 1 + ratio, "buckets": None, "growth": growth, **common, **change}
 
 
-def variant(name, stages, base=None, model=None, peer=None, seeds=(0,)):
-    return {"name": name, "seeds": list(seeds), "base": base, "model": model, "peer": peer, "stages": stages}
+def variant(name, stages, base=None, model=None, baseline=None, seeds=(0,)):
+    return {"name": name, "seeds": list(seeds), "base": base, "model": model, "baseline": baseline, "stages": stages}
 
 
 WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
@@ -47,7 +47,7 @@ VARIANTS = [
     variant("progressive", [stage(8, latent_pretrain_steps=1), stage(16)], base="base"),
     variant("warm", [stage(16, "none", trainable="all", optimization={**LOOP, "steps": 4})], base="base"),
     variant("plain", [stage(4, None)], model={**MODEL, "linear_shortcuts": False}),
-    variant("peer", [stage(4, None)], peer={"name": "AutoencoderKLWan", "config": WAN}),
+    variant("baseline", [stage(4, None)], baseline={"name": "AutoencoderKLWan", "config": WAN}),
 ]
 
 
@@ -88,7 +88,7 @@ def test_a_line_for_each_arm_seed_and_ratio(lines):
     named = [(r["variant"], r["seed"], r["ratio"]) for r in lines if "subsampled" not in r]
     assert named == [
         ("base", 0, 4), ("base", 1, 4), ("progressive", 0, 8), ("progressive", 0, 16), ("warm", 0, 16), ("plain", 0, 4),
-        ("peer", 0, 4),
+        ("baseline", 0, 4),
     ]  # fmt: skip
     seen = [(r["variant"], r["subsampled"], len(r["psnr_per_frame"])) for r in lines if "subsampled" in r and r["seed"] == 0]
     assert ("base, every 2nd frame", 2, 9) in seen
@@ -152,7 +152,7 @@ def test_costs_are_told_by_stage_and_by_what_was_inherited(lines):
     assert sixteen["lift"].keys() == {"4", "8"}
     # The frozen decoder goes through the same estimates, so decoding them is decoding the latent itself.
     assert sixteen["lift"]["4"]["psnr"] == pytest.approx(sixteen["psnr"], abs=1e-3)
-    assert base["lift"] == by_variant["plain", 4]["lift"] == by_variant["peer", 4]["lift"] == {}
+    assert base["lift"] == by_variant["plain", 4]["lift"] == by_variant["baseline", 4]["lift"] == {}
 
 
 def test_the_report_draws_what_was_recorded(lines, config, tmp_path, capsys):
@@ -174,7 +174,7 @@ def test_mistakes_are_named(config):
         growth_ablation.main(["--config", str(config), "--only-variants", "[nothing]"])
     with pytest.raises(UserError, match="base progressive must be an earlier variant with seeds"):
         growth_ablation.main(["--config", str(config), *overrides({"variants": {"2": {"base": "progressive", "seeds": [3]}}})])
-    with pytest.raises(UserError, match="exactly one of base, model and peer"):
+    with pytest.raises(UserError, match="exactly one of base, model and baseline"):
         growth_ablation.main(["--config", str(config), *overrides({"variants": {"3": {"base": "base"}}})])
 
 
@@ -209,8 +209,8 @@ def test_parameters_of_the_ways_to_16x_agree(name):
                     model.grow(stage.growth)
             counts[way] = growth_ablation._used_parameters(model, 16)
         counts |= {"base": parameter_count([AutoencoderKLProMAG(**dataclasses.asdict(variants["base"].model))])}
-        peer = variants["peer_wan"].peer
-        counts["peer"] = parameter_count([build_peer(peer.name, peer.config)])
+        baseline = variants["peer_wan"].baseline
+        counts["baseline"] = parameter_count([build_baseline(baseline.name, baseline.config)])
     for way in ("direct", "direct_plain", "warm"):
         assert counts[way] == pytest.approx(counts["progressive"], rel=0.05)
-    assert counts["peer"] == pytest.approx(counts["base"], rel=0.05)
+    assert counts["baseline"] == pytest.approx(counts["base"], rel=0.05)

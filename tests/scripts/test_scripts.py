@@ -21,7 +21,7 @@ from promag.scripts import (
     train_tokenizer,
 )
 from promag.scripts.benchmarks import latent_cache as benchmark_cache
-from promag.scripts.benchmarks import long_video as soak
+from promag.scripts.benchmarks import long_video
 from promag.scripts.benchmarks import transformer as benchmark
 from promag.training.config import UserError
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
@@ -204,20 +204,20 @@ def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder
         reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--ratios", "5"])
 
 
-def test_soak_measures_memory_and_tiles(demo_run, video_folder, tmp_path):
-    tokenizer, record = str(demo_run / "tokenizer-run" / "tokenizer"), tmp_path / "soak.jsonl"
+def test_long_video_measures_memory_and_tiles(demo_run, video_folder, tmp_path):
+    tokenizer, record = str(demo_run / "tokenizer-run" / "tokenizer"), tmp_path / "long_video.jsonl"
     few = ["--ratios", "16", "--lengths", "17", "129", "--size", "32", "--chunk", "16"]
     tiles = ["--video", str(video_folder / "v0.mp4"), "--frames", "5", "--tile", "32"]
-    assert soak.main([tokenizer, *few, *tiles, "--record", str(record)]) == 0
+    assert long_video.main([tokenizer, *few, *tiles, "--record", str(record)]) == 0
     (row,) = json.loads(record.read_text())["rows"]
     short, long = (row["peak_bytes"][key] for key in ("17", "129"))
     assert 2**26 < short < 2**33
     assert long < 1.1 * short
     assert 20 < row["tiled_psnr"] < 100
     with pytest.raises(UserError, match="64x64: is no larger than a tile of 64"):
-        soak.main([tokenizer, *few, *tiles[:-1], "64"])
+        long_video.main([tokenizer, *few, *tiles[:-1], "64"])
     with pytest.raises(UserError, match="chunk of 24 frames: 16x needs"):
-        soak.main([tokenizer, "--ratios", "16", "--chunk", "24"])
+        long_video.main([tokenizer, "--ratios", "16", "--chunk", "24"])
 
 
 def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):

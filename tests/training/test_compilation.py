@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from promag.evaluation.baselines import PeerAutoencoder
+from promag.evaluation.baselines import BaselineAutoencoder
 from promag.training import compilation
 from promag.training.compilation import compile_blocks, no_recompile
 from promag.training.config import UserError
@@ -61,6 +61,6 @@ def test_a_model_that_names_no_blocks_is_refused():
 
     down, up = ("CogVideoXDownBlock3D",) * 2, ("CogVideoXUpBlock3D",) * 2
     small = {"block_out_channels": (8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
-    peer = AutoencoderKLCogVideoX(down_block_types=down, up_block_types=up, **small)
+    model = AutoencoderKLCogVideoX(down_block_types=down, up_block_types=up, **small)
     with pytest.raises(UserError, match=r"compile: .*set it to false"):
-        compile_blocks(PeerAutoencoder(peer, temporal_ratio=4))
+        compile_blocks(BaselineAutoencoder(model, temporal_ratio=4))
