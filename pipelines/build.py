@@ -14,7 +14,7 @@ from torch import Tensor
 
 from promag.data.buckets import Bucket
 from promag.data.datasets import open_by_bucket
-from promag.diffusion.cache_store import Shards, hash_weights
+from promag.diffusion.cache_store import Shards
 from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextConfig, TextEncoderConfig
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
 from promag.diffusion.text import NULL_CAPTION, Embedded, encode, load_frozen, side_by_side, tokenize
@@ -140,7 +140,7 @@ def cache_latents(
             check_ratio(ratio, vae.temporal_ratios)
     except ValueError as error:
         raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
-    hashes = broadcast_from_main(lambda: {ratio: weights_hash(vae, ratio) for ratio in ratios})
+    hashes = broadcast_from_main(lambda: {ratio: vae.encoding_fingerprint(ratio) for ratio in ratios})
     source, count = (data.train, data.synthetic_clips) if split == "train" else (data.validation, data.validation_clips)
     parts, device = open_by_bucket(source, split, data.training_buckets, count), processes().device
     counts = [len(clips) if split == "train" else min(count, len(clips)) for _, clips in parts]
@@ -206,11 +206,6 @@ def encoder(
             return [posterior.mode().float() for posterior in model.encode_levels(x.to(device), ratios)]
 
     return encode
-
-
-def weights_hash(vae: AutoencoderKLProMAG, ratio: int) -> str:
-    """Return a hash of the weights that encode at `ratio`: growing further or fine-tuning a decoder keeps it."""
-    return hash_weights([vae.encoder, *vae.encoder_growth[: vae.level_of(ratio)]])
 
 
 class SampleText:

@@ -5,7 +5,9 @@ diagonal-Gaussian latent; growth: ProMAG (arXiv 2501.05442), see growth.py.
 """
 
 import copy
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from math import prod
@@ -21,19 +23,44 @@ from torch import Tensor, nn
 
 from promag.training.safetensors_only import SafetensorsOnly
 
-from .base import BaseDecoder, BaseEncoder
+from .base import BaseDecoder, BaseEncoder, init_from_block_means
 from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio, check_size
 from .growth import DecoderGrowth, EncoderGrowth, Growth
-from .layers import START, State, is_first
+from .layers import START, Block, State, is_first
 from .tiling import Call, Tiling, in_parts
+
+# The settings of the base that decide what its encoder computes.
+BASE_SETTINGS = (
+    "in_channels",
+    "latent_channels",
+    "patch_size",
+    "block_out_channels",
+    "layers_per_block",
+    "strides",
+    "linear_shortcuts",
+)
 
 
 class _Encoding:
-    """One call of the encoder: its pixels, what was computed of them, and the stream's state before and after."""
+    """One call of the encoder: its pixels, the results so far, and the stream's state before and after.
+
+    Results and states have the key (kind, (owner, level, rate)): features or moments of a level, computed from every
+    rate-th frame by the encoder that the level `owner` trained for itself, 0 for the shared one. At 16x, level 2:
+
+        moments  (0, 2, 1)   = key-frame moments (0, 1, 2) + residual of features (0, 2, 1)
+        moments  (0, 1, 2)   = key-frame moments (0, 0, 4) + residual of features (0, 1, 2)
+        moments  (0, 0, 4)   from features (0, 0, 4)
+        features (0, 2, 1)   from features (0, 1, 1), the full path, and (0, 1, 2), the key frames
+        features (0, 1, 1)   from features (0, 0, 1) and (0, 0, 2)
+        features (0, 1, 2)   from features (0, 0, 2) and (0, 0, 4)
+        features (0, 0, r)   from pixels x[:, :, ::r], for r = 1, 2, 4
+
+    So the base runs at three frame rates and 8x at two, each once.
+    """
 
     def __init__(self, x: Tensor, state: State):
         self.x, self.before = x, state
-        self.known: dict[tuple[str, tuple[int, int, int]], Tensor] = {}
+        self.results: dict[tuple[str, tuple[int, int, int]], Tensor] = {}
         self.state: State = None if state is None else {}
 
     def frames(self, rate: int) -> Tensor:
@@ -41,14 +68,14 @@ class _Encoding:
         return self.x[:, :, (0 if is_first(self.before) else rate - 1) :: rate]
 
     def once(self, kind: str, place: tuple[int, int, int], compute: Callable[[State], tuple[Tensor, State]]) -> Tensor:
-        """Return what `compute` returned for this kind, owner, level and frame rate, calling it the first time."""
+        """Return the result of this kind, owner, level and frame rate; `compute` is called the first time."""
         key = (kind, place)
-        if key not in self.known:
+        if key not in self.results:
             before = self.before.get(key, START) if isinstance(self.before, dict) else self.before
-            self.known[key], after = compute(before)
+            self.results[key], after = compute(before)
             if self.state is not None:
                 self.state[key] = after
-        return self.known[key]
+        return self.results[key]
 
 
 class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -71,7 +98,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
     # model_index.json records this name: moving this file must not break a saved pipeline
     __module__ = "promag"
     _supports_gradient_checkpointing = True
-    _repeated_blocks = ["ResBlock", "Downsample", "Upsample", "Head", "CrossLevelAttention"]  # noqa: RUF012
+    _repeated_blocks = [block.__name__ for block in Block.__subclasses__()]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -104,37 +131,14 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         for level in growth:
             self._add_level(Growth(**level))
 
-    @torch.no_grad()
-    def start_from_means(self) -> None:
-        """Set the linear paths so that training starts from block means: call it once, on an untrained base.
+    def init_from_block_means(self) -> None:
+        """Set the linear paths of an untrained base so that training starts from the colour means of blocks.
 
-        Every residual branch is zero at the start, so encoder and decoder are linear maps. Their outer layers are solved
-        for: the first latent channels are the colour means of a block, and the decoder paints blocks in these colours.
-        The first hundred steps then refine a picture that is already there. Raises ValueError without linear shortcuts.
+        Raises ValueError without linear shortcuts.
         """
         if not self.config["linear_shortcuts"]:
-            raise ValueError("start_from_means: this model has no linear shortcuts, so no linear paths to set")
-        colours, latents = self.config["in_channels"], self.config["latent_channels"]
-        into: Any = self.encoder.body[0]
-        out: Any = self.decoder.body[0]
-        for conv in (into, out):  # look at one position alone
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
-        nn.init.orthogonal_(into.weight[:, :, -1, 1, 1])
-        # Each latent channel fills a run of features: depth-to-space then gives every position in a block the same.
-        width = out.out_channels
-        out.weight[range(width), torch.arange(width) * latents // width, -1, 1, 1] = 1
-        flat = torch.eye(colours).view(colours, colours, 1, 1, 1).expand(-1, -1, 1, SPATIAL_RATIO, SPATIAL_RATIO)
-        seen = self.encoder.features(flat)[0].flatten(1).T  # D x colours
-        skips: Any = self.encoder.head.skip, self.decoder.head.skip
-        skips[0].weight[:colours, :, 0, 0, 0] = torch.linalg.pinv(seen)
-        units = torch.eye(latents).view(latents, latents, 1, 1, 1)
-        spread = self.decoder.body(units)[0][:, :, 0, 0, 0].T  # widths[0] x latents, the same at every position
-        painted = torch.zeros(skips[1].out_channels, latents)
-        painted.view(colours, -1, latents)[range(colours), :, range(colours)] = 1  # output channels are (colour, p, q)
-        skips[1].weight[:, :, 0, 0, 0] = painted @ torch.linalg.pinv(spread)
-        for skip, count in zip(skips, (latents, None), strict=True):
-            nn.init.zeros_(skip.bias[:count])
+            raise ValueError("init_from_block_means: this model has no linear shortcuts, so no linear paths to set")
+        init_from_block_means(self.encoder, self.decoder)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -250,17 +254,32 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
 
     def hidden_kernels(self) -> list[nn.Parameter]:
         """Return the convolution kernels that map hidden features to hidden features, not those at pixels and latents."""
-        ends: list[nn.Module] = []
-        for module in self.modules():
-            if isinstance(module, (BaseEncoder, BaseDecoder)):
-                ends += [module.body[0], module.head]
-            elif isinstance(module, EncoderGrowth):
-                ends.append(module.head)
-            elif isinstance(module, DecoderGrowth):
-                ends += [module.conv_in, module.head]
+        ends = [end for module in self.modules() if hasattr(module, "ends") for end in module.ends()]  # pyright: ignore
         excluded = {id(p) for end in ends for p in end.parameters()}
         convolutions = (m for m in self.modules() if isinstance(m, nn.Conv3d))
         return [p for m in convolutions for p in m.parameters() if p.ndim > 1 and id(p) not in excluded]
+
+    def idle_heads(self, temporal_ratio: int) -> list[nn.Module]:
+        """Return the heads of lower levels that encoding at a ratio does not run: no key-frame latent starts from theirs."""
+        path: list[Any] = self.encoding_path(self.level_of(temporal_ratio))
+        while path and getattr(path[-1], "adds_to_key_latent", False):
+            path.pop()
+        return [encoder.head for encoder in path[:-1]]
+
+    def encoding_fingerprint(self, temporal_ratio: int) -> str:
+        """Return a SHA-256 of all that decides the latents of a ratio: the configuration and weights of what encodes there.
+
+        Growing further levels or training decoders keeps it.
+        """
+        level, config = self.level_of(temporal_ratio), self.config
+        base = {key: config[key] for key in BASE_SETTINGS}
+        growth = [asdict(replace(Growth(**grown), encoder="frozen", decoder="frozen")) for grown in config["growth"][:level]]
+        digest = hashlib.sha256(json.dumps([base, growth], sort_keys=True).encode())
+        for place, module in enumerate(self.encoding_path(level)):
+            for name, value in sorted(module.state_dict().items()):
+                digest.update(f"{place}.{name}".encode())
+                digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     # -- encoding ----------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,13 @@ Shapes: B C T H W pixels in [-1, 1] and features, b c t h w latents; strides are
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .geometry import SPATIAL_RATIO
 from .layers import CausalConv3d, Chain, Downsample, Head, ResBlock, State, Upsample
 
 # log-variance at the start of training: little noise, so that the first steps learn to reconstruct
@@ -45,6 +47,10 @@ class BaseEncoder(nn.Module):
         x = rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=self.patch, q=self.patch)
         return self.body(x.contiguous(memory_format=torch.channels_last_3d), state)
 
+    def ends(self) -> list[nn.Module]:
+        """Return the layers at pixels and latents."""
+        return [self.body[0], self.head]
+
 
 class BaseDecoder(nn.Module):
     """Latents of the base level to pixels."""
@@ -77,3 +83,39 @@ class BaseDecoder(nn.Module):
         h, s_head = self.head(h, s_head)
         x = rearrange(h, "b (c p q) t h w -> b c t (h p) (w q)", p=self.patch, q=self.patch)
         return x, None if state is None else (s_body, s_head)
+
+    def ends(self) -> list[nn.Module]:
+        """Return the layers at latents and pixels."""
+        return [self.body[0], self.head]
+
+
+@torch.no_grad()
+def init_from_block_means(encoder: BaseEncoder, decoder: BaseDecoder) -> None:
+    """Set the linear paths of an untrained encoder and decoder with shortcuts so that training starts from block means.
+
+    Every residual branch is zero at the start, so both are linear maps. Their outer layers are solved for: the first latent
+    channels are the colour means of a block, and the decoder paints blocks in these colours. The first hundred steps then
+    refine a picture that is already there.
+    """
+    into, out = encoder.body[0], decoder.body[0]
+    assert isinstance(into, CausalConv3d)
+    assert isinstance(out, CausalConv3d)
+    colours, latents = into.in_channels // encoder.patch**2, out.in_channels
+    for conv in (into, out):  # look at one position alone
+        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]
+    nn.init.orthogonal_(into.weight[:, :, -1, 1, 1])
+    # Each latent channel fills a run of features: depth-to-space then gives every position in a block the same.
+    width = out.out_channels
+    out.weight[range(width), torch.arange(width) * latents // width, -1, 1, 1] = 1
+    flat = torch.eye(colours).view(colours, colours, 1, 1, 1).expand(-1, -1, 1, SPATIAL_RATIO, SPATIAL_RATIO)
+    features = encoder.features(flat)[0].flatten(1).T  # D x colours
+    skips: Any = encoder.head.skip, decoder.head.skip
+    skips[0].weight[:colours, :, 0, 0, 0] = torch.linalg.pinv(features)
+    units = torch.eye(latents).view(latents, latents, 1, 1, 1)
+    spread = decoder.body(units)[0][:, :, 0, 0, 0].T  # widths[0] x latents, the same at every position
+    painted = torch.zeros(skips[1].out_channels, latents)
+    painted.view(colours, -1, latents)[range(colours), :, range(colours)] = 1  # output channels are (colour, p, q)
+    skips[1].weight[:, :, 0, 0, 0] = painted @ torch.linalg.pinv(spread)
+    for skip, count in zip(skips, (latents, None), strict=True):
+        nn.init.zeros_(skip.bias[:count])

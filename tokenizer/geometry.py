@@ -4,8 +4,16 @@ Causal tokenizers code the first frame alone, so at temporal ratio r, 1 + r*N pi
 """
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 SPATIAL_RATIO = 8
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raise ValueError for a value that is not an integer: 16.0, True, "16" or None."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} {value!r}: an integer is needed")
 
 
 def latent_frames(frames: int, ratio: int) -> int:
@@ -16,6 +24,7 @@ def latent_frames(frames: int, ratio: int) -> int:
 
 def pixel_frames(latents: int, ratio: int) -> int:
     """Return the pixel frames that `latents` latent frames decode to."""
+    check_integer("latent frames", latents)
     if latents < 1:
         raise ValueError(f"{latents} latent frames: at least 1 is needed")
     return 1 + (latents - 1) * ratio
@@ -23,6 +32,7 @@ def pixel_frames(latents: int, ratio: int) -> int:
 
 def nearest_frames(frames: int, ratio: int) -> tuple[int, ...]:
     """Return the legal frame counts around `frames`: one if it is legal, else the next lower and higher."""
+    check_integer("frames", frames)
     if frames < 1:
         return (1,)
     below = 1 + (frames - 1) // ratio * ratio
@@ -39,6 +49,7 @@ def check_frames(frames: int, ratio: int) -> None:
 
 def check_chunk(frames: int, ratio: int) -> None:
     """Raise ValueError unless `frames` can follow an earlier chunk of a stream: a positive multiple of `ratio`."""
+    check_integer("frames", frames)
     if frames < ratio or frames % ratio:
         legal = sorted({max(ratio, frames // ratio * ratio), max(ratio, -(-frames // ratio) * ratio)})
         use = " or ".join(map(str, legal))
@@ -48,6 +59,7 @@ def check_chunk(frames: int, ratio: int) -> None:
 def check_size(height: int, width: int, multiple: int = SPATIAL_RATIO) -> None:
     """Raise ValueError, with the nearest legal sizes, unless height and width are positive multiples of `multiple`."""
     for name, value in (("height", height), ("width", width)):
+        check_integer(name, value)
         if value < multiple or value % multiple:
             legal = sorted({max(multiple, value // multiple * multiple), max(multiple, -(-value // multiple) * multiple)})
             raise ValueError(f"{name} {value}: needs a multiple of {multiple}; use {' or '.join(map(str, legal))}")
@@ -55,11 +67,12 @@ def check_size(height: int, width: int, multiple: int = SPATIAL_RATIO) -> None:
 
 def check_ratio(ratio: int, legal: Sequence[int]) -> None:
     """Raise ValueError unless `ratio` is one of the tokenizer's temporal ratios."""
-    if ratio not in legal:
+    if isinstance(ratio, bool) or not isinstance(ratio, Integral) or ratio not in legal:
         have = ", ".join(f"{r}x" for r in legal)
         grown = max(legal)
-        hint = f"; grow it to {ratio}x first" if ratio > grown and ratio % grown == 0 else ""
-        raise ValueError(f"temporal ratio {ratio}: this tokenizer has {have}{hint}")
+        grows = isinstance(ratio, Integral) and ratio > grown and ratio % grown == 0
+        hint = f"; grow it to {ratio}x first" if grows else ""
+        raise ValueError(f"temporal ratio {ratio!r}: this tokenizer has {have}{hint}")
 
 
 def tokens(

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from promag.training.config import setting
 
-from .layers import CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, is_first, recomputed
+from .geometry import check_integer
+from .layers import Block, CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, is_first, recomputed
 
 Mixing = Literal["attention", "concat", "none"]
 Lower = Literal["frozen", "finetune"]
@@ -50,19 +51,18 @@ class Growth:
             if (value := getattr(self, name)) not in get_args(legal):
                 raise ValueError(f"growth {name} {value!r}: use one of {', '.join(get_args(legal))}")
         for name in ("layers", "window", "heads"):
+            check_integer(f"growth {name}", getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"growth {name} {getattr(self, name)}: at least 1 is needed")
         if self.latent == "dual" and (self.mixing == "none" or not self.birth):
             raise ValueError(f"growth latent 'dual' with mixing {self.mixing!r}, birth {self.birth}: needs a key-frame latent")
 
 
-class CrossLevelAttention(nn.Module):
+class CrossLevelAttention(Block):
     """Queries of the full path look at key-frame features of the same place, in a causal window of frames.
 
     Each head has a learned bias for each frame of the window; before the first frame stands the first frame again.
     """
-
-    gradient_checkpointing = False
 
     def __init__(self, channels: int, heads: int, window: int):
         super().__init__()
@@ -145,6 +145,10 @@ class EncoderGrowth(nn.Module):
         halves = zip(key_moments.chunk(2, 1), residual.chunk(2, 1), strict=True)  # means, then log-variances
         return torch.cat([part for key, own in halves for part in (key[:, : self.latent_channels], own)], 1), state
 
+    def ends(self) -> list[nn.Module]:
+        """Return the layers at latents."""
+        return [self.head]
+
 
 class DecoderGrowth(nn.Module):
     """From a level-2r latent, 1+N frames, to an estimate of the level-r latent, 1+2N frames, of as many or fewer channels."""
@@ -168,3 +172,7 @@ class DecoderGrowth(nn.Module):
         h, s[4] = self.head(h, s[4])
         twice = z[:, : self.lower_channels].repeat_interleave(2, 2)
         return (twice[:, :, 1:] if is_first(state) else twice) + h, None if state is None else tuple(s)
+
+    def ends(self) -> list[nn.Module]:
+        """Return the layers at latents."""
+        return [self.conv_in, self.head]

@@ -44,6 +44,12 @@ def recomputed(forward: Callable[..., tuple[Tensor, State]]) -> Callable[..., tu
     return call
 
 
+class Block(nn.Module):
+    """A layer that gradient checkpointing may compute again and that is compiled by itself."""
+
+    gradient_checkpointing = False
+
+
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution whose output at a frame sees that frame and earlier ones only.
 
@@ -91,13 +97,11 @@ class ChannelNorm(nn.Module):
         return y.permute(0, 4, 1, 2, 3)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Block):
     """norm - SiLU - conv, twice, plus the input; the second convolution starts at zero, unless `zero` is False.
 
     With `guide_channels`, both normalisations are scaled and shifted by a guide of the same B T H W.
     """
-
-    gradient_checkpointing = False
 
     def __init__(self, channels: int, guide_channels: int = 0, zero: bool = True):
         super().__init__()
@@ -125,15 +129,13 @@ class ResBlock(nn.Module):
         return x + h, None if state is None else (s1, s2)
 
 
-class Downsample(nn.Module):
+class Downsample(Block):
     """A strided causal convolution beside an averaging shortcut; time by `time`, space by `space` (1 or 2).
 
     The shortcut gathers the time x space x space neighbours of an output position into channels and averages groups of
     them; in time these are the frames that end at the kept one, the first frame repeated. Without `shortcut` there is the
     convolution alone.
     """
-
-    gradient_checkpointing = False
 
     def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True):
         super().__init__()
@@ -161,14 +163,12 @@ class Downsample(nn.Module):
         return h + y, state
 
 
-class Upsample(nn.Module):
+class Upsample(Block):
     """A causal convolution to depth-to-space beside a duplicating shortcut; time by `time`, space by `space`.
 
     After a temporal up-sampling the first time-1 frames are dropped at once, so the first frame stays alone. Without
     `shortcut` there is the convolution alone.
     """
-
-    gradient_checkpointing = False
 
     def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True):
         super().__init__()
@@ -194,10 +194,8 @@ class Upsample(nn.Module):
         return (h[:, :, self.time - 1 :] if first else h), state
 
 
-class Head(nn.Module):
+class Head(Block):
     """norm - SiLU - conv, with a linear skip around it unless `shortcut` is False; all zero at first with `zero`."""
-
-    gradient_checkpointing = False
 
     def __init__(self, channels_in: int, channels_out: int, zero: bool = False, shortcut: bool = True):
         super().__init__()

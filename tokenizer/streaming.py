@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import SPATIAL_RATIO
+from .geometry import SPATIAL_RATIO, check_frames, check_integer
 from .layers import START
 
 
@@ -54,6 +54,8 @@ def chunk_plan(frames: int, temporal_ratio: int, chunk: int) -> list[int]:
 
     Raises ValueError for a chunk that is no positive multiple of the ratio.
     """
+    check_frames(frames, temporal_ratio)
+    check_integer("chunk", chunk)
     if chunk < temporal_ratio or chunk % temporal_ratio:
         raise ValueError(f"chunk of {chunk} frames: {temporal_ratio}x needs a positive multiple of {temporal_ratio}")
     plan, left = [min(frames, 1 + chunk)], frames - 1 - chunk
@@ -79,7 +81,7 @@ def reconstruct(model: Any, x: Tensor, temporal_ratio: int | None = None, chunk:
 
     With `chunk`, a multiple of the ratio, so many frames are in work at a time; the result is the same.
     """
-    ratio = temporal_ratio or model.temporal_ratios[-1]
+    ratio = model.temporal_ratios[model.level_of(temporal_ratio)]
     padded, padding = pad_clip(x, ratio)
     if chunk is None:
         sample = model(padded, ratio).sample

@@ -36,14 +36,18 @@ from .perceptual import LPIPS
 class StageObjective(Objective):
     """L1, squared error and KL, LPIPS and a discriminator where the stage has them.
 
-    In the first `latent_pretrain_steps` of a grown level the loss is the error of the lower latent instead: those steps run
-    no decoder, which makes them several times cheaper.
+    In the first `latent_pretrain_steps` of a grown level the loss is the error of the latent of the highest level that was
+    there before: those steps run no decoder to pixels, which makes them several times cheaper. `added` are the ratios of the
+    levels that the stage adds; None for the stage's alone.
     """
 
-    def __init__(self, model: AutoencoderKLProMAG, stage: StageConfig, inherited: Sequence[nn.Module] = ()):
+    def __init__(self, model: AutoencoderKLProMAG, stage: StageConfig, added: Sequence[int] | None = None):
         super().__init__()
-        self.model, self.stage, self.inherited = model, stage, tuple(inherited)  # a tuple: they are registered in the model
-        self.below = model.temporal_ratios[model.level_of(stage.ratio) - 1] if stage.growth else None
+        self.model, self.stage = model, stage
+        added = (stage.ratio,) if added is None else added
+        self.inherited = tuple(model.inherited_modules(added))  # a tuple: they are registered in the model
+        trained_before = [ratio for ratio in model.temporal_ratios if ratio < stage.ratio and ratio not in added]
+        self.below = trained_before[-1] if stage.growth else None
         self.lpips = LPIPS.load(stage.perceptual.path) if stage.perceptual else None
         self.adversary = AdversarialLoss(stage.adversarial) if stage.adversarial else None
 
@@ -101,7 +105,7 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
         Path(config.output_dir),
         precision,
         config.run.trackers,
-        unused=any(_leaves_unused(stage) for stage in config.stages),
+        unused=any(leaves_unused(stage) for stage in config.stages),
     )
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -117,10 +121,13 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     return run / "tokenizer"
 
 
-def _leaves_unused(stage: StageConfig) -> bool:
+def leaves_unused(stage: StageConfig) -> bool:
     """Tell whether some step of a stage leaves weights that it trains without a gradient."""
-    copies = stage.growth and "finetune" in (stage.growth.encoder, stage.growth.decoder)
-    return bool(stage.trainable == "all" or stage.adversarial or copies)
+    growth = stage.growth
+    copies = growth and "finetune" in (growth.encoder, growth.decoder)
+    # A stage may add several levels, and then nothing reads the heads of the lower ones.
+    idle_heads = growth and (growth.mixing == "none" or not growth.birth)
+    return bool(stage.trainable == "all" or stage.adversarial or copies or idle_heads)
 
 
 def train_stage(
@@ -179,7 +186,7 @@ def train_stage(
             log.picture(f"{stage.ratio}x/reconstruction", _sheet(model, clips[:4], stage.ratio), step)
         return evaluate(model, clips, stage.ratio, config.precision)
 
-    objective = StageObjective(model, stage, model.inherited_modules(added))
+    objective = StageObjective(model, stage, added)
     outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
         save_model(model, run / "tokenizer")
@@ -230,7 +237,7 @@ def _model_for(
         if model.temporal_ratios[0] != stage.ratio:
             raise UserError(f"stage {stage.ratio}x without growth: the base's strides make it {model.temporal_ratios[0]}x")
         if config.model and config.model.linear_shortcuts:
-            model.start_from_means()
+            model.init_from_block_means()
         return model, model.temporal_ratios
     place = Path(config.init) if config.init and not (run / "tokenizer").exists() else run / "tokenizer"
     model = load_tokenizer(place)

@@ -313,7 +313,7 @@ def _objective(config: TokenizerConfig, stage: StageConfig, pixels: StageConfig)
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     model.train_only(*(added if stage.trainable == "new" else model.temporal_ratios))
-    return StageObjective(model, pixels, model.inherited_modules(added))
+    return StageObjective(model, pixels, added)
 
 
 def _training_step(

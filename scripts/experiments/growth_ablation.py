@@ -235,17 +235,7 @@ def _used_parameters(model: Any, ratio: int) -> int:
         return parameter_count([model])
     level = model.level_of(ratio)
     encoders = model.encoding_path(level)
-    return parameter_count([*encoders, *model.decoding_path(level)]) - parameter_count(_idle_heads(encoders))
-
-
-def _idle_heads(encoders: Sequence[Any]) -> list[Any]:
-    """Return the heads below the highest level that nothing reads: those below one that starts from no key-frame latent."""
-    top = len(encoders) - 1
-    used = {top}
-    for i in range(top, 0, -1):
-        if i in used and encoders[i].adds_to_key_latent:
-            used.add(i - 1)
-    return [encoders[i].head for i in range(top) if i not in used]
+    return parameter_count([*encoders, *model.decoding_path(level)]) - parameter_count(model.idle_heads(ratio))
 
 
 def _cost(config: AblationConfig, variant: Variant, seed: int, stage: StageConfig) -> dict[str, float]:
@@ -269,12 +259,12 @@ def _stage_flops(config: AblationConfig, variant: Variant, seed: int, stage: Sta
     """Count the FLOPs of a stage: one forward and backward of each kind of step, times how many there were."""
     folder = run_folder(config, variant.name, seed) / "tokenizer"
     model: Any = load_baseline(variant.baseline.name, folder) if variant.baseline else load_tokenizer(folder)
-    ratios = [r for r in model.temporal_ratios if r <= stage.ratio]
+    added = ratios = [r for r in model.temporal_ratios if r <= stage.ratio]
     below = [s.ratio for s in variant.stages if s.ratio < stage.ratio]
-    if stage.trainable == "new" and stage.growth:
-        ratios = [r for r in ratios if r > (max(below) if below else _base_highest(config, variant, seed))]
-    model.train_only(*ratios)
-    objective = StageObjective(model, stage)
+    if stage.growth:
+        added = [r for r in ratios if r > (max(below) if below else _base_highest(config, variant, seed))]
+    model.train_only(*(added if stage.trainable == "new" else ratios))
+    objective = StageObjective(model, stage, added)
     video = torch.zeros(1, 3, stage.frames, config.data.size, config.data.size)
     latent = min(stage.latent_pretrain_steps, stage.optimization.steps) if stage.growth else 0
     total = 0.0

@@ -27,7 +27,7 @@ def report(tmp_path_factory):
     """A comparison of a tokenizer that gives block means back, of every frame at 4x, on three generated clips."""
     torch.manual_seed(0)
     tokenizer = AutoencoderKLProMAG(**TINY).eval()
-    tokenizer.start_from_means()
+    tokenizer.init_from_block_means()
     tokenizer.grow()
     tokenizer.grow()
     clips = SyntheticDataset("eval", 3, FRAMES, SIZE)

@@ -42,7 +42,7 @@ def test_a_base_can_start_from_block_means(patch, widths, strides):
     torch.manual_seed(0)
     shape = {"patch_size": patch, "block_out_channels": widths, "strides": strides}
     model = AutoencoderKLProMAG(**{**TINY, **shape})
-    model.start_from_means()
+    model.init_from_block_means()
     flat = torch.tensor([0.5, -0.25, 0.75]).view(1, 3, 1, 1, 1).expand(1, 3, 5, 16, 24)
     latent = model.encode(flat).latent_dist.mode()
     assert torch.allclose(latent[:, :3], flat[:, :, :2, :2, :3], atol=1e-5)
@@ -312,3 +312,70 @@ def test_preset_sizes():
     assert 2 < sizes["tiny"] < 8
     assert 30 < sizes["small"] < 60
     assert sizes["base"] > 100
+
+
+@pytest.mark.parametrize("growth", [{"mixing": "concat"}, {"mixing": "none"}, {"latent": "dual"}, {"window": 1}, {"window": 5}])
+@pytest.mark.parametrize("plan", [(1, 16, 16), (17, 16), (1, 32)])
+@torch.no_grad()
+def test_chunks_equal_the_whole_however_a_level_is_grown(growth, plan):
+    model = make_tokenizer(settle=0.05, **growth)
+    torch.manual_seed(2)
+    x = torch.rand(1, 3, 33, 16, 16) * 2 - 1
+    for ratio in RATIOS:
+        encoding, decoding, latents, pixels = START, START, [], []
+        for chunk in x.split(plan, 2):
+            posterior, encoding = model.encode_chunk(chunk, encoding, ratio)
+            latents.append(posterior.parameters)
+            output, decoding = model.decode_chunk(posterior.mode(), decoding, ratio)
+            pixels.append(output)
+        assert torch.allclose(torch.cat(latents, 2), moments(model, x, ratio), atol=1e-5)
+        assert torch.allclose(torch.cat(pixels, 2), model(x, ratio).sample, atol=1e-5)
+
+
+def test_a_fingerprint_names_what_encodes_a_ratio():
+    def prints(**growth):
+        model = make_tokenizer(levels=1, settle=0.05)
+        for _ in range(2):
+            torch.manual_seed(1)
+            model.grow(Growth(**growth))
+        return model, [model.encoding_fingerprint(ratio) for ratio in RATIOS]
+
+    model, plain = prints()
+    assert len(set(plain)) == 3
+    assert prints(heads=2)[1][0] == plain[0]  # another function of the same weights from 8x on
+    assert prints(heads=2)[1][1] != plain[1]
+    model.grow(Growth())
+    with torch.no_grad():
+        model.decoder.head.conv.weight.add_(1)
+        model.decoder_growth[0].head.conv.weight.add_(1)
+    assert [model.encoding_fingerprint(ratio) for ratio in RATIOS] == plain
+    copied, same = prints(encoder="finetune", decoder="finetune")
+    assert same == plain  # copies that are still equal
+    with torch.no_grad():
+        copied.own_encoders["2"][0].head.conv.weight.add_(1)
+    assert [copied.encoding_fingerprint(r) == p for r, p in zip(RATIOS, plain, strict=True)] == [True, True, False]
+
+
+def test_a_fingerprint_survives_saving(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoencoderKLProMAG.from_pretrained(tmp_path)
+    assert all(loaded.encoding_fingerprint(ratio) == tokenizer.encoding_fingerprint(ratio) for ratio in RATIOS)
+
+
+def test_idle_heads_are_those_that_no_gradient_reaches(clip):
+    for growth in ({}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}):
+        model = make_tokenizer(settle=0.05, **growth)
+        for ratio in RATIOS:
+            model.zero_grad()
+            moments(model, clip, ratio).square().mean().backward()
+            heads = [encoder.head for encoder in model.encoding_path(model.level_of(ratio))]
+            idle = [head for head in heads if all(p.grad is None for p in head.parameters())]
+            assert model.idle_heads(ratio) == idle
+
+
+def test_the_blocks_that_are_compiled_are_those_that_are_checkpointed():
+    assert set(AutoencoderKLProMAG._repeated_blocks) == {"ResBlock", "Downsample", "Upsample", "Head", "CrossLevelAttention"}
+    model = make_tokenizer()
+    model.enable_gradient_checkpointing()
+    on = {type(module).__name__ for module in model.modules() if getattr(module, "gradient_checkpointing", False)}
+    assert on - {"AutoencoderKLProMAG"} == set(AutoencoderKLProMAG._repeated_blocks)

@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,6 +8,7 @@ from hypothesis import strategies as st
 from promag.tokenizer.geometry import (
     check_chunk,
     check_frames,
+    check_integer,
     check_ratio,
     check_size,
     latent_frames,
@@ -60,3 +64,31 @@ def test_the_budgets_of_65_frames():
 def test_tokens_refuse_a_patch_that_does_not_divide():
     with pytest.raises(ValueError, match="not divisible by patch"):
         tokens(65, 72, 64, 16)
+
+
+NO_INTEGERS = [0.0, 16.0, 8.5, float("nan"), True, False, "16", None, [16], 16j]
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS)
+def test_what_is_not_an_integer_is_refused_by_name(value):
+    named = re.escape(repr(value))
+    calls = {
+        "frames": lambda: latent_frames(value, 4),
+        "latent frames": lambda: pixel_frames(value, 4),
+        "height": lambda: check_size(value, 8),
+        "width": lambda: check_size(8, value),
+        "window": lambda: check_integer("window", value),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name} {named}: an integer is needed$"):
+            call()
+    with pytest.raises(ValueError, match=f"^frames {named}: an integer is needed$"):
+        check_chunk(value, 4)
+    with pytest.raises(ValueError, match=f"^temporal ratio {named}: this tokenizer has 4x, 8x$"):
+        check_ratio(value, (4, 8))
+
+
+def test_integers_of_numpy_are_integers():
+    check_size(np.int64(16), np.uint8(8))
+    check_ratio(np.int32(8), (4, 8))  # pyright: ignore[reportArgumentType]
+    assert latent_frames(np.int64(17), 4) == 5  # pyright: ignore[reportArgumentType]

@@ -1,13 +1,14 @@
 import contextlib
 import gc
+import re
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promag.tokenizer.growth import CrossLevelAttention
+from promag.tokenizer.growth import CrossLevelAttention, Growth
 from promag.tokenizer.layers import START, ResBlock
 from promag.tokenizer.streaming import Padding, chunk_plan, crop_clip, pad_clip, reconstruct, reconstruct_stream
 from promag.tokenizer.tiling import PartStates, Tiling, in_parts, tile_starts
@@ -290,3 +291,39 @@ def test_illegal_sizes_are_named(tokenizer):
         Tiling(32, 32, 32, 40)
     with pytest.raises(ValueError, match="at least one frame"):
         pad_clip(torch.zeros(1, 3, 0, 8, 8), 4)
+
+
+ODD = st.one_of(st.integers(-40, 0), st.floats(), st.booleans(), st.text(max_size=3), st.just([16]))
+
+
+@given(ODD)
+@settings(max_examples=40, deadline=None)
+def test_odd_ratios_chunks_and_tiles_are_refused_by_name(tokenizer, value):
+    x, z = torch.zeros(1, 3, 17, 16, 16), torch.zeros(1, 4, 2, 2, 2)
+    ratio_calls = [
+        lambda: tokenizer.encode(x, value),
+        lambda: tokenizer.encode_levels(x, (4, value)),
+        lambda: tokenizer.encode_chunk(x, START, value),
+        lambda: tokenizer.decode(z, value),
+        lambda: tokenizer.decode_chunk(z, START, value),
+        lambda: tokenizer.lift(z, value, 4),
+        lambda: tokenizer.lift(z, 16, value),
+        lambda: reconstruct(tokenizer, x, value),
+        lambda: reconstruct(tokenizer, x, value, chunk=16),
+    ]
+    named = re.escape(repr(value))
+    for call in ratio_calls:
+        with pytest.raises(ValueError, match=f"^temporal ratio {named}: this tokenizer has 4x, 8x, 16x"):
+            call()
+    for call in (lambda: chunk_plan(33, 16, value), lambda: reconstruct(tokenizer, x, 16, chunk=value)):
+        with pytest.raises(ValueError, match=rf"^chunk( of)? {named}( frames)?: "):
+            call()
+    for place in range(4):
+        sizes = [16, 16, 16, 16]
+        sizes[place] = value
+        with pytest.raises(ValueError, match=rf"(height|width) {named}: "):
+            tokenizer.enable_tiling(*sizes)
+    assert not tokenizer.use_tiling
+    assert tokenizer.tiling == Tiling()
+    with pytest.raises(ValueError, match=rf"^growth window {named}: "):
+        Growth(window=value)

@@ -19,7 +19,7 @@ from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
-from promag.tokenizer.train import StageObjective, train_tokenizer
+from promag.tokenizer.train import StageObjective, leaves_unused, train_tokenizer
 from promag.training.config import UserError
 from promag.training.optimizers import make_optimizers, weights_and_keys
 from promag.training.run import load_checkpoint
@@ -169,6 +169,29 @@ def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path
         assert any(not torch.equal(v, new[k]) for k, v in fresh.state_dict().items() if k.startswith("decoder_growth.0"))
 
 
+@pytest.mark.parametrize("trainable", ["new", "all"])
+@pytest.mark.parametrize("ratio", [8, 16])
+@pytest.mark.parametrize("growth", [{}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}, {"decoder": "finetune"}])
+def test_weights_without_a_gradient_are_foreseen(trainable, ratio, growth):
+    """Several processes wait for the gradient of every trained weight unless they are told that some may have none."""
+    model, frames = make_tokenizer(levels=1, settle=0.05), 1 + ratio
+    added = [model.grow(Growth(**growth)) for _ in range(ratio // 8)]
+    trained = model.train_only(*(added if trainable == "new" else model.temporal_ratios))
+    settings = stage(ratio, frames, Growth(**growth), latent_pretrain_steps=1, trainable=trainable)
+    objective = StageObjective(model, settings, added)
+    assert objective.below == 4  # a trained level
+    unused = set()
+    for step in (0, 1):
+        model.zero_grad()
+        objective({"video": torch.rand(1, 3, frames, 16, 16)}, [torch.Generator().manual_seed(0)], step)["loss"].backward()
+        unused |= {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert trained
+    if unused:
+        assert leaves_unused(settings), unused
+    elif growth in ({}, {"latent": "dual"}) and trainable == "new":
+        assert not leaves_unused(settings)
+
+
 def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
     adversarial = adversarial_config(learning_rate=2e-3, lecam_weight=0.1, penalty_weight=1.0)
     stages = (stage(4, 5, adversarial=adversarial),)
@@ -190,7 +213,7 @@ def test_what_is_inherited_learns_at_its_own_rate():
     model = make_tokenizer(levels=2)
     model.grow(Growth(encoder="finetune"))
     model.train_only(16)
-    objective = StageObjective(model, stage(16, 17, Growth()), model.inherited_modules([16]))
+    objective = StageObjective(model, stage(16, 17, Growth()), [16])
     adam, muon = make_optimizers(objective, optimization_config(learning_rate=1e-3, muon_learning_rate=4e-3))
     for optimizer, factor in ((adam, 1.0), (muon, 4.0)):
         factors = {id(w): None for w, _ in weights_and_keys(optimizer)}
