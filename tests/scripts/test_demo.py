@@ -19,7 +19,7 @@ def test_it_leaves_a_report_figures_and_videos(demo_run):
         assert rows[4][name] > 0
         assert rows[16][name] > 0
     assert rows[8]["train_step_seconds"] is None
-    assert set(rows[16]["accuracy"]) == {"shape", "colour", "motion", "all"}
+    assert set(rows[16]["accuracy"]) == {"colour", "motion"}
     assert len(list((demo_run / "videos").glob("sample-*.mp4"))) == 2
     recorded = json.loads((demo_run / "results.jsonl").read_text())
     assert recorded["rows"] == figures["rows"]
