@@ -1,4 +1,4 @@
-"""Command lines: one kind of parser for every command, and options for every key of a configuration.
+"""Command lines: one parser class for all commands, with an option for every key of a configuration.
 
 `-` and `_` are the same in an option's name. --help shows every option with its type and default.
 """
@@ -25,7 +25,7 @@ Config = TypeVar("Config")
 def run_main(main: Callable[[Sequence[str]], int]) -> int:
     """Run `main(argv)` and return its exit status; a UserError becomes one line on stderr and status 2.
 
-    argparse's own errors already have that status. A process of several leaves their group, unless `main` raised.
+    argparse's own errors already exit with status 2. A distributed process leaves its process group unless `main` raised.
     """
     try:
         status = main(sys.argv[1:])
@@ -39,24 +39,24 @@ def run_main(main: Callable[[Sequence[str]], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader of our output (head, less) went away: not an error of ours.
+        # The reader of the output (head, less) closed the pipe: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose options take `-` and `_` alike, are never abbreviated, and show type and default.
+    """An ArgumentParser that treats `-` and `_` alike, never abbreviates options, and shows types and defaults.
 
     Args:
         description: shown by --help.
-        options: those of argparse.ArgumentParser.
+        options: other options of argparse.ArgumentParser.
     """
 
     def __init__(self, description: str | None = None, **options: Any):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore
-        """Parse what the parser knows and return the rest as it is."""
+        """Parse the options that the parser defines and return the rest unchanged."""
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._with_dashes(word) for word in words], namespace)
 
@@ -70,20 +70,20 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, Config]:
         """Parse the parser's own options, `--config PRESET` and an option for every key of the dataclass `cls`.
 
-        `preset` is that of a call without --config; None demands one. A nested key is dotted (`--data.size 64`), an element
-        of a list is named by its index (`--stages.0.steps 10`); a list is given as words (`--ratios 4 8`) or as YAML
-        (`--ratios "[4, 8]"`). The key's type decides how a word is read: text stays as it is, all else is YAML 1.2.
+        `preset` is the default of --config; with None, --config is required. Nested keys are dotted (`--data.size 64`), list
+        elements are indexed (`--stages.0.steps 10`), and lists are given as words (`--ratios 4 8`) or as YAML
+        (`--ratios "[4, 8]"`). The key's type decides how a word is parsed: text is kept as is, all other types are YAML 1.2.
         --print-config prints the resolved configuration and exits.
         Raises UserError for a missing file, unknown or missing keys and wrong types.
         """
-        section = self.add_argument_group("configuration", "A preset, and options that change its keys.")
+        section = self.add_argument_group("configuration", "A preset, and options that override its keys.")
         help = "a YAML file, or a preset such as tokenizer/tiny"
         section.add_argument("--config", metavar="PRESET", required=preset is None, default=preset, help=help)
         section.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and exit")
         if {"-h", "--help"} & set(argv):
             self.usage = f"{self.format_usage().removeprefix('usage: ').rstrip()} [--KEY VALUE ...]".replace("%", "%%")
             for name, kind, text in _describe(cls):
-                if name not in self._option_string_actions:  # the command's own option goes first
+                if name not in self._option_string_actions:  # the command's own option takes precedence
                     section.add_argument(name, metavar=kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
         arguments, rest = self.parse_known_args(argv)
         values = complete(cls, load_yaml(arguments.config))
@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(cls: type[Config], argv: Sequence[str], description: str) -> Config:
-    """Read a command line that holds a configuration alone; see Parser.parse_with_config."""
+    """Parse a command line that has only configuration options; see Parser.parse_with_config."""
     return Parser(description).parse_with_config(cls, argv)[1]
 
 
@@ -127,31 +127,31 @@ def _pair_options(rest: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _override(cls: Any, values: dict[str, Any], name: str, words: list[str]) -> None:
-    """Set one dotted key in place; unknown last keys are left to the strict build, which names the legal ones."""
-    place: Any = values
+    """Set one dotted key in place; unknown last keys are left to `build`, which names the legal ones."""
+    node: Any = values
     parts = name.split(".")
     hint = cls
     for depth, part in enumerate(parts):
         key: Any = part
-        if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise UserError(f"option --{name}: {part!r} is not an index of a list of {len(place)}")
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(f"option --{name}: {part!r} is not an index of a list of {len(node)}")
             key, hint = int(part), _element(hint)
-        elif isinstance(place, dict):
+        elif isinstance(node, dict):
             inner = dataclass_in(hint)
             hint = typing.get_type_hints(inner).get(part) if inner else None
         else:
-            raise UserError(f"option --{name}: {'.'.join(parts[:depth])} holds a value, not keys")
+            raise UserError(f"option --{name}: {'.'.join(parts[:depth])} is a value and has no keys")
         if depth < len(parts) - 1:
-            if isinstance(place, dict) and place.get(key) is None:
-                place[key] = {}  # what the preset left out, or null, is given key by key
-            place = place[key]
+            if isinstance(node, dict) and node.get(key) is None:
+                node[key] = {}  # a section that is missing or null in the preset is set key by key
+            node = node[key]
         else:
-            place[key] = _read_words(hint, name, words)
+            node[key] = _read_words(hint, name, words)
 
 
 def _read_words(hint: Any, name: str, words: list[str]) -> Any:
-    """Read an option's words as its type demands."""
+    """Parse an option's words by its type."""
     element = _element(hint)
     if element and not (len(words) == 1 and (words[0][:1] == "[" or words[0] in NULLS)):
         return [_read_word(element, word) for word in words]
@@ -171,7 +171,7 @@ def _read_word(hint: Any, word: str) -> Any:
 
 
 def _alternatives(hint: Any) -> list[Any]:
-    """Return the types that a hint allows; a choice of words counts as text."""
+    """Return the types that a hint allows; a Literal counts as the types of its values."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return [type(value) for value in arguments]
@@ -181,7 +181,7 @@ def _alternatives(hint: Any) -> list[Any]:
 
 
 def _element(hint: Any) -> Any:
-    """Return the type of a tuple's elements; None for what is no tuple."""
+    """Return the type of a tuple's elements; None if the hint is not a tuple."""
     return next((typing.get_args(kind)[0] for kind in _alternatives(hint) if typing.get_origin(kind) is tuple), None)
 
 

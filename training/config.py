@@ -1,7 +1,7 @@
 """Strict configuration: a YAML file and dotted options become one nested, frozen dataclass.
 
-Defaults stand in the dataclasses; a preset states only what differs from them. Unknown keys, missing keys and wrong types are
-the user's mistakes and end the program with one line and exit status 2.
+Defaults are in the dataclasses; a preset has only the keys that differ from them. Unknown keys, missing keys and wrong types
+are user errors: the program prints one line and exits with status 2.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ Config = TypeVar("Config")
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: shown as one line, without a traceback."""
+    """An error in the user's input, shown as one line without a traceback."""
 
 
 def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the mapping in a YAML file, given by its path or as a preset's name; raises UserError where there is none."""
+    """Return the mapping in a YAML file, given as a path or a preset's name; raises UserError if there is none."""
     try:
         values = read_yaml(find_preset(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -36,13 +36,13 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        content = "is empty" if values is None else f"holds {type(values).__name__}"
-        raise UserError(f"config {path}: {content}, a mapping of keys is needed")
+        content = "is empty" if values is None else f"contains a {type(values).__name__}"
+        raise UserError(f"config {path}: {content}; a mapping of keys is needed")
     return values
 
 
 def find_preset(name: str | os.PathLike) -> Path:
-    """Return the file `name`, or the preset that is called so (`tokenizer/tiny`); raises UserError for an unknown name."""
+    """Return the file `name`, or the preset of that name (`tokenizer/tiny`); raises UserError for an unknown name."""
     if Path(name).is_file() or Path(name).suffix:
         return Path(name)
     folder = Path(str(importlib.resources.files("promag.configs")))
@@ -55,7 +55,7 @@ def find_preset(name: str | os.PathLike) -> Path:
 
 
 def build(cls: type[Config], values: dict[str, Any], source: str) -> Config:
-    """Turn plain values into the dataclass `cls`, strictly, defaults filled in; `source` is named in the UserError."""
+    """Validate plain values strictly as the dataclass `cls`, with defaults filled in; UserErrors name `source`."""
     try:
         return _adapter(cls).validate_python(complete(cls, values))
     except ValidationError as error:
@@ -63,7 +63,7 @@ def build(cls: type[Config], values: dict[str, Any], source: str) -> Config:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Return a dataclass as plain YAML- and JSON-ready values."""
+    """Return a dataclass as plain values that YAML and JSON can store."""
     return plain(config)
 
 
@@ -73,7 +73,7 @@ def dump_yaml(config: Any) -> str:
 
 
 def save_yaml(path: str | os.PathLike, config: Any) -> None:
-    """Write the resolved configuration as YAML, keys in the dataclass's order; other processes see all of it or nothing."""
+    """Write the resolved configuration atomically as YAML, keys in the dataclass's order."""
     write_atomically(path, dump_yaml(config))
 
 
@@ -95,7 +95,7 @@ def _adapter(cls: type) -> TypeAdapter:
 
 
 def _forbid_extra(cls: Any) -> None:
-    """Make pydantic refuse unknown keys in `cls` and in every dataclass its fields mention."""
+    """Make pydantic reject unknown keys in `cls` and in every dataclass among its fields' types."""
     if dataclasses.is_dataclass(cls):
         cls.__pydantic_config__ = {"extra": "forbid"}  # pyright: ignore[reportAttributeAccessIssue]
         hints = typing.get_type_hints(cls)
@@ -128,7 +128,7 @@ def _legal_keys(cls: Any, path: Sequence[str]) -> set[str]:
         if path[0] in hints:
             return _legal_keys(hints[path[0]], path[1:])
     for argument in typing.get_args(cls):
-        # A step into a list is an index, a step into a union names the class: neither changes the keys.
+        # A path element that is a list index or names a class of a union does not change the legal keys.
         rest = path[1:] if path and (path[0].isdigit() or not _has_key(argument, path[0])) else path
         keys |= _legal_keys(argument, rest)
     return keys
@@ -139,9 +139,10 @@ def _has_key(cls: Any, key: str) -> bool:
 
 
 def complete(hint: Any, values: Any, default: Any = None) -> Any:
-    """Return plain values with all that they leave out, at every depth, filled in from the defaults.
+    """Fill in missing keys of plain values from the defaults, at every depth.
 
-    A field whose default is a dataclass gives what a mapping for that field leaves out. Unknown keys stay, for `build` to name.
+    If a field's default is a dataclass, its values complete a partial mapping for that field. Unknown keys are kept, so that
+    `build` can name them.
     """
     cls = dataclass_in(hint)
     if isinstance(values, list):
@@ -159,7 +160,7 @@ def complete(hint: Any, values: Any, default: Any = None) -> Any:
 
 
 def dataclass_in(hint: Any) -> Any:
-    """Return the dataclass that a type is, or holds as an element or beside None; None where there is none."""
+    """Return the dataclass that a type is, or contains as a tuple element or in a union; None if there is none."""
     if dataclasses.is_dataclass(hint):
         return hint
     return next((inner for argument in typing.get_args(hint) if (inner := dataclass_in(argument))), None)
@@ -204,7 +205,7 @@ for _kind, (_first, _pattern) in _SCALARS.items():
 
 
 def read_yaml(text: str) -> Any:
-    """Return what a YAML 1.2 text says; raises yaml.YAMLError for what is none."""
+    """Parse a YAML 1.2 text; raises yaml.YAMLError if it is not YAML."""
     return yaml.load(text, _Loader)
 
 

@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: a bar on a terminal, a plain line now and then in a file."""
+"""Progress on stderr: a bar on a terminal, occasional plain lines in a file."""
 
 import sys
 import time
@@ -6,18 +6,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-LINE_SECONDS = 30.0  # between two lines in a file
+LINE_SECONDS = 30.0  # time between two lines in a file
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s in {elapsed}, {remaining} to go{postfix}"
 
 
 class ProgressBar(tqdm):
-    """tqdm's bar on a terminal; where stderr is no terminal, a line every LINE_SECONDS and one at the end.
+    """tqdm's bar on a terminal; otherwise one line every LINE_SECONDS and one at the end.
 
     Args:
-        iterable: what is iterated over; None for a bar that `update` moves.
-        desc: what is going on.
-        unit: what is counted, in the singular.
-        options: tqdm's others: total, initial, disable.
+        iterable: iterable to wrap; None for a bar that `update` advances.
+        desc: description of the work.
+        unit: name of one item, in the singular.
+        options: other options of tqdm: total, initial, disable.
     """
 
     def __init__(self, iterable: Any = None, *, desc: str, unit: str, **options: Any):
@@ -28,7 +28,7 @@ class ProgressBar(tqdm):
         super().__init__(iterable, desc=desc, unit=unit, file=sys.stderr, mininterval=2, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
-        """Draw the bar, or print a line if it is time for one."""
+        """Draw the bar, or print a line if one is due."""
         if not self.plain:
             return super().display(msg, pos)
         if time.monotonic() - self.line_at >= LINE_SECONDS:
@@ -36,12 +36,12 @@ class ProgressBar(tqdm):
         return True
 
     def clear(self, *arguments: Any, **options: Any) -> None:
-        """Take a bar off the terminal; lines stay."""
+        """Remove the bar from the terminal; lines stay."""
         if not self.plain:
             super().clear(*arguments, **options)
 
     def close(self) -> None:
-        """Draw the bar, or print the line, for the last time."""
+        """Draw the bar, or print a line, for the last time."""
         if self.disable or not self.plain:
             super().close()
             return

@@ -1,8 +1,8 @@
 """The run directory: resolved configuration, atomic checkpoints, metrics, and the signals that end a run early.
 
-run/config.yaml                 what the run was started with
-run/data.json                   what it is trained on: fingerprints and hashes
-run/machines.txt                where it was trained
+run/config.yaml                 the resolved configuration of the first start
+run/data.json                   fingerprints and hashes of the training data
+run/machines.txt                the machines that trained it
 run/NAME/step-00001000/         a checkpoint of stage NAME: safetensors and state.json
 run/NAME/metrics.jsonl          one line per logged or validated step
 """
@@ -32,15 +32,15 @@ DATA = "data.json"
 
 
 def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (), write: bool = True) -> Path:
-    """Make the run directory, or reopen it if it was started with the same configuration.
+    """Create the run directory, or reopen it if it was started with the same configuration.
 
-    `may_change` names dotted keys (or prefixes of them) that do not alter what is learned. Raises UserError naming the
-    keys that differ.
+    `may_change` lists dotted keys (or their prefixes) that do not affect what the model learns. With `write` False the
+    directory is only checked. Raises UserError naming the keys that differ.
     """
     path = Path(path)
-    known = path / "config.yaml"
-    if known.exists():
-        old, new = _flat(load_yaml(known)), _flat(to_plain(config))
+    config_file = path / "config.yaml"
+    if config_file.exists():
+        old, new = _flat(load_yaml(config_file)), _flat(to_plain(config))
         differs = [
             f"{key} is {old.get(key)!r} there, {new.get(key)!r} now"
             for key in sorted(old.keys() | new.keys())
@@ -50,20 +50,20 @@ def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (
             raise UserError(f"run {path} was started with other settings ({'; '.join(differs[:4])}): use another --output-dir")
     elif write:
         path.mkdir(parents=True, exist_ok=True)
-        save_yaml(known, config)
-    if write and (here := _machine()) not in (before := machines_of(path)):
-        write_atomically(path / MACHINES, "".join(f"{name}\n" for name in (*before, here)))
+        save_yaml(config_file, config)
+    if write and (machine := _machine()) not in (before := machines_of(path)):
+        write_atomically(path / MACHINES, "".join(f"{name}\n" for name in (*before, machine)))
     return path
 
 
 def record_data(run: Path, data: Mapping[str, Any]) -> None:
-    """Record what a run is trained on, or check it against the record of an earlier call.
+    """Record the data that a run is trained on, or check it against the record of an earlier call.
 
-    `data` maps names to hashes, or to mappings of them: fingerprints of caches, digests of clips, the vocabulary. Names that
-    were not recorded before are added. Call it on one process. Raises UserError naming what differs from the record.
+    `data` maps names to hashes, or to mappings of them: fingerprints of caches, digests of clips, the vocabulary. New names
+    are added to the record. Call this on one process only. Raises UserError naming what differs from the record.
     """
-    place = run / DATA
-    before = _flat(json.loads(place.read_text(encoding="utf-8"))) if place.exists() else {}
+    file = run / DATA
+    before = _flat(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
     now = _flat(data)
     differs = [key.replace(".", " ") for key in before if key in now and now[key] != before[key]]
     if differs:
@@ -74,11 +74,11 @@ def record_data(run: Path, data: Mapping[str, Any]) -> None:
             "with, or use another --output-dir"
         )
     if now.keys() - before.keys():
-        write_atomically(place, json.dumps({**before, **now}, indent=1, sort_keys=True) + "\n")
+        write_atomically(file, json.dumps({**before, **now}, indent=1, sort_keys=True) + "\n")
 
 
 def machines_of(run: Path) -> list[str]:
-    """Return the machines that a run was trained on, the first one first; empty where they were not written down."""
+    """Return the machines that a run was trained on, in order of first use; empty if none were recorded."""
     return (run / MACHINES).read_text(encoding="utf-8").splitlines() if (run / MACHINES).exists() else []
 
 
@@ -95,9 +95,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def save_checkpoint(
     folder: Path, step: int, groups: Iterable[tuple[str, Mapping[str, Tensor]]], meta: Mapping[str, Any]
 ) -> Path:
-    """Write `folder/step-N` with one safetensors file per named group and the JSON `meta`; complete or not there at all.
+    """Write `folder/step-N` atomically, with one safetensors file per named group and the JSON `meta`.
 
-    What killed processes left behind is removed. A checkpoint of that step stays until the new one is complete.
+    Incomplete checkpoints of killed processes are removed. An existing checkpoint of that step stays until the new one is
+    complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".step-*"):
@@ -117,7 +118,7 @@ def save_checkpoint(
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, each read when it is asked for."""
+    """The tensors of a safetensors file by name, each read on access."""
 
     def __init__(self, path: Path):
         self._file = safe_open(path, "pt")
@@ -137,7 +138,7 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, TensorFile], dict[str, Any]]:
-    """Open the tensor groups of a checkpoint folder, and return its meta data; raises OSError where it is damaged."""
+    """Return the tensor groups of a checkpoint folder, opened, and its metadata; raises OSError if it is damaged."""
     try:
         groups = {file.stem: TensorFile(file) for file in sorted(path.glob("*.safetensors"))}
         meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -149,9 +150,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, TensorFile], dict[str, Any]]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is not damaged; None where there is none at all.
+    """Return the newest checkpoint that is not damaged; None if the folder has no checkpoints.
 
-    Each damaged one is named on stderr. Raises UserError where all are.
+    Each damaged checkpoint is named on stderr. Raises UserError if all are damaged.
     """
     paths = checkpoints(folder)
     for path in reversed(paths):
@@ -159,56 +160,56 @@ def newest_checkpoint(folder: Path) -> Path | None:
             load_checkpoint(path)
             return path
         except OSError as error:
-            print(f"{error}; the checkpoint before it is taken", file=sys.stderr)
+            print(f"{error}; falling back to the checkpoint before it", file=sys.stderr)
     if paths:
-        raise UserError(f"{folder}: all checkpoints are damaged; remove them to start this stage anew")
+        raise UserError(f"{folder}: all checkpoints are damaged; remove them to restart this stage")
     return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first; folders of other names are none."""
-    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and (p / "state.json").exists())
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Return the complete checkpoints in `folder`, oldest first; folders with other names are ignored."""
+    complete = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and (p / "state.json").exists())
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def thin_out(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and those at multiples of `keep_every` steps."""
+    """Delete all checkpoints except the newest `keep_last` and those at multiples of `keep_every` steps."""
     for old in checkpoints(folder)[:-keep_last]:
         if keep_every is None or int(old.name.removeprefix("step-")) % keep_every:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # a kill leaves no half of a checkpoint
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # a kill leaves no partial checkpoint
 
 
 # -- metrics and signals ---------------------------------------------------------------------------------------------
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again, and damaged ones."""
+    """Drop damaged lines and the lines after `step`, which a resumed run writes again."""
     if path.exists():
         records = [record for record in read_json_lines(path) if record["step"] <= step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_curve(folder: Path, key: str) -> list[tuple[float, float]]:
-    """Return (step, value) of every line of a stage's metrics that has the key; raises UserError where none has."""
+    """Return (step, value) of each line of a stage's metrics that has the key; raises UserError if none has it."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
-        raise UserError(f"{folder}: no metrics.jsonl there; give the folder of a stage")
+        raise UserError(f"{folder}: has no metrics.jsonl; give the folder of a stage")
     records = read_json_lines(file)
     points = [(record["step"], record[key]) for record in records if key in record]
     if not points:
-        known = sorted({name for record in records for name in record} - {"step"})
-        raise UserError(f"{file}: no figure {key!r}; there are {', '.join(known)}")
+        metrics = sorted({name for record in records for name in record} - {"step"})
+        raise UserError(f"{file}: no metric {key!r}; use one of {', '.join(metrics)}")
     return points
 
 
 class StopSignal:
     """Context in which SIGTERM and SIGINT set `received` instead of ending the process; a second SIGINT ends it.
 
-    A signal that was not acted on within the context, which `handled` tells, is sent again after it.
+    Whoever acts on the signal sets `handled`. A signal that was not handled is raised again when the context ends.
     """
 
     def __enter__(self) -> "StopSignal":
-        """Take over both signals."""
+        """Install the handlers."""
         self.received: str | None = None
         self.handled = False
         self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -220,7 +221,7 @@ class StopSignal:
         self.received = signal.Signals(number).name
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        """Give both signals back."""
+        """Restore the previous handlers."""
         for number, handler in self._old.items():
             signal.signal(number, handler)
         if self.received and not self.handled and exception is None:
@@ -231,7 +232,7 @@ class StopSignal:
 
 
 def provenance() -> dict[str, Any]:
-    """Return what a published figure must carry: commit, machine and versions."""
+    """Return the provenance of a published result: commit, machine and package versions."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
@@ -242,18 +243,18 @@ def provenance() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str:
     folder = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    result = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in facts.splitlines() if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     return f"{os.cpu_count()} cores, {names[0] if names else 'unknown CPU'}"
 
 
 def append_result(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Append a published figure, with its provenance, as one JSON line."""
+    """Append a result and its provenance as one JSON line."""
     append_json(path, {**record, **provenance()})

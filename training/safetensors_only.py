@@ -1,4 +1,4 @@
-"""Models and pipelines that are saved and loaded as safetensors alone: unpickling a file may run whatever its author wished."""
+"""Models and pipelines that are saved and loaded only as safetensors: unpickling a file can run arbitrary code."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -12,27 +12,27 @@ PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 class SafetensorsOnly:
-    """To be named before the class of diffusers that saves and loads."""
+    """Mixin that precedes the diffusers base class whose saving and loading it restricts."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """Load as the class of diffusers does, from safetensors alone.
+        """Load as the diffusers base class does, but only from safetensors.
 
-        Raises UserError where the folder, or the saved pipeline that it is a part of, holds a pickle, and where a model's file
-        lacks tensors, which would be left as they happen to be.
+        Raises UserError if the folder, or the saved pipeline around it, contains a pickle, and if a model's file lacks
+        tensors, which would stay uninitialised.
         """
         if kwargs.get("use_safetensors") is False:
-            raise UserError(f"use_safetensors False: {cls.__name__} is loaded from safetensors alone; use True")
-        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if place.is_dir():
-            check_no_pickles(place)
+            raise UserError(f"use_safetensors False: {cls.__name__} is loaded only from safetensors; use True")
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_no_pickles(folder)
         else:  # a name on the hub
             kwargs["use_safetensors"] = True
         parent: Any = super()
         loaded: Any = parent.from_pretrained(pretrained_model_name_or_path, **kwargs)
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         if isinstance(model, nn.Module):
-            check_complete(model, place, kwargs.get("variant"))
+            check_complete(model, folder, kwargs.get("variant"))
         return loaded  # pyright: ignore[reportReturnType]
 
     def save_pretrained(
@@ -43,9 +43,9 @@ class SafetensorsOnly:
         max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save as the class of diffusers does; raises UserError for `safe_serialization=False`, which asks for pickles."""
+        """Save as the diffusers base class does; raises UserError for `safe_serialization=False`, which asks for pickles."""
         if not safe_serialization:
-            raise UserError(f"safe_serialization False: {type(self).__name__} is saved as safetensors alone; use True")
+            raise UserError(f"safe_serialization False: {type(self).__name__} is saved only as safetensors; use True")
         if max_shard_size is not None:
             kwargs["max_shard_size"] = max_shard_size
         parent: Any = super()
@@ -53,23 +53,25 @@ class SafetensorsOnly:
 
 
 def check_no_pickles(folder: Path) -> None:
-    """Raise UserError where a folder, or the saved pipeline whose part it is, holds a file that might be a pickle."""
-    whole = folder.parent if (folder.parent / "model_index.json").exists() else folder
-    found = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.suffix in PICKLES)
-    if found:
-        raise UserError(f"{whole}: {', '.join(found)}: may be pickles, which run code when loaded; only safetensors are loaded")
+    """Raise UserError if a folder, or the saved pipeline around it, contains a file that may be a pickle."""
+    root = folder.parent if (folder.parent / "model_index.json").exists() else folder
+    pickles = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{root}: {', '.join(pickles)}: may be pickles, which run code when loaded; only safetensors are loaded"
+        )
 
 
 def check_complete(model: nn.Module, folder: Path, variant: str | None = None) -> None:
-    """Raise UserError where the safetensors files of a saved model lack tensors that the model has.
+    """Raise UserError if the safetensors files of a saved model lack tensors that the model has.
 
-    Loaders leave such tensors random or empty. Weights that are tied to a saved one may be missing. Nothing is checked without
-    files in `folder` (a name on the hub), or where they name tensors by another convention than the model.
+    Loaders leave such tensors random or empty. Weights tied to a saved weight may be missing. The check is skipped if `folder`
+    has no files (a name on the hub) or if the files follow another naming convention than the model.
     """
     files = sorted(folder.glob("*.safetensors"))
-    of_variant = [file for file in files if f".{variant}" in file.name]
+    variant_files = [file for file in files if f".{variant}" in file.name]
     names: set[str] = set()
-    for file in of_variant or [file for file in files if file.name.count(".") == 1] or files:
+    for file in variant_files or [file for file in files if file.name.count(".") == 1] or files:
         with safe_open(file, "pt") as opened:
             names |= set(opened.keys())
     saved = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in names}
@@ -78,5 +80,5 @@ def check_complete(model: nn.Module, folder: Path, variant: str | None = None) -
     if missing and names & model.state_dict().keys():
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(
-            f"{folder}: {type(model).__name__} lacks {', '.join(missing[:3])}{more}; the file is damaged or of another model"
+            f"{folder}: {type(model).__name__} lacks {', '.join(missing[:3])}{more}; the file is damaged or another model's"
         )

@@ -1,7 +1,7 @@
-"""How fast a training runs: averages of its figures, samples, tokens and FLOPs a second, and MFU.
+"""Training throughput: averaged metrics, samples, tokens and FLOPs per second, and MFU.
 
-MFU (model FLOPs utilisation, arXiv 2204.02311, app. B) is what the model's own arithmetic takes, recomputation left out,
-against a peak: one that is stated, or the best of a few large matrix products in the training's precision.
+MFU (model FLOPs utilisation, arXiv 2204.02311, app. B) is the rate of the model's own FLOPs, without recomputation, as a
+fraction of a peak. The peak is either given or the best of a few large matrix products in the training's precision.
 """
 
 import contextlib
@@ -12,65 +12,67 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIDE = 2048  # of the matrices whose product is timed on a CPU
-LARGE_SIDE = 8192  # on other devices, which smaller ones do not fill
+SIDE = 2048  # side of the square matrices that are multiplied on a CPU
+LARGE_SIDE = 8192  # on other devices: smaller products would not keep them busy
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one batch asks of the model on this process: its tokens, and FLOPs of its forward and backward pass."""
+    """The model's work for one batch on this process: its tokens, and the FLOPs of the forward and backward pass."""
 
     tokens: int
     flops: float
 
 
 class Meter:
-    """Sums what a training does between two readings.
+    """Accumulates metrics and work between two readings.
 
     Args:
-        processes: how many train; samples and tokens a second are those of all of them, TFLOP/s and MFU of one.
-        peak_tflops: stated peak of a process's device; None measures it on `device`, in bfloat16 with `bf16`.
+        processes: number of processes; samples and tokens per second are summed over them, TFLOP/s and MFU are per process.
+        device: device of this process.
+        bf16: whether the training computes in bfloat16.
+        peak_tflops: peak of a process's device; None measures it on `device`, in bfloat16 if `bf16`, else float32.
     """
 
     def __init__(self, processes: int, device: torch.device | str, bf16: bool, peak_tflops: float | None):
         self.processes, self.device, self.bf16, self.peak = processes, device, bf16, peak_tflops
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # steps that had a figure: some begin or end within a window
+        self.counts: dict[str, int] = {}  # steps per metric: some metrics exist only in some steps
         self.samples = self.tokens = 0
         self.flops = 0.0
         self.started = self.since = 0.0
 
     def start(self) -> None:
-        """Begin to measure time."""
+        """Start the clock."""
         self.started = self.since = time.perf_counter()
 
     def seconds(self) -> float:
-        """Return the seconds since the start, pauses left out."""
+        """Return the seconds since the start, without pauses."""
         return time.perf_counter() - self.started
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the block's time out."""
+        """Exclude the time of the block."""
         before = time.perf_counter()
         yield
         pause = time.perf_counter() - before
         self.started, self.since = self.started + pause, self.since + pause
 
     def count(self, samples: int, work: Work | None) -> None:
-        """Count a batch of so many samples."""
+        """Count a batch with `samples` samples and its work."""
         self.samples += samples
         if work is not None:
             self.tokens += work.tokens
             self.flops += work.flops
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
-        """Add the figures of a step that was taken."""
+        """Add the metrics of an optimizer step."""
         for key, value in figures.items():
             self.sums[key] = self.sums.get(key, 0) + value.detach().float()
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def read(self) -> dict[str, float]:
-        """Return each figure's average over the steps that had it and the throughput since the last reading, and begin anew."""
+        """Return each metric's mean over the steps that had it and the throughput since the last reading, then reset."""
         record = {key: float(value) / self.counts[key] for key, value in self.sums.items()}  # waits for the device
         seconds = time.perf_counter() - self.since
         record["samples_per_second"] = self.samples * self.processes / seconds
@@ -87,7 +89,7 @@ class Meter:
 
 
 def matmul_tflops(device: torch.device | str, bf16: bool, rounds: int = 5) -> float:
-    """Return the best of a few products of two square matrices of random numbers, in TFLOP/s."""
+    """Return the highest TFLOP/s over a few products of two square random matrices."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     side = SIDE if torch.device(device).type == "cpu" else LARGE_SIDE
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

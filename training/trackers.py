@@ -1,7 +1,7 @@
-"""Where figures, pictures and videos of a training are looked at: TensorBoard, Weights & Biases, or nowhere.
+"""Logging of images and videos to TensorBoard and Weights & Biases.
 
-Shapes: H W C and T H W C uint8. Videos are animated GIFs: TensorBoard's own add_video writes nothing, without a word, where
-moviepy is missing, while its image page plays a GIF.
+Shapes: H W C and T H W C uint8. Videos are logged as animated GIFs: TensorBoard's own add_video silently writes nothing if
+moviepy is missing, but its image tab plays GIFs.
 """
 
 import io
@@ -20,26 +20,26 @@ Tracker = Literal["tensorboard", "wandb"]
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:
-    """Raise UserError for a tracker whose package is missing: accelerate would leave it out without a word."""
+    """Raise UserError if a tracker's package is missing: accelerate would silently skip it."""
     for name in names:
         if find_spec(name) is None:
-            raise UserError(f"trackers: {name} is not installed; pip install {name}, or leave it out")
+            raise UserError(f"trackers: {name} is not installed; run pip install {name}, or leave it out")
 
 
 class Log:
-    """Shows pictures and videos on accelerate's trackers; on ranks without trackers nothing happens."""
+    """Logs images and videos to accelerate's trackers; does nothing on ranks without trackers."""
 
     def __init__(self, trackers: Sequence[Any] = ()):
         self.trackers = trackers
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Show a picture, H W 3."""
+        """Log an image, H W 3."""
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "png")
         self._show(name, buffer.getvalue(), "png", picture.shape[:2], step)
 
     def video(self, name: str, frames: np.ndarray, fps: float, step: int) -> None:
-        """Show a video, T H W 3, as it is played at `fps`."""
+        """Log a video, T H W 3, that plays at `fps` frames per second."""
         self._show(name, encode_gif(frames, fps), "gif", frames.shape[1:3], step)
 
     def _show(self, name: str, data: bytes, kind: str, size: tuple[int, ...], step: int) -> None:
@@ -51,7 +51,7 @@ class Log:
             else:
                 import wandb  # pyright: ignore[reportMissingImports]
 
-                shown = (
+                media = (
                     wandb.Video(io.BytesIO(data), format="gif") if kind == "gif" else wandb.Image(Image.open(io.BytesIO(data)))
                 )
-                tracker.log({name: shown}, step=step)
+                tracker.log({name: media}, step=step)

@@ -87,9 +87,9 @@ def test_a_folder_that_holds_a_pickle_is_refused_before_it_is_opened(folder, cls
 
 def test_nothing_is_saved_or_loaded_as_a_pickle_on_demand_either(pipe, saved, tmp_path):
     for part in (pipe, pipe.vae, pipe.transformer):
-        with pytest.raises(UserError, match=r"safe_serialization False: .* saved as safetensors alone"):
+        with pytest.raises(UserError, match=r"safe_serialization False: .* saved only as safetensors"):
             part.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(UserError, match="use_safetensors False: ProMAGPipeline is loaded from safetensors alone"):
+    with pytest.raises(UserError, match="use_safetensors False: ProMAGPipeline is loaded only from safetensors"):
         ProMAGPipeline.from_pretrained(saved, use_safetensors=False)
     with pytest.raises(UserError, match=r"LoRA .*weights\.bin: may be a pickle"):
         pipe.load_lora_weights(tmp_path / "weights.bin")

@@ -152,8 +152,8 @@ def test_curves_draws_what_was_logged(demo_run, tmp_path):
     assert "ours l1: " in out.read_text()
     for stages, keys, message in (
         ("ours", "loss", "ours: NAME=FOLDER is needed"),
-        (f"ours={tmp_path}", "loss", r"no metrics\.jsonl there"),
-        (f"ours={stage}", "lpips", "no figure 'lpips'; there are clips, gradient_norm, "),
+        (f"ours={tmp_path}", "loss", r"has no metrics\.jsonl"),
+        (f"ours={stage}", "lpips", "no metric 'lpips'; use one of clips, gradient_norm, "),
     ):
         with pytest.raises(UserError, match=message):
             curves.main(["plot", stages, "--keys", keys, "--out", str(out)])

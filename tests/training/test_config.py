@@ -173,7 +173,7 @@ def test_the_resolved_configuration_is_printed(preset, tmp_path, capsys, option)
         (["--only", "3", "4"], "argument '4': --only takes one value"),
         (["--mode", "on"], r"mode: input should be 'auto' or 'no' \(got 'on'\)"),
         (["--sizes", "4", "big"], r"sizes\.1: .* \(got 'big'\)"),
-        (["--name.first", "x"], "option --name.first: name holds a value, not keys"),
+        (["--name.first", "x"], "option --name.first: name is a value and has no keys"),
     ],
 )
 def test_mistakes_are_named(preset, argv, message):
@@ -191,7 +191,7 @@ def test_missing_keys_and_files_are_named(tmp_path):
     with pytest.raises(UserError, match="holds list"):
         load_yaml(tmp_path / "list.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing but a comment\n")
-    with pytest.raises(UserError, match=r"empty\.yaml: is empty, a mapping of keys is needed"):
+    with pytest.raises(UserError, match=r"empty\.yaml: is empty; a mapping of keys is needed"):
         load_yaml(tmp_path / "empty.yaml")
 
 

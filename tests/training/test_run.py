@@ -79,7 +79,7 @@ def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, capsys, damage):
     assert newest_checkpoint(tmp_path) == good
     assert f"checkpoint {bad}: damaged: " in capsys.readouterr().err
     (good / "state.json").write_text("")
-    with pytest.raises(UserError, match="all checkpoints are damaged; remove them to start this stage anew"):
+    with pytest.raises(UserError, match="all checkpoints are damaged; remove them to restart this stage"):
         newest_checkpoint(tmp_path)
     assert newest_checkpoint(tmp_path / "none") is None
 
@@ -101,10 +101,10 @@ def test_half_a_line_ends_no_run(tmp_path, capsys, half):
     with open(path, "ab") as file:
         file.write(half)
     assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
-    assert f"{path}: line 3 is damaged, left out" in capsys.readouterr().err
+    assert f"{path}: line 3 is damaged and skipped" in capsys.readouterr().err
     append_json(path, {"step": 4})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 4}\n'
-    assert f"{path}: half a line at its end is dropped" in capsys.readouterr().err
+    assert f"{path}: its partial last line is dropped" in capsys.readouterr().err
 
 
 def test_a_damaged_line_in_the_middle_is_cut_with_the_metrics_after_a_checkpoint(tmp_path):

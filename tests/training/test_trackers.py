@@ -77,8 +77,8 @@ def test_without_trackers_nothing_is_written(tmp_path):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match="trackers: wandb is not installed; pip install wandb"):
+    with pytest.raises(UserError, match="trackers: wandb is not installed; run pip install wandb"):
         check_trackers(["tensorboard", "wandb"])
     for frames, fps in ((clip().astype(float), 8), (clip()[0], 8), (clip(), 0), (clip()[:0], 8)):
-        with pytest.raises(ValueError, match="T H W 3 of uint8, fps above 0 are needed"):
+        with pytest.raises(ValueError, match="T H W 3 of uint8 and an fps above 0 are needed"):
             encode_gif(frames, fps)
