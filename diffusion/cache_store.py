@@ -1,11 +1,10 @@
-"""A cache on disk: numbered files of tensors, what they were made from, and an index that marks them whole.
+"""A cache on disk: numbered files of tensors, a fingerprint of their sources, and an index that marks the cache complete.
 
-    cache/fingerprint.json         written first: what the cache belongs to, finished or not
-    cache/shard-00000.safetensors  each complete or not there at all, written by any of several processes
-    cache/index.json               written last: it marks a whole cache
+    cache/fingerprint.json         written first: what the cache was made from
+    cache/shard-00000.safetensors  written atomically by any of several processes
+    cache/index.json               written last: it marks a complete cache
 
-Nothing is held in memory for each clip: what a shard tells of its clips is read when it is asked for. Processes on several
-machines need a folder that all of them see.
+Nothing is kept in memory per clip: a shard's data is read on access. Processes on several machines need a shared folder.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from promag.training.config import UserError
 from promag.training.files import save_tensors_atomically, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPEN_FILES = 128  # shards that one reader keeps mapped into memory
+OPEN_FILES = 128  # maximum number of shards that one reader keeps mapped into memory
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Fingerprint:
 
 
 def hash_weights(modules: Iterable[nn.Module]) -> str:
-    """Return a hash of all that modules hold, by name, as float32."""
+    """Return a hash of the modules' state dictionaries, names and float32 values."""
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(module.state_dict().items()):
@@ -58,9 +57,9 @@ def hash_weights(modules: Iterable[nn.Module]) -> str:
 
 
 def open_or_resume_cache(folder: Path, fingerprint: Fingerprint, shards: int) -> list[int] | None:
-    """Mark a folder as this cache's, or find it marked; return which of its shards are missing, None for a whole cache.
+    """Open or create the cache in a folder; return the numbers of its missing shards, None if it is complete.
 
-    Raises UserError naming what differs where the folder holds another cache.
+    Raises UserError naming what differs if the folder holds another cache.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "fingerprint.json"
@@ -76,24 +75,24 @@ def open_or_resume_cache(folder: Path, fingerprint: Fingerprint, shards: int) ->
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Return the place of one shard."""
+    """Return the path of one shard."""
     return folder / f"shard-{number:05d}.safetensors"
 
 
 def write_shard(folder: Path, number: int, fingerprint: Fingerprint, tensors: Mapping[str, Tensor]) -> None:
-    """Write one shard, marked with its cache and its number; after a kill it is there in full or not at all."""
+    """Write one shard atomically, with the identity of its cache and number."""
     mark = {"identity": _identity(asdict(fingerprint), number)}
     save_tensors_atomically(shard_path(folder, number), {**tensors, **mark})
 
 
 def _identity(fingerprint: Mapping[str, Any], number: int) -> Tensor:
-    """Return 16 bytes that no other shard, of this cache or of another, has."""
+    """Return 16 bytes that identify this shard among the shards of all caches."""
     digest = hashlib.sha256(json.dumps([fingerprint, number], sort_keys=True).encode()).digest()
     return torch.tensor(list(digest[:16]), dtype=torch.uint8)
 
 
 def finish(folder: Path, fingerprint: Fingerprint, clips: int, shard_size: int, **facts: Any) -> None:
-    """Write the index of a cache whose shards are all there."""
+    """Write the index of a cache whose shards are all complete."""
     index = {"fingerprint": asdict(fingerprint), "clips": clips, "shard_size": shard_size, **facts}
     write_atomically(folder / "index.json", json.dumps(index, indent=1))
 
@@ -104,7 +103,7 @@ def clips_of(shard: int, shard_size: int, clips: int) -> range:
 
 
 def pack_texts(texts: Sequence[str]) -> dict[str, Tensor]:
-    """Return texts as UTF-8 bytes in one row, and where each ends."""
+    """Return texts as concatenated UTF-8 bytes, and the end offset of each text."""
     parts = [text.encode() for text in texts]
     joined = torch.tensor(list(b"".join(parts)), dtype=torch.uint8)
     return {"captions": joined, "caption_ends": torch.tensor([len(part) for part in parts]).cumsum(0)}
@@ -114,9 +113,9 @@ def pack_texts(texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 class Shards:
-    """A whole cache, its shards mapped into memory when they are read.
+    """A complete cache whose shards are mapped into memory on access.
 
-    Raises UserError for a folder that holds no whole cache, and on reading a shard that is damaged, missing or another's.
+    Raises UserError for a folder without a complete cache, and on reading a shard that is damaged, missing or of another cache.
     """
 
     def __init__(self, folder: Path):
@@ -128,18 +127,18 @@ class Shards:
         self._open: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind: each process opens its own."""
+        """Drop open files: each process opens its own."""
         return self.__dict__ | {"_open": {}}
 
     def place(self, clip: int) -> tuple[Any, int]:
-        """Return the open shard of a clip, and its number in it; raises IndexError where there is no such clip."""
+        """Return the open shard of a clip, and the clip's row in it; raises IndexError for an index out of range."""
         if not 0 <= clip < self.clips:
             raise IndexError(f"clip {clip}: legal are 0 to {self.clips - 1}")
         number, row = divmod(clip, self.size)
         return self.shard(number), row
 
     def shard(self, number: int) -> Any:
-        """Return one shard, open; raises UserError where its file is damaged, missing or in another's place."""
+        """Return one open shard; raises UserError if its file is damaged, missing or another shard's."""
         if number not in self._open:
             while len(self._open) >= OPEN_FILES:
                 self._open.pop(next(iter(self._open)))
@@ -166,7 +165,7 @@ class Shards:
         return bytes(shard.get_slice("captions")[first:end].tolist()).decode() if end > first else ""
 
     def captions(self) -> Iterator[str]:
-        """Yield the captions of all clips in order, a shard in memory at a time."""
+        """Yield the captions of all clips in order, with one shard in memory at a time."""
         for number in range(math.ceil(self.clips / self.size)):
             shard = self.shard(number)
             texts, ends = shard.get_tensor("captions").numpy().tobytes(), shard.get_tensor("caption_ends").tolist()
@@ -175,6 +174,6 @@ class Shards:
 
 
 def stretch(ends: Any, row: int) -> tuple[int, int]:
-    """Return where a row's part begins and ends, given where each row's part ends: a tensor, or one to be read in slices."""
+    """Return the start and end offset of a row, given the end offsets of all rows (a tensor or a safetensors slice)."""
     first, end = [0, *ends[max(row - 1, 0) : row + 1].tolist()][-2:]
     return first, end

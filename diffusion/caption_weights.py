@@ -1,4 +1,4 @@
-"""Drawing some clips more often than others, by the words of their captions: for what a model is slow to learn."""
+"""Sampling weights of clips by words of their captions, for concepts that a model learns slowly."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,28 +11,28 @@ from promag.training.config import required
 
 @dataclass(frozen=True)
 class CaptionWeight:
-    """Clips that are drawn more or less often than others."""
+    """A sampling weight for the clips whose captions contain some words."""
 
-    words: str = required("clips whose caption holds these words, whole and in this order, in upper or lower case")
-    factor: float = required("times that each of them comes for one time of a clip without a weight; below 1: less often")
+    words: str = required("whole words that the caption contains in this order; upper or lower case")
+    factor: float = required("how often these clips are sampled relative to clips without a weight; below 1: less often")
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a caption weight that no clip can have."""
+        """Raise ValueError for empty words and for a factor that is not finite and above 0."""
         if not self.words.strip():
             raise ValueError(f"caption_weights on words {self.words!r}: name the words of a caption")
         if not 0 < self.factor < float("inf"):
             raise ValueError(f"caption_weights on {self.words!r}, factor {self.factor}: a finite number above 0 is needed")
 
     def holds(self, caption: str) -> bool:
-        """Tell whether a caption has the words."""
+        """Return whether a caption contains the words."""
         words = r"\s+".join(re.escape(word) for word in self.words.split())
         return re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 def clip_weights(captions: Iterable[str], caption_weights: Sequence[CaptionWeight]) -> tuple[np.ndarray, np.ndarray]:
-    """Return how often each clip comes by its caption, and how many captions have the words of each of `caption_weights`.
+    """Return each clip's sampling weight, and how many captions match each of `caption_weights`.
 
-    The factors of all that hold for a caption multiply.
+    The factors of all matching caption weights multiply.
     """
     counts = np.zeros(len(caption_weights), int)
     factors = np.array([weight.factor for weight in caption_weights])

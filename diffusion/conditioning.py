@@ -20,13 +20,13 @@ from promag.training.config import setting
 
 @dataclass(frozen=True)
 class Condition:
-    """How often, and how many, first latent frames are conditioning frames."""
+    """How often, and on how many first latent frames, the training conditions."""
 
-    probability: float = setting(0.0, "part of the clips that are given frames; 0 trains text-to-video alone")
-    frames: int = setting(1, "most first latent frames given; each number from 1 up is drawn as often")
+    probability: float = setting(0.0, "fraction of clips with conditioning frames; 0 trains only text-to-video")
+    frames: int = setting(1, "maximum number of conditioning latent frames; each number from 1 up is equally likely")
 
     def __post_init__(self) -> None:
-        """Raise ValueError for settings that cannot be meant."""
+        """Raise ValueError for invalid settings."""
         if not 0 <= self.probability <= 1 or self.frames < 1:
             raise ValueError(
                 f"condition probability {self.probability}, frames {self.frames}: a probability in [0, 1], 1 frame or more"
@@ -34,7 +34,7 @@ class Condition:
 
     @property
     def max_frames(self) -> int:
-        """Most conditioning frames that a model sees in this training; 0 without any."""
+        """Maximum number of conditioning frames in this training; 0 without conditioning."""
         return self.frames if self.probability else 0
 
 

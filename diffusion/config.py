@@ -1,4 +1,4 @@
-"""The settings of a text-to-video training: what its YAML file holds."""
+"""The configuration of a text-to-video training."""
 
 import itertools
 from dataclasses import dataclass
@@ -16,37 +16,37 @@ from .conditioning import Condition
 from .finetune import Lora
 from .latent_cache import Scale
 
-SMALL = "small"  # the encoder that is trained along
+SMALL = "small"  # the text encoder that is trained with the transformer
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig:
-    """One source of text vectors."""
+    """A text encoder."""
 
     model: str = setting(
-        SMALL, "small: a CLIP trained along; folder or hub name of a T5, UMT5 or CLIP, kept frozen; open_clip:NAME"
+        SMALL, "small (a CLIP trained with the transformer), folder or hub name of a frozen T5, UMT5 or CLIP, or open_clip:NAME"
     )
-    weights: str | None = setting(None, "of an open_clip:NAME model: a tag or a file; null for all others")
-    max_length: int = setting(77, "text tokens; longer captions are cut")
+    weights: str | None = setting(None, "tag or file of the weights of an open_clip:NAME model; null for all others")
+    max_length: int = setting(77, "number of text tokens; longer captions are cut")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Where text vectors come from."""
+    """The text encoders and the settings of the small CLIP."""
 
     encoders: tuple[TextEncoderConfig, ...] = setting(
-        (TextEncoderConfig(),), "one to three; the transformer sees the tokens of all"
+        (TextEncoderConfig(),), "one to three text encoders; the transformer sees the tokens of all"
     )
     vocabulary: int = setting(8192, "size of the vocabulary learned from the captions, for the small CLIP")
-    width: int = setting(384, "of the small CLIP")
-    layers: int = setting(4, "of the small CLIP")
-    heads: int = setting(6, "of the small CLIP")
+    width: int = setting(384, "width of the small CLIP")
+    layers: int = setting(4, "layers of the small CLIP")
+    heads: int = setting(6, "attention heads of the small CLIP")
     learning_rate: float = setting(
-        2e-4, "peak rate of the small CLIP: at the transformer's, captions may become all alike to it"
+        2e-4, "peak learning rate of the small CLIP; at the transformer's, its caption embeddings may collapse"
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a rate that would not train, and for encoders that a pipeline cannot hold."""
+        """Raise ValueError for a learning rate that is not positive, and for encoders that a pipeline cannot hold."""
         if self.learning_rate <= 0:
             raise ValueError(f"text learning_rate {self.learning_rate}: must be above 0")
         models = [encoder.model for encoder in self.encoders]
@@ -60,7 +60,7 @@ class TextConfig:
 
     @property
     def small(self) -> TextEncoderConfig | None:
-        """The encoder that is trained along, if there is one."""
+        """The encoder that is trained with the transformer, if there is one."""
         return next((encoder for encoder in self.encoders if encoder.model == SMALL), None)
 
 
@@ -70,47 +70,49 @@ class TransformerConfig:
 
     patch_size: tuple[int, int, int] = setting((1, 2, 2), "(t, h, w) latent positions per token")
     num_layers: int = setting(12, "transformer blocks")
-    num_attention_heads: int = setting(6, "heads")
-    attention_head_dim: int = setting(64, "width of a head")
+    num_attention_heads: int = setting(6, "attention heads")
+    attention_head_dim: int = setting(64, "width of an attention head")
     local_convolution: bool = setting(False, "whether each block begins with a depthwise convolution over neighbouring tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionDataConfig:
-    """Clips, and how their latents are cached."""
+    """Training and validation clips, and the caches of their latents."""
 
     train: str = setting("clips-train.jsonl", "clips.jsonl from prepare_clips, or synthetic for generated clips")
-    validation: str = setting("clips-eval.jsonl", "the same, for the held-out loss; never trained on")
-    synthetic_clips: int = setting(4096, "how many generated clips are cached for training")
-    validation_clips: int = setting(64, "how many clips are cached for the held-out loss, of each bucket")
-    frames: int = setting(65, "frames per clip, 1 + ratio*k; pipelines make as many by default")
-    size: int = setting(64, "height and width in pixels; the same")
+    validation: str = setting("clips-eval.jsonl", "the same for the validation loss; never trained on")
+    synthetic_clips: int = setting(4096, "number of generated clips cached for training")
+    validation_clips: int = setting(64, "number of clips per bucket cached for the validation loss")
+    frames: int = setting(65, "frames per clip, 1 + ratio*k; also the pipeline's default")
+    size: int = setting(64, "height and width in pixels")
     buckets: tuple[Bucket, ...] | None = setting(
-        None, "shapes of clips, a batch of each by turns, `frames` at `size` among them; null for that one alone"
+        None, "clip shapes, each batch has one; must include `frames` at `size`; null trains on that shape only"
     )
     cache: str = required("folder for latent caches; each ratio and split has its own folder in it")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", "of cached latents and text embeddings")
-    shard_size: int = setting(64, "clips per file of a cache: processes divide caching by files, a kill costs a part of one")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("bfloat16", "dtype of cached latents and text embeddings")
+    shard_size: int = setting(
+        64, "clips per cache file; processes divide the files among them, and a kill loses at most the unfinished ones"
+    )
     scale: Scale = setting(
-        "global", "channel: every latent channel weighs alike; global: strong channels weigh more, as they show more"
+        "global", "channel: all latent channels have equal weight; global: channels of higher variance weigh more"
     )
     caption_weights: tuple[CaptionWeight, ...] = setting(
-        (), "clips drawn more often in training, by words of their captions; [] for none"
+        (), "clips sampled more often in training, chosen by words of their captions; [] for none"
     )
 
     @property
     def training_buckets(self) -> tuple[Bucket, ...]:
-        """The shapes of clips that are trained on."""
+        """The clip shapes of the training."""
         return self.buckets or (self.default_bucket,)
 
     @property
     def default_bucket(self) -> Bucket:
-        """The shape that pipelines make by default."""
+        """The shape that pipelines generate by default."""
         shape = Bucket(self.frames, self.size, self.size)
         return next((bucket for bucket in self.buckets or () if str(bucket) == str(shape)), shape)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for buckets without the default shape, or with a shape twice."""
+        """Raise ValueError for buckets that lack the default shape or repeat a shape."""
         names = [str(bucket) for bucket in self.training_buckets]
         if str(self.default_bucket) not in names or len(set(names)) < len(names):
             raise ValueError(f"buckets {', '.join(names)}: each once, {self.default_bucket} (frames and size) among them")
@@ -121,25 +123,25 @@ class BudgetConfig:
     """One temporal ratio that the model learns to generate at."""
 
     ratio: int = required("temporal ratio of the latents")
-    share: float = setting(1.0, "part of the batches, among the shares of all budgets")
+    share: float = setting(1.0, "relative share of the batches; shares need not sum to 1")
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a share that would never be drawn."""
+        """Raise ValueError for a share that is not positive."""
         if self.share <= 0:
             raise ValueError(f"budget {self.ratio}x, share {self.share}: must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """Videos made while training, of the same noise each time, under the averaged weights; the trackers show them."""
+    """Videos sampled during training from fixed noise with the averaged weights and logged to the trackers."""
 
-    prompts: tuple[str, ...] = required("one video each")
-    every: int = setting(5000, "steps between two times, a multiple of validate_every; the last step has them too")
+    prompts: tuple[str, ...] = required("prompts, one video each")
+    every: int = setting(5000, "steps between samplings, a multiple of validate_every; the last step samples too")
     steps: int = setting(30, "denoising steps")
-    guidance: float = setting(4.0, "classifier-free guidance")
+    guidance: float = setting(4.0, "classifier-free guidance scale")
 
     def __post_init__(self) -> None:
-        """Raise ValueError for settings that cannot be meant."""
+        """Raise ValueError for invalid settings."""
         if not self.prompts or self.every < 1 or self.steps < 1:
             raise ValueError(
                 f"samples: {len(self.prompts)} prompts, every {self.every}, steps {self.steps}: at least 1 of each is needed"
@@ -148,36 +150,40 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """A whole text-to-video training."""
+    """A text-to-video training."""
 
     output_dir: str = required("run directory")
-    seed: int = setting(0, "decides weights, data order and noise")
-    precision: Precision = setting("auto", "auto measures which of bf16 and fp32 is faster")
+    seed: int = setting(0, "seed of the initial weights, data order and noise")
+    precision: Precision = setting("auto", "bf16, fp32, or auto, which measures which of them is faster")
     attention: str = setting(
-        "auto", "auto, or a backend of diffusers' dispatch: native, flash, xformers, ...; tried before it is used"
+        "auto", "auto, or an attention backend of diffusers (native, flash, xformers, ...); tested before it is used"
     )
     gradient_checkpointing: bool = setting(
-        False, "compute blocks again in the backward pass: less memory, a second forward pass"
+        False, "recompute blocks in the backward pass: saves memory, costs a second forward pass"
     )
-    compile: bool = setting(False, "compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
+    compile: bool = setting(False, "compile the repeated blocks: takes minutes at the start, then steps are faster; for GPUs")
     tokenizer: str = required("folder of a trained video tokenizer")
-    init: str | None = setting(None, "a trained pipeline to train further, its small text encoder too; null starts anew")
-    lora: Lora | None = setting(None, "train adapters on the transformer of `init` alone; null trains all weights")
-    budgets: tuple[BudgetConfig, ...] = setting(
-        (BudgetConfig(ratio=16),), "temporal ratios that one model is trained at; pipelines sample at the first by default"
+    init: str | None = setting(
+        None, "a trained pipeline to fine-tune, including its small text encoder; null trains from scratch"
     )
-    caption_dropout: float = setting(0.1, "part of the captions replaced by the null caption, for guidance")
-    shift: float = setting(3.0, "of times towards noise: the factor of t / (1 - t) at 256 tokens, growing with their root")
-    condition: Condition = setting(Condition(), "given first frames, for image-to-video and continuation")
+    lora: Lora | None = setting(None, "train only adapters on the transformer of `init`; null trains all weights")
+    budgets: tuple[BudgetConfig, ...] = setting(
+        (BudgetConfig(ratio=16),), "temporal ratios that the model is trained at; pipelines sample at the first by default"
+    )
+    caption_dropout: float = setting(0.1, "fraction of captions replaced by the null caption, for guidance")
+    shift: float = setting(
+        3.0, "shift of times towards noise: factor of t / (1 - t) at 256 tokens, grows with the root of the token count"
+    )
+    condition: Condition = setting(Condition(), "first-frame conditioning, for image-to-video and continuation")
     text: TextConfig = setting(TextConfig(), "text encoders")
-    model: TransformerConfig | None = setting(None, "transformer; null where `init` has it")
+    model: TransformerConfig | None = setting(None, "transformer; null if `init` provides it")
     data: DiffusionDataConfig = required("clips and latents")
     optimization: OptimizationConfig = setting(OptimizationConfig(muon_learning_rate=0.02), "optimisation")
-    samples: SamplesConfig | None = setting(None, "videos made while training; null for none")
+    samples: SamplesConfig | None = setting(None, "videos sampled during training; null for none")
     run: RunConfig = setting(RunConfig(), "logging, validation, checkpoints")
 
     def __post_init__(self) -> None:
-        """Raise ValueError where frames, size, ratio and patch do not fit together."""
+        """Raise ValueError if frames, size, ratios and patch are incompatible, and for other invalid settings."""
         check_training_precision(self.precision)
         if not self.budgets or len(set(self.ratios)) < len(self.budgets):
             raise ValueError(f"budgets {list(self.ratios)}: one or more ratios are needed, each of them once")
@@ -197,7 +203,7 @@ class DiffusionConfig:
         if self.condition.probability and self.model and self.model.patch_size[0] > 1:
             raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
         lengths = {bucket.frames for bucket in self.data.training_buckets if bucket.frames > 1} or {1}
-        fewest = latent_frames(min(lengths), max(self.ratios))  # images aside: they have no frame to condition on
+        fewest = latent_frames(min(lengths), max(self.ratios))  # images are excluded: they have no frame to condition on
         if self.condition.max_frames >= fewest:
             raise ValueError(f"condition frames {self.condition.frames}: clips have {fewest} latent frames, one must be left")
         if self.samples and self.samples.every % self.run.validate_every:
@@ -220,7 +226,7 @@ class DiffusionConfig:
         return "-".join(f"{ratio}x" for ratio in self.ratios)
 
 
-# Keys that may differ when a run is continued: they do not change what is learned.
+# Keys that may differ when a run is resumed: they do not affect what the model learns.
 MAY_CHANGE = (
     *("output_dir", "run", "samples", "attention", "gradient_checkpointing", "compile"),
     *("tokenizer", "data.cache", "data.shard_size"),

@@ -1,4 +1,4 @@
-"""Starting a training from a trained transformer: with all its weights, or with low-rank adapters on them alone.
+"""Fine-tuning a trained transformer: all its weights, or only low-rank adapters.
 
 Source: LoRA (arXiv 2106.09685, sec. 4.1), by peft.
 """
@@ -19,7 +19,7 @@ from .transformer import ProMAGTransformer3DModel
 
 
 def load_transformer(init: str) -> ProMAGTransformer3DModel:
-    """Load the transformer of a pipeline's folder, or one that lies in the folder itself; raises UserError without one."""
+    """Load the transformer from a pipeline's folder or from its own folder; raises UserError if none can be loaded."""
     folder = Path(init) / "transformer"
     folder = folder if folder.is_dir() else Path(init)
     try:
@@ -37,12 +37,13 @@ def adapt_to_latents(
     condition_frames: int,
     frozen: bool,
 ) -> None:
-    """Fit a trained transformer and the latents that it is to be trained on to each other.
+    """Reconcile a pretrained transformer's latent statistics with this training's caches.
 
-    At ratios it was trained at, its statistics stay in force, and the latents are normalised by them: it must go on seeing
-    what it knows. Others are added to it, as are given frames; not so where it is `frozen` under adapters.
+    At ratios that the transformer was trained at, the latents are normalised with its own statistics, so that its inputs keep
+    their distribution. Statistics of new ratios and further conditioning frames are added to its configuration, unless it is
+    `frozen` under adapters.
 
-    Raises UserError where channels, the text's widths or ratios do not fit.
+    Raises UserError for mismatched channels or text widths, and with `frozen` for new ratios or more conditioning frames.
     """
     config = transformer.config
     for name, has, wants in (
@@ -58,8 +59,8 @@ def adapt_to_latents(
         if key in mean:
             part.mean, part.std = (torch.tensor(values[key]).view(-1, 1, 1, 1) for values in (mean, std))
         elif frozen:
-            known = ", ".join(f"{ratio}x" for ratio in mean)
-            raise UserError(f"budget {key}x with lora: the transformer was trained at {known}; train all weights for another")
+            trained = ", ".join(f"{ratio}x" for ratio in mean)
+            raise UserError(f"budget {key}x with lora: the transformer was trained at {trained}; train all weights for another")
         else:
             mean[key], std[key] = part.mean.flatten().tolist(), part.std.flatten().tolist()
     if frozen and condition_frames > config["condition_frames"]:
@@ -77,17 +78,17 @@ def adapt_to_latents(
 
 @dataclass(frozen=True)
 class Lora:
-    """What is adapted, and by how much."""
+    """Low-rank adapters: which layers they adapt, and how strongly."""
 
-    rank: int = setting(16, "of the adapters' matrices")
+    rank: int = setting(16, "rank of the adapters' matrices")
     alpha: float = setting(16.0, "adapters are scaled by alpha / rank")
     targets: tuple[str, ...] = setting(
         ("to_q", "to_k", "to_v", "to_out.0"),
-        "ends of the names of adapted linear layers: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, ...",
+        "name suffixes of the adapted linear layers: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, ...",
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for settings that cannot be meant."""
+        """Raise ValueError for invalid settings."""
         if self.rank < 1 or self.alpha <= 0 or not self.targets:
             raise ValueError(
                 f"lora rank {self.rank}, alpha {self.alpha}, targets {list(self.targets)}: "
@@ -96,9 +97,9 @@ class Lora:
 
 
 def add_lora(transformer: ProMAGTransformer3DModel, lora: Lora) -> None:
-    """Freeze a transformer and add adapters that are trained; its output stays the same until they are.
+    """Freeze a transformer and add trainable adapters; they leave its output unchanged at first.
 
-    Raises UserError for a target that is no linear layer.
+    Raises UserError for a target that matches no linear layer.
     """
     layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in lora.targets:
