@@ -1,4 +1,4 @@
-"""Which attention kernel a transformer runs: asked for by name, or the best that works; tried once before it is used.
+"""Choice of a transformer's attention kernel: by name, or the best one that passes a test.
 
 Names are those of diffusers' dispatch (native is PyTorch's scaled_dot_product_attention). A kernel that is installed may
 still fail on a device, and one may drop a mask it does not know: each is compared with attention written out.
@@ -35,7 +35,7 @@ def choose_attention(
     dtype: torch.dtype,
     gradients: bool = True,
 ) -> str:
-    """Give a transformer the wanted attention backend and return what was chosen, in words; it is logged too.
+    """Set a transformer's attention backend; log and return a description of the choice.
 
     Args:
         transformer: its attention modules get the backend; cross-attention keeps native where the backend takes no mask.
@@ -76,7 +76,7 @@ def _first_working(transformer: Any, names: tuple[str, ...], device: torch.devic
 def probe(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool = True, masked: bool = False
 ) -> str | None:
-    """Call a backend once on a few tokens; return None if its result is right, else in one line what is wrong."""
+    """Test a backend on a few tokens; return None if its output is right, else a one-line description of the problem."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 8, 2, head_dim, generator=generator).to(device, dtype) for _ in range(3))
     mask = (torch.arange(8, device=device) < 5).expand(2, 1, 1, 8) if masked else None
@@ -85,13 +85,13 @@ def probe(
     try:
         _check_attention_backend_requirements(backend)
         _maybe_download_kernel_for_backend(backend)
-        found: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
+        output: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
         if gradients:
-            found.sum().backward()
-    except Exception as error:  # what a missing or unfit kernel raises is anything
+            output.sum().backward()
+    except Exception as error:  # a missing or unsuitable kernel may raise anything
         return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
     with torch.no_grad():
-        difference = (found - plain_attention(q, k, v, mask)).abs().max().item()
+        difference = (output - plain_attention(q, k, v, mask)).abs().max().item()
     if not difference < TOLERANCE:
         return f"its result is off by {difference:.2g}" + (", a mask is not obeyed" if masked else "")
     return None

@@ -102,20 +102,20 @@ def write_latents(
     missing = broadcast_from_main(
         lambda: {folder: open_or_resume_cache(folder, wanted, shards) for folder, wanted in caches.items()}
     )
-    unfinished = {folder: found for folder, found in missing.items() if found is not None}
+    unfinished = {folder: shards_missing for folder, shards_missing in missing.items() if shards_missing is not None}
     if not unfinished:
         return list(caches)
     state, started = processes(), time.perf_counter()
-    numbers = sorted({number for found in unfinished.values() for number in found})
+    numbers = sorted({number for shards_missing in unfinished.values() for number in shards_missing})
     mine = _Batches(numbers[state.process_index :: state.num_processes], count, shard_size, batch_size)
-    holders = {folder: (caches[folder], frozenset(found)) for folder, found in unfinished.items()}
+    holders = {folder: (caches[folder], frozenset(shards_missing)) for folder, shards_missing in unfinished.items()}
     _write_shards(holders, mine, clips, encode, workers, state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process:
         for folder in unfinished:
             finish(folder, caches[folder], count, shard_size, **_statistics(folder, shards))
         frames = next(iter(caches.values())).frames * sum(len(clips_of(n, shard_size, count)) for n in numbers)
-        _say_speed(frames, time.perf_counter() - started, state.num_processes)
+        _print_speed(frames, time.perf_counter() - started, state.num_processes)
     state.wait_for_everyone()
     return list(caches)
 
@@ -206,7 +206,7 @@ def _statistics(folder: Path, shards: int) -> dict[str, Any]:
     return {"shape": shape, "mean": mean.tolist(), "std": std.tolist(), "fps": float(np.median(np.concatenate(rates)))}
 
 
-def _say_speed(frames: int, seconds: float, number: int) -> None:
+def _print_speed(frames: int, seconds: float, number: int) -> None:
     on = f" on {number} processes" if number > 1 else ""
     print(f"cached {frames} frames in {seconds:.1f} s: {frames / seconds:.1f} frames/s{on}", flush=True)
 
@@ -261,7 +261,7 @@ class LatentDataset(Dataset):
         return self.shards.captions()
 
     def item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Return the latents of clip `index`; nothing of them is left to `rng`."""
+        """Return the latents of clip `index`; `rng` is not used."""
         return self.fixed(index)
 
     def fixed(self, index: int) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def normalise_alike(parts: Sequence[LatentDataset], scale: Scale) -> None:
 
 
 def weight_by_caption(by_bucket: Sequence[Sequence[LatentDataset]], caption_weights: Sequence[CaptionWeight]) -> None:
-    """Let clips come as often as the words of their captions say; those of a bucket are the same at each of its ratios.
+    """Set the clips' sampling weights from their captions; a bucket's clips have the same weights at each ratio.
 
     Raises UserError for words that no caption holds in any bucket.
     """

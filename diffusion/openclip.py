@@ -47,7 +47,7 @@ class OpenCLIPTextModel(SafetensorsOnly, ModelMixin, ConfigMixin):
 
     @property
     def positions(self) -> int:
-        """Tokens that the tower takes at most."""
+        """Maximum number of tokens."""
         return self.text.context_length
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutputWithPooling:
@@ -124,8 +124,8 @@ def _as_transformers(name: str, tokenizer: Any, length: int) -> tuple[Any, int]:
 
 
 def _check_tokens(name: str, tokenizer: Any, ours: Any, pad: int, length: int) -> None:
-    """Refuse tokenizers with habits of their own (masked or cleaned texts), which a saved pipeline would not have."""
-    theirs = tokenizer(list(PROBES), context_length=length)
-    found = ours(list(PROBES), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    if not torch.equal(theirs, found["input_ids"].masked_fill(found["attention_mask"] == 0, pad)):
+    """Raise UserError if the tokenizer preprocesses texts (masks or cleans them) in a way that a saved pipeline would lose."""
+    original_ids = tokenizer(list(PROBES), context_length=length)
+    converted = ours(list(PROBES), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    if not torch.equal(original_ids, converted["input_ids"].masked_fill(converted["attention_mask"] == 0, pad)):
         raise UserError(f"open_clip:{name}: its tokenizer treats texts in a way that a pipeline cannot save; use another model")

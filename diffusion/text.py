@@ -51,15 +51,15 @@ class Embedded(NamedTuple):
     def merge(self, other: "Embedded", change: Callable[[Tensor, Tensor], Tensor]) -> "Embedded":
         """Return what `change` makes of each tensor and its counterpart in `other`, by the same encoders."""
         tokens, masks = (
-            tuple(change(a, b) for a, b in zip(ours, theirs, strict=True))
-            for ours, theirs in ((self.tokens, other.tokens), (self.masks, other.masks))
+            tuple(change(a, b) for a, b in zip(parts, other_parts, strict=True))
+            for parts, other_parts in ((self.tokens, other.tokens), (self.masks, other.masks))
         )
         pooled = None if self.pooled is None or other.pooled is None else change(self.pooled, other.pooled)
         return Embedded(tokens, masks, pooled)
 
 
 def side_by_side(parts: Sequence[Embedded]) -> Embedded:
-    """Join what several encoders make of the same prompts."""
+    """Join several encoders' embeddings of the same prompts."""
     pooled = [part.pooled for part in parts if part.pooled is not None]
     tokens, masks = (tuple(x for xs in group for x in xs) for group in ([p.tokens for p in parts], [p.masks for p in parts]))
     return Embedded(tokens, masks, torch.cat(pooled, 1) if pooled else None)
@@ -176,8 +176,8 @@ def encoder_files(model: str, weights: str | None) -> list[list[Any]] | None:
     model = model.removeprefix(OPEN_CLIP)
     place = Path(weights or model.removeprefix("local-dir:"))
     if not place.exists() and weights is None:
-        known = try_to_load_from_cache(model.removeprefix("hf-hub:"), "config.json")
-        place = Path(known).parent if isinstance(known, str) else place
+        config = try_to_load_from_cache(model.removeprefix("hf-hub:"), "config.json")
+        place = Path(config).parent if isinstance(config, str) else place
     if not place.exists():
         return None
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())

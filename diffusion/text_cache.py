@@ -62,15 +62,15 @@ def encoder_digest(model: str, weights: str | None, memory: Path, load: Callable
         memory: a JSON file of the hashes made before, each with the sizes and times of the files that were hashed.
         load: returns the text tokenizer and the encoder; not called where the files are the same as before.
     """
-    known = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+    recorded = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
     name = model if weights is None else f"{model} {weights}"
     files = encoder_files(model, weights)
-    if files is not None and known.get(name, {}).get("files") == files:
-        return known[name]["digest"]
+    if files is not None and recorded.get(name, {}).get("files") == files:
+        return recorded[name]["digest"]
     digest = hash_text_encoder(*load())
     if (files := encoder_files(model, weights)) is not None:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps({**known, name: {"digest": digest, "files": files}}, indent=1))
+        write_atomically(memory, json.dumps({**recorded, name: {"digest": digest, "files": files}}, indent=1))
     return digest
 
 
@@ -127,8 +127,8 @@ def _encode(tokenizer: Any, encoder: Any, texts: Sequence[str], dtype: torch.dty
         lengths.append(real.sum(1).cpu())
         if text.pooled is not None:
             pooled.append(text.pooled.to(dtype).cpu())
-    found = {"tokens": torch.cat(tokens), "ends": torch.cat(lengths).cumsum(0)}
-    return {**found, "pooled": torch.cat(pooled)} if pooled else found
+    tensors = {"tokens": torch.cat(tokens), "ends": torch.cat(lengths).cumsum(0)}
+    return {**tensors, "pooled": torch.cat(pooled)} if pooled else tensors
 
 
 class EmbeddingCache:
@@ -154,8 +154,8 @@ class EmbeddingCache:
 
     def null(self) -> Embedded:
         """Return the embedding of the null caption, a batch of one."""
-        found = load_file(self.folder / "null.safetensors")
-        row = self._padded(found["tokens"], found["pooled"][0] if self.pooled_width else None)
+        tensors = load_file(self.folder / "null.safetensors")
+        row = self._padded(tensors["tokens"], tensors["pooled"][0] if self.pooled_width else None)
         return self.embedded({key: value[None] for key, value in row.items()})
 
     def embedded(self, batch: Mapping[str, Any]) -> Embedded:
@@ -173,7 +173,7 @@ class EmbeddingCache:
 
 
 class CaptionEncoder(nn.Module):
-    """What a training makes of captions: cached embeddings of frozen encoders, and a small text model that learns along.
+    """Encodes the captions of a training: cached embeddings of frozen encoders, and a small trained text model.
 
     Args:
         caches: for each encoder, in order: its cache, or None for the text model that learns.

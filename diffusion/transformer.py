@@ -1,4 +1,4 @@
-"""A diffusion transformer over video latents, told the temporal ratio and the frame rate.
+"""A diffusion transformer over video latents, conditioned on text, temporal ratio and frame rate.
 
 Shapes: b c t h w latents, N = t*h*w / patch tokens, D width, L text tokens. Sources: DiT with adaLN-zero
 (arXiv 2212.09748, sec. 3.2), one modulation shared by all blocks (adaLN-single, PixArt-alpha, arXiv 2310.00426, sec. 2.3),
@@ -121,7 +121,7 @@ class ProMAGAttention(nn.Module, AttentionModuleMixin):
 
 
 class LocalConvolution(nn.Conv3d):
-    """What a depthwise 3x3x3 convolution sees around each token of a grid; it starts small."""
+    """Depthwise 3x3x3 convolution over a token grid, initialised with small weights."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
@@ -263,7 +263,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         return [width] if isinstance(width, int) else list(width)
 
     def normalise(self, latents: Tensor, temporal_ratio: int) -> Tensor:
-        """Turn latents of the tokenizer, b c t h w, into what this model is trained on."""
+        """Normalise the tokenizer's latents, b c t h w, with the channel statistics of the ratio."""
         mean, std = self._statistics(latents, temporal_ratio)
         return (latents - mean) / std
 
@@ -274,9 +274,9 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
 
     def _statistics(self, latents: Tensor, temporal_ratio: int) -> list[Tensor]:
         both = (self.config["latents_mean"], self.config["latents_std"])
-        known = [s for s in (both[0] or {}) if s in (both[1] or {})]
-        if str(temporal_ratio) not in known:
-            have = ", ".join(f"{r}x" for r in known) or "none"
+        ratios = [s for s in (both[0] or {}) if s in (both[1] or {})]
+        if str(temporal_ratio) not in ratios:
+            have = ", ".join(f"{r}x" for r in ratios) or "none"
             raise ValueError(f"temporal ratio {temporal_ratio}: this model has latent statistics for {have}")
         return [latents.new_tensor(s[str(temporal_ratio)]).view(1, -1, 1, 1, 1) for s in both]
 

@@ -50,8 +50,8 @@ class ValidationSet:
     def loss(self, objective: "FlowObjective", first_given: bool = False) -> float:
         """Return the mean over clips and times, over all frames, or with the first latent frame as conditioning.
 
-        The processes share the clips out. Each calls the model equally often, as a spread one needs: where clips run out, one
-        is scored again and not counted.
+        The processes divide the clips among them. Each calls the model equally often, as a sharded model needs: a process that
+        has no clips left scores one again without counting it.
         """
         state = processes()
         at_once = self.batch_size * state.num_processes

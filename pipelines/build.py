@@ -1,4 +1,4 @@
-"""From clips and frozen models to a saved pipeline: cache latents and text, train the transformer, put all together."""
+"""Build a pipeline from clips and frozen models: cache latents and text, train the transformer, assemble the parts."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ from .text_to_video import ProMAGPipeline
 def train_pipeline(config: DiffusionConfig) -> Path | None:
     """Train a text-to-video pipeline, or adapters for one, as configured; return its folder, None if stopped early.
 
-    What is already there - latents, embeddings, checkpoints, the finished pipeline - is used again.
+    Existing latents, embeddings, checkpoints and a finished pipeline are reused.
     Raises UserError for unsuitable tokenizers, text encoders, clips, caches and run directories.
     """
     config = dataclasses.replace(config, precision=choose_precision_once(config.precision, config.output_dir))
@@ -48,12 +48,12 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     def sample(so_far: TrainingResult, samples: SamplesConfig) -> list[np.ndarray]:
         pipe = assemble(config, so_far, vae, with_text=False)
         pipe.set_progress_bar_config(disable=True)
-        how = (samples.steps, samples.guidance, config.precision)
+        options = (samples.steps, samples.guidance, config.precision)
         encode = functools.partial(text.encode, learned=so_far.small_text)
         cast(Any, vae).to(so_far.transformer.device)
         try:
-            return sample_videos(pipe, samples.prompts, *how, name=None, encode=encode)
-        finally:  # it would take the memory that training needs
+            return sample_videos(pipe, samples.prompts, *options, name=None, encode=encode)
+        finally:  # free the memory for training
             vae.cpu()
 
     trained = train_diffusion(config, cached["train"], cached["eval"], sample)
@@ -66,13 +66,13 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
 
 
 class SavedLora:
-    """The adapters of a transformer, to be saved in the format that `load_lora_weights` of a pipeline reads."""
+    """A transformer's adapters, saved in the format that a pipeline's `load_lora_weights` reads."""
 
     def __init__(self, transformer: ProMAGTransformer3DModel):
         self.transformer = transformer
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapters' weights and, beside them in the file, their ranks, scales and targets."""
+        """Write the adapters' weights, with their ranks, scales and targets as metadata of the file."""
         config: Any = self.transformer.peft_config
         weights: Any = get_peft_model_state_dict(self.transformer)
         ProMAGPipeline.save_lora_weights(
@@ -87,7 +87,8 @@ def assemble(
 ) -> ProMAGPipeline:
     """Put a trained transformer, the tokenizer and, `with_text`, the text encoders into a pipeline.
 
-    Its defaults are what it was trained on. Frozen text encoders are loaded again: training did without them.
+    The pipeline's defaults are the shape, fps and first ratio of the training. Frozen text encoders are loaded here, because
+    training uses only their cached embeddings.
     """
     text: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
     for number, encoder in enumerate(config.text.encoders if with_text else (), 1):
@@ -108,30 +109,30 @@ def assemble(
 
 
 def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, list[BucketCache]]:
-    """Cache latents, and embeddings of frozen text encoders, of both splits, train and eval, where they are not cached yet.
+    """Cache the missing latents and frozen text embeddings of both splits, train and eval.
 
-    Returns for each split where each bucket lies.
+    Returns each split's caches, one per bucket.
     """
     latents = {split: cache_latents(config, split, vae) for split in ("train", "eval")}
-    folders = {_name(config, split, bucket): found[0] for split, parts in latents.items() for bucket, found in parts}
+    folders = {_name(config, split, bucket): caches[0] for split, parts in latents.items() for bucket, caches in parts}
     texts = cache_text(config, folders)
     return {
-        split: [BucketCache(bucket, found, texts[_name(config, split, bucket)]) for bucket, found in parts]
+        split: [BucketCache(bucket, caches, texts[_name(config, split, bucket)]) for bucket, caches in parts]
         for split, parts in latents.items()
     }
 
 
-def _name(config: DiffusionConfig, split: str, bucket: Bucket, what: str = "") -> str:
+def _name(config: DiffusionConfig, split: str, bucket: Bucket, content: str = "") -> str:
     """Return the name of a cache's folder: train-16x, or with buckets train-16x-17x64x64."""
-    return "-".join([split, *([what] if what else []), *([str(bucket)] if config.data.buckets else [])])
+    return "-".join([split, *([content] if content else []), *([str(bucket)] if config.data.buckets else [])])
 
 
 def cache_latents(
     config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG, ratios: Sequence[int] | None = None
 ) -> list[tuple[Bucket, list[Path]]]:
-    """Cache the latents of one split ("train" or "eval") and return for each bucket that has clips the caches' folders.
+    """Cache the latents of one split ("train" or "eval"); return the caches' folders for each bucket that has clips.
 
-    They are encoded at the budgets' ratios, or at `ratios`; several cost little more than the highest alone. The
+    Clips are encoded at `ratios` (default: the budgets' ratios); several ratios cost little more than the highest one. The
     tokenizer is on the processes' device only while it encodes.
     """
     data, ratios = config.data, ratios or config.ratios
@@ -147,7 +148,7 @@ def cache_latents(
     if len(parts) > 1 and processes().is_main_process:
         print(", ".join(f"{bucket}: {n} clips" for (bucket, _), n in zip(parts, counts, strict=True)), flush=True)
     encode = encoder(vae, cast(Any, device), choose_precision_once(config.precision, config.output_dir))
-    found = []
+    results = []
     for (bucket, clips), n in zip(parts, counts, strict=True):
         digest = broadcast_from_main(lambda clips=clips, n=n: clips.digest(n))
         caches = {
@@ -164,18 +165,18 @@ def cache_latents(
             for ratio in ratios
         }
         folders = write_latents(caches, n, clips, encode, workers=config.run.workers)
-        found.append((bucket, folders))
+        results.append((bucket, folders))
     vae.cpu()
-    return found
+    return results
 
 
 def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str, dict[int, Path]]:
-    """Cache what each frozen text encoder makes of the captions in `latents`, a folder for each split and bucket, by name.
+    """Cache the frozen text encoders' embeddings of the captions in `latents`, which maps names to folders.
 
-    Returns for each name the folders by the encoders' numbers. An encoder is read only where something is missing or its files
-    have changed, one after the other, and is let go of.
+    There is one folder for each split and bucket. Returns for each name the embedding caches' folders by encoder number. An
+    encoder is loaded only if embeddings are missing or its files have changed, and at most one is in memory at a time.
     """
-    found: dict[str, dict[int, Path]] = {name: {} for name in latents}
+    folders: dict[str, dict[int, Path]] = {name: {} for name in latents}
     memory = Path(config.data.cache) / "text-encoders.json"
     for number, encoder in config.text.frozen.items():
         load = functools.cache(lambda encoder=encoder: _load(encoder))
@@ -184,9 +185,9 @@ def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str
             split, dash, bucket = name.partition("-")
             clips = Shards(folder).index["fingerprint"]["clips"]
             wanted = TextFingerprint(digest, clips, encoder.max_length, config.data.dtype, config.data.shard_size)
-            place = Path(config.data.cache) / f"{split}-text-{number}{dash}{bucket}"
-            found[name][number] = write_embeddings(place, wanted, folder, load)
-    return found
+            cache_folder = Path(config.data.cache) / f"{split}-text-{number}{dash}{bucket}"
+            folders[name][number] = write_embeddings(cache_folder, wanted, folder, load)
+    return folders
 
 
 def _load(encoder: TextEncoderConfig) -> tuple[Any, Any]:
@@ -196,7 +197,7 @@ def _load(encoder: TextEncoderConfig) -> tuple[Any, Any]:
 def encoder(
     vae: AutoencoderKLProMAG, device: torch.device, precision: Precision = "auto"
 ) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
-    """Return B C T H W and ratios -> mean latents b c t h w at each of them, on `device`: the first call moves it there."""
+    """Return a function (B C T H W, ratios) -> mean latents b c t h w per ratio; its first call moves `vae` to `device`."""
     model: Any = vae
 
     @torch.no_grad()
@@ -209,11 +210,11 @@ def encoder(
 
 
 class SampleText:
-    """Encodes the same prompts again and again: by the text model that learns anew, by frozen ones the first time alone.
+    """Encodes a fixed set of prompts: with the trained text model at each call, with frozen ones only once.
 
     Args:
         text: the text encoders of a training.
-        prompts: all that will be asked for, beside the null caption.
+        prompts: all prompts that will be encoded, besides the null caption.
     """
 
     def __init__(self, text: TextConfig, prompts: Sequence[str]):
@@ -222,7 +223,7 @@ class SampleText:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], learned: tuple[Any, Any] | None) -> Embedded:
-        """Return what all encoders make of some of the prompts; `learned` are tokenizer and model of the one that learns."""
+        """Encode some of the prompts with all encoders; `learned` is the tokenizer and model of the trained encoder."""
         parts = []
         for encoder in self.text.encoders:
             if encoder == self.text.small and learned:

@@ -1,4 +1,4 @@
-"""The model card of a pipeline that is pushed to the hub: what it is and how to call it, all read from the pipeline itself."""
+"""The model card of a pipeline: its description, usage and parts, all read from the pipeline itself."""
 
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,18 @@ EMPTY = "This model card has been automatically generated."  # how diffusers end
 
 
 def write_card(pipe: Any, folder: str | Path, repo_id: str) -> None:
-    """Replace the empty card in `folder`, which is uploaded as `repo_id`; a card that somebody wrote stays."""
+    """Replace the empty card in `folder`, which is uploaded as `repo_id`; an existing card with content is kept."""
     path = Path(folder) / "README.md"
     if path.exists() and EMPTY in path.read_text(encoding="utf-8"):
         path.write_text(pipeline_card(pipe, repo_id, hub=True), encoding="utf-8")
 
 
 def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
-    """Return the card, as Markdown, of a pipeline in the folder `name`, or in the hub's repository of that name."""
-    # By the name of a repository diffusers cannot load classes of an installed package; a snapshot of it can be.
+    """Return the Markdown card of a pipeline in the folder `name`, or with `hub` in the hub repository of that name."""
+    # diffusers cannot load classes of an installed package from a repository name, but it can from a local snapshot.
     place = f'snapshot_download("{name}")' if hub else f'"{name}"'
-    known = pipe.config
-    frames, height, width = (known[key] for key in ("num_frames", "height", "width"))
+    config = pipe.config
+    frames, height, width = (config[key] for key in ("num_frames", "height", "width"))
     size = f"{frames} frames of {height}x{width} (height x width)"
     parts = {key: part for key, part in pipe.components.items() if isinstance(part, nn.Module)}
     return "\n".join(
@@ -37,7 +37,7 @@ def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
             f"# {name}",
             "",
             "Text to video in the latent space of a progressively grown tokenizer (ProMAG, arXiv 2501.05442).",
-            f"Trained on {size} at {known['fps']:g} frames a second; these are the defaults of a call.",
+            f"Trained on {size} at {config['fps']:g} frames per second; these are the defaults of a call.",
             "",
             "```python",
             "import promag",
@@ -46,7 +46,7 @@ def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
             "",
             f"pipe = DiffusionPipeline.from_pretrained({place})",
             'frames = pipe("what the video shows").frames[0]',
-            f'promag.write_video("video.mp4", (frames * 255).round().astype("uint8"), {known["fps"]:g})',
+            f'promag.write_video("video.mp4", (frames * 255).round().astype("uint8"), {config["fps"]:g})',
             "```",
             "",
             f"## Budgets for {size}",
@@ -55,7 +55,7 @@ def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
             "| --- | --- | --- |",
             *(_budget(pipe, int(ratio), frames, height, width) for ratio in pipe.transformer.config["latents_mean"] or {}),
             "",
-            f"Default: {known['temporal_ratio']}. {_given(pipe)}",
+            f"Default: {config['temporal_ratio']}. {_conditioning(pipe)}",
             "",
             "## Parts",
             "",
@@ -74,7 +74,7 @@ def _budget(pipe: Any, ratio: int, frames: int, height: int, width: int) -> str:
     return f"| {ratio} | {latent_frames(frames, ratio)} | {count:,} |"
 
 
-def _given(pipe: Any) -> str:
+def _conditioning(pipe: Any) -> str:
     frames = pipe.transformer.config["condition_frames"]
     if not frames:
         return "Trained on text alone: without a first image or clip."

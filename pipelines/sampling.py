@@ -1,4 +1,4 @@
-"""Sampling videos for prompts and seeds, the same ones in any batch, and timing the parts of it.
+"""Sampling videos for prompts and seeds, independently of the batch size, and timing the parts of each call.
 
 Videos are uint8 (T, H, W, 3).
 """
@@ -46,7 +46,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a pipeline call: encoding of text (and first frames), denoising, decoding."""
+    """Seconds of the parts of a pipeline call: encoding text (and first frames), denoising, decoding."""
 
     text: float = 0.0
     denoising: float = 0.0
@@ -54,7 +54,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """Sum of the parts."""
         return self.text + self.denoising + self.decoding
 
     def __add__(self, other: "Seconds") -> "Seconds":
@@ -66,7 +66,7 @@ class Seconds:
 
 
 def load_pipeline(folder: str | Path) -> ProMAGPipeline:
-    """Return the pipeline of a folder, on the GPU if there is one; raises UserError where none can be loaded."""
+    """Load the pipeline in a folder, onto the GPU if there is one; raises UserError if it cannot be loaded."""
     if not (Path(folder) / "model_index.json").exists():
         raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of `promag train-diffusion`")
     try:
@@ -99,11 +99,11 @@ def make_videos(
         pipe: the pipeline.
         requests: the videos.
         batch: videos sampled at once.
-        precision: of the sampling.
+        precision: precision of the model calls.
         on_progress: called after each denoising step with the steps done and the steps in total, over all batches.
         encode: encodes prompts, and the null caption, in place of the pipeline.
         draft: samples each video at a higher ratio first, lifts its latents to the video's ratio and refines them there.
-        arguments: the pipeline's.
+        arguments: further arguments of the pipeline.
 
     Raises ValueError as the pipeline does, and for a draft at a ratio that is not higher or refined with all steps.
     """
@@ -169,7 +169,7 @@ class Stopwatch:
         self.ended = self._now()
 
     def step(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Count a step: the pipeline's callback."""
+        """Record the end of a denoising step; pass this as the pipeline's callback."""
         self.last = self._now()
         self.done += 1
         if self.on_progress:
@@ -178,7 +178,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> Seconds:
-        """Seconds of the parts, once the call is over."""
+        """Seconds of the parts; available after the call."""
         first = self.started if self.first is None else self.first
         last = first if self.last is None else self.last
         return Seconds(first - self.started, last - first, self.ended - last)
@@ -210,7 +210,7 @@ def sample_timed(
 ) -> tuple[list[np.ndarray], Seconds]:
     """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
 
-    `name` is that of the progress bar on stderr; None shows none. `options` are further arguments of `make_videos`. Returns the
+    `name` labels the progress bar on stderr; None hides the bar. `options` are further arguments of `make_videos`. Returns the
     videos and the seconds of all batches.
     """
     videos: list[np.ndarray] = []

@@ -1,6 +1,6 @@
-"""The times of a sampling, for any scheduler of diffusers that integrates a flow.
+"""Sampling times for any diffusers scheduler that integrates a flow.
 
-Times are the schedulers' sigmas: 1 is noise, 0 is clean; the transformer's timestep is 1000 times as much.
+Times are the schedulers' sigmas: 1 is noise, 0 is clean; the transformer's timestep is 1000 times the sigma.
 """
 
 import inspect
@@ -27,23 +27,23 @@ def check_flow(scheduler: Any) -> None:
 
 
 def skipped_steps(steps: int, strength: float) -> int:
-    """Return how many of the first steps are skipped where only a share of them, the last ones, is taken."""
+    """Return how many of the first steps are skipped if only the last `strength` (a fraction) of them run."""
     return steps - math.ceil(steps * strength - 1e-6)
 
 
 def count_model_calls(scheduler: Any, steps: int, strength: float = 1.0) -> int:
-    """Return how often a sampling calls the transformer, and a pipeline its callback."""
+    """Return how often sampling calls the transformer, which is how often a pipeline calls its callback."""
     taken = steps - skipped_steps(steps, strength)
-    return max(0, scheduler.order * taken - (scheduler.order - 1))  # the last step of a second-order one needs one call
+    return max(0, scheduler.order * taken - (scheduler.order - 1))  # a second-order scheduler's last step needs one call
 
 
 def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.device, strength: float = 1.0) -> Tensor:
-    """Set a scheduler's times; return them from the first to the last, one more than the calls of the transformer.
+    """Set a scheduler's times and return them in order, one more than the transformer calls.
 
-    Only the last `strength` of the steps, rounded up, are taken: the scheduler starts there.
+    Only the last `strength` (a fraction) of the steps, rounded up, run: the scheduler starts there.
 
-    With `use_dynamic_shifting` in the scheduler's configuration, which `from_config` of the saved scheduler's keeps, times are
-    shifted for the number of tokens as in training. Without, the scheduler's constant shift applies.
+    With `use_dynamic_shifting` in the scheduler's configuration, which `from_config` keeps, times are shifted for the number
+    of tokens as in training. Otherwise the scheduler's constant shift applies.
     """
     config = scheduler.config
     dynamic = config.get("use_dynamic_shifting", False)
@@ -66,12 +66,12 @@ def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.d
 
 
 class SchedulerStep:
-    """A scheduler's step as a rule for `sample_flow`, which makes as many of them as there are `timesteps`.
+    """A scheduler's step as an integration rule for `sample_flow`, which takes one step per element of `timesteps`.
 
     Args:
-        scheduler: any that integrates a flow, its times set by `set_flow_times`.
-        timesteps: those of the scheduler that are left.
-        generator: draws the noise of schedulers that add some on the way.
+        scheduler: a scheduler that integrates a flow, with times set by `set_flow_times`.
+        timesteps: the scheduler's remaining timesteps.
+        generator: draws the noise of stochastic schedulers.
     """
 
     def __init__(self, scheduler: Any, timesteps: Tensor, generator: Any):
