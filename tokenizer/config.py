@@ -56,7 +56,7 @@ class PerceptualConfig:
     """LPIPS as a loss."""
 
     path: str = required("folder with the weights of vgg16 and of lpips")
-    weight: float = setting(1.0, "of the loss")
+    weight: float = setting(1.0, "weight of the loss")
     frames: int = setting(4, "frames of each clip that are compared, drawn anew at each step")
 
     def __post_init__(self) -> None:

@@ -21,16 +21,16 @@ LECAM_DECAY = 0.99
 
 @dataclass(frozen=True, kw_only=True)
 class Adversarial:
-    """When and how the discriminator speaks."""
+    """The adversarial loss and its discriminator."""
 
-    weight: float = setting(0.1, "of the generator's loss, times the adaptive weight")
+    weight: float = setting(0.1, "weight of the generator's loss, times the adaptive weight")
     start: int = required("first step of the stage with a discriminator")
     learning_rate: float = setting(1e-4, "the discriminator's, at the peak of the stage's schedule")
     kind: Literal["hinge", "non_saturating"] = setting("non_saturating", "loss of both sides")
     width: int = setting(64, "channels of the discriminator's first layer")
     layers: int = setting(4, "down-samplings of the discriminator")
-    lecam_weight: float = setting(0.001, "of LeCam regularisation; 0 for none")
-    penalty_weight: float = setting(1.0, "of the R1 gradient penalty on real clips; 0 for none")
+    lecam_weight: float = setting(0.001, "weight of LeCam regularisation; 0 for none")
+    penalty_weight: float = setting(1.0, "weight of the R1 gradient penalty on real clips; 0 for none")
     penalty_every: int = setting(16, "steps between two gradient penalties, each weighted by their number")
 
     def __post_init__(self) -> None:
@@ -84,12 +84,12 @@ def _halve(x: Tensor) -> Tensor:
 
 
 def generator_loss(fake: Tensor, kind: Literal["hinge", "non_saturating"]) -> Tensor:
-    """Return what the autoencoder minimises, given the logits of its clips."""
+    """Return the autoencoder's loss from the logits of its clips."""
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: Literal["hinge", "non_saturating"]) -> Tensor:
-    """Return what the discriminator minimises, given the logits of real and of made clips."""
+    """Return the discriminator's loss from the logits of real and of reconstructed clips."""
     if kind == "hinge":
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
@@ -121,7 +121,7 @@ class AdversarialLoss(nn.Module):
         super().__init__()
         self.settings = settings
         self.discriminator = PatchDiscriminator3d(settings.width, settings.layers)
-        # Moving averages of the logits of real and of made clips, for LeCam.
+        # Moving averages of the logits of real and of reconstructed clips, for LeCam.
         self.register_buffer("averages", torch.zeros(2))
 
     def forward(self, output: Tensor, target: Tensor, reconstruction: Tensor, step: int) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from promag.training.config import setting
 
 from .geometry import check_integer
-from .layers import Block, CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, is_first, recomputed
+from .layers import Block, CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, checkpointed, is_first
 
 Mixing = Literal["attention", "concat", "none"]
 Lower = Literal["frozen", "finetune"]
@@ -61,7 +61,7 @@ class Growth:
 class CrossLevelAttention(Block):
     """Queries of the full path look at key-frame features of the same place, in a causal window of frames.
 
-    Each head has a learned bias for each frame of the window; before the first frame stands the first frame again.
+    Each head has a learned bias for each frame of the window; the first frame is repeated before the first.
     """
 
     def __init__(self, channels: int, heads: int, window: int):
@@ -75,9 +75,9 @@ class CrossLevelAttention(Block):
         self.bias = nn.Parameter(torch.zeros(window, heads, 1, 1, 1))
         self.to_out = CausalConv3d(channels, channels, 1)
 
-    @recomputed
+    @checkpointed
     def forward(self, full: Tensor, state: State, key: Tensor) -> tuple[Tensor, State]:
-        """`full` and `key` of B C T H W -> the first with what it found added; the state is the last window-1 key frames."""
+        """`full` and `key` of B C T H W -> `full` plus the attended values; the state is the last window-1 key frames."""
         frames, before = full.shape[2], self.window - 1
         if is_first(state):
             past = F.pad(key, (0, 0, 0, 0, before, 0), mode="replicate") if before else key
@@ -88,9 +88,9 @@ class CrossLevelAttention(Block):
         slots = [slice(i, i + frames) for i in range(self.window)]
         scores = torch.stack([(q * k[:, :, :, s]).sum(2) for s in slots], 1) * q.shape[2] ** -0.5
         weights = (scores.float() + self.bias).softmax(1).to(v.dtype)  # B window heads T H W
-        found = torch.stack([weights[:, i, :, None] * v[:, :, :, s] for i, s in enumerate(slots)]).sum(0)
+        attended = torch.stack([weights[:, i, :, None] * v[:, :, :, s] for i, s in enumerate(slots)]).sum(0)
         tail = None if state is None else past[:, :, past.shape[2] - before :].clone()
-        return full + self.to_out(found.flatten(1, 2))[0], tail
+        return full + self.to_out(attended.flatten(1, 2))[0], tail
 
 
 class EncoderGrowth(nn.Module):
@@ -109,7 +109,7 @@ class EncoderGrowth(nn.Module):
         self.blocks_mixed = nn.ModuleList(
             ResBlock(channels, guide_channels=channels if guided else 0) for _ in range(growth.layers)
         )
-        # Without a key-frame latent to start from, the head must speak from the first step.
+        # Without a key-frame latent to start from, the head alone makes the latent, so it cannot start at zero.
         self.adds_to_key_latent = growth.birth and growth.mixing != "none"
         self.head = Head(channels, 2 * latent_channels, zero=self.adds_to_key_latent)
         self.dual, self.latent_channels = growth.latent == "dual", latent_channels

@@ -32,7 +32,7 @@ def is_first(state: State) -> bool:
     return state is None or (isinstance(state, tuple) and not state)
 
 
-def recomputed(forward: Callable[..., tuple[Tensor, State]]) -> Callable[..., tuple[Tensor, State]]:
+def checkpointed(forward: Callable[..., tuple[Tensor, State]]) -> Callable[..., tuple[Tensor, State]]:
     """Wrap a layer's `forward(self, x, state, ...)` so that gradient checkpointing may compute it again."""
 
     @functools.wraps(forward)
@@ -115,7 +115,7 @@ class ResBlock(Block):
         if self.modulation is not None:
             zero_init(self.modulation)
 
-    @recomputed
+    @checkpointed
     def forward(self, x: Tensor, state: State = None, guide: Tensor | None = None) -> tuple[Tensor, State]:
         """B C T H W -> the same."""
         s1, s2 = state or (state, state)
@@ -149,7 +149,7 @@ class Downsample(Block):
         if shortcut:
             zero_init(self.conv)
 
-    @recomputed
+    @checkpointed
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+t*N H W -> B C' 1+N H/s W/s."""
         if not self.shortcut:
@@ -183,7 +183,7 @@ class Upsample(Block):
         if shortcut:
             zero_init(self.conv)
 
-    @recomputed
+    @checkpointed
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+N H W -> B C' 1+t*N H*s W*s."""
         first = is_first(state)
@@ -209,12 +209,12 @@ class Head(Block):
 
     @torch.no_grad()
     def start_at(self, channels: slice, value: float) -> None:
-        """Let some output channels start at one value everywhere."""
-        spoken = self.conv if self.skip is None else self.skip
-        spoken.weight[channels] = 0
-        spoken.bias[channels] = value  # pyright: ignore[reportOptionalSubscript]
+        """Initialise some output channels to one value everywhere."""
+        linear = self.conv if self.skip is None else self.skip
+        linear.weight[channels] = 0
+        linear.bias[channels] = value  # pyright: ignore[reportOptionalSubscript]
 
-    @recomputed
+    @checkpointed
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C T H W -> B C' T H W."""
         h, state = self.conv(F.silu(self.norm(x)), state)
@@ -225,7 +225,7 @@ class Chain(nn.ModuleList):
     """Layers called one after the other, their states in a tuple."""
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """B C T H W -> what the last layer returns."""
+        """B C T H W -> the last layer's output."""
         states = []
         for i, layer in enumerate(self):
             x, s = layer(x, state[i] if state else state)
@@ -234,7 +234,7 @@ class Chain(nn.ModuleList):
 
 
 def zero_init(conv: nn.Conv3d) -> None:
-    """Start a layer at zero, so that its shortcut alone speaks."""
+    """Zero-initialise a layer so that only its shortcut contributes."""
     nn.init.zeros_(conv.weight)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

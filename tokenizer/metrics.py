@@ -178,7 +178,7 @@ def evaluate_fully(
     """
     rows: list[dict[str, float]] = []
     frames: list[Tensor] = []
-    seen: tuple[list[Tensor], list[Tensor]] = ([], [])
+    videos: tuple[list[Tensor], list[Tensor]] = ([], [])
     for clip, output in _reconstructions(model, clips, temporal_ratio, precision):
         per_frame = psnr_per_frame(output, clip)[0]
         key = torch.arange(clip.shape[2]) % temporal_ratio == 0
@@ -200,24 +200,24 @@ def evaluate_fully(
         if lpips:
             row["lpips"] = lpips(from_uint8(to_uint8(output)), clip)
         if features:
-            for kept, video in zip(seen, (clip, output), strict=True):
+            for kept, video in zip(videos, (clip, output), strict=True):
                 kept.append(features(from_uint8(to_uint8(video))))
         rows.append({name: float(value) for name, value in row.items()})
         frames.append(per_frame.cpu())
-    found: dict[str, Any] = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    found["lpips"] = found.get("lpips")
+    results: dict[str, Any] = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    results["lpips"] = results.get("lpips")
     enough = features and len(rows) > 1
-    found["fvd"] = frechet_distance(torch.cat(seen[0]), torch.cat(seen[1])) if enough else None
+    results["fvd"] = frechet_distance(torch.cat(videos[0]), torch.cat(videos[1])) if enough else None
     values = [row["psnr"] for row in rows]
-    found |= {"psnr_std": float(torch.tensor(values).std(correction=0)), "clips": len(rows)}
+    results |= {"psnr_std": float(torch.tensor(values).std(correction=0)), "clips": len(rows)}
     order = sorted(range(len(rows)), key=lambda i: rows[i]["motion"])
     if third := len(rows) // 3:
         parts = {"low": order[:third], "mid": order[third:-third], "top": order[-third:]}
-        found |= {f"psnr_{name}_motion": sum(values[i] for i in part) / len(part) for name, part in parts.items()}
+        results |= {f"psnr_{name}_motion": sum(values[i] for i in part) / len(part) for name, part in parts.items()}
     if len({len(f) for f in frames}) == 1:
-        found["psnr_per_frame"] = torch.stack(frames).mean(0).tolist()
-    found["per_clip"] = rows
-    return found
+        results["psnr_per_frame"] = torch.stack(frames).mean(0).tolist()
+    results["per_clip"] = rows
+    return results
 
 
 @torch.no_grad()
@@ -230,7 +230,7 @@ def evaluate_lift(
     its mean alone would give); psnr, after that ratio's own decoder. Empty for a model's lowest ratio.
     """
     lower = [ratio for ratio in model.temporal_ratios if ratio < temporal_ratio]
-    found: dict[int, list[tuple[float, float]]] = {ratio: [] for ratio in lower}
+    results: dict[int, list[tuple[float, float]]] = {ratio: [] for ratio in lower}
     for clip in clips if lower else ():
         clip = clip.to(model.device)
         with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
@@ -238,10 +238,10 @@ def evaluate_lift(
             for ratio, target in zip(lower, true, strict=True):
                 estimate = model.lift(z, temporal_ratio, ratio)
                 output = model.decode(estimate, ratio).sample
-                found[ratio].append((float(latent_loss(estimate, target)), float(psnr(output, clip))))
+                results[ratio].append((float(latent_loss(estimate, target)), float(psnr(output, clip))))
     return {
         str(ratio): {name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(("latent_error", "psnr"))}
-        for ratio, rows in found.items()
+        for ratio, rows in results.items()
     }
 
 

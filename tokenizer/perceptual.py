@@ -126,6 +126,6 @@ def _read_all(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"LPIPS weights {folder}: no .pth or .safetensors file there")
     state: dict[str, Tensor] = {}
     for file in files:
-        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-        state |= found
+        tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        state |= tensors
     return state

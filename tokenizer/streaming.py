@@ -1,4 +1,4 @@
-"""Clips of any length and size: padded to what a level takes, in chunks if asked, cropped back, with what was padded told.
+"""Reconstruct clips of any length and size: pad them to a legal size, work in chunks if asked, crop the padding off again.
 
 Shapes: B C T H W in [-1, 1]. Chunked results equal those of the whole clip; memory depends on the chunk, not the length.
 """
@@ -17,7 +17,7 @@ from .layers import START
 
 @dataclass(frozen=True)
 class Padding:
-    """What was added behind a clip: frames that repeat the last one, rows and columns that repeat the last ones."""
+    """The frames, rows and columns added at the end of a clip by repeating its last ones."""
 
     frames: int
     rows: int
@@ -26,7 +26,7 @@ class Padding:
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """A clip as the tokenizer gives it back, of the size it came in, and what was padded on the way."""
+    """A reconstructed clip of the input's size, and the padding that was needed."""
 
     sample: Tensor
     padding: Padding
@@ -44,7 +44,7 @@ def pad_clip(x: Tensor, temporal_ratio: int) -> tuple[Tensor, Padding]:
 
 
 def crop_clip(x: Tensor, padding: Padding) -> Tensor:
-    """Take away what `pad_clip` added."""
+    """Remove the padding that `pad_clip` added."""
     t, h, w = (size - cut for size, cut in zip(x.shape[2:], (padding.frames, padding.rows, padding.columns), strict=True))
     return x[:, :, :t, :h, :w]
 
@@ -67,7 +67,7 @@ def chunk_plan(frames: int, temporal_ratio: int, chunk: int) -> list[int]:
 
 @torch.no_grad()
 def reconstruct_stream(model: Any, chunks: Iterable[Tensor], temporal_ratio: int | None = None) -> Iterator[Tensor]:
-    """Yield the reconstruction of each chunk of a stream as it comes: 1 + r*N frames first, then multiples of r."""
+    """Yield the reconstruction of each chunk of a stream: 1 + r*N frames first, then multiples of r."""
     encoding, decoding = START, START
     for chunk in chunks:
         posterior, encoding = model.encode_chunk(chunk, encoding, temporal_ratio)
@@ -79,7 +79,7 @@ def reconstruct_stream(model: Any, chunks: Iterable[Tensor], temporal_ratio: int
 def reconstruct(model: Any, x: Tensor, temporal_ratio: int | None = None, chunk: int | None = None) -> Reconstruction:
     """Encode and decode a clip or image of any frame count and size at one ratio, from the posterior's mean.
 
-    With `chunk`, a multiple of the ratio, so many frames are in work at a time; the result is the same.
+    With `chunk`, a multiple of the ratio, that many frames are processed at a time; the result is the same.
     """
     ratio = model.temporal_ratios[model.level_of(temporal_ratio)]
     padded, padding = pad_clip(x, ratio)

@@ -82,13 +82,13 @@ class StageObjective(Objective):
         if self.lpips and stage.perceptual:
             orders = (torch.randperm(x.shape[2], generator=g, device=x.device) for g in generators)
             picked = torch.stack(list(orders))[:, : stage.perceptual.frames]
-            few = (video[torch.arange(len(x))[:, None], :, picked].transpose(1, 2) for video in (output, x))
-            parts["lpips"] = self.lpips(*few).mean()
+            frames = (video[torch.arange(len(x))[:, None], :, picked].transpose(1, 2) for video in (output, x))
+            parts["lpips"] = self.lpips(*frames).mean()
             loss = loss + stage.perceptual.weight * parts["lpips"]
         if self.adversary and stage.adversarial and step >= stage.adversarial.start:
-            judged = self.adversary(output, x, loss, step)
-            loss = loss + judged["generator"] + judged["discriminator"]
-            parts |= judged
+            adversarial = self.adversary(output, x, loss, step)
+            loss = loss + adversarial["generator"] + adversarial["discriminator"]
+            parts |= adversarial
         parts["kl"] = kl_loss(posterior)
         return {"loss": loss + stage.kl_weight * parts["kl"], **parts}
 
@@ -137,7 +137,7 @@ def train_stage(
     stage: StageConfig,
     build: Callable[[], Any] | None = None,
 ) -> Outcome:
-    """Train one level from the levels below it, found in the run directory or in `config.init`."""
+    """Train one level on top of the levels below it, which the run directory or `config.init` holds."""
     folder = run / f"{stage.ratio}x"
     if _is_trained(run, stage):
         if accelerator.is_main_process:
@@ -243,9 +243,9 @@ def _model_for(
     model = load_tokenizer(place)
     have, highest = len(model.temporal_ratios), model.temporal_ratios[-1]
     if stage.ratio not in (2 * highest, 4 * highest, 8 * highest):
-        known = ", ".join(f"{r}x" for r in model.temporal_ratios)
+        levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
         can = ", ".join(f"{highest * k}x" for k in (2, 4, 8))
-        raise UserError(f"stage {stage.ratio}x: the tokenizer in {place} has {known}; one stage grows it to one of {can}")
+        raise UserError(f"stage {stage.ratio}x: the tokenizer in {place} has {levels}; one stage grows it to one of {can}")
     while model.temporal_ratios[-1] < stage.ratio:
         model.grow(stage.growth)
     return model, model.temporal_ratios[have:]
@@ -255,9 +255,9 @@ def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:
     """Load a tokenizer whose highest level is to be trained further: levels above would no longer fit a changed one."""
     model = load_tokenizer(place)
     if stage.ratio != model.temporal_ratios[-1]:
-        known = ", ".join(f"{r}x" for r in model.temporal_ratios)
+        levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
         raise UserError(
-            f"stage {stage.ratio}x without growth: of {place} ({known}) the highest level alone can be trained further"
+            f"stage {stage.ratio}x without growth: only the highest level of {place} ({levels}) can be trained further"
         )
     return model
 

@@ -42,5 +42,7 @@ def test_two_processes_train_a_stage_of_two_levels(tmp_path):
         for _ in range(2):
             fresh.grow(growth)
         for part in ("encoder_growth.0.blocks_full", "encoder_growth.1.head", "decoder_growth.0", "decoder_growth.1"):
-            changed = [not torch.equal(value, weights[key]) for key, value in fresh.state_dict().items() if key.startswith(part)]
+            changed = [
+                not torch.equal(value, weights[key]) for key, value in fresh.state_dict().items() if key.startswith(part)
+            ]
             assert any(changed), (name, part)

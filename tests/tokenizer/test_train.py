@@ -113,7 +113,7 @@ def test_the_highest_level_is_trained_further(trained, tmp_path):
     after = load_tokenizer(tmp_path / "a" / "tokenizer").state_dict()
     changed = {key.split(".")[0] + "." + key.split(".")[1] for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"encoder_growth.1", "decoder_growth.1", "own_decoders.2"}
-    with pytest.raises(UserError, match=r"stage 8x without growth: of .* \(4x, 8x, 16x\) the highest level alone"):
+    with pytest.raises(UserError, match=r"stage 8x without growth: only the highest level of .* \(4x, 8x, 16x\) can"):
         train_tokenizer(make_config(tmp_path / "b", init=init, stages=(stage(8, 9),)))
 
 
