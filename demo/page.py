@@ -65,7 +65,7 @@ def _cached(config: DemoConfig) -> float:
         return 1.0
     if not folders:
         return 0.0
-    shard_size = json.loads((folders[0] / "fingerprint.json").read_text())["shard_size"]
+    shard_size = json.loads((folders[0] / "fingerprint.json").read_text(encoding="utf-8"))["shard_size"]
     shards = -(-config.synthetic_clips // shard_size)
     return min(1.0, len(list(folders[0].glob("shard-*.safetensors"))) / shards)
 

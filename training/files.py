@@ -5,10 +5,10 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # reading videos imports this module, and needs no torch
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
@@ -19,8 +19,10 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     move_into_place(aside, path)
 
 
-def save_tensors_atomically(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors_atomically(path: str | os.PathLike, tensors: Mapping[str, "Tensor"]) -> None:
     """Write a safetensors file under a temporary name, flush it to disk and rename it into place."""
+    from safetensors.torch import save_file
+
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside)

@@ -1,4 +1,4 @@
-"""Measure the seconds and memory of opening a long clip index and the index of shards, each in a process of its own.
+"""Measure the seconds and memory of opening a long clip index and an index of shards.
 
 promag benchmark clip-index --rows 1000000 --record docs/results/training.jsonl
 """

@@ -1,4 +1,4 @@
-"""Measure the peak memory of streaming by the length of a video, and the PSNR of tiled against whole reconstructions."""
+"""Measure the peak memory of streaming by video length, and tiles against the whole picture."""
 
 import json
 import multiprocessing

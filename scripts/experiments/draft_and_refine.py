@@ -1,4 +1,4 @@
-"""Measure what drafting a video at a high temporal ratio and refining it at a low one gains over sampling at the low one.
+"""Measure what a draft at a high temporal ratio, refined at a low one, gains.
 
 The same prompts and seeds are sampled in several ways: from noise at the low ratio with several numbers of steps; the draft
 alone; the draft lifted to the low ratio without pixels, noised to several times and refined. Ways of about

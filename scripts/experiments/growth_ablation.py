@@ -207,7 +207,7 @@ def score_variant(
             "stage": own[i],
             "inherited": _total(inherited),
             **evaluate_fully(model, clips, stage.ratio, precision=config.precision),
-            "lift": evaluate_lift(model, clips, stage.ratio),
+            "lift": evaluate_lift(model, clips, stage.ratio, config.precision),
             "curve": _curve(config, variant, seed, stage, spent),
             "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}",
         }

@@ -70,7 +70,7 @@ def test_a_definition_in_another_room_is_found_in_its_real_file(places):
         for file, name, home in (
             ("scripts/evaluate_tokenizer.py", "check_frames", "tokenizer/geometry.py"),
             ("pipelines/sampling.py", "UserError", "training/config.py"),
-            ("scripts/benchmarks/transformer.py", "ProMAGTransformer3DModel", "diffusion/transformer.py"),
+            ("scripts/benchmarks/transformer.py", "BudgetCosts", "evaluation/cost.py"),
         ):
             assert server.definition(place.root / file, name) == [(place.root / home).as_uri()]
     finally:

@@ -188,7 +188,7 @@ def test_missing_keys_and_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml: No such file"):
         parse_config(Outer, ["--config", str(tmp_path / "none.yaml")], "")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(UserError, match="holds list"):
+    with pytest.raises(UserError, match="contains a list"):
         load_yaml(tmp_path / "list.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing but a comment\n")
     with pytest.raises(UserError, match=r"empty\.yaml: is empty; a mapping of keys is needed"):
