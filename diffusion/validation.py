@@ -54,11 +54,12 @@ class ValidationSet:
         has no clips left scores one again without counting it.
         """
         state = processes()
+        device = torch.device(state.device or "cpu")
         at_once = self.batch_size * state.num_processes
-        errors = torch.zeros(len(self), device=state.device)
+        errors = torch.zeros(len(self), device=device)
         for first in range(0, len(self), at_once):
             mine = range(first + state.process_index * self.batch_size, len(self))[: self.batch_size]
-            values = self._errors(objective, mine or range(1), state.device, first_given)
+            values = self._errors(objective, mine or range(1), device, first_given)
             if mine:
                 errors[mine.start : mine.stop] = values
         return float(sum_over_processes(errors).mean())

@@ -259,7 +259,7 @@ class BudgetCosts:
             raise ValueError("model null: a configuration with a transformer of its own is needed")
         self.optimization: OptimizationConfig = config.optimization
         self.height, self.width, self.device = height, width, best_device()
-        self.precision = choose_precision(config.precision, self.device)
+        self.precision: Precision = choose_precision(config.precision, self.device)
         self.patch: tuple[int, int, int] = tuple(config.model.patch_size)  # pyright: ignore[reportAttributeAccessIssue]
         self.budgets = [b for b in budgets if b.tokens(LENGTHS[0], height, width, self.patch) is not None]
         self.attention, self._models = "", {}

@@ -151,7 +151,8 @@ class Comparison:
         on_progress: Callable[[int], None] = lambda done: None,
     ):
         self.model, self.ratios, self.video, self.count, self.size = model, ratios, video, count, size
-        self.enlarge, self.precision, self.on_progress = enlarge, precision, on_progress
+        self.enlarge, self.on_progress = enlarge, on_progress
+        self.precision: Precision = precision
         self.plan = chunk_plan(count + -(count - 1) % max(ratios), max(ratios), chunk)
         self.seconds = dict.fromkeys(ratios, 0.0)
         self.frame_psnr: dict[int, list[float]] = {ratio: [] for ratio in ratios}

@@ -46,7 +46,7 @@ class ProgressBar(tqdm):
             super().close()
             return
         self.disable = True
-        self._decr_instances(self)
+        self._decr_instances(self)  # pyright: ignore[reportAttributeAccessIssue] (tqdm has no stubs for it)
         if self.n != self.initial:
             self._print_line()
 

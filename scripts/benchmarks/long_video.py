@@ -1,4 +1,4 @@
-"""Measure the peak memory of streaming by video length, and tiles against the whole picture."""
+"""Measure the peak memory of streaming by video length, and tiles against the whole."""
 
 import json
 import multiprocessing
