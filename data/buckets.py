@@ -20,8 +20,8 @@ class Bucket:
     """A length and size of clips, and the batch size at which they are trained on."""
 
     frames: int = required("frames of its clips: 1 + ratio*k; 1 takes images")
-    height: int = required("of its clips, in pixels")
-    width: int = required("of its clips, in pixels")
+    height: int = required("height of the clips, in pixels")
+    width: int = required("width of the clips, in pixels")
     batch_size: int | None = setting(None, "clips of a batch on each process; null for the loop's")
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class Buckets:
     those of one aspect ratio to the largest that needs no enlarging, else to the smallest.
 
     Args:
-        buckets: of different shapes.
+        buckets: the buckets, each of another shape.
         stride: the smallest step from one frame of a crop to the next, in frames of the clip.
 
     Raises UserError where there is no bucket and where two have one shape.

@@ -160,10 +160,10 @@ def prepare(
         videos: as `list_videos` returns them.
         fps: rate of the clips; None keeps each video's own average rate.
         frames: cut consecutive windows of so many frames, without overlap; None makes one clip of each video.
-        max_bad: the part of the videos, 0 to 1, that may be unreadable.
+        max_bad: largest share of unreadable videos, 0 to 1.
         workers: threads that decode; the decoder works outside Python's lock.
         progress: show a bar.
-        licences: of videos, by path, to stand in the index.
+        licences: licence of each video, by path, for the index.
 
     Raises UserError naming all unreadable videos if they are more than `max_bad`, and if no clip is left.
     """

@@ -39,7 +39,7 @@ class ClipDataset(Dataset):
     in the clip), stride (clip frames from one frame to the next), fps (of the crop). Reading raises UnreadableVideo.
 
     Args:
-        clips: of one index; those too short for the smallest stride and for stride 1 are left out and named in the log.
+        clips: the clips of one index. Clips too short for the smallest stride and for stride 1 are left out and logged.
         frames, size, temporal_strides, flip, timeout: see ClipCrop.
         in_memory: keep each clip's frames from its first reading on; see ClipMemory. The items are the same.
 

@@ -80,7 +80,7 @@ class ClipOrder:
     Args:
         count: clips.
         seed, number: decide the order; `number` tells the datasets of a training apart.
-        weights: of each clip, above 0: how often it comes in an epoch, on average. None is 1 for all.
+        weights: one per clip, above 0: how often the clip comes in an epoch, on average. None is 1 for all.
 
     Raises ValueError for no clips or other weights.
     """
@@ -124,7 +124,7 @@ class Interleaving:
     source came before a step is a sum of floors (`_floor_sum`), so any step is found without those before it.
 
     Args:
-        shares: of the steps, above 0; they need not add up to 1.
+        shares: each source's share of the steps, above 0; they need not add up to 1.
         seed: decides where on the circle the first step is.
     """
 
@@ -163,7 +163,7 @@ def _floor_sum(count: int, modulus: int, factor: int, offset: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Which samples a batch takes."""
+    """Address of a batch's samples."""
 
     bucket: int
     epoch: int
@@ -175,8 +175,8 @@ class EpochPlan:
     """Gives each step a bucket, and each slot of the step a batch of it.
 
     Args:
-        samples: of each bucket.
-        batch_sizes: of each bucket.
+        samples: number of samples in each bucket.
+        batch_sizes: samples per batch of each bucket.
         batches_per_step: processes x accumulate.
         lanes: runs of the order that are read side by side for each slot.
         seed: decides the order of the buckets.

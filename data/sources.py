@@ -1,4 +1,4 @@
-"""What a training draws from: one source of clips in one bucket or several, or several sources by their shares of the steps."""
+"""Sources of training clips: one source in one bucket or several, or several sources by their shares of the steps."""
 
 import hashlib
 import os
@@ -40,7 +40,7 @@ def open_training(
     sharding: Sharding,
     in_memory: bool = False,
 ) -> tuple[Mixture | ShardedClips, str]:
-    """Open what a training draws from, in one bucket or several, and the plan of the buckets as lines for the log.
+    """Open a source of training clips, in one bucket or several; return it with the plan of its buckets as lines for the log.
 
     Clips come by epochs (epochs.py), from a bucket as often as its clips fill batches. `count` is that of generated clips,
     `batch_size` that of buckets that state none, `batches_per_step` processes x accumulate. `in_memory` keeps an index's clips

@@ -32,7 +32,7 @@ class Clips(Protocol):
 
 
 class BatchSource(Protocol):
-    """What a stream draws batches from."""
+    """A source of batches for a stream."""
 
     def largest_batch(self, default: int) -> int:
         """Return the most elements of a batch; `default` is the size of batches that state none."""
@@ -49,9 +49,9 @@ class Mixture:
     The clips of each dataset come by epochs, whatever the others' shares.
 
     Args:
-        datasets: those that are drawn from.
-        shares: of the steps, above 0; they need not add up to 1.
-        batch_sizes: of the datasets' batches, None for the stream's.
+        datasets: the datasets to draw from.
+        shares: each dataset's share of the steps, above 0; they need not add up to 1.
+        batch_sizes: batch size of each dataset; None uses the stream's.
         orders: datasets with the same number here hold the same clips, seen in several ways (at several temporal ratios), and
             share one order: a clip comes once an epoch, from any of them. None keeps all apart.
 
@@ -121,12 +121,12 @@ class TrainingStream(IterableDataset):
     of an item, collated (video B C T H W, caption a list, numbers as tensors), step, and sample: the numbers.
 
     Args:
-        dataset: what is drawn from.
+        dataset: the clips, or the mixture, to draw from.
         seed: decides all that is drawn.
         batch_size: elements of a batch where the dataset states none.
-        rank: of this process.
+        rank: number of this process.
         world_size: ranks.
-        first_batch: of this rank, counted from the training's first; `accumulate` of them make a step.
+        first_batch: this rank's first batch, counted from the start of the training; a step has `accumulate` of them.
         accumulate: batches of a rank in a step.
     """
 

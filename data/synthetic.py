@@ -41,7 +41,7 @@ SPLITS = {"train": 0, "eval": 1, "unseen": 2}
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows: one moving object, or two of different colours whose paths cross."""
+    """Content of a clip: one moving object, or two of different colours whose paths cross."""
 
     shape: str
     colour: str

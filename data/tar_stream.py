@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sharding:
-    """How shards are read."""
+    """Settings for reading shards."""
 
     concurrent_shards: int = setting(
         4, "shards that a process reads side by side; a multiple of run.workers, so that none is read twice"
@@ -54,7 +54,7 @@ class ShardedClips:
     An item is that of ClipDataset; `clip` is the sample's place among all of the shards.
 
     Args:
-        shards: those that are trained on.
+        shards: the shards to train on.
         buckets: shapes of the crops; clips too short for all of them are left out and named in the log.
         temporal_strides, flip, timeout: see ClipCrop.
         sharding: how shards are read. Skipped shards are left out of the order; a skipped sample's place is taken by

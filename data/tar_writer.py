@@ -51,15 +51,15 @@ def write_shards(
     """Write the clips of an index as tar shards, and the shards' index, which comes last.
 
     Clips are shuffled first, so that a shard is a random part of the whole. With buckets a shard holds clips of one bucket,
-    whose name it begins with: of mixed shards each bucket's reader skips what is the others'. An interrupted call continues
+    whose name it begins with: a reader of mixed shards would skip the samples of other buckets. An interrupted call continues
     behind the last whole shard.
 
     Args:
         index: clips.jsonl.
-        folder: of the shards.
+        folder: where the shards are written.
         per_shard: samples of a shard; the last one of a bucket has fewer.
-        seed: of the order.
-        buckets: those of the training.
+        seed: decides the order.
+        buckets: the buckets of the training.
         progress: show a bar.
 
     Raises UserError for a video that changed since it was prepared, and for a folder with other shards.

@@ -80,7 +80,7 @@ VideoSource = str | os.PathLike | VideoBytes
 
 @dataclass(frozen=True, eq=False)
 class VideoFacts:
-    """What a strict pass over a video found; sizes are those of the upright picture."""
+    """Facts from a strict pass over a video; sizes are those of the upright picture."""
 
     frames: int
     width: int
@@ -120,7 +120,7 @@ def decode_strictly(path: VideoSource, max_pixels: int | None = None) -> VideoFa
 
     Frames of more than `max_pixels` (width times height) are not decoded but raise; give it for files of strangers.
 
-    Refused: what is no video, holds no video stream or no frames, has a decoding error, a corrupt frame, timestamps
+    It refuses files that are no videos, have no video stream or no frames, a decoding error, a corrupt frame, timestamps
     that do not increase, a frame count other than the container's, a picture size that changes, pixels that are not
     square, an oblique rotation, and a file that `read_frames` would read differently. Most codecs carry no checksum:
     damage that leaves a legal stream passes (5 of 75 single flipped bits in an H.264 file).
@@ -282,13 +282,13 @@ def read_with_pyav(path: VideoSource, indices: list[int]) -> np.ndarray:
         _check_indices(path, indices, len(pts))
         index_of = {pts[i]: i for i in indices}
         container.seek(min(index_of), stream=stream)
-        found: dict[int, np.ndarray] = {}
+        frames_by_index: dict[int, np.ndarray] = {}
         for frame in container.decode(stream):
             if frame.pts in index_of:
-                found[index_of[frame.pts]] = _upright(path, frame)
-            if len(found) == len(index_of):
-                return np.stack([found[i] for i in indices])
-    raise UnreadableVideo(path, f"frame {min(set(indices) - set(found))} is not found by seeking; re-encode it")
+                frames_by_index[index_of[frame.pts]] = _upright(path, frame)
+            if len(frames_by_index) == len(index_of):
+                return np.stack([frames_by_index[i] for i in indices])
+    raise UnreadableVideo(path, f"frame {min(set(indices) - set(frames_by_index))} is not found by seeking; re-encode it")
 
 
 def _read_image(path: VideoSource, indices: list[int]) -> np.ndarray:
@@ -371,10 +371,10 @@ def _checked_frames(path: VideoSource, container: Any, stream: Any) -> Iterator[
                 raise UnreadableVideo(path, f"frame {count} is corrupt")
             if frame.pts is None or (previous is not None and frame.pts <= previous):
                 raise UnreadableVideo(path, f"the timestamp of frame {count} does not increase; re-encode it")
-            found = f"{frame.width}x{frame.height} rotated by {frame.rotation}"
-            geometry = geometry or found
-            if found != geometry:
-                raise UnreadableVideo(path, f"frame {count} is {found}, those before {geometry}; re-encode it")
+            shown_size = f"{frame.width}x{frame.height} rotated by {frame.rotation}"
+            geometry = geometry or shown_size
+            if shown_size != geometry:
+                raise UnreadableVideo(path, f"frame {count} is {shown_size}, those before {geometry}; re-encode it")
             count, previous = count + 1, frame.pts
             yield frame
 

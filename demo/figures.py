@@ -1,4 +1,4 @@
-"""What the demo measures once everything is trained: reconstructions, samples, prompt accuracy and seconds, as a report."""
+"""Measurements of the trained demo for its report: reconstructions, samples, prompt accuracy and seconds."""
 
 import copy
 import time
@@ -186,13 +186,13 @@ def summarise(config: DemoConfig, measured: Measured) -> list[str]:
 
 
 def curves(config: DemoConfig) -> dict[str, list[tuple[float, float]]]:
-    """Return what was logged so far: the validation PSNR of each stage and the training loss of text-to-video."""
-    found = {
+    """Return the curves logged so far: the validation PSNR of each stage and the training loss of text-to-video."""
+    curves_by_name = {
         f"Validation PSNR, dB/{stage.ratio}x": points(stage_folder(config, stage.ratio) / "metrics.jsonl", "psnr")
         for stage in config.stages
     }
-    found["Training loss of text-to-video/"] = points(video_folder(config) / "metrics.jsonl", "loss")
-    return {name: values for name, values in found.items() if values}
+    curves_by_name["Training loss of text-to-video/"] = points(video_folder(config) / "metrics.jsonl", "loss")
+    return {name: values for name, values in curves_by_name.items() if values}
 
 
 def points(file: Path, key: str) -> list[tuple[float, float]]:

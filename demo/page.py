@@ -1,4 +1,4 @@
-"""The demo's page while it trains: rewritten now and then from what the run's files say."""
+"""The demo's page while it trains: rewritten now and then from the files of the run."""
 
 import json
 import threading
@@ -31,22 +31,22 @@ class Part:
 
 def parts(config: DemoConfig) -> list[Part]:
     """Return the parts of a run in order."""
-    found = []
+    run_parts = []
     for stage in config.stages:
         steps, frames = stage.optimization.steps, stage.frames * stage.optimization.batch_size
         latent = min(stage.latent_pretrain_steps, steps)
         cost = GROWN_FRAME if stage.growth else BASE_FRAME
         seconds = frames * (latent * LATENT_FRAME + (steps - latent) * cost)
         folder = stage_folder(config, stage.ratio)
-        found.append(Part(f"1/3 tokenizer, {stage.ratio}x", seconds, _trained(folder, steps)))
+        run_parts.append(Part(f"1/3 tokenizer, {stage.ratio}x", seconds, _trained(folder, steps)))
     cached = config.synthetic_clips * config.frames * CACHED_FRAME
-    found.append(Part("2/3 caching latents", cached, lambda: _cached(config)))
+    run_parts.append(Part("2/3 caching latents", cached, lambda: _cached(config)))
     sizes = (config.frames, config.size, config.size)
     mean = sum(tokens(*sizes, ratio, config.transformer.patch_size) for ratio in config.ratios) / len(config.ratios)
     seconds = config.diffusion.steps * config.diffusion.batch_size * mean * TOKEN
-    found.append(Part("2/3 text-to-video", seconds, _trained(video_folder(config), config.diffusion.steps)))
+    run_parts.append(Part("2/3 text-to-video", seconds, _trained(video_folder(config), config.diffusion.steps)))
     last = FIGURES + (0 if config.videos else len(config.ratios) * config.scored * SCORED_VIDEO)
-    return [*found, Part("3/3 samples, scores and timings", last, lambda: 0.0)]
+    return [*run_parts, Part("3/3 samples, scores and timings", last, lambda: 0.0)]
 
 
 def _trained(folder: Path, steps: int) -> Callable[[], float]:

@@ -28,7 +28,7 @@ OPEN_FILES = 128  # maximum number of shards that one reader keeps mapped into m
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a cache was made from; two caches are interchangeable only if all of it agrees."""
+    """Identity of a cache's inputs; two caches are interchangeable only if every field agrees."""
 
     hashed: ClassVar[Mapping[str, str]] = {}  # fields that are hashes: what to say where one differs
 

@@ -20,7 +20,7 @@ from promag.training.config import setting
 
 @dataclass(frozen=True)
 class Condition:
-    """How often, and on how many first latent frames, the training conditions."""
+    """Share of clips that are conditioned on their first latent frames, and the number of these frames."""
 
     probability: float = setting(0.0, "fraction of clips with conditioning frames; 0 trains only text-to-video")
     frames: int = setting(1, "maximum number of conditioning latent frames; each number from 1 up is equally likely")

@@ -43,7 +43,7 @@ Scale = Literal["channel", "global"]
 
 @dataclass(frozen=True)
 class LatentFingerprint(Fingerprint):
-    """What a cache of latents was made from."""
+    """Identity of the inputs of a cache of latents."""
 
     hashed: ClassVar[Mapping[str, str]] = {
         "tokenizer": "another tokenizer",
@@ -61,7 +61,7 @@ class LatentFingerprint(Fingerprint):
 
 
 class Clips(Protocol):
-    """What is cached: clip i as a mapping with video (C T H W), caption and fps."""
+    """Clips to cache: clip i is a mapping with video (C T H W), caption and fps."""
 
     def fixed(self, index: int) -> Mapping[str, Any]:
         """Return clip `index`."""
@@ -88,9 +88,9 @@ def write_latents(
     number of processes and interruptions.
 
     Args:
-        caches: folder of each cache, and what it is to hold. An interrupted one continues at the first missing shard.
+        caches: fingerprint of each cache, by its folder. An interrupted cache continues at the first missing shard.
         count: clips in all.
-        clips: what is encoded.
+        clips: the clips to encode.
         encode: B C T H W and ratios -> b c t h w for each of those ratios.
         batch_size: clips per call of `encode`.
         workers: processes that decode clips ahead for each process that encodes; 0 decodes in that one.
@@ -122,7 +122,7 @@ def write_latents(
 
 @dataclass(frozen=True)
 class _Batches:
-    """Which clips are read, in what order: those of some shards, in batches that never cross shards."""
+    """Order in which clips are read for some shards, in batches that never cross shards."""
 
     shards: Sequence[int]
     clips: int

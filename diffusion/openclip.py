@@ -28,7 +28,7 @@ class OpenCLIPTextModel(SafetensorsOnly, ModelMixin, ConfigMixin):
         embed_dim: width of the pooled vector.
         text_cfg: the text part of the OpenCLIP model's configuration.
         quick_gelu: whether the model was trained with the quick approximation of GELU.
-        pad_token_id: what the tower was trained to see after a text's end.
+        pad_token_id: the token that fills up a text, as in the tower's own training.
     """
 
     __module__ = "promag"

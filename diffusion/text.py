@@ -129,7 +129,7 @@ def load_frozen(model: str, weights: str | None, max_length: int, number: int = 
 
     Args:
         model: a folder or hub name of a T5, UMT5 or CLIP model of transformers, or open_clip:NAME.
-        weights: of an OpenCLIP model, by tag or file; None for models of transformers.
+        weights: tag or file of an OpenCLIP model's weights; None for models of transformers.
         max_length: text tokens; longer captions are cut.
         number: which of its text encoders, where `model` is a pipeline's folder.
 

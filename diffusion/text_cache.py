@@ -40,7 +40,7 @@ BATCH = 32  # captions encoded at once
 
 @dataclass(frozen=True)
 class TextFingerprint(Fingerprint):
-    """What a cache of embeddings was made from."""
+    """Identity of the inputs of a cache of embeddings."""
 
     hashed: ClassVar[Mapping[str, str]] = {
         "encoder": "another text encoder",
@@ -81,8 +81,8 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
     interruptions.
 
     Args:
-        folder: of the cache. An interrupted one continues at the first missing shard.
-        fingerprint: what it is to hold.
+        folder: folder of the cache. An interrupted cache continues at the first missing shard.
+        fingerprint: the texts and the encoder that the cache is made from.
         latents: folder of the whole cache of latents that has the captions.
         load: returns the text tokenizer and the encoder; not called where nothing is missing.
 
@@ -176,9 +176,9 @@ class CaptionEncoder(nn.Module):
     """Encodes the captions of a training: cached embeddings of frozen encoders, and a small trained text model.
 
     Args:
-        caches: for each encoder, in order: its cache, or None for the text model that learns.
-        tokenizer: of the text model that learns.
-        model: the text model that learns.
+        caches: for each encoder, in order: its cache, or None for the trained text model.
+        tokenizer: tokenizer of the trained text model.
+        model: the trained text model.
     """
 
     def __init__(self, caches: Sequence[EmbeddingCache | None], tokenizer: Any = None, model: Any = None):

@@ -301,7 +301,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
             encoder_hidden_states: text tokens, b L text_dim; a sequence of them from several text encoders.
             encoder_attention_mask: b L, nonzero where a text token is real; a sequence likewise.
             pooled_projections: b pooled_dim, where the model has `pooled_dim`.
-            temporal_ratio: of all the latents.
+            temporal_ratio: temporal ratio of all latents in the batch.
             fps: pixel frames per second, one for all or (b,).
             attention_kwargs: may hold `scale`, the weight of LoRA adapters.
             return_dict: return an output object instead of a tuple.

@@ -1,1 +1,1 @@
-"""What token budgets give and cost: reconstruction, prompt accuracy, time, memory."""
+"""Quality and cost by token budget: reconstruction, prompt accuracy, time, memory."""

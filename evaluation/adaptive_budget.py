@@ -22,7 +22,7 @@ from .budgets import Budget
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a target costs: levels by part, tokens, and the cheapest fixed level whose worst part is no worse."""
+    """Cost of a target: levels by part, tokens, and the cheapest fixed level whose worst part is no worse."""
 
     target: float  # dB
     levels: tuple[str, ...]  # chosen for each part
@@ -124,7 +124,7 @@ def adaptive_figures(
         shape: frames, height and width of a clip.
         segment: frames of a segment, 1 + r*N at every level.
         target: PSNR in dB of `by_clip` and `by_segment`; `sweep_by_clip` and `sweep_by_segment` have every half dB.
-        precision: of coding the segments.
+        precision: precision in which models with float32 weights run.
 
     Tokens are those of patches of 1x2x2, or of single latent positions where these do not divide the latent.
     """

@@ -59,7 +59,7 @@ class Budget:
         return self.channels * positions
 
     def facts(self, frames: int, height: int, width: int) -> dict[str, Any]:
-        """Return what follows from a clip's size: ratios, latent frames, tokens by patch size, values and bits per pixel."""
+        """Return what a clip's size decides: ratios, latent frames, tokens by patch size, values and bits per pixel."""
         values = self.latent_values(frames, height, width)
         pixels = frames * height * width
         return {
@@ -110,7 +110,7 @@ class MeasuredModel(torch.nn.Module):
 
     @property
     def device(self) -> Any:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.budget.model.device
 
     @property
@@ -160,13 +160,13 @@ def compare_reconstructions(
     The figures are those of `evaluate_fully`, and `kl_bits_per_pixel` (bitrate.py; None where a model has no variance).
 
     Args:
-        budgets: what is compared.
+        budgets: the budgets to compare.
         clips: an open dataset; the first frames of each clip are taken, as `promag evaluate-tokenizer` does.
         folder: where the videos are written, one file for each clip and budget.
         lpips: an `LPIPS`; see `evaluate_fully`.
         features: a `VideoFeatures`; see `evaluate_fully`.
         on_progress: called with a line after each budget.
-        precision: in which models with float32 weights run.
+        precision: precision in which models with float32 weights run.
     """
     names = (ORIGINAL, *(budget.name for budget in budgets))
     facts, pixels = [], 0

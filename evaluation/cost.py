@@ -1,4 +1,4 @@
-"""What a token budget costs a transformer: arithmetic, time and memory, at one clip length and over many.
+"""Cost of a token budget for a transformer: arithmetic, time and memory, at one clip length and over many.
 
 Weights are untrained and latents random: cost does not depend on them. Budgets are measured in turns, round after round, so
 that a slow moment of the machine affects all of them. Clip lengths that exceed a limit of time are extrapolated by a curve in
@@ -102,7 +102,7 @@ class TransformerAlone(Objective):
         self.transformer = transformer
 
     def matrices(self) -> list[torch.nn.Parameter]:
-        """Return what Muon trains."""
+        """Return the weights that Muon trains."""
         return hidden_matrices(self.transformer)
 
 
@@ -238,7 +238,7 @@ def sampling(
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured."""
+    """Extent of the measurement."""
 
     batch: int  # clips in a training step
     steps: int  # denoising steps of a video; 0 leaves denoising out

@@ -1,4 +1,4 @@
-"""How well a trained pipeline generates at each token budget that it was trained for.
+"""Quality of generated videos at each token budget that a pipeline was trained for.
 
 Videos are uint8 (T, H, W, 3). Prompts are captions of generated clips, so that a scorer can read the videos.
 """

@@ -63,7 +63,7 @@ class ShardedMemory:
 def sharded_memory(
     transformer: ProMAGTransformer3DModel, text: Iterable[nn.Parameter], by_muon: Iterable[nn.Parameter], world: int
 ) -> ShardedMemory:
-    """Return what each of `world` processes holds under bf16, where the rows of each weight are divided, rounded up."""
+    """Return the memory of each of `world` processes under bf16, where the rows of each weight are divided, rounded up."""
     muon_ids = {id(p) for p in by_muon}
     trained = [*transformer.parameters(), *text]
     # Copies of a weight's size: itself, gradient, average, and one moment under Muon or two under AdamW.
@@ -77,7 +77,7 @@ def sharded_memory(
 
 
 def static_memory(trained: Iterable[nn.Parameter], by_muon: Iterable[nn.Parameter]) -> StaticMemory:
-    """Return what `trained` weights take: Muon keeps one moment of its weights, AdamW two and a step count of the others."""
+    """Return the memory of `trained` weights: Muon keeps one moment of its own, AdamW two and a step count of the others."""
     by_muon = list(by_muon)
     muon_ids = {id(p) for p in by_muon}
     by_adamw = [p for p in trained if id(p) not in muon_ids]

@@ -1,4 +1,4 @@
-"""What a call of the pipeline gets: arguments, which are checked, encoded prompts, and first frames.
+"""Inputs of a pipeline call: checked arguments, encoded prompts, and conditioning frames.
 
 An illegal argument is a ValueError that names what is legal. Users give and get plain tensors of prompts, or a sequence of them
 with one for each of several text encoders. Shapes: b videos, L text tokens, D width; masks b L, nonzero where a token is real;
@@ -192,8 +192,8 @@ class Prompts:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.negative is not None and (found := len(self.negative.tokens[0])) != (needed := len(self)):
-            raise ValueError(f"negative prompts: {found} for {needed} videos; give as many as prompts")
+        if self.negative is not None and (count := len(self.negative.tokens[0])) != (needed := len(self)):
+            raise ValueError(f"negative prompts: {count} for {needed} videos; give as many as prompts")
 
     def __len__(self) -> int:
         return len(self.text.tokens[0])
@@ -270,16 +270,18 @@ def _leaves(given: Any, name: str, size: tuple[int, int]) -> Any:
             raise ValueError(f"{name}: an empty list; at least one picture is needed")
         return [_leaves(part, name, size) for part in given]
     if isinstance(given, Image.Image):
-        found, given = given.size[::-1], given.convert("RGB")
+        given_size, given = given.size[::-1], given.convert("RGB")
     elif isinstance(given, np.ndarray | Tensor) and given.ndim >= 3:
-        found = tuple(given.shape[-2:]) if isinstance(given, Tensor) else given.shape[-3:-1]
+        given_size = tuple(given.shape[-2:]) if isinstance(given, Tensor) else given.shape[-3:-1]
         _check_values(given, name)
     else:
         raise ValueError(
             f"{name} of type {type(given).__name__}: a PIL picture, an array, a tensor or a list of them is needed"
         )
-    if found != size:
-        raise ValueError(f"{name} of {found[0]}x{found[1]} (height x width): {size[0]}x{size[1]} is needed, as are made")
+    if given_size != size:
+        raise ValueError(
+            f"{name} of {given_size[0]}x{given_size[1]} (height x width): {size[0]}x{size[1]} is needed, as are made"
+        )
     return given
 
 

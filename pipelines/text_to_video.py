@@ -80,7 +80,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         height: default height in pixels, what the model was trained on; likewise the next four.
         width: default width in pixels.
         num_frames: default frames.
-        fps: default frame rate that the model is told.
+        fps: default frame rate of a video, an input of the transformer.
         temporal_ratio: default temporal ratio.
 
     Raises UserError for a text encoder that was loaded from a file without some of its tensors.
@@ -173,7 +173,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
 
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:
-        """What the call under way got."""
+        """The value in the running call."""
         return self._attention_kwargs
 
     @property
@@ -280,7 +280,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
 
         Args:
             prompt: one text or a list of texts.
-            negative_prompt: what guidance moves away from; None is the empty text, which was trained as "no caption".
+            negative_prompt: text that guidance moves away from; None is the empty text, which was trained as "no caption".
             height: pixels, a multiple of 8 times the transformer's patch; None is the trained size.
             width: likewise.
             num_frames: 1 + temporal_ratio*k; None is the trained count.
@@ -288,14 +288,14 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
             guidance_scale: 1 and less turn guidance off.
             num_videos_per_prompt: videos of each prompt.
             temporal_ratio: token budget to sample at, one that the transformer was trained on.
-            fps: frame rate the transformer is told, above 0.
+            fps: frame rate of the video, an input of the transformer; above 0.
             image: the first frame: a picture of the video's size (PIL, array H W C or tensor C H W in [0, 1]), one for all
                 prompts or a list with one for each.
             video: a clip to continue, likewise (a list of pictures, T H W C or T C H W). Its last frames open the new video:
                 as many as the transformer was trained to be given, 1 + temporal_ratio*k of them.
-            generator: of the noise: one per video, or one from which the videos' noise is drawn in turn.
-            latents: first noise, b c t h w, instead of drawn noise; below strength 1, what to refine: latents of this ratio as
-                output_type "latent" returns them.
+            generator: source of the noise: one per video, or one that draws the noise of all videos in turn.
+            latents: noise to start from, b c t h w, instead of drawn noise. Below strength 1 they are the latents to refine, at
+                this ratio, as output_type "latent" returns them.
             denoise_strength: share of the steps that are made, the last ones. Below 1 they start from `latents`, noised to the
                 time of the first of them (SDEdit, arXiv 2108.01073); 0 returns them unchanged.
             prompt_embeds: instead of `prompt`; this and the next five are what `encode_prompt` returns, a row for each prompt.

@@ -1,1 +1,1 @@
-"""What people look at: reports and pages, contact sheets, model cards, the web app."""
+"""Reports and pages, contact sheets, model cards, and the web app."""

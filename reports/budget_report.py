@@ -36,12 +36,12 @@ class BudgetReport:
     """Everything that the page shows.
 
     Args:
-        title: of the page.
+        title: title of the page.
         budgets: figures by name, as `promag compare-budgets` records them; the levels of the checkpoint, most tokens
             first, then other autoencoders.
         levels: names of the checkpoint's levels.
         clips: in the order of `per_clip` of the figures.
-        adaptive: what `adaptive_figures` returned, or None.
+        adaptive: the result of `adaptive_figures`, or None.
         curves: points (frames, value, measured) by plot and line.
         generation: figures by pipeline and ratio.
         facts: how the figures were measured.
@@ -211,7 +211,7 @@ def _rate_plots(report: BudgetReport) -> dict[str, Markup]:
 
 
 def _levels(report: BudgetReport, colours: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the slider of the target PSNR needs: PSNR of clips and segments at each level, and the levels' tokens."""
+    """Return the data of the target slider: PSNR of clips and segments at each level, and the levels' tokens."""
     assert report.adaptive is not None
     clips = [[part[name] for name in report.levels] for part in report.adaptive["clip_psnr"]]
     segments = [[[part[name] for name in report.levels] for part in clip] for clip in report.adaptive["segment_psnr"]]

@@ -116,10 +116,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an unfinished run is.
+    """Progress of an unfinished run.
 
     Args:
-        stage: what runs now, for example "1/3 tokenizer, 8x: step 120 of 400".
+        stage: the running part, for example "1/3 tokenizer, 8x: step 120 of 400".
         fraction: share of the whole run that is done, in [0, 1].
         seconds_left: expected time to go; None while it is not known.
         reload_seconds: the open page loads itself again after so many seconds, unless its reader has paused the videos.

@@ -18,9 +18,9 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
     Args:
         pipe: the pipeline.
         name: folder, as users give it.
-        records: what `promag evaluate-pipeline` records of it.
-        recipe: of each training: ratios, shapes (clips), frames, size, caption_weights, steps, batch (samples a step, of all
-            processes), learning_rate, muon, ema_decay, shift, seconds, machines.
+        records: the lines that `promag evaluate-pipeline` records for it.
+        recipe: one mapping per training, with ratios, synthetic_clips, frames, size, caption_weights, steps, batch (samples a
+            step, of all processes), learning_rate, muon_learning_rate, ema_decay, shift, seconds and machines.
     """
     first = records[0]
     guessing = ", ".join(f"{part} {100 * value:.0f} %" for part, value in chance().items() if part != "all")

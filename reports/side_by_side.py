@@ -60,10 +60,10 @@ class Film:
     """Labelled videos of one shape as the tiles of one mp4, row by row.
 
     Args:
-        labels: of the tiles, in order.
+        labels: labels of the tiles, in order.
         shape: (frames, height, width) of one video, before it is enlarged.
         fps: frames a second.
-        scale: by how much pixels are enlarged.
+        scale: factor by which pixels are enlarged.
         columns: tiles in a row.
         mp4: the file.
     """
@@ -93,7 +93,7 @@ class Film:
 
     @property
     def layout(self) -> dict[str, int]:
-        """Where the player of the page finds a tile."""
+        """Position of each tile, for the player of the page."""
         return {"height": self.shape[1], "width": self.shape[2], "scale": self.scale, "columns": self.columns, "gap": GAP}
 
 

@@ -24,9 +24,9 @@ class Line:
     """One figure of every column; None was not measured.
 
     Args:
-        label: what the figure is.
+        label: name of the figure.
         values: by column. Those behind the first are compared with it in small print.
-        digits: after the point; None writes three significant ones.
+        digits: digits after the point; None writes three significant digits.
         better: 1 where higher is better, -1 where lower is, 0 where neither.
         words: compare by a factor, for example "2.0× fewer" or "2.0× more"; without, by the difference.
         compared: whether to compare at all.
@@ -49,7 +49,7 @@ class Line:
     hint: str = ""
 
     def cells(self) -> list[Cell]:
-        """Return what stands in each column."""
+        """Return the text of each column."""
         best = self._best()
         return [
             Cell(None, reason=self.reasons[i] if self.reasons else None)

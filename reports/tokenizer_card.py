@@ -39,10 +39,10 @@ def tokenizer_card(
     Args:
         name: folder of the checkpoint, as users give it.
         shape: parameters, latent_channels, temporal_ratios, dtype.
-        record: what `promag evaluate-tokenizer` records, of the published weights.
-        recipe: of each stage: ratio, frames, size, steps, batch_size, learning_rate, muon, loss, seconds, encoder, decoder, and
-            also: the share of the steps by other source, and machines.
-        sources: of each source of the training clips: repository, commit, licence, clips.
+        record: the line that `promag evaluate-tokenizer` records for the published weights.
+        recipe: one mapping per stage, with ratio, frames, size, steps, batch_size, learning_rate, muon_learning_rate, loss,
+            seconds, encoder, decoder, machines and extra_sources (share of the steps by source).
+        sources: one mapping per source of training clips, with repository, commit, licence and clips.
         credits: Markdown, under the table of sources.
     """
     ratios = [f"{ratio}x" for ratio in shape["temporal_ratios"]]

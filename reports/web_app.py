@@ -41,8 +41,8 @@ class AppBackend:
         tokenizer: reconstructs videos.
         pipe: samples videos; without, `lengths`, `costs` and `sample` cannot be called.
         pace: how fast this machine was at each ratio.
-        limits: of uploaded videos.
-        precision: of sampling and reconstructing.
+        limits: limits for uploaded videos.
+        precision: precision of sampling and reconstructing.
     """
 
     def __init__(self, tokenizer: Any, pipe: Any, pace: Pace, limits: UploadLimits, precision: Precision = "auto"):

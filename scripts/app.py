@@ -55,9 +55,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is every one of this machine")
     parser.add_argument("--port", type=int, default=7860, help="port to serve at")
     share(parser, "--precision")
-    parser.add_argument("--max-megabytes", type=float, default=limits.megabytes, help="of an uploaded video")
-    parser.add_argument("--max-seconds", type=float, default=limits.seconds, help="of an uploaded video")
-    parser.add_argument("--max-frames", type=int, default=limits.frames, help="of an uploaded video")
+    parser.add_argument("--max-megabytes", type=float, default=limits.megabytes, help="size limit of an upload")
+    parser.add_argument("--max-seconds", type=float, default=limits.seconds, help="length limit of an upload")
+    parser.add_argument("--max-frames", type=int, default=limits.frames, help="frame limit of an upload")
     return parser.parse_args(argv)
 
 

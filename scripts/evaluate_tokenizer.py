@@ -62,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
         videos = (clips.fixed(i)["video"][None] for i in range(len(clips)))
         results[ratio]["lift"] = evaluate_lift(model, videos, ratio, precision)
         figures = {key: value for key, value in results[ratio].items() if isinstance(value, int | float)}
-        found = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        print(f"{ratio:>3}x  {found}  ({time.perf_counter() - started:.1f} s)")
+        summary = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        print(f"{ratio:>3}x  {summary}  ({time.perf_counter() - started:.1f} s)")
         for low, lifted in results[ratio]["lift"].items():
             print(f"      lifted to {low}x  latent error {lifted['latent_error']:.4g}  psnr {lifted['psnr']:.4g}")
     if arguments.contact_sheet:

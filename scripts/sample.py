@@ -54,11 +54,11 @@ def main(argv: Sequence[str]) -> int:
             for video in batch:
                 order, place = requests[len(videos)], _numbered(arguments.out, len(videos), len(requests))
                 videos.append(video)
-                said = write(place, video, fps, arguments.crf)
+                summary = write(place, video, fps, arguments.crf)
                 if clip:
                     similarities.append(clip(video, order.prompt))
-                    said += f", CLIP similarity {similarities[-1]:.4f}"
-                print(f"{place}: {order.prompt!r}, seed {order.seed}, {said}", flush=True)
+                    summary += f", CLIP similarity {similarities[-1]:.4f}"
+                print(f"{place}: {order.prompt!r}, seed {order.seed}, {summary}", flush=True)
     except ValueError as error:
         raise UserError(str(error)) from None
     _write_overviews(arguments, prompts, videos, fps)
@@ -78,8 +78,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("checkpoint", help="folder of a pipeline")
     add("--prompt", action="append", default=[], help="text; give it again for more videos")
     add("--prompt-file", type=Path, help="text file with a prompt a line, after those of --prompt; empty lines do not count")
-    add("--negative-prompt", default="", help="what guidance moves away from")
-    add("--seed", type=int, nargs="+", default=[0], help="of the noise; every prompt is sampled at each")
+    add("--negative-prompt", default="", help="text that guidance moves away from")
+    add("--seed", type=int, nargs="+", default=[0], help="seeds of the noise; every prompt is sampled at each")
     add("--out", type=Path, required=True, help="mp4 or GIF file; several videos are numbered")
     add("--grid", type=Path, help="mp4 or GIF file with all videos in step: with several seeds, a row for each prompt")
     share(parser, "--contact-sheet")
@@ -92,7 +92,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--draft-steps", type=int, help="denoising steps of the draft; left out: --steps")
     add("--denoise-strength", type=float, help="share of --steps that refine a draft, 0 to below 1; left out: 0.5")
     share(parser, "--steps", "--guidance", "--batch-size", "--precision")
-    add("--fps", type=float, help="frame rate told to the model and written; left out: as trained")
+    add("--fps", type=float, help="frame rate of the video, an input of the model; left out: as trained")
     add("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")
@@ -218,8 +218,8 @@ def _write_overviews(arguments: argparse.Namespace, prompts: Sequence[str], vide
     seeds = arguments.seed
     if arguments.grid:
         columns = len(seeds) if len(seeds) > 1 else math.ceil(math.sqrt(len(prompts)))
-        said = write(arguments.grid, grid(videos, columns), fps, arguments.crf)
-        print(f"{arguments.grid}: {_count(videos)}, {columns} in a row, {said}")
+        summary = write(arguments.grid, grid(videos, columns), fps, arguments.crf)
+        print(f"{arguments.grid}: {_count(videos)}, {columns} in a row, {summary}")
     if arguments.contact_sheet:
         rows = [videos[i : i + len(seeds)] for i in range(0, len(videos), len(seeds))]
         clips = [

@@ -30,7 +30,7 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerDataConfig:
-    """What is trained on and what is looked at."""
+    """Clips for training and for validation."""
 
     train: str = setting(
         "clips-train.jsonl", "clips.jsonl, a pattern of tar shards with braces or wildcards, or synthetic for generated clips"

@@ -34,7 +34,7 @@ RESIDUAL_LOGVAR = -6.0  # of the residual half of a dual latent at the start: li
 
 @dataclass(frozen=True)
 class Growth:
-    """How one level is grown; stored per level in the autoencoder's config."""
+    """Settings of one growth stage; the autoencoder's config stores them per level."""
 
     mixing: Mixing = setting("attention", "how key-frame features join those of all frames; none takes no key frames")
     birth: bool = setting(True, "the new latent starts as the key frames' latent; false: as what the head says alone")

@@ -1,4 +1,4 @@
-"""What the tokenizer is trained on.
+"""Losses of the tokenizer.
 
 Shapes: B C T H W pixels in [-1, 1], b c t h w latents. L1 and a small KL as in latent diffusion autoencoders
 (arXiv 2112.10752, sec. 3.1); the KL weight is our choice, the paper's is not known to us.

@@ -169,7 +169,7 @@ def evaluate_fully(
         temporal_ratio: one of the model's.
         lpips: an `LPIPS`, for the key lpips, which is None without.
         features: a `VideoFeatures`, for the key fvd, which is None without and with fewer than 2 clips.
-        precision: of models with float32 weights.
+        precision: precision in which models with float32 weights run.
 
     Beside the keys of `evaluate`: ms_ssim; flicker; high_frequency; psnr_key and psnr_between (means of per-frame PSNR over
     frames 0, r, 2r, ... and over the others); psnr_every_2nd and psnr_every_4th (frames 0, 2, 4, ... and 0, 4, 8, ...,

@@ -26,10 +26,10 @@ def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device
     """Shard the units' weights over `world` processes, in place, and move all else to `device`.
 
     Args:
-        objective: what holds the units; every weight that is trained must be in one of them.
+        objective: the module that contains the units; every trained weight must lie in one of them.
         units: modules whose weights are gathered together, inner ones before those around them.
-        device: of this process.
-        world: processes.
+        device: device of this process.
+        world: number of processes.
         bf16: gather the weights of inner units in bfloat16; gradients are summed in float32 all the same.
 
     Returns a function that replaces the sharded modules, which can be neither copied nor saved, by plain ones on the CPU.

@@ -40,7 +40,7 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What may change from one call to the next without changing what is learned."""
+    """Settings of a call that do not change what is learned."""
 
     log_every: int = setting(25, "steps between two log lines")
     validate_every: int = setting(500, "steps between two validations")
@@ -72,7 +72,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call of `train` ended with."""
+    """Result of a call of `train`."""
 
     step: int
     seconds: float
@@ -81,7 +81,7 @@ class Outcome:
 
 
 class Objective(nn.Module):
-    """What is minimised: called with a batch and a generator for each of its samples; returns scalars, `loss` among them."""
+    """The loss to minimise: called with a batch and a generator per sample; returns scalars, `loss` among them."""
 
     def separately_clipped(self) -> list[nn.Module]:
         """Return modules whose gradients are clipped separately, each by its own norm."""
@@ -100,7 +100,7 @@ class Objective(nn.Module):
         return []
 
     def work(self, batch: dict[str, Any]) -> Work | None:
-        """Return what a batch asks of the model, for the throughput in the log; None where it is not counted."""
+        """Return the work of a batch, for the throughput in the log; None where it is not counted."""
         return None
 
     def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How one stage is optimised: settings, learning rates, and the optimisers: AdamW, with Muon beside it where asked for."""
+"""Optimisation of one stage: settings, learning rates, and the optimisers, AdamW alone or with Muon for the matrices."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ NEWTON_SCHULZ_STEPS = 4  # of Muon: one fewer than its authors', a fifth cheaper
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """How one stage is optimised."""
+    """Settings for optimising one stage."""
 
     steps: int = setting(10_000, "optimiser steps of the stage")
     batch_size: int = setting(4, "clips per process and batch")
@@ -146,8 +146,8 @@ class Muon(torch.optim.Muon):
     Args:
         weights: at least two axes, outputs first, in the memory layout and on the device where they will stay; or groups
             of them, as torch's optimisers take.
-        dtype: in which matrices are orthogonalised; torch.optim.Muon always does so in bfloat16.
-        options: those of torch.optim.Muon.
+        dtype: type in which matrices are orthogonalised; torch.optim.Muon always takes bfloat16.
+        options: keyword arguments of torch.optim.Muon.
 
     `weights` are trained in place. The optimiser's own parameters are their matrix views, in the same order, and its state
     has the shape of those. Of weights that are spread over processes (fsdp.py), which must be matrices, they are the parts
@@ -274,7 +274,7 @@ def _orthogonal(updates: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 
 def _orthogonal_step(update: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
-    """Return what torch.optim.Muon adds to a matrix at a learning rate of 1: it steps a matrix of zeros, without momentum."""
+    """Return the update of torch.optim.Muon at a learning rate of 1, by stepping a matrix of zeros without momentum."""
     if dtype != torch.bfloat16:
         return -_adjust_lr(1.0, group["adjust_lr_fn"], update.shape) * _orthogonal(update[None].to(dtype), group)[0].float()
     matrix = nn.Parameter(torch.zeros_like(update))

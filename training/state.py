@@ -15,7 +15,7 @@ from .run import load_checkpoint
 
 
 class State:
-    """What a checkpoint holds: weights, their averages, optimiser moments, buffers; step, seconds and skipped steps."""
+    """Content of a checkpoint: weights, their averages, optimiser moments, buffers; step, seconds and skipped steps."""
 
     def __init__(
         self,

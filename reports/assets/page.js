@@ -237,7 +237,7 @@ function startViewer(root) {
     $("tiles").classList.toggle("zoomed", view.zoom > 1);
     $("zoom-reset").textContent = `${Number(view.zoom.toFixed(1))}×`;
   }
-  function placeOf(event) {
+  function pointAt(event) {
     const box = event.currentTarget.getBoundingClientRect();
     return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
   }
@@ -267,12 +267,12 @@ function startViewer(root) {
     });
     for (const name of ["pointerup", "pointercancel", "pointerleave"])
       frame.addEventListener(name, event => { view.fingers.delete(event.pointerId); view.distance = 0; });
-    frame.addEventListener("click", event => { if (!view.moved && view.zoom === 1) look(3, ...placeOf(event)); });
+    frame.addEventListener("click", event => { if (!view.moved && view.zoom === 1) look(3, ...pointAt(event)); });
     frame.addEventListener("dblclick", () => { if (view.zoom > 1 && !view.moved) look(1, 0.5, 0.5); });
     frame.addEventListener("wheel", event => {
       if (!event.ctrlKey && view.zoom === 1) return;  // a wheel without Ctrl scrolls the page until one has zoomed in
       event.preventDefault();
-      look(view.zoom * Math.exp(-event.deltaY / 300), ...(view.zoom === 1 ? placeOf(event) : [view.cx, view.cy]));
+      look(view.zoom * Math.exp(-event.deltaY / 300), ...(view.zoom === 1 ? pointAt(event) : [view.cx, view.cy]));
     }, {passive: false});
   }
 

@@ -39,19 +39,19 @@ class Baseline:
     """Another architecture."""
 
     name: str = required("class of diffusers, AutoencoderKLWan for example")
-    config: dict[str, Any] = required("what it is built with")
+    config: dict[str, Any] = required("keyword arguments of the class")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One way to reach a ratio. Exactly one of `base`, `model` and `baseline` says what it starts from."""
 
-    name: str = required("what the results call it")
+    name: str = required("name in the results")
     seeds: tuple[int, ...] = setting((0,), "one training for each")
     base: str | None = setting(None, "an earlier variant whose tokenizer, of the same seed, it continues")
     model: AutoencoderConfig | None = setting(None, "a tokenizer of ours from scratch")
     baseline: Baseline | None = setting(None, "another architecture from scratch")
-    stages: tuple[StageConfig, ...] = required("what is trained, one after the other")
+    stages: tuple[StageConfig, ...] = required("stages to train, one after the other")
 
     def __post_init__(self) -> None:
         """Raise ValueError unless one start is given."""

@@ -13,16 +13,12 @@ from safetensors.torch import load_file
 from promag.data.video import decode_strictly, read_frames
 from promag.scripts import (
     cache_latents,
-    curves,
     evaluate_tokenizer,
     reconstruct,
     sample,
     train_diffusion,
     train_tokenizer,
 )
-from promag.scripts.benchmarks import latent_cache as benchmark_cache
-from promag.scripts.benchmarks import long_video
-from promag.scripts.benchmarks import transformer as benchmark
 from promag.training.config import UserError
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
 
@@ -141,44 +137,6 @@ def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, 
             evaluate_tokenizer.main([*arguments, *change])
 
 
-def test_curves_draws_what_was_logged(demo_run, tmp_path):
-    stage, out = demo_run / "tokenizer-run" / "4x", tmp_path / "curve.svg"
-    logged = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in logged if "loss" in record]
-    curves.main(["plot", f"ours={stage}", "--keys", "loss", "--out", str(out)])
-    assert f"ours: {losses[-1]:.2f} at 2" in out.read_text()
-    curves.main(["plot", f"ours={stage}", "--keys", "loss", "l1", "--out", str(out), "--mean-over", "2"])
-    assert f"ours loss: {sum(losses) / 2:.2f} at 2" in out.read_text()
-    assert "ours l1: " in out.read_text()
-    for stages, keys, message in (
-        ("ours", "loss", "ours: NAME=FOLDER is needed"),
-        (f"ours={tmp_path}", "loss", r"has no metrics\.jsonl"),
-        (f"ours={stage}", "lpips", "no metric 'lpips'; use one of clips, gradient_norm, "),
-    ):
-        with pytest.raises(UserError, match=message):
-            curves.main(["plot", stages, "--keys", keys, "--out", str(out)])
-
-
-def test_curves_finds_the_largest_difference(tmp_path, capsys):
-    record, losses_of = tmp_path / "training.jsonl", {"one": [1.0, 0.5, 0.25], "two": [1.0, 0.5, 0.2501]}
-    for name, losses in losses_of.items():
-        (tmp_path / name / "16x").mkdir(parents=True)
-        (tmp_path / name / "config.yaml").write_text(f"output_dir: {name}\nseed: 0\n")
-        lines = [json.dumps({"step": i + 1, "loss": loss}) for i, loss in enumerate(losses)]
-        (tmp_path / name / "16x" / "metrics.jsonl").write_text("\n".join(lines))
-    stages = [f"{name}={tmp_path / name / '16x'}" for name in losses_of]
-    curves.main(["diff", *stages, "--keys", "loss", "--record", str(record)])
-    assert "loss: at most 0.0004 apart, relatively, over 3 logged steps" in capsys.readouterr().out
-    line = json.loads(record.read_text())
-    assert line["relative_difference"]["loss"] == pytest.approx(1e-4 / 0.2501)
-    assert line["curves"]["loss"]["two"] == [[1, 1.0], [2, 0.5], [3, 0.2501]]
-    with pytest.raises(UserError, match="there are two stages named one"):
-        curves.main(["diff", stages[0], stages[0], "--keys", "loss"])
-    (tmp_path / "two" / "16x" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}))
-    with pytest.raises(UserError, match="curves of 3 and 1 points"):
-        curves.main(["diff", *stages, "--keys", "loss"])
-
-
 def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder, tmp_path, capsys):
     tokenizer = str(demo_run / "tokenizer-run" / "tokenizer")
     found = []
@@ -202,22 +160,6 @@ def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder
         reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--chunk", "24"])
     with pytest.raises(UserError, match="temporal ratio 5: this tokenizer has 4x"):
         reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--ratios", "5"])
-
-
-def test_long_video_measures_memory_and_tiles(demo_run, video_folder, tmp_path):
-    tokenizer, record = str(demo_run / "tokenizer-run" / "tokenizer"), tmp_path / "long_video.jsonl"
-    few = ["--ratios", "16", "--lengths", "17", "129", "--size", "32", "--chunk", "16"]
-    tiles = ["--video", str(video_folder / "v0.mp4"), "--frames", "5", "--tile", "32"]
-    assert long_video.main([tokenizer, *few, *tiles, "--record", str(record)]) == 0
-    (row,) = json.loads(record.read_text())["rows"]
-    short, long = (row["peak_bytes"][key] for key in ("17", "129"))
-    assert 2**26 < short < 2**33
-    assert long < 1.1 * short
-    assert 20 < row["tiled_psnr"] < 100
-    with pytest.raises(UserError, match="64x64: is no larger than a tile of 64"):
-        long_video.main([tokenizer, *few, *tiles[:-1], "64"])
-    with pytest.raises(UserError, match="chunk of 24 frames: 16x needs"):
-        long_video.main([tokenizer, "--ratios", "16", "--chunk", "24"])
 
 
 def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
@@ -369,46 +311,6 @@ def test_sample_starts_from_an_image_or_a_clip(demo_run, video_folder, tmp_path)
     assert np.abs(made[0] - read_frames(tmp_path / "free.mp4", range(17))).mean() > 3
     with pytest.raises(UserError, match=r"--image nowhere\.png: cannot be read"):
         sample.main([pipeline, "--prompt", "a", "--out", str(tmp_path / "v.mp4"), "--image", "nowhere.png"])
-
-
-def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
-    out = tmp_path / "cost.jsonl"
-    values = overrides({"transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}})
-    benchmark.main(
-        [
-            "--config",
-            "configs/diffusion/tiny.yaml",
-            "--record",
-            str(out),
-            "--rounds",
-            "1",
-            "--train-batch-size",
-            "1",
-            "--frames",
-            "17",
-        ]
-        + [v.replace("transformer.", "model.") for v in values]
-    )
-    line = json.loads(out.read_text())
-    assert [row["tokens"] for row in line["rows"]] == [5 * 16, 3 * 16, 2 * 16]
-    assert line["rows"][0]["train_step_speedup"] == 1
-    assert all(row["train_step_seconds"] > 0 and row["denoising_seconds"] > 0 for row in line["rows"])
-    for row in line["rows"]:  # a step does what its gradients need, in more time
-        ratio = row["gradient_mfu"] / row["train_step_mfu"]
-        assert ratio == pytest.approx(row["train_step_seconds"] / row["gradient_seconds"])
-        assert 0 < row["gradient_mfu"] < 1
-
-
-def test_benchmark_cache_records_its_parts(demo_run, tmp_path, capsys):
-    out, budgets = tmp_path / "training.jsonl", [{"ratio": 16, "share": 1}, {"ratio": 4, "share": 1}]
-    arguments = diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", budgets=budgets)
-    benchmark_cache.main([*arguments, "--count", "8", "--rounds", "1", "--record", str(out)])
-    line = json.loads(out.read_text())
-    for clock in ("second", "cpu_second"):
-        decode, encode, cache = (line[f"{part}_frames_per_{clock}"] for part in ("decode", "encode", "cache"))
-        assert min(decode, encode, cache) > 10
-        assert line[f"cache_against_both_in_turn_{clock}"] == pytest.approx(cache * (1 / decode + 1 / encode))
-    assert str(tmp_path) not in out.read_text()
 
 
 @pytest.mark.parametrize(

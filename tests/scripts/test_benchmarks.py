@@ -1,0 +1,68 @@
+"""The benchmarks at their smallest size; the one of autoencoders has a file of its own."""
+
+import json
+
+import pytest
+
+from promag.scripts.benchmarks import latent_cache as benchmark_cache
+from promag.scripts.benchmarks import long_video
+from promag.scripts.benchmarks import transformer as benchmark
+from promag.training.config import UserError
+from tests.scripts.conftest import overrides
+from tests.scripts.test_scripts import diffusion_arguments
+
+
+def test_long_video_measures_memory_and_tiles(demo_run, video_folder, tmp_path):
+    tokenizer, record = str(demo_run / "tokenizer-run" / "tokenizer"), tmp_path / "long_video.jsonl"
+    few = ["--ratios", "16", "--lengths", "17", "129", "--size", "32", "--chunk", "16"]
+    tiles = ["--video", str(video_folder / "v0.mp4"), "--frames", "5", "--tile", "32"]
+    assert long_video.main([tokenizer, *few, *tiles, "--record", str(record)]) == 0
+    (row,) = json.loads(record.read_text())["rows"]
+    short, long = (row["peak_bytes"][key] for key in ("17", "129"))
+    assert 2**26 < short < 2**33
+    assert long < 1.1 * short
+    assert 20 < row["tiled_psnr"] < 100
+    with pytest.raises(UserError, match="64x64: is no larger than a tile of 64"):
+        long_video.main([tokenizer, *few, *tiles[:-1], "64"])
+    with pytest.raises(UserError, match="chunk of 24 frames: 16x needs"):
+        long_video.main([tokenizer, "--ratios", "16", "--chunk", "24"])
+
+
+def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
+    out = tmp_path / "cost.jsonl"
+    values = overrides({"transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}})
+    benchmark.main(
+        [
+            "--config",
+            "configs/diffusion/tiny.yaml",
+            "--record",
+            str(out),
+            "--rounds",
+            "1",
+            "--train-batch-size",
+            "1",
+            "--frames",
+            "17",
+        ]
+        + [v.replace("transformer.", "model.") for v in values]
+    )
+    line = json.loads(out.read_text())
+    assert [row["tokens"] for row in line["rows"]] == [5 * 16, 3 * 16, 2 * 16]
+    assert line["rows"][0]["train_step_speedup"] == 1
+    assert all(row["train_step_seconds"] > 0 and row["denoising_seconds"] > 0 for row in line["rows"])
+    for row in line["rows"]:  # a step does what its gradients need, in more time
+        ratio = row["gradient_mfu"] / row["train_step_mfu"]
+        assert ratio == pytest.approx(row["train_step_seconds"] / row["gradient_seconds"])
+        assert 0 < row["gradient_mfu"] < 1
+
+
+def test_benchmark_cache_records_its_parts(demo_run, tmp_path, capsys):
+    out, budgets = tmp_path / "training.jsonl", [{"ratio": 16, "share": 1}, {"ratio": 4, "share": 1}]
+    arguments = diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", budgets=budgets)
+    benchmark_cache.main([*arguments, "--count", "8", "--rounds", "1", "--record", str(out)])
+    line = json.loads(out.read_text())
+    for clock in ("second", "cpu_second"):
+        decode, encode, cache = (line[f"{part}_frames_per_{clock}"] for part in ("decode", "encode", "cache"))
+        assert min(decode, encode, cache) > 10
+        assert line[f"cache_against_both_in_turn_{clock}"] == pytest.approx(cache * (1 / decode + 1 / encode))
+    assert str(tmp_path) not in out.read_text()
