@@ -3,9 +3,11 @@
 Shapes: B prompts, L text tokens, D width.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,8 @@ from promag.training.config import UserError
 
 from .cache_store import hash_weights
 from .openclip import OpenCLIPTextModel, load_openclip
+
+logger = logging.getLogger(__name__)
 
 OPEN_CLIP = "open_clip:"  # before a model's name
 NULL_CAPTION = ""  # what a dropped caption becomes while training, and what guidance moves away from
@@ -271,6 +275,24 @@ def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:
     check_length(encoder, ids.shape[1])
     output = encoder(input_ids=ids, attention_mask=mask)
     return Embedded((output.last_hidden_state,), (mask,), getattr(output, "pooler_output", None))
+
+
+def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str], max_length: int | None = None) -> Embedded:
+    """Encode prompts by one text encoder; what a prompt loses beyond the length is logged."""
+    length = tokenizer.model_max_length if max_length is None else max_length
+    log_lost_ends(lost_ends(tokenizer, prompts, length), f"the text encoder's {length} tokens")
+    return encode(encoder, tokenize(tokenizer, prompts, length))
+
+
+def log_lost_ends(lost: Mapping[str, str], limit: str) -> None:
+    """Log, once each, the prompts that are cut at a limit, with what they lose; see `lost_ends`."""
+    for prompt, end in lost.items():
+        _warn_once(f"prompt {prompt!r} is longer than {limit}: {end!r} is cut off")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def draw_dropped(probability: float, generators: Sequence[torch.Generator]) -> list[bool]:

@@ -26,7 +26,7 @@ from promag.training.config import UserError
 from promag.training.files import write_atomically
 from promag.training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
 from promag.training.precision import DTYPES
-from promag.training.processes import broadcast_from_main, choose_precision_once
+from promag.training.processes import broadcast_from_main, choose_precision_once, processes
 from promag.training.run import open_run, record_data
 from promag.training.throughput import Work
 from promag.training.trackers import Log
@@ -192,17 +192,21 @@ def open_vocabulary(place: Path, config: DiffusionConfig, latents: Sequence[Late
         if not place.exists():
             captions = itertools.chain.from_iterable(part.captions() for part in latents)
             learned = learn_vocabulary(captions, config.text.vocabulary, max_length)
-            cut = CutTexts(learned)
-            for part in latents:
-                captions = part.captions()
-                while texts := list(itertools.islice(captions, 1000)):
-                    cut.add(texts)
-            if cut.example is not None:
-                print(f"captions: {cut}", flush=True)
+            _print_cut(learned, latents)
             write_atomically(place, json.dumps(tokenizer_rules(learned)))
         return place.read_text(encoding="utf-8")
 
     return read_vocabulary(broadcast_from_main(read_or_learn), max_length)
+
+
+def _print_cut(tokenizer: Any, latents: Sequence[LatentDataset]) -> None:
+    """Print how many captions a tokenizer's length cuts, if any, with an example."""
+    cut = CutTexts(tokenizer)
+    captions = itertools.chain.from_iterable(part.captions() for part in latents)
+    while texts := list(itertools.islice(captions, 1000)):
+        cut.add(texts)
+    if cut.example is not None:
+        print(f"captions: {cut}", flush=True)
 
 
 def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> CaptionEncoder:
@@ -217,6 +221,8 @@ def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> Capt
     if config.init:
         tokenizer, model = load_frozen(config.init, None, small.max_length, caches.index(None) + 1)
         model.requires_grad_(config.lora is None)
+        if processes().is_main_process and not (Path(config.output_dir) / config.stage).exists():  # of a new run
+            _print_cut(tokenizer, latents)
     else:
         tokenizer = open_vocabulary(Path(config.output_dir) / VOCABULARY, config, latents, small.max_length)
         model = small_clip(tokenizer, config.text.width, config.text.layers, config.text.heads)

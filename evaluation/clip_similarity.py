@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from promag.diffusion.text import log_lost_ends, lost_ends
 from promag.training.config import UserError
 
 BATCH = 32  # pictures encoded at once
@@ -26,7 +27,7 @@ class ClipSimilarity:
     """Cosine between a text's embedding and each frame's, averaged over the frames: from -1 to 1.
 
     Args:
-        embed_text: maps a text to (1, D); text beyond the model's length is cut, as CLIP's own tokenizers do.
+        embed_text: maps a text to (1, D); text beyond the model's length is cut, as CLIP's own tokenizers do, and logged.
         embed_pictures: maps RGB pictures to (N, D).
     """
 
@@ -85,10 +86,23 @@ def _open_clip(model: str, weights: str | None) -> tuple[Callable[[str], Tensor]
         raise UserError(f"clip {model}: cannot be loaded: {_line(error)}") from None
     clip: Any = net.eval()
     to_tensor: Any = prepare
+
+    def embed_text(prompt: str) -> Tensor:
+        log_lost_ends(_lost_in_open_clip(tokenize, prompt), f"the CLIP model's {tokenize.context_length} tokens")
+        return clip.encode_text(tokenize([prompt]))
+
     return (
-        lambda prompt: clip.encode_text(tokenize([prompt])),
+        embed_text,
         lambda pictures: clip.encode_image(torch.stack([to_tensor(picture) for picture in pictures])),
     )
+
+
+def _lost_in_open_clip(tokenizer: Any, prompt: str) -> dict[str, str]:
+    """Return the prompt with the end that it loses, if it is cut."""
+    if hasattr(tokenizer, "tokenizer"):  # one of transformers
+        return lost_ends(tokenizer.tokenizer, [prompt], tokenizer.context_length)
+    lost = tokenizer.encode(prompt)[tokenizer.context_length - 2 :]  # the start and the end are marked
+    return {prompt: tokenizer.decode(lost).strip()} if lost else {}
 
 
 def _transformers(model: str) -> tuple[Callable[[str], Tensor], Callable[[Sequence[Image.Image]], Tensor]]:
@@ -108,6 +122,7 @@ def _transformers(model: str) -> tuple[Callable[[str], Tensor], Callable[[Sequen
     clip.eval()
 
     def embed_text(prompt: str) -> Tensor:
+        log_lost_ends(lost_ends(tokenize, [prompt]), f"the CLIP model's {tokenize.model_max_length} tokens")
         tokens = tokenize([prompt], truncation=True, return_tensors="pt")
         return clip.get_text_features(**tokens).pooler_output
 

@@ -17,7 +17,7 @@ from promag.data.datasets import open_by_bucket
 from promag.diffusion.cache_store import Shards
 from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextConfig, TextEncoderConfig
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
-from promag.diffusion.text import NULL_CAPTION, Embedded, encode, load_frozen, side_by_side, tokenize
+from promag.diffusion.text import NULL_CAPTION, Embedded, encode_prompts, load_frozen, side_by_side
 from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_embeddings
 from promag.diffusion.train import BucketCache, TrainingResult, train_diffusion
 from promag.diffusion.transformer import ProMAGTransformer3DModel
@@ -228,7 +228,7 @@ class SampleText:
         for encoder in self.text.encoders:
             if encoder == self.text.small and learned:
                 tokenizer, model = learned
-                parts.append(encode(model, tokenize(tokenizer, prompts)))
+                parts.append(encode_prompts(tokenizer, model, prompts))
             else:
                 rows = torch.tensor([self.prompts.index(prompt) for prompt in prompts])
                 parts.append(self._frozen(encoder).map(lambda x, rows=rows: x[rows]))
@@ -237,5 +237,5 @@ class SampleText:
     def _frozen(self, encoder: TextEncoderConfig) -> Embedded:
         if encoder not in self._kept:
             tokenizer, model = load_frozen(encoder.model, encoder.weights, encoder.max_length)
-            self._kept[encoder] = encode(model, tokenize(tokenizer, self.prompts)).map(torch.Tensor.cpu)
+            self._kept[encoder] = encode_prompts(tokenizer, model, self.prompts).map(torch.Tensor.cpu)
         return self._kept[encoder]

@@ -5,7 +5,6 @@ with one for each of several text encoders. Shapes: b videos, L text tokens, D w
 frames T H W C of arrays, T C H W of tensors, both in [0, 1], or PIL pictures of any mode; B C T H W pixels in [-1, 1].
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,9 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor, nn
 
-from promag.diffusion.text import Embedded, encode, lost_ends, tokenize
+from promag.diffusion.text import Embedded
 from promag.tokenizer.geometry import check_ratio
 from promag.training.config import UserError
-
-logger = logging.getLogger(__name__)
-_LOGGED: set[str] = set()  # warnings that were given
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 NAMES = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
@@ -218,16 +214,6 @@ class Prompts:
             return self
         text, negative = ([new[name] for name in names] for names in (NAMES, NEGATIVE_NAMES))
         return Prompts(pack(*text), None if negative[0] is None else pack(*negative, names=NEGATIVE_NAMES))
-
-
-def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str], max_length: int | None) -> Embedded:
-    """Encode prompts by one text encoder; the end that a prompt loses beyond the length is logged once, as a warning."""
-    for prompt, lost in lost_ends(tokenizer, prompts, max_length).items():
-        message = f"prompt {prompt!r} is longer than the text encoder's {max_length or tokenizer.model_max_length} tokens: "
-        if (message := message + f"{lost!r} is cut off") not in _LOGGED:
-            _LOGGED.add(message)
-            logger.warning(message)
-    return encode(encoder, tokenize(tokenizer, prompts, max_length))
 
 
 def repeat_for_videos(text: Embedded, times: int, device: torch.device) -> Embedded:

@@ -18,7 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from promag.diffusion.flow import StopSampling, guide, interpolate, sample_flow
-from promag.diffusion.text import NULL_CAPTION, Embedded, side_by_side
+from promag.diffusion.text import NULL_CAPTION, Embedded, encode_prompts, side_by_side
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.geometry import check_size, latent_frames, tokens
@@ -41,7 +41,6 @@ from .inputs import (
     check_lora,
     check_names,
     check_prompts,
-    encode_prompts,
     first_noise,
     last_frames,
     pack,

@@ -85,9 +85,23 @@ def test_weights_of_a_named_openclip_model_come_from_a_file(openclip_folder, vid
     assert named(video[:3], PROMPT) == pytest.approx(whole(video[:3], PROMPT), abs=1e-6)
 
 
-def test_a_long_prompt_is_cut(clip_folder, video):
-    score = ClipSimilarity.load(str(clip_folder))
-    assert score(video[:2], PROMPT * 20) == score(video[:2], PROMPT * 40)
+def test_a_long_prompt_is_cut_and_what_it_loses_is_named(clip_folder, openclip_folder, video, caplog):
+    long = f"{PROMPT} {PROMPT} {PROMPT}"
+    for model, length in (
+        (clip_folder, 12),
+        (f"open_clip:local-dir:{openclip_folder}", OPEN_CLIP["text_cfg"]["context_length"]),
+    ):
+        caplog.clear()
+        score = ClipSimilarity.load(str(model))
+        assert score(video[:2], f"{long} {PROMPT}") == score(video[:2], f"{long} {long}")
+        first, _ = (record.getMessage() for record in caplog.records)
+        assert first.startswith(f"prompt '{long} {PROMPT}' is longer than the CLIP model's {length} tokens: '")
+        kept, lost = first.split("'")[1], first.split("'")[-2]
+        assert kept.endswith(lost)
+        assert len(kept) > len(lost) > len(PROMPT)
+        caplog.clear()
+        score(video[:2], PROMPT)
+        assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -44,3 +44,16 @@ def test_what_is_kept_is_what_the_encoders_give_and_what_learns_is_asked_anew(tm
 def _ordered(frozen, learned, order):
     pairs = (frozen, learned)
     return [pairs[i] for i in order]
+
+
+def test_a_prompt_that_is_cut_is_named_by_every_encoder(tmp_path, caplog):
+    write_t5(tmp_path / "t5")
+    encoders = (TextEncoderConfig(model=str(tmp_path / "t5"), max_length=3), TextEncoderConfig(max_length=4))
+    text = TextConfig(encoders=encoders, vocabulary=300, width=16, layers=1, heads=2, learning_rate=1e-3)
+    vocabulary = learn_vocabulary(PROMPTS, 300, 4)
+    kept = SampleText(text, PROMPTS[:1])
+    for _ in range(2):
+        kept.encode(PROMPTS[:1], (vocabulary, small_clip(vocabulary, 16, 1, 2)))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("prompt 'a red disc' is longer than the text encoder's 3 tokens: ")
+    assert second == "prompt 'a red disc' is longer than the text encoder's 4 tokens: 'disc' is cut off"

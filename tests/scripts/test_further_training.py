@@ -1,5 +1,7 @@
 """Training a pipeline further: all of it, or adapters that pipelines load and put away again."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -125,8 +127,10 @@ def test_all_weights_are_trained_further_from_where_they_were(demo_run, base, tm
         assert any(moved), part
 
 
-def test_a_new_budget_is_added_to_what_is_known(demo_run, base, tmp_path):
-    train_diffusion.main(arguments(demo_run, tmp_path, base, None, budgets=[{"ratio": 8, "share": 1}]))
+def test_a_new_budget_is_added_to_what_is_known_and_cut_captions_are_counted(demo_run, base, tmp_path, capsys):
+    change = {"budgets": [{"ratio": 8, "share": 1}], "text": {"encoders": [encoder("small", 6)]}}
+    train_diffusion.main(arguments(demo_run, tmp_path, base, None, **change))
+    assert re.search(r"captions: 2 of 3 texts have more than 6 tokens and are cut; 'a .*' loses '", capsys.readouterr().out)
     config = load(tmp_path / "pipeline").transformer.config
     assert set(config["latents_mean"]) == {"8", "16"}
     assert config["latents_mean"]["16"] == load(base).transformer.config["latents_mean"]["16"]
