@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, overload
+from urllib.parse import quote
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
@@ -26,6 +27,8 @@ from safetensors.numpy import save_file
 
 from promag.training.config import UserError
 from promag.training.files import write_atomically
+
+from .captions import path_of_url
 
 SAVE_COLUMNS_FROM = 10_000  # rows; shorter indices open in a tenth of a second without columns beside them
 
@@ -121,6 +124,15 @@ def take(clips: Sequence[Clip], which: np.ndarray) -> Sequence[Clip]:
     return clips.take(which) if isinstance(clips, ClipIndex) else [clips[place] for place in which]
 
 
+def path_text(path: str) -> str:
+    """Return a path as an index holds it: as it is, or as a `file:` URL where its name is no UTF-8 (or looks like a URL)."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return f"file:{quote(os.fsencode(path))}"
+    return f"file:{quote(path)}" if path.startswith("file:") else path
+
+
 def row_of(clip: Clip) -> dict[str, Any]:
     """Return the keys and values of a clip's line, without those that are None."""
     return {key: value for key, value in dataclasses.asdict(clip).items() if value is not None}
@@ -134,7 +146,7 @@ def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
     for clip in clips:
         video = Path(os.path.abspath(clip.path))
         name = video.relative_to(folder).as_posix() if video.is_relative_to(folder) else str(video)
-        lines.append(json.dumps(row_of(clip) | {"path": name}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps(row_of(clip) | {"path": path_text(name)}, ensure_ascii=False) + "\n")
     write_atomically(path, "".join(lines))
 
 
@@ -157,7 +169,7 @@ def load_clips(path: str | os.PathLike) -> ClipIndex:
     path = Path(os.path.abspath(path))
     try:
         state = os.stat(path)
-        identity = {"size": str(state.st_size), "modified": str(state.st_mtime_ns), "folder": str(path.parent)}
+        identity = {"size": str(state.st_size), "modified": str(state.st_mtime_ns), "folder": path_text(str(path.parent))}
         columns = _saved_columns(path, identity)
         if columns is None:
             columns = _read_columns(path)
@@ -176,7 +188,8 @@ def _adapter() -> TypeAdapter[Clip]:
 
 
 def _located(clip: Clip, index: Path) -> Clip:
-    return dataclasses.replace(clip, path=os.path.normpath(index.parent / clip.path))
+    path = path_of_url(clip.path) if clip.path.startswith("file:") else clip.path
+    return dataclasses.replace(clip, path=os.path.normpath(index.parent / path))
 
 
 def _read_columns(path: Path) -> dict[str, np.ndarray]:

@@ -23,8 +23,9 @@ from . import synthetic
 from .buckets import NONE, Bucket, Buckets
 from .clip_index import Clip, column, digest_clips, load_clips, take
 from .clip_memory import ClipMemory
-from .clips import first_few, list_videos, prepare
+from .clips import prepare
 from .crops import ClipCrop, to_model
+from .listing import first_few, list_videos
 from .tar_shards import is_shards, open_shards
 from .tar_stream import ShardedClips
 from .video import READ_TIMEOUT
@@ -180,9 +181,9 @@ def open_dataset(
 def open_evaluation(
     videos: str, split: str | None, frames: int, size: int, count: int
 ) -> "ClipDataset | SyntheticDataset | ShardedClips":
-    """Open videos to evaluate on: what `open_dataset` opens, or a folder, a list of files, one video.
+    """Open videos to evaluate on: what `open_dataset` opens, or what `list_videos` lists (a folder, a table, one video).
 
-    The latter are decoded strictly first; `split` keeps these rows of a list. Raises UserError as both do.
+    The latter are decoded strictly first; `split` keeps these rows of a table. Raises UserError as both do.
     """
     if videos == "synthetic" or is_index(videos) or is_shards(videos):
         return open_dataset(videos, "eval", frames, size, count)
@@ -190,11 +191,11 @@ def open_evaluation(
 
 
 def is_index(path: str | os.PathLike) -> bool:
-    """Return whether a file is a clip index; a list of files with captions may be JSONL too."""
-    if Path(path).suffix != ".jsonl" or not Path(path).is_file():
+    """Return whether a file is a clip index; a table of videos and captions may be JSONL too."""
+    if Path(path).suffix.lower() != ".jsonl" or not Path(path).is_file():
         return False
-    with open(path, encoding="utf-8") as file:
-        return '"sha256"' in file.readline()
+    with open(path, "rb") as file:  # a table may have another encoding
+        return b'"sha256"' in file.readline()
 
 
 def open_by_bucket(
@@ -216,7 +217,7 @@ def open_by_bucket(
 
 def load_index(source: str | os.PathLike) -> Sequence[Clip]:
     """Open a clip index; raises UserError, which says what sources there are, for another file."""
-    if Path(source).suffix != ".jsonl":
+    if Path(source).suffix.lower() != ".jsonl":
         raise UserError(
             f"clips {os.fspath(source)!r}: give synthetic, or a .jsonl index made by `promag prepare-clips`, "
             "or shards as a pattern of .tar files"

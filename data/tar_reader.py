@@ -16,8 +16,8 @@ from typing import Any
 
 from promag.training.config import UserError
 
-from .clips import VIDEO_EXTENSIONS
 from .images import IMAGE_EXTENSIONS
+from .listing import VIDEO_EXTENSIONS
 from .video import VideoBytes
 
 _MEDIA = tuple(ending[1:] for ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)

@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from promag.training.config import UserError
 
 from .clip_index import Clip
-from .clips import first_few
+from .listing import first_few
 from .tar_reader import Sample, is_local, opened
 
 INDEX_NAME = "shards.jsonl"

@@ -19,9 +19,9 @@ from torch.utils.data import get_worker_info
 from promag.training.config import UserError, setting
 
 from .buckets import NONE, Bucket, Buckets, bucket_plan
-from .clips import first_few
 from .crops import ClipCrop
 from .epochs import EpochPlan, ShardOrder
+from .listing import first_few
 from .tar_reader import BadSample, Sample, ShardReader
 from .tar_shards import ShardIndex
 from .video import READ_TIMEOUT, UnreadableVideo

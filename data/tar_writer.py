@@ -20,8 +20,8 @@ from promag.training.files import write_atomically
 from promag.training.progress import ProgressBar
 
 from .buckets import NONE, Bucket, Buckets
-from .clip_index import Clip, ClipIndex, load_clips, row_of
-from .clips import first_few
+from .clip_index import Clip, ClipIndex, load_clips, path_text, row_of
+from .listing import first_few
 from .tar_reader import BadSample, ShardReader, opened
 from .tar_shards import COLUMNS, INDEX_NAME, ShardRow, find_shards, shard_name
 from .video import UnreadableVideo, VideoFacts, decode_strictly, written_whole
@@ -145,7 +145,7 @@ def _sample(place: int, clip: Clip) -> dict[str, Any]:
     data, video = Path(clip.path).read_bytes(), Path(clip.path)
     if hashlib.sha256(data).hexdigest() != clip.sha256:
         raise UserError(f"{clip.path}: has changed since it was prepared; prepare the clips again")
-    row = json.dumps(row_of(clip) | {"path": video.name}, ensure_ascii=False).encode()
+    row = json.dumps(row_of(clip) | {"path": path_text(video.name)}, ensure_ascii=False).encode()
     return {"__key__": f"{place:09d}", video.suffix[1:].lower(): data, "json": row}
 
 

@@ -8,8 +8,11 @@ from promag.training.precision import HELP, PRECISIONS
 RECORD = "append the figures, with commit and machine, to this results file"
 SHARED: dict[str, dict[str, Any]] = {
     "checkpoint": {"help": "folder of a tokenizer, or of a pipeline"},
-    "--videos": {"required": True, "help": "folder, CSV, JSONL, one video, a clips.jsonl, tar shards, or synthetic"},
-    "--split": {"help": "keep these rows of a CSV"},
+    "--videos": {
+        "required": True,
+        "help": "folder, table (CSV, TSV, JSONL, JSON), one video, a clips.jsonl, tar shards, or synthetic",
+    },
+    "--split": {"help": "keep these rows of a table"},
     "--frames": {"type": int, "default": 65, "help": "frames from the start of each clip"},
     "--size": {"type": int, "default": 64, "help": "height and width in pixels"},
     "--count": {"type": int, "default": 64, "help": "number of clips, where --videos is synthetic"},

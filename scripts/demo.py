@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from promag.data.clip_index import save_clips
-from promag.data.clips import list_videos, prepare
+from promag.data.clips import prepare
+from promag.data.listing import list_videos
 from promag.demo.config import DemoConfig, diffusion_config, tokenizer_config, tokenizer_folder
 from promag.demo.figures import SHOWN, load_clips, make_report, reconstruct, sample_shipped
 from promag.demo.page import LivePage

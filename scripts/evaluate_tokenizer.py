@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_sheet(arguments: argparse.Namespace, count: int) -> list[tuple[str, Any, int]]:
     """Return name, model and ratio of the tokenizers that are drawn too; raises UserError for mistakes."""
-    if arguments.contact_sheet.suffix != ".png":
+    if arguments.contact_sheet.suffix.lower() != ".png":
         raise UserError(f"--contact-sheet {arguments.contact_sheet}: a .png file is needed")
     for i in arguments.clips or ():
         if not 0 <= i < count:

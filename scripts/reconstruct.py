@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tile", type=int, help="work on tiles of so many pixels a side; left out: the picture at once")
     parser.add_argument("--crf", type=int, default=14, help="quality of the mp4, 1 (best) to 51")
     arguments = parser.parse_args(argv)
-    if arguments.out.suffix != ".mp4":
+    if arguments.out.suffix.lower() != ".mp4":
         raise UserError(f"--out {arguments.out}: an .mp4 file is needed")
 
     model: Any = load_tokenizer(arguments.checkpoint)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from promag.data.tables import read_lines
 from promag.data.video import frame_times, pick_by_time, read_frames, write_video, written_whole
 from promag.diffusion.attention import choose_attention
 from promag.evaluation.clip_similarity import load_similarity
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     pipe: Any = load_pipeline(arguments.checkpoint)
     choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
     fps = arguments.fps or pipe.config["fps"]
-    if fps > MOST_FPS and GIF in [path.suffix for path in _films(arguments)]:
+    if fps > MOST_FPS and GIF in _kinds(arguments):
         raise UserError(f"{fps:g} fps: a GIF has at most {MOST_FPS}; write an {MP4}")
 
     requests = [SampleRequest(prompt, seed) for prompt in prompts for seed in arguments.seed]
@@ -105,17 +106,17 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompt_file:
         try:
-            lines = arguments.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {arguments.prompt_file}: {getattr(error, 'strerror', None) or error}") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+            prompts += filter(None, read_lines(arguments.prompt_file))
+        except UserError as error:
+            raise UserError(f"--prompt-file {error}") from None
     if not prompts:
         raise UserError("no prompts: give --prompt TEXT, or --prompt-file with a prompt a line")
     return prompts
 
 
-def _films(arguments: argparse.Namespace) -> list[Path]:
-    return [path for path in (arguments.out, arguments.grid) if path]
+def _kinds(arguments: argparse.Namespace) -> list[str]:
+    """Return the endings of the films to write, in small letters."""
+    return [path.suffix.lower() for path in (arguments.out, arguments.grid) if path]
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
@@ -124,13 +125,13 @@ def _check_files(arguments: argparse.Namespace) -> None:
         path, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
         if path is None:
             continue
-        if path.suffix not in kinds:
+        if path.suffix.lower() not in kinds:
             raise UserError(f"{option} {path}: a file that ends in {' or '.join(kinds)} is needed")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
-    if arguments.crf is not None and MP4 not in [path.suffix for path in _films(arguments)]:
+    if arguments.crf is not None and MP4 not in _kinds(arguments):
         raise UserError(f"--crf {arguments.crf}: a GIF has no such quality; leave it out")
 
 
@@ -238,7 +239,7 @@ def _count(videos: Sequence[np.ndarray]) -> str:
 def write(path: Path, video: np.ndarray, fps: float, crf: int | None) -> str:
     """Write an mp4 or a GIF, by the ending of `path`, and return in words what was written."""
     length = f"{len(video)} frames at {fps:g} fps"
-    if path.suffix == MP4:
+    if path.suffix.lower() == MP4:
         write_video(path, video, fps, CRF if crf is None else crf)
         return f"{length}, crf {CRF if crf is None else crf}"
     with written_whole(path) as aside:

@@ -231,12 +231,13 @@ def test_the_commands_that_prepare_clips_run(tmp_path, monkeypatch):
         write_video(f"folder/{number}.mp4", generate_clip(number, "train", 5, 32)[0], 8)
         rows.append(f"folder/{number}.mp4,a moving shape,{split}")
     Path("videos.csv").write_text("\n".join(rows))
+    Path("films.tsv").write_text("\n".join(rows).replace(",", "\t").replace("file\tcaption", "clip\tlong_text"))
     ran = []
     for words in commands(ROOT / "docs/how-to/prepare-clips.md"):
         if words[0] == "promag" and "--out" in words and words[:3] != ["promag", "shards", "index"]:
             importlib.import_module(f"promag.scripts.{words[1].replace('-', '_')}").main(words[2:])
             ran.append(words[1])
-    assert ran == ["prepare-clips", "prepare-clips", "prepare-clips", "shards"]
+    assert ran == [*["prepare-clips"] * 4, "shards"]
     assert len(Path("eval.jsonl").read_text().splitlines()) == 1
     (shard,) = (json.loads(line) for line in Path("shards/shards.jsonl").read_text().splitlines())
     assert shard["samples"] == 3

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -26,7 +27,10 @@ def run_main(main: Callable[[Sequence[str]], int]) -> int:
     """Run `main(argv)` and return its exit status; a UserError becomes one line on stderr and status 2.
 
     argparse's own errors already exit with status 2. A distributed process leaves its process group unless `main` raised.
+    Names that the terminal's encoding lacks (those of files may be no UTF-8) are printed with escapes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main(sys.argv[1:])
         distributed = sys.modules.get("torch.distributed")

@@ -182,7 +182,7 @@ def score_variant(
     model: Any = load_baseline(variant.baseline.name, folder) if variant.baseline else load_tokenizer(folder)
     model.to(best_device())
     source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
-    count = len(source) if Path(config.data.validation).suffix == ".jsonl" else config.data.validation_clips
+    count = len(source) if Path(config.data.validation).suffix.lower() == ".jsonl" else config.data.validation_clips
     clips = [source.fixed(i)["video"][None] for i in range(count)]
     inherited = [
         _cost(config, variants[name], seed, stage)

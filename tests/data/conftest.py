@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from promag.data.clips import list_videos, prepare
+from promag.data.clips import prepare
+from promag.data.listing import list_videos
 from promag.data.video import write_video
 
 STEP = 6  # grey levels from one frame of a counting video to the next

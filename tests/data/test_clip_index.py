@@ -12,7 +12,8 @@ import pytest
 
 from promag.data import clip_index
 from promag.data.clip_index import column, load_clips, save_clips, take
-from promag.data.clips import list_videos, prepare
+from promag.data.clips import prepare
+from promag.data.listing import list_videos
 from promag.training.config import UserError
 
 
@@ -139,3 +140,15 @@ def test_a_licence_goes_with_a_clip_and_is_left_out_where_there_is_none(clips, t
 def test_rows_hold_counts_that_fit_their_columns(clips):
     with pytest.raises(ValueError, match="less than 2147483648"):
         clip_index._adapter().validate_python(dataclasses.asdict(clips[0]) | {"frames": 2**31})
+
+
+@pytest.mark.parametrize("name", ["no\udcff utf8%.mp4", "file:a%20b.mp4", "12:30 🐕\n.mp4"])
+def test_an_index_holds_any_name(clips, tmp_path, name):
+    folder = tmp_path / "d\udcfe"
+    folder.mkdir()
+    shutil.copy(clips[2].path, folder / name)
+    rows = [dataclasses.replace(clips[2], path=str(folder / name)), clips[1]]
+    for place in (folder, tmp_path):  # below the index, and of a folder beside
+        save_clips(place / "clips.jsonl", rows)
+        (place / "clips.jsonl").read_text(encoding="utf-8")
+        assert list(load_clips(place / "clips.jsonl")) == rows

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from promag.data.buckets import Bucket
 from promag.data.clip_index import save_clips
-from promag.data.clips import list_videos, prepare
+from promag.data.clips import prepare
 from promag.data.crops import CHUNK, ClipCrop
 from promag.data.datasets import ClipDataset
+from promag.data.listing import list_videos
 from promag.data.sources import Source, open_sources, open_training
 from promag.data.stream import TrainingStream
 from promag.data.tar_stream import Sharding

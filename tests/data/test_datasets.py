@@ -14,7 +14,7 @@ import torch
 from promag.data import synthetic
 from promag.data.clip_index import load_clips, row_of, save_clips
 from promag.data.clips import prepare
-from promag.data.datasets import ClipDataset, SyntheticDataset, open_dataset
+from promag.data.datasets import ClipDataset, SyntheticDataset, is_index, open_dataset, open_evaluation
 from promag.data.stream import TrainingStream
 from promag.data.video import UnreadableVideo, write_video
 from promag.training.config import UserError
@@ -204,3 +204,16 @@ def test_a_video_shorter_than_its_clip_is_named(clips):
     longer = dataclasses.replace(clips[2], frames=40)
     with pytest.raises(UnreadableVideo, match=r"short\.mp4: it is not as long as the index states .*prepare the clips again"):
         ClipDataset([longer], 9, 16).fixed(0)
+
+
+def test_evaluation_opens_tables_of_common_columns_and_lists(folder, clips, tmp_path):
+    path = str(folder / "short.mp4")
+    (tmp_path / "t.JSONL").write_text(json.dumps({"video": path, "prompt": "Bär"}, ensure_ascii=False), encoding="utf-16")
+    (tmp_path / "videos.txt").write_text(f"{path}\n")
+    (tmp_path / "prompts.txt").write_text("Bär\n", encoding="utf-8")
+    for source in ("t.JSONL", "videos.txt"):
+        assert [clip.caption for clip in open_evaluation(str(tmp_path / source), None, 5, 32, 1).clips] == ["Bär"]
+    assert not is_index(tmp_path / "t.JSONL")
+    save_clips(tmp_path / "clips.JSONL", clips)
+    assert is_index(tmp_path / "clips.JSONL")
+    assert len(open_evaluation(str(tmp_path / "clips.JSONL"), None, 5, 32, 1)) == 3

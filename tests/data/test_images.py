@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from promag.data.clips import list_videos, prepare
+from promag.data.clips import prepare
 from promag.data.datasets import ClipDataset
 from promag.data.images import IMAGE_FPS, read_image
+from promag.data.listing import list_videos
 from promag.data.video import UnreadableVideo, VideoBytes, decode_strictly, frame_times, read_frames
 from promag.training.config import UserError
 from tests.data.conftest import counting
@@ -79,7 +80,7 @@ def test_images_stand_in_an_index_where_they_are_asked_for(tmp_path):
     (tmp_path / "list.csv").write_text("file,caption\nred_left.png,a red half\n")
     assert list_videos(tmp_path / "list.csv") == [(both[1][0], "a red half")]
     (tmp_path / "only_stage").mkdir()
-    with pytest.raises(UserError, match=r"holds no video \(.*\.webp\)"):
+    with pytest.raises(UserError, match=r"holds no video \(no files\); videos end in .*\.webp"):
         list_videos(tmp_path / "only_stage", images=True)
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,10 +74,42 @@ def test_what_is_left_out_is_named(main, table, tmp_path, capsys):
     assert not quarantine.exists()
 
 
-def test_too_many_unreadable_videos_leave_no_index(main, table, tmp_path):
-    with pytest.raises(UserError, match=r"1 of 4 videos .* 1\.0%.*d\.mp4: cannot be opened"):
-        main([str(table), "--out", str(tmp_path / "clips.jsonl")])
-    assert not (tmp_path / "clips.jsonl").exists()
+def test_too_many_unreadable_videos_leave_no_index_and_a_way_out(main, table, tmp_path):
+    out = tmp_path / "new" / "clips.jsonl"
+    with pytest.raises(UserError, match=r"1 of 4 videos .* 1\.0%.*d\.mp4: cannot be opened") as error:
+        main([str(table), "--out", str(out)])
+    assert str(error.value).endswith(f"re-encode what is odd but whole by: {REENCODE}; or allow more by --max-bad")
+    assert [path.name for path in out.parent.iterdir()] == ["clips.jsonl.quarantine.jsonl"]
+    (record,) = map(json.loads, Path(f"{out}.quarantine.jsonl").read_text().splitlines())
+    assert record["path"] == str(tmp_path / "d.mp4")
+    with pytest.raises(UserError, match="1 of 1 videos") as error:
+        main([str(tmp_path / "d.mp4"), "--out", str(out)])
+    assert "--max-bad" not in str(error.value)  # none is left whatever it allows
+
+
+def test_columns_are_named_and_captions_kept(main, table, tmp_path):
+    tsv = tmp_path / "clips.tsv"
+    tsv.write_text("clip\ttext\tlang\nb.mp4\tEin Bär\tde\n\n", encoding="utf-16")
+    with pytest.raises(
+        UserError, match=r"1 rows with the columns clip, text, lang; wanted are rows with file or .*, and caption or"
+    ):
+        main([str(tsv), "--out", str(tmp_path / "clips.jsonl")])
+    main([str(tsv), "--columns", "file=clip", "--out", str(tmp_path / "clips.jsonl")])
+    assert [(Path(clip.path).name, clip.caption) for clip in load_clips(tmp_path / "clips.jsonl")] == [("b.mp4", "Ein Bär")]
+    with pytest.raises(UserError, match="columns 'clip': 'clip' is not KEY=NAME"):
+        main([str(tsv), "--columns", "clip", "--out", str(tmp_path / "clips.jsonl")])
+
+
+def test_a_name_that_is_no_utf8_is_printed_and_written(table, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "no\udcff.mp4").write_text("no video")
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "odd" / "a.mp4")
+    command = [sys.executable, SCRIPT, tmp_path / "odd", "--out", tmp_path / "clips.jsonl", "--max-bad", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert (done.returncode, "quarantined: 1\n" in done.stdout) == (0, True), done.stderr
+    assert r"no\udcff.mp4: " in done.stdout
+    (record,) = map(json.loads, (tmp_path / "clips.jsonl.quarantine.jsonl").read_text(encoding="utf-8").splitlines())
+    assert record["path"] == f"file:{tmp_path}/odd/no%FF.mp4"
 
 
 def test_a_mistake_is_one_line_and_status_2(tmp_path):

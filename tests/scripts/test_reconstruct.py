@@ -30,13 +30,13 @@ def test_tiles_bound_the_picture_that_the_tokenizer_sees(checkpoint, video_folde
     try:
         for name, options in (("whole", []), ("tiled", ["--tile", "32"])):
             widths.clear()
-            out = tmp_path / f"{name}.mp4"
+            out = tmp_path / f"{name}.MP4"
             reconstruct.main([checkpoint, video, "--out", str(out), "--ratios", "16", "--chunk", "16", *options])
             assert max(widths) == (32 if options else 64) // 4  # the first features have a position every 4 pixels
             assert decode_strictly(out).frames == 20
     finally:
         handle.remove()
-    whole, tiled = (read_frames(tmp_path / f"{name}.mp4", range(20)).astype(int) for name in ("whole", "tiled"))
+    whole, tiled = (read_frames(tmp_path / f"{name}.MP4", range(20)).astype(int) for name in ("whole", "tiled"))
     assert np.abs(whole - tiled).mean() < 3
 
 

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_prompt_at_every_seed_is_written_and_told(folder, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a blue square grows\n\n")
+    (tmp_path / "prompts.txt").write_text("\ufeffa blue square grows\r\n\r\n", encoding="utf-8")
     asked = ["--prompt", "a red disc moves left", "--prompt-file", str(tmp_path / "prompts.txt"), "--seed", "3", "7"]
     overviews = ["--grid", str(tmp_path / "grid.mp4"), "--contact-sheet", str(tmp_path / "new" / "sheet.png")]
     sample.main([folder, *asked, *FEW, *overviews, "--crf", "5", "--batch-size", "3", "--out", str(tmp_path / "v.mp4")])
@@ -60,7 +60,7 @@ def test_the_same_seed_is_the_same_video_among_others_and_alone(folder, tmp_path
 
 
 def test_a_gif_a_budget_and_a_size_of_ones_own(folder, tmp_path, capsys):
-    out = tmp_path / "v.gif"
+    out = tmp_path / "v.GIF"
     size = ["--height", "24", "--width", "32", "--frames", "9", "--ratio", "4", "--fps", "10"]
     sample.main([folder, "--prompt", "a", *FEW, *size, "--out", str(out), "--precision", "bf16"])
     with Image.open(out) as picture:
@@ -68,6 +68,16 @@ def test_a_gif_a_budget_and_a_size_of_ones_own(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{out}: 'a', seed 0, 9 frames at 10 fps, 256 colours a frame" in said
     assert "1 video of 9 frames of 32x24 at 4x" in said
+
+
+def test_endings_in_capitals_are_the_same_and_a_cut_prompt_is_named(folder, tmp_path, capsys, caplog):
+    prompt = " ".join(["a red disc moves left"] * 20)
+    overviews = ["--grid", str(tmp_path / "grid.MP4"), "--contact-sheet", str(tmp_path / "sheet.PNG")]
+    sample.main([folder, "--prompt", prompt, *FEW, *overviews, "--out", str(tmp_path / "v.Mp4"), "--crf", "5"])
+    assert "17 frames at 8 fps, crf 5" in capsys.readouterr().out
+    assert [decode_strictly(tmp_path / name).frames for name in ("v.Mp4", "grid.MP4")] == [17, 17]
+    assert Image.open(tmp_path / "sheet.PNG").format == "PNG"
+    assert re.search(r"prompt 'a red .* is longer than the text encoder's \d+ tokens: '.*moves left' is cut off", caplog.text)
 
 
 def test_a_draft_is_refined(folder, tmp_path, capsys):
@@ -118,14 +128,15 @@ def test_clip_similarity_is_printed_for_each_video(folder, tmp_path, capsys):
     ("change", "message"),
     [
         ({"--prompt": None}, "no prompts: give --prompt TEXT"),
-        ({"--prompt-file": "nowhere.txt"}, r"--prompt-file nowhere\.txt: No such file"),
+        ({"--prompt-file": "nowhere.txt"}, r"--prompt-file nowhere\.txt: cannot be read: No such file"),
         ({"--out": "v.avi"}, r"--out v\.avi: a file that ends in \.mp4 or \.gif is needed"),
         ({"--grid": "v.png"}, r"--grid v\.png: a file that ends in \.mp4 or \.gif is needed"),
         ({"--contact-sheet": "v.jpg"}, r"--contact-sheet v\.jpg: a file that ends in \.png is needed"),
         ({"--out": "/dev/null/v.mp4"}, r"--out /dev/null/v\.mp4: cannot be written: "),
         ({"--crf": "60"}, r"--crf 60: 1 \(best\) to 51 are legal"),
         ({"--crf": "20", "--out": "v.gif"}, "--crf 20: a GIF has no such quality"),
-        ({"--fps": "60", "--out": "v.gif"}, "60 fps: a GIF has at most 50"),
+        ({"--crf": "20", "--out": "v.GIF"}, "--crf 20: a GIF has no such quality"),
+        ({"--fps": "60", "--out": "v.GIF"}, "60 fps: a GIF has at most 50"),
         ({"--fps": "0"}, "--fps 0: must be above 0"),
         ({"--steps": "0"}, "--steps 0: must be above 0"),
         ({"--frames": "0"}, "--frames 0: must be above 0"),

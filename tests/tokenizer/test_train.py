@@ -10,8 +10,9 @@ from PIL import Image
 
 from promag.data.buckets import Bucket
 from promag.data.clip_index import load_clips, save_clips
-from promag.data.clips import list_videos, prepare
+from promag.data.clips import prepare
 from promag.data.datasets import SyntheticDataset
+from promag.data.listing import list_videos
 from promag.data.sources import Source
 from promag.data.tar_stream import Sharding
 from promag.data.tar_writer import write_shards
