@@ -180,9 +180,9 @@ def read_caption(path: str) -> str:
 
 
 def caption_from_name(path: str | os.PathLike) -> str:
-    """Return a caption from a file name: `a_red-kite_03.mp4` -> `a red kite`; empty for a name of digits only.
+    """Return a caption from a file name: `a_red-kite_03.mp4` -> `a red kite`; empty for a name of numbers only.
 
     Accented letters are composed (NFC); bytes that are no UTF-8 are left out.
     """
     name = unicodedata.normalize("NFC", Path(path).stem)
-    return re.sub(r"[\d ]+$", "", re.sub(r"[_\-\s\ud800-\udfff]+", " ", name)).strip()
+    return re.sub(r"[\d .:()\[\]]+$", "", re.sub(r"[_\-\s\ud800-\udfff]+", " ", name)).strip()

@@ -64,15 +64,20 @@ class Table:
 
 
 def load_text(path: str | os.PathLike) -> str:
-    """Return the content of a text file, without a byte order mark.
-
-    UTF-8 is read, and what a byte order mark states; else UTF-16 or Windows-1252 is assumed. The log names any encoding but
-    UTF-8, once for a file. Raises UserError for a file that cannot be read and for what is no such text.
-    """
+    """Return the content of a text file as `decode_text` does; raises UserError for one that cannot be read, too."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return decode_text(data, str(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Return the text of a file of this name, without a byte order mark.
+
+    UTF-8 is read, and what a byte order mark states; else UTF-16 or Windows-1252 is assumed. The log names any encoding but
+    UTF-8, once for a file. Raises UserError for what is no such text.
+    """
     for encoding in _encodings(data):
         try:
             text = data.decode(encoding)
@@ -81,9 +86,9 @@ def load_text(path: str | os.PathLike) -> str:
         if "\0" in text or (not encoding.startswith("utf-8") and _CONTROL.search(text)):
             continue
         if not encoding.startswith("utf-8"):
-            warn_once(f"{path}: is read as {encoding.upper()}; if its letters come out wrong, save it as UTF-8")
+            warn_once(f"{name}: is read as {encoding.upper()}; if its letters come out wrong, save it as UTF-8")
         return text
-    raise UserError(f"{path}: is no text in UTF-8, UTF-16 or Windows-1252 (cp1252); save it as UTF-8")
+    raise UserError(f"{name}: is no text in UTF-8, UTF-16 or Windows-1252 (cp1252); save it as UTF-8")
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:

@@ -18,6 +18,7 @@ from promag.training.config import UserError
 
 from .images import IMAGE_EXTENSIONS
 from .listing import VIDEO_EXTENSIONS
+from .tables import decode_text
 from .video import VideoBytes
 
 _MEDIA = tuple(ending[1:] for ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)
@@ -214,13 +215,13 @@ def _unpack(url: str, key: str, files: dict[str, bytes]) -> tuple[VideoBytes, st
     if len(media) != 1:
         names = ", ".join(f".{ending}" for ending in files)
         raise ValueError(f"{len(media) or 'no'} videos or images among its files {names}; one is needed")
-    return VideoBytes(f"{url}: {key}.{media[0]}", files[media[0]]), _caption(files)
+    return VideoBytes(f"{url}: {key}.{media[0]}", files[media[0]]), _caption(url, files)
 
 
-def _caption(files: dict[str, bytes]) -> str:
+def _caption(url: str, files: dict[str, bytes]) -> str:
     row = json.loads(files["json"]) if "json" in files else {}
     if isinstance(row, dict) and isinstance(row.get("caption"), str):
         return row["caption"]
     if "txt" in files:
-        return files["txt"].decode().strip()
+        return decode_text(files["txt"], f"captions of {url}").strip()
     raise ValueError("no caption: neither the key caption of a .json nor a .txt")

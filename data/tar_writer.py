@@ -190,7 +190,7 @@ def index_shards(
         pool.shutdown(cancel_futures=True)
     samples, bad = sum(row.samples for row, _ in examined), [reason for _, reasons in examined for reason in reasons]
     if not samples or len(bad) > max_bad * samples:
-        raise UserError(f"{len(bad)} of {samples} samples are bad, at most {max_bad:.1%} may be: {'; '.join(bad)}")
+        raise UserError(f"{len(bad)} of {samples} samples are bad, at most {max_bad:.1%} may be: {first_few(bad)}")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     _write_index(Path(out), [row for row, _ in examined])
     return samples, bad

@@ -38,6 +38,8 @@ def listed(folder, **options):
         ("a_red-kite_03.mp4", "a red kite"),
         ("4_dogs__run-2_17.mov", "4 dogs run"),
         ("0001.mp4", ""),
+        ("12:30.5.mp4", ""),
+        ("kite (2).mp4", "kite"),
         ("x2y.mp4", "x2y"),
         (f"{NFD}_1.mp4", NFC),
         ("a\ndog 🐕.mp4", "a dog 🐕"),

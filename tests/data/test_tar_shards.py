@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from promag.data.buckets import Bucket
-from promag.data.clip_index import load_clips, save_clips
+from promag.data.clip_index import load_clips, row_of, save_clips
 from promag.data.tar_reader import BadSample, ShardReader
 from promag.data.tar_shards import find_shards, index_url, is_shards, open_shards
 from promag.data.tar_writer import index_shards, write_shards
@@ -140,6 +141,15 @@ def test_a_video_that_changed_is_named(clips, tmp_path):
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_video_whose_name_is_no_utf8_is_packed(clips, tmp_path):
+    shutil.copy(clips[2].path, tmp_path / "no\udcff.mp4")
+    save_clips(tmp_path / "clips.jsonl", [dataclasses.replace(clips[2], path=str(tmp_path / "no\udcff.mp4"))])
+    assert write_shards(tmp_path / "clips.jsonl", tmp_path / "shards", 3, progress=False).samples == 1
+    with tarfile.open(tmp_path / "shards" / "shard-000000.tar") as archive:
+        row = json.load(archive.extractfile("000000000.json"))
+    assert row == {**row_of(clips[2]), "path": "file:no%FF.mp4"}
 
 
 def test_patterns(shards):
@@ -274,7 +284,7 @@ def test_a_truncated_shard_is_named(numbered, tmp_path, how, cut):
         ([("a.txt", b"red")], r"sample a: no videos or images among its files \.txt"),
         ([("a.txt", b"red"), ("a.png", b""), ("a.mp4", b"")], "sample a: 2 videos or images"),
         ([("a.txt", b"red"), ("a.png", b""), ("a.PNG", b"")], r"sample a: holds two files \.png"),
-        ([("a.txt", b"\xff"), ("a.png", b"")], "sample a: .*can't decode"),
+        ([("a.txt", b"\x81"), ("a.png", b"")], "sample a: captions of .*: is no text in UTF-8, UTF-16 or"),
         ([("a.png", png()), ("a.txt", b"red"), ("b.txt", b"")], "sample a: the shard has more than the 1 samples"),
         ([("readme", b"")], "sample number 0: the shard ends after 0 of 1 samples"),
     ],
@@ -295,6 +305,9 @@ def test_a_shard_that_cannot_be_opened_is_named(tmp_path, url):
 def test_a_caption_may_be_a_text_file(tmp_path):
     path = tar(tmp_path / "t.tar", ("a.png", png()), ("a.json", b'{"url": 1}'), ("a.txt", b" rot \n"))
     assert ShardReader(str(path), 1).read([0])[0].caption == "rot"
+    for encoding in ("utf-8-sig", "utf-16", "cp1252"):
+        path = tar(tmp_path / "t.tar", ("a.png", png()), ("a.txt", "schön\r\n".encode(encoding)))
+        assert ShardReader(str(path), 1).read([0])[0].caption == "schön"
 
 
 # -- shards that others wrote ----------------------------------------------------------------------------------------
