@@ -111,7 +111,7 @@ def locate(folder: str | os.PathLike, name: str) -> str:
     composition of its accented letters alone (Unicode's NFC and NFD). Raises UserError where two files do.
     """
     names = [name, name.strip()]
-    if names[1].startswith("file:"):
+    if names[1].startswith("file:") and "%00" not in names[1]:
         names.append(path_of_url(names[1]))
     paths = [os.path.normpath(os.path.join(os.path.abspath(folder), name)) for name in dict.fromkeys(names)]
     return next((path for path in paths if os.path.isfile(path)), None) or next(filter(None, map(_composed, paths)), paths[-1])

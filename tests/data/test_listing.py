@@ -400,6 +400,7 @@ def test_a_table_lists_in_its_order_relative_to_itself(folder, tmp_path):
     [
         ("absent", None, "no such file or folder"),
         ("c.csv", "file,caption\ngone.mp4,x\nlost.mp4,y\n", "2 files that are not there: .*gone.mp4, .*lost.mp4"),
+        ("u.csv", "file,caption\nfile:%00.mp4,x\n", "1 files that are not there: .*file:%00.mp4"),
         ("b.csv", "file,caption\n", "0 rows with the columns file, caption; wanted"),
         ("g.csv", "", r"0 rows with the columns \(none\); wanted"),
     ],
