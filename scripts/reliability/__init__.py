@@ -1,0 +1,1 @@
+"""Measurements of what odd files, damage and kills do: `python -m promag.scripts.reliability.NAME`."""

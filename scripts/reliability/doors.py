@@ -1,0 +1,115 @@
+"""Give every file of the corpus to prepare-clips, reconstruct, sample --video and the page: all read it, or all refuse it.
+
+python -m promag.scripts.reliability.doors runs/corpus --checkpoint checkpoints/tiny --record docs/results/reliability.jsonl
+"""
+
+import multiprocessing
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from promag.data.clips import list_videos, prepare
+from promag.reports.uploads import UploadLimits, check_upload
+from promag.scripts import reconstruct
+from promag.scripts._options import share
+from promag.scripts.sample import last_pictures
+from promag.tokenizer.checkpoint import load_tokenizer
+from promag.training.command_line import Parser, run_main
+from promag.training.config import UserError
+from promag.training.run import append_result
+
+from .corpus import Case, load_corpus
+from .videos import NoAnswerError, import_decoders, in_child
+
+ADDRESS_SPACE = 12 * 2**30  # bytes, those of torch included
+SMALLEST = 16  # pixels a side that the tokenizer works on
+# Length and size are no reason to refuse here.
+LIMITS = UploadLimits(megabytes=1e3, seconds=1e9, frames=10**9, side=10_000)
+
+
+def by_prepare_clips(path: Path, checkpoint: Path) -> None:
+    """Read as `promag prepare-clips` does."""
+    prepare(list_videos(path), progress=False)
+
+
+def by_reconstruct(path: Path, checkpoint: Path) -> None:
+    """Run `promag reconstruct`."""
+    with tempfile.TemporaryDirectory() as folder:
+        reconstruct.main([str(checkpoint), str(path), "--out", f"{folder}/out.mp4", "--ratios", "4"])
+
+
+def by_sample(path: Path, checkpoint: Path) -> None:
+    """Read as `promag sample --video` does."""
+    last_pictures(path, (64, 64), 8, 17)
+
+
+def by_page(path: Path, checkpoint: Path) -> None:
+    """Read as the page does."""
+    check_upload(path, LIMITS)
+
+
+DOORS: dict[str, Callable[[Path, Path], None]] = {
+    "prepare-clips": by_prepare_clips,
+    "reconstruct": by_reconstruct,
+    "sample --video": by_sample,
+    "page": by_page,
+}
+
+
+def ask(folder: Path, checkpoint: Path, case: Case) -> dict[str, str]:
+    """Return the answer of each door to a file: read, refused: why, or what else became of it."""
+    answers = {}
+    for name, door in DOORS.items():
+        try:
+            answer, _ = in_child(partial(door, folder / case.file, checkpoint), address_space=ADDRESS_SPACE)
+        except NoAnswerError as error:
+            answers[name] = str(error)
+            continue
+        if answer is None:
+            answers[name] = "read"
+        else:
+            answers[name] = f"{'refused' if isinstance(answer, UserError) else 'crash'}: {answer}"
+    return answers
+
+
+def agree(answers: dict[str, str]) -> bool:
+    """Return whether all doors read or all refuse; reconstruct may refuse what is too small for its tokenizer."""
+    words = {name: answer.split(":")[0] for name, answer in answers.items()}
+    if "pixels" in answers["reconstruct"] and f"{SMALLEST}" in answers["reconstruct"]:
+        del words["reconstruct"]
+    return len(set(words.values())) == 1 and set(words.values()) <= {"read", "refused"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the files on which the doors differ; the exit status is 1 if there are any."""
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="folder of the corpus, such as runs/corpus")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a tokenizer")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only files whose path holds this")
+    share(parser, "--record", "--note")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder.resolve()
+    cases = [case for case in load_corpus(folder) if arguments.only in case.file]
+    torch.set_num_threads(1)
+    import_decoders()
+    load_tokenizer(arguments.checkpoint)  # imports all that loading one needs
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        answers = list(pool.map(partial(ask, folder, arguments.checkpoint.resolve()), cases))
+    differing = {case.file: given for case, given in zip(cases, answers, strict=True) if not agree(given)}
+    for file, given in differing.items():
+        print(f"{file!r}:", *(f"  {name}: {answer[:200]}" for name, answer in given.items()), sep="\n")
+    doors = {name: dict(Counter(given[name].split(":")[0] for given in answers)) for name in DOORS}
+    print(f"{len(cases) - len(differing)} of {len(cases)} files: all doors read, or all refuse; {doors}")
+    if arguments.record:
+        figures = {"files": len(cases), "agreed": len(cases) - len(differing), "doors": doors, "differing": differing}
+        append_result(arguments.record, {"what": "agreement of the doors", **figures, "note": arguments.note})
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
