@@ -22,7 +22,7 @@ from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_e
 from promag.diffusion.train import BucketCache, TrainingResult, train_diffusion
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
-from promag.tokenizer.checkpoint import load_tokenizer, save_model
+from promag.tokenizer.checkpoint import find_damage, load_tokenizer, save_model
 from promag.tokenizer.geometry import check_ratio
 from promag.training.config import UserError
 from promag.training.precision import Precision, autocast
@@ -60,7 +60,7 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     if not (trained.outcome and trained.outcome.finished):
         return None
     with main_process_first() as main:
-        if main and not folder.exists():
+        if main and find_damage(folder):
             save_model(SavedLora(trained.transformer) if config.lora else assemble(config, trained, vae), folder)
     return folder
 

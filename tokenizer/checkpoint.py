@@ -2,15 +2,18 @@
 
 import json
 import os
-import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from promag.training.config import UserError
-from promag.training.files import move_into_place, write_atomically
+from promag.training.files import finish_replacing, replaced_folder, write_atomically
 
 from .autoencoder import AutoencoderKLProMAG
+
+MARKERS = ("config.json", "model_index.json", "pytorch_lora_weights.safetensors")  # what a saved model has at least
 
 
 def load_tokenizer(folder: str | os.PathLike) -> AutoencoderKLProMAG:
@@ -29,38 +32,49 @@ def load_tokenizer(folder: str | os.PathLike) -> AutoencoderKLProMAG:
 
 
 def saved_ratios(folder: Path) -> tuple[int, ...]:
-    """Return the temporal ratios of a saved tokenizer from its configuration alone, lowest first; none without one."""
-    file = folder / "config.json"
-    if not file.exists():
-        return ()
-    config = json.loads(file.read_text(encoding="utf-8"))
+    """Return the temporal ratios of a saved tokenizer, lowest first, from its configuration alone."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base = prod(time for time, _ in config["strides"])
     return tuple(base * 2**level for level in range(1 + len(config["growth"])))
 
 
+def find_damage(folder: Path) -> str | None:
+    """Return what a saved model, a pipeline or adapters lack, from the headers of their files; None where they are whole."""
+    if not any((folder / name).is_file() for name in MARKERS):
+        return f"{folder} holds no model"
+    file = folder
+    try:
+        for file in folder.rglob("*.json"):
+            values = json.loads(file.read_text(encoding="utf-8"))
+            wanted: list[Path] = []
+            if file.name == "model_index.json":
+                kinds = {name: kind for name, kind in values.items() if isinstance(kind, list) and len(kind) == 2}
+                wanted = [file.parent / name for name, kind in kinds.items() if all(isinstance(k, str) for k in kind)]
+            elif file.name.endswith(".safetensors.index.json"):
+                wanted = [file.parent / part for part in values["weight_map"].values()]
+            elif file.name == "config.json" and not any(file.parent.glob("*.safetensors")):
+                return f"{file.parent} has no weights"
+            if missing := [place for place in wanted if not place.exists()]:
+                return f"{missing[0]} is missing"
+        for file in folder.rglob("*.safetensors"):
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        return f"{file} is damaged ({error})"
+    return None
+
+
 def save_model(model: Any, folder: Path) -> None:
-    """Save a model aside and put it in the place of `folder`; after a kill, `finish_save` leaves the old or the new one."""
-    finish_save(folder)
-    new, old = _asides(folder)
-    model.save_pretrained(new)
-    forget_source_path(new)
-    if folder.exists():
-        os.replace(folder, old)
-    move_into_place(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """Save a model, or what has its `save_pretrained`, aside and put it in the place of `folder`; see `replaced_folder`.
 
-
-def finish_save(folder: Path) -> None:
-    """Finish a `save_model` that was killed between its two renames, and remove what a killed one left beside `folder`."""
-    new, old = _asides(folder)
-    if old.exists() and not folder.exists():
-        os.replace(new if new.exists() else old, folder)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _asides(folder: Path) -> tuple[Path, Path]:
-    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    Raises UserError where `folder` holds something else than a saved model, and OSError where the disk is full.
+    """
+    finish_replacing(folder)
+    if folder.exists() and any(folder.iterdir()) and not any((folder / name).is_file() for name in MARKERS):
+        raise UserError(f"{folder}: holds other files than a model's; name another folder, or move them away")
+    with replaced_folder(folder) as aside:
+        model.save_pretrained(aside)
+        forget_source_path(aside)
 
 
 def forget_source_path(folder: Path) -> None:

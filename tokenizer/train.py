@@ -18,14 +18,14 @@ from promag.data.sources import digest_sources, open_sources
 from promag.data.stream import TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
-from promag.training.files import write_atomically
+from promag.training.files import finish_replacing, write_atomically
 from promag.training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
 from promag.training.processes import broadcast_from_main, choose_precision_once
 from promag.training.run import load_checkpoint, newest_checkpoint, open_run, record_data
 from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG, parameter_count
-from .checkpoint import finish_save, load_tokenizer, save_model, saved_ratios
+from .checkpoint import find_damage, load_tokenizer, save_model, saved_ratios
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig
 from .discriminator import AdversarialLoss
 from .losses import kl_loss, latent_loss, reconstruction_loss, reparametrise, squared_loss
@@ -109,7 +109,7 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     )
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     if accelerator.is_main_process:
-        finish_save(run / "tokenizer")
+        finish_replacing(run / "tokenizer")
     accelerator.wait_for_everyone()
     for stage in config.stages:
         if config.only_stage not in (None, stage.ratio):
@@ -198,10 +198,17 @@ def train_stage(
 def _is_trained(run: Path, stage: StageConfig) -> bool:
     """Tell whether the run's tokenizer holds a stage's level; raises UserError where its training did not get to the end.
 
-    The tokenizer decides, not the record beside the checkpoints: a run may be killed between writing the two.
+    The tokenizer decides, not the record beside the checkpoints: a run may be killed between writing the two. A damaged one
+    does not count where the stage's checkpoints can replace it, and is an error where they are gone.
     """
     place, folder = run / "tokenizer", run / f"{stage.ratio}x"
-    if not (place.exists() if stage.growth is None else stage.ratio in saved_ratios(place)):
+    if not place.exists():
+        return False
+    if damage := find_damage(place):
+        if newest_checkpoint(folder) is None:
+            raise UserError(f"stage {stage.ratio}x: {damage}, and {folder} has no checkpoints to restore it from")
+        return False
+    if stage.growth is not None and stage.ratio not in saved_ratios(place):
         return False
     if not (folder / "done.json").exists() and (step := _newest_meta(folder)["step"]) < stage.optimization.steps:
         raise UserError(

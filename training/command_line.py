@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from .config import NULLS, UserError, build, complete, dataclass_in, dump_yaml, load_yaml, plain, read_yaml
+from .files import DISK_ERRORS
 
 Config = TypeVar("Config")
 
@@ -26,11 +28,13 @@ Config = TypeVar("Config")
 def run_main(main: Callable[[Sequence[str]], int]) -> int:
     """Run `main(argv)` and return its exit status; a UserError becomes one line on stderr and status 2.
 
-    argparse's own errors already exit with status 2. A distributed process leaves its process group unless `main` raised.
-    Names that the terminal's encoding lacks (those of files may be no UTF-8) are printed with escapes.
+    So does, with status 1, an error of a disk, such as a full one. argparse's own errors already exit with status 2.
+    A distributed process leaves its process group unless `main` raised. Names that the terminal's encoding lacks (those of
+    files may be no UTF-8) are printed with escapes.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    threading.excepthook = _leave_disk_errors_to_the_main_thread
     try:
         status = main(sys.argv[1:])
         distributed = sys.modules.get("torch.distributed")
@@ -40,12 +44,28 @@ def run_main(main: Callable[[Sequence[str]], int]) -> int:
             leave_process_group()
         return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of the output (head, less) closed the pipe: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; the same command continues once this is mended", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: UserError) -> str:
+    """Return an error's message; of one that a loader's process raised, which holds its traceback, the last line."""
+    message = str(error)
+    return message.rstrip().splitlines()[-1].partition(": ")[2] if "\nOriginal Traceback" in message else message
+
+
+def _leave_disk_errors_to_the_main_thread(thread: Any) -> None:
+    if not (isinstance(thread.exc_value, OSError) and thread.exc_value.errno in DISK_ERRORS):  # a tracker raises it again
+        threading.__excepthook__(thread)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,40 +1,129 @@
-"""Atomic writes of files, and JSON lines that survive a kill or a full disk."""
+"""Files and folders that are replaced whole, and JSON lines that survive a kill or a full disk.
 
+Whatever is replaced is written aside, under a hidden name, flushed to disk and renamed. So after a kill at any moment the old
+content is there or the new one, and the next write of the same file or folder removes what the killed one left.
+"""
+
+import contextlib
+import errno
+import glob
 import json
 import os
+import re
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from torch import Tensor  # reading videos imports this module, and needs no torch
 
+# Errors of a disk or its permissions: `run_main` shows them as one line.
+DISK_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ESTALE")
+    if hasattr(errno, name)
+)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Name `path` in errors of the operating system that name no file: writing to a full disk raises such ones."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    except SafetensorError as error:
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a hidden path beside `path` to write to; it takes the place of `path` unless the block raises.
+
+    Raises OSError naming a path.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with naming(path):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            leftover.unlink(missing_ok=True)
+        try:
+            yield aside
+            move_into_place(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty hidden folder beside `folder`; it takes the place of `folder` unless the block raises.
+
+    After a kill, `finish_replacing` leaves the old folder or the new one. Raises OSError naming a path.
+    """
+    finish_replacing(folder)
+    new, old = _asides(folder)
+    with naming(folder):
+        try:
+            new.mkdir(parents=True)
+            yield new
+            flush_all(new)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
+            flush(folder.parent)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            finish_replacing(folder)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Finish a `replaced_folder` that was killed between its two renames, and remove what a killed one left."""
+    new, old = _asides(folder)
+    if old.exists() and not folder.exists():
+        os.replace(new if new.exists() else old, folder)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _asides(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write a text file under a temporary name, flush it to disk and rename it into place."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    move_into_place(aside, path)
+    """Replace a text file; raises OSError naming a path."""
+    with replaced_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def save_tensors_atomically(path: str | os.PathLike, tensors: Mapping[str, "Tensor"]) -> None:
-    """Write a safetensors file under a temporary name, flush it to disk and rename it into place."""
+    """Replace a safetensors file; raises OSError naming a path."""
     from safetensors.torch import save_file
 
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside)
-    move_into_place(aside, path)
+    with replaced_file(path) as aside:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside)
 
 
 def move_into_place(aside: Path, path: Path) -> None:
-    """Rename a finished file or folder; after a power cut `path` has either its old content or all of the new."""
-    for file in [aside, *aside.rglob("*")]:
-        flush(file)
+    """Rename a finished file; after a power cut `path` has either its old content or all of the new."""
+    flush(aside)
     os.replace(aside, path)
     flush(path.parent)
+
+
+def flush_all(folder: Path) -> None:
+    """Flush a folder and all that is in it to disk."""
+    for file in [folder, *folder.rglob("*")]:
+        flush(file)
 
 
 def flush(path: Path) -> None:
@@ -49,10 +138,13 @@ def flush(path: Path) -> None:
 
 
 def append_json(path: str | os.PathLike, *records: Mapping[str, Any]) -> None:
-    """Append one JSON line per record; a partial last line of a failed write is dropped with a warning on stderr."""
+    """Append one JSON line per record; a partial last line of a failed write is dropped with a warning on stderr.
+
+    Raises OSError naming a path.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    with naming(path), open(path, "a+b") as file:
         _end_last_line(file, path)
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
 

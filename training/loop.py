@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .compilation import no_recompile
 from .config import setting
-from .files import append_json
+from .files import append_json, naming
 from .fsdp import full, local_shard, shard
 from .optimizers import OptimizationConfig, make_optimizers
 from .precision import Chosen
 from .processes import broadcast_from_main
 from .progress import ProgressBar
-from .run import StopSignal, cut_metrics, newest_checkpoint, save_checkpoint, thin_out
+from .run import StopSignal, cut_metrics, newest_checkpoint, save_checkpoint, sweep, thin_out
 from .state import State
 from .throughput import Meter, Work
 from .trackers import Log, Tracker, check_trackers
@@ -178,7 +178,7 @@ def train(
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     global_batch = accelerator.num_processes * settings.batch_size * settings.accumulate
     state = State(named, dict(objective.named_buffers()), optimizers, ema, global_batch)
-    if checkpoint := broadcast_from_main(lambda: newest_checkpoint(folder)):
+    if checkpoint := broadcast_from_main(lambda: _resumable(folder)):
         state.resume(checkpoint)
     first = step = state.step
     if first:
@@ -268,12 +268,12 @@ def train(
                         message = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                         bar.write(f"{name} step {step}: {message}", sys.stderr)
             if step % run.save_every == 0 and step < last:
-                _save(accelerator, folder, state, meter.seconds(), run)
+                _save(accelerator, folder, state, meter.seconds(), run, stop)
                 saved = step
         bar.close()
         seconds = meter.seconds()
         if step > saved:
-            _save(accelerator, folder, state, seconds, run)
+            _save(accelerator, folder, state, seconds, run, stop)
         ema.copy_to(parameters)
         make_whole()
         objective.eval()
@@ -294,14 +294,32 @@ def _distribute(
     return accelerator.prepare(objective.to(device)), lambda: None
 
 
-def _save(accelerator: Accelerator, folder: Path, state: State, seconds: float, run: RunConfig) -> None:
-    if accelerator.is_main_process:
-        save_checkpoint(folder, state.step, state.groups(), state.meta(seconds))
-        thin_out(folder, run.keep_last, run.keep_every)
-    else:
-        for _ in state.groups():
-            pass  # this process's parts are gathered on the main one
-    accelerator.wait_for_everyone()
+def _resumable(folder: Path) -> Path | None:
+    sweep(folder)
+    return newest_checkpoint(folder)
+
+
+def _save(accelerator: Accelerator, folder: Path, state: State, seconds: float, run: RunConfig, stop: StopSignal) -> None:
+    """Write a checkpoint on rank 0, uninterrupted by signals; raises OSError on all ranks where the disk is full."""
+    groups = state.groups()
+
+    def save() -> None:
+        try:
+            save_checkpoint(folder, state.step, groups, state.meta(seconds))
+            thin_out(folder, state.step, run.keep_last, run.keep_every)
+        finally:
+            _exhaust(groups)
+
+    stop.saving = True
+    if not accelerator.is_main_process:
+        _exhaust(groups)
+    broadcast_from_main(save)
+    stop.saving = False
+
+
+def _exhaust(groups: Iterator) -> None:
+    for _ in groups:
+        pass  # each process's parts are gathered on the main one
 
 
 def _validate(validate, log: Log, step: int, objective: nn.Module, ema: EMAModel, parameters: list[nn.Parameter]) -> Metrics:
@@ -318,7 +336,8 @@ def _validate(validate, log: Log, step: int, objective: nn.Module, ema: EMAModel
 def _write(accelerator: Accelerator, file: Path, name: str, step: int, record: Metrics) -> None:
     if accelerator.is_main_process:
         append_json(file, {"step": step, **record})
-        accelerator.log({f"{name}/{k}": v for k, v in record.items()}, step=step)
+        with naming(accelerator.logging_dir):
+            accelerator.log({f"{name}/{k}": v for k, v in record.items()}, step=step)
 
 
 def _open_log(accelerator: Accelerator) -> Log:

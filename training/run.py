@@ -7,6 +7,7 @@ run/NAME/step-00001000/         a checkpoint of stage NAME: safetensors and stat
 run/NAME/metrics.jsonl          one line per logged or validated step
 """
 
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import UserError, load_yaml, save_yaml, to_plain
-from .files import append_json, move_into_place, read_json_lines, write_atomically
+from .files import append_json, finish_replacing, read_json_lines, replaced_folder, write_atomically
 
 MACHINES = "machines.txt"
 DATA = "data.json"
@@ -97,24 +98,31 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-N` atomically, with one safetensors file per named group and the JSON `meta`.
 
-    Incomplete checkpoints of killed processes are removed. An existing checkpoint of that step stays until the new one is
-    complete.
+    An existing checkpoint of that step stays until the new one is complete. A folder of that name that is no checkpoint of
+    this run is renamed and named on stderr. Raises OSError naming a path where the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".step-*"):
-        shutil.rmtree(stale)
-    final, aside, old = (folder / f"{name}-{step:08d}" for name in ("step", ".step-new", ".step-old"))
-    aside.mkdir()
-    names = []
-    for name, tensors in groups:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
-        names.append(name)
-    (aside / "state.json").write_text(json.dumps({"step": step, "groups": names, **meta}), encoding="utf-8")
-    if final.exists():
-        final.rename(old)
-    move_into_place(aside, final)
-    shutil.rmtree(old, ignore_errors=True)
+    sweep(folder)
+    final = folder / _name(step)
+    if final.exists() and final not in checkpoints(folder):
+        other = next(name for k in itertools.count(1) if not (name := final.with_name(f"{final.name}.other{k}")).exists())
+        print(f"{final}: is no checkpoint of this run; renamed to {other.name}", file=sys.stderr)
+        final.rename(other)
+    with replaced_folder(final) as aside:
+        names = []
+        for name, tensors in groups:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
+            names.append(name)
+        (aside / "state.json").write_text(json.dumps({"step": step, "groups": names, **meta}), encoding="utf-8")
     return final
+
+
+def sweep(folder: Path) -> None:
+    """Remove what saves and deletions of killed processes left beside the checkpoints in `folder`."""
+    for old in folder.glob(".step-*.old"):
+        finish_replacing(folder / old.name.removeprefix(".").removesuffix(".old"))
+    for leftover in folder.glob(".step-*"):
+        _remove(leftover)
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -142,6 +150,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, TensorFile], dict[str, Any]]:
     try:
         groups = {file.stem: TensorFile(file) for file in sorted(path.glob("*.safetensors"))}
         meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(meta, dict) or "step" not in meta:
+            raise ValueError("state.json states no step")
     except (SafetensorError, ValueError) as error:
         raise OSError(f"checkpoint {path}: damaged: {error}") from None
     if missing := [name for name in meta.pop("groups", ()) if name not in groups]:
@@ -167,16 +177,46 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first; folders with other names are ignored."""
-    complete = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and (p / "state.json").exists())
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
+    """Return the checkpoints in `folder`, oldest first.
+
+    Folders of other names are ignored, and so are copies under another step's name and copies without state.json.
+    """
+    return sorted((path for path in folder.glob("step-*") if _is_own(path)), key=_step)
 
 
-def thin_out(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete all checkpoints except the newest `keep_last` and those at multiples of `keep_every` steps."""
-    for old in checkpoints(folder)[:-keep_last]:
-        if keep_every is None or int(old.name.removeprefix("step-")) % keep_every:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # a kill leaves no partial checkpoint
+def thin_out(folder: Path, step: int, keep_last: int, keep_every: int | None = None) -> None:
+    """Delete the checkpoints up to `step`, except for the newest `keep_last` and those at multiples of `keep_every` steps.
+
+    Later ones, which a run that fell back from a damaged one has still to replace, do not count.
+    """
+    for old in [path for path in checkpoints(folder) if _step(path) <= step][:-keep_last]:
+        if keep_every is None or _step(old) % keep_every:
+            _remove(old.rename(old.with_name(f".{old.name}")))  # a kill leaves no partial checkpoint
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _is_own(path: Path) -> bool:
+    """Tell whether a folder was saved under this name; what `load_checkpoint` calls damaged counts too."""
+    if not re.fullmatch(r"step-\d{8,}", path.name) or path.name != _name(_step(path)):
+        return False
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return not isinstance(state, dict) or state.get("step", _step(path)) == _step(path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
 # -- metrics and signals ---------------------------------------------------------------------------------------------
@@ -205,18 +245,19 @@ def read_curve(folder: Path, key: str) -> list[tuple[float, float]]:
 class StopSignal:
     """Context in which SIGTERM and SIGINT set `received` instead of ending the process; a second SIGINT ends it.
 
-    Whoever acts on the signal sets `handled`. A signal that was not handled is raised again when the context ends.
+    While `saving` is set no signal ends it. Whoever acts on the signal sets `handled`. A signal that was not handled is raised
+    again when the context ends.
     """
 
     def __enter__(self) -> "StopSignal":
         """Install the handlers."""
         self.received: str | None = None
-        self.handled = False
+        self.handled = self.saving = False
         self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.received and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT and not self.saving:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 

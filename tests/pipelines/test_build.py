@@ -1,6 +1,7 @@
 """From clips of several shapes to a pipeline: a cache for each shape, and one model that makes what it was told to."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from promag import ProMAGPipeline
 from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import cache, train_pipeline
+from promag.tokenizer.checkpoint import find_damage
 from promag.training.config import UserError, build, load_yaml
 from tests.conftest import make_tokenizer
 from tests.scripts.test_scripts import encoder, write_t5
@@ -60,6 +62,13 @@ def test_clips_of_several_shapes_are_cached_apart_and_trained_on_together(config
         frames = pipe("a red disc", num_inference_steps=1, generator=torch.Generator().manual_seed(0), **size).frames
         assert frames.shape[1:4] == (size.get("num_frames", 17), 32, size.get("width", 32))
     assert "cached" not in capsys.readouterr().out  # training found all of it
+    whole = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    for damage in (lambda: weights.write_bytes(whole[weights][:-1]), weights.unlink, lambda: shutil.rmtree(folder / "vae")):
+        damage()
+        assert find_damage(folder) is not None
+        assert train_pipeline(config) == folder  # from its last checkpoint
+        assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == whole
 
 
 def test_a_start_with_nothing_to_cache_reads_no_text_encoder(config, tmp_path):

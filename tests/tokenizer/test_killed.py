@@ -7,12 +7,14 @@ import sys
 import pytest
 import torch
 
-from promag.tokenizer.checkpoint import finish_save, load_tokenizer, save_model
+from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import train_tokenizer
 from promag.training.config import UserError
+from promag.training.files import finish_replacing
 from tests.conftest import make_tokenizer, run_config
 from tests.tokenizer.test_train import make_config, stage
+from tests.training.test_run import small_files
 
 
 class Killed(BaseException):
@@ -103,7 +105,7 @@ def test_a_save_killed_before_any_change_of_a_file_leaves_the_old_or_the_new_mod
         folder = tmp_path / str(operations) / "tokenizer"
         save_model(old, folder)
         ended = killer.run(folder.parent, operations, lambda folder=folder: save_model(new, folder))
-        finish_save(folder)
+        finish_replacing(folder)
         assert [p.name for p in folder.parent.iterdir()] == ["tokenizer"]
         ratios = load_tokenizer(folder).temporal_ratios
         assert equal(load_tokenizer(folder).state_dict(), (old if ratios == (4,) else new).state_dict())
@@ -122,9 +124,34 @@ def test_a_level_whose_training_is_not_finished_is_not_taken_for_trained(tmp_pat
         train_tokenizer(two_stages(tmp_path))
 
 
-def test_a_lost_tokenizer_is_built_again_from_the_checkpoints(tmp_path):
+def test_a_lost_or_damaged_tokenizer_is_built_again_from_the_checkpoints(tmp_path):
     train_tokenizer(two_stages(tmp_path))
     expected = weights(tmp_path)
-    shutil.rmtree(tmp_path / "tokenizer")
-    train_tokenizer(two_stages(tmp_path))
-    assert equal(weights(tmp_path), expected)
+    file = tmp_path / "tokenizer" / "diffusion_pytorch_model.safetensors"
+    half = file.read_bytes()[: file.stat().st_size // 2]
+    for damage in (lambda: shutil.rmtree(tmp_path / "tokenizer"), lambda: file.write_bytes(half), file.unlink):
+        damage()
+        train_tokenizer(two_stages(tmp_path))
+        assert equal(weights(tmp_path), expected)
+    shutil.rmtree(tmp_path / "4x")
+    file.unlink()
+    with pytest.raises(UserError, match=r"stage 4x: .*tokenizer has no weights, and .*4x has no checkpoints to restore"):
+        train_tokenizer(two_stages(tmp_path))
+
+
+def test_a_model_is_not_saved_over_a_folder_of_other_things(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="home: holds other files than a model's; name another folder"):
+        save_model(make_tokenizer(levels=1), tmp_path / "home")
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_leaves_the_tokenizer_that_was_there(tmp_path):
+    old = make_tokenizer(levels=1)
+    save_model(old, tmp_path / "tokenizer")
+    with small_files(4000), pytest.raises(OSError, match="File too large") as caught:
+        save_model(make_tokenizer(levels=2), tmp_path / "tokenizer")
+    assert caught.value.filename == str(tmp_path / "tokenizer")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+    assert equal(load_tokenizer(tmp_path / "tokenizer").state_dict(), old.state_dict())

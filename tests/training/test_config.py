@@ -8,7 +8,9 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset
 
+from promag.data.video import UnreadableVideo
 from promag.tokenizer.config import TokenizerConfig
 from promag.training.command_line import parse_config, run_main
 from promag.training.config import UserError, build, dataclass_in, load_yaml, plain, required, save_yaml, setting
@@ -256,6 +258,16 @@ def test_run_main_returns_the_exit_status_and_shows_a_mistake_in_one_line(capsys
 
     assert [run_main(main) for main in (lambda argv: 0, lambda argv: 3, fails)] == [0, 3, 2]
     assert capsys.readouterr().err == "error: no such clip\n"
+
+
+class Unreadable(IterableDataset):
+    def __iter__(self):
+        raise UnreadableVideo("a.mp4", "holds no frames")
+
+
+def test_a_mistake_in_a_loaders_process_is_one_line_too(capsys):
+    assert run_main(lambda argv: list(DataLoader(Unreadable(), num_workers=1))) == 2
+    assert capsys.readouterr().err == "error: a.mp4: holds no frames\n"
 
 
 def test_a_preset_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from promag.training.loop import Objective, close_trackers, make_accelerator, se
 from promag.training.run import StopSignal, checkpoints, cut_metrics, load_checkpoint, open_run, save_checkpoint, thin_out
 from promag.training.throughput import Work
 from tests.conftest import optimization_config, run_config
+from tests.training.test_run import small_files
 
 SETTINGS = optimization_config(batch_size=2, learning_rate=0.05, warmup=2, weight_decay=0.1)
 RUN = run_config()
@@ -186,21 +188,59 @@ def test_sigterm_in_the_last_step_leaves_the_stage_to_the_next_call(tmp_path):
     assert (again.step, again.finished) == (4, True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("place", ["save_checkpoint", "thin_out"])
-def test_more_signals_during_the_final_save_do_not_end_it(tmp_path, monkeypatch, place):
+def test_more_signals_during_the_final_save_do_not_end_it(tmp_path, monkeypatch, place, number):
     from promag.training import loop
 
     original = getattr(loop, place)
 
     def interrupted(*arguments):
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(*arguments)
 
     monkeypatch.setattr(loop, place, interrupted)
     outcome, _ = run(tmp_path, run_config(save_every=50, stop_after=3))
     assert (outcome.step, outcome.finished) == (3, False)
     assert [p.name for p in checkpoints(tmp_path / "stage")] == ["step-00000003"]
+
+
+def test_a_second_ctrl_c_during_a_step_ends_it(tmp_path):
+    class Interrupted(Noisy):
+        def forward(self, batch, generators, step):
+            for _ in range(2 * step):
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(batch, generators, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, objective=Interrupted())
+
+
+def test_what_a_killed_call_left_beside_the_checkpoints_goes_even_where_no_step_is_left(tmp_path):
+    run(tmp_path)
+    (tmp_path / "stage" / ".step-00000002").mkdir()  # killed while deleting an old checkpoint, after the last step
+    assert run(tmp_path)[0].finished
+    assert not list((tmp_path / "stage").glob(".*"))
+
+
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
+    """The disk is full at the second checkpoint: the first one stays, and the weights are those of a run with room."""
+
+    class Filling(Noisy):
+        def forward(self, batch, generators, step):
+            if step == 3:
+                limits.enter_context(small_files(1500))
+            return super().forward(batch, generators, step)
+
+    run(tmp_path / "whole")
+    with contextlib.ExitStack() as limits, pytest.raises(OSError, match="File too large") as caught:
+        run(tmp_path / "full", run_config(trackers=()), objective=Filling())
+    assert caught.value.filename == str(tmp_path / "full" / "stage" / "step-00000004")
+    assert {path.name for path in (tmp_path / "full" / "stage").iterdir()} == {"step-00000002", "metrics.jsonl"}
+    run(tmp_path / "full")
+    left, right = tensors(tmp_path / "whole"), tensors(tmp_path / "full")
+    assert all(torch.equal(left[k], right[k]) for k in left)
 
 
 def test_a_signal_that_nobody_acted_on_is_sent_again():
@@ -382,9 +422,9 @@ def test_checkpoints_are_whole_or_absent(tmp_path):
 def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
     for step in range(2, 14, 2):
         save_checkpoint(tmp_path, step, [("weights", {"a": torch.ones(1)})], {})
-    thin_out(tmp_path, keep_last=1, keep_every=4)
+    thin_out(tmp_path, 12, keep_last=1, keep_every=4)
     assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [4, 8, 12]
-    thin_out(tmp_path, keep_last=2)
+    thin_out(tmp_path, 12, keep_last=2)
     assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [8, 12]
 
 

@@ -1,13 +1,19 @@
 """Checkpoints and JSON lines after kills, full disks and strangers' folders."""
 
+import contextlib
+import errno
 import json
 import os
+import resource
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from promag.training import files
+from promag.training.command_line import run_main
 from promag.training.config import UserError
 from promag.training.files import append_json, read_json_lines, save_tensors_atomically, write_atomically
 from promag.training.run import (
@@ -17,6 +23,7 @@ from promag.training.run import (
     newest_checkpoint,
     open_run,
     save_checkpoint,
+    sweep,
     thin_out,
 )
 from tests.conftest import optimization_config
@@ -26,6 +33,17 @@ def save(folder, step, value=1.0, **meta):
     return save_checkpoint(folder, step, [(n, {"a": torch.full((2,), value)}) for n in ("weights", "ema")], meta)
 
 
+@contextlib.contextmanager
+def small_files(limit):
+    """Let no file of this process grow beyond `limit` bytes: writes fail as on a full disk, in Python and in libraries."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def own_bytes():
     """Return this process's resident memory without that which it maps from files."""
     resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
@@ -33,7 +51,7 @@ def own_bytes():
 
 
 def test_what_killed_saves_left_is_removed(tmp_path):
-    for name in (".step-00000003.4711", ".step-old-00000001", ".step-00000002"):
+    for name in (".step-00000003.4711", ".step-old-00000001", ".step-00000002", ".step-00000003.new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights.safetensors").write_bytes(b"half")
     save(tmp_path, 5)
@@ -62,12 +80,95 @@ def test_folders_of_other_names_are_no_checkpoints(tmp_path):
         path.rename(tmp_path / name)
         path = save(tmp_path, 100_000_000)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001", "step-00000002", "step-100000000"]
-    thin_out(tmp_path, keep_last=1)
+    thin_out(tmp_path, 100_000_000, keep_last=1)
     kept = {"step-best", "step-00000009-copy", "step-9", "step-100000000"}
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "state"])
+def test_a_copy_under_another_steps_name_is_no_checkpoint(tmp_path):
+    """Resumed from, it would rewind the run, and outlive all that are saved after it."""
+    path = save(tmp_path, 4)
+    shutil.copytree(path, tmp_path / "step-00000099")
+    shutil.copytree(path, tmp_path / "step-000000004")
+    assert newest_checkpoint(tmp_path) == path
+    new = save(tmp_path, 6)
+    thin_out(tmp_path, 6, keep_last=1)
+    assert {p.name for p in tmp_path.iterdir()} == {new.name, "step-00000099", "step-000000004"}
+
+
+def test_a_strangers_folder_in_a_checkpoints_place_is_kept_under_another_name(tmp_path, capsys):
+    copy = shutil.copytree(save(tmp_path, 4, 1.0), tmp_path / "step-00000006")
+    save(tmp_path, 6, 2.0)
+    assert f"{copy}: is no checkpoint of this run; renamed to step-00000006.other1" in capsys.readouterr().err
+    assert json.loads((tmp_path / "step-00000006.other1" / "state.json").read_text())["step"] == 4
+    assert load_checkpoint(newest_checkpoint(tmp_path))[0]["weights"]["a"].tolist() == [2, 2]
+
+
+def test_checkpoints_before_a_damaged_one_are_not_thinned_out_for_it(tmp_path):
+    """A run that fell back saves at earlier steps than the damaged one's for a while."""
+    save(tmp_path, 2)
+    (save(tmp_path, 8) / "state.json").write_text("{")
+    for step in (4, 6):
+        save(tmp_path, step)
+        thin_out(tmp_path, step, keep_last=1)
+        assert newest_checkpoint(tmp_path).name == f"step-{step:08d}"
+    save(tmp_path, 8)
+    thin_out(tmp_path, 8, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
+
+
+def test_a_save_killed_between_its_renames_is_finished(tmp_path):
+    save(tmp_path, 5, 1.0).rename(tmp_path / ".step-00000005.old")
+    shutil.copytree(tmp_path / ".step-00000005.old", tmp_path / ".step-00000005.new")
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+    assert load_checkpoint(newest_checkpoint(tmp_path))[0]["weights"]["a"].tolist() == [1, 1]
+
+
+def test_links_to_checkpoints_are_read_and_their_targets_stay(tmp_path):
+    """As after moving them to another disk."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    target = save(run, 2).rename(other)
+    (run / "step-00000002").symlink_to(target)
+    assert newest_checkpoint(run) == run / "step-00000002"
+    save(run, 4)
+    thin_out(run, 4, keep_last=1)
+    assert [path.name for path in run.iterdir()] == ["step-00000004"]
+    assert (other / "state.json").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path):
+    tensors = {"a": torch.ones(1000)}
+    good, text, line = save(tmp_path, 1), tmp_path / "a.txt", tmp_path / "m.jsonl"
+    write_atomically(text, "before")
+    append_json(line, {"step": 1})
+    writes = {
+        text: lambda: write_atomically(text, "x" * 3000),
+        tmp_path / "t.safetensors": lambda: save_tensors_atomically(tmp_path / "t.safetensors", tensors),
+        tmp_path / "step-00000002": lambda: save_checkpoint(tmp_path, 2, [("weights", tensors)], {}),
+        line: lambda: append_json(line, {"step": 2, "text": "x" * 3000}),
+    }
+    for path, write in writes.items():
+        with small_files(2000), pytest.raises(OSError, match="File too large") as caught:
+            write()
+        assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert {path.name for path in tmp_path.iterdir()} == {good.name, text.name, line.name}
+    assert text.read_text() == "before"
+    assert read_json_lines(line) == [{"step": 1}]  # and half a line, which the next one replaces
+    append_json(line, {"step": 2})
+    assert line.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert newest_checkpoint(tmp_path) == good
+
+
+def test_a_full_disk_is_one_line_of_a_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["promag"])
+    with small_files(2000):
+        assert run_main(lambda arguments: write_atomically(tmp_path / "a.txt", "x" * 3000)) == 1
+    error = f"error: {tmp_path / 'a.txt'}: File too large; the same command continues once this is mended\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "state", "no state"])
 def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, capsys, damage):
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     if damage == "cut":
@@ -75,7 +176,7 @@ def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, capsys, damage):
     elif damage == "missing":
         (bad / "ema.safetensors").unlink()
     else:
-        (bad / "state.json").write_text('{"step": 2, "gro')
+        (bad / "state.json").write_text('{"step": 2, "gro' if damage == "state" else "null")
     assert newest_checkpoint(tmp_path) == good
     assert f"checkpoint {bad}: damaged: " in capsys.readouterr().err
     (good / "state.json").write_text("")
