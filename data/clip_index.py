@@ -62,6 +62,7 @@ class Clip:
     caption: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the video file
     licence: str | None = None
+    decord: bool = False  # decord reads the video exactly as PyAV does
 
 
 class ClipIndex(Sequence[Clip]):
@@ -134,8 +135,8 @@ def path_text(path: str) -> str:
 
 
 def row_of(clip: Clip) -> dict[str, Any]:
-    """Return the keys and values of a clip's line, without those that are None."""
-    return {key: value for key, value in dataclasses.asdict(clip).items() if value is not None}
+    """Return the keys and values of a clip's line, without those that are None or False."""
+    return {key: value for key, value in dataclasses.asdict(clip).items() if value is not None and value is not False}
 
 
 def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
@@ -151,10 +152,13 @@ def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
 
 
 def digest_clips(clips: Sequence[Clip], count: int) -> str:
-    """Hash the contents, stretches and captions of the first `count` clips, a row at a time; paths do not matter."""
+    """Hash the contents, stretches and captions of the first `count` clips, a row at a time.
+
+    Paths do not matter, nor whether decord, which is not there on every machine, may read them.
+    """
     digest = hashlib.sha256(b"[")
     for place in range(count):
-        row = row_of(clips[place]) | {"path": ""}
+        row = row_of(dataclasses.replace(clips[place], path="", decord=False))
         digest.update(((", " if place else "") + json.dumps(row, sort_keys=True)).encode())
     digest.update(b"]")
     return digest.hexdigest()

@@ -25,6 +25,7 @@ class PreparedClips:
     too_short: list[tuple[str, int]]  # path, frames at the asked rate
     slower: list[tuple[str, float]]  # path, own rate: below the asked one, so frames repeat
     dropped_frames: int  # of the remainders behind the last whole window
+    changed: list[tuple[str, str]]  # path, how its frames were changed for showing: tone-mapped, deinterlaced ...
 
 
 class TooManyUnreadable(UserError):  # noqa: N818
@@ -64,7 +65,7 @@ def prepare(
             f"fps {fps}, frames {frames}, max_bad {max_bad}, workers {workers}, {len(videos)} videos: "
             "max_bad is from 0 to 1, the others are above 0"
         )
-    clips, quarantined, too_short, slower, dropped, longest = [], [], [], [], 0, ("", 0)
+    clips, quarantined, too_short, slower, changed, dropped, longest = [], [], [], [], [], 0, ("", 0)
     pool = ThreadPoolExecutor(workers)
     try:
         examined = pool.map(_examine, [path for path, _ in videos])
@@ -74,6 +75,7 @@ def prepare(
                 quarantined.append((path, result.reason))
                 continue
             facts, digest = result
+            changed += [(path, ", ".join(facts.notes))] if facts.notes else []
             rate = fps or facts.fps
             available = int(facts.timestamps[-1] * rate + TIE) + 1
             longest = max(longest, (path, available), key=lambda video: video[1])
@@ -86,7 +88,7 @@ def prepare(
             dropped += available % window
             for first in range(0, available - window + 1, window):
                 facts_of_clip = (first / rate, window, rate, facts.width, facts.height)
-                clips.append(Clip(path, *facts_of_clip, caption, digest, (licences or {}).get(path)))
+                clips.append(Clip(path, *facts_of_clip, caption, digest, (licences or {}).get(path), facts.decord))
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted call must not decode the rest first
     if len(quarantined) > max_bad * len(videos) or len(quarantined) == len(videos):
@@ -99,7 +101,7 @@ def prepare(
     if not clips:
         asked = f"{frames} frames" if fps is None else f"{frames} frames at {fps:g} fps"
         raise UserError(f"no video has {asked}: the longest, {longest[0]}, has {longest[1]}; ask for fewer")
-    return PreparedClips(clips, quarantined, too_short, slower, dropped)
+    return PreparedClips(clips, quarantined, too_short, slower, dropped, changed)
 
 
 def _examine(path: str) -> tuple[VideoFacts, str] | UnreadableVideo:

@@ -3,7 +3,6 @@
 Shapes: T H W C uint8 pixels of files, C T H W float32 in [-1, 1] of items.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,13 +97,13 @@ class ClipCrop:
         Raises UnreadableVideo as `read_frames` does, and where the video is shorter than its clip.
         """
         try:
-            indices = pick_by_time(_frame_times(video, self.timeout), clip.start + offsets / clip.fps)
+            indices = pick_by_time(frame_times(video, self.timeout), clip.start + offsets / clip.fps)
         except UserError:
             raise
         except ValueError as error:
             reason = f"it is not as long as the index states ({error}); prepare the clips again"
             raise UnreadableVideo(video, reason) from error
-        pixels = read_frames(video, indices, self.timeout)
+        pixels = read_frames(video, indices, self.timeout, clip.decord)
         frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
         # In 8 bits this is eight times as fast as in float32, within one grey level of it. decord can decode to this
         # size itself; that saves a quarter at 720p and nothing at 256p, and its scaler aliases at the edges.
@@ -120,13 +119,3 @@ class ClipCrop:
 def to_model(video: Tensor) -> Tensor:
     """Turn uint8 T C H W into float32 C T H W in [-1, 1]."""
     return video.permute(1, 0, 2, 3).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
-
-
-def _frame_times(video: VideoSource, timeout: float) -> np.ndarray:
-    return _times_of_file(video, timeout) if isinstance(video, str) else frame_times(video, timeout)
-
-
-# Opening a file for its times takes 2 ms, a sixth of an item.
-@functools.lru_cache(maxsize=4096)
-def _times_of_file(path: str, timeout: float) -> np.ndarray:
-    return frame_times(path, timeout)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from promag.training.config import UserError
 
 from .captions import TEXT_EXTENSIONS, Listed, caption_from_name, find_listed, read_caption, read_listed, text_of, texts_beside
-from .images import IMAGE_EXTENSIONS
 from .tables import TABLE_EXTENSIONS, Row
+from .video import IMAGE_EXTENSIONS
 
 # What libavformat's demuxers of videos claim, and names in use for the same containers. Left out: still pictures, sound,
 # raw pixels without a header, playlists, and endings that mostly mean something else (.dat, .mod, .bin, .str, .v).

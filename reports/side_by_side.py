@@ -5,6 +5,7 @@ It reads, encodes, decodes and yields in chunks: memory does not grow with lengt
 """
 
 import base64
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promag.data.video import VideoSource, encode_mp4, read_frames
+from promag.data.video import VideoSource, encode_mp4, stream_frames
 from promag.tokenizer.geometry import SPATIAL_RATIO
 from promag.tokenizer.metrics import from_uint8, psnr_per_frame, to_uint8
 from promag.tokenizer.streaming import Padding, chunk_plan, crop_clip, pad_clip, reconstruct_stream
@@ -127,8 +128,8 @@ class Comparison:
     Args:
         model: the tokenizer.
         ratios: temporal ratios to show.
-        video: a file, whose frames from 0 to `count` are shown.
-        count: frames.
+        video: a file.
+        frames: numbers of the frames that are shown, which do not fall.
         chunk: frames processed at a time, a multiple of every ratio.
         size: (height, width) to scale to; None crops sides to multiples of 8.
         enlarge: factor by which the pixels shown are enlarged.
@@ -143,14 +144,15 @@ class Comparison:
         model: Any,
         ratios: Sequence[int],
         video: VideoSource,
-        count: int,
+        frames: Sequence[int] | np.ndarray,
         chunk: int = 64,
         size: tuple[int, int] | None = None,
         enlarge: int = 1,
         precision: Precision = "auto",
         on_progress: Callable[[int], None] = lambda done: None,
     ):
-        self.model, self.ratios, self.video, self.count, self.size = model, ratios, video, count, size
+        self.model, self.ratios, self.size, self.count = model, ratios, size, (count := len(frames))
+        self._pictures = stream_frames(video, (int(frame) for frame in frames))
         self.enlarge, self.on_progress = enlarge, on_progress
         self.precision: Precision = precision
         self.plan = chunk_plan(count + -(count - 1) % max(ratios), max(ratios), chunk)
@@ -186,24 +188,23 @@ class Comparison:
 
     def _chunks(self, queue: list[Tensor], reader: int) -> Iterator[Tensor]:
         """Yield the chunks; the first stream reads each of them, the others use the same one."""
-        first = 0
         for length in self.plan:
             if reader == 0:
-                queue.append(self._read(first, length))
+                queue.append(self._read(length))
             yield queue[-1].to(self.model.device)
-            first += length
 
-    def _read(self, first: int, length: int) -> Tensor:
-        indices = [min(first + i, self.count - 1) for i in range(length)]  # after the end, the last frame again
-        pixels = read_frames(self.video, indices)
-        x = from_uint8(torch.from_numpy(pixels[None]))
-        if self.size:
-            frames = F.interpolate(x[0].transpose(0, 1), self.size, mode="bilinear", antialias=True)
-            x = frames.transpose(0, 1)[None]
-        else:
-            height, width = (max(SPATIAL_RATIO, side // SPATIAL_RATIO * SPATIAL_RATIO) for side in pixels.shape[1:3])
-            x = x[..., :height, :width]
+    def _read(self, length: int) -> Tensor:
+        frames = [self._scaled(picture) for picture in itertools.islice(self._pictures, length)]
+        frames += frames[-1:] * (length - len(frames))  # after the end, the last frame again
+        x = torch.stack(frames, 1)[None]
         return pad_clip(from_uint8(to_uint8(x)), 1)[0]  # the reference is exactly the video shown
+
+    def _scaled(self, picture: np.ndarray) -> Tensor:
+        x = from_uint8(torch.from_numpy(np.ascontiguousarray(picture[None, None])))[0, :, 0]
+        if self.size:
+            return F.interpolate(x[None], self.size, mode="bilinear", antialias=True)[0]
+        height, width = (max(SPATIAL_RATIO, side // SPATIAL_RATIO * SPATIAL_RATIO) for side in x.shape[1:])
+        return x[:, :height, :width]
 
 
 def fit_size(height: int, width: int, side: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from promag.data.video import encode_mp4
+from promag.data.video import at_constant_rate, encode_mp4
 from promag.evaluation.sampling_cost import Pace, sampling_cost
 from promag.pipelines.sampling import SampleRequest, make_videos, trained_ratios
 from promag.training.config import UserError
@@ -104,32 +104,33 @@ class AppBackend:
         except UserError as error:
             return _part("message", text=str(error))
         size, ratios = fit_size(facts.height, facts.width, side), self.tokenizer.temporal_ratios
+        fps, numbers = at_constant_rate(facts.timestamps, facts.fps, self.limits.frames / self.limits.seconds)
         scale = enlargement(size[1], TILE)
         comparison = Comparison(
             self.tokenizer,
             ratios,
             path,
-            facts.frames,
+            numbers,
             size=size,
             enlarge=scale,
             precision=self.precision,
-            on_progress=lambda done: on_progress(done, facts.frames),
+            on_progress=lambda done: on_progress(done, len(numbers)),
         )
         with self.lock, torch.no_grad():
             frames = np.concatenate(list(comparison))
         labels = [f"{ratio}×" for ratio in ratios]
-        mp4 = encode_mp4(frames, facts.fps, CRF, KEY_EVERY)
-        film = Film(("original", *labels), (facts.frames, *size), facts.fps, scale, 1 + len(ratios), mp4)
+        mp4 = encode_mp4(frames, fps, CRF, KEY_EVERY)
+        film = Film(("original", *labels), (len(numbers), *size), fps, scale, 1 + len(ratios), mp4)
         clip = {
             "name": Path(path).name,
             "caption": f"{facts.frames} frame{'s' * (facts.frames > 1)} of {facts.width}x{facts.height} at {facts.fps:.3g} a "
-            f"second, processed at {size[1]}x{size[0]}",
-            "fps": facts.fps,
-            "frames": facts.frames,
+            f"second, processed at {size[1]}x{size[0]}{''.join(f', {note}' for note in facts.notes)}",
+            "fps": fps,
+            "frames": len(numbers),
             "psnr": {f"{ratio}×": comparison.psnr(ratio) for ratio in ratios},
             "per_frame": {f"{ratio}×": [round(x, 2) for x in comparison.frame_psnr[ratio]] for ratio in ratios},
         }
-        speeds = [f"{facts.frames / comparison.seconds[ratio]:.1f} frames/s" for ratio in ratios]
+        speeds = [f"{len(numbers) / comparison.seconds[ratio]:.1f} frames/s" for ratio in ratios]
         tiles = [("original", "", "", ""), *((labels[i], speeds[i], colour(i), "") for i in range(len(ratios)))]
         return _part(
             "comparison", player={"clips": [clip], "layout": film.layout, "every": max(ratios)}, tiles=tiles, film=film

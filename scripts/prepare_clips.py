@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{error}{more}") from None
     save_clips(arguments.out, prepared.clips)
     _report_quarantine(quarantine, prepared.quarantined)
+    if prepared.changed:
+        _list("changed to what players show", (f"{path}: {notes}" for path, notes in prepared.changed))
     if arguments.frames:
         _list(f"too short for {arguments.frames} frames", (f"{path}: {frames}" for path, frames in prepared.too_short))
         print(f"dropped {prepared.dropped_frames} frames behind the last whole clips")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promag.data.video import frame_times, write_video
+from promag.data.video import at_constant_rate, decode_strictly, write_video
 from promag.reports.side_by_side import Comparison
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
@@ -37,15 +37,16 @@ def main(argv: Sequence[str]) -> int:
     model.to(best_device())
     precision = choose_precision(arguments.precision, best_device())
     ratios = tuple(arguments.ratios or model.temporal_ratios)
-    times = frame_times(arguments.video)
     if arguments.frames is not None and arguments.frames < 1:
         raise UserError(f"--frames {arguments.frames}: at least 1 is needed")
-    count = min(arguments.frames or len(times), len(times))
-    fps = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else 1.0
+    facts = decode_strictly(arguments.video)
+    fps, frames = at_constant_rate(facts.timestamps, facts.fps)
+    frames = frames[: arguments.frames]
+    count = len(frames)
     try:
         for ratio in ratios:
             check_ratio(ratio, model.temporal_ratios)
-        comparison = Comparison(model, ratios, arguments.video, count, arguments.chunk, precision=precision)
+        comparison = Comparison(model, ratios, arguments.video, frames, arguments.chunk, precision=precision)
         if arguments.tile is not None:
             stride = max(8, arguments.tile * 3 // 4 // 8 * 8)
             model.enable_tiling(arguments.tile, arguments.tile, stride, stride)
@@ -53,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(str(error)) from None
 
     write_video(arguments.out, iter(comparison), fps, arguments.crf)
+    for note in facts.notes:
+        print(f"{arguments.video}: {note}")
     print(f"{arguments.out}: original | {' | '.join(f'{r}x' for r in ratios)}, {count} frames at {fps:.3g} fps")
     for ratio in ratios:
         print(f"{ratio:>3}x  psnr {comparison.psnr(ratio):.2f} dB  {count / comparison.seconds[ratio]:.1f} frames/s")

@@ -15,7 +15,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from promag.data.tables import read_lines
-from promag.data.video import frame_times, pick_by_time, read_frames, write_video, written_whole
+from promag.data.video import (
+    IMAGE_EXTENSIONS,
+    decode_strictly,
+    is_image,
+    pick_by_time,
+    read_frames,
+    write_video,
+    written_whole,
+)
 from promag.diffusion.attention import choose_attention
 from promag.evaluation.clip_similarity import load_similarity
 from promag.pipelines.sampling import Draft, SampleRequest, Seconds, load_pipeline, make_videos
@@ -194,19 +202,17 @@ def _call(arguments: argparse.Namespace, pipe: Any, fps: float) -> dict[str, Any
 
 
 def open_image(path: Path, size: tuple[int, int]) -> Image.Image:
-    """Read a picture, scaled to cover (width, height) and cropped in the centre."""
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), size)
-    except OSError as error:
-        raise UserError(f"--image {path}: cannot be read: {error}") from None
+    """Read a picture as training does, scaled to cover (width, height) and cropped in the centre."""
+    if not is_image(path):
+        raise UserError(f"--image {path}: a picture is needed ({' '.join(IMAGE_EXTENSIONS)}); --video takes clips")
+    return ImageOps.fit(Image.fromarray(read_frames(path, [0])[0]), size)
 
 
 def last_pictures(path: Path, size: tuple[int, int], fps: float, most: int) -> list[Image.Image]:
     """Read a clip's last frames, `fps` of them a second and at most `most`, each as `open_image` does."""
-    stamps = frame_times(path)
-    times = np.arange(stamps[-1], -1e-6, -1 / fps)[:most][::-1]
-    frames = read_frames(path, pick_by_time(stamps, times))
+    facts = decode_strictly(path)
+    times = np.arange(facts.timestamps[-1], -1e-6, -1 / fps)[:most][::-1]
+    frames = read_frames(path, pick_by_time(facts.timestamps, times))
     return [ImageOps.fit(Image.fromarray(frame), size) for frame in frames]
 
 

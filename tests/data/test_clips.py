@@ -12,6 +12,7 @@ from promag.data.clips import TooManyUnreadable, prepare
 from promag.data.datasets import ClipDataset
 from promag.data.listing import list_videos
 from promag.data.video import REENCODE
+from promag.data.video.reader import has_decord
 from promag.training.config import UserError
 from tests.data.conftest import numbers
 
@@ -19,7 +20,7 @@ from tests.data.conftest import numbers
 def test_one_clip_a_video_at_its_own_rate(folder, clips):
     first = folder / "a_grey-wall_01.mp4"
     digest = hashlib.sha256(first.read_bytes()).hexdigest()
-    assert clips[0] == Clip(str(first), 0.0, 30, 30.0, 64, 32, "a grey wall", digest)
+    assert clips[0] == Clip(str(first), 0.0, 30, 30.0, 64, 32, "a grey wall", digest, decord=has_decord())
     assert [(clip.frames, clip.fps) for clip in clips] == [(30, 30.0), (21, 15.0), (5, 30.0)]
 
 

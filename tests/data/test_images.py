@@ -4,13 +4,13 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from promag.data.clips import prepare
 from promag.data.datasets import ClipDataset
-from promag.data.images import IMAGE_FPS, read_image
 from promag.data.listing import list_videos
-from promag.data.video import UnreadableVideo, VideoBytes, decode_strictly, frame_times, read_frames
+from promag.data.video import IMAGE_FPS, UnreadableVideo, VideoBytes, decode_strictly, frame_times, read_frames
+from promag.data.video.images import ImageError, read_image
 from promag.training.config import UserError
 from tests.data.conftest import counting
 
@@ -47,6 +47,43 @@ def test_orientation_palettes_and_transparency():
     buffer = io.BytesIO()
     Image.fromarray(RED_LEFT).convert("P").save(buffer, "PNG")
     assert read_image(buffer.getvalue())[0, 5, 5].tolist()[0] > 180
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_depths_and_channels():
+    deep = Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16))
+    assert read_image(saved(deep))[0, 0, :, 1].tolist() == [0, 1, 128, 255]
+    assert read_image(saved(deep, "TIFF"))[0, 0, :, 1].tolist() == [0, 1, 128, 255]
+    grey = Image.fromarray(np.array([[[10, 255], [10, 0]]], np.uint8), "LA")
+    assert read_image(saved(grey))[0, 0].tolist() == [[10] * 3, [255] * 3]
+    inks = Image.new("CMYK", (2, 2), (255, 0, 0, 0))
+    assert read_image(saved(inks, "TIFF"))[0, 0, 0].tolist() == [0, 255, 255]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([0, 0, 255, 9, 8, 7])
+    assert read_image(saved(palette, transparency=0))[0, 0].tolist() == [[255] * 3, [9, 8, 7]]
+    assert read_image(saved(Image.new("1", (8, 8), 1)))[0, 0, 0].tolist() == [255] * 3
+    with pytest.raises(ImageError, match="32 bits"):
+        read_image(saved(Image.new("F", (2, 2)), "TIFF"))
+
+
+def test_colours_follow_the_profile_that_lies_in_the_file():
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    picture = Image.fromarray(RED_LEFT)
+    same = read_image(saved(picture, icc_profile=lab.tobytes()))
+    assert np.abs(same.astype(int) - RED_LEFT).max() <= 1
+    assert np.array_equal(read_image(saved(picture, icc_profile=b"no profile"))[0], RED_LEFT)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_pictures_of_several_frames_are_refused(kind):
+    frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 90, 180)]
+    with pytest.raises(ImageError, match="holds 3 pictures"):
+        read_image(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
 
 
 def test_an_image_is_read_as_a_video_of_one_frame():

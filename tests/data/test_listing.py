@@ -9,8 +9,8 @@ import av.format
 import pytest
 
 from promag.data.captions import caption_from_name, locate, path_of_url
-from promag.data.images import IMAGE_EXTENSIONS
 from promag.data.listing import SOUND_EXTENSIONS, VIDEO_EXTENSIONS, list_licences, list_videos
+from promag.data.video import IMAGE_EXTENSIONS
 from promag.training.config import UserError
 
 NFC, NFD = (unicodedata.normalize(form, "Bärenhöhle") for form in ("NFC", "NFD"))

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -15,15 +16,17 @@ from hypothesis import strategies as st
 
 from promag.data.video import (
     UnreadableVideo,
+    at_constant_rate,
     decode_strictly,
     encode_mp4,
     frame_times,
     pick_by_time,
     read_frames,
-    read_with_decord,
-    read_with_pyav,
+    stream_frames,
     write_video,
 )
+from promag.data.video.decord_reader import read_with_decord
+from promag.data.video.reader import read_with_pyav
 
 
 def drifting(frames: int, height: int = 32, width: int = 64) -> np.ndarray:
@@ -112,8 +115,8 @@ def flip(data: bytes, places) -> bytes:
         (lambda data: b"", "cannot be opened"),
         (lambda data: b"no video at all\n" * 100, "cannot be opened"),
         (lambda data: data[: data.index(b"mdat") - 200], "cannot be opened"),
-        (lambda data: data[: len(data) // 2], "corrupt data after"),
-        (lambda data: data[:-20], "corrupt data after"),
+        (lambda data: data[: len(data) // 2], "states 40 frames, .* cut off"),
+        (lambda data: data[:-20], "states 40 frames, 39 are there"),
         (lambda data: flip(data, range(data.index(b"mdat") + 1500, len(data), 700)), "decod"),
     ],
     ids=["empty", "text", "index cut", "half", "end cut", "bits flipped"],
@@ -149,31 +152,36 @@ def test_other_unreadable_files_are_refused(clean, tmp_path):
         sound.sample_rate = 16000
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
-    encode(tmp_path / "oblong.mp4", drifting(5), aspect=Fraction(4, 3))
+    encode(tmp_path / "thin.mp4", drifting(5), aspect=Fraction(1, 20))
     remux(clean, tmp_path / "tilted.mp4", lambda stream: stream.set_display_rotation(30))
     for name, size in (("small.ts", 64), ("large.ts", 96)):
         encode(tmp_path / name, drifting(30, size, size))
     (tmp_path / "joined.ts").write_bytes((tmp_path / "small.ts").read_bytes() + (tmp_path / "large.ts").read_bytes())
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {clean}\n")
+    (tmp_path / "playlist.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{clean}\n#EXT-X-ENDLIST\n")
     for name, reason in {
         "absent.mp4": "No such file",
         "sound.mp4": "no video stream",
-        "oblong.mp4": "pixels are not square",
-        "tilted.mp4": "rotated by",
+        "thin.mp4": "states pixels of 1:20",
+        "tilted.mp4": "turned by 30 degrees",
         "joined.ts": "corrupt|increase|those before",
+        "list.mp4": "cannot be opened",
+        "playlist.mp4": "cannot be opened",
     }.items():
         with pytest.raises(UnreadableVideo, match=reason):
             decode_strictly(tmp_path / name)
 
 
-def test_an_index_without_a_frame_is_refused(clean, tmp_path):
-    """A file cut without re-encoding lists frames that are not shown; decord's index then is off by some."""
+def test_what_an_edit_list_hides_is_not_read(clean, tmp_path):
+    """A file cut without encoding lists frames that are not shown."""
     data = clean.read_bytes()
     # The edit list's media time says where in the track to begin: two frames later.
     place = data.index(b"elst") + 4 + 4 + 4 + 4
     later = int.from_bytes(data[place : place + 4], "big") + 2 * 12800 // 25
     (tmp_path / "cut.mp4").write_bytes(data[:place] + later.to_bytes(4, "big") + data[place + 4 :])
-    with pytest.raises(UnreadableVideo, match="38 frames decoded, its container states 40"):
-        decode_strictly(tmp_path / "cut.mp4")
+    facts = decode_strictly(tmp_path / "cut.mp4")
+    assert (facts.frames, facts.decord) == (38, False)
+    assert np.array_equal(read_frames(tmp_path / "cut.mp4", [0, 37, 5]), read_frames(clean, [2, 39, 7]))
 
 
 def test_the_exception_survives_a_process_border():
@@ -212,6 +220,35 @@ def test_frames_are_those_that_were_written(videos):
     assert [int(np.abs(frame - written).mean(axis=(1, 2, 3)).argmin()) for frame in read] == wanted
 
 
+def test_frames_are_streamed_in_order(videos):
+    whole = read_frames(videos["long"], range(300))
+    assert np.array_equal(np.stack(list(stream_frames(videos["long"]))), whole)
+    wanted = [0, 0, 3, 3, 3, 250]
+    assert np.array_equal(np.stack(list(stream_frames(videos["long"], wanted))), whole[wanted])
+    for wrong, message in ([3, 2], "frame 2 after frame 3"), ([300], "frame 300; legal: 0 to 299"):
+        with pytest.raises(ValueError, match=message):
+            list(stream_frames(videos["long"], wrong))
+
+
+TURNS = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+
+
+@pytest.mark.parametrize("matrix", TURNS)
+def test_turned_and_mirrored_files_are_shown_so(clean, tmp_path, matrix):
+    """The display matrix moves x to a x + c y and y to b x + d y (ISO/IEC 14496-12, section 6.2.2)."""
+    data, (a, b, c, d) = clean.read_bytes(), matrix
+    place = data.index(b"tkhd") + 4 + 4 + 20 + 16
+    fixed = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(data[:place] + fixed + data[place + 36 :])
+    before = read_frames(clean, [5])[0]
+    y, x = np.mgrid[: before.shape[0], : before.shape[1]]
+    new_x, new_y = a * x + c * y, b * x + d * y
+    facts = decode_strictly(tmp_path / "turned.mp4")
+    expected = np.zeros((facts.height, facts.width, 3), np.uint8)
+    expected[new_y - new_y.min(), new_x - new_x.min()] = before
+    assert np.array_equal(read_frames(tmp_path / "turned.mp4", [5])[0], expected)
+
+
 def test_rotation_is_applied(clean, videos):
     turned, upright = read_frames(videos["turned"], [5, 9]), read_frames(clean, [5, 9])
     np.testing.assert_array_equal(turned, np.rot90(upright, 1, axes=(1, 2)))
@@ -239,10 +276,46 @@ def test_a_read_that_hangs_ends_at_its_limit(tmp_path):
     os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # let the thread end
 
 
+def test_pictures_of_a_parent_are_freed_in_a_forked_process(clean):
+    """Loaders fork; decoders and scalers with threads of their own would hang when the child collects its garbage."""
+    code = (
+        "import gc, os, sys, promag.data.video.container as c\n"
+        "gc.disable()\n"
+        "with c.open_container(sys.argv[1]) as video:\n"
+        "    kept = [video, *video.frames()]\n"
+        "    pictures = [video.display.picture(f.decoded) for f in kept[1:]]\n"
+        "kept.append(kept)\n"
+        "del video, kept, pictures\n"
+        "if not (child := os.fork()):\n"
+        "    gc.collect(); os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])"
+    )
+    call = [sys.executable, "-c", code, str(clean)]
+    assert subprocess.run(call, capture_output=True, text=True, timeout=60).stdout == "0\n"
+
+
 # -- picking by time -------------------------------------------------------------------------------------------------
 
 RATES = st.sampled_from([10, 12.5, 23.976, 24000 / 1001, 25, 29.97, 30000 / 1001, 50, 60000 / 1001])
 TICKS = st.sampled_from([1 / 1000, 1 / 90_000, 1 / 12_800])
+
+
+@given(fps=RATES, frames=st.integers(1, 500), jitter=st.floats(0, 0.4), seed=st.integers(0, 99))
+def test_frames_near_a_constant_rate_are_shown_once(fps, frames, jitter, seed):
+    stamps = (np.arange(frames) + np.random.default_rng(seed).uniform(0, jitter, frames)) / fps
+    stamps -= stamps[0]
+    rate, shown = at_constant_rate(stamps, (frames - 1) / stamps[-1] if frames > 1 else fps)
+    assert shown.tolist() == list(range(frames))
+    assert rate == pytest.approx(fps, rel=0.5 / max(1, frames - 1))
+
+
+def test_held_frames_are_held():
+    stamps = np.array([0, 0.1, 0.2, 1.2, 1.3])
+    rate, shown = at_constant_rate(stamps, 4 / 1.3)
+    assert rate == pytest.approx(10)
+    assert shown.tolist() == [0, 1, *[2] * 10, 3, 4]
+    rate, shown = at_constant_rate(np.array([0, 0.001, 2]), 1.0, max_rate=5)
+    assert (rate, shown.tolist()) == (5, [*[1] * 10, 2])
 
 
 @given(fps=RATES, tick=TICKS, frames=st.integers(2, 2000), single=st.booleans())

@@ -23,7 +23,7 @@ def shown(comparison, width=64):
 
 def test_columns_and_psnr_are_those_of_the_whole_clip(tokenizer, video):
     progress = []
-    comparison = Comparison(tokenizer, (4, 8, 16), video, 20, chunk=16, precision="bf16", on_progress=progress.append)
+    comparison = Comparison(tokenizer, (4, 8, 16), video, range(20), chunk=16, precision="bf16", on_progress=progress.append)
     original, *columns = shown(comparison)
     assert np.array_equal(original, read_frames(video, range(20)))
     assert progress == [17, 20]
@@ -39,7 +39,7 @@ def test_columns_and_psnr_are_those_of_the_whole_clip(tokenizer, video):
 
 
 def test_scaled_and_enlarged(tokenizer, video):
-    comparison = Comparison(tokenizer, (4, 16), video, 9, size=(16, 24), enlarge=2)
+    comparison = Comparison(tokenizer, (4, 16), video, range(9), size=(16, 24), enlarge=2)
     whole = np.concatenate(list(comparison))
     assert whole.shape == (9, 32, 3 * 48 + 2 * GAP, 3)
     original = whole[:, ::2, :48:2].astype(int)

@@ -148,7 +148,7 @@ def test_clip_similarity_is_printed_for_each_video(folder, tmp_path, capsys):
         ({"--attention": "xformers"}, "attention: xformers does not work on cpu: .*xformers"),
         ({"--clip-weights": "a.bin"}, r"--clip-weights a\.bin: name the model they belong to"),
         ({"--clip": "nowhere"}, r"clip nowhere: no config\.json there"),
-        ({"--video": "nowhere.mp4"}, r"nowhere\.mp4: no such file"),
+        ({"--video": "nowhere.mp4"}, r"nowhere\.mp4: No such file"),
     ],
 )
 def test_mistakes_are_named_in_one_line_before_anything_is_written(folder, tmp_path, monkeypatch, change, message):

@@ -1,0 +1,64 @@
+"""Image files: clips of one frame."""
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+IMAGE_FPS = 24.0  # stated for an image, which has no rate: a common one, since models are told it
+
+# What PIL raises for a damaged file depends on its format.
+_DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class ImageError(Exception):
+    """An image cannot be read."""
+
+
+def is_image(path: str | os.PathLike) -> bool:
+    """Return whether a file name is an image's."""
+    return Path(path).suffix.lower() in IMAGE_EXTENSIONS
+
+
+def read_image(source: str | os.PathLike | bytes) -> np.ndarray:
+    """Return an image file, or the bytes of one, as uint8 RGB (1, H, W, 3), upright; raises ImageError for a damaged one.
+
+    Transparent pixels are blended with white, 16 bits a channel become 8, and colours are converted by an embedded profile.
+    Of a JPEG with several pictures the first is shown, as viewers do; animated WebP and PNG and TIFF of many pages are refused.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                count = getattr(image, "n_frames", 1)
+                if count > 1 and image.format in ("WEBP", "PNG", "TIFF", "AVIF", "GIF"):
+                    raise ImageError(f"holds {count} pictures; make a video of it, or keep one of them")
+                return np.array(_rgb(ImageOps.exif_transpose(image)))[None]
+    except (*_DAMAGED, Image.DecompressionBombWarning) as error:
+        raise ImageError(getattr(error, "strerror", None) or str(error)) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("F", "I"):
+        raise ImageError("its pixels have 32 bits: 8 or 16 a channel can be shown")
+    if image.mode.startswith("I"):  # PIL would clip 16 bits to 8
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) / 257).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return _by_profile(image) or image.convert("RGB")
+
+
+def _by_profile(image: Image.Image) -> Image.Image | None:
+    """Return the image in sRGB by the profile that lies in it; None without one that fits."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK", "L"):
+        return None
+    try:
+        return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None  # viewers show an image with a broken profile without it

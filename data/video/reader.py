@@ -1,0 +1,231 @@
+"""Frames of a video by their numbers, its times and its header. Times are seconds after the first frame.
+
+An image is a video of one frame. Files on which decord was shown to agree (strict.py) may be read with it, the others are
+read with PyAV, which needs no proof.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from .container import Container, open_container
+from .images import ImageError, is_image, read_image
+from .source import UnreadableVideo, VideoBytes, VideoSource, within
+
+# decord has been seen to hang in get_batch for ever (dmlc/decord#269), and so may a network disk. A read takes
+# milliseconds to a few seconds; after a minute it will not end.
+READ_TIMEOUT = 60.0  # seconds
+SEEK_BACK = (0.0, 1.0, 8.0, 64.0)  # seconds before the first wanted frame from which decoding is tried
+
+
+@dataclass(frozen=True)
+class VideoHeader:
+    """Size and length of a video as its file states them; sizes are those of the frames as stored."""
+
+    frames: int
+    width: int
+    height: int
+    seconds: float  # from the first frame to the last
+
+
+@dataclass(frozen=True, eq=False)
+class FrameTable:
+    """When the frames of a video are shown, and where decoding can begin.
+
+    Args:
+        times: (frames,) ticks, increasing.
+        keys: times of key frames, in ticks, increasing.
+        tick: seconds.
+    """
+
+    times: np.ndarray
+    keys: np.ndarray
+    tick: Fraction
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """(frames,) float64 seconds after the first frame."""
+        return (self.times - self.times[0]).astype(np.float64) * float(self.tick)
+
+
+def read_frames(source: VideoSource, indices: Iterable[int], timeout: float = READ_TIMEOUT, decord: bool = False) -> np.ndarray:
+    """Return the frames of a video at `indices` (any order, repeats allowed) as uint8 (T, H, W, 3).
+
+    `decord` allows decord where it is installed: only for files of which the strict pass says that it reads them right.
+    Raises ValueError for indices outside the video, UnreadableVideo for a failing decoder and for one that takes longer
+    than `timeout` seconds.
+    """
+    wanted = [int(i) for i in indices]
+    if is_image(source):
+        return within(timeout, source, lambda: _read_image(source, wanted))
+    if decord and has_decord():
+        from .decord_reader import read_with_decord
+
+        return within(timeout, source, lambda: read_with_decord(source, wanted))
+    return within(timeout, source, lambda: read_with_pyav(source, wanted))
+
+
+def frame_times(source: VideoSource, timeout: float = READ_TIMEOUT) -> np.ndarray:
+    """Return the time of each frame, float64 seconds after the first; raises UnreadableVideo as `read_frames` does."""
+    if is_image(source):
+        return np.zeros(1)
+    return within(timeout, source, lambda: frame_table(source)).seconds
+
+
+def stream_frames(source: VideoSource, indices: Iterable[int] | None = None) -> Iterator[np.ndarray]:
+    """Yield frames in order as uint8 (H, W, 3), one in memory at a time: all of them, or those at `indices`, which do not fall.
+
+    Raises UnreadableVideo at the first frame that cannot be decoded, ValueError for indices that fall or lie outside.
+    """
+    pictures = _all_pictures(source)
+    if indices is None:
+        yield from pictures
+        return
+    at, picture = -1, None
+    for index in indices:
+        if index < at or index < 0:
+            raise ValueError(f"{source}: frame {index} after frame {at}; frames are streamed in order")
+        while at < index:
+            if (picture := next(pictures, None)) is None:
+                raise ValueError(f"{source}: frame {index}; legal: 0 to {at}")
+            at += 1
+        assert picture is not None
+        yield picture
+
+
+def _all_pictures(source: VideoSource) -> Iterator[np.ndarray]:
+    if is_image(source):
+        yield _read_image(source, [0])[0]
+        return
+    with open_container(source) as video:
+        for frame in video.frames():
+            yield video.display.picture(frame.decoded)
+
+
+def read_header(source: VideoSource, max_pixels: int) -> VideoHeader:
+    """Return the size and length of a video from its headers and packets, without decoding a frame.
+
+    Opening a file decodes frames where its header leaves something open; that never happens for pictures beyond
+    `max_pixels` (width times height), so memory stays small whatever the size is. Raises UnreadableVideo for what is no
+    video and for one that states no size or no frames.
+    """
+    with open_container(source, max_pixels) as video:
+        width, height = video.stream.width, video.stream.height
+        table = video.packets()
+        if not table.packets or not width or not height:
+            raise UnreadableVideo(source, f"states {table.packets} frames of {width}x{height} pixels")
+        frames = table.packets if table.times is None else len(table.times)
+        seconds = table.end if table.times is None else float((table.times[-1] - table.times[0]) * video.tick)
+        return VideoHeader(frames, width, height, seconds)
+
+
+def frame_table(source: VideoSource) -> FrameTable:
+    """Return when the frames of a video are shown, from its packets or, where these do not say, by decoding it.
+
+    The table of a file is kept in memory: packets are read once by each process, not with every clip.
+    """
+    if isinstance(source, VideoBytes):
+        return _read_table(source)
+    try:
+        state = os.stat(source)
+    except OSError as error:
+        raise UnreadableVideo(source, error.strerror or str(error)) from None
+    return _kept_table(os.fspath(source), state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_table(path: str, modified: int, size: int) -> FrameTable:
+    return _read_table(path)
+
+
+def _read_table(source: VideoSource) -> FrameTable:
+    with open_container(source) as video:
+        packets, tick = video.packets(), video.tick
+    if packets.times is not None and len(packets.times):
+        return FrameTable(packets.times, packets.keys, tick)
+    with open_container(source) as video:
+        times = np.array([frame.time for frame in video.frames()], np.int64)
+    if not len(times):
+        raise UnreadableVideo(source, "holds no frames")
+    return FrameTable(times, packets.keys, tick)
+
+
+def read_with_pyav(source: VideoSource, indices: list[int]) -> np.ndarray:
+    """Read frames as `read_frames` does, through PyAV and without a time limit.
+
+    Frames between two wanted ones are decoded, unless a key frame lies between them.
+    """
+    table = frame_table(source)
+    check_indices(source, indices, len(table.times))
+    wanted = sorted(set(indices))
+    found: dict[int, np.ndarray] = {}
+    with open_container(source) as video:
+        for stretch in _stretches(wanted, table):
+            found |= _read_stretch(video, stretch, table)
+    return np.stack([found[i] for i in indices])
+
+
+def _stretches(wanted: list[int], table: FrameTable) -> Iterator[list[int]]:
+    """Split sorted frame numbers where decoding can begin anew after the last one and at or before the next."""
+    starts = np.searchsorted(table.keys, table.times[wanted], side="right")
+    first = 0
+    for place in range(1, len(wanted) + 1):
+        if place == len(wanted) or (starts[place] != starts[place - 1] and wanted[place] > wanted[place - 1] + 1):
+            yield wanted[first:place]
+            first = place
+
+
+def _read_stretch(video: Container, wanted: list[int], table: FrameTable) -> dict[int, np.ndarray]:
+    """Return the pictures of frames that are decoded in one go, beginning further back until the first of them is met."""
+    first = int(table.times[wanted[0]])
+    for back in SEEK_BACK:
+        target = first - round(back / table.tick)
+        if target < table.times[0] and back:
+            break
+        if video.seek(target):
+            pictures = _pick(video, wanted, table)
+            if len(pictures) == len(wanted):
+                return pictures
+    with open_container(video.source) as again:  # from the start
+        pictures = _pick(again, wanted, table)
+    if len(pictures) < len(wanted):
+        raise UnreadableVideo(video.source, f"frame {min(set(wanted) - set(pictures))} is not found by seeking; re-encode it")
+    return pictures
+
+
+def _pick(video: Container, wanted: list[int], table: FrameTable) -> dict[int, np.ndarray]:
+    """Decode until all wanted frames are met, or until the first of them is past."""
+    number_of = {int(table.times[i]): i for i in wanted}
+    pictures: dict[int, np.ndarray] = {}
+    for frame in video.frames():
+        if frame.time in number_of:
+            pictures[number_of[frame.time]] = video.display.picture(frame.decoded)
+        if len(pictures) == len(wanted) or (not pictures and frame.time > table.times[wanted[0]]):
+            break
+    return pictures
+
+
+def _read_image(source: VideoSource, indices: list[int]) -> np.ndarray:
+    check_indices(source, indices, 1)
+    try:
+        return np.repeat(read_image(source.data if isinstance(source, VideoBytes) else source), len(indices), 0)
+    except ImageError as error:
+        raise UnreadableVideo(source, str(error)) from error
+
+
+def check_indices(source: VideoSource, indices: list[int], frames: int) -> None:
+    """Raise ValueError for numbers of frames that a video does not have, and for none."""
+    wrong = [i for i in indices if not 0 <= i < frames]
+    if wrong or not indices:
+        raise ValueError(f"{source}: frame {wrong[0] if wrong else 'list is empty'}; legal: 0 to {frames - 1}")
+
+
+@functools.cache
+def has_decord() -> bool:
+    """Return whether decord is installed; it has wheels for x86-64 only."""
+    return importlib.util.find_spec("decord") is not None
