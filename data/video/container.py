@@ -106,17 +106,15 @@ class Container:
     def frames(self) -> Iterator[Frame]:
         """Decode from where the file stands, deinterlacing what is interlaced; raises UnreadableVideo for damage."""
         deinterlacer, previous = None, None
-        for number, frame in enumerate(self._decoded()):
-            previous = time = self._time(frame, previous)
+        for frame in self._decoded():
+            last, previous = previous, Frame(self._time(frame, previous and previous.time), frame)
             if frame.interlaced_frame and deinterlacer is None:
-                if number:
-                    raise UnreadableVideo(self.source, f"interlaced from frame {number} on, not before; re-encode it")
                 self.display.notes.add("deinterlaced")
-                deinterlacer = _Deinterlacer()
+                deinterlacer = _Deinterlacer(last)
             if deinterlacer is None:
-                yield Frame(time, frame)
+                yield previous
             else:
-                yield from deinterlacer.push(Frame(time, frame))
+                yield from deinterlacer.push(previous)
         if deinterlacer is not None:
             yield from deinterlacer.finish()
 
@@ -153,19 +151,32 @@ class Container:
 
 
 class _Deinterlacer:
-    """bwdif: one frame for each, with its own time; frames that are not marked as interlaced pass unchanged."""
+    """bwdif: one frame for each, with its own time; frames that are not marked as interlaced pass unchanged.
 
-    def __init__(self):
+    A frame is made from itself and its neighbours: `before` is the one before the first.
+    """
+
+    def __init__(self, before: Frame | None):
         self.graph: Any = None
-        self.waiting = deque[Frame]()
+        self.waiting = deque[tuple[int, bool]]()  # time, whether the frame is wanted
+        if before is not None:
+            self._push(before, False)
 
     def push(self, frame: Frame) -> Iterator[Frame]:
+        self._push(frame, True)
+        yield from self._pull()
+
+    def finish(self) -> Iterator[Frame]:
+        self.graph.push(None)
+        yield from self._pull()
+
+    def _push(self, frame: Frame, wanted: bool) -> None:
         import av
 
+        picture = frame.decoded
         if self.graph is None:
             self.graph = av.filter.Graph()
             self.graph.threads = 1
-            picture = frame.decoded
             options = {"format": picture.format, "time_base": picture.time_base}
             start = self.graph.add_buffer(width=picture.width, height=picture.height, **options)
             bwdif = self.graph.add("bwdif", "mode=send_frame:deint=interlaced")
@@ -173,23 +184,20 @@ class _Deinterlacer:
             start.link_to(bwdif)
             bwdif.link_to(end)
             self.graph.configure()
-        self.waiting.append(frame)
-        self.graph.push(frame.decoded)
-        yield from self._pull()
-
-    def finish(self) -> Iterator[Frame]:
-        self.graph.push(None)
-        yield from self._pull()
+        self.waiting.append((frame.time, wanted))
+        self.graph.push(picture)
 
     def _pull(self) -> Iterator[Frame]:
-        import av
+        from av import error
 
         while self.waiting:
             try:
                 shown = self.graph.pull()
-            except (av.error.BlockingIOError, av.error.EOFError):
+            except (error.BlockingIOError, error.EOFError):
                 return
-            yield Frame(self.waiting.popleft().time, shown)
+            time, wanted = self.waiting.popleft()
+            if wanted:
+                yield Frame(time, shown)
 
 
 def _alpha_decoder(stream: Any) -> Any:

@@ -182,7 +182,7 @@ def _stretches(wanted: list[int], table: FrameTable) -> Iterator[list[int]]:
 
 def _read_stretch(video: Container, wanted: list[int], table: FrameTable) -> dict[int, np.ndarray]:
     """Return the pictures of frames that are decoded in one go, beginning further back until the first of them is met."""
-    first = int(table.times[wanted[0]])
+    first = int(table.times[max(0, wanted[0] - 1)])  # a deinterlaced frame needs the one before it
     for back in SEEK_BACK:
         target = first - round(back / table.tick)
         if target < table.times[0] and back:

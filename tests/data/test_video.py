@@ -276,6 +276,20 @@ def test_a_read_that_hangs_ends_at_its_limit(tmp_path):
     os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # let the thread end
 
 
+def test_an_interlaced_frame_is_the_same_alone_and_among_others(tmp_path):
+    with av.open(tmp_path / "interlaced.mp4", "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"flags": "+ildct+ilme", "x264-params": "tff=1", "g": "6"})
+        stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
+        for frame in drifting(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    facts = decode_strictly(tmp_path / "interlaced.mp4")
+    assert (facts.frames, facts.notes, facts.decord) == (20, ("deinterlaced",), False)
+    whole = read_frames(tmp_path / "interlaced.mp4", range(20))
+    for number in range(20):
+        assert np.array_equal(read_frames(tmp_path / "interlaced.mp4", [number])[0], whole[number])
+
+
 def test_pictures_of_a_parent_are_freed_in_a_forked_process(clean):
     """Loaders fork; decoders and scalers with threads of their own would hang when the child collects its garbage."""
     code = (
