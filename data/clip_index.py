@@ -15,7 +15,7 @@ import logging
 import os
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, overload
 from urllib.parse import quote
@@ -43,6 +43,9 @@ _COLUMNS = {
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=1, lt=2**31)]
+_Bytes = Annotated[int, Field(ge=0)]
+
+_OF_THE_FILE = ("bytes", "modified")
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,9 @@ class Clip:
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the video file
     licence: str | None = None
     decord: bool = False  # decord reads the video exactly as PyAV does
+    # Size and time (nanoseconds) of the file that was hashed; see unchanged.py. Indices of earlier versions have none.
+    bytes: _Bytes | None = field(default=None, compare=False)
+    modified: int | None = field(default=None, compare=False)
 
 
 class ClipIndex(Sequence[Clip]):
@@ -135,8 +141,9 @@ def path_text(path: str) -> str:
 
 
 def row_of(clip: Clip) -> dict[str, Any]:
-    """Return the keys and values of a clip's line, without those that are None or False."""
-    return {key: value for key, value in dataclasses.asdict(clip).items() if value is not None and value is not False}
+    """Return the keys and values of a clip, without None, False, and those that a copy of its video may change."""
+    values = dataclasses.asdict(clip).items()
+    return {key: value for key, value in values if value is not None and value is not False and key not in _OF_THE_FILE}
 
 
 def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
@@ -147,7 +154,8 @@ def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
     for clip in clips:
         video = Path(os.path.abspath(clip.path))
         name = video.relative_to(folder).as_posix() if video.is_relative_to(folder) else str(video)
-        lines.append(json.dumps(row_of(clip) | {"path": path_text(name)}, ensure_ascii=False) + "\n")
+        of_the_file = {key: getattr(clip, key) for key in _OF_THE_FILE if getattr(clip, key) is not None}
+        lines.append(json.dumps(row_of(clip) | of_the_file | {"path": path_text(name)}, ensure_ascii=False) + "\n")
     write_atomically(path, "".join(lines))
 
 

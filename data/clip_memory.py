@@ -14,6 +14,7 @@ from promag.training.config import UserError
 
 from .clip_index import Clip, column
 from .crops import ClipCrop
+from .unchanged import check_unchanged
 from .video import UnreadableVideo
 
 logger = logging.getLogger(__name__)
@@ -51,12 +52,14 @@ class ClipMemory:
     def frames(self, index: int, clip: Clip) -> Tensor:
         """Return all frames of clip `index`, not to be changed.
 
-        Raises UnreadableVideo as `read_frames` does, and where the video has not the length or the size that the index states.
+        Raises UnreadableVideo as `read_frames` does, where the video has changed, and where it has not the length or the size
+        that the index states.
         """
         shape = self._shapes[index].tolist()
         end = int(self._ends[index])
         room = self._pixels[end - int(np.prod(shape)) : end].view(shape)
         if not self._cached[index]:
+            check_unchanged(clip)
             pixels = self._crop.all_frames(clip.path, clip)
             if pixels.shape != room.shape:
                 raise UnreadableVideo(

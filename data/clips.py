@@ -3,7 +3,6 @@
 list_videos -> prepare -> save_clips -> clips.jsonl -> load_clips
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from promag.training.progress import ProgressBar
 
 from .clip_index import Clip
 from .listing import first_few
+from .unchanged import digest_file, stamp
 from .video import REENCODE, TIE, UnreadableVideo, VideoFacts, decode_strictly
 
 
@@ -74,7 +74,7 @@ def prepare(
             if isinstance(result, UnreadableVideo):
                 quarantined.append((path, result.reason))
                 continue
-            facts, digest = result
+            facts, digest, (size, modified) = result
             changed += [(path, ", ".join(facts.notes))] if facts.notes else []
             rate = fps or facts.fps
             available = int(facts.timestamps[-1] * rate + TIE) + 1
@@ -88,7 +88,8 @@ def prepare(
             dropped += available % window
             for first in range(0, available - window + 1, window):
                 facts_of_clip = (first / rate, window, rate, facts.width, facts.height)
-                clips.append(Clip(path, *facts_of_clip, caption, digest, (licences or {}).get(path), facts.decord))
+                licence = (licences or {}).get(path)
+                clips.append(Clip(path, *facts_of_clip, caption, digest, licence, facts.decord, size, modified))
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted call must not decode the rest first
     if len(quarantined) > max_bad * len(videos) or len(quarantined) == len(videos):
@@ -104,11 +105,10 @@ def prepare(
     return PreparedClips(clips, quarantined, too_short, slower, dropped, changed)
 
 
-def _examine(path: str) -> tuple[VideoFacts, str] | UnreadableVideo:
+def _examine(path: str) -> tuple[VideoFacts, str, tuple[int, int]] | UnreadableVideo:
     try:
-        facts = decode_strictly(path)
-        with open(path, "rb") as file:
-            return facts, hashlib.file_digest(file, "sha256").hexdigest()
+        before = stamp(path)  # first: a file that changes meanwhile has another one
+        return decode_strictly(path), digest_file(path), before
     except UnreadableVideo as error:
         return error
     except UnicodeEncodeError:

@@ -28,6 +28,7 @@ from .crops import ClipCrop, to_model
 from .listing import first_few, list_videos
 from .tar_shards import is_shards, open_shards
 from .tar_stream import ShardedClips
+from .unchanged import check_unchanged
 from .video import READ_TIMEOUT
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class ClipDataset(Dataset):
     """Crops of the clips of one index that are long enough.
 
     An item is a dictionary: video (float32 C T H W in [-1, 1]), caption, clip (index), start (the crop's first frame
-    in the clip), stride (clip frames from one frame to the next), fps (of the crop). Reading raises UnreadableVideo.
+    in the clip), stride (clip frames from one frame to the next), fps (of the crop). Reading raises UnreadableVideo, for a
+    video that changed since it was prepared too.
 
     Args:
         clips: the clips of one index. Clips too short for the smallest stride and for stride 1 are left out and logged.
@@ -98,7 +100,10 @@ class ClipDataset(Dataset):
         return {"clip": index, **self.crop.first(self._video(index, clip), clip)}
 
     def _video(self, index: int, clip: Clip) -> str | Tensor:
-        return self.memory.frames(index, clip) if self.memory else clip.path
+        if self.memory:
+            return self.memory.frames(index, clip)
+        check_unchanged(clip)
+        return clip.path
 
     def digest(self, count: int) -> str:
         """Hash the contents, stretches and captions of the first `count` clips, a row at a time; paths do not matter."""
