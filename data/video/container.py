@@ -16,8 +16,8 @@ _STRICT = {"err_detect": "explode"}
 
 # Demuxers that read this one file and no other: no playlists, which name files and addresses to open.
 _DEMUXERS = (
-    "3dostr,apng,asf,av1,avi,dv,flv,gif,h261,h263,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,obu,"
-    "ogg,rm,vvc,webm,wtv,yuv4mpegpipe"
+    "3dostr,amv,apng,asf,av1,avi,cine,dhav,dirac,dnxhd,dv,flv,gif,gxf,h261,h263,h264,hevc,ivf,ivr,m4v,matroska,mjpeg,mov,mp4,"
+    "mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,vc1,vvc,webm,wtv,yuv4mpegpipe"
 )
 # Where such a decoder is there, it reads the transparency that the usual one leaves out.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
