@@ -40,7 +40,7 @@ def shown_by_ffmpeg(ffmpeg: str, path: Path, case: Case, size: tuple[int, int]) 
     chain = ["bwdif=mode=send_frame:deint=interlaced"] if case.deinterlace else []
     matrix = f":in_color_matrix={case.matrix}" if case.matrix else ""
     chain += ["showinfo@before", f"scale={width}:{height}{matrix}", f"format={pixel_format}", "showinfo@after"]
-    command = [ffmpeg, "-nostdin", "-hide_banner", "-nostats", "-y"]
+    command = [ffmpeg, "-nostdin", "-hide_banner", "-nostats", "-y", "-threads", "1"]
     command += ["-c:v", case.decoder] if case.decoder else []
     command += ["-i", f"file:{path}", "-an", "-sn", "-dn"]
     command += ["-map", f"0:v:{case.stream}"] if case.stream is not None else []

@@ -49,6 +49,7 @@ def interlaced(maker: Maker) -> None:
     """Fields of two moments woven into one frame, flagged so, in either order."""
     pixels = picture(2 * FRAMES)
     for order, weave in (("tff", "interleave_top"), ("bff", "interleave_bottom")):
+        case = {"pixels": pixels, "rate": 2 * RATE, "deinterlace": True, "tolerance": 16}  # the first frame has no neighbour
         first = "-vf tinterlace=" + weave + f",setfield={order},fps={RATE} -flags +ildct+ilme"
         for file, options in {
             f"mpeg2-{order}.mpg": f"-c:v mpeg2video {GOOD} -bf 2",
@@ -60,10 +61,10 @@ def interlaced(maker: Maker) -> None:
             f"ffv1-{order}.mkv": "-c:v ffv1 -level 3 -pix_fmt yuv422p",
         }.items():
             kind = "interlaced, " + ("top field first" if order == "tff" else "bottom field first")
-            maker.encode(f"interlaced/{file}", kind, f"{first} {options}", pixels=pixels, rate=2 * RATE, deinterlace=True)
+            maker.encode(f"interlaced/{file}", kind, f"{first} {options}", **case)
     dv = f"-vf tinterlace=interleave_bottom,setfield=bff,fps={RATE},scale=720:576:interl=1 -c:v dvvideo -pix_fmt yuv420p"
     for file in ("interlaced/dv.dv", "interlaced/dv.avi", "interlaced/dv.mov"):
-        maker.encode(file, "DV", f"{dv} -flags +ildct+ilme -aspect 4:3", pixels=picture(16), rate=2 * RATE, deinterlace=True)
+        maker.encode(file, "DV", f"{dv} -flags +ildct+ilme -aspect 4:3", **{**case, "pixels": picture(16)})
 
 
 def colours(maker: Maker) -> None:
@@ -114,7 +115,7 @@ def aspects(maker: Maker) -> None:
     for ratio in ("4:3", "16:11", "8:9", "2:1", "1:2", "64:45", "101:100"):
         for ending in ("mp4", "mkv", "ts"):
             options = f"{X264} -vf setsar={ratio.replace(':', '/')} -pix_fmt yuv420p"
-            maker.encode(f"aspect/{ratio.replace(':', '-')}.{ending}", "pixels that are not square", options, tolerance=4)
+            maker.encode(f"aspect/{ratio.replace(':', '-')}.{ending}", "pixels that are not square", options)
     for file, options in {
         "mpeg2.mpg": "-vf scale=96:72 -c:v mpeg2video -q:v 2 -aspect 16:9",
         "vp9.webm": f"{VP9} -vf setsar=4/3 -pix_fmt yuv420p",
@@ -123,7 +124,7 @@ def aspects(maker: Maker) -> None:
         "av1.mkv": f"{AV1} -vf setsar=4/3 -pix_fmt yuv420p",
         "theora.ogv": "-c:v libtheora -q:v 10 -vf setsar=4/3",
     }.items():
-        maker.encode(f"aspect/{file}", "pixels that are not square", options, tolerance=4)
+        maker.encode(f"aspect/{file}", "pixels that are not square", options)
     maker.encode("aspect/unknown.mp4", "pixels that are not square", f"{X264} -vf setsar=0 -pix_fmt yuv420p")
 
 
@@ -227,7 +228,7 @@ def turned(maker: Maker) -> None:
                 maker.copy("codecs/h265-420-10.mp4", f"turned/{name}-10.mp4", kind, before=before)
     for angle in (90, 180, 270):
         maker.copy("codecs/h264.mp4", f"turned/{angle}.mkv", "rotated", before=f"-display_rotation {angle}")
-        maker.copy("aspect/4-3.mp4", f"turned/{angle}-aspect.mp4", "rotated", before=f"-display_rotation {angle}", tolerance=4)
+        maker.copy("aspect/4-3.mp4", f"turned/{angle}-aspect.mp4", "rotated", before=f"-display_rotation {angle}")
     for name, options in {
         "sei-90": "display_orientation=insert:rotate=90",
         "sei-180": "display_orientation=insert:rotate=180",
@@ -247,7 +248,7 @@ def cuts(maker: Maker) -> None:
     sources = "codecs/h264.mp4 codecs/h264-open-gop.mp4 codecs/h265.mp4 codecs/mpeg4-bframes.mp4 codecs/vp9.mp4"
     for source in f"{sources} streams/sound-longer.mp4 times/uneven.mp4 interlaced/h264-tff.mp4".split():
         name = source.split("/")[1].rsplit(".")[0]
-        more = {"deinterlace": True} if "interlaced" in source else {}
+        more = {"deinterlace": True, "tolerance": 16} if "interlaced" in source else {}
         for start, length in ((0.3, 0.4), (0.13, 0.6)):
             endings = "mp4 mkv" if "vp9" in name else "mp4 mov mkv" if "mpeg4" in name else "mp4 mov mkv ts"
             for ending in endings.split():
