@@ -56,11 +56,10 @@ class Container:
 
         self.source, self.container = source, container
         real = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-        best = container.streams.best("video")
         if not real:
             covers = len(container.streams.video)
             raise UnreadableVideo(source, "holds a cover picture and no video" if covers else "holds no video stream")
-        self.stream = stream = best if best in real else real[0]
+        self.stream = stream = max(real, key=_preference)
         if stream.codec_context is None:
             raise UnreadableVideo(source, "its codec is unknown")
         self.decoder = _alpha_decoder(stream) or stream.codec_context
@@ -85,13 +84,13 @@ class Container:
             if packet.stream_index != self.stream.index or not packet.size:
                 continue
             count += 1
+            if packet.is_keyframe:  # even one that an edit list hides: decoding begins there
+                keys.append(packet.pts)
             # A hidden frame of VP8 (RFC 6386, section 9.1) is a packet of its own.
             if packet.is_discard or (self.codec == "vp8" and not memoryview(packet)[0] & 0x10):
                 continue
             times.append(packet.pts)
-            if packet.is_keyframe:
-                keys.append(packet.pts)
-        known = bool(keys) and None not in times and self._packets_are_frames()
+        known = bool(keys) and None not in [*times, *keys] and self._packets_are_frames()
         # Frames before the first key frame, as after a cut without encoding, refer to what is not there.
         shown = np.array(sorted(t for t in times if t >= min(keys)) if known else [], np.int64)
         known = known and bool((np.diff(shown) > 0).all())
@@ -141,6 +140,8 @@ class Container:
         """Go to a place at or before `time` (ticks) where decoding can begin; return whether the file can be sought in."""
         from av.error import FFmpegError
 
+        if self.stream.codec_context.pix_fmt == "pal8":
+            return False  # its palette comes with the first packet alone
         try:
             self.container.seek(time, stream=self.stream)
         except FFmpegError:
@@ -198,6 +199,14 @@ class _Deinterlacer:
             time, wanted = self.waiting.popleft()
             if wanted:
                 yield Frame(time, shown)
+
+
+def _preference(stream: Any) -> tuple[bool, int]:
+    """Return what players choose among several videos by: the default one, then the largest."""
+    from av.stream import Disposition
+
+    context = stream.codec_context
+    return bool(stream.disposition & Disposition.default), context.width * context.height if context else 0
 
 
 def _alpha_decoder(stream: Any) -> Any:

@@ -45,6 +45,11 @@ class Display:
         width = max(1, round(frame.width * self._aspect))
         return (width, frame.height) if self._turn(frame)[0] else (frame.height, width)
 
+    def turned(self, frame: Any) -> str:
+        """Return in words how the picture of a frame is turned."""
+        turns = zip(("transposed", "rows reversed", "columns reversed"), self._turn(frame), strict=True)
+        return ", ".join(name for name, done in turns if done) or "upright"
+
     def picture(self, frame: Any) -> np.ndarray:
         """Return what is shown of a frame; raises UnreadableVideo for what cannot be shown faithfully."""
         width = max(1, round(frame.width * self._aspect))
@@ -58,7 +63,8 @@ class Display:
 
     def _rgb(self, frame: Any, width: int) -> np.ndarray:
         # One thread: a scaler with threads of its own hangs in a process that was forked after it was made.
-        options = {"width": width, "src_colorspace": self._matrix(frame), "src_color_range": _range(frame), "threads": 1}
+        options = {"width": width, "src_colorspace": self._matrix(frame), "src_color_range": _range(frame)}
+        options |= {"threads": 1, "interpolation": "BICUBIC"}
         if frame.color_trc in (PQ, HLG):
             self.notes.add(f"{'PQ' if frame.color_trc == PQ else 'HLG'} tone-mapped to SDR")
             return to_sdr(frame.reformat(format="rgb48le", **options).to_ndarray(), frame.color_trc)

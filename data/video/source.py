@@ -5,6 +5,7 @@ import contextlib
 import io
 import math
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,14 +57,15 @@ VideoSource = str | os.PathLike | VideoBytes
 def openable(source: VideoSource) -> Iterator[str | BinaryIO]:
     """Give what a decoder opens: a name that it cannot take for a protocol (`12:30.mp4`), or an open file.
 
-    Names that are no UTF-8 are opened here. Raises UnreadableVideo for a file that is not there.
+    Names that are no UTF-8 are opened here. Raises UnreadableVideo for what is no file.
     """
     if isinstance(source, VideoBytes):
         yield io.BytesIO(source.data)
         return
     path = os.path.abspath(source)
     try:
-        os.stat(path)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableVideo(source, "is a folder, a pipe or a device, not a file")
         path.encode()
     except UnicodeEncodeError:
         with open(path, "rb") as file:

@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import threading
 from fractions import Fraction
 
 import av
@@ -27,6 +28,7 @@ from promag.data.video import (
 )
 from promag.data.video.decord_reader import read_with_decord
 from promag.data.video.reader import read_with_pyav
+from promag.data.video.source import within
 
 
 def drifting(frames: int, height: int = 32, width: int = 64) -> np.ndarray:
@@ -269,11 +271,19 @@ def test_indices_outside_are_refused(clean, wanted):
 
 
 def test_a_read_that_hangs_ends_at_its_limit(tmp_path):
-    pipe = tmp_path / "pipe.mp4"
-    os.mkfifo(pipe)  # opening it blocks until somebody writes, for ever here
-    with pytest.raises(UnreadableVideo, match=r"pipe\.mp4: no answer within 0\.05 s"):
-        read_frames(pipe, [0], timeout=0.05)
-    os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # let the thread end
+    released = threading.Event()
+    with pytest.raises(UnreadableVideo, match=r"a\.mp4: no answer within 0\.05 s"):
+        within(0.05, tmp_path / "a.mp4", released.wait)
+    released.set()  # let the thread end
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")  # opening it would block until somebody writes
+    (tmp_path / "folder.mp4").mkdir()
+    for name in ("pipe.mp4", "folder.mp4"):
+        for read in (decode_strictly, frame_times, lambda path: read_frames(path, [0])):
+            with pytest.raises(UnreadableVideo, match="not a file"):
+                read(tmp_path / name)
 
 
 def test_an_interlaced_frame_is_the_same_alone_and_among_others(tmp_path):
