@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from promag.training.config import UserError
-from promag.training.files import write_atomically
+from promag.training.files import append_json, replaced_file, write_atomically
 from promag.training.progress import ProgressBar
 
 from .buckets import NONE, Bucket, Buckets
@@ -24,7 +24,7 @@ from .clip_index import Clip, ClipIndex, load_clips, path_text, row_of
 from .listing import first_few
 from .tar_reader import BadSample, ShardReader, opened
 from .tar_shards import COLUMNS, INDEX_NAME, ShardRow, find_shards, shard_name
-from .video import UnreadableVideo, VideoFacts, decode_strictly, written_whole
+from .video import UnreadableVideo, VideoFacts, decode_strictly
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,7 @@ def write_shards(
         digests.extend(int(clip.sha256[:16], 16) for clip in chosen)
         if number >= len(rows):
             rows.append(_write_shard(folder / name, places, chosen))
-            with open(part, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(rows[-1])) + "\n")
+            append_json(part, dataclasses.asdict(rows[-1]))
         bar.update(len(chosen))
     bar.close()
     _write_index(folder / INDEX_NAME, rows)
@@ -113,7 +112,7 @@ def _begin(
     with open(index, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     mark = json.dumps({"clips": digest, "per_shard": per_shard, "seed": seed, "buckets": list(map(str, buckets))})
-    if (folder / INDEX_NAME).exists():
+    if (folder / INDEX_NAME).exists() and not part.exists():  # else a call was interrupted before its last change
         raise UserError(f"{folder}: holds whole shards already; name another folder")
     if not part.exists():
         write_atomically(part, mark + "\n")
@@ -129,7 +128,7 @@ def _begin(
 def _write_shard(path: Path, places: np.ndarray, clips: Sequence[Clip]) -> ShardRow:
     from webdataset.writer import TarWriter
 
-    with written_whole(path) as aside, open(aside, "wb") as file:
+    with replaced_file(path) as aside, open(aside, "wb") as file:
         hashing = _Hashing(file)
         writer = TarWriter(hashing, encoder=False, mtime=0)  # pyright: ignore[reportArgumentType]: it only writes
         for place, clip in zip(places, clips, strict=True):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from promag.data.video import written_whole
+from promag.training.files import write_atomically
 
 from .page import render_page
 from .plots import line_plot
@@ -166,8 +166,7 @@ def write_report(folder: str | os.PathLike, report: Report, progress: Progress |
     figures = json.dumps(_figures(report, progress), indent=1, ensure_ascii=False) + "\n"
     files |= {"report.json": figures.encode(), "report.html": _page(report, progress).encode()}
     for name, content in files.items():
-        with written_whole(folder / name) as aside:
-            Path(aside).write_bytes(content)
+        write_atomically(folder / name, content)
     return folder / "report.html"
 
 

@@ -22,7 +22,7 @@ from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.scripts._options import share
 from promag.tokenizer.autoencoder import parameter_count
-from promag.tokenizer.checkpoint import forget_source_path, load_tokenizer, save_model
+from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.files import append_json, write_atomically
@@ -137,19 +137,27 @@ def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
     recipe = list_trainings(arguments.checkpoint.parent)
     pipe: Any = load_pipeline(arguments.checkpoint)
     check_tokenizer(pipe.vae, arguments.tokenizer)
-    pipe.to(dtype=torch.bfloat16)
-    vae = arguments.out / "vae"
-    if vae.is_symlink():  # as published by earlier versions: weights must not be written through it
-        vae.unlink()
-    pipe.save_pretrained(arguments.out)
-    forget_source_path(arguments.out)
-    # The same bytes as the published tokenizer: git stores them once, and the folder can be copied alone.
-    shutil.rmtree(vae)
-    shutil.copytree(arguments.tokenizer, vae, ignore=shutil.ignore_patterns("README.md"))
+    save_published(pipe, arguments.tokenizer, arguments.out)
     lines = _score(
         "evaluate-pipeline", arguments.out, {key: getattr(arguments, key) for key in ("prompts", "steps", "guidance")}
     )
     return lines, trained_card(pipe, str(arguments.out), [json.loads(line) for line in lines.splitlines()], recipe)
+
+
+def save_published(pipe: Any, tokenizer: Path, folder: Path) -> None:
+    """Put a pipeline in bfloat16, with a copy of its published tokenizer, in the place of `folder`."""
+    save_model(_Published(pipe.to(dtype=torch.bfloat16), tokenizer), folder)
+
+
+class _Published:
+    def __init__(self, pipe: Any, tokenizer: Path):
+        self.pipe, self.tokenizer = pipe, tokenizer
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.pipe.save_pretrained(folder)
+        # The same bytes as the published tokenizer: git stores them once, and the folder can be copied alone.
+        shutil.rmtree(folder / "vae")
+        shutil.copytree(self.tokenizer, folder / "vae", ignore=shutil.ignore_patterns("README.md"))
 
 
 def check_tokenizer(trained: Any, published: Path) -> None:

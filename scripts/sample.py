@@ -22,7 +22,6 @@ from promag.data.video import (
     pick_by_time,
     read_frames,
     write_video,
-    written_whole,
 )
 from promag.diffusion.attention import choose_attention
 from promag.evaluation.clip_similarity import load_similarity
@@ -32,6 +31,7 @@ from promag.reports.side_by_side import grid
 from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
+from promag.training.files import write_atomically
 from promag.training.gif import MOST_FPS, encode_gif
 from promag.training.progress import ProgressBar
 
@@ -248,8 +248,7 @@ def write(path: Path, video: np.ndarray, fps: float, crf: int | None) -> str:
     if path.suffix.lower() == MP4:
         write_video(path, video, fps, CRF if crf is None else crf)
         return f"{length}, crf {CRF if crf is None else crf}"
-    with written_whole(path) as aside:
-        Path(aside).write_bytes(encode_gif(video, fps))
+    write_atomically(path, encode_gif(video, fps))
     return f"{length}, 256 colours a frame"
 
 

@@ -48,16 +48,17 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
     """Give a hidden path beside `path` to write to; it takes the place of `path` unless the block raises.
 
-    Raises OSError naming a path.
+    A missing folder is made. Raises OSError naming a path.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with naming(path):
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
             leftover.unlink(missing_ok=True)
         try:
             yield aside
-            move_into_place(aside, path)
+            _move_into_place(aside, path)
         finally:
             aside.unlink(missing_ok=True)
 
@@ -99,10 +100,10 @@ def _asides(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Replace a text file; raises OSError naming a path."""
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """Replace a file by bytes, or text in UTF-8; raises OSError naming a path."""
     with replaced_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def save_tensors_atomically(path: str | os.PathLike, tensors: Mapping[str, "Tensor"]) -> None:
@@ -113,7 +114,7 @@ def save_tensors_atomically(path: str | os.PathLike, tensors: Mapping[str, "Tens
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside)
 
 
-def move_into_place(aside: Path, path: Path) -> None:
+def _move_into_place(aside: Path, path: Path) -> None:
     """Rename a finished file; after a power cut `path` has either its old content or all of the new."""
     flush(aside)
     os.replace(aside, path)

@@ -9,7 +9,7 @@ from .reader import READ_TIMEOUT, VideoHeader, frame_times, read_frames, read_he
 from .source import REENCODE, UnreadableVideo, VideoBytes, VideoSource
 from .strict import VideoFacts, decode_strictly
 from .times import TIE, at_constant_rate, pick_by_time
-from .writer import encode_mp4, write_video, written_whole
+from .writer import encode_mp4, write_video
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -32,5 +32,4 @@ __all__ = [
     "read_header",
     "stream_frames",
     "write_video",
-    "written_whole",
 ]

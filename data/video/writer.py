@@ -1,6 +1,5 @@
 """Writing videos: H.264 in mp4, which appears at its place only when it is whole."""
 
-import contextlib
 import itertools
 import os
 import tempfile
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from promag.training.files import move_into_place
+from promag.training.files import replaced_file
 
 
 def write_video(
@@ -36,7 +35,7 @@ def write_video(
     # Tagged BT.709, limited range: players guess the matrix of untagged files from their size, and colours shift.
     colour = {"colorspace": 1, "color_primaries": 1, "color_trc": 1, "color_range": 1}
     faststart = {"movflags": "faststart"}
-    with written_whole(path) as aside, av.open(aside, "w", format="mp4", options=faststart) as container:
+    with replaced_file(path) as aside, av.open(str(aside), "w", format="mp4", options=faststart) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
         stream.height, stream.width = first.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -61,19 +60,6 @@ def encode_mp4(frames: np.ndarray, fps: float, crf: int = 18, key_every: int | N
         path = Path(folder, "video.mp4")
         write_video(path, frames, fps, crf, key_every)
         return path.read_bytes()
-
-
-@contextlib.contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[str]:
-    """Give a path beside `path` to write to; it is renamed to `path` on success and removed on an exception."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield str(aside)
-        move_into_place(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _check_writable(frames: np.ndarray, fps: float, crf: int) -> None:
