@@ -1,7 +1,7 @@
-"""Choice of a transformer's attention kernel: by name, or the best one that passes a test.
+"""Choose a transformer's attention kernel: by name, or automatically the best one that passes a test.
 
-Names are those of diffusers' dispatch (native is PyTorch's scaled_dot_product_attention). A kernel that is installed may
-still fail on a device, and one may drop a mask it does not know: each is compared with attention written out.
+Names are those of diffusers' dispatch (native is PyTorch's scaled_dot_product_attention). An installed kernel may still fail
+on a device, or ignore a mask that it does not support, so each one is compared with plain attention first.
 """
 
 import logging
@@ -23,9 +23,9 @@ from .transformer import ProMAGTransformer3DModel, plain_attention
 
 logger = logging.getLogger(__name__)
 
-# FlashAttention 2 is there only where somebody installed it; PyTorch's own dispatch holds an older version of it.
+# FlashAttention 2 needs a package of its own; PyTorch's native attention contains an older version of it.
 BEST_FIRST = ("flash", "native")
-TOLERANCE = 0.02  # of values of about one, in bf16
+TOLERANCE = 0.02  # absolute, for values of about one in bf16
 
 
 def choose_attention(
@@ -35,17 +35,17 @@ def choose_attention(
     dtype: torch.dtype,
     gradients: bool = True,
 ) -> str:
-    """Set a transformer's attention backend; log and return a description of the choice.
+    """Set a transformer's attention backend, log the choice and return its description.
 
     Args:
-        transformer: its attention modules get the backend; cross-attention keeps native where the backend takes no mask.
-        wanted: a name of diffusers' dispatch, or auto: the first of BEST_FIRST that works, and on a CPU none, which means
-            attention written out for short sequences.
-        device: where the transformer will run.
-        dtype: in which it will run.
+        transformer: its attention modules get the backend; cross-attention keeps native if the backend takes no mask.
+        wanted: a name of diffusers' dispatch, or auto for the first of BEST_FIRST that works. On a CPU auto sets no backend, so
+            short sequences use plain matrix products.
+        device: device on which the transformer will run.
+        dtype: type in which it will run.
         gradients: whether it will be trained.
 
-    Raises UserError for an unknown name and, unless `wanted` is auto, for a backend that does not work here.
+    Raises UserError for an unknown name, or if no wanted backend works here.
     """
     legal = ["auto", *(name.value for name in AttentionBackendName)]
     if wanted not in legal:
@@ -76,7 +76,7 @@ def _first_working(transformer: Any, names: tuple[str, ...], device: torch.devic
 def probe(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool = True, masked: bool = False
 ) -> str | None:
-    """Test a backend on a few tokens; return None if its output is right, else a one-line description of the problem."""
+    """Test a backend on a few tokens; return None if its output is correct, else one line that describes the problem."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 8, 2, head_dim, generator=generator).to(device, dtype) for _ in range(3))
     mask = (torch.arange(8, device=device) < 5).expand(2, 1, 1, 8) if masked else None

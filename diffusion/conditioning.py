@@ -1,13 +1,13 @@
-"""First-frame conditioning: the first latent frames may be clean conditioning frames, and the model generates the rest.
+"""Conditioning on first frames: the first latent frames may be clean, and the model generates the rest.
 
-Conditioning frames stand in the latent itself with a time of 0, while all others are as noisy as usual: the model gets a time
-for each frame. With a causal tokenizer this covers image-to-video and continuation, since an image is a one-frame clip. A
-cond_mask, b t, is True at conditioning frames.
+The model gets a time for each frame: 0 for conditioning frames, which replace the first frames of the noisy latent, and the
+usual time for all others. With a causal tokenizer this covers image-to-video and continuation, because an image is a clip of
+one frame. A cond_mask, b t, is True at conditioning frames.
 
-Sources: a noise level for each frame, Diffusion Forcing (arXiv 2407.01392, sec. 3); conditioning by the times
-of the first frame's tokens, LTX-Video (arXiv 2501.00103, on image-to-video), likewise Wan 2.2's 5B model. A mask and clean
-latents as further input channels (Wan 2.1's image-to-video) would need new weights: this way a model trained without
-conditioning frames can be trained further with them, and one that was trained with them still does text-to-video.
+Sources: a noise level for each frame, Diffusion Forcing (arXiv 2407.01392, sec. 3); conditioning by the times of the first
+frame's tokens, LTX-Video (arXiv 2501.00103, on image-to-video) and Wan 2.2's 5B model. Wan 2.1's image-to-video instead adds
+a mask and clean latents as input channels, which needs new weights. Here a model trained without conditioning frames can be
+trained further with them, and a model trained with them still does text-to-video.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from promag.training.config import setting
 
 @dataclass(frozen=True)
 class Condition:
-    """Share of clips that are conditioned on their first latent frames, and the number of these frames."""
+    """Fraction of the training clips that are conditioned on their first latent frames, and the number of these frames."""
 
     probability: float = setting(0.0, "fraction of clips with conditioning frames; 0 trains only text-to-video")
     frames: int = setting(1, "maximum number of conditioning latent frames; each number from 1 up is equally likely")
@@ -39,30 +39,30 @@ class Condition:
 
 
 def draw_cond_mask(condition: Condition, frames: int, generators: list[torch.Generator]) -> Tensor | None:
-    """Draw the cond_mask, b t, of clips of `frames` latent frames, one from each generator.
+    """Draw the cond_mask, b t, of clips with `frames` latent frames; each clip has its own generator.
 
-    At least one frame is left to generate. Where that leaves none to condition on, nothing is drawn and None is returned.
+    At least one frame remains to be generated. If that leaves no frame for conditioning, return None and draw nothing.
     """
-    most = min(condition.max_frames, frames - 1)
-    if most < 1:
+    limit = min(condition.max_frames, frames - 1)
+    if limit < 1:
         return None
     draws = torch.stack([torch.rand(2, generator=g, device=g.device) for g in generators])
-    counts = 1 + (draws[:, 1] * most).long()
+    counts = 1 + (draws[:, 1] * limit).long()
     counts = torch.where(draws[:, 0] < condition.probability, counts, 0)
     return torch.arange(frames, device=counts.device) < counts[:, None]
 
 
 def frame_times(times: Tensor, cond_mask: Tensor) -> Tensor:
-    """Return the time of each frame, b t: that of its clip, (b,), and 0 at conditioning frames."""
+    """Return the time of each frame, b t: 0 at conditioning frames, elsewhere the time of its clip from `times`, (b,)."""
     return times[:, None].masked_fill(cond_mask, 0)
 
 
 def pin_frames(latents: Tensor, conditioning: Tensor | None) -> Tensor:
-    """Put clean conditioning frames, b c n h w, in the place of the first frames of b c t h w; None changes nothing."""
+    """Replace the first n frames of b c t h w with clean conditioning frames b c n h w; None changes nothing."""
     return latents if conditioning is None else torch.cat([conditioning, latents[:, :, conditioning.shape[2] :]], 2)
 
 
 def mean_over_generated(errors: Tensor, cond_mask: Tensor) -> Tensor:
-    """Return each clip's mean over the frames that are generated: b c t h w and b t -> (b,)."""
+    """Return each clip's mean over its generated frames: b c t h w and b t -> (b,)."""
     generated = (~cond_mask).to(errors.dtype)
     return (errors.mean((1, 3, 4)) * generated).sum(1) / generated.sum(1)

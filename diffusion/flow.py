@@ -1,4 +1,4 @@
-"""Rectified flow: straight paths from clean latents to noise, the times at which they are learned, and sampling along them.
+"""Rectified flow: straight paths between clean latents and noise, the distribution of training times, and sampling.
 
 Times t lie in [0, 1]; 0 is the clean latent, 1 is noise. Shapes: b c t h w latents. Sources: rectified flow (arXiv 2209.03003,
 eq. 1), logit-normal times and the resolution-dependent shift (Stable Diffusion 3, arXiv 2403.03206, sec. 3.1 and eq. 23).
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from .conditioning import frame_times, pin_frames
 
-BASE_TOKENS = 256  # at which a model's time shift is stated
+BASE_TOKENS = 256  # number of tokens to which a model's time-shift factor refers
 
 Model = Callable[[Tensor, Tensor], Tensor]  # noisy latents b c t h w and times, (b,) or b t -> velocity b c t h w
 Step = Callable[[Model, Tensor, Tensor, Tensor], Tensor]  # model, latents, their time, the next time -> latents at that time
 
 
 def interpolate(latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    """Return (1 - t) * latents + t * noise; latents b c t h w, times (b,) or, one for each frame, b t."""
+    """Return (1 - t) * latents + t * noise for latents b c t h w and times (b,), or b t with one for each frame."""
     t = times[:, None, :, None, None] if times.ndim == 2 else times.view(-1, *(1,) * (latents.ndim - 1))
     return (1 - t) * latents + t * noise
 
@@ -32,38 +32,38 @@ def velocity(latents: Tensor, noise: Tensor) -> Tensor:
 
 
 def denoised(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tensor:
-    """Return the clean latents that a noisy one and its velocity point to."""
+    """Return the estimate of the clean latents from noisy ones and their velocity."""
     return noisy - times.view(-1, *(1,) * (noisy.ndim - 1)) * velocity
 
 
 def token_shift(tokens: int, shift: float) -> float:
-    """Return mu, the logarithm of the time shift for a clip of so many tokens; `shift` is the factor at 256 tokens.
+    """Return mu, the logarithm of the time-shift factor for a clip of `tokens` tokens; `shift` is the factor at 256 tokens.
 
-    More tokens repeat the same content more often, so the same noise hides less of it and times move towards 1: the
-    factor grows with the square root of the tokens (Stable Diffusion 3, eq. 23, counts pixels where this counts tokens).
+    In more tokens the same content is more redundant, so the same noise hides less of it, and times move towards 1. The factor
+    grows with the square root of the number of tokens (Stable Diffusion 3, eq. 23, with tokens instead of pixels).
     """
     return math.log(shift) + 0.5 * math.log(tokens / BASE_TOKENS)
 
 
 def shift_times(times: Tensor, mu: float) -> Tensor:
-    """Move times towards 1 by a factor e^mu in t / (1 - t)."""
+    """Shift times towards 1: multiply t / (1 - t) by e^mu."""
     factor = math.exp(mu)
     return factor * times / (1 + (factor - 1) * times)
 
 
 def sample_times(mu: float, generators: list[torch.Generator], device: torch.device | str = "cpu") -> Tensor:
-    """Draw a logit-normal time (mean 0, deviation 1), shifted by mu, from each generator: shape (b,)."""
+    """Draw one logit-normal time (mean 0, standard deviation 1), shifted by mu, from each generator: shape (b,)."""
     normal = randn_tensor((len(generators),), generators, torch.device(device))
     return shift_times(normal.sigmoid(), mu)
 
 
 def guide(with_text: Tensor, without: Tensor, scale: float) -> Tensor:
-    """Return the classifier-free-guided prediction (arXiv 2207.12598, eq. 6); scale 1 is the one with text."""
+    """Return the prediction with classifier-free guidance (arXiv 2207.12598, eq. 6); scale 1 gives `with_text`."""
     return without + scale * (with_text - without)
 
 
 def flow_times(steps: int, mu: float = 0.0) -> Tensor:
-    """Return the times of a sampling: steps + 1 of them, from 1 to 0, evenly spaced and then shifted by `mu`.
+    """Return the steps + 1 times of a sampling, from 1 to 0: evenly spaced, then shifted by `mu`.
 
     Raises ValueError for less than one step.
     """
@@ -73,18 +73,18 @@ def flow_times(steps: int, mu: float = 0.0) -> Tensor:
 
 
 def euler_step(model: Model, x: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
-    """Take one step of Euler's method: first order, one call of the model."""
+    """Take one step of Euler's method: first order, one model call."""
     return x + (next_time - time) * model(x, time)
 
 
 def midpoint_step(model: Model, x: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
-    """Take one step of the midpoint method: second order, two calls of the model."""
+    """Take one step of the midpoint method: second order, two model calls."""
     half = (next_time - time) / 2
     return x + 2 * half * model(x + half * model(x, time), time + half)
 
 
-class StopSampling(Exception):  # noqa: N818 (it ends a sampling, nothing failed)
-    """Ends a sampling early: `sample_flow` returns the latents so far where its model or its callback raises this."""
+class StopSampling(Exception):  # noqa: N818 (it is not an error)
+    """Raised by a model or a callback to end a sampling: `sample_flow` then returns the latents so far."""
 
 
 @torch.no_grad()
@@ -100,16 +100,16 @@ def sample_flow(
     """Integrate the flow from `noise` along `times`; return the latents at the last time.
 
     Args:
-        model: noisy latents and times -> velocity; guidance is combined in it (see `guide`).
+        model: function from noisy latents and times to velocity, guidance included (see `guide`).
         noise: latents b c t h w at the first time.
-        times: from at most 1 down to at least 0, as `flow_times` returns them; one more than there are steps.
-        step: `euler_step`, `midpoint_step` or another rule.
-        conditioning: clean first frames b c n h w. They stay as they are, and the model gets a time for each frame, b t, which
-            is 0 for them; without, it gets times (b,).
-        callback: called after each step with the step's number from 0, the time reached and the latents; returns the latents
-            to go on from, or None for those.
+        times: non-increasing times in [0, 1], one more than steps, for example from `flow_times`.
+        step: integration rule: `euler_step`, `midpoint_step` or another function.
+        conditioning: clean first frames b c n h w, which stay unchanged. The model then gets a time for each frame, b t, which
+            is 0 for these; without conditioning it gets times (b,).
+        callback: called after each step with the step's number from 0, the new time and the latents. It returns the latents
+            with which to continue, or None to keep them.
 
-    A model or a callback that raises StopSampling ends the sampling with the latents of the last whole step.
+    If the model or the callback raises StopSampling, the latents of the last complete step are returned.
 
     Raises ValueError for times that rise, leave [0, 1] or are no row of numbers.
     """

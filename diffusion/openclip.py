@@ -1,6 +1,6 @@
-"""Text towers of OpenCLIP models, as a text encoder and a text tokenizer that save and load like those of transformers.
+"""Text towers of OpenCLIP models, as text encoders and tokenizers that are saved and loaded in the way of transformers.
 
-Shapes: B prompts, L text tokens, D width. Needs the extra `promag[open-clip]`; open_clip is imported where it is used.
+Shapes: B prompts, L text tokens, D width. Needs the extra `promag[open-clip]`; open_clip is imported on first use.
 """
 
 import json
@@ -27,8 +27,8 @@ class OpenCLIPTextModel(SafetensorsOnly, ModelMixin, ConfigMixin):
     Args:
         embed_dim: width of the pooled vector.
         text_cfg: the text part of the OpenCLIP model's configuration.
-        quick_gelu: whether the model was trained with the quick approximation of GELU.
-        pad_token_id: the token that fills up a text, as in the tower's own training.
+        quick_gelu: whether the model uses the sigmoid approximation of GELU.
+        pad_token_id: id of the padding token of the tower's training.
     """
 
     __module__ = "promag"
@@ -53,34 +53,34 @@ class OpenCLIPTextModel(SafetensorsOnly, ModelMixin, ConfigMixin):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutputWithPooling:
         """Encode ids and mask, B L -> tokens after the last norm, B L D, and projected pooled vectors, B embed_dim.
 
-        The tower always sees its whole context, filled up as in its own training: so neither L nor what a tokenizer pads with
-        makes a difference, not even where attention is not causal.
+        The ids are padded to the tower's full context with the padding token of its training. The output therefore depends
+        neither on L nor on the tokenizer's padding token, not even without causal attention.
         """
-        filled = input_ids.new_full((len(input_ids), self.positions), self.config["pad_token_id"])
+        padded = input_ids.new_full((len(input_ids), self.positions), self.config["pad_token_id"])
         length = input_ids.shape[1]
-        filled[:, :length] = torch.where(attention_mask.bool(), input_ids, filled[:, :length])
-        pooled, tokens = self.text(filled)
+        padded[:, :length] = torch.where(attention_mask.bool(), input_ids, padded[:, :length])
+        pooled, tokens = self.text(padded)
         return BaseModelOutputWithPooling(last_hidden_state=tokens[:, :length], pooler_output=pooled)
 
 
 def load_openclip(name: str, weights: str | None) -> tuple[Any, OpenCLIPTextModel]:
-    """Return tokenizer and text tower of an OpenCLIP model.
+    """Return the tokenizer and the text tower of an OpenCLIP model.
 
     Args:
-        name: a model's name (ViT-H-14), or local-dir:FOLDER or hf-hub:OWNER/NAME, which bring their own weights.
+        name: a model's name (ViT-H-14), or local-dir:FOLDER or hf-hub:OWNER/NAME, which include the weights.
         weights: a tag of the named model (laion2b_s32b_b79k) or a file.
 
-    Raises UserError where open_clip is not installed, nothing can be loaded, or the tower or its tokenizer is of a kind that
-    cannot be saved with a pipeline.
+    Raises UserError if open_clip is not installed, the model cannot be loaded, or the tower or its tokenizer cannot be saved
+    with a pipeline.
     """
     try:
         import open_clip
         from open_clip.transformer import TextTransformer
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another build of torch
         raise UserError(f"open_clip:{name}: needs open_clip, which cannot be imported: {error}; extra open-clip") from None
-    bring_their_own = name.startswith(("local-dir:", "hf-hub:"))
-    if bring_their_own == (weights is not None):
-        needs = "brings its own weights, weights must be null" if bring_their_own else "weights must name a tag or a file"
+    includes_weights = name.startswith(("local-dir:", "hf-hub:"))
+    if includes_weights == (weights is not None):
+        needs = "brings its own weights, weights must be null" if includes_weights else "weights must name a tag or a file"
         raise UserError(f"open_clip:{name}, weights {weights}: {needs}")
     try:
         model = open_clip.create_model(name, pretrained=weights, force_custom_text=True, require_pretrained=True)
@@ -91,11 +91,11 @@ def load_openclip(name: str, weights: str | None) -> tuple[Any, OpenCLIPTextMode
     text: Any = model.text
     if not isinstance(text, TextTransformer):
         raise UserError(f"open_clip:{name}: its text tower is a model of transformers; name that model itself")
-    ours, pad = _as_transformers(name, tokenizer, text.context_length)
+    converted, pad = _as_transformers(name, tokenizer, text.context_length)
     tower = OpenCLIPTextModel(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False), pad)
     tower.text.load_state_dict(text.state_dict())
-    _check_tokens(name, tokenizer, ours, pad, text.context_length)
-    return ours, tower
+    _check_tokens(name, tokenizer, converted, pad, text.context_length)
+    return converted, tower
 
 
 def _model_config(name: str) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _model_config(name: str) -> dict[str, Any]:
 
 
 def _as_transformers(name: str, tokenizer: Any, length: int) -> tuple[Any, int]:
-    """Return the tokenizer as one of transformers, and the id that the model's own pads with."""
+    """Convert a tokenizer to one of transformers; return it and the padding id of the model's own tokenizer."""
     inner = getattr(tokenizer, "tokenizer", None)
     if inner is not None:
         return inner, int(inner.pad_token_id or 0)
@@ -123,9 +123,9 @@ def _as_transformers(name: str, tokenizer: Any, length: int) -> tuple[Any, int]:
     return CLIPTokenizer(vocab=tokenizer.encoder, merges=merges, model_max_length=length, **ends), 0
 
 
-def _check_tokens(name: str, tokenizer: Any, ours: Any, pad: int, length: int) -> None:
-    """Raise UserError if the tokenizer preprocesses texts (masks or cleans them) in a way that a saved pipeline would lose."""
+def _check_tokens(name: str, tokenizer: Any, converted: Any, pad: int, length: int) -> None:
+    """Raise UserError if the converted tokenizer gives other ids, because the original masks or cleans texts in its own way."""
     original_ids = tokenizer(list(PROBES), context_length=length)
-    converted = ours(list(PROBES), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    if not torch.equal(original_ids, converted["input_ids"].masked_fill(converted["attention_mask"] == 0, pad)):
+    encoded = converted(list(PROBES), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    if not torch.equal(original_ids, encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, pad)):
         raise UserError(f"open_clip:{name}: its tokenizer treats texts in a way that a pipeline cannot save; use another model")

@@ -1,4 +1,4 @@
-"""Text to tokens to vectors: a small CLIP text model for training from scratch, and frozen T5, CLIP and OpenCLIP models.
+"""Text encoders and their tokenizers: a small CLIP text model trained from scratch, and frozen T5, CLIP and OpenCLIP models.
 
 Shapes: B prompts, L text tokens, D width.
 """
@@ -34,26 +34,26 @@ from .openclip import OpenCLIPTextModel, load_openclip
 
 logger = logging.getLogger(__name__)
 
-OPEN_CLIP = "open_clip:"  # before a model's name
-NULL_CAPTION = ""  # what a dropped caption becomes while training, and what guidance moves away from
+OPEN_CLIP = "open_clip:"  # prefix of the names of OpenCLIP models
+NULL_CAPTION = ""  # replaces dropped captions in training; the default negative prompt in sampling
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 FROZEN = {"clip_text_model": CLIPTextModel, "clip": CLIPTextModel, "t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 
 
 class Embedded(NamedTuple):
-    """Prompts as one text encoder, or several side by side, encode them."""
+    """Prompts encoded by one text encoder or by several."""
 
-    tokens: tuple[Tensor, ...]  # of each encoder, B L D
-    masks: tuple[Tensor, ...]  # of each encoder, B L, nonzero where a token is real
-    pooled: Tensor | None  # B D: the pooled vectors of those encoders that have one, one after the other
+    tokens: tuple[Tensor, ...]  # B L D for each encoder
+    masks: tuple[Tensor, ...]  # B L for each encoder, nonzero at tokens that are not padding
+    pooled: Tensor | None  # B D: pooled vectors, concatenated over the encoders that have one
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Embedded":
-        """Return the same prompts with every tensor changed."""
+        """Return a copy in which `change` was applied to every tensor."""
         tokens, masks = (tuple(change(part) for part in parts) for parts in (self.tokens, self.masks))
         return Embedded(tokens, masks, None if self.pooled is None else change(self.pooled))
 
     def merge(self, other: "Embedded", change: Callable[[Tensor, Tensor], Tensor]) -> "Embedded":
-        """Return what `change` makes of each tensor and its counterpart in `other`, by the same encoders."""
+        """Combine each tensor with its counterpart in `other`, from the same encoders, by `change`."""
         tokens, masks = (
             tuple(change(a, b) for a, b in zip(parts, other_parts, strict=True))
             for parts, other_parts in ((self.tokens, other.tokens), (self.masks, other.masks))
@@ -63,19 +63,19 @@ class Embedded(NamedTuple):
 
 
 def side_by_side(parts: Sequence[Embedded]) -> Embedded:
-    """Join several encoders' embeddings of the same prompts."""
+    """Join the embeddings of the same prompts by several encoders."""
     pooled = [part.pooled for part in parts if part.pooled is not None]
     tokens, masks = (tuple(x for xs in group for x in xs) for group in ([p.tokens for p in parts], [p.masks for p in parts]))
     return Embedded(tokens, masks, torch.cat(pooled, 1) if pooled else None)
 
 
 def learn_vocabulary(captions: Iterable[str], size: int = 1024, max_length: int = 32) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE vocabulary from captions; any text can be written with it, known words in few tokens."""
+    """Train a byte-level BPE tokenizer on captions; it can encode any text, and needs few tokens for words of the captions."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    # END must not be token 2: CLIP models read that number as "pool at the highest token id", for old checkpoints.
+    # END must not have id 2: for compatibility with old checkpoints, CLIP models then pool at the highest token id.
     special = [START, END, PAD]
     tokenizer.train_from_iterator(
         captions,
@@ -87,7 +87,7 @@ def learn_vocabulary(captions: Iterable[str], size: int = 1024, max_length: int 
 
 
 def read_vocabulary(rules: str, max_length: int) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a vocabulary from `learn_vocabulary`, given as the JSON of its rules (`tokenizer_rules`)."""
+    """Return the tokenizer that `learn_vocabulary` trained, from the JSON of its rules (`tokenizer_rules`)."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(rules),
         pad_token=PAD,
@@ -99,16 +99,16 @@ def read_vocabulary(rules: str, max_length: int) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
-    """Return all that decides what a tokenizer makes of a text; its length limit, which each call sets, is left out."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # those that work on bytes have none
+    """Return everything that determines the tokens of a text, except the length limit, which each call sets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers that work on bytes have none
     rules = json.loads(backend.to_str()) if backend else {"vocabulary": tokenizer.get_vocab()}
-    for key in ("padding", "truncation"):  # left over from the last call
+    for key in ("padding", "truncation"):  # set by the previous call
         rules.pop(key, None)
     return rules
 
 
 def small_clip(tokenizer: Any, width: int = 128, layers: int = 2, heads: int = 4) -> CLIPTextModel:
-    """Return an untrained CLIP text model for a vocabulary from `learn_vocabulary`."""
+    """Return an untrained CLIP text model for a tokenizer from `learn_vocabulary`."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -122,9 +122,9 @@ def small_clip(tokenizer: Any, width: int = 128, layers: int = 2, heads: int = 4
         eos_token_id=tokenizer.eos_token_id,
     )
     model = CLIPTextModel(config)
-    # Beside layers that write at a scale near one, words at the deviation of 0.02 that large models start with are lost.
-    words: Any = model.get_input_embeddings()
-    torch.nn.init.normal_(words.weight, std=1.0)
+    # The layers' outputs have a scale near one: embeddings with the usual standard deviation of 0.02 would vanish beside them.
+    embeddings: Any = model.get_input_embeddings()
+    torch.nn.init.normal_(embeddings.weight, std=1.0)
     return model
 
 
@@ -134,10 +134,10 @@ def load_frozen(model: str, weights: str | None, max_length: int, number: int = 
     Args:
         model: a folder or hub name of a T5, UMT5 or CLIP model of transformers, or open_clip:NAME.
         weights: tag or file of an OpenCLIP model's weights; None for models of transformers.
-        max_length: text tokens; longer captions are cut.
-        number: which of its text encoders, where `model` is a pipeline's folder.
+        max_length: number of text tokens; longer captions are cut.
+        number: number of the text encoder, from 1, if `model` is the folder of a pipeline.
 
-    Raises UserError when nothing can be loaded there, it is another kind of model, or it has fewer positions than `max_length`.
+    Raises UserError if the model cannot be loaded, is of another kind, or has fewer positions than `max_length`.
     """
     if model.startswith(OPEN_CLIP):
         tokenizer, encoder = load_openclip(model.removeprefix(OPEN_CLIP), weights)
@@ -156,7 +156,7 @@ def load_frozen(model: str, weights: str | None, max_length: int, number: int = 
 def _load_transformers(path: str, number: int) -> tuple[Any, Any]:
     suffix = "" if number == 1 else f"_{number}"
     place: dict[str, Any] = {name: Path(path) / f"{name}{suffix}" for name in ("text_encoder", "tokenizer")}
-    if not place["text_encoder"].is_dir():  # not a pipeline's folder: model and tokenizer lie side by side
+    if not place["text_encoder"].is_dir():  # not a pipeline's folder: model and tokenizer share a folder
         place = dict.fromkeys(place, path)
     try:
         kind = AutoConfig.from_pretrained(place["text_encoder"]).model_type
@@ -173,9 +173,9 @@ def _load_transformers(path: str, number: int) -> tuple[Any, Any]:
 
 
 def encoder_files(model: str, weights: str | None) -> list[list[Any]] | None:
-    """Return names, sizes and times of the files that a text encoder is read from; None where they cannot be listed.
+    """Return names, sizes and modification times of a text encoder's files, or None if they cannot be listed.
 
-    The same list means the same encoder, without reading its weights. Arguments are those of `load_frozen`.
+    Equal lists mean equal encoders, so the weights need not be read to compare them. The arguments are those of `load_frozen`.
     """
     model = model.removeprefix(OPEN_CLIP)
     place = Path(weights or model.removeprefix("local-dir:"))
@@ -191,14 +191,14 @@ def encoder_files(model: str, weights: str | None) -> list[list[Any]] | None:
 
 
 def hash_text_encoder(tokenizer: Any, encoder: Any) -> str:
-    """Return a hash of a text encoder's weights and of what its tokenizer does."""
+    """Return a hash of a text encoder's weights and of its tokenizer's rules."""
     return hashlib.sha256(
         (hash_weights([encoder]) + json.dumps(tokenizer_rules(tokenizer), sort_keys=True)).encode()
     ).hexdigest()
 
 
 def text_widths(encoder: Any) -> tuple[int, int]:
-    """Return (width of its tokens, width of its pooled vector or 0)."""
+    """Return the widths of the encoder's tokens and of its pooled vector; 0 if it has no pooled vector."""
     if isinstance(encoder, OpenCLIPTextModel):
         return encoder.width, encoder.config["embed_dim"]
     config = encoder.config
@@ -232,7 +232,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = No
 
 
 def lost_ends(tokenizer: Any, texts: Sequence[str], max_length: int | None = None) -> dict[str, str]:
-    """Return those of the texts that `tokenize` cuts, each with the end that is lost."""
+    """Map each text that `tokenize` cuts to the end that is cut off."""
     length = tokenizer.model_max_length if max_length is None else max_length
     texts = list(dict.fromkeys(texts))
     room = max(0, length - tokenizer.num_special_tokens_to_add())
@@ -241,7 +241,7 @@ def lost_ends(tokenizer: Any, texts: Sequence[str], max_length: int | None = Non
 
 
 class CutTexts:
-    """Counts the texts that an encoder's length cuts, for one line that names an example and what it loses."""
+    """Counts the texts that are longer than an encoder takes; `str` gives one line with an example and its lost end."""
 
     def __init__(self, tokenizer: Any, max_length: int | None = None):
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -257,7 +257,7 @@ class CutTexts:
             self.example = next(iter(lost.items()))
 
     def __str__(self) -> str:
-        """Say how many were cut and what the first one loses; empty where none was."""
+        """Return one line with the counts and the first example; empty if no text is cut."""
         if self.example is None:
             return ""
         length = self.tokenizer.model_max_length if self.max_length is None else self.max_length
@@ -266,9 +266,9 @@ class CutTexts:
 
 
 def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:
-    """Run one text encoder on tokenized prompts, on the device where it runs, be its weights offloaded or not.
+    """Run a text encoder on tokenized prompts, on its execution device, also if its weights are offloaded.
 
-    Raises ValueError for more tokens than it takes.
+    Raises ValueError for more tokens than the encoder takes.
     """
     device = get_module_execution_device(encoder)
     ids, mask = tokenized["input_ids"].to(device), tokenized["attention_mask"].to(device)
@@ -278,14 +278,14 @@ def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:
 
 
 def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str], max_length: int | None = None) -> Embedded:
-    """Encode prompts by one text encoder; what a prompt loses beyond the length is logged."""
+    """Encode prompts with one text encoder and log what longer prompts lose."""
     length = tokenizer.model_max_length if max_length is None else max_length
     log_lost_ends(lost_ends(tokenizer, prompts, length), f"the text encoder's {length} tokens")
     return encode(encoder, tokenize(tokenizer, prompts, length))
 
 
 def log_lost_ends(lost: Mapping[str, str], limit: str) -> None:
-    """Log, once each, the prompts that are cut at a limit, with what they lose; see `lost_ends`."""
+    """Log each prompt that is cut at a limit once, with its lost end; see `lost_ends`."""
     for prompt, end in lost.items():
         _warn_once(f"prompt {prompt!r} is longer than {limit}: {end!r} is cut off")
 
@@ -296,6 +296,6 @@ def _warn_once(message: str) -> None:
 
 
 def draw_dropped(probability: float, generators: Sequence[torch.Generator]) -> list[bool]:
-    """Draw which captions of a batch the null caption replaces, each by a generator of its own."""
+    """Draw the captions of a batch that the null caption replaces, each with its own generator."""
     draws = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).tolist()
     return [draw < probability for draw in draws]

@@ -33,20 +33,20 @@ from torch import Tensor, nn
 
 from promag.training.safetensors_only import SafetensorsOnly
 
-# Rotary positions count latent frames of this ratio: a 16x latent frame stands four positions after the one before.
+# Rotary positions count latent frames of this ratio: adjacent 16x latent frames are four positions apart.
 POSITION_RATIO = 4
-PLAIN_SCORES = 2**20  # queries times keys up to which a CPU holds all scores of a head
-# Wavelengths reach from 2 pi to 2 pi times this. Latents have tens of positions along a side, not thousands: with the
-# 10,000 of language models most dimensions would hardly turn (RoPE for vision, arXiv 2403.13298, sec. 3.2, has 100).
+PLAIN_SCORES = 2**20  # queries times keys of a head up to which a CPU computes attention by plain matrix products
+# Wavelengths range from 2 pi to 2 pi times this. Latents have tens of positions along a side, not thousands: with the 10,000
+# of language models most dimensions would hardly rotate (RoPE for vision, arXiv 2403.13298, sec. 3.2, uses 100).
 ROPE_THETA = 100.0
-PLACE_WIDTH = 8  # sines and cosines of each axis: four octaves
+PLACE_WIDTH = 8  # absolute position features for each axis: sines and cosines of four octaves
 
 
 class ProMAGAttnProcessor:
-    """Attention through diffusers' dispatch, so that the backend is a setting; on a CPU without a choice, plain products.
+    """Attention through diffusers' dispatch, which makes the backend a setting; by default plain matrix products on a CPU.
 
-    PyTorch's fused kernel for CPUs is made for long sequences without gradients: with those of small video latents its
-    backward pass takes two to five times as long as the products written out.
+    PyTorch's fused CPU kernel is built for long sequences without gradients. On the short sequences of small video latents its
+    backward pass takes two to five times as long as the plain products.
     """
 
     _attention_backend = None
@@ -60,7 +60,7 @@ class ProMAGAttnProcessor:
         attention_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """B N D and, for cross-attention, B L D and its mask (True is seen) B 1 1 L -> B N D."""
+        """B N D and, for cross-attention, B L D and its mask B 1 1 L (True: attend) -> B N D."""
         q: Any
         k: Any
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in attn.project(hidden_states, encoder_hidden_states))
@@ -70,7 +70,7 @@ class ProMAGAttnProcessor:
         if q.device.type == "cpu" and self._attention_backend is None and q.shape[1] * k.shape[1] <= PLAIN_SCORES:
             out: Any = plain_attention(q, k, v, attention_mask)
         else:
-            q, k = q.to(v.dtype), k.to(v.dtype)  # the norms' float32 weights widen them under autocast; kernels want one type
+            q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms' float32 weights widen them; kernels need one type
             out = dispatch_attention_fn(
                 q, k, v, attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
             )
@@ -78,7 +78,7 @@ class ProMAGAttnProcessor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attend by two matrix products with a softmax between: B N heads d, twice B L heads d, mask B 1 1 L -> B N heads d."""
+    """Attention as two matrix products and a softmax: q B N heads d, k and v B L heads d, mask B 1 1 L -> B N heads d."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
@@ -89,7 +89,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 class ProMAGAttention(nn.Module, AttentionModuleMixin):
     """Self- or cross-attention with RMS-normalised queries and keys.
 
-    diffusers reads `is_cross_attention` and `use_bias` where it caches attention or fuses its projections.
+    diffusers reads `is_cross_attention` and `use_bias` when it caches attention or fuses its projections.
     """
 
     _default_processor_cls = ProMAGAttnProcessor
@@ -105,9 +105,9 @@ class ProMAGAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())  # pyright: ignore[reportArgumentType]
 
     def project(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, by one product where `fuse_qkv_projections` joined their matrices."""
+        """Return queries, keys and values; `fuse_qkv_projections` makes this one product."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        fused: Any = self  # the joined layers exist while they are fused
+        fused: Any = self  # to_kv and to_qkv exist only while the projections are fused
         if not self.fused_projections:
             return self.to_q(hidden_states), self.to_k(context), self.to_v(context)
         if self.is_cross_attention:
@@ -129,18 +129,19 @@ class LocalConvolution(nn.Conv3d):
         nn.init.zeros_(self.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, hidden_states: Tensor, grid: tuple[int, int, int]) -> Tensor:  # pyright: ignore
-        """B N D tokens of a (t, h, w) grid -> the same."""
-        placed = hidden_states.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last_3d)
-        # CPUs have no good bf16 kernel for depthwise convolutions: in the weights' float32 this one is three times as fast.
-        with torch.autocast("cpu", enabled=False) if placed.device.type == "cpu" else nullcontext():
-            near = super().forward(placed.to(self.weight.dtype))
-        return near.to(hidden_states.dtype).flatten(2).transpose(1, 2)
+        """Convolve B N D tokens of a (t, h, w) grid."""
+        x = hidden_states.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last_3d)
+        # CPUs have no good bf16 kernel for depthwise convolutions: in float32, the weights' type, this is three times as fast.
+        with torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else nullcontext():
+            x = super().forward(x.to(self.weight.dtype))
+        return x.to(hidden_states.dtype).flatten(2).transpose(1, 2)
 
 
 class ProMAGTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to text and feed-forward, each gated from zero.
+    """Self-attention, cross-attention to text and feed-forward, each with a residual connection.
 
-    With `local_convolution`, tokens first add what a depthwise 3x3x3 convolution sees around them.
+    The gates of self-attention and feed-forward and the output matrix of cross-attention start at zero. With
+    `local_convolution` a depthwise 3x3x3 convolution with a residual connection comes first.
     """
 
     def __init__(self, dim: int, heads: int, local_convolution: bool):
@@ -164,7 +165,7 @@ class ProMAGTransformerBlock(nn.Module):
         attention_mask: Tensor | None,
         grid: tuple[int, int, int],
     ) -> Tensor:
-        """B N D tokens of a (t, h, w) grid, B L D text, B G 6 D modulation (G is 1, or t: one for each frame) -> B N D."""
+        """B N D tokens of a (t, h, w) grid, B L D text, B G 6 D modulation (G is 1, or t for one per frame) -> B N D."""
         if self.local is not None:
             hidden_states = hidden_states + self.local(hidden_states, grid)
         table = (self.scale_shift_table + modulation.float()).to(hidden_states.dtype)
@@ -177,12 +178,12 @@ class ProMAGTransformerBlock(nn.Module):
         return hidden_states + scaled(self.ff(h), gate3)
 
 
-# First-block cache, MagCache and layer skipping ask what a block returns: one tensor, the tokens.
+# First-block cache, MagCache and layer skipping look up what a block returns: one tensor, the tokens.
 TransformerBlockRegistry.register(ProMAGTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """Multiply tokens B N D by factors B G 1 D, each for an equal part of the tokens, in their order."""
+    """Multiply tokens B N D by factors B G 1 D: the tokens in order, in G equal groups with one factor each."""
     return (x.unflatten(1, (factor.shape[1], -1)) * factor).flatten(1, 2)
 
 
@@ -196,18 +197,18 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
 
     Args:
         in_channels: channels of the latent.
-        patch_size: (t, h, w) latent positions that make one token.
+        patch_size: latent positions (t, h, w) in one token.
         num_layers: transformer blocks.
-        num_attention_heads: heads; the width is heads times `attention_head_dim`.
+        num_attention_heads: heads; the model's width is heads times `attention_head_dim`.
         attention_head_dim: width of a head, a multiple of 2 and at least 6.
-        text_dim: width of the text tokens; of several text encoders, a width for each.
-        pooled_dim: width of a pooled text vector that joins the modulation, or of several in a row; 0 for none.
-        temporal_ratios: ratios of the latents it is trained on.
-        condition_frames: most first latent frames that it was given clean in training; 0 for text-to-video alone.
+        text_dim: width of the text tokens, or a list with one for each text encoder.
+        pooled_dim: width of the pooled text vectors, concatenated, that join the modulation; 0 for none.
+        temporal_ratios: temporal ratios of the latents in training.
+        condition_frames: maximum number of clean first latent frames in training; 0 for text-to-video only.
         local_convolution: whether each block begins with a depthwise convolution over neighbouring tokens (conditional
-            positional encoding, arXiv 2102.10882): a model that sees few clips learns compact objects much sooner with it.
-        latents_mean: per ratio (as text), the mean of each channel over the training latents.
-        latents_std: the same for the standard deviation. The model sees (latent - mean) / std.
+            positional encoding, arXiv 2102.10882). With few training clips the model then learns compact objects much sooner.
+        latents_mean: for each ratio, as a string, the mean of each channel over the training latents.
+        latents_std: likewise the standard deviation. The model's input is (latent - mean) / std.
 
     Raises ValueError for settings that do not fit together.
     """
@@ -258,7 +259,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
 
     @property
     def text_dims(self) -> list[int]:
-        """The width of the tokens of each text encoder."""
+        """Width of the text tokens of each text encoder."""
         width = self.config["text_dim"]
         return [width] if isinstance(width, int) else list(width)
 
@@ -297,13 +298,13 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
 
         Args:
             hidden_states: noisy, normalised latents, b c t h w.
-            timestep: time in [0, 1000], 1000 is pure noise; (b,), or b t: one for each latent frame.
-            encoder_hidden_states: text tokens, b L text_dim; a sequence of them from several text encoders.
-            encoder_attention_mask: b L, nonzero where a text token is real; a sequence likewise.
-            pooled_projections: b pooled_dim, where the model has `pooled_dim`.
-            temporal_ratio: temporal ratio of all latents in the batch.
-            fps: pixel frames per second, one for all or (b,).
-            attention_kwargs: may hold `scale`, the weight of LoRA adapters.
+            timestep: time in [0, 1000], where 1000 is pure noise; (b,), or b t with one for each latent frame.
+            encoder_hidden_states: text tokens, b L text_dim; with several text encoders a sequence, one for each.
+            encoder_attention_mask: b L, nonzero at text tokens that are not padding; likewise a sequence.
+            pooled_projections: pooled text vectors, b pooled_dim; None if `pooled_dim` is 0.
+            temporal_ratio: temporal ratio of the latents, the same for the whole batch.
+            fps: frames per second of the video, one number or (b,).
+            attention_kwargs: may contain `scale`, the weight of LoRA adapters.
             return_dict: return an output object instead of a tuple.
 
         Raises ValueError where the latent is not divisible by the patch, there are not as many times as frames or patches of
@@ -352,7 +353,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)  # pyright: ignore[reportArgumentType]
 
     def _embed_text(self, tokens: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
-        """Project the tokens of each encoder and join them: b L D, and the mask of all b 1 1 L (True is seen)."""
+        """Project and concatenate the tokens of all encoders: tokens b L D and mask b 1 1 L (True: attend)."""
         tokens = [tokens] if isinstance(tokens, Tensor) else tokens
         masks = [mask] if isinstance(mask, Tensor) else mask or []
         if len(tokens) != len(self.text_embeds) or (masks and len(masks) != len(tokens)):
@@ -360,23 +361,23 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         text = torch.cat([embed(part) for embed, part in zip(self.text_embeds, tokens, strict=True)], 1)
         return text, torch.cat([part.bool() for part in masks], 1)[:, None, None, :] if masks else None
 
-    def _embed(self, layer: nn.Module, value: Tensor, like: Tensor) -> Tensor:
-        return layer(self.time_proj(value).to(like.dtype))
+    def _embed(self, layer: nn.Module, value: Tensor, reference: Tensor) -> Tensor:
+        return layer(self.time_proj(value).to(reference.dtype))
 
 
 def place_features(grid: tuple[int, int, int], frame_step: float, device: torch.device) -> Tensor:
-    """Return sines and cosines of where each token stands, N x 3*PLACE_WIDTH, for a grid of (t, h, w) tokens.
+    """Return sines and cosines of each token's absolute position, N x 3*PLACE_WIDTH, for a grid of (t, h, w) tokens.
 
-    Rotary positions tell attention how far apart two tokens are; these tell a token where it is. Height and width count
-    from the picture's middle in parts of its longer side, so a larger picture has the same range.
+    Rotary positions give attention the distance between two tokens; these give each token its own position. Vertical and
+    horizontal positions count from the centre in units of the longer side, so their range does not depend on the size.
     """
     t, h, w = grid
-    time = torch.arange(t, device=device) * frame_step / 16  # the base's wavelengths are then 16 latent frames and less
+    time = torch.arange(t, device=device) * frame_step / 16  # wavelengths of 32, 16, 8 and 4 latent frames at 4x
     rows, columns = ((torch.arange(n, device=device) + 0.5 - n / 2) / max(h, w) for n in (h, w))
     octaves = 2 ** torch.arange(PLACE_WIDTH // 2, device=device) * math.pi
     parts = []
-    for place in torch.meshgrid(time, rows, columns, indexing="ij"):
-        angles = place.flatten()[:, None] * octaves
+    for position in torch.meshgrid(time, rows, columns, indexing="ij"):
+        angles = position.flatten()[:, None] * octaves
         parts += [angles.sin(), angles.cos()]
     return torch.cat(parts, 1)
 
@@ -384,17 +385,17 @@ def place_features(grid: tuple[int, int, int], frame_step: float, device: torch.
 def rotary_positions(
     head_dim: int, grid: tuple[int, int, int], frame_step: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, each N x head_dim, for a grid of (t, h, w) tokens whose frames lie `frame_step` apart.
+    """Return cosines and sines, each N x head_dim, for a grid of (t, h, w) tokens with frames `frame_step` apart.
 
-    Height and width take a third of the head each (rounded down to even), time the rest.
+    Height and width each use a third of the head's dimensions, rounded down to an even number; time uses the rest.
     """
     side = 2 * (head_dim // 6)
     dims = (head_dim - 2 * side, side, side)
     steps = (frame_step, 1.0, 1.0)
     axes = [torch.arange(n, device=device, dtype=torch.float32) * s for n, s in zip(grid, steps, strict=True)]
-    places = torch.meshgrid(*axes, indexing="ij")
+    positions = torch.meshgrid(*axes, indexing="ij")
     parts = [
         get_1d_rotary_pos_embed(d, p.flatten(), theta=ROPE_THETA, use_real=True)  # pyright: ignore[reportArgumentType]
-        for d, p in zip(dims, places, strict=True)
+        for d, p in zip(dims, positions, strict=True)
     ]
     return torch.cat([cos for cos, _ in parts], 1), torch.cat([sin for _, sin in parts], 1)

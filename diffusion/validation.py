@@ -1,4 +1,4 @@
-"""The validation loss: fixed clips at fixed times with fixed noise, so that two runs or steps differ by the model alone.
+"""The validation loss: clips, times and noise are fixed, so two runs or two steps differ only in the model.
 
 Shapes: b c t h w latents.
 """
@@ -20,21 +20,20 @@ from .transformer import ProMAGTransformer3DModel
 if TYPE_CHECKING:
     from .train import FlowObjective
 
-# Times at which the loss is measured, the same for every shift: the middles of five equal parts of (0, 1).
+# Times at which the loss is measured, whatever the time shift: the midpoints of five equal parts of (0, 1).
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class ValidationSet:
-    """Clips of one ratio and one bucket that are not trained on; nothing of them is kept in memory between two validations.
+    """Validation clips of one temporal ratio and one bucket, read from their cache again for each validation.
 
-    The noise is that of a clip's index. Latents are normalised with the training clips' statistics: a model must not see the
-    validation clips' own.
+    A clip's index seeds its noise. Latents are normalised with the statistics of the training clips, not of these.
 
     Args:
         clips: cached latents and embeddings.
-        bucket: their size, as it is named in the metrics.
-        transformer: has the statistics.
-        batch_size: clips that a process scores at once.
+        bucket: name of the clips' size in the metrics.
+        transformer: holds the statistics.
+        batch_size: clips that each process scores at once.
     """
 
     def __init__(self, clips: LatentDataset, bucket: str, transformer: ProMAGTransformer3DModel, batch_size: int):
@@ -44,28 +43,27 @@ class ValidationSet:
         self.text_keys = [key for text in clips.texts for key in text.keys.values()]
 
     def __len__(self) -> int:
-        """Count the clips."""
+        """Return the number of clips."""
         return len(self.clips)
 
     def loss(self, objective: "FlowObjective", first_given: bool = False) -> float:
-        """Return the mean over clips and times, over all frames, or with the first latent frame as conditioning.
+        """Return the mean loss over clips and times; with `first_given` the first latent frame is conditioning.
 
-        The processes divide the clips among them. Each calls the model equally often, as a sharded model needs: a process that
-        has no clips left scores one again without counting it.
+        The processes divide the clips among them. A sharded model needs the same number of calls in every process, so a process
+        without clips left scores one again and does not count it.
         """
         state = processes()
         device = torch.device(state.device or "cpu")
-        at_once = self.batch_size * state.num_processes
         errors = torch.zeros(len(self), device=device)
-        for first in range(0, len(self), at_once):
-            mine = range(first + state.process_index * self.batch_size, len(self))[: self.batch_size]
-            values = self._errors(objective, mine or range(1), device, first_given)
-            if mine:
-                errors[mine.start : mine.stop] = values
+        for first in range(0, len(self), self.batch_size * state.num_processes):
+            batch = range(first + state.process_index * self.batch_size, len(self))[: self.batch_size]
+            values = self._errors(objective, batch or range(1), device, first_given)
+            if batch:
+                errors[batch.start : batch.stop] = values
         return float(sum_over_processes(errors).mean())
 
     def _errors(self, objective: "FlowObjective", clips: range, device: torch.device, first_given: bool) -> Tensor:
-        """Return each clip's mean error over the times, (b,)."""
+        """Return the mean over times of each clip's error, (b,)."""
         rows = [self.clips.fixed(i) for i in clips]
         x = torch.stack([row["latents"] for row in rows]) * self.clips.std + self.clips.mean
         x = self.transformer.normalise(x, self.ratio).to(device)
@@ -80,20 +78,20 @@ class ValidationSet:
 
 
 def validation_losses(objective: "FlowObjective", parts: Sequence[ValidationSet], first_given: bool) -> Metrics:
-    """Return the mean over clips at each ratio, the mean of the ratios, and the mean of each shape where there are several.
+    """Return the mean loss over all ratios and, where there are several, the mean at each ratio and of each bucket.
 
-    With `first_given` also the mean with the first latent frame as conditioning, over clips that have more than one.
+    With `first_given` also return the mean over clips of two or more latent frames with the first one as conditioning.
     """
     losses = [part.loss(objective) for part in parts]
     means = _grouped("x", parts, losses, [part.ratio for part in parts])
     means |= {"validation_loss": sum(means.values()) / len(means)}
     metrics = {key: value for key, value in means.items() if len(means) > 2 or key == "validation_loss"}
-    shapes = _grouped("", parts, losses, [part.bucket for part in parts])
-    metrics |= shapes if len(shapes) > 1 else {}
+    by_bucket = _grouped("", parts, losses, [part.bucket for part in parts])
+    metrics |= by_bucket if len(by_bucket) > 1 else {}
     longer = [part for part in parts if first_given and part.frames > 1]
     if longer:
-        given = _grouped("x", longer, [part.loss(objective, True) for part in longer], [part.ratio for part in longer])
-        metrics["validation_loss_first_given"] = sum(given.values()) / len(given)
+        conditioned = _grouped("x", longer, [part.loss(objective, True) for part in longer], [part.ratio for part in longer])
+        metrics["validation_loss_first_given"] = sum(conditioned.values()) / len(conditioned)
     return metrics
 
 
@@ -108,7 +106,7 @@ def _grouped(unit: str, parts: Sequence[ValidationSet], losses: Sequence[float],
 
 
 def training_figures(run: Path, ratio: int) -> dict[str, float]:
-    """Return steps, seconds and the validation loss at a ratio of the training in a run's folder; empty without one."""
+    """Return steps, seconds and validation loss at a ratio from the training in a run's folder; empty if there is none."""
     files = [file for file in sorted(run.glob("*/metrics.jsonl")) if f"{ratio}x" in file.parent.name.split("-")]
     lines = [line for file in files for line in read_json_lines(file)]
     validated = [line for line in lines if "validation_loss" in line]
