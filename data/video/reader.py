@@ -138,7 +138,7 @@ def frame_table(source: VideoSource) -> FrameTable:
     return _kept_table(os.fspath(source), state.st_mtime_ns, state.st_size)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)  # a film of two hours takes 1.4 MB
 def _kept_table(path: str, modified: int, size: int) -> FrameTable:
     return _read_table(path)
 
