@@ -182,13 +182,18 @@ def _stretches(wanted: list[int], table: FrameTable) -> Iterator[list[int]]:
 
 def _read_stretch(video: Container, wanted: list[int], table: FrameTable) -> dict[int, np.ndarray]:
     """Return the pictures of frames that are decoded in one go, beginning further back until the first of them is met."""
+    from av.error import FFmpegError
+
     first = int(table.times[max(0, wanted[0] - 1)])  # a deinterlaced frame needs the one before it
     for back in SEEK_BACK:
         target = first - round(back / table.tick)
         if target < table.times[0] and back:
             break
         if video.seek(target):
-            pictures = _pick(video, wanted, table)
+            try:
+                pictures = _pick(video, wanted, table)
+            except (FFmpegError, UnreadableVideo):
+                continue  # what a frame is predicted from may lie further back
             if len(pictures) == len(wanted):
                 return pictures
     with open_container(video.source) as again:  # from the start
@@ -202,7 +207,9 @@ def _pick(video: Container, wanted: list[int], table: FrameTable) -> dict[int, n
     """Decode until all wanted frames are met, or until the first of them is past."""
     number_of = {int(table.times[i]): i for i in wanted}
     pictures: dict[int, np.ndarray] = {}
-    for frame in video.frames():
+    for place, frame in enumerate(video.frames()):
+        if place == 0 and wanted[0] and frame.time == table.times[wanted[0]] and "deinterlaced" in video.display.notes:
+            break  # the frame before it, which it is made from, too, is not there
         if frame.time in number_of:
             pictures[number_of[frame.time]] = video.display.picture(frame.decoded)
         if len(pictures) == len(wanted) or (not pictures and frame.time > table.times[wanted[0]]):

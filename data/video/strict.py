@@ -33,7 +33,8 @@ def decode_strictly(source: VideoSource, max_pixels: int | None = None) -> Video
     Frames of more than `max_pixels` (width times height) are not decoded but raise; give it for files of strangers.
 
     It refuses files that are no videos, have no video stream or no frames, a decoding error, a corrupt frame, times that do
-    not increase, fewer frames than the packets or the container promise, a picture size that changes and an oblique turn.
+    not increase, fewer frames than the packets or the container promise, a last frame that is not found by seeking, a size, a
+    turn or a pixel shape that changes, and an oblique turn.
     Most codecs carry no checksum: damage that leaves a legal stream passes (5 of 75 single flipped bits in an H.264 file).
     """
     if is_image(source):
@@ -57,6 +58,8 @@ def decode_strictly(source: VideoSource, max_pixels: int | None = None) -> Video
         rate = (len(times) - 1) / ((times[-1] - times[0]) * tick)
     if not rate:
         raise UnreadableVideo(source, "holds one frame and no frame rate")
+    if not np.array_equal(read_frames(source, [len(times) - 1])[0], samples[len(times) - 1]):
+        raise UnreadableVideo(source, "its last frame is another when it is read alone: its index is wrong; re-encode it")
     decord = has_decord() and not notes and _decord_agrees(source, timestamps, samples)
     height, width = samples[0].shape[:2]
     return VideoFacts(len(times), width, height, float(rate), float(timestamps[-1] + 1 / rate), timestamps, decord, notes)
@@ -70,7 +73,8 @@ def _decode(video: Container) -> tuple[list[int], dict[int, np.ndarray]]:
     for frame in video.frames():
         number = len(times)
         height, width = video.display.size(frame.decoded)
-        shape = f"{width}x{height}, {video.display.turned(frame.decoded)}"
+        aspect = video.decoder.sample_aspect_ratio or 1
+        shape = f"{width}x{height}, {video.display.turned(frame.decoded)}, with pixels of {aspect}"
         if times and frame.time <= times[-1]:
             raise UnreadableVideo(video.source, f"the timestamp of frame {number} does not increase; re-encode it")
         first = first or shape

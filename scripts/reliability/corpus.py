@@ -53,7 +53,7 @@ class Case:
     matrix: str | None = None
     transfer: str | None = None
     stream: int | None = None
-    tolerance: int = 6
+    tolerance: int = 8
     note: str = ""
 
 

@@ -49,7 +49,7 @@ def interlaced(maker: Maker) -> None:
     """Fields of two moments woven into one frame, flagged so, in either order."""
     pixels = picture(2 * FRAMES)
     for order, weave in (("tff", "interleave_top"), ("bff", "interleave_bottom")):
-        case = {"pixels": pixels, "rate": 2 * RATE, "deinterlace": True, "tolerance": 16}  # the first frame has no neighbour
+        case = {"pixels": pixels, "rate": 2 * RATE, "deinterlace": True, "tolerance": 24}  # the first frame has no neighbour
         first = "-vf tinterlace=" + weave + f",setfield={order},fps={RATE} -flags +ildct+ilme"
         for file, options in {
             f"mpeg2-{order}.mpg": f"-c:v mpeg2video {GOOD} -bf 2",
@@ -107,7 +107,7 @@ def high_dynamic_range(maker: Maker) -> None:
             "prores.mov": ("-c:v prores_ks -profile:v 3", "yuv422p10le"),
         }.items():
             options = f"{codec} -vf scale=out_color_matrix=bt2020:out_range=tv,format={pixel_format},{tags}"
-            maker.encode(f"hdr/{transfer}-{file}", transfer.upper(), options, pixels=pixels, transfer=transfer, tolerance=8)
+            maker.encode(f"hdr/{transfer}-{file}", transfer.upper(), options, pixels=pixels, transfer=transfer, tolerance=16)
 
 
 def aspects(maker: Maker) -> None:
@@ -248,7 +248,7 @@ def cuts(maker: Maker) -> None:
     sources = "codecs/h264.mp4 codecs/h264-open-gop.mp4 codecs/h265.mp4 codecs/mpeg4-bframes.mp4 codecs/vp9.mp4"
     for source in f"{sources} streams/sound-longer.mp4 times/uneven.mp4 interlaced/h264-tff.mp4".split():
         name = source.split("/")[1].rsplit(".")[0]
-        more = {"deinterlace": True, "tolerance": 16} if "interlaced" in source else {}
+        more = {"deinterlace": True, "tolerance": 24} if "interlaced" in source else {}
         for start, length in ((0.3, 0.4), (0.13, 0.6)):
             endings = "mp4 mkv" if "vp9" in name else "mp4 mov mkv" if "mpeg4" in name else "mp4 mov mkv ts"
             for ending in endings.split():

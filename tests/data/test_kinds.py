@@ -296,6 +296,16 @@ def cut(path, later: int):
     return path
 
 
+def test_a_matroska_file_that_starts_late_is_whole(tmp_path):
+    times = 1500 + np.arange(12) * 40
+    check(encode(tmp_path / "a.mkv", video(RGB), times=times), RGB)
+
+
+def test_a_stream_without_key_frames_in_its_middle_is_read(tmp_path):
+    codec = ("libx264", {"qp": "1", "g": "4", "intra-refresh": "1", "bf": "0"})
+    check(encode(tmp_path / "a.mp4", video(RGB), codec), RGB)
+
+
 def test_a_lossless_cut_begins_where_its_edit_list_says(tmp_path):
     check(cut(encode(tmp_path / "a.mp4", video(RGB)), 3), RGB[3:])
 
@@ -374,10 +384,11 @@ def test_damaged_files_and_other_files_are_refused_in_words(tmp_path, good, name
     assert len(caught.value.reason.split()) > 2, caught.value.reason
 
 
-def test_a_size_that_changes_is_refused(tmp_path, good):
-    large = encode(tmp_path / "large.h264", video(picture(12, 96, 128))).read_bytes()
-    (tmp_path / "joined.h264").write_bytes(good["h264"] + large)
-    with pytest.raises(UnreadableVideo, match="128x96"):
+@pytest.mark.parametrize(("size", "aspect", "reason"), [((96, 128), 1, "128x96"), ((64, 96), 2, "pixels of 2")])
+def test_a_size_or_shape_that_changes_is_refused(tmp_path, good, size, aspect, reason):
+    second = encode(tmp_path / "second.h264", video(picture(12, *size)), sample_aspect_ratio=Fraction(aspect))
+    (tmp_path / "joined.h264").write_bytes(good["h264"] + second.read_bytes())
+    with pytest.raises(UnreadableVideo, match=reason):
         decode_strictly(tmp_path / "joined.h264")
 
 
