@@ -13,7 +13,7 @@ from promag.training.progress import ProgressBar
 from .clip_index import Clip
 from .listing import first_few
 from .unchanged import digest_file, stamp
-from .video import REENCODE, TIE, UnreadableVideo, VideoFacts, decode_strictly
+from .video import READER, REENCODE, TIE, UnreadableVideo, VideoFacts, decode_strictly
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def prepare(
         fps: rate of the clips; None keeps each video's own average rate.
         frames: cut consecutive windows of so many frames, without overlap; None makes one clip of each video.
         max_bad: largest share of unreadable videos, 0 to 1.
-        workers: threads that decode; the decoder works outside Python's lock.
+        workers: processes that decode; one that dies costs the file that it was decoding.
         progress: show a bar.
         licences: licence of each video, by path, for the index.
 
@@ -108,7 +108,7 @@ def prepare(
 def _examine(path: str) -> tuple[VideoFacts, str, tuple[int, int]] | UnreadableVideo:
     try:
         before = stamp(path)  # first: a file that changes meanwhile has another one
-        return decode_strictly(path), digest_file(path), before
+        return READER.call(decode_strictly, path), digest_file(path), before
     except UnreadableVideo as error:
         return error
     except UnicodeEncodeError:

@@ -24,7 +24,7 @@ from .clip_index import Clip, ClipIndex, load_clips, path_text, row_of
 from .listing import first_few
 from .tar_reader import BadSample, ShardReader, opened
 from .tar_shards import COLUMNS, INDEX_NAME, ShardRow, find_shards, shard_name
-from .video import UnreadableVideo, VideoFacts, decode_strictly
+from .video import READER, UnreadableVideo, VideoFacts, decode_strictly
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def _facts(url: str) -> Iterator[VideoFacts | UserError]:
         if isinstance(sample, BadSample) and reader.stuck(number):
             raise UserError(str(sample))
         try:
-            yield sample if isinstance(sample, BadSample) else decode_strictly(sample.video)
+            yield sample if isinstance(sample, BadSample) else READER.call(decode_strictly, sample.video)
         except UnreadableVideo as error:
             yield error
     reader.close()

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--images", action="store_true", help="take a folder's images too, as clips of one frame")
     parser.add_argument("--max-bad", type=float, default=0.01, help="part of the videos that may be unreadable")
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode")
     arguments = parser.parse_args(argv)
 
     started = time.perf_counter()

@@ -5,8 +5,9 @@ the frames of a file are. PyAV and decord are imported in this room alone, and l
 """
 
 from .images import IMAGE_EXTENSIONS, IMAGE_FPS, is_image
-from .reader import READ_TIMEOUT, VideoHeader, frame_times, read_frames, read_header, stream_frames
-from .source import REENCODE, UnreadableVideo, VideoBytes, VideoSource
+from .isolated import READER, IsolatedReader
+from .reader import VideoHeader, frame_times, read_frames, read_header, stream_frames
+from .source import READ_TIMEOUT, REENCODE, UnreadableVideo, VideoBytes, VideoSource
 from .strict import VideoFacts, decode_strictly
 from .times import TIE, at_constant_rate, pick_by_time
 from .writer import encode_mp4, write_video
@@ -14,9 +15,11 @@ from .writer import encode_mp4, write_video
 __all__ = [
     "IMAGE_EXTENSIONS",
     "IMAGE_FPS",
+    "READER",
     "READ_TIMEOUT",
     "REENCODE",
     "TIE",
+    "IsolatedReader",
     "UnreadableVideo",
     "VideoBytes",
     "VideoFacts",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .display import Display
+from .isolated import beat
 from .source import UnreadableVideo, VideoSource, openable
 
 _STRICT = {"err_detect": "explode"}
@@ -79,6 +80,7 @@ class Container:
         """Read the packets of the file, from its start, without decoding any."""
         times, keys, count, end = [], [], 0, 0.0
         for packet in self.container.demux():
+            beat()
             if packet.pts is not None and packet.time_base:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream_index != self.stream.index or not packet.size:
@@ -128,6 +130,7 @@ class Container:
     def _decoded(self) -> Iterator[Any]:
         count = 0
         for packet in self.container.demux(self.stream):
+            beat()
             if packet.is_corrupt:
                 raise UnreadableVideo(self.source, f"corrupt data after {count} frames")
             for frame in self.decoder.decode(packet if packet.size else None):

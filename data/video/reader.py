@@ -15,11 +15,8 @@ import numpy as np
 
 from .container import Container, open_container
 from .images import ImageError, is_image, read_image
-from .source import UnreadableVideo, VideoBytes, VideoSource, within
+from .source import READ_TIMEOUT, UnreadableVideo, VideoBytes, VideoSource, within
 
-# decord has been seen to hang in get_batch for ever (dmlc/decord#269), and so may a network disk. A read takes
-# milliseconds to a few seconds; after a minute it will not end.
-READ_TIMEOUT = 60.0  # seconds
 SEEK_BACK = (0.0, 1.0, 8.0, 64.0)  # seconds before the first wanted frame from which decoding is tried
 
 

@@ -13,6 +13,9 @@ from typing import BinaryIO, TypeVar
 
 from promag.training.config import UserError
 
+# decord has been seen to hang in get_batch for ever (dmlc/decord#269), and so may a network disk. A read takes
+# milliseconds to a few seconds; after a minute it will not end.
+READ_TIMEOUT = 60.0  # seconds
 WAIT = 0.5  # seconds: longest single wait for a decoder
 
 # Makes an odd but whole video readable; shown beside a list of refused videos.
@@ -76,8 +79,11 @@ def openable(source: VideoSource) -> Iterator[str | BinaryIO]:
         yield f"file:{path}"
 
 
-def within(timeout: float, source: VideoSource, action: Callable[[], Result]) -> Result:
-    """Return `action()`, or raise UnreadableVideo after `timeout` seconds; the thread that hangs is left behind."""
+def within(timeout: float, source: VideoSource, action: Callable[[], Result], reason: str | None = None) -> Result:
+    """Return `action()`, or raise UnreadableVideo after `timeout` seconds; the thread that hangs is left behind.
+
+    `reason` is the error's; left out, it names the time.
+    """
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
     def work() -> None:
@@ -91,5 +97,5 @@ def within(timeout: float, source: VideoSource, action: Callable[[], Result]) ->
     # Counted in short waits: the time that this process is stopped or asleep is not the decoder's.
     slices = max(1, math.ceil(timeout / WAIT))
     if not any(concurrent.futures.wait([future], timeout / slices).done for _ in range(slices)):
-        raise UnreadableVideo(source, f"no answer within {timeout:g} s: the decoder hangs or the disk is too slow")
+        raise UnreadableVideo(source, reason or f"no answer within {timeout:g} s: the decoder hangs or the disk is too slow")
     return future.result()

@@ -1,15 +1,18 @@
 """The strict pass over a video: every frame is decoded once, and damage and odd files are refused in words."""
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from .container import Container, PacketTable, open_container
 from .images import IMAGE_FPS, is_image
+from .isolated import beat
 from .reader import has_decord, read_frames
-from .source import UnreadableVideo, VideoSource
+from .source import UnreadableVideo, VideoBytes, VideoSource
 
 SAMPLED = (0, 1, 4, 16, 64, 256, 1024, 4096)  # frames, and the last one, that are compared with decord's
+SLOW_DISK = 10e6  # bytes a second
 SHORT = 3  # frames, or seconds divided by 4, that a file may end before its container says
 
 
@@ -110,4 +113,5 @@ def _check_whole(video: Container, packets: PacketTable) -> None:
 def _decord_agrees(source: VideoSource, timestamps: np.ndarray, samples: dict[int, np.ndarray]) -> bool:
     from .decord_reader import agrees
 
+    beat((len(source.data) if isinstance(source, VideoBytes) else os.stat(source).st_size) / SLOW_DISK)  # it reads all of it
     return agrees(source, timestamps, samples)
