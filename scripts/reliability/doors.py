@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from promag.data.clips import list_videos, prepare
 from promag.reports.uploads import UploadLimits, check_upload
-from promag.scripts import reconstruct
+from promag.scripts import prepare_clips, reconstruct
 from promag.scripts._options import share
 from promag.scripts.sample import last_pictures
 from promag.tokenizer.checkpoint import load_tokenizer
@@ -26,15 +25,16 @@ from promag.training.run import append_result
 from .corpus import Case, load_corpus
 from .videos import NoAnswerError, import_decoders, in_child
 
-ADDRESS_SPACE = 12 * 2**30  # bytes, those of torch included
+ADDRESS_SPACE = 4 * 2**30  # bytes, for a tokenizer beside a reader
 SMALLEST = 16  # pixels a side that the tokenizer works on
 # Length and size are no reason to refuse here.
 LIMITS = UploadLimits(megabytes=1e3, seconds=1e9, frames=10**9, side=10_000)
 
 
 def by_prepare_clips(path: Path, checkpoint: Path) -> None:
-    """Read as `promag prepare-clips` does."""
-    prepare(list_videos(path), progress=False)
+    """Run `promag prepare-clips`."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_clips.main([str(path), "--out", f"{folder}/clips.jsonl", "--workers", "1"])
 
 
 def by_reconstruct(path: Path, checkpoint: Path) -> None:

@@ -37,7 +37,7 @@ from promag.training.run import append_result
 from .corpus import Case, add_ffmpeg, find_ffmpeg, load_corpus
 from .reference import Shown, shown_by_ffmpeg
 
-ADDRESS_SPACE = 4 * 2**30  # bytes, all libraries of the process included
+ADDRESS_SPACE = 2 * 2**30  # bytes that a child may take beyond those of its parent
 RESIDENT = 2**30  # bytes that no file of these sizes may need
 SECONDS = 30  # for one file
 SAME_TIME = 1e-3  # seconds
@@ -94,7 +94,9 @@ def in_child(action: Callable[[], Any], seconds: float = SECONDS, address_space:
 
 def _work_in_child(action: Callable[[], Any], writer: int, address_space: int) -> None:
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit = pages * resource.getpagesize() + address_space
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
