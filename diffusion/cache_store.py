@@ -13,16 +13,20 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from promag.training.config import UserError
+from promag.training.config import UserError, one_line
 from promag.training.files import save_tensors_atomically, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AGAIN = "delete it and index.json, and write the cache again with `promag cache-latents`"
 OPEN_FILES = 128  # maximum number of shards that one reader keeps mapped into memory
 
 
@@ -64,10 +68,11 @@ def open_or_resume_cache(folder: Path, fingerprint: Fingerprint, shards: int) ->
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "fingerprint.json"
     if mark.exists():
-        fingerprint.check(json.loads(mark.read_text(encoding="utf-8")), folder)
+        fingerprint.check(read_record(mark, dict[str, Any]), folder)
     else:
         write_atomically(mark, json.dumps(asdict(fingerprint)))
     if (folder / "index.json").exists():
+        fingerprint.check(read_record(folder / "index.json", Index)["fingerprint"], folder)
         return None
     for half_written in folder.glob(".shard-*"):
         half_written.unlink()
@@ -112,17 +117,51 @@ def pack_texts(texts: Sequence[str]) -> dict[str, Tensor]:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
+class Index(TypedDict):
+    """What the index of every cache states; more keys belong to its kind."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues]
+
+    fingerprint: dict[str, Any]
+    clips: PositiveInt
+    shard_size: PositiveInt
+
+
+def read_record(path: Path, kind: Any) -> Any:
+    """Return the JSON of a cache's file as a value of a type; raises UserError naming the file and the first wrong key."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cache {path}: cannot be read: {one_line(error)}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "content"
+        raise UserError(f"cache {path}: {key}: {first['msg']} (got {repr(first['input'])[:100]}); {AGAIN}") from None
+
+
 class Shards:
     """A complete cache whose shards are mapped into memory on access.
+
+    Args:
+        folder: folder of the cache.
+        kind: type of its index.
+        rows: tensors of a shard that have a row for each clip, with the shape of a row.
+        ragged: tensors of a shard in which the clips' parts lie one after the other, by the name of the tensor of their ends.
 
     Raises UserError for a folder without a complete cache, and on reading a shard that is damaged, missing or of another cache.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(
+        self,
+        folder: Path,
+        kind: Any = Index,
+        rows: Mapping[str, Sequence[int]] = MappingProxyType({"caption_ends": ()}),
+        ragged: Mapping[str, str] = MappingProxyType({"caption_ends": "captions"}),
+    ):
         if not (folder / "index.json").exists():
             raise UserError(f"cache {folder}: no index.json there; write it with `promag cache-latents`, or let it finish")
-        self.folder = folder
-        self.index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self.folder, self.rows, self.ragged = folder, dict(rows), dict(ragged)
+        self.index = read_record(folder / "index.json", kind)
         self.clips, self.size = self.index["clips"], self.index["shard_size"]
         self._open: dict[int, Any] = {}
 
@@ -145,32 +184,55 @@ class Shards:
             self._open[number] = self._checked(number)
         return self._open[number]
 
+    def damaged(self, clip: int, problem: str) -> UserError:
+        """Return the error for a clip whose part of a shard cannot be used."""
+        return UserError(f"cache shard {shard_path(self.folder, clip // self.size)}: clip {clip}: {problem}; {AGAIN}")
+
     def _checked(self, number: int) -> Any:
         path = shard_path(self.folder, number)
-        again = "delete it and index.json, and write the cache again with `promag cache-latents`"
         try:
             shard: Any = safe_open(path, "pt")
-            names = set(shard.keys())
+            shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cache shard {path}: cannot be read: {error}; {again}") from None
+            raise UserError(f"cache shard {path}: cannot be read: {error}; {AGAIN}") from None
         # Caches written by earlier versions have no identities.
-        if "identity" in names and not torch.equal(shard.get_tensor("identity"), _identity(self.index["fingerprint"], number)):
-            raise UserError(f"cache shard {path}: is another shard, or one of another cache; {again}")
+        expected = _identity(self.index["fingerprint"], number)
+        if "identity" in shapes and not torch.equal(shard.get_tensor("identity"), expected):
+            raise UserError(f"cache shard {path}: is another shard, or one of another cache; {AGAIN}")
+        count = len(clips_of(number, self.size, self.clips))
+        for name, row in self.rows.items():
+            if shapes.get(name) != [count, *row]:
+                raise UserError(f"cache shard {path}: {name} of shape {shapes.get(name)}: {[count, *row]} is needed; {AGAIN}")
+        for ends_name, name in self.ragged.items():
+            ends = shard.get_tensor(ends_name)
+            if (
+                ends.is_floating_point()
+                or (ends.diff() < 0).any()
+                or ends[0] < 0
+                or [int(ends[-1])] != shapes.get(name, [])[:1]
+            ):
+                raise UserError(f"cache shard {path}: {ends_name} do not fit {name} of shape {shapes.get(name)}; {AGAIN}")
         return shard
 
     def caption(self, clip: int) -> str:
         """Return the caption of one clip."""
         shard, row = self.place(clip)
         first, end = stretch(shard.get_slice("caption_ends"), row)
-        return bytes(shard.get_slice("captions")[first:end].tolist()).decode() if end > first else ""
+        return self._decoded(clip, bytes(shard.get_slice("captions")[first:end].tolist())) if end > first else ""
 
     def captions(self) -> Iterator[str]:
         """Yield the captions of all clips in order, with one shard in memory at a time."""
         for number in range(math.ceil(self.clips / self.size)):
             shard = self.shard(number)
             texts, ends = shard.get_tensor("captions").numpy().tobytes(), shard.get_tensor("caption_ends").tolist()
-            for first, end in zip([0, *ends], ends, strict=False):
-                yield texts[first:end].decode()
+            for row, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                yield self._decoded(number * self.size + row, texts[first:end])
+
+    def _decoded(self, clip: int, text: bytes) -> str:
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise self.damaged(clip, "its caption is not UTF-8") from None
 
 
 def stretch(ends: Any, row: int) -> tuple[int, int]:

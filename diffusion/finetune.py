@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from promag.training.config import UserError, setting
+from promag.training.config import UserError, one_line, setting
 
 from .latent_cache import LatentDataset
 from .text_cache import CaptionEncoder
@@ -24,8 +24,8 @@ def load_transformer(init: str) -> ProMAGTransformer3DModel:
     folder = folder if folder.is_dir() else Path(init)
     try:
         model = ProMAGTransformer3DModel.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"init {init}: no transformer can be loaded there: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"init {init}: no transformer can be loaded there: {one_line(error)}") from None
     assert isinstance(model, ProMAGTransformer3DModel)
     return model.train()
 

@@ -7,6 +7,8 @@ eq. 1), logit-normal times and the resolution-dependent shift (Stable Diffusion 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from .conditioning import frame_times, pin_frames
 
+MOST_STEPS = 100_000
+MOST_SHIFT = 50  # logarithm of the largest factor by which times are shifted
 BASE_TOKENS = 256  # number of tokens to which a model's time-shift factor refers
 
 Model = Callable[[Tensor, Tensor], Tensor]  # noisy latents b c t h w and times, (b,) or b t -> velocity b c t h w
@@ -65,10 +69,12 @@ def guide(with_text: Tensor, without: Tensor, scale: float) -> Tensor:
 def flow_times(steps: int, mu: float = 0.0) -> Tensor:
     """Return the steps + 1 times of a sampling, from 1 to 0: evenly spaced, then shifted by `mu`.
 
-    Raises ValueError for less than one step.
+    Raises ValueError for less than one step, and for a `mu` that moves all times to one end.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps {steps!r}: a whole number of at least 1 is needed")
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps {steps!r}: a whole number from 1 to {MOST_STEPS} is needed")
+    if isinstance(mu, bool) or not isinstance(mu, Real) or not abs(mu) <= MOST_SHIFT:
+        raise ValueError(f"mu {mu!r}: a number from -{MOST_SHIFT} to {MOST_SHIFT} is needed")
     return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), mu).float()
 
 
@@ -111,9 +117,14 @@ def sample_flow(
 
     If the model or the callback raises StopSampling, the latents of the last complete step are returned.
 
-    Raises ValueError for times that rise, leave [0, 1] or are no row of numbers.
+    Raises ValueError for times that rise, leave [0, 1] or are no row of numbers, for noise and conditioning of other shapes,
+    and where `model` or `step` is no function.
     """
-    times = torch.as_tensor(times, dtype=torch.promote_types(noise.dtype, torch.float32), device=noise.device)
+    _check_flow_inputs(model, step, noise, conditioning)
+    try:
+        times = torch.as_tensor(times, dtype=torch.promote_types(noise.dtype, torch.float32), device=noise.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"times {times!r:.100}: a row of numbers is needed, from at most 1 down to at least 0") from None
     if times.ndim != 1 or not ((times >= 0) & (times <= 1)).all() or (times.diff() > 0).any():
         raise ValueError(f"times {times.tolist()}: a row of numbers is needed, from at most 1 down to at least 0")
 
@@ -133,3 +144,19 @@ def sample_flow(
     except StopSampling:
         pass
     return x
+
+
+def _check_flow_inputs(model: Any, step: Any, noise: Any, conditioning: Any) -> None:
+    for name, function in (("model", model), ("step", step)):
+        if not callable(function):
+            raise ValueError(f"{name} {function!r:.100}: a function is needed")
+    for name, tensor in (("noise", noise), ("conditioning", conditioning)):
+        if name == "conditioning" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.ndim != 5 or not tensor.is_floating_point():
+            given = f"of shape {tuple(tensor.shape)}, {tensor.dtype}" if isinstance(tensor, Tensor) else f"of {type(tensor)}"
+            raise ValueError(f"{name} {given}: a floating-point tensor b c t h w is needed")
+    if conditioning is not None:
+        (b, c, t, h, w), given = noise.shape, tuple(conditioning.shape)
+        if given[0] not in (1, b) or given[1] != c or given[3:] != (h, w) or not 1 <= given[2] <= t:
+            raise ValueError(f"conditioning of shape {given}: ({b}, {c}, 1 to {t}, {h}, {w}) is needed")

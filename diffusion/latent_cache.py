@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
+from annotated_types import Gt, Len, Lt
+from pydantic import ConfigDict, PositiveInt
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import TypedDict
 
 from promag.training.config import UserError
 from promag.training.processes import broadcast_from_main, processes
@@ -26,6 +29,7 @@ from promag.training.progress import ProgressBar
 from .cache_store import (
     DTYPES,
     Fingerprint,
+    Index,
     Shards,
     clips_of,
     finish,
@@ -36,6 +40,24 @@ from .cache_store import (
 )
 from .caption_weights import CaptionWeight, clip_weights
 from .text_cache import EmbeddingCache
+
+
+class _LatentSource(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues]
+
+    ratio: PositiveInt
+    clips: str
+
+
+class LatentIndex(Index):
+    """What the index of a cache of latents states."""
+
+    fingerprint: _LatentSource  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    shape: Annotated[list[PositiveInt], Len(4, 4)]  # c t h w
+    mean: list[float]
+    std: list[float]
+    fps: Annotated[float, Gt(0), Lt(math.inf)]  # median of the clips
+
 
 Encode = Callable[[Tensor, Sequence[int]], Sequence[Tensor]]
 Scale = Literal["channel", "global"]
@@ -228,7 +250,7 @@ class LatentDataset(Dataset):
         scale: Scale = "channel",
         texts: Sequence[EmbeddingCache] = (),
     ):
-        self.shards = Shards(Path(folder))
+        self.shards = Shards(Path(folder), LatentIndex)
         self.index, self.texts = self.shards.index, texts
         self.ratio = self.index["fingerprint"]["ratio"]
         if ratio not in (None, self.ratio):
@@ -238,12 +260,14 @@ class LatentDataset(Dataset):
                 raise UserError(f"cache {text.folder}: its embeddings belong to other clips than the latents in {folder}")
         self.fps: float = self.index["fps"]  # median of the clips
         self.weights: np.ndarray | None = None  # how often each clip comes in an epoch; see `weight_by_caption`
-        values = np.array([self.index["mean"], self.index["std"]], float)
-        if not np.isfinite(values).all() or (values[1] <= 0).any() or values.shape != (2, self.index["shape"][0]):
+        mean, std = (np.array(self.index[key], float) for key in ("mean", "std"))
+        channels = (self.index["shape"][0],)
+        if not mean.shape == std.shape == channels or not np.isfinite([mean, std]).all() or (std <= 0).any():
             raise UserError(
                 f"latent cache {folder}: index.json needs a finite mean and a deviation above 0 for each of "
                 f"{self.index['shape'][0]} channels; delete index.json and let `promag cache-latents` write it again"
             )
+        self.shards.rows |= {"latents": self.index["shape"], "fps": ()}
         self.normalise_by(self.index["mean"], self.index["std"], scale)
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float], scale: Scale) -> None:
@@ -267,8 +291,10 @@ class LatentDataset(Dataset):
     def fixed(self, index: int) -> dict[str, Any]:
         """Return the latents of clip `index`."""
         shard, row = self.shards.place(index)
-        latents = (shard.get_slice("latents")[row].float() - self.mean) / self.std
-        item = {"latents": latents, "ratio": self.ratio, "fps": float(shard.get_slice("fps")[row])}
+        latents, fps = shard.get_slice("latents")[row], float(shard.get_slice("fps")[row])
+        if not (latents.is_floating_point() and latents.isfinite().all() and 0 < fps < math.inf):
+            raise self.shards.damaged(index, f"its latents are not finite, or its {fps} fps are not above 0")
+        item = {"latents": (latents.float() - self.mean) / self.std, "ratio": self.ratio, "fps": fps}
         item |= {"caption": self.shards.caption(index), "clip": index}
         for text in self.texts:
             item |= text.row(index)

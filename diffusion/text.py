@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from promag.training.config import UserError
+from promag.training.config import UserError, one_line
+from promag.training.safetensors_only import check_complete, check_files
 
 from .cache_store import hash_weights
 from .openclip import OpenCLIPTextModel, load_openclip
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_CLIP = "open_clip:"  # prefix of the names of OpenCLIP models
 NULL_CAPTION = ""  # replaces dropped captions in training; the default negative prompt in sampling
+MOST_TOKENS = 2**16  # of a text; tokenizers of T5 that state no length state 10^30
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 FROZEN = {"clip_text_model": CLIPTextModel, "clip": CLIPTextModel, "t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 
@@ -158,18 +161,22 @@ def _load_transformers(path: str, number: int) -> tuple[Any, Any]:
     place: dict[str, Any] = {name: Path(path) / f"{name}{suffix}" for name in ("text_encoder", "tokenizer")}
     if not place["text_encoder"].is_dir():  # not a pipeline's folder: model and tokenizer share a folder
         place = dict.fromkeys(place, path)
+    for folder in set(map(Path, place.values())):
+        if folder.is_dir():
+            check_files(folder)
     try:
         kind = AutoConfig.from_pretrained(place["text_encoder"]).model_type
         if kind not in FROZEN:
             raise UserError(f"text encoder {path}: is a {kind} model; legal are {', '.join(sorted(FROZEN))}")
-        encoder, loading = FROZEN[kind].from_pretrained(place["text_encoder"], output_loading_info=True)
+        encoder, loading = FROZEN[kind].from_pretrained(place["text_encoder"], output_loading_info=True, use_safetensors=True)
         if missing := sorted(loading["missing_keys"]):  # they would stay random
             raise UserError(f"text encoder {path}: its file lacks {', '.join(missing[:3])} ({len(missing)} tensors)")
+        check_complete(encoder, Path(place["text_encoder"]))
         return AutoTokenizer.from_pretrained(place["tokenizer"]), encoder
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"text encoder {path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers raises for files that are not what it expects
+        raise UserError(f"text encoder {path}: cannot be loaded: {one_line(error)}") from None
 
 
 def encoder_files(model: str, weights: str | None) -> list[list[Any]] | None:
@@ -207,25 +214,32 @@ def text_widths(encoder: Any) -> tuple[int, int]:
 
 
 def check_length(encoder: Any, length: int) -> None:
-    """Raise ValueError where an encoder takes fewer text tokens; T5 and UMT5 take any number."""
+    """Raise ValueError where an encoder takes fewer text tokens; T5 and UMT5 take any number up to MOST_TOKENS."""
     if isinstance(encoder, OpenCLIPTextModel):
         positions = encoder.positions
     else:
-        positions = encoder.config.max_position_embeddings if isinstance(encoder, CLIPTextModel) else length
-    if not 1 <= length <= positions:
+        positions = encoder.config.max_position_embeddings if isinstance(encoder, CLIPTextModel) else MOST_TOKENS
+    if isinstance(length, bool) or not isinstance(length, Integral) or not 1 <= length <= positions:
         raise ValueError(f"{length} text tokens: this encoder takes 1 to {positions}")
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = None) -> dict[str, Tensor]:
     """Return input_ids and attention_mask, B L, padded to `max_length` (default: the tokenizer's); longer text is cut.
 
-    The length never depends on the other prompts of the batch, so neither does any output.
+    The length never depends on the other prompts of the batch, so neither does any output. Raises ValueError for a length that
+    leaves no room for the tokens at both ends, or is above MOST_TOKENS.
     """
+    length = tokenizer.model_max_length if max_length is None else max_length
+    least = max(1, tokenizer.num_special_tokens_to_add())
+    if isinstance(length, bool) or not isinstance(length, Integral) or not least <= length <= MOST_TOKENS:
+        raise ValueError(f"{length!r} text tokens: {least} to {MOST_TOKENS} are needed; state max_sequence_length")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"text tokenizer {tokenizer.name_or_path}: has no padding token")
     encoded = tokenizer(
         list(prompts),
         padding="max_length",
         truncation=True,
-        max_length=tokenizer.model_max_length if max_length is None else max_length,
+        max_length=int(length),
         return_tensors="pt",
     )
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
@@ -278,16 +292,31 @@ def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:
 
 
 def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str], max_length: int | None = None) -> Embedded:
-    """Encode prompts with one text encoder and log what longer prompts lose."""
+    """Encode prompts by one text encoder; what a prompt loses beyond the length is logged.
+
+    Raises ValueError, naming the encoder, if its configuration or its weights are damaged.
+    """
     length = tokenizer.model_max_length if max_length is None else max_length
+    tokenized = tokenize(tokenizer, prompts, length)
     log_lost_ends(lost_ends(tokenizer, prompts, length), f"the text encoder's {length} tokens")
-    return encode(encoder, tokenize(tokenizer, prompts, length))
+    name = getattr(encoder, "name_or_path", None) or type(encoder).__name__
+    try:
+        text = encode(encoder, tokenized)
+    except (AttributeError, LookupError, TypeError) as error:  # of a configuration that the model's code does not expect
+        raise ValueError(f"text encoder {name}: cannot encode: {one_line(error)}") from error
+    if not all(part.isfinite().all() for part in text.tokens):
+        raise ValueError(f"text encoder {name}: its embeddings hold NaN or infinite values")
+    return text
 
 
 def log_lost_ends(lost: Mapping[str, str], limit: str) -> None:
     """Log each prompt that is cut at a limit once, with its lost end; see `lost_ends`."""
     for prompt, end in lost.items():
-        _warn_once(f"prompt {prompt!r} is longer than {limit}: {end!r} is cut off")
+        _warn_once(f"prompt {_shortened(prompt)} is longer than {limit}: {_shortened(end)} is cut off")
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
 
 
 @functools.cache

@@ -12,17 +12,33 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
+from promag.training.config import UserError, one_line
 from promag.training.files import save_tensors_atomically, write_atomically
 from promag.training.processes import broadcast_from_main, processes
 from promag.training.progress import ProgressBar
 
-from .cache_store import DTYPES, Fingerprint, Shards, clips_of, finish, open_or_resume_cache, stretch, write_shard
+from .cache_store import (
+    AGAIN,
+    DTYPES,
+    Fingerprint,
+    Index,
+    Shards,
+    clips_of,
+    finish,
+    open_or_resume_cache,
+    read_record,
+    stretch,
+    write_shard,
+)
 from .text import (
     NULL_CAPTION,
     CutTexts,
@@ -54,6 +70,11 @@ class TextFingerprint(Fingerprint):
     shard_size: int
 
 
+class _Digest(TypedDict):
+    digest: str
+    files: list[list[Any]]  # name, size and time of each
+
+
 def encoder_digest(model: str, weights: str | None, memory: Path, load: Callable[[], tuple[Any, Any]]) -> str:
     """Return the hash of a text encoder and its tokenizer, without reading them where `memory` has it.
 
@@ -62,7 +83,7 @@ def encoder_digest(model: str, weights: str | None, memory: Path, load: Callable
         memory: a JSON file of the hashes made before, each with the sizes and times of the files that were hashed.
         load: returns the text tokenizer and the encoder; not called where the files are the same as before.
     """
-    recorded = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+    recorded = read_record(memory, dict[str, _Digest]) if memory.exists() else {}
     name = model if weights is None else f"{model} {weights}"
     files = encoder_files(model, weights)
     if files is not None and recorded.get(name, {}).get("files") == files:
@@ -131,6 +152,22 @@ def _encode(tokenizer: Any, encoder: Any, texts: Sequence[str], dtype: torch.dty
     return {**tensors, "pooled": torch.cat(pooled)} if pooled else tensors
 
 
+class _TextSource(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues]
+
+    clips: str
+    max_length: PositiveInt
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+class TextIndex(Index):
+    """What the index of a cache of embeddings states."""
+
+    fingerprint: _TextSource  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    width: PositiveInt
+    pooled: NonNegativeInt  # width of the pooled vector; 0 without one
+
+
 class EmbeddingCache:
     """Embeddings of all captions by one frozen encoder, the `number`th of a training.
 
@@ -138,9 +175,12 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: Path, number: int):
-        self.shards, self.folder, self.number = Shards(folder), folder, number
+        ragged = {"ends": "tokens"}
+        self.shards, self.folder, self.number = Shards(folder, TextIndex, {"ends": ()}, ragged), folder, number
         index = self.shards.index
         self.width, self.pooled_width = index["width"], index["pooled"]
+        if self.pooled_width:
+            self.shards.rows["pooled"] = [self.pooled_width]
         self.length: int = index["fingerprint"]["max_length"]
         self.clips: str = index["fingerprint"]["clips"]
         self.keys = {name: f"text_{number}_{name}" for name in ("tokens", "mask", "pooled")}
@@ -150,13 +190,33 @@ class EmbeddingCache:
         shard, row = self.shards.place(clip)
         first, end = stretch(shard.get_slice("ends"), row)
         pooled = shard.get_slice("pooled")[row] if self.pooled_width else None
-        return self._padded(shard.get_slice("tokens")[first:end] if end > first else None, pooled)
+        tokens = shard.get_slice("tokens")[first:end] if end > first else None
+        if problem := self._problem(tokens, pooled):
+            raise self.shards.damaged(clip, problem)
+        return self._padded(tokens, pooled)
 
     def null(self) -> Embedded:
         """Return the embedding of the null caption, a batch of one."""
-        tensors = load_file(self.folder / "null.safetensors")
-        row = self._padded(tensors["tokens"], tensors["pooled"][0] if self.pooled_width else None)
+        file = self.folder / "null.safetensors"
+        try:
+            tensors = load_file(file)
+            tokens, pooled = tensors["tokens"], tensors["pooled"][0] if self.pooled_width else None
+        except (OSError, SafetensorError, LookupError) as error:
+            raise UserError(f"cache {file}: cannot be read: {one_line(error)}; {AGAIN}") from None
+        if problem := self._problem(tokens, pooled):
+            raise UserError(f"cache {file}: {problem}; {AGAIN}")
+        row = self._padded(tokens, pooled)
         return self.embedded({key: value[None] for key, value in row.items()})
+
+    def _problem(self, tokens: Tensor | None, pooled: Tensor | None) -> str | None:
+        """Return what is wrong with a caption's tensors, None if nothing is."""
+        if tokens is not None and (tokens.ndim != 2 or len(tokens) > self.length or tokens.shape[1] != self.width):
+            return f"tokens of shape {tuple(tokens.shape)}: at most {self.length} of width {self.width} are needed"
+        if pooled is not None and tuple(pooled.shape) != (self.pooled_width,):
+            return f"pooled of shape {tuple(pooled.shape)}: ({self.pooled_width},) is needed"
+        if not all(x.is_floating_point() and x.isfinite().all() for x in (tokens, pooled) if x is not None):
+            return "its embedding is not finite"
+        return None
 
     def embedded(self, batch: Mapping[str, Any]) -> Embedded:
         """Return this encoder's part of a batch of rows, as float32."""

@@ -27,11 +27,21 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
-from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
 
 from promag.training.safetensors_only import SafetensorsOnly
+
+from .inputs import (
+    check_latents,
+    check_pooled,
+    check_ratio_and_rate,
+    check_shape,
+    check_statistics,
+    check_text,
+    check_time,
+    scaled_adapters,
+)
 
 # Rotary positions count latent frames of this ratio: adjacent 16x latent frames are four positions apart.
 POSITION_RATIO = 4
@@ -209,6 +219,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
             positional encoding, arXiv 2102.10882). With few training clips the model then learns compact objects much sooner.
         latents_mean: for each ratio, as a string, the mean of each channel over the training latents.
         latents_std: likewise the standard deviation. The model's input is (latent - mean) / std.
+        sample_defaults: height, width, num_frames, temporal_ratio and fps of the videos that its pipeline samples by default.
 
     Raises ValueError for settings that do not fit together.
     """
@@ -234,8 +245,11 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         local_convolution: bool = False,
         latents_mean: Mapping[str, Sequence[float]] | None = None,
         latents_std: Mapping[str, Sequence[float]] | None = None,
+        sample_defaults: Mapping[str, float] | None = None,
     ):
         super().__init__()
+        check_shape(patch_size, in_channels=in_channels, pooled_dim=pooled_dim, condition_frames=condition_frames)
+        check_statistics(latents_mean, latents_std, in_channels)
         if attention_head_dim % 2 or attention_head_dim < 6:
             raise ValueError(f"attention_head_dim {attention_head_dim}: an even number of at least 6 is needed")
         dim = num_attention_heads * attention_head_dim
@@ -281,7 +295,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
             raise ValueError(f"temporal ratio {temporal_ratio}: this model has latent statistics for {have}")
         return [latents.new_tensor(s[str(temporal_ratio)]).view(1, -1, 1, 1, 1) for s in both]
 
-    @apply_lora_scale("attention_kwargs")
+    @scaled_adapters
     def forward(
         self,
         hidden_states: Tensor,
@@ -307,10 +321,14 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
             attention_kwargs: may contain `scale`, the weight of LoRA adapters.
             return_dict: return an output object instead of a tuple.
 
-        Raises ValueError where the latent is not divisible by the patch, there are not as many times as frames or patches of
-        several frames, the pooled vector is missing or unwanted, or the text is not of as many encoders as the model's.
+        Raises ValueError for tensors and numbers of other kinds and shapes than these, where the latent is not divisible by
+        the patch, and where there are not as many times as frames or patches of several frames.
         """
+        check_latents(hidden_states, self.config["in_channels"])
         b, _, t, h, w = hidden_states.shape
+        check_time(timestep, b)
+        check_ratio_and_rate(temporal_ratio, fps, b)
+        check_pooled(pooled_projections, self.config["pooled_dim"], b)
         pt, ph, pw = self.config["patch_size"]
         if t % pt or h % ph or w % pw:
             raise ValueError(f"latent of {t}x{h}x{w} (frames x height x width): not divisible by patch {(pt, ph, pw)}")
@@ -319,14 +337,11 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
             raise ValueError(
                 f"timestep of shape {tuple(timestep.shape)}: ({b},) is legal, with patches of one frame ({b}, {t}) too"
             )
-        if (pooled_projections is None) != (self.pooled_embed is None):
-            needs = "none" if self.pooled_embed is None else f"b {self.config['pooled_dim']}"
-            raise ValueError(f"pooled_projections: this model needs {needs}")
         x = rearrange(hidden_states, "b c (t u) (h p) (w q) -> b (t h w) (c u p q)", u=pt, p=ph, q=pw)
         step = float(torch.as_tensor(temporal_ratio).flatten()[0]) / POSITION_RATIO * pt
         grid = (t // pt, h // ph, w // pw)
         x = self.patch_embed(x) + self.place_embed(place_features(grid, step, x.device).to(x.dtype))
-        text, mask = self._embed_text(encoder_hidden_states, encoder_attention_mask)
+        text, mask = self._embed_text(encoder_hidden_states, encoder_attention_mask, b)
 
         ratio = torch.as_tensor(temporal_ratio, device=x.device, dtype=torch.float32).expand(b)
         rate = torch.as_tensor(fps, device=x.device, dtype=torch.float32).expand(b)
@@ -352,12 +367,11 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         out = rearrange(x, "b (t h w) (c u p q) -> b c (t u) (h p) (w q)", **sizes)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)  # pyright: ignore[reportArgumentType]
 
-    def _embed_text(self, tokens: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
+    def _embed_text(self, tokens: Any, mask: Any, batch: int) -> tuple[Tensor, Tensor | None]:
         """Project and concatenate the tokens of all encoders: tokens b L D and mask b 1 1 L (True: attend)."""
-        tokens = [tokens] if isinstance(tokens, Tensor) else tokens
-        masks = [mask] if isinstance(mask, Tensor) else mask or []
-        if len(tokens) != len(self.text_embeds) or (masks and len(masks) != len(tokens)):
-            raise ValueError(f"text of {len(tokens)} encoders, {len(masks)} masks: this model needs {len(self.text_embeds)}")
+        tokens = tokens if isinstance(tokens, list | tuple) else [tokens]
+        masks = [] if mask is None else mask if isinstance(mask, list | tuple) else [mask]
+        check_text(tokens, masks, self.text_dims, batch)
         text = torch.cat([embed(part) for embed, part in zip(self.text_embeds, tokens, strict=True)], 1)
         return text, torch.cat([part.bool() for part in masks], 1)[:, None, None, :] if masks else None
 

@@ -1,6 +1,5 @@
 """Other video autoencoders of diffusers behind the interface that our training and evaluation use, for comparisons."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from promag.tokenizer.geometry import check_frames, check_ratio
+from promag.training.config import one_line
+from promag.training.safetensors_only import check_files, read_mapping
 
 PROBE = 64  # pixels: height and width of the clip by which a loaded autoencoder's arithmetic is learned
 # What diffusers' video autoencoders call their convolutions at pixels and latents.
@@ -109,8 +110,8 @@ def build_baseline(name: str, config: dict[str, Any]) -> BaselineAutoencoder:
 
 
 def load_baseline(name: str, folder: str | Path) -> BaselineAutoencoder:
-    """Load an autoencoder that `save_pretrained` saved, for inference."""
-    return BaselineAutoencoder(_class(name).from_pretrained(folder)).eval()
+    """Load an autoencoder that `save_pretrained` saved, for inference; only from safetensors."""
+    return BaselineAutoencoder(_class(name).from_pretrained(folder, use_safetensors=True)).eval()
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +133,12 @@ def open_baseline(folder: str | Path) -> OpenedBaseline:
     config = Path(folder) / "config.json"
     if not config.is_file():
         raise ValueError(f"autoencoder {folder}: no config.json there; give a folder that save_pretrained wrote")
-    name = str(json.loads(config.read_text(encoding="utf-8")).get("_class_name"))
+    name = str(read_mapping(config).get("_class_name"))
+    check_files(Path(folder))
     try:
         model = load_baseline(name, folder)
-    except (OSError, TypeError) as error:
-        raise ValueError(f"autoencoder {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever diffusers raises for files that are not what it expects
+        raise ValueError(f"autoencoder {folder}: cannot be loaded: {one_line(error)}") from None
     try:
         return probe_baseline(model)
     except ValueError as error:
@@ -156,7 +158,7 @@ def probe_baseline(model: BaselineAutoencoder) -> OpenedBaseline:
                 latent = model.encode(clip).latent_dist.mode()
                 output = model.decode(latent).sample
         except (AttributeError, RuntimeError, ValueError, IndexError) as error:
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            problem = f"{type(error).__name__}: {one_line(error)}"
             continue
         if latent.ndim == 5 and latent.shape[2] == 1 + count and output.shape == clip.shape:
             return OpenedBaseline(model, PROBE // latent.shape[3], latent.shape[1], count * ratio)

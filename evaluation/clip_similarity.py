@@ -111,7 +111,7 @@ def _transformers(model: str) -> tuple[Callable[[str], Tensor], Callable[[Sequen
     if not (Path(model) / "config.json").exists():
         raise UserError(f"clip {model}: no config.json there; give a folder of transformers, or {OPEN_CLIP}NAME")
     try:
-        loaded: Any = CLIPModel.from_pretrained(model, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(model, output_loading_info=True, use_safetensors=True)
         tokenize: Any = AutoTokenizer.from_pretrained(model)
         prepare: Any = CLIPImageProcessor.from_pretrained(model)
     except UNLOADABLE as error:

@@ -17,12 +17,13 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from promag.diffusion.inputs import check_attention_kwargs
 from promag.diffusion.text import Embedded
 from promag.tokenizer.geometry import check_ratio
-from promag.training.config import UserError
 
+MOST_STEPS, MOST_TOKENS = 100_000, 2**24
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 NAMES = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
 NEGATIVE_NAMES = tuple(f"negative_{name}" for name in NAMES)
@@ -34,19 +35,42 @@ Tensors = Tensor | Sequence[Tensor]
 
 
 def check_prompts(prompt: Any, prompt_embeds: Any, negative_prompt: Any, negative_prompt_embeds: Any) -> None:
-    """Refuse prompts given twice or not at all, and what is no text."""
+    """Refuse prompts given twice or not at all, what is no text, and texts that are no Unicode (lone surrogates)."""
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("prompt and prompt_embeds: exactly one of them is needed")
-    if prompt is not None and (not isinstance(prompt, str | list) or (not prompt and isinstance(prompt, list))):
-        raise ValueError(f"prompt {prompt!r}: a text or a list of texts is needed")
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError("negative_prompt and negative_prompt_embeds: at most one of them can be given")
-    if not isinstance(negative_prompt, str | list | None):
-        raise ValueError(f"negative_prompt {negative_prompt!r}: a text or a list of texts is needed")
+    for name, given in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        texts = [given] if isinstance(given, str) else given
+        if given is not None and not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+            raise ValueError(f"{name} {_short(given)}: a text or a list of texts is needed")
+        for text in texts or ():
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"{name} {_short(text)}: holds half of a surrogate pair, which is no Unicode text")
     if isinstance(negative_prompt, list) and prompt is not None:
         wanted = len(prompt) if isinstance(prompt, list) else 1
         if len(negative_prompt) != wanted:
             raise ValueError(f"negative_prompt: {len(negative_prompt)} texts; give one text, or as many as prompts")
+
+
+def _short(value: Any) -> str:
+    """Return how a value is written, in one line of at most 200 letters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check_kinds(kind: type, **parts: Any) -> None:
+    """Refuse parts that are neither None nor instances of a class."""
+    for name, part in parts.items():
+        if not isinstance(part, kind | None):
+            raise ValueError(f"{name} {_short(part)}: a {kind.__name__} is needed")
+
+
+def check_parts(**parts: Any) -> None:
+    """Refuse a pipeline that was made without a part which a call needs."""
+    for name, part in parts.items():
+        if part is None:
+            raise ValueError(f"{name}: this pipeline was made without one; a call needs it")
 
 
 def check_budget(ratio: int, tokenizer: Any, transformer: Any) -> None:
@@ -54,7 +78,9 @@ def check_budget(ratio: int, tokenizer: Any, transformer: Any) -> None:
     check_ratio(ratio, tokenizer.temporal_ratios)
     trained = sorted(map(int, transformer.config["latents_mean"] or {}))
     if ratio not in trained:
-        raise ValueError(f"temporal_ratio {ratio}: the transformer was trained at {', '.join(f'{r}x' for r in trained)}")
+        raise ValueError(
+            f"temporal_ratio {ratio}: the transformer was trained at {', '.join(f'{r}x' for r in trained) or 'none'}"
+        )
 
 
 def with_defaults(config: Mapping[str, Any], **values: Any) -> list[Any]:
@@ -94,7 +120,7 @@ class VideoShape(NamedTuple):
         check_finite(fps=shape.fps)
         if shape.fps <= 0:
             raise ValueError(f"fps {shape.fps}: must be above 0")
-        return shape
+        return cls(*map(int, shape[:-1]), float(shape.fps))
 
 
 def check_lengths(lengths: Any) -> None:
@@ -123,30 +149,55 @@ def check_latents(latents: Any, shape: tuple[int, ...], strength: float) -> None
         if strength < 1:
             raise ValueError(f"denoise_strength {strength}: needs the latents to start from; 1 starts from noise")
         return
-    if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
-        given = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else f"of type {type(latents).__name__}"
-        raise ValueError(f"latents {given}: a tensor of shape {shape} is needed")
+    if not isinstance(latents, Tensor) or tuple(latents.shape) != shape or not latents.is_floating_point():
+        raise ValueError(f"latents {_kind(latents)}: a floating-point tensor of shape {shape} is needed")
     if not latents.isfinite().all():
         raise ValueError("latents: all values must be finite; some are NaN or infinite")
 
 
-def check_names(output_type: str, callback_tensors: Sequence[str], legal: Sequence[str]) -> None:
-    """Refuse an unknown output type and names of tensors that are not `legal` for a callback."""
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
-    unknown = set(callback_tensors) - set(legal)
-    if unknown:
-        raise ValueError(f"callback_on_step_end_tensor_inputs {sorted(unknown)}: legal are {', '.join(legal)}")
+def check_callback(callback: Any, names: Any, legal: Sequence[str]) -> None:
+    """Refuse what cannot be called, and names of tensors that are not `legal` for a callback."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end {_short(callback)}: a function (pipe, step, timestep, tensors) is needed")
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name in legal for name in names):
+        raise ValueError(f"callback_on_step_end_tensor_inputs {_short(names)}: a list of these is legal: {', '.join(legal)}")
 
 
-def check_lora(weights: Mapping[str, Tensor], transformer: nn.Module) -> None:
-    """Refuse adapters of layers that the transformer does not have, which diffusers leaves out; raises UserError."""
-    layers = {f"transformer.{name}" for name, _ in transformer.named_modules()}
-    foreign = sorted({name for name in weights if name.split(".lora_")[0].removesuffix(".alpha") not in layers})
-    if foreign or not weights:
-        raise UserError(
-            f"LoRA: {len(foreign)} of its {len(weights)} tensors fit no layer of this transformer ({', '.join(foreign[:3])}); "
-            "names are transformer.LAYER.lora_A.weight, as `promag train-diffusion` saves them"
+def changed_tensors(returned: Any, latents: Tensor) -> Mapping[str, Any]:
+    """Return the tensors that a callback changed; refuse what is no mapping, and latents that do not fit."""
+    changed = {} if returned is None else returned
+    if not isinstance(changed, Mapping):
+        raise ValueError(
+            f"callback_on_step_end returned {_short(returned)}: a dictionary of changed tensors, or None, is needed"
+        )
+    new = changed.get("latents", latents)
+    if not isinstance(new, Tensor) or new.shape != latents.shape:
+        raise ValueError(f"callback_on_step_end returned latents {_short(new)}: a tensor of {tuple(latents.shape)} is needed")
+    return changed
+
+
+def check_options(output_type: Any, attention_kwargs: Any) -> None:
+    """Refuse an unknown output type, and keyword arguments of the attention beside a finite `scale`."""
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type {_short(output_type)}: use one of {', '.join(OUTPUT_TYPES)}")
+    check_attention_kwargs(attention_kwargs)
+
+
+def check_amount(token_count: int, steps: int, videos: int) -> None:
+    """Refuse more steps than make a difference, and more tokens than any memory holds."""
+    if steps > MOST_STEPS:
+        raise ValueError(f"num_inference_steps {steps}: at most {MOST_STEPS} are legal")
+    if token_count * videos > MOST_TOKENS:
+        raise ValueError(
+            f"height, width, num_frames, num_videos_per_prompt: {token_count * videos} tokens; at most {MOST_TOKENS} are legal"
+        )
+
+
+def check_result(result: Tensor, what: str) -> None:
+    """Refuse a result that holds NaN or infinite values, of which a black video would be made."""
+    if not result.isfinite().all():
+        raise ValueError(
+            f"{what}: holds NaN or infinite values; use a smaller guidance_scale or dtype=torch.float32, or check the weights"
         )
 
 
@@ -159,18 +210,46 @@ def first_noise(shape: tuple[int, ...], generator: Any, device: torch.device) ->
 # -- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def pack(tokens: Tensors, masks: Tensors | None, pooled: Tensor | None, names: Sequence[str] = NAMES) -> Embedded:
+def pack(tokens: Any, masks: Any, pooled: Any, names: Sequence[str] = NAMES) -> Embedded:
     """Return given tensors as one value; raises ValueError, under the arguments' names, for those that do not fit together."""
-    tokens = (tokens,) if isinstance(tokens, Tensor) else tuple(tokens)
     if masks is None:
         raise ValueError(f"{names[0]} without {names[1]}: both are needed, as encode_prompt returns them")
-    masks = (masks,) if isinstance(masks, Tensor) else tuple(masks)
+    tokens, masks = (
+        _tensors(given, name, dimensions) for given, name, dimensions in zip((tokens, masks), names, (3, 2), strict=False)
+    )
     shapes, masked = [tuple(part.shape[:2]) for part in tokens], [tuple(part.shape) for part in masks]
     if shapes != masked or len({shape[0] for shape in shapes}) != 1:
         raise ValueError(f"{names[1]} of shapes {masked}: {shapes} are needed, those of {names[0]}, all for as many prompts")
-    if pooled is not None and len(pooled) != shapes[0][0]:
-        raise ValueError(f"{names[2]} of {len(pooled)} prompts: {names[0]} are of {shapes[0][0]}")
+    if not all(part.isfinite().all() for part in tokens):
+        raise ValueError(f"{names[0]}: all values must be finite; some are NaN or infinite")
+    if not all(part.any(1).all() for part in masks):
+        raise ValueError(f"{names[1]}: masks every token of a prompt; at least one must be real")
+    if pooled is not None:
+        if isinstance(pooled, list | tuple):
+            raise ValueError(f"{names[2]} of type {type(pooled).__name__}: one tensor is needed, for all text encoders")
+        (pooled,) = _tensors(pooled, names[2], 2)
+        if len(pooled) != shapes[0][0]:
+            raise ValueError(f"{names[2]} of {len(pooled)} prompts: {names[0]} are of {shapes[0][0]}")
+        if not pooled.isfinite().all():
+            raise ValueError(f"{names[2]}: all values must be finite; some are NaN or infinite")
     return Embedded(tokens, masks, pooled)
+
+
+def _tensors(given: Any, name: str, dimensions: int) -> tuple[Tensor, ...]:
+    """Return a tensor or a sequence of them as a tuple; raises ValueError for anything else and for other dimensions."""
+    parts = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for part in parts:
+        if not isinstance(part, Tensor) or part.ndim != dimensions or not len(part):
+            raise ValueError(f"{name} {_kind(part)}: a tensor of {dimensions} dimensions, a row for each prompt, is needed")
+    if not parts:
+        raise ValueError(f"{name} {given!r}: at least one tensor is needed")
+    return parts
+
+
+def _kind(given: Any) -> str:
+    if isinstance(given, Tensor):
+        return f"of shape {tuple(given.shape)}, {str(given.dtype).removeprefix('torch.')}"
+    return f"of type {type(given).__name__}"
 
 
 def unpack(text: Embedded) -> tuple[Tensors, Tensors, Tensor | None]:
@@ -193,6 +272,16 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.text.tokens[0])
+
+    def check(self, widths: Sequence[int], pooled_width: int) -> None:
+        """Refuse tokens and pooled vectors of other widths than the transformer's."""
+        for text, names in ((self.text, NAMES), (self.negative, NEGATIVE_NAMES)):
+            if text is None:
+                continue
+            if (given := [part.shape[2] for part in text.tokens]) != list(widths):
+                raise ValueError(f"{names[0]} of widths {given}: this transformer needs {list(widths)}")
+            if (given := 0 if text.pooled is None else text.pooled.shape[1]) != pooled_width:
+                raise ValueError(f"{names[2]} of width {given}: this transformer needs {pooled_width}")
 
     @cached_property
     def guided(self) -> Embedded:
@@ -257,7 +346,7 @@ def _leaves(given: Any, name: str, size: tuple[int, int]) -> Any:
         return [_leaves(part, name, size) for part in given]
     if isinstance(given, Image.Image):
         given_size, given = given.size[::-1], given.convert("RGB")
-    elif isinstance(given, np.ndarray | Tensor) and given.ndim >= 3:
+    elif isinstance(given, np.ndarray | Tensor) and given.ndim >= 3 and len(given):
         given_size = tuple(given.shape[-2:]) if isinstance(given, Tensor) else given.shape[-3:-1]
         _check_values(given, name)
     else:
@@ -279,7 +368,7 @@ def _check_values(given: Any, name: str) -> None:
     if channels != 3 or not floating:
         raise ValueError(f"{name} of shape {tuple(given.shape)}, {given.dtype}: floats, {order} with 3 channels, are needed")
     low, high = float(given.min()), float(given.max())
-    if low < 0 or high > 1:
+    if not (low >= 0 and high <= 1):  # NaN is neither
         raise ValueError(f"{name} with values from {low:.3g} to {high:.3g}: values in [0, 1] are needed")
 
 

@@ -8,6 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ import torch
 from promag.diffusion.text import NULL_CAPTION, Embedded
 from promag.training.config import UserError
 from promag.training.device import best_device
-from promag.training.precision import Precision, autocast
+from promag.training.precision import PRECISIONS, Precision, autocast
 from promag.training.progress import ProgressBar
 
-from .inputs import NAMES, NEGATIVE_NAMES, check_counts, unpack, with_defaults
+from .inputs import NAMES, NEGATIVE_NAMES, check_counts, check_prompts, unpack, with_defaults
 from .text_to_video import ProMAGPipeline
-from .timesteps import count_model_calls
+from .timesteps import check_flow, count_model_calls
 
+# What `make_videos` itself gives the pipeline: prompts, noise and the form of the videos.
+SET_HERE = {*NAMES, *NEGATIVE_NAMES, "prompt", "generator", "num_videos_per_prompt", "output_type", "return_dict", "latents"}
+SET_HERE |= {"denoise_strength", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 BATCH = 8  # videos sampled at once
 
 
@@ -69,11 +73,14 @@ def load_pipeline(folder: str | Path) -> ProMAGPipeline:
     """Load the pipeline in a folder, onto the GPU if there is one; raises UserError if it cannot be loaded."""
     if not (Path(folder) / "model_index.json").exists():
         raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of `promag train-diffusion`")
-    try:
-        pipe: Any = ProMAGPipeline.from_pretrained(folder)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise UserError(f"pipeline {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
-    return pipe.to(best_device())
+    return ProMAGPipeline.from_pretrained(folder).to(best_device())
+
+
+def check_seeds(seeds: Sequence[Any]) -> None:
+    """Raise ValueError for a seed that is no whole number from 0 to 2^63 - 1."""
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed!r:.100}: a whole number from 0 to 2^63 - 1 is needed")
 
 
 def trained_ratios(pipe: Any) -> tuple[int, ...]:
@@ -105,14 +112,25 @@ def make_videos(
         draft: samples each video at a higher ratio first, lifts its latents to the video's ratio and refines them there.
         arguments: further arguments of the pipeline.
 
-    Raises ValueError as the pipeline does, and for a draft at a ratio that is not higher or refined with all steps.
+    Raises ValueError as the pipeline does, for arguments that are set here, for illegal seeds, and for a draft at a ratio that
+    is not higher or refined with all steps.
     """
-    default = inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
-    steps = arguments.get("num_inference_steps", default)
+    parameters = inspect.signature(pipe.__call__).parameters
+    if wrong := arguments.keys() - parameters.keys() | arguments.keys() & SET_HERE:
+        legal = sorted(parameters.keys() - SET_HERE)
+        raise ValueError(f"{', '.join(sorted(wrong))}: no argument that can be given here; legal are {', '.join(legal)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r:.100}: use one of {', '.join(PRECISIONS)}")
+    steps = arguments.get("num_inference_steps", parameters["num_inference_steps"].default)
     (ratio,) = with_defaults(pipe.config, temporal_ratio=arguments.get("temporal_ratio"))
     check_counts(batch=batch, num_inference_steps=steps, temporal_ratio=ratio)
+    check_prompts([request.prompt for request in requests] or "", None, None, None)
+    check_seeds([request.seed for request in requests])
+    check_flow(pipe.scheduler)
     calls = count_model_calls(pipe.scheduler, steps)
     if draft is not None:
+        if not isinstance(draft, Draft):
+            raise ValueError(f"draft {draft!r:.100}: a Draft is needed")
         check_counts(draft_ratio=draft.ratio, draft_steps=draft.steps)
         if draft.ratio <= ratio or not 0 <= draft.strength < 1:
             raise ValueError(
@@ -213,6 +231,9 @@ def sample_timed(
     `name` labels the progress bar on stderr; None hides the bar. `options` are further arguments of `make_videos`. Returns the
     videos and the seconds of all batches.
     """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts {prompts!r:.100}: a list of texts is needed")
+    check_seeds([first_seed])
     videos: list[np.ndarray] = []
     spent = Seconds()
     requests = [SampleRequest(prompt, first_seed + i) for i, prompt in enumerate(prompts)]

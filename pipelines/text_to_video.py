@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.outputs import BaseOutput
 from diffusers.video_processor import VideoProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from promag.diffusion.flow import StopSampling, guide, interpolate, sample_flow
 from promag.diffusion.text import NULL_CAPTION, Embedded, encode_prompts, side_by_side
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.geometry import check_size, latent_frames, tokens
-from promag.training.config import UserError
-from promag.training.safetensors_only import PICKLES, SafetensorsOnly, check_complete
+from promag.training.safetensors_only import SafetensorsOnly, check_complete
 
 from .inputs import (
     NAMES,
@@ -31,16 +29,21 @@ from .inputs import (
     Prompts,
     Tensors,
     VideoShape,
+    changed_tensors,
+    check_amount,
     check_budget,
+    check_callback,
     check_conditioning,
     check_counts,
     check_finite,
     check_generators,
+    check_kinds,
     check_latents,
     check_lengths,
-    check_lora,
-    check_names,
+    check_options,
+    check_parts,
     check_prompts,
+    check_result,
     first_noise,
     last_frames,
     pack,
@@ -48,11 +51,13 @@ from .inputs import (
     repeat_for_videos,
     unpack,
 )
+from .lora import LoraLoader
 from .model_card import write_card
+from .saved_index import check_index
 from .timesteps import SchedulerStep, check_flow, set_flow_times
 
-# Whose classes a saved pipeline may name: to load a class is to import its library.
-LIBRARIES = ("promag", "diffusers", "transformers")
+# of pipelines whose parts state none
+DEFAULTS = {"height": 64, "width": 64, "num_frames": 65, "temporal_ratio": 16, "fps": 8.0}
 
 
 @dataclass
@@ -62,8 +67,7 @@ class ProMAGPipelineOutput(BaseOutput):
     frames: Any
 
 
-# Of Sana the mixin has the name alone: it is diffusers' loader for pipelines with one transformer and no LoRA elsewhere.
-class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
+class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, LoraLoader):
     """Text to video: text encoders, a transformer over latents of one or several temporal ratios, a grown tokenizer.
 
     Args:
@@ -76,13 +80,15 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         text_encoder_2: second text encoder.
         tokenizer_3: text tokenizer of a third text encoder.
         text_encoder_3: third text encoder.
-        height: default height in pixels, what the model was trained on; likewise the next four.
+        height: default height in pixels, what the model was trained on; likewise the next four. None is what the transformer's
+            configuration states, as it does after it was in a pipeline: `ProMAGPipeline(**pipe.components)` keeps them.
         width: default width in pixels.
         num_frames: default frames.
         fps: default frame rate of a video, an input of the transformer.
         temporal_ratio: default temporal ratio.
 
-    Raises UserError for a text encoder that was loaded from a file without some of its tensors.
+    Raises UserError for a text encoder that was loaded from a file without some of its tensors, and ValueError for illegal
+    defaults.
     """
 
     __module__ = "promag"
@@ -101,13 +107,16 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         text_encoder_2: Any = None,
         tokenizer_3: Any = None,
         text_encoder_3: Any = None,
-        height: int = 64,
-        width: int = 64,
-        num_frames: int = 65,
-        fps: float = 8.0,
-        temporal_ratio: int = 16,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        temporal_ratio: int | None = None,
     ):
         super().__init__()
+        check_kinds(nn.Module, transformer=transformer, vae=vae)
+        check_kinds(nn.Module, text_encoder=text_encoder, text_encoder_2=text_encoder_2, text_encoder_3=text_encoder_3)
+        check_kinds(SchedulerMixin, scheduler=scheduler)
         for encoder in (text_encoder, text_encoder_2, text_encoder_3):
             if folder := getattr(encoder, "name_or_path", None):  # transformers only warns of random weights
                 check_complete(encoder, Path(folder))
@@ -117,33 +126,28 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         self.register_modules(
             tokenizer_2=tokenizer_2, text_encoder_2=text_encoder_2, tokenizer_3=tokenizer_3, text_encoder_3=text_encoder_3
         )
-        self.register_to_config(height=height, width=width, num_frames=num_frames, fps=fps, temporal_ratio=temporal_ratio)
+        trained = DEFAULTS if transformer is None else {**DEFAULTS, **(transformer.config["sample_defaults"] or {})}
+        self.register_to_config(**VideoShape.of(trained, height, width, num_frames, temporal_ratio, fps)._asdict())
+        self._state_defaults()
         self.video_processor = VideoProcessor(vae_scale_factor=vae.spatial_compression_ratio if vae else 8)
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Read the saved index, first thing in any loading; raises UserError for classes of foreign libraries."""
-        named = {name: part for name, part in config_dict.items() if isinstance(part, list | tuple) and len(part) == 2}
-        for name, (library, kind) in named.items():
-            if library is not None and library not in LIBRARIES:
-                raise UserError(f"model_index.json: {name} is {kind} of {library!r}: legal are {', '.join(LIBRARIES)}")
+        """Read the saved index, first thing in any loading; raises UserError for parts of another kind than the pipeline's."""
+        check_index(config_dict)
         parts, *rest = super().extract_init_dict(config_dict, **kwargs)  # pyright: ignore[reportArgumentType]
         # Our own models come first: they refuse a folder that holds a pickle before anything else of it is loaded.
-        ours = {name: part for name, part in parts.items() if named.get(name, [None])[0] == "promag"}
-        return {**ours, **parts}, *rest
+        return {name: parts[name] for name in sorted(parts, key=lambda name: name not in ("transformer", "vae"))}, *rest
 
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """Load LoRA adapters for the transformer, from safetensors or a dictionary.
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts; the transformer's configuration carries the defaults of this pipeline to one that is made of them."""
+        self._state_defaults()
+        return super().components
 
-        Raises UserError for a pickle, and for adapters of layers that the transformer does not have.
-        """
-        for given in (pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")):
-            if not isinstance(given, dict) and Path(given or "").suffix in PICKLES:
-                raise UserError(f"LoRA {given}: may be a pickle, which runs code when loaded; only safetensors are loaded")
-        kwargs["use_safetensors"] = True
-        weights: Any = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **dict(kwargs))
-        check_lora(weights, self.transformer)
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+    def _state_defaults(self) -> None:
+        if self.transformer is not None:
+            self.transformer.register_to_config(sample_defaults={name: self.config[name] for name in DEFAULTS})
 
     def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload what push_to_hub saved, with a card that says how to use it in place of an empty one."""
@@ -236,7 +240,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         if not pairs:
             raise ValueError("no text encoder is loaded: give prompt_embeds, and negative_prompt_embeds or guidance_scale 1")
         given = max_sequence_length
-        lengths = [given] * len(pairs) if given is None or isinstance(given, int) else list(given)
+        lengths = list(given) if isinstance(given, list | tuple) else [given] * len(pairs)
         if len(lengths) != len(pairs):
             raise ValueError(f"max_sequence_length {lengths}: give one number, or one for each of {len(pairs)} text encoders")
         parts = [encode_prompts(*pair, prompts, length) for pair, length in zip(pairs, lengths, strict=True)]
@@ -322,12 +326,15 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         check_counts(num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt)
         check_finite(guidance_scale=guidance_scale)
         check_lengths(max_sequence_length)
+        check_parts(transformer=self.transformer, vae=self.vae, scheduler=self.scheduler)
         check_budget(ratio, self.vae, self.transformer)
-        check_names(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_options(output_type, attention_kwargs)
         check_flow(self.scheduler)
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
         check_size(*size, spatial * max(patch[1:]))
         token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch))
+        check_amount(token_count, num_inference_steps, num_videos_per_prompt)
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._current_timestep, self._interrupt = None, False
         device = self._execution_device
@@ -348,6 +355,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         )
         negative = None if embedded[3] is None else pack(*embedded[3:], names=NEGATIVE_NAMES)
         prompts = Prompts(pack(*embedded[:3]), negative)
+        prompts.check(self.transformer.text_dims, self.transformer.config["pooled_dim"])
 
         frames, channels = latent_frames(video_shape.num_frames, ratio), self.transformer.config["in_channels"]
         shape = (len(prompts), channels, frames, *(side // spatial for side in size))
@@ -383,7 +391,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
                 if callback_on_step_end is not None:
                     tensors = {"latents": x, **prompts.tensors()}
                     seen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, number, timesteps[number], seen) or {}  # pyright: ignore
+                    changed = changed_tensors(callback_on_step_end(self, number, timesteps[number], seen), x)  # pyright: ignore
                     x, prompts = changed.get("latents", x), prompts.changed(changed)
                 bar.update()
                 return x
@@ -393,6 +401,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
         self._current_timestep = None
 
         x = self.transformer.denormalise(x, ratio)
+        check_result(x, f"latents sampled with guidance_scale {guidance_scale:g} at {video_shape.fps:g} fps")
         result: Any = x if output_type == "latent" else self._decode(x, ratio, output_type)
         self.maybe_free_model_hooks()
         return ProMAGPipelineOutput(frames=result) if return_dict else (result,)
@@ -422,6 +431,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, SanaLoraLoaderMixin):
     def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:
         """Decode latents b c t h w to videos of the wanted type."""
         video = self.vae.decode(latents.to(self.vae.dtype), ratio, return_dict=False)[0]
+        check_result(video, "video decoded from finite latents")
         return self.video_processor.postprocess_video(video.float(), output_type=output_type)
 
     def _conditioning_latents(

@@ -12,17 +12,31 @@ import torch
 from torch import Tensor
 
 from promag.diffusion.flow import Model, token_shift
+from promag.training.config import one_line
+
+# The schedulers of diffusers that integrate a flow, and those that do with FLOW_SETTINGS.
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+FLOW_WITH_SETTINGS = (
+    "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+)
+FLOW_SETTINGS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 def check_flow(scheduler: Any) -> None:
     """Raise ValueError for a scheduler that does not integrate a flow."""
-    name, config = type(scheduler).__name__, scheduler.config
-    if name.startswith("FlowMatch") or (config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"):
+    kinds = {kind.__name__ for kind in type(scheduler).__mro__}
+    config = getattr(scheduler, "config", {})
+    set_so = all(config.get(key) == value for key, value in FLOW_SETTINGS.items())
+    if kinds & {*FLOW} or (set_so and kinds & {*FLOW_WITH_SETTINGS}):
         return
+    settings = ", ".join(f"{key}={value!r}" for key, value in FLOW_SETTINGS.items())
     raise ValueError(
-        f"scheduler {name}: the transformer predicts the velocity of a flow; use FlowMatchEulerDiscreteScheduler, "
-        "FlowMatchHeunDiscreteScheduler, or UniPCMultistepScheduler or DPMSolverMultistepScheduler with "
-        "use_flow_sigmas=True, prediction_type='flow_prediction'"
+        f"scheduler {type(scheduler).__name__}: the transformer predicts the velocity of a flow; use {', '.join(FLOW)}, or with "
+        f"{settings} {', '.join(FLOW_WITH_SETTINGS)}"
     )
 
 
@@ -44,7 +58,32 @@ def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.d
 
     With `use_dynamic_shifting` in the scheduler's configuration, which `from_config` keeps, times are shifted for the number
     of tokens as in training. Otherwise the scheduler's constant shift applies.
+
+    Raises ValueError for settings of the scheduler with which times do not fall from at most 1 to at least 0.
     """
+    try:
+        _set_times(scheduler, steps, token_count, device)
+    except Exception as error:  # whatever a scheduler raises for settings that it does not expect
+        raise ValueError(f"scheduler {type(scheduler).__name__} with {_settings(scheduler)}: {one_line(error)}") from error
+    skipped = skipped_steps(steps, strength) * scheduler.order
+    times = scheduler.sigmas[skipped : len(scheduler.timesteps) + 1].to(torch.float32)
+    if not ((times >= 0) & (times <= 1)).all() or (times.diff() > 0).any():
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} with {_settings(scheduler)}: its times {str(times.tolist())[:100]} do not "
+            "fall from at most 1 to at least 0"
+        )
+    scheduler.set_begin_index(skipped)
+    return times.to(device)
+
+
+def _settings(scheduler: Any) -> str:
+    """Return the settings of a scheduler that differ from its defaults."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(scheduler)).parameters.items()}
+    changed = {key: value for key, value in scheduler.config.items() if key in defaults and value != defaults[key]}
+    return f"{changed!r:.200}"
+
+
+def _set_times(scheduler: Any, steps: int, token_count: int, device: torch.device) -> None:
     config = scheduler.config
     dynamic = config.get("use_dynamic_shifting", False)
     mu = token_shift(token_count, config.get("shift", config.get("flow_shift", 1.0))) if dynamic else None
@@ -60,9 +99,6 @@ def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.d
             scheduler.set_timesteps(steps, device=device)
         finally:
             scheduler.register_to_config(**{constant: config[constant]})
-    skipped = skipped_steps(steps, strength) * scheduler.order
-    scheduler.set_begin_index(skipped)
-    return scheduler.sigmas[skipped : len(scheduler.timesteps) + 1].to(device, torch.float32)
 
 
 class SchedulerStep:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from promag.training.safetensors_only import SafetensorsOnly
 
 from .base import BaseDecoder, BaseEncoder, init_from_block_means
-from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio, check_size
+from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio
 from .growth import DecoderGrowth, EncoderGrowth, Growth
+from .inputs import check_latents, check_pixels, check_ratios
 from .layers import START, Block, State, is_first
 from .tiling import Call, Tiling, in_parts
 
@@ -298,7 +299,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         Raises ValueError for an illegal shape or ratio, naming the nearest legal ones.
         """
         level = self.level_of(temporal_ratio)
-        self._check_pixels(x)
+        check_pixels(x, self.config["in_channels"])
         check_frames(x.shape[2], self.temporal_ratios[level])
         (moments,), _ = self._moments(x, [level], None)
         posterior = DiagonalGaussianDistribution(moments)
@@ -307,8 +308,9 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
     @apply_forward_hook
     def encode_levels(self, x: Tensor, temporal_ratios: Sequence[int]) -> list[DiagonalGaussianDistribution]:
         """Encode at several ratios at once; what the levels share is computed once. Shapes and errors as in `encode`."""
+        check_ratios(temporal_ratios)
         levels = [self.level_of(ratio) for ratio in temporal_ratios]
-        self._check_pixels(x)
+        check_pixels(x, self.config["in_channels"])
         check_frames(x.shape[2], max(temporal_ratios))
         return [DiagonalGaussianDistribution(m) for m in self._moments(x, levels, None)[0]]
 
@@ -322,7 +324,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         `encode` of the whole.
         """
         level = self.level_of(temporal_ratio)
-        self._check_pixels(x)
+        check_pixels(x, self.config["in_channels"])
         (check_frames if is_first(state) else check_chunk)(x.shape[2], self.temporal_ratios[level])
         (moments,), state = self._moments(x, [level], state)
         return DiagonalGaussianDistribution(moments), state
@@ -364,19 +366,13 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         below = self._moments_at(level - 1, top, 2 * rate, call) if encoder.adds_to_key_latent else None
         return call.once("moments", (owner, level, rate), lambda s: encoder.moments(features, below, s))
 
-    def _check_pixels(self, x: Tensor) -> None:
-        channels = self.config["in_channels"]
-        if x.ndim != 5 or x.shape[1] != channels:
-            raise ValueError(f"input of shape {tuple(x.shape)}: B {channels} T H W is needed")
-        check_size(*x.shape[3:])
-
     # -- decoding ----------------------------------------------------------------------------------------------------
 
     @apply_forward_hook
     def decode(self, z: Tensor, temporal_ratio: int | None = None, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Decode latents b c 1+N h w of one level to clips B C 1+r*N 8h 8w, about in [-1, 1]."""
         level = self.level_of(temporal_ratio)
-        self._check_latents(z, level)
+        check_latents(z, self.level_channels[level])
         x, _ = self._decode(z, level, None)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
@@ -384,7 +380,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
     def decode_chunk(self, z: Tensor, state: State = START, temporal_ratio: int | None = None) -> tuple[Tensor, State]:
         """Decode the next latent frames of a stream (`state=START` first); the chunks together equal `decode`."""
         level = self.level_of(temporal_ratio)
-        self._check_latents(z, level)
+        check_latents(z, self.level_channels[level])
         return self._decode(z, level, state)
 
     @apply_forward_hook
@@ -393,7 +389,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         level, low = self.level_of(temporal_ratio), self.level_of(to_ratio)
         if low > level:
             raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: the target must be the lower ratio")
-        self._check_latents(z, level)
+        check_latents(z, self.level_channels[level])
         return self._run(z, [self.decoder_growth[i - 1] for i in range(level, low, -1)], None)[0] if low < level else z
 
     def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:
@@ -422,11 +418,6 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         """Convert an input to a module's type; under autocast, which tensors without data do not know, it decides instead."""
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         return x if autocast else x.to(get_parameter_dtype(module))
-
-    def _check_latents(self, z: Tensor, level: int) -> None:
-        channels = self.level_channels[level]
-        if z.ndim != 5 or z.shape[1] != channels:
-            raise ValueError(f"latent of shape {tuple(z.shape)}: B {channels} t h w is needed")
 
     def forward(
         self,

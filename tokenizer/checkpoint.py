@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from promag.training.config import UserError
 from promag.training.files import finish_replacing, replaced_folder, write_atomically
+from promag.training.safetensors_only import read_mapping
 
 from .autoencoder import AutoencoderKLProMAG
 
@@ -23,19 +24,19 @@ def load_tokenizer(folder: str | os.PathLike) -> AutoencoderKLProMAG:
         folder = folder / "vae"  # a whole pipeline
     if not (folder / "config.json").exists():
         raise UserError(f"tokenizer {folder}: no config.json there; give a folder of `promag train-tokenizer`, or a pipeline")
-    try:
-        model = AutoencoderKLProMAG.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"tokenizer {folder}: cannot be loaded: {' '.join(str(error).split())}") from None
+    model = AutoencoderKLProMAG.from_pretrained(folder)
     assert isinstance(model, AutoencoderKLProMAG)
     return model.eval()
 
 
 def saved_ratios(folder: Path) -> tuple[int, ...]:
     """Return the temporal ratios of a saved tokenizer, lowest first, from its configuration alone."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    base = prod(time for time, _ in config["strides"])
-    return tuple(base * 2**level for level in range(1 + len(config["growth"])))
+    config = read_mapping(folder / "config.json")
+    try:
+        base = prod(time for time, _ in config["strides"])
+        return tuple(base * 2**level for level in range(1 + len(config["growth"])))
+    except (LookupError, TypeError, ValueError):
+        raise UserError(f"{folder}: config.json needs strides and growth, which list a tokenizer's levels") from None
 
 
 def find_damage(folder: Path) -> str | None:

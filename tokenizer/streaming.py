@@ -34,8 +34,9 @@ class Reconstruction:
 
 def pad_clip(x: Tensor, temporal_ratio: int) -> tuple[Tensor, Padding]:
     """Repeat the last frame up to 1 + r*N frames and the last row and column up to multiples of 8."""
-    if x.ndim != 5 or not x.shape[2]:
-        raise ValueError(f"input of shape {tuple(x.shape)}: B C T H W with at least one frame is needed")
+    if not isinstance(x, Tensor) or x.ndim != 5 or not x.numel():
+        given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
+        raise ValueError(f"input of {given}: a tensor B C T H W with at least one frame is needed")
     frames = -(x.shape[2] - 1) % temporal_ratio
     rows, columns = (-side % SPATIAL_RATIO for side in x.shape[3:])
     if frames or rows or columns:

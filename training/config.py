@@ -27,6 +27,11 @@ class UserError(ValueError):
     """An error in the user's input, shown as one line without a traceback."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks, or its kind if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """Return the mapping in a YAML file, given as a path or a preset's name; raises UserError if there is none."""
     try:
@@ -34,7 +39,7 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror or error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config {path}: not YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         content = "is empty" if values is None else f"contains a {type(values).__name__}"
         raise UserError(f"config {path}: {content}; a mapping of keys is needed")

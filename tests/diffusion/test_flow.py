@@ -145,5 +145,5 @@ def test_times_that_rise_or_leave_the_path_are_refused(times):
 
 @pytest.mark.parametrize("steps", [0, -1, 2.0, math.nan])
 def test_a_sampling_has_a_whole_number_of_steps(steps):
-    with pytest.raises(ValueError, match=r"steps .*: a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"steps .*: a whole number from 1 to 100000 is needed"):
         flow_times(steps)

@@ -135,7 +135,7 @@ def test_normalising_inverts_and_knows_its_ratios(model):
     ("change", "message"),
     [
         ({"hidden_states": torch.zeros(2, 4, 3, 5, 4)}, "latent of 3x5x4"),
-        ({"pooled_projections": None}, "this model needs b 6"),
+        ({"pooled_projections": None}, r"pooled_projections of type NoneType: this model needs \(2, 6\)"),
     ],
 )
 def test_illegal_input_is_named(model, change, message):

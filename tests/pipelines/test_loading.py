@@ -195,20 +195,3 @@ def test_tied_weights_may_be_saved_once(tmp_path):
     write_t5(tmp_path)
     load_frozen(str(tmp_path), None, 8)
     check_complete(load_frozen(str(tmp_path), None, 8)[1], tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["unet.down.to_q"], "LoRA: 2 of its 2 tensors fit no layer of this transformer"),
-        (["transformer.transformer_blocks.0.attn1.to_q", "transformer.transformer_blocks.9.attn1.to_q"], "LoRA: 2 of its 4"),
-        ([], "LoRA: 0 of its 0 tensors"),
-    ],
-)
-def test_adapters_that_fit_no_layer_are_refused(pipe, names, message):
-    own = like(pipe)
-    shapes = {"A": (2, 16), "B": (16, 2)}
-    weights = {f"{name}.lora_{end}.weight": torch.zeros(shape) for name in names for end, shape in shapes.items()}
-    with pytest.raises(UserError, match=message):
-        own.load_lora_weights(weights)
-    assert not hasattr(own.transformer, "peft_config")

@@ -332,7 +332,7 @@ def test_guidance_moves_away_from_what_a_dropped_caption_was_in_training(two_enc
         ({"denoise_strength": 1.5}, "denoise_strength 1.5: 0 to 1"),
         ({"denoise_strength": 0.5}, "denoise_strength 0.5: needs the latents to start from"),
         ({"fps": -1.0}, "fps -1.0"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "legal are"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"\['noise'\]: a list of these is legal: latents, prompt_embeds"),
     ],
 )
 def test_mistakes_are_named(pipe, arguments, message):
