@@ -41,8 +41,10 @@ def check_statistics(mean: Any, std: Any, channels: int) -> None:
     for name, given, least in (("latents_mean", mean, -math.inf), ("latents_std", std, 0.0)):
         if given is None and mean is std:
             continue
-        ratios = isinstance(given, Mapping) and isinstance(mean, Mapping) and given.keys() == mean.keys()
-        if not ratios or not all(isinstance(ratio, str) and ratio.isdecimal() for ratio in given):
+        if (
+            not (isinstance(given, Mapping) and isinstance(mean, Mapping) and given.keys() == mean.keys())
+            or not all(isinstance(ratio, str) and ratio.isdecimal() for ratio in given)
+        ):  # fmt: skip
             raise ValueError(
                 f"{name} {given!r:.100}: a mapping of temporal ratios is needed, the same as of the other statistic"
             )

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from promag.tokenizer.geometry import check_integer
 from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import check_complete, check_files
 
@@ -219,7 +219,8 @@ def check_length(encoder: Any, length: int) -> None:
         positions = encoder.positions
     else:
         positions = encoder.config.max_position_embeddings if isinstance(encoder, CLIPTextModel) else MOST_TOKENS
-    if isinstance(length, bool) or not isinstance(length, Integral) or not 1 <= length <= positions:
+    check_integer("text tokens", length)
+    if not 1 <= length <= positions:
         raise ValueError(f"{length} text tokens: this encoder takes 1 to {positions}")
 
 
@@ -231,8 +232,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = No
     """
     length = tokenizer.model_max_length if max_length is None else max_length
     least = max(1, tokenizer.num_special_tokens_to_add())
-    if isinstance(length, bool) or not isinstance(length, Integral) or not least <= length <= MOST_TOKENS:
-        raise ValueError(f"{length!r} text tokens: {least} to {MOST_TOKENS} are needed; state max_sequence_length")
+    check_integer("text tokens", length)
+    if not least <= length <= MOST_TOKENS:
+        raise ValueError(f"{length} text tokens: {least} to {MOST_TOKENS} are needed; state max_sequence_length")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"text tokenizer {tokenizer.name_or_path}: has no padding token")
     encoded = tokenizer(
@@ -315,8 +317,8 @@ def log_lost_ends(lost: Mapping[str, str], limit: str) -> None:
         _warn_once(f"prompt {_shortened(prompt)} is longer than {limit}: {_shortened(end)} is cut off")
 
 
-def _shortened(text: str, most: int = 200) -> str:
-    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:100]}...{text[-100:]}")
 
 
 @functools.cache

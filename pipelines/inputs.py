@@ -59,11 +59,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def check_kinds(kind: type, **parts: Any) -> None:
-    """Refuse parts that are neither None nor instances of a class."""
-    for name, part in parts.items():
+def check_kinds(kind: type, *parts: Any) -> None:
+    """Refuse parts of a pipeline that are neither None nor instances of a class."""
+    for part in parts:
         if not isinstance(part, kind | None):
-            raise ValueError(f"{name} {_short(part)}: a {kind.__name__} is needed")
+            raise ValueError(
+                f"{_short(part)} is no {kind.__name__}: a pipeline needs models of torch and a scheduler of diffusers"
+            )
 
 
 def check_parts(**parts: Any) -> None:
@@ -102,6 +104,10 @@ def check_finite(**numbers: Any) -> None:
             raise ValueError(f"{name} {value!r}: a finite number is needed")
 
 
+# of pipelines whose transformer states none
+DEFAULTS = {"height": 64, "width": 64, "num_frames": 65, "temporal_ratio": 16, "fps": 8.0}
+
+
 class VideoShape(NamedTuple):
     """Size, length, token budget and frame rate of the videos of a call."""
 
@@ -120,11 +126,14 @@ class VideoShape(NamedTuple):
         check_finite(fps=shape.fps)
         if shape.fps <= 0:
             raise ValueError(f"fps {shape.fps}: must be above 0")
-        return cls(*map(int, shape[:-1]), float(shape.fps))
+        height, width, frames, ratio, fps = shape
+        return cls(int(height), int(width), int(frames), int(ratio), float(fps))
 
 
-def check_lengths(lengths: Any) -> None:
-    """Refuse lengths of text that are neither None nor a whole number of at least 1, nor a list of these."""
+def check_numbers(steps: Any, videos: Any, guidance_scale: Any, lengths: Any) -> None:
+    """Refuse illegal steps, videos of each prompt and guidance, and lengths of text that are neither None nor counts."""
+    check_counts(num_inference_steps=steps, num_videos_per_prompt=videos)
+    check_finite(guidance_scale=guidance_scale)
     for length in lengths if isinstance(lengths, list | tuple) else [lengths]:
         if length is not None:
             check_counts(max_sequence_length=length)

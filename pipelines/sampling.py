@@ -8,7 +8,6 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from promag.diffusion.text import NULL_CAPTION, Embedded
+from promag.tokenizer.geometry import check_integer
 from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.precision import PRECISIONS, Precision, autocast
@@ -79,7 +79,8 @@ def load_pipeline(folder: str | Path) -> ProMAGPipeline:
 def check_seeds(seeds: Sequence[Any]) -> None:
     """Raise ValueError for a seed that is no whole number from 0 to 2^63 - 1."""
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+        check_integer("seed", seed)
+        if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed!r:.100}: a whole number from 0 to 2^63 - 1 is needed")
 
 

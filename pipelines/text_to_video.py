@@ -24,6 +24,7 @@ from promag.tokenizer.geometry import check_size, latent_frames, tokens
 from promag.training.safetensors_only import SafetensorsOnly, check_complete
 
 from .inputs import (
+    DEFAULTS,
     NAMES,
     NEGATIVE_NAMES,
     Prompts,
@@ -34,12 +35,10 @@ from .inputs import (
     check_budget,
     check_callback,
     check_conditioning,
-    check_counts,
-    check_finite,
     check_generators,
     check_kinds,
     check_latents,
-    check_lengths,
+    check_numbers,
     check_options,
     check_parts,
     check_prompts,
@@ -55,9 +54,6 @@ from .lora import LoraLoader
 from .model_card import write_card
 from .saved_index import check_index
 from .timesteps import SchedulerStep, check_flow, set_flow_times
-
-# of pipelines whose parts state none
-DEFAULTS = {"height": 64, "width": 64, "num_frames": 65, "temporal_ratio": 16, "fps": 8.0}
 
 
 @dataclass
@@ -87,8 +83,7 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, LoraLoader):
         fps: default frame rate of a video, an input of the transformer.
         temporal_ratio: default temporal ratio.
 
-    Raises UserError for a text encoder that was loaded from a file without some of its tensors, and ValueError for illegal
-    defaults.
+    Raises UserError for a text encoder whose file lacks tensors, and ValueError for illegal defaults.
     """
 
     __module__ = "promag"
@@ -114,10 +109,10 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, LoraLoader):
         temporal_ratio: int | None = None,
     ):
         super().__init__()
-        check_kinds(nn.Module, transformer=transformer, vae=vae)
-        check_kinds(nn.Module, text_encoder=text_encoder, text_encoder_2=text_encoder_2, text_encoder_3=text_encoder_3)
-        check_kinds(SchedulerMixin, scheduler=scheduler)
-        for encoder in (text_encoder, text_encoder_2, text_encoder_3):
+        encoders = (text_encoder, text_encoder_2, text_encoder_3)
+        check_kinds(nn.Module, *encoders, transformer, vae)
+        check_kinds(SchedulerMixin, scheduler)
+        for encoder in encoders:
             if folder := getattr(encoder, "name_or_path", None):  # transformers only warns of random weights
                 check_complete(encoder, Path(folder))
         self.register_modules(
@@ -323,13 +318,11 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, LoraLoader):
         video_shape = VideoShape.of(config, height, width, num_frames, temporal_ratio, fps)
         ratio, size = video_shape.temporal_ratio, (video_shape.height, video_shape.width)
         check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-        check_counts(num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt)
-        check_finite(guidance_scale=guidance_scale)
-        check_lengths(max_sequence_length)
+        check_numbers(num_inference_steps, num_videos_per_prompt, guidance_scale, max_sequence_length)
         check_parts(transformer=self.transformer, vae=self.vae, scheduler=self.scheduler)
         check_budget(ratio, self.vae, self.transformer)
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_options(output_type, attention_kwargs)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_flow(self.scheduler)
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
         check_size(*size, spatial * max(patch[1:]))

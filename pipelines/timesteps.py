@@ -35,8 +35,8 @@ def check_flow(scheduler: Any) -> None:
         return
     settings = ", ".join(f"{key}={value!r}" for key, value in FLOW_SETTINGS.items())
     raise ValueError(
-        f"scheduler {type(scheduler).__name__}: the transformer predicts the velocity of a flow; use {', '.join(FLOW)}, or with "
-        f"{settings} {', '.join(FLOW_WITH_SETTINGS)}"
+        f"scheduler {type(scheduler).__name__}: the transformer predicts the velocity of a flow; use {', '.join(FLOW)}, or, "
+        f"with {settings}, {', '.join(FLOW_WITH_SETTINGS)}"
     )
 
 

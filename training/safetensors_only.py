@@ -42,12 +42,12 @@ class SafetensorsOnly:
             loaded: Any = parent.from_pretrained(pretrained_model_name_or_path, **kwargs)
             model: Any = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
             if isinstance(model, nn.Module):
-                check_complete(model, folder, kwargs.get("variant"), strict=getattr(model, "hf_quantizer", None) is None)
+                check_complete(model, folder, kwargs.get("variant"))
         except UserError as error:
             raise error if str(folder) in str(error) else UserError(f"{folder}: {error}") from None
         except Exception as error:  # whatever diffusers and transformers raise for files that are not what they expect
             raise UnreadableModelError(f"{folder}: {cls.__name__} cannot be loaded: {one_line(error)}") from error
-        return loaded
+        return loaded  # pyright: ignore[reportReturnType]
 
     def save_pretrained(
         self,
@@ -138,12 +138,12 @@ def tensor_types(path: Path) -> dict[str, str]:
         raise UnreadableModelError(f"{path}: is no whole safetensors file: {one_line(error)}") from None
 
 
-def check_complete(model: nn.Module, folder: Path, variant: str | None = None, strict: bool = False) -> None:
+def check_complete(model: nn.Module, folder: Path, variant: str | None = None) -> None:
     """Raise UserError if a model's weights are not those that the safetensors files of its folder should hold.
 
     Refused are files without some of the model's tensors, which loaders leave random or empty (weights tied to a saved weight
-    may be missing), tensors saved as whole numbers, values that are NaN or infinite, and with `strict` further tensors. Names
-    are not compared if the folder has no files (a name on the hub) or if the files put another prefix before the model's names.
+    may be missing), tensors saved as whole numbers, and values that are NaN or infinite. Names are not compared if the folder
+    has no files (a name on the hub) or if the files put another prefix before the model's names.
     """
     files = sorted(folder.glob("*.safetensors"))
     variant_files = [file for file in files if f".{variant}" in file.name]
@@ -155,7 +155,6 @@ def check_complete(model: nn.Module, folder: Path, variant: str | None = None, s
     tied = {name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in saved}
     wrong = {
         "lacks": sorted(own.keys() - types - tied),
-        "has no": sorted(types.keys() - own) if strict else [],
         "needs a floating-point type for": [
             name for name, kind in types.items() if name in own and own[name].is_floating_point() and kind not in FLOATS
         ],
