@@ -5,7 +5,7 @@ from selenium.webdriver.common.by import By
 from tests.browser import console_errors
 
 
-def test_a_page_runs_and_what_comes_from_elsewhere_is_an_error(browser, tmp_path):
+def test_a_page_runs_scripts_and_requests_to_elsewhere_are_errors(browser, tmp_path):
     page = tmp_path / "page.html"
     page.write_text('<title>a</title><link rel="icon" href="data:,"><script>document.title += "b"</script>')
     browser.get(page.as_uri())

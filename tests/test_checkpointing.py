@@ -74,7 +74,7 @@ def test_activations_take_less_than_half(build):
     assert peak_activations(build, True) < 0.5 * peak_activations(build, False)
 
 
-def test_streams_and_inference_stay_as_they_are(tokenizer, clip):
+def test_streams_and_inference_are_unchanged(tokenizer, clip):
     model = make_tokenizer(settle=0.05)
     model.enable_gradient_checkpointing()
     with torch.no_grad():

@@ -18,7 +18,7 @@ FOLDER = Path("checkpoints")
 TINY, VIDEO = FOLDER / "tiny", FOLDER / "tiny-video"
 
 
-def test_all_of_them_together_stay_small_and_are_safetensors():
+def test_the_checkpoints_are_small_and_are_safetensors():
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
     assert sum(map(len, {file.read_bytes() for file in files})) < 40e6  # git stores equal files once
     assert {file.suffix for file in files} == {".safetensors", ".json", ".md"}
@@ -31,7 +31,7 @@ def test_the_weights_are_bf16(file):
 
 
 @torch.no_grad()
-def test_the_tiny_tokenizer_reconstructs_what_it_never_saw_at_every_ratio():
+def test_the_tiny_tokenizer_reconstructs_unseen_clips_at_every_ratio():
     model = load_tokenizer(TINY)
     assert model.temporal_ratios == (4, 8, 16)
     video = SyntheticDataset("eval", 1, 33, 64).fixed(0)["video"][None]
@@ -49,7 +49,7 @@ def test_the_card_quotes_the_recorded_figures():
         assert figures["psnr"] == pytest.approx(sum(clip["psnr"] for clip in figures["per_clip"]) / figures["clips"], abs=1e-4)
 
 
-def test_the_tiny_pipeline_shows_what_prompts_ask_for():
+def test_the_tiny_pipeline_follows_its_prompts():
     """It was trained on these combinations; it holds a copy of the tokenizer beside it."""
     pipe = load_pipeline(VIDEO)
     pipe.set_progress_bar_config(disable=True)

@@ -35,7 +35,7 @@ def on_gpu(tokenizer):
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_a_gpu_computes_what_the_cpu_does(tokenizer, on_gpu, clip, ratio):
+def test_a_gpu_computes_the_same_as_the_cpu(tokenizer, on_gpu, clip, ratio):
     with torch.no_grad():
         z = tokenizer.encode(clip, ratio).latent_dist.mode()
         torch.testing.assert_close(on_gpu.encode(clip.cuda(), ratio).latent_dist.mode().cpu(), z, atol=1e-4, rtol=1e-4)
@@ -62,7 +62,7 @@ def test_half_precision_stays_finite_and_close(on_gpu, clip, dtype, ratio):
     assert (half.float() - whole).abs().mean() < 0.02
 
 
-def test_training_goes_on_after_a_stop(tmp_path):
+def test_training_continues_after_a_stop(tmp_path):
     run = tmp_path / "run"
     config = make_config(run, precision="bf16", stages=make_config(run).stages[:2])
     assert train_tokenizer(config) == run / "tokenizer"
@@ -86,7 +86,7 @@ OFFLOADS = {
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_offloaded_pipelines_sample_what_whole_ones_do(offload):
+def test_offloaded_pipelines_sample_the_same_videos(offload):
     offloaded = make_pipeline()
     OFFLOADS[offload](offloaded)
     np.testing.assert_allclose(call(offloaded), call(make_pipeline().to("cuda")), atol=2e-2)

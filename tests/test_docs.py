@@ -87,7 +87,7 @@ def parse(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_of_a_page_is_read_by_its_own_parser(page, parse):
+def test_every_command_of_a_page_is_parsed_by_its_own_parser(page, parse):
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     variables = set(re.findall(r"^(\w+) [?:]=", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for words in commands(page):
@@ -187,7 +187,7 @@ def test_the_blocks_of_the_tokenizers_page_run(folder):
     assert torch.allclose(names["posterior"].mode(), whole[:, :, 2:], atol=1e-4)
 
 
-def test_the_blocks_about_given_frames_and_adapters_run(folder, pipe):  # noqa: F811
+def test_the_blocks_about_conditioning_frames_and_adapters_run(folder, pipe):  # noqa: F811
     own = like(pipe)
     own.set_progress_bar_config(disable=True)
     asked = []

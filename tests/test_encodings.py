@@ -42,7 +42,7 @@ def calls_without_encoding(code: str) -> Iterator[int]:
         ("Image.open(path)", []),
     ],
 )
-def test_the_search_finds_what_it_should(code, lines):
+def test_the_search_finds_calls_without_encoding(code, lines):
     assert list(calls_without_encoding(code)) == lines
 
 

@@ -31,23 +31,23 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_every_room_has_its_place_in_the_order():
+def test_every_subpackage_has_its_place_in_the_order():
     rooms = {init.parent.name for init in ROOT.glob("*/__init__.py")} - {"promag", "tests"}
     assert rooms == set(ROOMS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_rooms_import_only_what_lies_below_them(path):
+def test_subpackages_import_only_those_below_them(path):
     rooms = {name.split(".")[1] for name in imports(path) if name.startswith("promag.")} & set(ROOMS)
     assert rooms <= set(ROOMS[: ROOMS.index(room_of(path)) + 1])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_rooms_are_imported_by_the_packages_name(path):
+def test_subpackages_are_imported_by_the_packages_name(path):
     assert not set(ROOMS) & {name.split(".")[0] for name in imports(path)}
 
 
-def test_diffusion_takes_frame_arithmetic_alone_from_the_tokenizer():
+def test_diffusion_imports_only_geometry_from_the_tokenizer():
     for path in sorted((ROOT / "diffusion").glob("*.py")):
         taken = {n for n in imports(path) if n.startswith("promag.tokenizer")}
         assert all(name in ("promag.tokenizer",) or name.startswith("promag.tokenizer.geometry") for name in taken), path
@@ -58,7 +58,7 @@ def test_only_the_video_module_imports_a_decoder():
     assert {str(p.parent.relative_to(ROOT)) for p in users} == {"data/video"}
 
 
-def test_only_what_runs_on_several_processes_imports_accelerate():
+def test_only_multi_process_modules_import_accelerate():
     users = {f"{p.parent.name}/{p.name}" for p in FILES if "accelerate" in {n.split(".")[0] for n in imports(p)}}
     engine = {"training/loop.py", "training/processes.py"}
     assert users <= engine | {"tokenizer/train.py", "diffusion/train.py", "diffusion/validation.py"}
@@ -68,7 +68,7 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
-def test_importing_promag_is_light_and_makes_the_classes_known_to_diffusers():
+def test_importing_promag_is_light_and_registers_with_diffusers():
     code = (
         "import sys, promag; print('torch' in sys.modules, 'diffusers' in sys.modules)\n"
         "import diffusers; print(all(getattr(diffusers, n) is getattr(promag, n) for n in promag._CLASSES))"
@@ -81,14 +81,14 @@ def test_promag_after_diffusers_registers_too():
     assert run_python(code).split() == ["True"]
 
 
-def test_no_link_lies_in_git():
+def test_git_has_no_symbolic_links():
     listed = subprocess.run(["git", "ls-files", "-s"], capture_output=True, text=True, cwd=ROOT)
     if listed.returncode:
         pytest.skip("not a git checkout")
     assert not [line for line in listed.stdout.splitlines() if line.startswith("120000")]
 
 
-def test_every_public_name_is_there_and_costs_nothing_until_it_is_used():
+def test_public_names_are_importable_and_loaded_on_first_use():
     code = (
         "import promag, sys; assert 'torch' not in sys.modules; print(*(getattr(promag, n).__name__ for n in promag.__all__))"
     )

@@ -46,7 +46,7 @@ def test_a_clip_must_have_the_frames_that_the_smallest_stride_needs():
 
 
 @given(st.lists(shape, min_size=1, max_size=6, unique=True), st.lists(clip, min_size=1, max_size=30))
-def test_a_clip_is_in_the_best_bucket_whatever_their_order(shapes, clips):
+def test_a_clip_is_in_the_best_bucket_in_any_order(shapes, clips):
     assigned = assign(buckets_of(*shapes), *clips)
     backwards = assign(buckets_of(*reversed(shapes)), *clips)
     for (frames, height, width), place, other in zip(clips, assigned, backwards, strict=True):
@@ -75,7 +75,7 @@ def test_counts_and_long_lists():
     assert Buckets([Bucket(1, 8, 8), Bucket(5, 8, 8, 3)]).batch_sizes(7) == [7, 3]
 
 
-def test_the_plan_is_told():
+def test_the_plan_is_described():
     buckets = [Bucket(1, 256, 256, 32), Bucket(17, 128, 224)]
     assert bucket_plan(buckets, [640, 8000], [32, 8], [20, 1000]).splitlines() == [
         "bucket      clips  batch  steps",
@@ -85,7 +85,7 @@ def test_the_plan_is_told():
 
 
 @pytest.mark.parametrize("values", [(0, 8, 8, None), (1, 0, 8, None), (1, 8, -8, None), (1, 8, 8, 0)])
-def test_shapes_that_cannot_be_meant(values):
+def test_invalid_buckets_are_refused(values):
     with pytest.raises(ValueError, match="from 1 up"):
         Bucket(*values)
 

@@ -42,7 +42,7 @@ def test_an_index_is_read_as_written_and_moves_with_its_videos(folder, tmp_path)
         ({"path": "gone.mp4"}, "line 2: .*gone.mp4 is not there"),
     ],
 )
-def test_a_strict_index(clips, tmp_path, change, message):
+def test_an_index_is_checked_strictly(clips, tmp_path, change, message):
     good = dataclasses.asdict(clips[0])
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | change)}\n")
     with pytest.raises(UserError, match=rf"a\.jsonl, {message}"):
@@ -85,7 +85,7 @@ def test_an_open_index_is_a_sequence_of_clips(long_index):
         index[12]
 
 
-def test_saved_columns_open_the_file_they_are_of_and_no_other(long_index, monkeypatch):
+def test_saved_columns_are_used_only_for_their_own_file(long_index, monkeypatch):
     path, rows = long_index
     load_clips(path)
     assert sorted(p.name for p in path.parent.iterdir()) == ["clips.jsonl", "clips.jsonl.columns"]
@@ -100,7 +100,7 @@ def test_saved_columns_open_the_file_they_are_of_and_no_other(long_index, monkey
     assert load_clips(path.parent.with_name("moved") / "clips.jsonl")[3].caption == "clip 4"
 
 
-def test_a_short_index_keeps_nothing_beside_it_and_checks_its_videos_each_time(clips, tmp_path):
+def test_a_short_index_saves_no_columns_and_checks_its_videos_each_time(clips, tmp_path):
     shutil.copy(clips[0].path, tmp_path / "a.mp4")
     save_clips(tmp_path / "clips.jsonl", [dataclasses.replace(clips[0], path=str(tmp_path / "a.mp4"))])
     load_clips(tmp_path / "clips.jsonl")
@@ -129,7 +129,7 @@ def test_an_index_that_changes_under_a_reader_is_an_error(long_index):
         index[3]
 
 
-def test_a_licence_goes_with_a_clip_and_is_left_out_where_there_is_none(clips, tmp_path):
+def test_a_licence_is_kept_with_its_clip_and_may_be_absent(clips, tmp_path):
     save_clips(tmp_path / "clips.jsonl", [dataclasses.replace(clips[0], licence="CC-BY-4.0"), clips[1]])
     rows = [json.loads(line) for line in (tmp_path / "clips.jsonl").read_text().splitlines()]
     assert rows[0]["licence"] == "CC-BY-4.0"
@@ -143,7 +143,7 @@ def test_rows_hold_counts_that_fit_their_columns(clips):
 
 
 @pytest.mark.parametrize("name", ["no\udcff utf8%.mp4", "file:a%20b.mp4", "12:30 🐕\n.mp4"])
-def test_an_index_holds_any_name(clips, tmp_path, name):
+def test_an_index_takes_any_file_name(clips, tmp_path, name):
     folder = tmp_path / "d\udcfe"
     folder.mkdir()
     shutil.copy(clips[2].path, folder / name)

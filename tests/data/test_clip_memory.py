@@ -57,7 +57,7 @@ def same(one, other):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size", [16, (32, 20), (50, 70), (96, 80)])
 @pytest.mark.parametrize(("frames", "strides"), [(1, (1,)), (5, (1,)), (5, (2,)), (6, (1, 2, 3))])
-def test_items_are_those_of_files(noisy, frames, strides, size, flip):
+def test_items_equal_those_read_from_files(noisy, frames, strides, size, flip):
     plain = ClipDataset(noisy, frames, size, strides, flip)
     held = ClipDataset(noisy, frames, size, strides, flip, in_memory=True)
     for index in range(len(plain)):
@@ -70,7 +70,7 @@ def test_items_are_those_of_files(noisy, frames, strides, size, flip):
     assert len(drawn) > len(plain)
 
 
-def test_all_frames_are_the_crops_one_after_the_other(tmp_path):
+def test_all_frames_are_the_crops_in_order(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (2 * CHUNK + 20, 34, 50, 3), np.uint8)
     write_video(tmp_path / "long.mp4", frames, 25)
     (clip,) = prepare([(str(tmp_path / "long.mp4"), "")], progress=False).clips
@@ -83,7 +83,7 @@ def test_all_frames_are_the_crops_one_after_the_other(tmp_path):
     same(crop.first(last.path, last), crop.first(pixels[-76:], last))
 
 
-def test_room_is_that_of_the_scaled_frames_and_named(noisy, caplog):
+def test_memory_needed_is_that_of_the_scaled_frames_and_logged(noisy, caplog):
     with caplog.at_level(logging.INFO):
         memory = ClipDataset(noisy, 5, 20, in_memory=True).memory
     # The image is too short; 20 x 28 pixels cover the wide video's picture, 38 x 20 the tall one's.
@@ -105,7 +105,7 @@ def test_a_file_is_read_once(copied):
         same(dataset.item(seed % 3, np.random.default_rng(seed)), item)
 
 
-def test_what_a_loader_process_read_is_there_for_all(copied):
+def test_clips_read_by_one_loader_process_are_shared(copied):
     plain = TrainingStream(ClipDataset(copied, 5, 20, (1, 2)), 7, 2, 0, 1)
     held = ClipDataset(copied, 5, 20, (1, 2), in_memory=True)
     expected = [plain.batch(step) for step in range(16)]
@@ -133,7 +133,7 @@ def test_what_a_loader_process_read_is_there_for_all(copied):
         ({"frames": 40}, r"wide\.mp4: it is not as long as the index states \(time 1\.2000 s"),
     ],
 )
-def test_a_video_that_is_not_what_the_index_states(noisy, change, message):
+def test_a_video_that_differs_from_its_index_is_named(noisy, change, message):
     wide = dataclasses.replace(next(clip for clip in noisy if clip.path.endswith("wide.mp4")), **change)
     dataset = ClipDataset([wide], 5, 20, in_memory=True)
     for _ in range(2):  # what failed is not held
@@ -142,7 +142,7 @@ def test_a_video_that_is_not_what_the_index_states(noisy, change, message):
     assert dataset.memory.cached == 0
 
 
-def test_an_unreadable_video_is_not_held(copied):
+def test_an_unreadable_video_is_not_kept_in_memory(copied):
     wide = next(clip for clip in copied if clip.path.endswith("wide.mp4"))
     dataset = ClipDataset([wide], 5, 20, in_memory=True)
     Path(wide.path).write_bytes(Path(wide.path).read_bytes()[:900])
@@ -151,13 +151,13 @@ def test_an_unreadable_video_is_not_held(copied):
     assert dataset.memory.cached == 0
 
 
-def test_more_than_there_is(noisy):
+def test_clips_that_exceed_the_memory_are_refused(noisy):
     long = [dataclasses.replace(clip, frames=2**31 - 1, height=50, width=100) for clip in noisy]
     with pytest.raises(UserError, match=r"in_memory true: 4 clips need 12582911\.99 GiB .* in_memory: false reads them"):
         ClipDataset(long, 5, 512, in_memory=True)
 
 
-def test_sources_hold_what_comes_from_an_index(noisy, tmp_path):
+def test_sources_keep_clips_of_an_index_in_memory(noisy, tmp_path):
     save_clips(tmp_path / "clips.jsonl", noisy)
     buckets = [Bucket(5, 32, 32), Bucket(5, 48, 32, 4)]
     index, shapes = str(tmp_path / "clips.jsonl"), Source("synthetic", 0.3, (1,))

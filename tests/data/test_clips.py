@@ -24,7 +24,7 @@ def test_one_clip_a_video_at_its_own_rate(folder, clips):
     assert [(clip.frames, clip.fps) for clip in clips] == [(30, 30.0), (21, 15.0), (5, 30.0)]
 
 
-def test_windows_do_not_overlap_and_remainders_are_counted(folder):
+def test_clips_do_not_overlap_and_remainders_are_counted(folder):
     prepared = prepare(list_videos(folder), frames=8, progress=False)
     assert [(clip.path.rsplit("/", 1)[1], clip.start) for clip in prepared.clips] == [
         *(("a_grey-wall_01.mp4", pytest.approx(k * 8 / 30)) for k in range(3)),
@@ -65,7 +65,7 @@ def test_nothing_long_enough(folder):
         prepare([(str(folder / "more" / "b.mp4"), ""), (str(folder / "short.mp4"), "")], fps=15, frames=22, progress=False)
 
 
-def test_quarantine_and_its_limit(folder, tmp_path):
+def test_unreadable_videos_are_quarantined_up_to_a_limit(folder, tmp_path):
     broken = [tmp_path / "x.mp4", tmp_path / "y.mp4"]
     data = (folder / "a_grey-wall_01.mp4").read_bytes()
     broken[0].write_bytes(data[:-30])
@@ -80,7 +80,7 @@ def test_quarantine_and_its_limit(folder, tmp_path):
         prepare(videos, max_bad=0.39, progress=False)
 
 
-def test_too_many_unreadable_videos_are_counted_with_the_first_reasons_and_a_way_out(tmp_path):
+def test_too_many_unreadable_videos_end_with_counts_reasons_and_advice(tmp_path):
     videos = [(str(tmp_path / f"{i}.mp4"), "") for i in range(5)]
     for path, _ in videos:
         Path(path).write_text("text")
@@ -95,12 +95,12 @@ def test_too_many_unreadable_videos_are_counted_with_the_first_reasons_and_a_way
 
 
 @pytest.mark.parametrize("options", [{"fps": 0}, {"frames": 0}, {"max_bad": 1.5}, {"workers": 0}])
-def test_settings_that_cannot_be_meant(folder, options):
+def test_invalid_settings_are_refused(folder, options):
     with pytest.raises(UserError, match=f"{next(iter(options))} {next(iter(options.values()))}"):
         prepare(list_videos(folder), **options, progress=False)
 
 
-def test_licences_go_along(folder):
+def test_licences_are_copied(folder):
     path = str(folder / "short.mp4")
     prepared = prepare([(path, "S"), (str(folder / "more" / "b.mp4"), "B")], progress=False, licences={path: "CC0-1.0"})
     assert {clip.caption: clip.licence for clip in prepared.clips} == {"S": "CC0-1.0", "B": None}

@@ -29,7 +29,7 @@ def blueness(item) -> torch.Tensor:
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 
-def test_items_hold_the_frames_they_name(clips):
+def test_items_hold_the_frames_of_their_crop(clips):
     dataset = ClipDataset(clips[:2], 5, 16, temporal_strides=(1, 2, 6))
     seen = set()
     for seed in range(60):
@@ -49,7 +49,7 @@ def test_starts_reach_both_ends(clips):
     assert {dataset.item(0, np.random.default_rng(seed))["start"] for seed in range(30)} == {0, 1, 2}
 
 
-def test_fixed_is_the_beginning_in_the_centre(clips):
+def test_a_fixed_crop_is_the_first_frames_and_the_centre(clips):
     item = ClipDataset(clips, 4, 16, temporal_strides=(1, 2)).fixed(0)
     assert numbers(item) == [0, 1, 2, 3]
     assert (item["start"], item["stride"], item["clip"]) == (0, 1, 0)
@@ -78,7 +78,7 @@ def test_reduction_does_not_alias(tmp_path):
     assert video.abs().max() < 0.1  # mid grey; taking every fourth column would give black or white
 
 
-def test_flip_only_when_asked(clips):
+def test_clips_are_flipped_only_on_request(clips):
     rngs = [np.random.default_rng(seed) for seed in range(12)]
     plain = [blueness(ClipDataset(clips[:1], 2, (32, 64)).item(0, rng)) for rng in rngs]
     assert {bool(blue[-1] > blue[0]) for blue in plain} == {True}
@@ -105,7 +105,7 @@ def test_enlarging_is_named(clips, caplog):
 @pytest.mark.parametrize(
     ("frames", "size", "strides"), [(0, 16, (1,)), (4, 0, (1,)), (4, (16, -1), (1,)), (4, 16, ()), (4, 16, (0,))]
 )
-def test_crops_that_cannot_be_meant(clips, frames, size, strides):
+def test_invalid_crops_are_refused(clips, frames, size, strides):
     with pytest.raises(UserError, match="from 1 up"):
         ClipDataset(clips, frames, size, strides)
 
@@ -113,7 +113,7 @@ def test_crops_that_cannot_be_meant(clips, frames, size, strides):
 # -- generated clips and opening -------------------------------------------------------------------------------------
 
 
-def test_shapes_have_the_interface_of_clips():
+def test_generated_clips_have_the_interface_of_clips():
     dataset = SyntheticDataset("train", 4, frames=3, size=32)
     assert (len(dataset), dataset.skipped) == (4, 0)
     items = [dataset.item(index, np.random.default_rng(0)) for index in range(4)]
@@ -151,7 +151,7 @@ def test_opening_an_index(clips, tmp_path):
         ({"flip": True}, "flip True"),
     ],
 )
-def test_opening_shapes(change, message):
+def test_opening_generated_clips(change, message):
     options = {"split": "eval", "frames": 5, "size": (32, 48), "count": 3}
     found = open_dataset("synthetic", **options)
     assert (len(found), found.fixed(0)["video"].shape) == (3, (3, 5, 32, 48))
@@ -159,7 +159,7 @@ def test_opening_shapes(change, message):
         open_dataset("synthetic", **{**options, **change})
 
 
-def test_digests_follow_the_content_and_not_the_place(clips, tmp_path):
+def test_digests_depend_on_content_not_on_paths(clips, tmp_path):
     moved = dataclasses.replace(clips[0], path=str(tmp_path / "a.mp4"))
     renamed = dataclasses.replace(clips[0], caption="another")
     digests = [ClipDataset([clip, clips[1]], 3, 16).digest(1) for clip in (clips[0], moved, renamed)]
@@ -167,7 +167,7 @@ def test_digests_follow_the_content_and_not_the_place(clips, tmp_path):
     assert ClipDataset(clips, 3, 16).digest(1) == digests[0] != ClipDataset(clips, 3, 16).digest(2)
 
 
-def test_the_digest_of_many_clips_holds_one_row_at_a_time(clips, tmp_path):
+def test_a_digest_keeps_one_row_at_a_time_in_memory(clips, tmp_path):
     """It is that of the list of all rows, whatever their number, without the list."""
     rows = [dataclasses.replace(clips[0], caption=f"{k} " + "words " * 100) for k in range(3000)]
     save_clips(tmp_path / "clips.jsonl", rows)
@@ -181,7 +181,7 @@ def test_the_digest_of_many_clips_holds_one_row_at_a_time(clips, tmp_path):
     assert peak < 200_000  # the list and its text are some megabytes
 
 
-def test_generated_clips_have_another_digest_when_the_generator_changes(monkeypatch):
+def test_the_digest_of_generated_clips_depends_on_the_generator(monkeypatch):
     dataset = SyntheticDataset("train", 4, frames=3, size=32)
     digest = dataset.digest(4)
     assert digest == SyntheticDataset("train", 4, frames=3, size=32).digest(4)

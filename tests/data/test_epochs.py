@@ -18,12 +18,12 @@ seeds = st.integers(0, 2**40)
 
 
 @given(st.integers(1, 400), seeds, st.integers(0, 2**32))
-def test_a_permutation_takes_each_place_to_another(count, seed, epoch):
+def test_a_permutation_is_one_to_one(count, seed, epoch):
     assert sorted(permute(place, count, seed, epoch) for place in range(count)) == list(range(count))
 
 
 @given(st.integers(1, 2**60), seeds, st.data())
-def test_a_permutation_of_any_size_is_found_at_once(count, seed, data):
+def test_a_permutation_of_any_size_is_evaluated_at_once(count, seed, data):
     places = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=20, unique=True))
     taken = [permute(place, count, seed) for place in places]
     assert len(set(taken)) == len(places)
@@ -36,14 +36,14 @@ def test_places_out_of_range_are_named(place):
         permute(place, 3, 0)
 
 
-def test_every_order_of_few_clips_comes_about_equally_often():
+def test_all_orders_of_few_clips_are_equally_likely():
     orders = Counter(tuple(permute(place, 4, 7, key) for place in range(4)) for key in range(4800))
     assert len(orders) == 24
     assert sum((n - 200) ** 2 / 200 for n in orders.values()) < 60  # chi square, 23 degrees of freedom: p < 4e-5
 
 
 @pytest.mark.parametrize("count", [10, 97, 1000])
-def test_neighbours_are_parted_as_by_chance(count):
+def test_neighbours_are_separated_as_by_chance(count):
     """The mean distance of neighbours is a third of the range, and no place keeps its clip from epoch to epoch."""
     epochs = [[permute(place, count, 3, epoch) for place in range(count)] for epoch in range(20_000 // count)]
     distances = np.abs(np.diff(np.array(epochs), axis=1))
@@ -69,7 +69,7 @@ def test_orders_differ_between_epochs_seeds_and_datasets():
 
 
 @given(st.lists(st.sampled_from([0.1, 0.3, 1.0, 1.5, 2.0, 7.0]), min_size=1, max_size=30), seeds, st.integers(0, 4))
-def test_weighted_clips_come_as_often_as_they_should_in_every_epoch(weights, seed, epoch):
+def test_weighted_clips_are_drawn_by_weight_in_every_epoch(weights, seed, epoch):
     order, counts = ClipOrder(len(weights), seed, weights=np.array(weights)), Counter(weights)
 
     def before(epoch):
@@ -87,7 +87,7 @@ def test_weighted_clips_come_as_often_as_they_should_in_every_epoch(weights, see
 
 
 @given(st.lists(st.sampled_from([0.02, 0.3, 1.0, 2.5]), min_size=1, max_size=12), seeds)
-def test_over_many_epochs_every_clip_comes_as_often_as_its_weight_says(weights, seed):
+def test_over_many_epochs_each_clip_is_drawn_by_its_weight(weights, seed):
     order = ClipOrder(len(weights), seed, weights=np.array(weights))
     drawn = Counter(order.clip(draw) for draw in range(math.ceil(sum(weights) * 100)))
     assert all(abs(drawn[clip] - 100 * weight) <= 4 for clip, weight in enumerate(weights))
@@ -95,7 +95,7 @@ def test_over_many_epochs_every_clip_comes_as_often_as_its_weight_says(weights, 
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]])
-def test_weights_that_cannot_be_meant_are_named(weights):
+def test_invalid_weights_are_named(weights):
     with pytest.raises(ValueError, match="a weight above 0 for each"):
         ClipOrder(2, 0, weights=np.array(weights))
 
@@ -109,7 +109,7 @@ def test_sources_are_interleaved_by_their_shares(shares, seed, step):
         assert abs(drawn.count(source) - step * share / sum(shares)) < 4
 
 
-def test_any_step_of_an_interleaving_is_found_at_once():
+def test_any_step_of_an_interleaving_is_evaluated_at_once():
     sources = Interleaving([3, 1], 0)
     far = 10**12
     assert sources.earlier(0, far) + sources.earlier(1, far) == far
@@ -165,14 +165,14 @@ def test_a_lane_takes_a_contiguous_run(plan):
 
 
 @given(plans, st.integers(0, 200))
-def test_a_step_does_not_depend_on_what_was_asked_before(plan, step):
+def test_a_step_does_not_depend_on_earlier_queries(plan, step):
     asked = EpochPlan(*plan)
     for earlier in range(step):
         asked.batch(earlier, 0)
     assert asked.batch(step, 0) == EpochPlan(*plan).batch(step, 0)
 
 
-def test_buckets_come_in_an_order_that_seed_and_epoch_decide():
+def test_seed_and_epoch_determine_the_order_of_buckets():
     def order(seed, epoch):
         plan = EpochPlan([30, 30], [1, 1], 1, 2, seed)
         return tuple(plan.batch(step, 0).bucket for step in range(60 * epoch, 60 * (epoch + 1)))
@@ -192,7 +192,7 @@ shards = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any)
 
 
 @given(shards, st.integers(1, 25), st.integers(0, 2**32), st.integers(0, 5))
-def test_an_order_holds_each_sample_once_a_block_at_a_time(counts, block, seed, epoch):
+def test_an_order_visits_each_sample_once_block_by_block(counts, block, seed, epoch):
     order = ShardOrder(np.array(counts), block, seed, bucket=0)
     places = [order.locate(epoch, position) for position in range(sum(counts))]
     assert sorted(places) == [(shard, place) for shard, count in enumerate(counts) for place in range(count)]

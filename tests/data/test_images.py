@@ -71,7 +71,7 @@ def test_depths_and_channels():
         read_image(saved(Image.new("F", (2, 2)), "TIFF"))
 
 
-def test_colours_follow_the_profile_that_lies_in_the_file():
+def test_colours_follow_the_files_colour_profile():
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     picture = Image.fromarray(RED_LEFT)
     same = read_image(saved(picture, icc_profile=lab.tobytes()))
@@ -102,7 +102,7 @@ def test_damaged_images_are_named(data):
         decode_strictly(VideoBytes("shard.tar: 7.jpg", data))
 
 
-def test_images_stand_in_an_index_where_they_are_asked_for(tmp_path):
+def test_images_are_indexed_on_request(tmp_path):
     counting(tmp_path / "clip.mp4", 6)
     (tmp_path / "red_left.png").write_bytes(encoded("PNG"))
     assert [caption for _, caption in list_videos(tmp_path)] == ["clip"]

@@ -85,7 +85,7 @@ def test_file_urls_in_tables(tmp_path, url):
     assert listed(tmp_path) == {"no\udcff x.mp4": "A"}
 
 
-def test_composed_and_decomposed_names_are_the_same_where_one_is_there(tmp_path, caplog):
+def test_composed_and_decomposed_unicode_names_match(tmp_path, caplog):
     tree(
         tmp_path,
         {
@@ -112,7 +112,7 @@ def test_composed_and_decomposed_names_are_the_same_where_one_is_there(tmp_path,
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_ending_that_a_demuxer_of_videos_claims(tmp_path):
+def test_every_file_extension_of_a_video_demuxer(tmp_path):
     claimed = set()
     for name in av.format.formats_available:
         container = av.format.ContainerFormat(name)
@@ -134,7 +134,7 @@ def test_a_folder_is_searched_and_captioned_from_names(folder, caplog):
     assert record.getMessage() == f"{folder}: 3 captions: 3 from file names ({', '.join(f'{folder}/{n}' for n in names)})"
 
 
-def test_what_is_skipped_is_counted_and_named_once(tmp_path, caplog):
+def test_skipped_files_are_counted_and_named_once(tmp_path, caplog):
     skipped = ["b.png", "c.png", "d.JPG", "e.wav", "readme.txt", "f.zip", "Makefile", "sizes.csv"]
     tree(tmp_path, {"a.mp4": b"", ".hidden.mp4": b"", ".git/x.mp4": b"", "a.txt": "A", **dict.fromkeys(skipped, "a,b\n1,2\n")})
     assert listed(tmp_path) == {"a.mp4": "A"}
@@ -258,7 +258,7 @@ def test_lists_of_videos_and_captions(tmp_path, videos, captions, caplog):
         ({"a.txt": "A"}, "a.txt", r"a\.txt: is no list of videos"),
     ],
 )
-def test_lists_that_do_not_belong_together(tmp_path, files, source, message):
+def test_lists_of_different_lengths_are_refused(tmp_path, files, source, message):
     tree(tmp_path, {"a.mp4": b"", "b.mp4": b"", **files})
     with pytest.raises(UserError, match=message):
         list_videos(tmp_path / source)
@@ -282,7 +282,7 @@ def test_tables_of_folders(tmp_path, name, content, caplog):
     assert caplog.records[0].levelno == logging.INFO
 
 
-def test_captions_are_taken_in_one_order_and_the_log_states_which(tmp_path, caplog):
+def test_captions_come_from_one_source_by_priority_and_the_log_names_it(tmp_path, caplog):
     """A table before lists, before texts, before names; the table of the nearest folder first."""
     videos = dict.fromkeys(["a.mp4", "b.mp4", "c.mp4", "in/d.mp4", "in/e.mp4"], b"")
     tree(
@@ -320,7 +320,7 @@ def test_empty_captions_are_named(tmp_path, caplog):
     assert f"{tmp_path}: 2 of 2 captions are empty: {tmp_path}/001.mp4, {tmp_path}/002.mp4" in caplog.text
 
 
-def test_several_tables_of_which_none_comes_first(tmp_path):
+def test_several_tables_without_a_priority_are_refused(tmp_path):
     tree(
         tmp_path,
         {
@@ -383,7 +383,7 @@ def test_a_split_needs_a_table(folder):
     assert list_licences(folder) == list_licences(folder / "short.mp4") == {}
 
 
-def test_a_table_lists_in_its_order_relative_to_itself(folder, tmp_path):
+def test_a_table_keeps_its_order_and_paths_are_relative_to_it(folder, tmp_path):
     rows = [
         ("v/short.mp4", " ein kurzer Schwenk über Grau ", "train"),
         (str(folder / "more" / "b.mp4"), "b", "eval"),
@@ -405,7 +405,7 @@ def test_a_table_lists_in_its_order_relative_to_itself(folder, tmp_path):
         ("g.csv", "", r"0 rows with the columns \(none\); wanted"),
     ],
 )
-def test_what_cannot_be_listed(tmp_path, name, content, message):
+def test_paths_that_cannot_be_listed_are_refused(tmp_path, name, content, message):
     tree(tmp_path, {} if content is None else {name: content})
     with pytest.raises(UserError, match=message):
         list_videos(tmp_path / name)

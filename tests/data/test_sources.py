@@ -23,7 +23,7 @@ def index(clips, tmp_path_factory):
     return path
 
 
-def test_one_source_gives_what_it_gives_alone():
+def test_one_source_gives_the_same_clips_as_alone():
     found, plan = open_sources("synthetic", [], BUCKETS, **REST)
     alone, plan_alone = open_training("synthetic", BUCKETS, 8, 2, 1, (1,), Sharding(1, 1))
     assert plan == plan_alone
@@ -52,12 +52,12 @@ def test_buckets_keep_their_proportions_and_batch_sizes():
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
-def test_share_that_leaves_nothing(share):
+def test_a_share_that_leaves_nothing_is_refused(share):
     with pytest.raises(ValueError, match=f"share {share} of synthetic: must be above 0 and below 1"):
         Source("synthetic", share, (1,))
 
 
-def test_what_is_refused(index):
+def test_invalid_sources_are_refused(index):
     half = Source("synthetic", 0.5, (1,))
     with pytest.raises(UserError, match=r"shares 0.5, 0.5 of other sources: together they must stay below 1"):
         open_sources("synthetic", [half, half], BUCKETS, **REST)
@@ -65,7 +65,7 @@ def test_what_is_refused(index):
         open_sources("synthetic", [Source("synthetic", 0.5, (2,))], BUCKETS, **REST)
 
 
-def test_shards_stand_alone(index, tmp_path):
+def test_shards_cannot_be_mixed_with_other_sources(index, tmp_path):
     write_shards(index, tmp_path, 2, progress=False)
     with pytest.raises(UserError, match="name all shards in one pattern"):
         open_sources(str(tmp_path / "*.tar"), [Source("synthetic", 0.5, (1,))], [BUCKETS[0]], **REST)

@@ -82,7 +82,7 @@ def test_ranks_steps_and_seeds_differ(dataset):
     ("rank", "world", "size", "first", "accumulate"),
     [(1, 1, 2, 0, 1), (-1, 1, 2, 0, 1), (0, 1, 0, 0, 1), (0, 1, 2, -1, 1), (0, 1, 2, 0, 0)],
 )
-def test_streams_that_cannot_be_meant(dataset, rank, world, size, first, accumulate):
+def test_invalid_streams_are_refused(dataset, rank, world, size, first, accumulate):
     with pytest.raises(ValueError, match="are legal"):
         TrainingStream(dataset, 0, size, rank, world, first, accumulate)
 
@@ -156,7 +156,7 @@ def test_a_mixture_takes_each_step_from_one_dataset_by_its_share():
     assert all(sorted(taken_of_b[k : k + 30]) == list(range(30)) for k in range(0, len(taken_of_b) - 30, 30))
 
 
-def test_datasets_of_one_order_share_its_epochs():
+def test_datasets_with_one_order_share_its_epochs():
     mixture = Mixture([Named("16x", 40), Named("8x", 40), Named("c")], [2, 1, 1], [None, None, 3], orders=[0, 0, 1])
     drawn = [pair for pair in clips_of(TrainingStream(mixture, 1, 4, 0, 1), range(150)) if pair[0] != "c"]
     for epoch in range(len(drawn) // 40):
@@ -165,7 +165,7 @@ def test_datasets_of_one_order_share_its_epochs():
     assert {pair for pair in drawn if pair[0] != "c"} == {(name, clip) for name in ("16x", "8x") for clip in range(40)}
 
 
-def test_weighted_clips_come_as_often_as_they_should():
+def test_weighted_clips_are_drawn_by_weight():
     stream = TrainingStream(Named("a", 4, np.array([1.0, 3.0, 1.0, 0.5])), 0, 11, 0, 1)
     assert Counter(clip for _, clip in clips_of(stream, range(20))) == {0: 40, 1: 120, 2: 40, 3: 20}
 
@@ -259,7 +259,7 @@ class First(IterableDataset):
         return (stream.batch(0) for stream in self.streams)
 
 
-def test_streams_that_were_read_go_to_a_spawned_process(sources, clips):
+def test_streams_that_were_read_can_be_sent_to_a_spawned_process(sources, clips):
     every = [*sources.values(), ClipDataset(clips, 3, 16, in_memory=True)]
     streams = First([TrainingStream(source, 3, 2, 0, 1, 0, 2) for source in every])
     expected = list(streams)  # opens files, which do not travel

@@ -37,7 +37,7 @@ def test_every_scene_is_listed_once_and_has_a_caption_of_its_own():
     assert len({scene.caption() for scene in ALL}) == len(set(ALL)) == len(ALL)
 
 
-def test_clips_are_decided_by_their_arguments():
+def test_arguments_determine_a_clip():
     digests = {}
     for split in ("train", "eval", "unseen"):
         for seed in range(4):
@@ -48,7 +48,7 @@ def test_clips_are_decided_by_their_arguments():
     assert len(digests) == 12
 
 
-def test_held_out_combinations_are_spread_and_each_two_of_their_parts_are_trained_on():
+def test_unseen_combinations_are_spread_and_each_pair_of_their_parts_is_trained():
     held, trained = ([s for s in SINGLE if is_unseen(s) == out] for out in (True, False))
     assert 0.09 < len(held) / len(SINGLE) < 0.11
     for part, legal in (("shape", SHAPES), ("colour", COLOURS), ("motion", MOTIONS[:-1])):
@@ -59,7 +59,7 @@ def test_held_out_combinations_are_spread_and_each_two_of_their_parts_are_traine
         assert {(getattr(s, a), getattr(s, b)) for s in held} <= {(getattr(s, a), getattr(s, b)) for s in trained}
 
 
-def test_splits_keep_to_their_combinations():
+def test_splits_contain_only_their_combinations():
     rng = np.random.default_rng(0)
     assert not any(is_unseen(sample_scene(rng, unseen=False)) for _ in range(300))
     assert {is_unseen(sample_scene(rng, unseen=None)) for _ in range(100)} == {True, False}
@@ -68,7 +68,7 @@ def test_splits_keep_to_their_combinations():
 
 
 @given(st.sampled_from([scene for scene in ALL if scene.other]))
-def test_a_crossing_is_held_out_with_either_object(scene):
+def test_a_crossing_is_unseen_if_either_object_is(scene):
     swapped = Scene(scene.other[0], scene.other[1], "crosses", (scene.shape, scene.colour))
     assert is_unseen(scene) == is_unseen(swapped)
 
@@ -83,7 +83,7 @@ def silhouette(frame):
 @pytest.mark.parametrize("frames", [9, 65, 129])
 @pytest.mark.parametrize("size", [32, (64, 96)])
 @pytest.mark.parametrize(("motion", "down", "right"), [("up", -1, 0), ("down", 1, 0), ("left", 0, -1), ("right", 0, 1)])
-def test_a_clip_moves_where_it_says_and_shows_the_whole_way(motion, down, right, size, frames):
+def test_a_clip_moves_as_captioned_and_shows_the_whole_path(motion, down, right, size, frames):
     video = render(Scene("square", "blue", f"moves {motion}"), 5, frames, size)
     (y0, x0), (y1, x1) = ([part.mean() for part in silhouette(video[i])] for i in (0, -1))
     for shift, sign in ((y1 - y0, down), (x1 - x0, right)):
@@ -92,7 +92,7 @@ def test_a_clip_moves_where_it_says_and_shows_the_whole_way(motion, down, right,
 
 @pytest.mark.parametrize(("motion", "sign"), [("turns clockwise", 1), ("turns counterclockwise", -1)])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_tip_of_a_turning_triangle_leans_the_right_way(motion, sign, seed):
+def test_a_triangle_turns_in_the_captioned_direction(motion, sign, seed):
     video = render(Scene("triangle", "green", motion), seed, 9, 128)
     tips = []
     for frame in video[:2]:
@@ -118,7 +118,7 @@ def test_the_scorer_reads_true_clips(frames, count):
     assert np.mean(right) > 0.98
 
 
-def test_the_scorer_reads_what_a_weak_autoencoder_leaves():
+def test_the_scorer_reads_clips_degraded_by_a_weak_autoencoder():
     rng = np.random.default_rng(0)
     right = []
     for i in range(120):
@@ -139,7 +139,7 @@ def degrade(video, rng):
 
 @given(st.sampled_from(SINGLE), st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_any_one_mistake_is_told(scene, seed):
+def test_any_single_mistake_is_detected(scene, seed):
     video = render(scene, seed, 17)
     assert score(video, scene).all
     for part, legal in (("shape", SHAPES), ("colour", COLOURS), ("motion", MOTIONS[:-1])):
@@ -170,7 +170,7 @@ def test_time_reversed_and_frozen_clips(scene, seed):
     assert read_scene(np.repeat(video[:1], 17, 0)).motion is None
 
 
-def test_motion_is_read_from_the_way_not_from_its_ends():
+def test_motion_is_read_from_the_whole_path_not_its_ends():
     rng = np.random.default_rng(0)
     for i in range(60):
         video, _ = clip(i, "eval", 17)
@@ -179,7 +179,7 @@ def test_motion_is_read_from_the_way_not_from_its_ends():
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=20, deadline=None, derandomize=True)
-def test_a_missing_or_miscoloured_second_object_is_told(seed):
+def test_a_missing_or_miscoloured_second_object_is_detected(seed):
     scene = Scene("disc", "red", "crosses", ("square", "blue"))
     video = render(scene, seed, 17)
     assert score(video, scene).all
@@ -191,7 +191,7 @@ def test_a_missing_or_miscoloured_second_object_is_told(seed):
     assert not score(alone, scene).motion
 
 
-def test_nothing_is_read_where_nothing_is():
+def test_an_empty_clip_gives_no_reading():
     rng = np.random.default_rng(0)
     shape = (17, 64, 64, 3)
     beside = render(Scene("disc", "red", "moves up"), 0, 17, (64, 256))[:, :, :64]  # background without the object

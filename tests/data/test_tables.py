@@ -50,13 +50,13 @@ def test_encodings_are_read_and_any_but_utf8_is_named_once(tmp_path, caplog, enc
         b"caf\xe9\x07",
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path, content):
+def test_files_that_are_not_text_are_refused(tmp_path, content):
     path = table_of(tmp_path, "a.csv", content)
     with pytest.raises(UserError, match=r"a\.csv: is no text in UTF-8, UTF-16 or Windows-1252 \(cp1252\); save it as UTF-8"):
         load_text(path)
 
 
-def test_lines_end_where_editors_end_them_and_nowhere_else(tmp_path):
+def test_lines_end_only_at_line_breaks_of_editors(tmp_path):
     path = table_of(tmp_path, "a.txt", " one\r\n\r\nthree\u2028still three\rfour \n\n\n")
     assert read_lines(path) == ["one", "", "three\u2028still three", "four"]
     assert read_lines(table_of(tmp_path, "b.txt", "\ufeff\n \n")) == []
@@ -100,7 +100,7 @@ def test_separators_quotes_and_blank_lines(tmp_path, kind, separator):
         ("a.json", "[3]", r"a\.json, row 1: 3 is no row with named columns"),
     ],
 )
-def test_what_is_no_table_is_refused_with_its_line(tmp_path, name, content, message):
+def test_files_that_are_not_tables_are_refused_with_the_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         read_table(table_of(tmp_path, name, content))
 
@@ -121,7 +121,7 @@ def test_json_lines_and_lists(tmp_path):
 
 @pytest.mark.parametrize("file", ["file", "file_name", "path", "video", "File_Name"])
 @pytest.mark.parametrize("caption", ["caption", "text", "prompt", " Caption"])
-def test_common_names_of_columns_need_no_option(tmp_path, file, caption):
+def test_common_column_names_need_no_option(tmp_path, file, caption):
     table = read_table(table_of(tmp_path, "a.csv", f"id,{caption},{file}\n1,A,a.mp4\n"))
     assert rows_of(table) == [Row("a.mp4", "A")]
 
@@ -162,7 +162,7 @@ def test_columns_that_cannot_be_parsed(text):
         ("path,caption,start,frames,sha256", {}, r"is a clip index, whose videos are prepared already"),
     ],
 )
-def test_messages_name_the_columns_there_and_those_wanted(tmp_path, header, columns, message):
+def test_messages_name_the_existing_and_the_wanted_columns(tmp_path, header, columns, message):
     row = ",".join("abcde"[: header.count(",") + 1])
     with pytest.raises(UserError, match=message):
         rows_of(read_table(table_of(tmp_path, "t.csv", f"{header}\n{row}\n"), columns), columns)

@@ -78,7 +78,7 @@ def test_shards_hold_the_clips_of_an_index_and_their_facts(index, shards):
     assert sorted(seen) == list(range(7)) != seen  # shuffled
 
 
-def test_a_samples_row_keeps_what_the_index_knows(index, shards):
+def test_a_samples_row_keeps_the_facts_of_the_index(index, shards):
     rows = []
     for url in find_shards(shards / "*.tar"):
         with tarfile.open(url) as archive:
@@ -91,7 +91,7 @@ def test_a_samples_row_keeps_what_the_index_knows(index, shards):
     assert {row["path"] for row in rows} == {"a_grey-wall_01.mp4", "b.mp4", "short.mp4", "red.png"}
 
 
-def test_shards_are_the_same_again_and_continue_after_an_interruption(index, shards, tmp_path, monkeypatch):
+def test_shards_are_reproducible_and_continue_after_an_interruption(index, shards, tmp_path, monkeypatch):
     from promag.data import tar_writer as shard_writing
 
     whole, count = shard_writing._write_shard, 0
@@ -175,11 +175,11 @@ def test_patterns(shards):
         ("pipe:aws s3 cp s3://b/d/a.tar.gz -", "pipe:aws s3 cp s3://b/d/shards.jsonl -"),
     ],
 )
-def test_the_index_lies_beside_the_shards(shard, place):
+def test_the_index_is_beside_the_shards(shard, place):
     assert index_url(shard) == place
 
 
-def test_some_shards_and_shards_by_pipe_have_the_same_facts(shards):
+def test_a_subset_and_piped_shards_have_the_same_facts(shards):
     whole = open_shards(shards / "*.tar")
     some = open_shards(f"{shards}/shard-{{000002,000000}}.tar")
     assert some.urls == [whole.urls[2], whole.urls[0]]
@@ -226,7 +226,7 @@ def numbered(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["{}", "pipe:cat {}", "file:{}"])
-def test_samples_are_read_by_number_forwards_and_back(numbered, how):
+def test_samples_are_read_by_number_forwards_and_backwards(numbered, how):
     reader = ShardReader(how.format(numbered), 8)
     for numbers in ([0, 1], [2], [4, 6], [7], [3, 5], [0], [0, 7]):
         found = reader.read(numbers)
@@ -235,7 +235,7 @@ def test_samples_are_read_by_number_forwards_and_back(numbered, how):
     reader.close()
 
 
-def test_a_stream_is_opened_once_on_the_way_forwards(numbered, tmp_path):
+def test_reading_forwards_opens_a_stream_once(numbered, tmp_path):
     reader = ShardReader(f"pipe:echo x >> {tmp_path}/opened; cat {numbered}", 8)
     for numbers in ([0], [1, 2], [3, 5], [6], [7]):
         reader.read(numbers)
@@ -245,7 +245,7 @@ def test_a_stream_is_opened_once_on_the_way_forwards(numbered, tmp_path):
     reader.close()
 
 
-def test_a_stream_that_breaks_off_between_two_reads_is_opened_once_more(numbered, tmp_path):
+def test_a_stream_broken_between_two_reads_is_reopened(numbered, tmp_path):
     with tarfile.open(numbered) as archive:
         cut = archive.getmember("p/004.png").offset_data + 10
     command = f"pipe:echo x >> {tmp_path}/opened; if [ $(wc -l < {tmp_path}/opened) = 2 ]; then cat {numbered}"
@@ -313,7 +313,7 @@ def test_a_caption_may_be_a_text_file(tmp_path):
 # -- shards that others wrote ----------------------------------------------------------------------------------------
 
 
-def test_shards_of_others_are_indexed_by_decoding_them(clips, numbered, tmp_path):
+def test_foreign_shards_are_indexed_by_decoding(clips, numbered, tmp_path):
     with open(clips[1].path, "rb") as file:
         video = file.read()
     tar(tmp_path / "other.tar", ("x.mp4", video), ("x.txt", b"b"), ("y.mp4", video[:900]), ("y.txt", b""), ("z.png", png()))
@@ -343,7 +343,7 @@ def test_written_and_indexed_facts_agree(shards, tmp_path):
 
 @pytest.mark.parametrize("url", ["pipe:echo x > {}/ran; echo a.tar", "PIPE:echo x > {}/ran; cat a.tar"])
 @pytest.mark.parametrize("allowed", [None, "", "0", "yes"])
-def test_a_pipe_runs_only_where_the_environment_allows_it(tmp_path, monkeypatch, url, allowed):
+def test_pipes_run_only_if_the_environment_allows_them(tmp_path, monkeypatch, url, allowed):
     monkeypatch.delenv("PROMAG_ALLOW_PIPES")
     if allowed is not None:
         monkeypatch.setenv("PROMAG_ALLOW_PIPES", allowed)

@@ -86,7 +86,7 @@ def test_an_epoch_shows_every_clip_once_over_all_ranks(folder, world, size):
         assert {(3, 32, 64), (1, 16, 16)} == set(shapes)
 
 
-def test_elements_are_crops_drawn_by_their_address(index, folder):
+def test_an_elements_address_determines_its_crop(index, folder):
     clips, rows = clips_of(folder), {clip.caption: clip for clip in load_clips(index)}
     stream = TrainingStream(clips, 3, 2, 1, 2)
     batch = stream.batch(2)
@@ -114,7 +114,7 @@ def test_shards_by_pipe_are_opened_once_an_epoch(folder, tmp_path):
         same(one, other)
 
 
-def test_lanes_that_workers_share_are_named(folder, monkeypatch, caplog):
+def test_fewer_concurrent_shards_than_workers_are_named(folder, monkeypatch, caplog):
     from promag.data import tar_stream as sharded_clips
 
     for workers, named in ((2, False), (3, True)):
@@ -123,7 +123,7 @@ def test_lanes_that_workers_share_are_named(folder, monkeypatch, caplog):
         assert ("2 concurrent_shards for 3 loader processes" in caplog.text) == named
 
 
-def test_it_goes_to_another_process(folder):
+def test_a_stream_can_be_sent_to_another_process(folder):
     clips = clips_of(folder)
     clips.items(0, 0, 0, 1, 2)
     copy = pickle.loads(pickle.dumps(clips))
@@ -173,7 +173,7 @@ def test_plans(index, folder, caplog):
     assert plan.splitlines()[1:] == ["3x32x64      8      2  66.7%", "5x32x32      8      4  33.3%"]
 
 
-def test_one_bucket_of_an_index_draws_as_a_dataset_does(index):
+def test_one_bucket_of_an_index_draws_the_clips_of_a_dataset(index):
     found, _ = open_training(index, [VIDEO], 0, 2, 1, (1, 2), Sharding(1, 1))
     alone = ClipDataset(load_clips(index), 3, (32, 64), (1, 2))
     same(TrainingStream(found, 1, 3, 0, 1).batch(4), TrainingStream(alone, 1, 3, 0, 1).batch(4))
@@ -196,7 +196,7 @@ def test_no_step_can_be_filled(folder):
 
 
 @pytest.mark.parametrize("values", [(0, 1), (1, 0)])
-def test_sharding_that_cannot_be_meant(values):
+def test_invalid_sharding_is_refused(values):
     with pytest.raises(ValueError, match="at least 1 is needed"):
         Sharding(*values)
 
@@ -226,7 +226,7 @@ def test_a_bad_sample_ends_training_and_is_named(damaged, workers):
         taken(stream_of(damaged, "stop"), 10, workers)
 
 
-def test_a_bad_sample_is_skipped_by_setting_counted_and_named_once(damaged, caplog):
+def test_a_bad_sample_may_be_skipped_and_is_counted_and_named_once(damaged, caplog):
     with caplog.at_level(logging.WARNING):
         batches = taken(stream_of(damaged, "skip"), 20)  # two epochs
     names = [clip for batch in batches for clip in batch["caption"]]
@@ -253,7 +253,7 @@ def test_a_truncated_local_shard_is_found_before_training(folder, tmp_path, capl
     taken(TrainingStream(clips, 0, 1, 0, 1), 19)
 
 
-def test_a_shard_that_ends_early_in_a_stream_is_named_and_its_clips_replaced_by_setting(folder, tmp_path, caplog):
+def test_clips_of_a_truncated_streamed_shard_may_be_replaced_and_are_named(folder, tmp_path, caplog):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 9000 if path.name == "shard-000001.tar" else None])
     shards = open_shards(f"pipe:cat {tmp_path}/shard-{{000000..000003}}.tar")
@@ -279,7 +279,7 @@ def test_a_video_shorter_than_its_index_says_is_named(folder, tmp_path):
         taken(TrainingStream(clips_of(tmp_path, [VIDEO], strides=(20,)), 0, 2, 0, 1), 4)
 
 
-def test_loaders_that_shuffle_nothing_away(folder):
+def test_loaders_keep_the_order_of_a_stream(folder):
     """The whole chain, as the training loop builds it."""
     clips, _ = open_training(folder / "*.tar", [VIDEO, IMAGE], 0, 2, 1, (1,), Sharding(2, 4))
     loader = DataLoader(TrainingStream(clips, 0, 2, 0, 1), batch_size=None, num_workers=2)

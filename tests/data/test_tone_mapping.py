@@ -23,7 +23,7 @@ def test_hdr_reference_white_of_hlg_is_203():
     assert PEAK * scene**1.2 == pytest.approx(203, abs=1)
 
 
-def test_dark_light_passes_and_bright_light_is_rolled_off():
+def test_dark_values_pass_and_bright_values_are_rolled_off():
     light = np.linspace(0, 1500, 3001)
     shown = roll_off(light)
     np.testing.assert_allclose(shown[light < 80], light[light < 80], rtol=1e-6)
@@ -46,7 +46,7 @@ def test_a_grey_of_known_light():
     assert to_sdr(np.full((1, 1, 3), code), PQ)[0, 0].tolist() == [round(255 * (26 / 203) ** (1 / 2.4))] * 3
 
 
-def test_colours_beyond_bt709_are_cut_at_its_border():
+def test_colours_outside_bt709_are_clipped_to_its_gamut():
     green = np.array([[[0, 40_000, 0]]], np.uint16)
     red, full, blue = to_sdr(green, PQ)[0, 0].tolist()
     assert (red, blue) == (0, 0)

@@ -174,7 +174,7 @@ def test_other_unreadable_files_are_refused(clean, tmp_path):
             decode_strictly(tmp_path / name)
 
 
-def test_what_an_edit_list_hides_is_not_read(clean, tmp_path):
+def test_frames_hidden_by_an_edit_list_are_not_read(clean, tmp_path):
     """A file cut without encoding lists frames that are not shown."""
     data = clean.read_bytes()
     # The edit list's media time says where in the track to begin: two frames later.
@@ -270,7 +270,7 @@ def test_indices_outside_are_refused(clean, wanted):
             read(str(clean), wanted)
 
 
-def test_a_read_that_hangs_ends_at_its_limit(tmp_path):
+def test_a_hanging_read_ends_at_its_time_limit(tmp_path):
     released = threading.Event()
     with pytest.raises(UnreadableVideo, match=r"a\.mp4: no answer within 0\.05 s"):
         within(0.05, tmp_path / "a.mp4", released.wait)
@@ -374,7 +374,7 @@ def test_a_divided_rate_takes_every_nth_frame(fps, tick, keep):
 
 
 @given(fps=RATES, noise=st.floats(-0.005, 0.005))
-def test_in_the_middle_the_earlier_frame_is_taken_whatever_the_rounding(fps, noise):
+def test_a_tie_between_two_frames_takes_the_earlier_one(fps, noise):
     stamps = np.arange(10) / fps
     np.testing.assert_array_equal(pick_by_time(stamps, (np.arange(9) + 0.5 + noise) / fps), np.arange(9))
 
@@ -412,7 +412,7 @@ def test_a_lower_quality_is_smaller():
 
 
 @pytest.mark.parametrize("crf", [0, 52])
-def test_qualities_that_are_refused(crf):
+def test_invalid_qualities_are_refused(crf):
     with pytest.raises(ValueError, match=f"crf {crf}: .* 1 to 51"):
         encode_mp4(drifting(1), 12, crf=crf)
 
@@ -427,7 +427,7 @@ def test_qualities_that_are_refused(crf):
         ((2, 32, 64, 3), 0, "fps 0"),
     ],
 )
-def test_frames_that_cannot_be_written(tmp_path, shape, fps, message):
+def test_frames_that_cannot_be_written_are_refused(tmp_path, shape, fps, message):
     with pytest.raises(ValueError, match=message):
         write_video(tmp_path / "a.mp4", np.zeros(shape, np.uint8), fps)
     with pytest.raises(ValueError, match="float64"):
@@ -452,7 +452,7 @@ def test_the_same_frames_become_the_same_file():
     assert len({encode_mp4(frames, 16) for _ in range(12)}) == 1
 
 
-def test_key_frames_stand_where_they_are_asked_for(tmp_path):
+def test_key_frames_are_at_the_requested_places(tmp_path):
     import av
 
     frames = np.full((20, 32, 32, 3), 90, np.uint8)  # without a cut, where x264 sets one on its own

@@ -35,7 +35,7 @@ def cache(config, shards, whole=False):
             (config_folder / "index.json").touch()
 
 
-def test_how_far_a_run_is_follows_from_its_files(config):
+def test_progress_of_a_run_follows_from_its_files(config):
     page = LivePage(config)
     assert page.progress().stage == "1/3 tokenizer, 4x"
     assert page.progress().fraction == 0
@@ -62,7 +62,7 @@ def test_how_far_a_run_is_follows_from_its_files(config):
     assert page.progress().fraction == pytest.approx(1 - last.seconds / whole)
 
 
-def test_the_time_to_go_follows_from_what_this_call_has_done(config):
+def test_the_remaining_time_follows_from_this_calls_speed(config):
     log(stage_folder(config, 4), config.stages[0].optimization.steps // 2)  # by an earlier call
     page = LivePage(config)
     assert page.progress().seconds_left is None
@@ -88,7 +88,7 @@ def test_it_is_rewritten_until_the_run_is_over(config, tmp_path):
     assert not page.thread.is_alive()
 
 
-def test_parts_without_a_scorer_or_growth_cost_less(config):
+def test_runs_without_a_scorer_or_growth_are_estimated_shorter(config):
     real = dataclasses.replace(config, videos="folder")
     assert parts(real)[-1].seconds == 30
     assert parts(config)[-1].seconds > 60

@@ -43,7 +43,7 @@ def test_a_working_backend_is_set_and_cross_attention_gets_one_that_takes_masks(
     assert torch.allclose(model(**inputs()).sample, before, atol=1e-5)
 
 
-def test_auto_on_a_cpu_leaves_attention_written_out(model):
+def test_auto_on_a_cpu_keeps_plain_attention(model):
     assert choose_attention(model, "auto", CPU, torch.bfloat16).startswith("written out")
     assert backends(model) == ["None"] * 4
 
@@ -79,7 +79,7 @@ def test_a_probe_sees_missing_gradients_and_masks():
     assert "does not support backward on CPU" in (probe("flex", CPU, torch.float32, 16) or "")
 
 
-def test_autocast_hands_kernels_one_type(model):
+def test_kernels_get_one_type_under_autocast(model):
     choose_attention(model, "_native_flash", CPU, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         half = model(**inputs()).sample

@@ -61,7 +61,7 @@ def configuration(folder: Path, **change) -> DiffusionConfig:
     return build(DiffusionConfig, values, "test")
 
 
-def test_all_shapes_of_a_ratio_are_normalised_by_what_is_true_over_all_of_them(cached):
+def test_all_buckets_of_a_ratio_share_their_latent_statistics(cached):
     for scale in ("channel", "global"):
         parts = [LatentDataset(part.latents[0], scale=scale) for part in cached]
         raw = [part.fixed(i)["latents"] * part.std + part.mean for part in parts for i in range(len(part))]
@@ -74,7 +74,7 @@ def test_all_shapes_of_a_ratio_are_normalised_by_what_is_true_over_all_of_them(c
             assert torch.allclose(part.std.flatten().double(), std, rtol=1e-5)
 
 
-def test_a_batch_is_of_one_shape_and_ratio_the_same_on_all_ranks(cached, tmp_path):
+def test_a_batch_has_one_bucket_and_ratio_on_all_ranks(cached, tmp_path):
     """Each clip is shown equally often: a shape's share of the steps is that of the batches which its clips fill."""
     latents = [[LatentDataset(folder) for folder in part.latents] for part in cached]
     source, plan = mixed(configuration(tmp_path), list(CLIPS), latents)
@@ -105,7 +105,7 @@ def test_a_batch_is_of_one_shape_and_ratio_the_same_on_all_ranks(cached, tmp_pat
         assert seen[key] / steps == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / steps))
 
 
-def test_processes_and_accumulation_may_be_traded_and_each_clip_comes_once_an_epoch(cached, tmp_path):
+def test_processes_may_replace_accumulation_and_each_clip_comes_once_an_epoch(cached, tmp_path):
     latents = [[LatentDataset(folder) for folder in part.latents] for part in cached]
     source, _ = mixed(configuration(tmp_path), list(CLIPS), latents)
 
@@ -124,7 +124,7 @@ def test_processes_and_accumulation_may_be_traded_and_each_clip_comes_once_an_ep
         assert all(len(set(epoch)) == count for epoch in epochs)
 
 
-def test_the_time_shift_follows_the_tokens_of_each_shape():
+def test_the_time_shift_follows_the_tokens_of_each_bucket():
     transformer = type("Shape", (torch.nn.Module,), {"config": {"patch_size": (1, 2, 2)}})()
     values = type("Values", (), {})()
     values.learning_rate = 1.0
@@ -137,7 +137,7 @@ def test_the_time_shift_follows_the_tokens_of_each_shape():
     assert objective.mu(torch.zeros(1, 4, 4, 8, 8)) - objective.mu(torch.zeros(1, 4, 1, 8, 8)) == pytest.approx(math.log(2))
 
 
-def test_training_on_several_shapes_resumes_bit_for_bit_and_tells_the_loss_of_each(cached, tmp_path):
+def test_training_on_several_buckets_resumes_bit_for_bit_and_logs_the_loss_of_each(cached, tmp_path):
     half = {"log_every": 1, "validate_every": 8, "save_every": 4, "workers": 1, "trackers": [], "stop_after": 4}
     whole = configuration(tmp_path / "whole")
     train_diffusion(whole, cached, cached)

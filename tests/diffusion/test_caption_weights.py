@@ -38,7 +38,7 @@ def test_words_are_whole_and_in_order(words, caption, held):
 @pytest.mark.parametrize(
     ("words", "factor"), [("", 2.0), (" ", 2.0), ("a", 0.0), ("a", -1.0), ("a", float("inf")), ("a", float("nan"))]
 )
-def test_an_emphasis_that_cannot_be_meant_is_refused(words, factor):
+def test_invalid_caption_weights_are_refused(words, factor):
     with pytest.raises(ValueError, match=re.escape(repr(words))):
         CaptionWeight(words, factor)
 
@@ -67,7 +67,7 @@ def clips(latents, count):
     return [clip for k in range(count) for clip in TrainingStream(latents, 0, 1, 0, 1).batch(k)["clip"].tolist()]
 
 
-def test_clips_come_as_often_as_the_words_of_their_captions_say(by_bucket):
+def test_clips_are_drawn_by_the_weights_of_their_captions(by_bucket):
     weight_by_caption(by_bucket, ())
     assert Counter(clips(by_bucket[1][0], 14)) == dict.fromkeys(range(7), 2)
     weight_by_caption(by_bucket, [CaptionWeight("6", 4), CaptionWeight("a", 0.5)])  # clips 6 and 0; the first bucket has no 6
@@ -77,7 +77,7 @@ def test_clips_come_as_often_as_the_words_of_their_captions_say(by_bucket):
     assert Counter(clips(by_bucket[0][0], 5)) == {0: 1, 1: 2, 2: 2}
 
 
-def test_a_bucket_has_the_more_steps_the_more_its_clips_weigh(by_bucket):
+def test_steps_of_a_bucket_are_proportional_to_its_clips_weights(by_bucket):
     weight_by_caption(by_bucket, [CaptionWeight("6", 12)])
     config = SimpleNamespace(seed=0, optimization=SimpleNamespace(batch_size=1), budgets=[SimpleNamespace(share=1.0)] * 2)
     buckets = [Bucket(17, 8, 8, None), Bucket(33, 8, 8, None)]
@@ -95,7 +95,7 @@ def test_words_that_no_bucket_holds_are_named(by_bucket):
         weight_by_caption(by_bucket, [CaptionWeight("6", 2.0), CaptionWeight("walrus", 2.0)])
 
 
-def test_turning_clips_of_the_generator_are_found_by_their_caption():
+def test_the_caption_word_turns_matches_all_turning_clips():
     rng = np.random.default_rng(0)
     scenes = [sample_scene(rng) for _ in range(200)]
     turns = CaptionWeight("turns", 2.0)

@@ -20,7 +20,7 @@ def generators(count, seed=0):
     return [seeded(seed, n) for n in range(count)]
 
 
-def test_given_frames_come_first_and_leave_some_to_make():
+def test_conditioning_frames_come_first_and_leave_some_to_generate():
     given = draw_cond_mask(Condition(0.5, 3), 5, generators(4000))
     counts = given.sum(1)
     assert torch.equal(given, torch.arange(5) < counts[:, None])
@@ -33,7 +33,7 @@ def test_given_frames_come_first_and_leave_some_to_make():
     assert torch.equal(torch.rand(1, generator=untouched[0]), torch.rand(1, generator=generators(1)[0]))
 
 
-def test_given_frames_stay_clean_and_do_not_count():
+def test_conditioning_frames_stay_clean_and_do_not_count_in_the_loss():
     x, noise = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
     given = torch.tensor([[True, True, False], [False, False, False]])
     times = frame_times(torch.tensor([0.7, 0.4]), given)
@@ -69,7 +69,7 @@ def batch(count, seed=0):
     return {"latents": x, "caption": ["a"] * count, "fps": torch.full((count,), 8.0), "ratio": torch.full((count,), 16)}
 
 
-def test_probability_zero_trains_as_ever():
+def test_probability_zero_trains_without_conditioning():
     losses = [objective(c)(batch(3), generators(3), 0)["loss"] for c in (Condition(0.0, 1), Condition(0.0, 2))]
     model = objective(Condition(0.0, 1))
     drawn, b = generators(3), batch(3)
@@ -99,7 +99,7 @@ def test_one_time_for_all_frames_is_the_time_of_each():
         model(x, torch.zeros(2, 2), **rest)
 
 
-def test_a_trained_model_uses_what_it_is_given():
+def test_a_trained_model_uses_its_conditioning_frames():
     """Of still clips the first frame tells all the rest: with it given, the error must fall far below what it is without."""
     model = objective(Condition(0.7, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)

@@ -66,7 +66,7 @@ def test_layerwise_casting_stores_the_blocks_in_eight_bits_and_embeddings_whole(
     assert 0 < (found - expected).norm() < 0.2 * expected.norm()
 
 
-def test_the_block_is_known_to_the_caches():
+def test_the_block_is_registered_with_the_caches():
     assert TransformerBlockRegistry.get(ProMAGTransformerBlock).return_hidden_states_index == 0
     assert ProMAGTransformer3DModel._repeated_blocks == ["ProMAGTransformerBlock"]
     model = ProMAGTransformer3DModel(**SMALL)

@@ -23,7 +23,7 @@ from promag.diffusion.flow import (
 
 
 @given(st.floats(0, 1))
-def test_the_velocity_leads_back_to_the_clean_latent(time):
+def test_the_velocity_gives_back_the_clean_latent(time):
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 3, 4, 2, 2, generator=generator), torch.randn(2, 3, 4, 2, 2, generator=generator)
     times = torch.full((2,), time)
@@ -41,7 +41,7 @@ def test_the_shift_multiplies_the_odds(time, mu):
 
 
 @given(st.integers(1, 10000), st.floats(0.5, 12))
-def test_shift_is_what_the_scheduler_applies(tokens, shift):
+def test_the_shift_equals_the_schedulers(tokens, shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=True)
     mu = token_shift(tokens, scheduler.config["shift"])
     scheduler.set_timesteps(sigmas=[0.8, 0.4], mu=mu)

@@ -57,7 +57,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_every_clip_is_there_once_in_order(tmp_path):
+def test_every_clip_is_cached_once_in_order(tmp_path):
     data = LatentDataset(make(tmp_path))
     assert len(data) == 7
     for i in range(7):
@@ -146,7 +146,7 @@ def test_an_interrupted_cache_continues_without_losing_or_doubling(tmp_path):
     assert all(torch.equal(a.fixed(i)["latents"], b.fixed(i)["latents"]) for i in range(7))
 
 
-def test_several_ratios_share_a_pass_and_equal_their_own(tmp_path):
+def test_several_ratios_are_cached_in_one_pass_and_equal_separate_caches(tmp_path):
     """What is missing is encoded at the missing ratios alone; each cache is what it would be by itself."""
     low = dataclasses.replace(PRINT, ratio=8)
     alone = {16: make(tmp_path / "16-alone"), 8: make(tmp_path / "8-alone", fingerprint=low)}
@@ -216,7 +216,7 @@ def test_all_captions_are_read_a_shard_at_a_time(tmp_path):
     assert [Shards(tmp_path).caption(clip) for clip in range(10)] == CAPTIONS
 
 
-def test_an_opened_cache_goes_to_a_spawned_process(tmp_path):
+def test_an_opened_cache_can_be_sent_to_a_spawned_process(tmp_path):
     """As with the small text model, whose words are learned from the captions before the loader starts."""
     data = LatentDataset(make(tmp_path))
     assert list(data.captions()) == CAPTIONS[:7]
@@ -231,7 +231,7 @@ def test_an_opened_cache_goes_to_a_spawned_process(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["swapped", "from another cache", "cut", "gone"])
-def test_a_shard_in_anothers_place_or_a_damaged_one_is_refused_by_name(tmp_path, damage):
+def test_swapped_and_damaged_shards_are_refused_by_name(tmp_path, damage):
     folder = make(tmp_path / "cache")
     first, second = (folder / f"shard-{number:05d}.safetensors" for number in (0, 1))
     if damage == "swapped":
@@ -251,7 +251,7 @@ def test_a_shard_in_anothers_place_or_a_damaged_one_is_refused_by_name(tmp_path,
 
 
 @pytest.mark.parametrize(("key", "value"), [("mean", float("nan")), ("std", float("inf")), ("std", 0.0)])
-def test_statistics_that_are_no_numbers_are_refused(tmp_path, key, value):
+def test_statistics_that_are_not_finite_are_refused(tmp_path, key, value):
     folder = make(tmp_path)
     index = json.loads((folder / "index.json").read_text())
     index[key][0] = value

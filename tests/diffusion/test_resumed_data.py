@@ -55,13 +55,13 @@ def test_a_resumed_run_refuses_latents_of_another_tokenizer_or_of_other_clips(st
     assert train.train_diffusion(settings(run), cached, cached).outcome.step == 8
 
 
-def test_the_same_latents_in_another_folder_and_other_shards_go_on(started, tmp_path):
+def test_the_same_latents_in_another_folder_or_other_shards_resume(started, tmp_path):
     run, cached = started
     moved = write(tmp_path / "moved", dataclasses.replace(PRINT, shard_size=1))
     assert train.train_diffusion(settings(run), moved, cached).outcome.step == 8
 
 
-def test_the_vocabulary_is_kept_with_the_run_and_not_learned_again(started, monkeypatch):
+def test_a_resumed_run_keeps_its_vocabulary(started, monkeypatch):
     run, cached = started
     monkeypatch.setattr(train, "learn_vocabulary", None)
     tokenizer, _ = train.train_diffusion(settings(run), cached, cached).small_text

@@ -43,7 +43,7 @@ def small():
 
 @given(st.text(max_size=20))
 @settings(max_examples=50, deadline=None)
-def test_any_text_can_be_written_and_read_back(small, text):
+def test_any_text_is_encoded_and_decoded_unchanged(small, text):
     ids = small[0](text, add_special_tokens=False)["input_ids"]
     assert small[0].unk_token_id is None or small[0].unk_token_id not in ids
     assert small[0].decode(ids, clean_up_tokenization_spaces=False).removeprefix(" ") == text.removeprefix(" ")
@@ -53,7 +53,7 @@ def test_known_words_are_single_tokens(small):
     assert len(small[0]("a red disc moves left", add_special_tokens=False)["input_ids"]) == 5
 
 
-def test_padding_and_company_change_nothing(small):
+def test_padding_and_other_prompts_change_nothing(small):
     vocabulary, model = small
     with torch.no_grad():
         alone = encode(model, tokenize(vocabulary, ["a red disc"]))
@@ -74,7 +74,7 @@ def test_the_pooled_vector_is_that_of_the_end_token(small):
     assert torch.equal(text.pooled[0], text.tokens[0][0, 4])
 
 
-def test_words_tell_captions_apart_from_the_start():
+def test_untrained_embeddings_distinguish_captions():
     """At the scale of the layers around them: starting words at a deviation of 0.02 instead gives about 0.3 here."""
     for seed in range(3):
         torch.manual_seed(seed)
@@ -149,7 +149,7 @@ def test_frozen_encoders_by_path(folders, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_company_nor_padding_changes_what_the_transformer_predicts(folders, kind):
+def test_neither_padding_nor_other_prompts_change_the_prediction(folders, kind):
     """A batch with a longer prompt, and a longer max_length, by one encoder and beside another."""
     first, second = (load_frozen(folders[name], None, max_length=9) for name in (kind, "t5"))
     torch.manual_seed(0)
@@ -181,7 +181,7 @@ def test_neither_company_nor_padding_changes_what_the_transformer_predicts(folde
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "bidirectional"])
-def test_an_openclip_tower_gives_what_open_clip_gives(folders, kind, tmp_path):
+def test_an_openclip_tower_equals_open_clip(folders, kind, tmp_path):
     from promag import OpenCLIPTextModel
 
     name = folders[kind].removeprefix("open_clip:")
@@ -217,7 +217,7 @@ def _named_config(folder):
     return path
 
 
-def test_a_hash_tells_encoders_and_tokenizers_apart_and_calls_do_not_change_it(folders, small):
+def test_a_hash_distinguishes_encoders_and_tokenizers_and_survives_calls(folders, small):
     kinds = ["t5", "umt5", "byt5", "clip", "open_clip", "bidirectional"]  # byt5: a tokenizer without a vocabulary
     hashes = [hash_text_encoder(*load_frozen(folders[kind], None, 10)) for kind in kinds]
     assert len(set(hashes)) == len(kinds)

@@ -48,7 +48,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5"])
-def test_a_cached_caption_is_what_the_encoder_makes_of_it(tmp_path, latents, encoders, kind):
+def test_a_cached_caption_equals_the_encoders_output(tmp_path, latents, encoders, kind):
     tokenizer, encoder = encoders[kind]
     cache = EmbeddingCache(make(tmp_path, latents, encoders[kind]), 1)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_a_cached_caption_is_what_the_encoder_makes_of_it(tmp_path, latents, enc
     assert len(list(tmp_path.glob("null*"))) == 1
 
 
-def test_rows_travel_with_the_latents_of_their_clips(tmp_path, latents, encoders):
+def test_embeddings_stay_with_the_latents_of_their_clips(tmp_path, latents, encoders):
     text = EmbeddingCache(make(tmp_path, latents, encoders["clip"]), 2)
     data = LatentDataset(latents, texts=[text])
     batch = TrainingStream(data, seed=0, batch_size=4, rank=0, world_size=1).batch(3)

@@ -60,7 +60,7 @@ def test_masked_text_tokens_do_not_matter_and_real_ones_do(model):
 
 @pytest.mark.parametrize("change", [{"temporal_ratio": 4}, {"fps": 30.0}, {"timestep": torch.tensor([5.0, 6.0])}])
 @torch.no_grad()
-def test_it_is_told_ratio_rate_and_time(model, change):
+def test_ratio_frame_rate_and_time_change_the_prediction(model, change):
     assert not torch.allclose(model(**{**inputs(), **change}).sample, model(**inputs()).sample, atol=1e-3)
 
 
@@ -72,7 +72,7 @@ def test_pooled_text_matters(model):
 
 
 @torch.no_grad()
-def test_text_of_several_encoders_is_projected_by_each_ones_own_layer_and_joined(model):
+def test_each_text_encoder_has_its_own_projection(model):
     """A model of two encoders with the same weights twice sees what a model of one sees in a row of both."""
     given = inputs()
     two = ProMAGTransformer3DModel.from_config({**model.config, "text_dim": [8, 8]}).eval()
@@ -123,7 +123,7 @@ def test_rotary_scores_depend_on_distance_alone():
         assert torch.allclose(a[::4], b)
 
 
-def test_normalising_inverts_and_knows_its_ratios(model):
+def test_normalising_is_invertible_and_refuses_unknown_ratios(model):
     x = torch.randn(1, 4, 2, 2, 2)
     assert torch.allclose(model.normalise(x, 4), (x - 1) / 2)
     assert torch.allclose(model.denormalise(model.normalise(x, 4), 4), x, atol=1e-6)
@@ -149,7 +149,7 @@ def test_saved_and_loaded_gives_the_same(model, tmp_path):
     assert torch.equal(ProMAGTransformer3DModel.from_pretrained(tmp_path)(**inputs()).sample, model(**inputs()).sample)
 
 
-def test_lora_of_peft_fits(model):
+def test_peft_adds_lora_layers(model):
     from peft import LoraConfig
 
     torch.manual_seed(0)

@@ -55,7 +55,7 @@ def expected(clips, objective, first_given):
 
 @pytest.mark.parametrize("first_given", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_the_loss_is_the_mean_over_all_clips_and_no_batch_is_larger_than_asked_for(parts, batch_size, first_given):
+def test_the_loss_is_the_mean_over_all_clips_in_batches_of_the_set_size(parts, batch_size, first_given):
     clips, transformer, objective = parts
     sizes = []
     hook = transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))

@@ -21,7 +21,7 @@ def test_each_part_gets_the_smallest_level_that_is_good_enough():
     assert found.saved == pytest.approx(4 / 18)
 
 
-def test_what_misses_the_target_at_every_level_gets_its_best_level_and_is_counted():
+def test_parts_below_the_target_at_every_level_get_the_best_level_and_are_counted():
     found = allocate(PARTS, TOKENS, 25.0)
     assert found.levels == ("16x", "4x", "4x")
     assert (found.missed, found.worst, found.fixed) == (1, 20.0, "4x")
@@ -38,7 +38,7 @@ part = st.fixed_dictionaries({name: st.floats(10, 40) for name in TOKENS})
 
 
 @given(st.lists(part, min_size=1, max_size=8), st.floats(5, 45))
-def test_where_all_reach_the_target_it_costs_no_more_than_a_fixed_level_that_is_as_good(parts, target):
+def test_an_allocation_costs_no_more_than_an_equally_good_fixed_level(parts, target):
     found = allocate(parts, TOKENS, target)
     if not found.missed:
         assert found.tokens <= found.fixed_tokens

@@ -7,7 +7,7 @@ from promag.evaluation.baselines import build_baseline, open_baseline
 WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
 
 
-def test_a_baseline_answers_as_our_tokenizer_does():
+def test_a_baseline_has_the_interface_of_our_tokenizer():
     torch.manual_seed(0)
     baseline = build_baseline("AutoencoderKLWan", WAN)
     assert baseline.temporal_ratios == (4,)
@@ -30,7 +30,7 @@ def test_every_weight_of_a_baseline_learns():
     assert without == []
 
 
-def test_hidden_kernels_of_a_baseline_are_all_but_those_at_pixels_and_latents():
+def test_hidden_kernels_of_a_baseline_exclude_those_at_pixels_and_latents():
     baseline = build_baseline("AutoencoderKLWan", WAN)
     hidden = {id(p) for p in baseline.hidden_kernels()}
     ends = [f"{side}.conv_{end}" for side in ("encoder", "decoder") for end in ("in", "out")]
@@ -92,7 +92,7 @@ def test_a_saved_autoencoder_is_opened_by_the_class_in_its_config(name, tmp_path
         assert baseline.encode(x).latent_dist.mode().shape == (1, channels, 3, 64 // spatial, 64 // spatial)
 
 
-def test_a_decoder_that_is_told_a_time_is_told_that_nothing_is_noise(tmp_path):
+def test_a_decoder_with_a_time_input_gets_time_zero(tmp_path):
     torch.manual_seed(0)
     build_baseline("AutoencoderKLLTXVideo", {**LTX, "timestep_conditioning": True}).save_pretrained(tmp_path)
     baseline = open_baseline(tmp_path).model
@@ -101,7 +101,7 @@ def test_a_decoder_that_is_told_a_time_is_told_that_nothing_is_noise(tmp_path):
         assert torch.equal(baseline.decode(z).sample, baseline.model.decode(z, temb=torch.zeros(1)).sample)
 
 
-def test_what_cannot_be_compared_is_refused_with_its_reason(tmp_path):
+def test_autoencoders_that_cannot_be_compared_are_refused_with_a_reason(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json there"):
         open_baseline(tmp_path)
     image = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 2}

@@ -18,14 +18,14 @@ def bits(*posteriors):
     return meter.bits()
 
 
-def test_the_rate_of_gaussian_latents_is_the_textbook_one():
+def test_the_bitrate_of_gaussian_latents_is_the_textbook_value():
     torch.manual_seed(0)
     mean = torch.randn(1, 4, 5, 40, 40)
     # Signal of variance 1, noise of variance 1/4: half the logarithm of 1 + 4 for each value.
     assert bits(posterior(mean, 0.25)) == pytest.approx(mean.numel() * 0.5 * math.log2(5), rel=0.01)
 
 
-def test_it_depends_neither_on_scale_nor_on_offset_nor_on_how_clips_are_given():
+def test_the_bitrate_is_independent_of_scale_offset_and_batching():
     torch.manual_seed(0)
     mean = torch.randn(2, 4, 5, 8, 8)
     whole = bits(posterior(mean, 0.25))
@@ -35,7 +35,7 @@ def test_it_depends_neither_on_scale_nor_on_offset_nor_on_how_clips_are_given():
     assert bits(posterior(mean[:1], 0.25), posterior(mean[1:], 0.25)) == pytest.approx(whole)
 
 
-def test_a_model_without_variance_has_no_rate():
+def test_a_model_without_variance_has_no_bitrate():
     plain = type("Identity", (), {"mode": lambda self: torch.zeros(1)})()
     assert bits(plain) is None
     assert bits(DiagonalGaussianDistribution(torch.zeros(1, 4, 1, 2, 2), deterministic=True)) is None

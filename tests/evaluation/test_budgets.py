@@ -24,7 +24,7 @@ def test_levels_of_one_checkpoint_become_budgets(tokenizer):
     assert facts["stored_bits_per_pixel"] == pytest.approx(16 * 4 * 320 / (65 * 64 * 64))
 
 
-def test_a_length_that_a_budget_does_not_take_is_filled_up():
+def test_a_length_that_a_budget_does_not_take_is_padded():
     budget = Budget("six", None, 6, 8, 12, False)
     assert [budget.coded_frames(n) for n in (1, 2, 7, 65)] == [1, 7, 7, 67]
     assert budget.facts(65, 64, 64)["latent_frames"] == 12
@@ -42,7 +42,7 @@ def test_figures_are_those_of_the_evaluation_to_the_last_digit(tokenizer, tmp_pa
     assert [clip.caption for clip in facts] == [clips.fixed(i)["caption"] for i in range(3)]
 
 
-def test_kept_videos_and_frames_are_those_that_were_measured(tokenizer, tmp_path):
+def test_saved_videos_and_frames_are_the_measured_ones(tokenizer, tmp_path):
     clips = SyntheticDataset("eval", 2, 17, 32)
     found, facts = compare_reconstructions(own_budgets(tokenizer), clips, tmp_path)
     video = clips.fixed(1)["video"][None]
@@ -54,7 +54,7 @@ def test_kept_videos_and_frames_are_those_that_were_measured(tokenizer, tmp_path
     assert facts[1].psnr_per_frame["8x"] == pytest.approx(per_frame.tolist(), abs=1e-3)
 
 
-def test_a_baseline_is_compared_on_the_same_frames_though_it_codes_more(tmp_path):
+def test_a_baseline_that_pads_is_compared_on_the_same_frames(tmp_path):
     torch.manual_seed(0)
     baseline = Budget("wan", build_baseline("AutoencoderKLWan", WAN).eval(), 4, 8, 4, False)
     clips = SyntheticDataset("eval", 2, 15, 32)  # coded as 17

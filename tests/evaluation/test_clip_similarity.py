@@ -52,7 +52,7 @@ def mean_cosine(text, pictures):
     return float(np.mean([torch.cosine_similarity(text, picture).item() for picture in pictures]))
 
 
-def test_a_clip_of_transformers_gives_its_own_cosine(clip_folder, video):
+def test_a_transformers_clip_model_gives_its_own_cosine(clip_folder, video):
     model = CLIPModel.from_pretrained(clip_folder).eval()
     words, prepare = learn_vocabulary([PROMPT], 300, max_length=12), CLIPImageProcessor.from_pretrained(clip_folder)
     tokens = words([PROMPT], return_tensors="pt", truncation=True)
@@ -115,13 +115,13 @@ def test_a_long_prompt_is_cut_and_what_it_loses_is_named(clip_folder, openclip_f
         ("folder", "a.bin", r"includes its weights; leave a\.bin out"),
     ],
 )
-def test_what_is_missing_is_named(model, weights, message):
+def test_missing_models_and_packages_are_named(model, weights, message):
     with pytest.raises(UserError, match=message) as error:
         ClipSimilarity.load(model, weights)
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_the_pictures_tower_is_refused(clip_folder, tmp_path):
+def test_a_folder_without_the_image_tower_is_refused(clip_folder, tmp_path):
     shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
     weights = load_file(clip_folder / "model.safetensors")
     text = {key: value for key, value in weights.items() if not key.startswith("vision_model.")}

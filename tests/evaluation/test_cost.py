@@ -50,7 +50,7 @@ def test_no_term_is_negative_and_few_points_make_a_simple_curve():
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 2])
-def test_arithmetic_is_what_torch_counts(costs, ratio):
+def test_flops_equal_those_counted_by_torch(costs, ratio):
     budget = costs.budgets[ratio]
     denoise = costs.denoising(budget, 33, 1)
     denoise()  # the precision is chosen by measurement at the first call
@@ -73,7 +73,7 @@ def test_peak_memory_is_the_largest_that_was_alive_at_once():
         assert peak_bytes(call) == pytest.approx(8e6, rel=0.01)
 
 
-def test_calls_are_timed_in_turns_after_a_warm_up_and_the_median_counts():
+def test_calls_are_timed_in_turns_after_a_warm_up_and_give_the_median():
     now, order = [0.0], []
 
     def call(name, seconds):
@@ -112,14 +112,14 @@ def test_videos_are_denoised_in_one_batch(costs):
     assert counts[1] + 2 * places == 3 * counts[0]
 
 
-def test_figures_that_need_denoising_or_a_decoder_are_left_out_without(costs):
+def test_figures_that_need_denoising_or_a_decoder_are_omitted_without_them(costs):
     costs.budgets = [replace(costs.budgets[-1], model=None)]
     for steps, measured in ((0, set()), (1, {"denoising_seconds"})):
         row = costs.measure_length(17, Effort(batch=1, steps=steps, rounds=1))["16x"]
         assert {key for key in row if key.endswith("_seconds")} == {"gradient_seconds", "train_step_seconds", *measured}
 
 
-def test_lengths_beyond_the_limit_follow_the_curve_and_are_marked(costs):
+def test_lengths_beyond_the_limit_are_extrapolated_and_marked(costs):
     found = costs.measure_lengths(Effort(batch=1, steps=1, rounds=1))
     for name, points in found.items():
         assert [point["frames"] for point in points] == list(LENGTHS)
@@ -129,7 +129,7 @@ def test_lengths_beyond_the_limit_follow_the_curve_and_are_marked(costs):
     assert fit_errors(found) == dict.fromkeys(MEASURES)
 
 
-def test_how_far_a_curve_leads_is_measured_on_the_longest_clip():
+def test_the_error_of_a_curve_is_measured_on_the_longest_clip():
     points = [{"tokens": n, "measured": True, **dict.fromkeys(MEASURES, float(n))} for n in (10, 20, 40, 80)]
     points[-1]["train_step_seconds"] = 100.0
     found = fit_errors({"4x": points})

@@ -34,7 +34,7 @@ def test_figures_come_from_every_video_and_its_prompt():
     assert figures["fvd"] > 0
 
 
-def test_figures_that_need_models_are_none_without():
+def test_figures_that_need_models_are_none_without_them():
     figures = generation_figures(make_pipeline(), 16, prompts=1, steps=1, guidance=1.0, features=features)
     assert figures["clip_similarity"] is None
     assert figures["fvd"] is None  # one video has no covariance

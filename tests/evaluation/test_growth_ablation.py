@@ -42,7 +42,7 @@ def test_gains_are_taken_on_the_seeds_that_both_have():
     ]
 
 
-def test_ways_with_a_wider_latent_are_compared_among_themselves():
+def test_variants_with_a_wider_latent_are_compared_with_each_other():
     wide = [row("progressive_16_channels", 1, 28.0, 3e15), row("direct_16_channels", 1, 27.5, 6e15)]
     names = [
         [line.split("|")[1].strip() for line in gains([*ROWS, *wide], ours).splitlines()[2:]] for ours in (OURS, OURS + WIDE)
@@ -51,7 +51,7 @@ def test_ways_with_a_wider_latent_are_compared_among_themselves():
     assert "| +0.500 |" in gains([*ROWS, *wide], OURS + WIDE)
 
 
-def test_curves_count_compute_with_and_without_what_was_inherited():
+def test_curves_count_compute_with_and_without_the_inherited_part():
     drawn = {name: lines for name, (lines, _) in curves(ROWS).items()}
     assert drawn["65x64x64-steps"]["progressive"] == [(150, 24.0), (200, 25.0)]
     assert drawn["65x64x64-compute"]["progressive"] == [(2.0, 24.0), (3.0, 25.0)]
@@ -76,7 +76,7 @@ def test_the_newest_line_counts_and_other_lines_do_not(tmp_path):
         read(path)
 
 
-def test_lines_of_the_experiment_as_it_was_recorded_before_are_read(tmp_path):
+def test_older_lines_of_the_experiment_are_read(tmp_path):
     path, old = tmp_path / "claim.jsonl", row("direct", 0, 24.0, 6e15, what="claim")
     old["arm"] = old.pop("variant")
     path.write_text("".join(json.dumps(line) + "\n" for line in (old, row("direct", 1, 25.0, 6e15))))

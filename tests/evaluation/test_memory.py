@@ -30,7 +30,7 @@ def config() -> DiffusionConfig:
 
 
 @pytest.mark.parametrize("muon", [None, 0.02])
-def test_static_memory_is_what_a_step_leaves(config, muon):
+def test_static_memory_is_the_memory_after_a_step(config, muon):
     transformer = transformer_alone(SHAPE, [16], 16)
     optimizers = make_optimizers(TransformerAlone(transformer), replace(config.optimization, muon_learning_rate=muon))
     random_loss(transformer, 17, 32, 32, 16, 2, [5])().backward()
@@ -46,7 +46,7 @@ def test_static_memory_is_what_a_step_leaves(config, muon):
 
 
 @pytest.mark.parametrize("world", [1, 3, 8])
-def test_what_is_spread_is_the_largest_part_of_each_weight(config, world):
+def test_sharded_memory_is_the_largest_shard_of_each_weight(config, world):
     """Rows are dealt out as torch.chunk does; weights, gradients and averages, and two moments or Muon's one."""
     transformer = transformer_alone(SHAPE, [16], 16)
     muon = {id(p) for p in hidden_matrices(transformer)}
@@ -65,7 +65,7 @@ def test_tensors_without_data_count_like_real_ones(config):
     assert activation_bytes(config, 0, 16, 32) == activation_bytes(config, 0, 16, 32, fake=False)
 
 
-def test_a_batch_takes_what_its_clips_take(config):
+def test_a_batch_takes_the_memory_of_its_clips(config):
     counted = activation_bytes(config, 0, 16, 32)
     transformer = transformer_alone(SHAPE, [config.text.width], config.text.width)
     seven = saved_bytes(random_loss(transformer, 17, 32, 32, 16, 7, [config.text.small.max_length]), transformer)

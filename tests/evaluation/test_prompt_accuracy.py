@@ -29,14 +29,14 @@ def test_right_videos_are_counted_by_the_motion_asked_for():
     assert found["accuracy"] == accuracies(videos, scenes)
 
 
-def test_scenes_are_decided_by_the_seed_and_the_split():
+def test_seed_and_split_determine_the_scenes():
     assert scenes_to_score(5, 0) == scenes_to_score(8, 0)[:5]
     assert scenes_to_score(8, 0) != scenes_to_score(8, 1)
     assert not any(is_unseen(scene) for scene in scenes_to_score(50, 0))
     assert all(is_unseen(scene) for scene in scenes_to_score(50, 0, unseen=True))
 
 
-def test_the_ceiling_is_what_is_read_in_reconstructions():
+def test_the_upper_limit_is_the_accuracy_of_reconstructions():
     items = [SyntheticDataset("eval", 12, frames=17, size=64).fixed(i) for i in range(12)]
 
     class Exact(torch.nn.Module):  # a tokenizer that loses nothing but, from 16x on, the motion

@@ -14,7 +14,7 @@ def pipe():
 
 
 @pytest.mark.parametrize(("ratio", "latents", "guidance"), [(4, 9, 2.0), (16, 3, 2.0), (16, 3, 1), (16, 3, 0), (16, 3, 0.5)])
-def test_tokens_and_flops_are_those_that_are_run(pipe, ratio, latents, guidance):
+def test_tokens_and_flops_are_those_of_a_sampling(pipe, ratio, latents, guidance):
     cost = sampling_cost(pipe, ratio, 33, steps=3, guidance=guidance)
     assert (cost.latent_frames, cost.tokens) == (latents, latents * 2 * 3)
     counter = FlopCounterMode(display=False)

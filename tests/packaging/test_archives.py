@@ -51,7 +51,7 @@ def expected_video() -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["zip", "checkout", "target", "wheel", "editable"])
-def test_it_imports_real_files_loads_both_checkpoints_and_samples(name, places, archives, expected_video, tmp_path):
+def test_promag_imports_real_files_loads_both_checkpoints_and_samples(name, places, archives, expected_video, tmp_path):
     place = places[name]
     # Importing every module takes seconds: once where the rooms lie at the top, once where they lie in the package.
     rooms = ROOMS if name in ("editable", "wheel") else []
@@ -70,7 +70,7 @@ def test_it_imports_real_files_loads_both_checkpoints_and_samples(name, places, 
     assert set(counts.values()) == {1}
 
 
-def test_the_wheel_holds_all_of_the_rooms_and_nothing_else(archives, installs):
+def test_the_wheel_contains_all_subpackages_and_nothing_else(archives, installs):
     (wheel,) = (installs / "wheels").iterdir()
     kinds = (".py", ".yaml", ".css", ".js", ".html", ".md")
     rooms = [init.parent for init in (archives / "checkout").glob("*/__init__.py") if init.parent.name != "tests"]
@@ -93,7 +93,7 @@ def test_an_archive_and_a_checkout_without_links_are_alike(archives):
     assert listed[1].items() <= listed[0].items()  # an editable install leaves files in the other
 
 
-def test_the_program_of_the_wheel_works_outside_of_any_checkout(places):
+def test_the_wheels_command_works_outside_a_checkout(places):
     place = places["wheel"]
     program = place.python.parent / "promag"
     assert "  sample " in run(program, "--help", cwd=place.folder)

@@ -43,7 +43,7 @@ def test_every_module_is_a_command_with_a_summary_in_one_line(package):
         assert ast.unparse(main.returns or ast.Constant(None)) == "int", path
 
 
-def test_a_name_may_have_underscores_for_dashes():
+def test_a_command_name_may_have_underscores_for_dashes():
     done = promag("prepare_clips", "--help")
     assert (done.returncode, done.stdout.split()[:3]) == (0, ["usage:", "promag", "prepare-clips"])
 

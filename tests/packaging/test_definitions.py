@@ -62,7 +62,7 @@ class LanguageServer:
 
 
 @pytest.mark.skipif(not SERVER.exists(), reason="pyright is not installed")
-def test_a_definition_in_another_room_is_found_in_its_real_file(places):
+def test_definitions_in_other_subpackages_lead_to_real_files(places):
     place = places["editable"]
     place.run(place.root / ".ci" / "typing_stubs.py")
     server = LanguageServer(place.root)

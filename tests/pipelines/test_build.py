@@ -42,7 +42,7 @@ def config(tmp_path) -> DiffusionConfig:
     return build(DiffusionConfig, values, "test")
 
 
-def test_clips_of_several_shapes_are_cached_apart_and_trained_on_together(config, tmp_path, capsys):
+def test_clips_of_several_buckets_are_cached_apart_and_trained_together(config, tmp_path, capsys):
     cached = cache(config, make_tokenizer(settle=0.05))
     assert "17x32x32: 3 clips, 17x32x48: 3 clips, 33x32x32: 3 clips" in capsys.readouterr().out
     for split, count in (("train", 3), ("eval", 2)):
@@ -71,7 +71,7 @@ def test_clips_of_several_shapes_are_cached_apart_and_trained_on_together(config
         assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == whole
 
 
-def test_a_start_with_nothing_to_cache_reads_no_text_encoder(config, tmp_path):
+def test_a_run_with_complete_caches_loads_no_text_encoder(config, tmp_path):
     """Its weights are rubbish of the same size and time, which nobody notices; once their time differs they are read."""
     before = cache(config, make_tokenizer(settle=0.05))
     weights = tmp_path / "t5" / "model.safetensors"

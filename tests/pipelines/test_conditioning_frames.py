@@ -42,7 +42,7 @@ def test_the_decoded_first_frame_is_the_reconstructed_image(pipe, clip):
     assert np.allclose(short[0, 0], call(pipe, image=clip[2])[0, 0], atol=1e-5)
 
 
-def test_every_kind_of_picture_means_the_same(pipe, clip):
+def test_every_image_type_gives_the_same_video(pipe, clip):
     picture = Image.fromarray((clip[0] * 255).round().astype("uint8"))
     exact = np.asarray(picture).astype("float32") / 255
     expected = call(pipe, image=exact)
@@ -65,7 +65,7 @@ def test_each_prompt_may_have_its_own_image(pipe, clip):
     assert np.allclose(one[0, 0], one[1, 0], atol=1e-5)
 
 
-def test_callbacks_cannot_move_given_frames(pipe, clip):
+def test_callbacks_cannot_change_conditioning_frames(pipe, clip):
     zeros = {"callback_on_step_end": lambda p, i, t, seen: {"latents": torch.zeros_like(seen["latents"])}}
     latents = call(pipe, image=clip[0], output_type="latent", **zeros)
     assert torch.allclose(latents[:, :, :1], encoded(pipe, clip[:1], 16), atol=1e-5)
@@ -94,7 +94,7 @@ def test_mistakes_are_named(pipe, arguments, message):
         call(pipe, **arguments)
 
 
-def test_a_model_trained_without_given_frames_says_so(pipe):
+def test_a_model_trained_without_conditioning_frames_refuses_them(pipe):
     config = dict(pipe.transformer.config)
     try:
         pipe.transformer.register_to_config(condition_frames=0)

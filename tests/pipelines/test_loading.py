@@ -42,7 +42,7 @@ def loaded(folder, cls=DiffusionPipeline, **arguments):
     return pipe
 
 
-def test_loaded_gives_the_same_video_through_the_stock_class_too(pipe, saved):
+def test_a_loaded_pipeline_samples_the_same_video_by_either_class(pipe, saved):
     index = json.loads((saved / "model_index.json").read_text())
     assert index["vae"] == ["promag", "AutoencoderKLProMAG"]
     assert index["transformer"] == ["promag", "ProMAGTransformer3DModel"]
@@ -85,7 +85,7 @@ def test_a_folder_that_holds_a_pickle_is_refused_before_it_is_opened(folder, cls
         AutoencoderKLProMAG.from_pretrained(folder, subfolder="vae")
 
 
-def test_nothing_is_saved_or_loaded_as_a_pickle_on_demand_either(pipe, saved, tmp_path):
+def test_pickles_are_refused_even_on_request(pipe, saved, tmp_path):
     for part in (pipe, pipe.vae, pipe.transformer):
         with pytest.raises(UserError, match=r"safe_serialization False: .* saved only as safetensors"):
             part.save_pretrained(tmp_path, safe_serialization=False)
@@ -133,7 +133,7 @@ def hub_folder(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
-def test_what_is_pushed_has_a_card_that_says_how_to_use_it(pipe, hub_folder, tmp_path, how, monkeypatch):
+def test_a_pushed_pipeline_has_a_card_with_its_use(pipe, hub_folder, tmp_path, how, monkeypatch):
     if how == "push_to_hub":
         pipe.push_to_hub("discs")
     else:
@@ -156,7 +156,7 @@ def test_what_is_pushed_has_a_card_that_says_how_to_use_it(pipe, hub_folder, tmp
     assert np.array_equal(call(loaded(hub_folder)), call(pipe))
 
 
-def test_a_card_that_somebody_wrote_stays(pipe, hub_folder, monkeypatch):
+def test_an_existing_card_is_kept(pipe, hub_folder, monkeypatch):
     written = hub.ModelCard("---\ntags: []\n---\n# My discs")
     monkeypatch.setattr(hub.ModelCard, "load", lambda *_, **__: written)
     pipe.push_to_hub("discs")
@@ -172,7 +172,7 @@ def test_models_are_pushed_with_a_card_too(pipe, hub_folder):
 
 @pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
 @pytest.mark.parametrize("cls", [DiffusionPipeline, ProMAGPipeline])
-def test_a_part_whose_file_lacks_a_tensor_is_refused_and_not_filled_up_at_random(folder, part, cls):
+def test_a_part_with_a_missing_tensor_is_refused(folder, part, cls):
     (file,) = (folder / part).glob("*.safetensors")
     tensors = load_file(file)
     name = sorted(tensors)[-1]
@@ -182,7 +182,7 @@ def test_a_part_whose_file_lacks_a_tensor_is_refused_and_not_filled_up_at_random
         loaded(folder, cls)
 
 
-def test_a_text_encoder_without_a_tensor_is_not_trained_on(folder):
+def test_a_text_encoder_with_a_missing_tensor_is_refused(folder):
     (file,) = (folder / "text_encoder").glob("*.safetensors")
     tensors = load_file(file)
     tensors.pop("final_layer_norm.weight")

@@ -30,7 +30,7 @@ def own(pipe):
     return like(pipe)
 
 
-def test_sequential_offload_keeps_no_weight_between_calls_and_changes_nothing(pipe, own):
+def test_sequential_offload_frees_all_weights_and_changes_nothing(pipe, own):
     # What enable_sequential_cpu_offload does; it names the device cpu:0, from which accelerate finds no way back.
     for part in (own.text_encoder, own.transformer, own.vae):
         accelerate.cpu_offload(part, CPU, offload_buffers=bool(part._parameters))
@@ -40,7 +40,7 @@ def test_sequential_offload_keeps_no_weight_between_calls_and_changes_nothing(pi
     assert weights_on(own, "meta")
 
 
-def test_model_offload_takes_the_parts_in_turn_and_changes_nothing(pipe, own):
+def test_model_offload_loads_one_part_at_a_time_and_changes_nothing(pipe, own):
     own.enable_model_cpu_offload(device="cpu")
     assert [type(hook.hook).__name__ for hook in own._all_hooks] == ["CpuOffload"] * 3
     assert own.model_cpu_offload_seq.split("->")[-2:] == ["transformer", "vae"]
@@ -56,7 +56,7 @@ def test_group_offload_changes_nothing(pipe, own, kind):
     assert np.array_equal(call(own, image=PICTURE), call(pipe, image=PICTURE))
 
 
-def test_layerwise_casting_stores_eight_bits_and_moves_the_video_little(pipe, own):
+def test_layerwise_casting_stores_eight_bits_and_changes_the_video_little(pipe, own):
     for part in (own.transformer, own.vae):
         part.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     eighth = torch.float8_e4m3fn
@@ -103,7 +103,7 @@ def caches(pipe):
 
 
 @pytest.mark.parametrize("name", ["first block", "pyramid", "faster", "taylor", "mag"])
-def test_caches_of_diffusers_skip_work_are_reset_and_go_without_a_trace(pipe, own, name):
+def test_caches_of_diffusers_skip_work_are_reset_and_leave_no_trace(pipe, own, name):
     """The counted calls of a block's feed-forward and attention fall; two videos in a row are the same."""
     calls = {"attn1": 0, "attn2": 0, "rows": 0}
     block = own.transformer.transformer_blocks[-1]
@@ -127,7 +127,7 @@ def test_caches_of_diffusers_skip_work_are_reset_and_go_without_a_trace(pipe, ow
     assert np.array_equal(call(own, num_inference_steps=4), plain)
 
 
-def test_a_pipeline_placed_by_hooks_of_accelerate_runs_where_they_say(pipe, own):
+def test_a_pipeline_with_accelerate_hooks_runs_on_their_device(pipe, own):
     """What device maps come down to: every part dispatched, its weights elsewhere until it is called."""
     for part in (own.text_encoder, own.transformer, own.vae):
         accelerate.dispatch_model(part, {"": "cpu"}, force_hooks=True)

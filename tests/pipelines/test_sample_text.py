@@ -14,7 +14,7 @@ PROMPTS = ["a red disc", "a blue square"]
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_what_is_kept_is_what_the_encoders_give_and_what_learns_is_asked_anew(tmp_path, order):
+def test_frozen_embeddings_are_cached_and_trained_ones_computed_anew(tmp_path, order):
     write_t5(tmp_path / "t5")
     encoders = [TextEncoderConfig(model=str(tmp_path / "t5"), max_length=8), TextEncoderConfig(max_length=6)]
     text = TextConfig(

@@ -35,7 +35,7 @@ def test_a_video_depends_on_its_prompt_and_seed_alone(pipe):
         assert np.abs(alone[0].astype(int) - other).mean() > 1
 
 
-def test_steps_are_told_and_every_part_takes_time(pipe):
+def test_progress_is_reported_and_every_part_takes_time(pipe):
     said, spent = [], []
     for _, seconds in make_videos(pipe, REQUESTS, 2, on_progress=lambda *count: said.append((len(spent), *count)), **HOW):
         spent.append(seconds)
@@ -65,7 +65,7 @@ def test_a_draft_is_lifted_and_refined(pipe):
 
 
 @pytest.mark.parametrize(("ratio", "strength"), [(4, 0.5), (16, 1.0), (16, -0.1)])
-def test_a_draft_that_drafts_nothing_is_refused(pipe, ratio, strength):
+def test_invalid_drafts_are_refused(pipe, ratio, strength):
     with pytest.raises(ValueError, match=f"draft at {ratio}x with denoise_strength {strength:g} for a video at 4x"):
         next(make_videos(pipe, REQUESTS, draft=Draft(ratio, 2, strength), temporal_ratio=4, **HOW))
 
@@ -74,7 +74,7 @@ def test_a_draft_that_drafts_nothing_is_refused(pipe, ratio, strength):
     ("arguments", "named"),
     [({"num_inference_steps": 0}, "num_inference_steps"), ({"temporal_ratio": 0}, "temporal_ratio"), ({"batch": 0}, "batch")],
 )
-def test_zero_is_refused_and_not_the_default(pipe, arguments, named):
+def test_zero_is_refused_instead_of_meaning_the_default(pipe, arguments, named):
     with pytest.raises(ValueError, match=f"{named} 0: a whole number of at least 1"):
         list(make_videos(pipe, REQUESTS, **arguments))
 

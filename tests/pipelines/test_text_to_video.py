@@ -22,7 +22,7 @@ from tests.pipelines.conftest import call, like, seed
 from tests.tiny_pipeline import PROMPTS, make_pipeline
 
 
-def test_defaults_are_what_it_was_trained_on_and_values_are_colours(pipe):
+def test_defaults_are_those_of_training_and_values_are_colours(pipe):
     frames = call(pipe)
     assert frames.shape == (1, 17, 16, 24, 3)
     assert frames.min() >= 0
@@ -53,7 +53,7 @@ def test_a_batch_equals_its_prompts_one_by_one(pipe):
         assert np.allclose(batch[i], call(pipe, prompt, generator=seed(i))[0], atol=1e-4)
 
 
-def test_the_same_generator_gives_the_same_videos_however_many_are_drawn_from_it(pipe):
+def test_a_generators_videos_do_not_depend_on_their_number(pipe):
     one, three = call(pipe), call(pipe, [*PROMPTS, PROMPTS[0]], num_videos_per_prompt=2)
     assert len(three) == 6
     assert np.allclose(three[0], one[0], atol=1e-4)
@@ -61,7 +61,7 @@ def test_the_same_generator_gives_the_same_videos_however_many_are_drawn_from_it
     assert np.abs(three[1] - three[0]).max() > 1e-3
 
 
-def test_guidance_of_one_ignores_the_negative_prompt_and_others_do_not(pipe):
+def test_only_guidance_of_one_ignores_the_negative_prompt(pipe):
     alone = call(pipe, guidance_scale=1)
     assert np.array_equal(alone, call(pipe, guidance_scale=0))
     assert np.array_equal(alone, call(pipe, guidance_scale=1, negative_prompt="a blue square"))
@@ -88,13 +88,13 @@ def test_prompt_embeds_with_their_masks_replace_the_prompt(which, request):
     assert np.array_equal(call(pipe, PROMPTS, **negative), call(pipe, PROMPTS, negative_prompt=["a", "b"]))
 
 
-def test_tools_can_look_up_what_encode_prompt_returns():
+def test_return_names_of_encode_prompt_can_be_parsed():
     visitor = ReturnNameVisitor()
     visitor.visit(ast.parse(textwrap.dedent(inspect.getsource(ProMAGPipeline.encode_prompt))))
     assert tuple(visitor.return_names) == (*NAMES, *NEGATIVE_NAMES)
 
 
-def test_a_prompt_is_encoded_once_for_each_of_its_videos_and_not_at_all_without_need(pipe):
+def test_encode_prompt_repeats_rows_for_each_video_and_skips_unneeded_guidance(pipe):
     encoded = embeds(pipe, PROMPTS, num_videos_per_prompt=3, do_classifier_free_guidance=False, max_sequence_length=8)
     assert encoded["prompt_embeds"].shape == (6, 8, 16)
     assert encoded["prompt_attention_mask"].shape == (6, 8)
@@ -136,13 +136,13 @@ def test_several_videos_for_a_prompt(pipe):
     assert np.allclose(frames[3], call(pipe, PROMPTS[1], generator=seed(3))[0], atol=1e-4)
 
 
-def test_given_latents_are_the_first_noise(pipe):
+def test_given_latents_are_the_initial_noise(pipe):
     noise = torch.randn(1, 4, 2, 2, 3, generator=seed())
     assert np.array_equal(call(pipe, latents=noise, generator=None), call(pipe))
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.75])
-def test_refining_makes_the_last_steps_from_noised_latents(pipe, strength):
+def test_refining_runs_the_last_steps_from_noised_latents(pipe, strength):
     """As a whole run does whose latents are exchanged for them at that time."""
     clean, noise = torch.randn(2, 1, 4, 2, 2, 3, generator=seed(5))
     arguments = {"num_inference_steps": 4, "output_type": "latent"}
@@ -186,7 +186,7 @@ def test_callbacks_see_every_step_may_change_latents_and_stop(pipe):
     assert seen == [0]
 
 
-def test_callbacks_may_change_prompts_and_guidance_on_the_way(pipe):
+def test_callbacks_may_change_prompts_and_guidance_while_sampling(pipe):
     assert pipe._callback_tensor_inputs == ["latents", *NAMES, *NEGATIVE_NAMES]
     other = embeds(pipe, PROMPTS[1], negative_prompt="a")
 
@@ -266,7 +266,7 @@ def two_encoders(pipe):
     return like(pipe, transformer=transformer, tokenizer_2=vocabulary, text_encoder_2=t5)
 
 
-def test_a_second_text_encoder_is_saved_loaded_and_heard(two_encoders, tmp_path):
+def test_a_second_text_encoder_is_saved_loaded_and_used(two_encoders, tmp_path):
     two_encoders.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["text_encoder_2"] == ["transformers", "T5EncoderModel"]
@@ -281,7 +281,7 @@ def test_a_second_text_encoder_is_saved_loaded_and_heard(two_encoders, tmp_path)
     assert np.abs(call(loaded) - expected).max() > 1e-3
 
 
-def test_every_text_encoder_may_get_a_length_of_its_own(two_encoders):
+def test_each_text_encoder_may_have_its_own_length(two_encoders):
     short = call(two_encoders, max_sequence_length=[None, 8])
     assert np.allclose(short, call(two_encoders), atol=1e-4)  # the prompt is shorter still
     assert np.allclose(call(two_encoders, max_sequence_length=10), call(two_encoders), atol=1e-4)
@@ -291,7 +291,7 @@ def test_every_text_encoder_may_get_a_length_of_its_own(two_encoders):
         call(two_encoders, max_sequence_length=11)
 
 
-def test_guidance_moves_away_from_what_a_dropped_caption_was_in_training(two_encoders, tmp_path):
+def test_the_default_negative_prompt_is_the_dropped_caption_of_training(two_encoders, tmp_path):
     """The null embedding a training reads from the cache, and that of the encoder trained along, are the pipeline's default."""
     from promag.diffusion.latent_cache import LatentFingerprint, write_latents
     from promag.diffusion.text_cache import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
@@ -357,7 +357,7 @@ one_pipeline = functools.cache(make_pipeline)  # hypothesis takes no fixtures of
 
 
 @given(st.sampled_from(COUNTS), NO_COUNT)
-def test_a_count_that_is_no_whole_number_above_zero_is_refused_by_name(name, value):
+def test_counts_must_be_whole_numbers_above_zero(name, value):
     with pytest.raises(ValueError, match=f"{name} .*: a whole number of at least 1 is needed"):
         call(one_pipeline(), **{name: value})
 
@@ -385,13 +385,13 @@ def test_zeros_and_other_types_are_named(pipe, arguments, message):
         call(pipe, **arguments)
 
 
-def test_numbers_of_numpy_are_numbers(pipe):
+def test_numbers_of_numpy_are_accepted(pipe):
     expected = call(pipe, num_frames=33, guidance_scale=2.0, fps=8.0)
     found = call(pipe, num_frames=np.int64(33), guidance_scale=np.float32(2), fps=np.int32(8), num_inference_steps=np.int16(2))
     assert np.array_equal(found, expected)
 
 
-def test_sampled_videos_do_not_depend_on_how_many_there_are(pipe):
+def test_sampled_videos_do_not_depend_on_their_number(pipe):
     prompts = [PROMPTS[0]] * 9
     whole = sample_videos(pipe, prompts, steps=2, guidance=2.0)
     last = sample_videos(pipe, prompts[8:], steps=2, guidance=2.0, first_seed=8)
@@ -400,7 +400,7 @@ def test_sampled_videos_do_not_depend_on_how_many_there_are(pipe):
     assert np.abs(whole[8].astype(int) - whole[0].astype(int)).max() > 1
 
 
-def test_a_prompt_beyond_the_text_encoders_length_is_named_once_with_what_is_lost(pipe, caplog):
+def test_a_prompt_that_is_too_long_is_named_once_with_its_lost_end(pipe, caplog):
     for _ in range(2):
         call(pipe, ["a red disc moves left and a blue square grows", "a red disc"], max_sequence_length=6)
     (record,) = caplog.records

@@ -41,7 +41,7 @@ def exact(pipe):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_ends_where_the_others_do(pipe, exact, name):
+def test_every_scheduler_converges_to_the_same_latents(pipe, exact, name):
     swapped = like(pipe, scheduler=scheduler(name, pipe.scheduler.config))
     errors = {
         steps: float((call(swapped, num_inference_steps=steps, output_type="latent") - exact).norm() / exact.norm())
@@ -52,7 +52,7 @@ def test_every_scheduler_ends_where_the_others_do(pipe, exact, name):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_refines_to_where_the_others_do(pipe, name):
+def test_every_scheduler_refines_to_the_same_latents(pipe, name):
     given = {"latents": torch.randn(1, 4, 2, 2, 3, generator=seed(5)), "denoise_strength": 0.7, "output_type": "latent"}
     exact = call(pipe, num_inference_steps=500, **given)
     swapped = like(pipe, scheduler=scheduler(name, pipe.scheduler.config))
@@ -69,7 +69,7 @@ def test_a_batch_equals_its_prompts_one_by_one_under_every_scheduler(pipe, name)
         assert abs(batch[i] - alone[0]).max() < 1e-4
 
 
-def test_a_scheduler_that_adds_noise_draws_each_videos_from_its_own_generator(pipe):
+def test_stochastic_schedulers_draw_noise_from_each_videos_generator(pipe):
     noisy = like(pipe, scheduler=scheduler("dpm++", pipe.scheduler.config, algorithm_type="sde-dpmsolver++"))
     batch = call(noisy, PROMPTS, num_inference_steps=3, generator=[seed(0), seed(1)])
     for i, prompt in enumerate(PROMPTS):
@@ -92,7 +92,7 @@ def test_times_are_shifted_for_the_tokens_as_in_training(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_constant_shift_stays_what_the_user_set(name):
+def test_a_constant_shift_is_kept(name):
     constant = {"flow_shift": 2.0} if "use_flow_sigmas" in SCHEDULERS[name][1] else {"shift": 2.0}
     made = SCHEDULERS[name][0](**SCHEDULERS[name][1], **constant)
     times = [1000 * set_flow_times(made, 10, count, CPU)[:-1] for count in (64, 1024)]
@@ -110,7 +110,7 @@ def test_a_scheduler_that_integrates_no_flow_is_refused(pipe, made):
 
 
 @torch.no_grad()
-def test_the_pure_sampler_makes_the_pipelines_latents_bit_for_bit(pipe):
+def test_the_pure_sampler_equals_the_pipeline_bit_for_bit(pipe):
     """The default scheduler is Euler's method; conditioning frames and guidance included."""
     options = {"num_frames": 33, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     picture = torch.rand(3, 16, 24, generator=seed(2))

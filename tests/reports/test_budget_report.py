@@ -50,7 +50,7 @@ def player_data(text):
     return json.loads(unescape(re.search(r"data-player='([^']*)'", text)[1]))
 
 
-def test_the_page_is_one_file_that_asks_for_nothing_and_shows_the_worst_first(page, report):
+def test_the_page_is_one_offline_file_with_the_worst_clips_first(page, report):
     text = page.read_text()
     assert "<script>alert(1)" not in text
     assert not re.search(r"""(src|href)=["']?(?!data:)[\w./]+""", text.split("<script")[0])
@@ -61,7 +61,7 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_shows_the_worst_first(pa
     assert {clip["name"] for clip in shown} == {clip.name for clip in report.clips}
 
 
-def test_the_films_show_what_was_measured(page, report, tmp_path):
+def test_the_films_show_the_measured_videos(page, report, tmp_path):
     """From the tiles of a film follow the figures beside it, but for what its compression takes."""
     text = page.read_text()
     shown = player_data(text)["clips"]
@@ -133,7 +133,7 @@ def test_it_plays_and_pauses(opened):
     assert console_errors(opened) == []
 
 
-def test_scrubbing_shows_the_frame_itself_in_every_tile(opened, report):
+def test_scrubbing_shows_the_exact_frame_in_every_tile(opened, report):
     index = opened.execute_script(f"return {VIEWER}.clips[{VIEWER}.shown.clip].name")
     clip = next(clip for clip in report.clips if clip.name == index)
     names = [ORIGINAL, *report.budgets]
@@ -201,7 +201,7 @@ def test_a_heading_sorts(opened):
 
 
 @pytest.mark.parametrize("by", ["clip", "segment"])
-def test_the_slider_says_what_the_figures_say(opened, report, by):
+def test_the_slider_shows_the_computed_figures(opened, report, by):
     opened.execute_script(f"document.querySelector('[name=by][value={by}]').click()")
     for row in report.adaptive[f"sweep_by_{by}"]:
         opened.execute_script(

@@ -5,7 +5,7 @@ from PIL import Image
 from promag.reports.contact_sheet import LABEL, TITLE, write_contact_sheet
 
 
-def test_frames_stand_where_they_should(tmp_path):
+def test_frames_are_at_their_places(tmp_path):
     video = np.zeros((9, 4, 6, 3), np.uint8)
     video[:, :, :, 0] = np.arange(9)[:, None, None] * 10
     path = write_contact_sheet(tmp_path / "a.png", [("one", {"a": video, "b": video + 100})], frames=3, scale=2)
@@ -14,7 +14,7 @@ def test_frames_stand_where_they_should(tmp_path):
     assert pixels[TITLE::8, LABEL::12, 0].tolist() == [[0, 40, 80], [100, 140, 180]]
 
 
-def test_a_long_label_gets_the_room_it_needs(tmp_path):
+def test_a_long_label_gets_enough_space(tmp_path):
     clip = {"an original that has a long name": np.zeros((3, 4, 6, 3), np.uint8)}
     pixels = np.asarray(Image.open(write_contact_sheet(tmp_path / "a.png", [("one", clip)], frames=3, scale=8)))
     frames = (pixels == 0).all(2).any(0)

@@ -105,7 +105,7 @@ def written(tmp_path_factory):
     return folder, Page(write_report(folder, report()))
 
 
-def test_the_page_asks_for_nothing_outside_itself(written):
+def test_the_page_requests_nothing_from_elsewhere(written):
     folder, page = written
     sources = [v for _, attributes in page.elements for k, v in attributes.items() if k in ("src", "href", "poster")]
     assert len(sources) == 3
@@ -117,7 +117,7 @@ def test_the_page_asks_for_nothing_outside_itself(written):
     assert len(html) < 100_000
 
 
-def test_nothing_is_left_beside_the_files(written):
+def test_no_temporary_files_are_left(written):
     folder, _ = written
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert names == {"report.html", "report.json", "videos/reconstruction-01.mp4", "videos/sample-01.mp4"}
@@ -186,7 +186,7 @@ def test_an_accuracy_is_best_only_where_intervals_do_not_overlap(written):
     assert [c[0] for c in page.lines if "chance" in c[0]] == ["colour | chance 17", "all | chance 0.50"]
 
 
-def test_what_was_not_measured_says_why(written):
+def test_figures_not_measured_have_a_reason(written):
     _, page = written
     titles = [a["title"] for a in page.all("abbr")]
     assert titles == [
@@ -387,7 +387,7 @@ def test_ticks_are_round_even_and_enclose(low, span, count):
     assert f"{step:.0e}"[0] in "125"
 
 
-def test_a_marked_plot_tells_measured_points_from_others():
+def test_a_plot_distinguishes_measured_points_from_others():
     svg = marked_plot({"4x": [(17, 1.0, True), (33, 2.0, True), (65, 4.0, False)]}, "frames", "seconds", log=True)
     assert svg.count('class="open"') == 1
     assert svg.count('class="line guess"') == 1
@@ -407,7 +407,7 @@ def test_logarithmic_ticks_enclose_what_is_drawn(low, factor):
     assert ticks[-1] >= low * factor * (1 - 1e-6)
 
 
-def test_a_marked_plot_refuses_what_its_axes_do_not_have():
+def test_a_plot_refuses_values_that_its_axes_cannot_show():
     with pytest.raises(ValueError, match="0 points"):
         marked_plot({"4x": []}, "frames", "seconds")
     with pytest.raises(ValueError, match="above 0 on logarithmic axes"):

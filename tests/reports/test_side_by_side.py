@@ -75,7 +75,7 @@ def test_mistakes_are_named():
             grid(videos, columns)
 
 
-def test_a_film_knows_where_its_tiles_lie(tmp_path):
+def test_a_film_records_the_positions_of_its_tiles(tmp_path):
     videos = {name: np.full((2, 24, 32, 3), value, np.uint8) for name, value in (("a", 20), ("b", 120), ("c", 220))}
     film = make_film("three", videos, 8.0, columns=2)
     (tmp_path / "film.mp4").write_bytes(film.mp4)

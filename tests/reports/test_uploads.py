@@ -38,7 +38,7 @@ def test_a_video_within_the_limits_is_described(tmp_path):
         ("v.mp4", {"width": 112}, r"v\.mp4: 112x32 pixels; at most 100 a side are accepted"),
     ],
 )
-def test_what_is_refused_is_named_with_what_is_legal(tmp_path, name, change, message):
+def test_uploads_beyond_the_limits_are_refused_with_the_limits(tmp_path, name, change, message):
     path = tmp_path / name
     written(path, **change) if isinstance(change, dict) else path.write_bytes(change or b"text")
     with pytest.raises(UserError, match=message) as error:
@@ -96,14 +96,14 @@ def test_a_huge_picture_is_refused_before_a_frame_is_decoded(tmp_path, stated):
     assert int(kilobytes) < 32_000  # one frame is 57 MB
 
 
-def test_an_image_in_the_place_of_a_video_is_measured_too(tmp_path):
+def test_an_image_named_as_a_video_is_measured_too(tmp_path):
     """Its name says mp4, its content is a PNG."""
     Image.new("L", (6144, 6144)).save(tmp_path / "v.mp4", "PNG")
     with pytest.raises(UserError, match=r"v\.mp4: cannot be read as a video: cannot be opened"):
         check_upload(tmp_path / "v.mp4", UploadLimits(side=100))
 
 
-def test_no_frame_beyond_the_bound_is_decoded(tmp_path):
+def test_no_frame_beyond_the_limit_is_decoded(tmp_path):
     path = written(tmp_path / "v.mp4", width=128, height=64)
     assert decode_strictly(path, max_pixels=128 * 64).width == 128
     with pytest.raises(UnreadableVideo, match="cannot be opened or decoded"):

@@ -44,7 +44,7 @@ def player_data(html):
     return json.loads(unescape(re.search(r"data-player='([^']*)'", html)[1]))  # pyright: ignore[reportOptionalSubscript]
 
 
-def test_costs_show_tokens_and_what_is_measured(backend):
+def test_costs_show_tokens_and_measured_figures(backend):
     fresh = AppBackend(backend.tokenizer, backend.pipe, Pace(), LIMITS)
     assert fresh.lengths == [17, 33]
     html = fresh.costs(16, 33, 2, 2.0)
@@ -88,7 +88,7 @@ def test_sampling_mistakes_are_messages(backend):
         assert message in html
 
 
-def test_a_comparison_plays_in_step_with_its_plot(backend, tmp_path):
+def test_a_comparison_plays_in_sync_with_its_plot(backend, tmp_path):
     write_video(tmp_path / "clip.mp4", drifting(20, 40, 64), 10, crf=5)
     progress = []
     html = backend.compare(str(tmp_path / "clip.mp4"), 32, on_progress=lambda *count: progress.append(count))

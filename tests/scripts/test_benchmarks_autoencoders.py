@@ -59,7 +59,7 @@ def counted(call, *arguments):
     return counter.get_total_flops() / 1e9, output
 
 
-def test_each_level_and_a_peer_are_measured(smallest, small_wan, tmp_path, capsys):
+def test_each_level_and_a_baseline_are_measured(smallest, small_wan, tmp_path, capsys):
     out = tmp_path / "speed.jsonl"
     run(smallest, "--baselines", "AutoencoderKLWan", "--rounds", 2, "--precision", "fp32", "--record", out)
     ours, theirs = lines(out)
@@ -88,7 +88,7 @@ def test_each_level_and_a_peer_are_measured(smallest, small_wan, tmp_path, capsy
     assert "latent 1x4x2x4x6 = 192 values" in said[2]
 
 
-def test_weights_and_pixels_have_the_asked_type(smallest, tmp_path, monkeypatch):
+def test_weights_and_pixels_have_the_requested_type(smallest, tmp_path, monkeypatch):
     seen, encode = set(), AutoencoderKLProMAG.encode
 
     def watched(self, x, *more):
@@ -120,7 +120,7 @@ def test_training_steps_are_measured_at_each_stages_own_length(smallest, tmp_pat
     assert "smallest 16x, 17x32x48 training: step of 2 " in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_recorded_and_the_run_goes_on(smallest, small_wan, tmp_path, monkeypatch, capsys):
+def test_cases_that_do_not_fit_are_recorded_and_the_run_continues(smallest, small_wan, tmp_path, monkeypatch, capsys):
     out, decode = tmp_path / "speed.jsonl", AutoencoderKLProMAG.decode
 
     def refusing(self, z, ratio):
@@ -181,7 +181,7 @@ def test_compiled_blocks_are_measured_beside_eager_ones(smallest, monkeypatch, c
         ("AutoencoderKLHunyuanVideo", 246, 4, 8),
     ],
 )
-def test_defaults_of_diffusers_are_the_published_architectures(name, millions, step, spatial):
+def test_diffusers_defaults_are_the_published_architectures(name, millions, step, spatial):
     subject = _baseline(name)
     with torch.device("meta"):
         count = sum(p.numel() for p in subject.make().parameters())

@@ -8,7 +8,7 @@ from promag.scripts import curves
 from promag.training.config import UserError
 
 
-def test_curves_draws_what_was_logged(demo_run, tmp_path):
+def test_curves_draws_the_logged_metrics(demo_run, tmp_path):
     stage, out = demo_run / "tokenizer-run" / "4x", tmp_path / "curve.svg"
     logged = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in logged if "loss" in record]

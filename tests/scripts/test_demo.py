@@ -7,7 +7,7 @@ from promag.training.config import UserError
 from tests.scripts.conftest import DEMO
 
 
-def test_it_leaves_a_report_figures_and_videos(demo_run):
+def test_the_demo_writes_a_report_figures_and_videos(demo_run):
     page = (demo_run / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     figures = json.loads((demo_run / "report.json").read_text())
@@ -33,7 +33,7 @@ def test_it_leaves_a_report_figures_and_videos(demo_run):
     assert [clip["columns"] for clip in figures["shipped_reconstructions"]] == [["original", "4×", "8×", "16×"]] * 2  # noqa: RUF001
 
 
-def test_a_second_call_uses_what_is_trained_and_says_so(demo_run, capsys):
+def test_a_second_call_reuses_trained_models_and_logs_it(demo_run, capsys):
     weights = demo_run / "video" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns
     assert main([*DEMO, "--output-dir", str(demo_run)]) == 0

@@ -63,7 +63,7 @@ def test_adapters_alone_are_trained_and_saved(lora, base):
     assert not (lora / "pipeline").exists()
 
 
-def test_a_pipeline_loads_adapters_weighs_them_and_puts_them_away(lora, base, demo_run):
+def test_a_pipeline_loads_weights_and_unloads_adapters(lora, base, demo_run):
     pipe = load(base)
     before, weights = sampled(pipe), {n: p.clone() for n, p in pipe.transformer.state_dict().items()}
     pipe.load_lora_weights(lora / "lora")
@@ -86,7 +86,7 @@ def test_a_pipeline_loads_adapters_weighs_them_and_puts_them_away(lora, base, de
     assert all(torch.equal(weights[name], value) for name, value in pipe.transformer.state_dict().items())
 
 
-def test_saved_adapters_give_what_was_trained(lora, base, demo_run):
+def test_saved_adapters_equal_the_trained_ones(lora, base, demo_run):
     """The averaged adapters of the last checkpoint, put on the base by hand, are what load_lora_weights gives."""
     from promag.diffusion.finetune import Lora, add_lora
     from promag.training.run import checkpoints, load_checkpoint
@@ -111,7 +111,7 @@ def test_interrupted_adapters_are_bit_for_bit_the_same(lora, base, demo_run, tmp
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_all_weights_are_trained_further_from_where_they_were(demo_run, base, tmp_path, capsys):
+def test_all_weights_are_trained_further_from_a_pipeline(demo_run, base, tmp_path, capsys):
     tiny = {**LOOP, "muon_learning_rate": None, "learning_rate": 1e-9}
     train_diffusion.main(arguments(demo_run, tmp_path, base, None, optimization=tiny, condition={"probability": 0.5}))
     assert f"pipeline: {tmp_path / 'pipeline'}" in capsys.readouterr().out
@@ -127,7 +127,7 @@ def test_all_weights_are_trained_further_from_where_they_were(demo_run, base, tm
         assert any(moved), part
 
 
-def test_a_new_budget_is_added_to_what_is_known_and_cut_captions_are_counted(demo_run, base, tmp_path, capsys):
+def test_a_new_budget_is_added_and_cut_captions_are_counted(demo_run, base, tmp_path, capsys):
     change = {"budgets": [{"ratio": 8, "share": 1}], "text": {"encoders": [encoder("small", 6)]}}
     train_diffusion.main(arguments(demo_run, tmp_path, base, None, **change))
     assert re.search(r"captions: 2 of 3 texts have more than 6 tokens and are cut; 'a .*' loses '", capsys.readouterr().out)

@@ -84,7 +84,7 @@ def lines(config):
     return [json.loads(line) for line in (config.parent / "growth_ablation.jsonl").read_text().splitlines()]
 
 
-def test_a_line_for_each_arm_seed_and_ratio(lines):
+def test_a_line_for_each_variant_seed_and_ratio(lines):
     named = [(r["variant"], r["seed"], r["ratio"]) for r in lines if "subsampled" not in r]
     assert named == [
         ("base", 0, 4), ("base", 1, 4), ("progressive", 0, 8), ("progressive", 0, 16), ("warm", 0, 16), ("plain", 0, 4),
@@ -97,7 +97,7 @@ def test_a_line_for_each_arm_seed_and_ratio(lines):
     assert all(needed <= line.keys() for line in lines)
 
 
-def test_what_was_spent_counts_the_base_too(lines):
+def test_spent_compute_includes_the_base(lines):
     by_variant = {(r["variant"], r["ratio"]): r for r in lines if r["seed"] == 0}
     assert [by_variant[key]["steps"] for key in (("base", 4), ("progressive", 8), ("progressive", 16), ("warm", 16))] == [
         2,
@@ -110,7 +110,7 @@ def test_what_was_spent_counts_the_base_too(lines):
     assert [point[0] for point in by_variant["progressive", 16]["curve"]] == [6]
 
 
-def test_parameters_are_those_in_use(lines, config):
+def test_only_used_parameters_are_counted(lines, config):
     by_variant = {(r["variant"], r["ratio"]): r["params"] for r in lines if r["seed"] == 0}
     model = load_tokenizer(config.parent / "runs" / "progressive-0" / "tokenizer")
     assert by_variant["progressive", 16] == sum(p.numel() for p in model.parameters())
@@ -121,7 +121,7 @@ def test_parameters_are_those_in_use(lines, config):
     assert by_variant["warm", 16] == sum(p.numel() for p in warm.parameters()) - idle
 
 
-def test_growth_leaves_the_base_as_it_was_and_a_warm_start_does_not(lines, config):
+def test_growth_keeps_the_base_unchanged_and_a_warm_start_does_not(lines, config):
     runs = config.parent / "runs"
     base = load_tokenizer(runs / "base-0" / "tokenizer").state_dict()
     for name, kept in (("progressive", True), ("warm", False)):
@@ -142,7 +142,7 @@ def test_a_second_call_trains_and_records_nothing_and_prints_the_table(lines, co
     assert "| base | 4x | 17x32x32 | 0, 1 |" in said
 
 
-def test_costs_are_told_by_stage_and_by_what_was_inherited(lines):
+def test_costs_are_recorded_by_stage_and_inherited_part(lines):
     by_variant = {(r["variant"], r["ratio"]): r for r in lines if r["seed"] == 0}
     base, eight, sixteen = (by_variant[key] for key in (("base", 4), ("progressive", 8), ("progressive", 16)))
     assert base["inherited"]["steps"] == base["inherited"]["flops"] == 0
@@ -155,7 +155,7 @@ def test_costs_are_told_by_stage_and_by_what_was_inherited(lines):
     assert base["lift"] == by_variant["plain", 4]["lift"] == by_variant["baseline", 4]["lift"] == {}
 
 
-def test_the_report_draws_what_was_recorded(lines, config, tmp_path, capsys):
+def test_the_report_draws_the_recorded_lines(lines, config, tmp_path, capsys):
     growth_ablation.main(["report", str(config.parent / "growth_ablation.jsonl"), "--out", str(tmp_path)])
     said = capsys.readouterr().out
     progressive, warm = (
@@ -179,7 +179,7 @@ def test_mistakes_are_named(config):
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
-def test_every_way_to_16x_takes_the_same_steps(name):
+def test_all_variants_at_16x_take_the_same_steps(name):
     path = f"configs/growth_ablation/{name}.yaml"
     config = parse_config(growth_ablation.AblationConfig, ["--config", path], "")
     variants = {variant.name: variant for variant in config.variants}
@@ -196,7 +196,7 @@ def test_every_way_to_16x_takes_the_same_steps(name):
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
-def test_parameters_of_the_ways_to_16x_agree(name):
+def test_parameters_of_the_variants_at_16x_agree(name):
     config = parse_config(growth_ablation.AblationConfig, ["--config", f"configs/growth_ablation/{name}.yaml"], "")
     variants = {variant.name: variant for variant in config.variants}
     counts = {}

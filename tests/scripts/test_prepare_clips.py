@@ -55,7 +55,7 @@ def test_an_index_of_one_split(main, table, tmp_path, capsys):
     assert sorted(path.name for path in out.parent.iterdir()) == ["clips.jsonl"]
 
 
-def test_what_is_left_out_is_named(main, table, tmp_path, capsys):
+def test_omitted_videos_are_named(main, table, tmp_path, capsys):
     out, quarantine = tmp_path / "clips.jsonl", tmp_path / "clips.jsonl.quarantine.jsonl"
     main([str(table), "--out", str(out), "--fps", "20", "--frames", "20", "--max-bad", "0.25"])
     assert [(clip.caption, clip.frames, clip.fps) for clip in load_clips(out)] == [
@@ -74,7 +74,7 @@ def test_what_is_left_out_is_named(main, table, tmp_path, capsys):
     assert not quarantine.exists()
 
 
-def test_too_many_unreadable_videos_leave_no_index_and_a_way_out(main, table, tmp_path):
+def test_too_many_unreadable_videos_leave_no_index_but_advice(main, table, tmp_path):
     out = tmp_path / "new" / "clips.jsonl"
     with pytest.raises(UserError, match=r"1 of 4 videos .* 1\.0%.*d\.mp4: cannot be opened") as error:
         main([str(table), "--out", str(out)])

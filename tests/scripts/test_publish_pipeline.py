@@ -25,7 +25,7 @@ def tokenizer(demo_run, tmp_path_factory):
     return folder
 
 
-def test_it_holds_the_tokenizer_and_its_card_has_its_own_figures(demo_run, tokenizer):
+def test_a_published_pipeline_has_its_tokenizer_and_a_card_with_its_figures(demo_run, tokenizer):
     source, out, record = demo_run / "video-16x" / "pipeline", tokenizer.parent / "video", tokenizer.parent / "results.jsonl"
     few = ["--prompts", "3", "--steps", "2"]
     publish.main(["pipeline", str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--record", str(record), *few])
@@ -49,7 +49,7 @@ def test_it_holds_the_tokenizer_and_its_card_has_its_own_figures(demo_run, token
     assert "license: apache-2.0" in card
 
 
-def test_publishing_again_leaves_the_tokenizer_beside_it_alone(demo_run, tokenizer):
+def test_publishing_again_keeps_the_tokenizer_beside_it(demo_run, tokenizer):
     source, out = demo_run / "video-16x" / "pipeline", tokenizer.parent / "again"
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tokenizer.iterdir()}
     (out / "vae").parent.mkdir()
@@ -63,7 +63,7 @@ def test_publishing_again_leaves_the_tokenizer_beside_it_alone(demo_run, tokeniz
     assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tokenizer.iterdir()}
 
 
-def test_the_batch_is_that_of_all_processes(tmp_path):
+def test_the_cards_batch_is_that_of_all_processes(tmp_path):
     (tmp_path / "config.yaml").write_text("optimization: {batch_size: 4, accumulate: 3}\n")
     assert publish.samples_a_step(tmp_path) == 12
     for step, batch in (("step-00000002", 12), ("step-00000010", 24)):

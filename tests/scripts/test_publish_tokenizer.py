@@ -43,7 +43,7 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
         publish.main(["tokenizer", str(out), *arguments[1:], "--sources", str(table)])
 
 
-def test_the_recipe_tells_what_else_was_trained_on(demo_run, tmp_path):
+def test_the_recipe_lists_extra_training_sources(demo_run, tmp_path):
     run = demo_run / "tokenizer-run"
     config = load_yaml(run / "config.yaml")
     config["data"]["extra_sources"] = [{"train": "synthetic", "share": 0.4, "temporal_strides": [1]}]

@@ -18,7 +18,7 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
-def test_tiles_bound_the_picture_that_the_tokenizer_sees(checkpoint, video_folder, tmp_path):
+def test_tiles_limit_the_size_that_the_tokenizer_sees(checkpoint, video_folder, tmp_path):
     video = str(video_folder / "v0.mp4")
     widths = []
 
@@ -49,7 +49,7 @@ def test_tiles_bound_the_picture_that_the_tokenizer_sees(checkpoint, video_folde
         (["--chunk", "0"], "chunk of 0 frames: 16x needs a positive multiple of 16"),
     ],
 )
-def test_sizes_that_cannot_be_meant_are_refused(checkpoint, video_folder, tmp_path, options, message):
+def test_invalid_sizes_are_refused(checkpoint, video_folder, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         reconstruct.main([checkpoint, str(video_folder / "v0.mp4"), "--out", str(tmp_path / "out.mp4"), *options])
     assert not (tmp_path / "out.mp4").exists()

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     return str(place)
 
 
-def test_every_prompt_at_every_seed_is_written_and_told(folder, tmp_path, capsys):
+def test_every_prompt_at_every_seed_is_written_and_printed(folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\ufeffa blue square grows\r\n\r\n", encoding="utf-8")
     asked = ["--prompt", "a red disc moves left", "--prompt-file", str(tmp_path / "prompts.txt"), "--seed", "3", "7"]
     overviews = ["--grid", str(tmp_path / "grid.mp4"), "--contact-sheet", str(tmp_path / "new" / "sheet.png")]
@@ -49,7 +49,7 @@ def test_every_prompt_at_every_seed_is_written_and_told(folder, tmp_path, capsys
     assert lines[7] == "not measured for want of weights: CLIP similarity (--clip)"
 
 
-def test_the_same_seed_is_the_same_video_among_others_and_alone(folder, tmp_path):
+def test_a_seeds_video_does_not_depend_on_other_videos(folder, tmp_path):
     others = ["--prompt", "a", "--prompt", "a red disc moves left", "--seed", "1", "2", "--batch-size", "4"]
     sample.main([folder, *others, *FEW, "--out", str(tmp_path / "v.mp4")])
     alone = ["--prompt", "a red disc moves left", "--seed", "2"]
@@ -59,7 +59,7 @@ def test_the_same_seed_is_the_same_video_among_others_and_alone(folder, tmp_path
     assert np.abs(read_frames(tmp_path / "v-02.mp4", range(17)).astype(int) - single).mean() > 2
 
 
-def test_a_gif_a_budget_and_a_size_of_ones_own(folder, tmp_path, capsys):
+def test_a_gif_at_another_budget_and_size(folder, tmp_path, capsys):
     out = tmp_path / "v.GIF"
     size = ["--height", "24", "--width", "32", "--frames", "9", "--ratio", "4", "--fps", "10"]
     sample.main([folder, "--prompt", "a", *FEW, *size, "--out", str(out), "--precision", "bf16"])
@@ -70,7 +70,7 @@ def test_a_gif_a_budget_and_a_size_of_ones_own(folder, tmp_path, capsys):
     assert "1 video of 9 frames of 32x24 at 4x" in said
 
 
-def test_endings_in_capitals_are_the_same_and_a_cut_prompt_is_named(folder, tmp_path, capsys, caplog):
+def test_upper_case_extensions_work_and_a_cut_prompt_is_named(folder, tmp_path, capsys, caplog):
     prompt = " ".join(["a red disc moves left"] * 20)
     overviews = ["--grid", str(tmp_path / "grid.MP4"), "--contact-sheet", str(tmp_path / "sheet.PNG")]
     sample.main([folder, "--prompt", prompt, *FEW, *overviews, "--out", str(tmp_path / "v.Mp4"), "--crf", "5"])

@@ -162,7 +162,7 @@ def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder
         reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--ratios", "5"])
 
 
-def test_train_diffusion_at_a_ratio_of_ones_own(demo_run, tmp_path, capsys):
+def test_train_diffusion_at_another_ratio(demo_run, tmp_path, capsys):
     tokenizer = demo_run / "tokenizer-run" / "tokenizer"
     arguments = diffusion_arguments(tmp_path, tokenizer, budgets=[{"ratio": 8, "share": 1}])
     cache_latents.main(arguments)

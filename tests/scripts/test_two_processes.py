@@ -109,7 +109,7 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-def test_they_cache_what_one_process_caches_bit_for_bit(runs, tmp_path):
+def test_two_processes_cache_the_same_as_one_bit_for_bit(runs, tmp_path):
     """One clip a shard, so that both had work."""
     alone = {**cache_settings(runs), "cache": str(tmp_path)}
     cache_latents.main(diffusion_arguments(runs / "whole", runs / "t" / "tokenizer", data=alone, text=two_texts(runs)))
@@ -146,7 +146,7 @@ def test_two_steps_resume_two_steps_equal_four_bit_for_bit(runs, whole, parts):
 
 
 @pytest.mark.parametrize("name", ["spread", "spread-then-ddp"])
-def test_spread_weights_learn_what_whole_ones_do(runs, name):
+def test_sharded_weights_learn_the_same_as_replicated_ones(runs, name):
     """The second run changed over to DDP in the middle, and averaged its gradients over two batches."""
     for key in ("loss", "gradient_norm", "validation_loss"):
         assert logged(runs / name / "16x", key) == pytest.approx(logged(runs / "whole" / "16x", key), rel=1e-5)
@@ -158,7 +158,7 @@ def test_spread_weights_learn_what_whole_ones_do(runs, name):
             assert torch.allclose(spread[group][key], value, atol=1e-3), f"{group} {key}"
 
 
-def test_adapters_on_spread_weights_learn_what_they_do_on_whole_ones(runs):
+def test_adapters_on_sharded_weights_learn_the_same(runs):
     names = ("spread-lora", "lora")
     assert logged(runs / names[0] / "16x") == pytest.approx(logged(runs / names[1] / "16x"), rel=1e-5)
     spread, whole = (load_file(runs / name / "lora" / "pytorch_lora_weights.safetensors") for name in names)
@@ -166,7 +166,7 @@ def test_adapters_on_spread_weights_learn_what_they_do_on_whole_ones(runs):
     assert all(torch.allclose(spread[key], value, atol=1e-3) for key, value in whole.items())
 
 
-def test_each_process_holds_half_of_what_is_spread(runs):
+def test_each_process_holds_half_of_the_sharded_weights(runs):
     """Of every tensor; gathered weights are let go of, and the whole model at the end is the one from the start."""
     found = [json.loads((runs / f"spread-{rank}.json").read_text()) for rank in (0, 1)]
     for precision, dtype in (("float32", "torch.float32"), ("bf16", "torch.bfloat16")):
@@ -189,13 +189,13 @@ def test_no_thread_of_communication_outlives_the_process_group(runs):
         assert not [name for name in threads if "gloo" in name]
 
 
-def test_muon_steps_spread_matrices_as_whole_ones(runs):
+def test_muon_steps_sharded_matrices_like_whole_ones(runs):
     for rank in (0, 1):
         assert max(json.loads((runs / f"spread-{rank}.json").read_text())["muon_learning_rate"]) < 1e-6
 
 
 @pytest.mark.parametrize("other", ["one", "accumulated"])
-def test_they_learn_what_one_process_learns_from_the_same_global_batch(runs, other):
+def test_two_processes_learn_the_same_as_one_from_the_same_global_batch(runs, other):
     for key in ("loss", "gradient_norm", "validation_loss"):
         two, one = (logged(runs / name / "16x", key) for name in ("whole", other))
         assert two == pytest.approx(one, rel=1e-5)
@@ -211,7 +211,7 @@ def test_samples_are_shown_once(runs, name):
     assert [step for step, _, _ in shown_videos(runs / name)["16x/0 a red disc"]] == [2, 4]
 
 
-def test_a_killed_rank_ends_the_other_and_its_last_checkpoint_goes_on(runs, tmp_path):
+def test_a_killed_rank_ends_the_other_and_the_last_checkpoint_resumes(runs, tmp_path):
     endless = {**FOUR, "steps": 100000}
     change = {
         "data": cache_settings(runs),
@@ -248,6 +248,6 @@ leave_process_group()
 """
 
 
-def test_all_processes_compute_in_the_main_ones_precision(tmp_path):
+def test_all_processes_use_the_precision_of_rank_0(tmp_path):
     torchrun(tmp_path, DIFFERENT, [])
     assert [json.loads((tmp_path / f"precision-{rank}.json").read_text()) for rank in range(2)] == ["bf16", "bf16"]

@@ -28,7 +28,7 @@ def test_birth_law_new_latent_is_the_lower_latent_of_every_second_frame(clip, mi
                 parameter.add_(torch.randn_like(parameter) * 0.05)
 
 
-def test_birth_law_of_the_decoder_every_latent_frame_but_the_first_stands_twice():
+def test_birth_law_of_the_decoder_repeats_every_latent_frame_but_the_first():
     model = make_tokenizer(levels=2)
     z = torch.randn(1, 4, 3, 2, 2)
     assert torch.equal(model.lift(z, 8, 4), z[:, :, [0, 1, 1, 2, 2]])
@@ -50,7 +50,7 @@ def test_a_base_can_start_from_block_means(patch, widths, strides):
 
 
 @torch.no_grad()
-def test_a_dual_latent_keeps_the_key_frames_latent_for_good(clip):
+def test_a_dual_latent_keeps_the_key_frames_latent_unchanged(clip):
     model = make_tokenizer(levels=1, settle=0.05)
     for _ in range(2):
         model.grow(Growth(latent="dual"))
@@ -97,7 +97,7 @@ def test_growing_and_training_a_level_leaves_the_lower_levels_bit_equal(clip, pa
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_a_finetuned_copy_starts_as_what_is_below(clip, part):
+def test_a_finetuned_copy_starts_as_the_levels_below(clip, part):
     frozen, own = make_tokenizer(levels=1, settle=0.05), make_tokenizer(levels=1, settle=0.05)
     for model, lower in ((frozen, "frozen"), (own, "finetune")):
         torch.manual_seed(3)
@@ -173,7 +173,7 @@ def test_chunks_equal_the_whole(tokenizer, ratio, plan):
 
 @given(st.sampled_from(RATIOS), st.integers(0, 3), st.integers(1, 3), st.integers(1, 3))
 @settings(max_examples=12, deadline=None)
-def test_every_legal_shape_comes_back(tokenizer, ratio, more, h, w):
+def test_every_legal_shape_is_reconstructed(tokenizer, ratio, more, h, w):
     x = torch.zeros(1, 3, 1 + ratio * more, 8 * h, 8 * w)
     with torch.no_grad():
         z = tokenizer.encode(x, ratio).latent_dist.mode()
@@ -260,7 +260,7 @@ def test_illegal_growth_is_named():
         make_tokenizer(levels=2, heads=5)
 
 
-def test_hidden_kernels_are_all_but_those_at_pixels_and_latents():
+def test_hidden_kernels_exclude_those_at_pixels_and_latents():
     model = AutoencoderKLProMAG(**TINY)
     model.grow()
     model.grow(Growth(decoder="finetune"))
@@ -317,7 +317,7 @@ def test_preset_sizes():
 @pytest.mark.parametrize("growth", [{"mixing": "concat"}, {"mixing": "none"}, {"latent": "dual"}, {"window": 1}, {"window": 5}])
 @pytest.mark.parametrize("plan", [(1, 16, 16), (17, 16), (1, 32)])
 @torch.no_grad()
-def test_chunks_equal_the_whole_however_a_level_is_grown(growth, plan):
+def test_chunks_equal_the_whole_for_every_kind_of_growth(growth, plan):
     model = make_tokenizer(settle=0.05, **growth)
     torch.manual_seed(2)
     x = torch.rand(1, 3, 33, 16, 16) * 2 - 1
@@ -332,7 +332,7 @@ def test_chunks_equal_the_whole_however_a_level_is_grown(growth, plan):
         assert torch.allclose(torch.cat(pixels, 2), model(x, ratio).sample, atol=1e-5)
 
 
-def test_a_fingerprint_names_what_encodes_a_ratio():
+def test_a_fingerprint_covers_the_weights_that_encode_a_ratio():
     def prints(**growth):
         model = make_tokenizer(levels=1, settle=0.05)
         for _ in range(2):
@@ -362,7 +362,7 @@ def test_a_fingerprint_survives_saving(tokenizer, tmp_path):
     assert all(loaded.encoding_fingerprint(ratio) == tokenizer.encoding_fingerprint(ratio) for ratio in RATIOS)
 
 
-def test_idle_heads_are_those_that_no_gradient_reaches(clip):
+def test_idle_heads_are_those_without_gradient(clip):
     for growth in ({}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}):
         model = make_tokenizer(settle=0.05, **growth)
         for ratio in RATIOS:
@@ -373,7 +373,7 @@ def test_idle_heads_are_those_that_no_gradient_reaches(clip):
             assert model.idle_heads(ratio) == idle
 
 
-def test_the_blocks_that_are_compiled_are_those_that_are_checkpointed():
+def test_compiled_and_checkpointed_blocks_are_the_same():
     assert set(AutoencoderKLProMAG._repeated_blocks) == {"ResBlock", "Downsample", "Upsample", "Head", "CrossLevelAttention"}
     model = make_tokenizer()
     model.enable_gradient_checkpointing()

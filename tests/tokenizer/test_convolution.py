@@ -50,7 +50,7 @@ def test_values_and_gradients_are_those_of_conv3d(how, layout):
         assert torch.allclose(own, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_gradients_are_right_by_differences_and_so_are_their_own():
+def test_operator_checks_pass_and_second_gradients_equal_conv3ds():
     torch.library.opcheck(convolution._conv3d_of_one, (*arguments()[:3], [1, 1, 1], [0, 1, 1]))
     x, weight, bias, *rest = arguments()
     weight.requires_grad_()
@@ -87,7 +87,7 @@ def test_other_calls_are_conv3d(monkeypatch):
     assert OPERATOR not in operators(lambda: conv3d(x, weight, bias, *rest))
 
 
-def test_flops_are_counted_alike_and_tensors_without_data_have_its_shape():
+def test_flops_and_shapes_equal_those_of_conv3d():
     x, weight, bias, *rest = arguments(stride=(1, 2, 1))
     weight.requires_grad_()
     counts = []

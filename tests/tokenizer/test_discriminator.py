@@ -38,7 +38,7 @@ def test_losses_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
-def test_each_side_is_better_off_where_it_should_be(kind):
+def test_each_loss_is_lower_for_the_desired_logits(kind):
     low, high = torch.full((4,), -0.5), torch.full((4,), 0.5)
     assert discriminator_loss(high, low, kind) < discriminator_loss(low, high, kind)
     assert generator_loss(high, kind) < generator_loss(low, kind)
@@ -86,7 +86,7 @@ def test_each_side_trains_its_own_weights_alone():
     assert gradients("discriminator") == [False, True]
 
 
-def test_the_penalty_comes_at_its_steps_with_its_weight():
+def test_the_penalty_is_applied_at_its_steps_with_its_weight():
     torch.manual_seed(0)
     x, y = torch.randn(2, 1, 3, 5, 16, 16)
     output = y.clone().requires_grad_()
@@ -112,7 +112,7 @@ def test_lecam_by_hand_and_its_averages():
     assert loss.averages.tolist() == pytest.approx([2.02, -1])
 
 
-def test_a_discriminator_alone_learns_to_tell_blurred_clips():
+def test_a_discriminator_learns_to_detect_blurred_clips():
     torch.manual_seed(0)
     loss = AdversarialLoss(SETTINGS)
     optimizer = torch.optim.AdamW(loss.parameters(), 3e-3)

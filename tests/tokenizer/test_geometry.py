@@ -70,7 +70,7 @@ NO_INTEGERS = [0.0, 16.0, 8.5, float("nan"), True, False, "16", None, [16], 16j]
 
 
 @pytest.mark.parametrize("value", NO_INTEGERS)
-def test_what_is_not_an_integer_is_refused_by_name(value):
+def test_values_that_are_not_integers_are_refused_by_name(value):
     named = re.escape(repr(value))
     calls = {
         "frames": lambda: latent_frames(value, 4),
@@ -88,7 +88,7 @@ def test_what_is_not_an_integer_is_refused_by_name(value):
         check_ratio(value, (4, 8))
 
 
-def test_integers_of_numpy_are_integers():
+def test_integers_of_numpy_are_accepted():
     check_size(np.int64(16), np.uint8(8))
     check_ratio(np.int32(8), (4, 8))  # pyright: ignore[reportArgumentType]
     assert latent_frames(np.int64(17), 4) == 5  # pyright: ignore[reportArgumentType]

@@ -117,7 +117,7 @@ def test_a_save_killed_before_any_change_of_a_file_leaves_the_old_or_the_new_mod
     assert ended
 
 
-def test_a_level_whose_training_is_not_finished_is_not_taken_for_trained(tmp_path):
+def test_a_level_with_unfinished_training_is_refused(tmp_path):
     train_tokenizer(two_stages(tmp_path))
     shutil.rmtree(tmp_path / "8x")
     with pytest.raises(UserError, match=r"stage 8x: .* has that level, but its training in .* stands at step 0 of 2"):
@@ -147,7 +147,7 @@ def test_a_model_is_not_saved_over_a_folder_of_other_things(tmp_path):
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
 
 
-def test_a_full_disk_leaves_the_tokenizer_that_was_there(tmp_path):
+def test_a_full_disk_keeps_the_previous_tokenizer(tmp_path):
     old = make_tokenizer(levels=1)
     save_model(old, tmp_path / "tokenizer")
     with small_files(4000), pytest.raises(OSError, match="File too large") as caught:

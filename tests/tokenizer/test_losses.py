@@ -30,7 +30,7 @@ def test_latent_loss_does_not_depend_on_the_scale_and_trains_the_estimate_alone(
     assert estimate.grad.abs().max() > 0
 
 
-def test_reparametrised_noise_has_the_posteriors_mean_and_deviation():
+def test_reparametrised_samples_have_the_posteriors_mean_and_deviation():
     moments = torch.cat([torch.full((1, 4, 50, 8, 8), 3.0), torch.full((1, 4, 50, 8, 8), 2 * -0.7)], 1)
     z = reparametrise(DiagonalGaussianDistribution(moments), torch.Generator().manual_seed(0))
     assert z.mean().item() == pytest.approx(3, abs=0.02)

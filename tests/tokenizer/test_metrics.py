@@ -50,13 +50,13 @@ def test_ssim_is_one_for_equal_clips_and_falls_with_noise():
     assert ssim(x + 0.3 * torch.randn_like(x), x).item() < 0.95
 
 
-def test_values_outside_the_range_are_what_a_viewer_sees():
+def test_values_outside_the_range_are_clipped_as_in_a_viewer():
     x = torch.ones(1, 3, 1, 16, 16)
     assert psnr(x * 5, x).item() > 80
     assert to_uint8(x * 5).unique().tolist() == [255]
 
 
-def test_bytes_survive_the_way_to_the_model_and_back():
+def test_bytes_survive_conversion_to_the_models_range_and_back():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(1, 1, 16, 16, 3)
     assert torch.equal(to_uint8(from_uint8(pixels)), pixels)
 
@@ -79,7 +79,7 @@ def test_shapes_must_agree():
         psnr(torch.zeros(1, 3, 2, 8, 8), torch.zeros(1, 3, 3, 8, 8))
 
 
-def test_flicker_counts_what_comes_and_goes_and_no_still_error():
+def test_flicker_counts_changing_errors_and_no_constant_ones():
     x = torch.rand(1, 3, 1, 8, 8).expand(1, 3, 5, 8, 8) * 1.6 - 0.8
     assert flicker(x + 20 / 127.5 * 0.5, x).item() == pytest.approx(0, abs=1e-3)
     blinking = x.clone()
@@ -144,7 +144,7 @@ class Rigged(torch.nn.Module):
         return type("Output", (), {"sample": y})
 
 
-def test_evaluate_fully_tells_phases_and_motion_apart():
+def test_evaluate_fully_separates_phases_and_motion():
     torch.manual_seed(0)
     still = torch.rand(1, 3, 1, 16, 16) - 0.5
     clips = [still + m * torch.linspace(0, 1, 9).view(1, 1, 9, 1, 1) for m in (0.3, 0.1, 0.2)]  # middle, least, most but one
@@ -188,7 +188,7 @@ class Doubling(torch.nn.Module):
         return type("Output", (), {"sample": z.repeat_interleave(ratio, 2)[:, :, ratio - 1 :]})
 
 
-def test_lift_is_compared_with_the_lower_latent_itself():
+def test_lift_is_compared_with_the_true_lower_latent():
     torch.manual_seed(0)
     still = (torch.rand(1, 3, 1, 16, 16) - 0.5).expand(-1, -1, 17, -1, -1)
     found = evaluate_lift(Doubling(), [still], 8)

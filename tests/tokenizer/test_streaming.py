@@ -18,7 +18,7 @@ RATIOS = (4, 8, 16)
 
 
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(1, 20), st.sampled_from(RATIOS))
-def test_padding_repeats_the_end_and_is_taken_away_again(frames, height, width, ratio):
+def test_padding_repeats_the_end_and_is_removed_again(frames, height, width, ratio):
     x = torch.rand(1, 1, frames, height, width)
     padded, padding = pad_clip(x, ratio)
     assert (padded.shape[2] - 1) % ratio == padded.shape[3] % 8 == padded.shape[4] % 8 == 0
@@ -50,7 +50,7 @@ def test_any_length_and_size_whole_or_in_chunks(tokenizer, frames):
 
 
 @torch.no_grad()
-def test_a_chunk_plan_does_not_change_a_stream(tokenizer):
+def test_a_streams_result_does_not_depend_on_its_chunks(tokenizer):
     torch.manual_seed(0)
     x = torch.rand(1, 3, 33, 16, 16) * 2 - 1
     for ratio in RATIOS:
@@ -71,7 +71,7 @@ def held(state):
 
 
 @torch.no_grad()
-def test_memory_held_does_not_grow_with_the_stream_or_the_chunk(tokenizer):
+def test_the_states_memory_does_not_grow_with_the_stream_or_the_chunk(tokenizer):
     def sizes(frames):
         encoding, decoding, found = START, START, []
         for i in range(4):
@@ -232,7 +232,7 @@ def test_a_stream_in_tiles_equals_the_tiled_whole(tokenizer, tile, plan):
 
 
 @torch.no_grad()
-def test_whatever_takes_a_picture_works_in_tiles_and_clip_by_clip(tiled):
+def test_every_method_works_in_tiles_and_clip_by_clip(tiled):
     torch.manual_seed(0)
     x = torch.rand(2, 3, 17, 48, 56) * 2 - 1
     z = [tiled.encode(x, ratio).latent_dist for ratio in RATIOS]

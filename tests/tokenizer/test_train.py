@@ -173,7 +173,7 @@ def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path
 @pytest.mark.parametrize("trainable", ["new", "all"])
 @pytest.mark.parametrize("ratio", [8, 16])
 @pytest.mark.parametrize("growth", [{}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}, {"decoder": "finetune"}])
-def test_weights_without_a_gradient_are_foreseen(trainable, ratio, growth):
+def test_weights_that_may_have_no_gradient_are_declared(trainable, ratio, growth):
     """Several processes wait for the gradient of every trained weight unless they are told that some may have none."""
     model, frames = make_tokenizer(levels=1, settle=0.05), 1 + ratio
     added = [model.grow(Growth(**growth)) for _ in range(ratio // 8)]
@@ -210,7 +210,7 @@ def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
     assert ends[0]["buffers"]["adversary.averages"].abs().max() > 0
 
 
-def test_what_is_inherited_learns_at_its_own_rate():
+def test_inherited_weights_have_their_own_learning_rate():
     model = make_tokenizer(levels=2)
     model.grow(Growth(encoder="finetune"))
     model.train_only(16)
@@ -229,7 +229,7 @@ def test_what_is_inherited_learns_at_its_own_rate():
     assert trained == {"encoder_growth", "decoder_growth", "own_encoders"}
 
 
-def test_the_discriminator_learns_at_its_own_rate():
+def test_the_discriminator_has_its_own_learning_rate():
     adversarial = adversarial_config(learning_rate=4e-3, lecam_weight=0, penalty_weight=0)
     objective = StageObjective(make_tokenizer(levels=1), stage(4, 5, adversarial=adversarial))
     (adam,) = make_optimizers(objective, optimization_config(learning_rate=1e-3))
@@ -283,7 +283,7 @@ def test_training_on_bucketed_shards_continues_bit_for_bit(bucketed, tmp_path, c
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_may_take_its_clips_into_memory_on_the_way(shards, tmp_path):
+def test_a_resumed_run_may_switch_in_memory_on_or_off(shards, tmp_path):
     index = str(shards.parent / "clips.jsonl")
 
     def half(name, in_memory):
@@ -303,7 +303,7 @@ def test_a_run_may_take_its_clips_into_memory_on_the_way(shards, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["index", "extra", "shards", "synthetic"])
-def test_a_run_goes_on_with_the_clips_it_was_started_with_alone(shards, tmp_path, monkeypatch, kind):
+def test_a_run_resumes_only_with_its_own_clips(shards, tmp_path, monkeypatch, kind):
     folder = tmp_path / "clips"
     folder.mkdir()
     rows = [clip for clip in load_clips(shards.parent / "clips.jsonl") if clip.frames > 1]

@@ -47,7 +47,7 @@ def test_streaming_through_compiled_blocks_equals_the_whole(clip):
         torch.testing.assert_close(model.encode(clip, 8).latent_dist.mode(), whole)
 
 
-def test_nothing_new_is_compiled_where_it_shall_stand_as_it_is(clip):
+def test_no_recompile_compiles_nothing_new(clip):
     model = make_tokenizer(levels=1)
     compile_blocks(model)
     torch._dynamo.utils.counters.clear()

@@ -66,19 +66,19 @@ def test_any_value_survives_the_resolved_file(name, words, rate, size):
         assert build(Outer, load_yaml(Path(folder) / "config.yaml"), "test") == config
 
 
-def test_what_a_mapping_leaves_out_comes_from_the_default_of_its_field():
+def test_missing_keys_of_a_mapping_get_the_fields_default():
     config = build(Outer, {**VALUES, "inner": {"kind": "x"}, "stages": [{"rate": 2}], "more": {"rate": 3}}, "test")
     assert (config.inner, config.stages, config.more) == (Inner(0.1, "x"), (Inner(2.0),), Inner(3.0))
     with pytest.raises(UserError, match=r"key stages\.0\.rate is missing \(it has no default\)"):
         build(Outer, {**VALUES, "stages": [{"kind": "x"}]}, "test")
 
 
-def test_dotted_options_reach_every_place(preset):
+def test_dotted_options_reach_every_key(preset):
     config = parse(preset, "--inner.rate=0.25", "--stages.0.kind", "y", "--sizes", "[3]", "--only", "7")
     assert config == Outer("a", (3,), Inner(0.25, "usual"), (Inner(1.0, "y"),), 7)
 
 
-def test_what_is_null_can_be_given_key_by_key(preset):
+def test_a_null_section_can_be_set_key_by_key(preset):
     assert parse(preset, "--more.rate", "2", "--more.kind", "z").more == Inner(2.0, "z")
     with pytest.raises(UserError, match=r"key more\.rate is missing"):
         parse(preset, "--more.kind", "z")
@@ -124,7 +124,7 @@ def test_any_number_survives_the_command_line(rate, only):
         ("--pairs [[3,4]]", "pairs", ((3, 4),)),
     ],
 )
-def test_words_arrive_as_a_shell_user_types_them(preset, words, key, value):
+def test_words_are_read_as_typed_in_a_shell(preset, words, key, value):
     assert getattr(parse(preset, *words.split()), key) == value
 
 
@@ -217,7 +217,7 @@ def test_help_lists_every_leaf(capsys):
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=str)
-def test_presets_are_legal_and_state_only_what_differs_from_the_defaults(path):
+def test_presets_are_legal_and_state_only_differences_from_the_defaults(path):
     values = load_yaml(path)
     build(_class_of(path), values, str(path))
     stated = list(_stated_defaults(_class_of(path), values))
@@ -265,7 +265,7 @@ class Unreadable(IterableDataset):
         raise UnreadableVideo("a.mp4", "holds no frames")
 
 
-def test_a_mistake_in_a_loaders_process_is_one_line_too(capsys):
+def test_a_mistake_in_a_loader_process_is_one_line_too(capsys):
     assert run_main(lambda argv: list(DataLoader(Unreadable(), num_workers=1))) == 2
     assert capsys.readouterr().err == "error: a.mp4: holds no frames\n"
 

@@ -16,7 +16,7 @@ def test_one_process_is_refused():
         shard(model, [model[0]], CPU, 1, False)
 
 
-def test_trained_weights_outside_of_the_units_are_refused():
+def test_trained_weights_outside_the_fsdp_units_are_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"distributed fsdp2: 1\.weight and 1 more weights cannot be sharded here; use ddp"):
         shard(model, [model[0]], CPU, 2, False)

@@ -114,7 +114,7 @@ def test_the_averaged_weights_are_left_in_the_model_and_validated(tmp_path):
     assert not torch.equal(saved["ema/layer.weight"], saved["weights/layer.weight"])
 
 
-def test_only_what_is_trained_moves_and_is_saved(tmp_path):
+def test_only_trained_weights_change_and_are_saved(tmp_path):
     before = Noisy()
     _, after = run(tmp_path)
     assert torch.equal(before.frozen.weight, after.frozen.weight)
@@ -122,7 +122,7 @@ def test_only_what_is_trained_moves_and_is_saved(tmp_path):
     assert {k for k in tensors(tmp_path) if "frozen" in k} == set()
 
 
-def test_a_module_learns_at_its_own_rate(tmp_path):
+def test_a_module_may_have_its_own_learning_rate(tmp_path):
     """AdamW's first step moves every weight by the learning rate, whatever the gradient; the conv's is a quarter."""
     settings = dataclasses.replace(SETTINGS, steps=1, warmup=1, weight_decay=0.0)
     before = Noisy()
@@ -160,7 +160,7 @@ def test_muon_without_matrices_is_refused(tmp_path):
         dataclasses.replace(SETTINGS, muon_learning_rate=-1)
 
 
-def test_sigterm_saves_and_ends_in_order(tmp_path):
+def test_sigterm_saves_and_ends_the_run(tmp_path):
     class Terminated(Noisy):
         def forward(self, batch, generators, step):
             if step == 1:
@@ -176,7 +176,7 @@ def test_sigterm_saves_and_ends_in_order(tmp_path):
     assert again.step == 4
 
 
-def test_sigterm_in_the_last_step_leaves_the_stage_to_the_next_call(tmp_path):
+def test_sigterm_in_the_last_step_finishes_in_the_next_call(tmp_path):
     def validate(log, step):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -217,14 +217,14 @@ def test_a_second_ctrl_c_during_a_step_ends_it(tmp_path):
         run(tmp_path, objective=Interrupted())
 
 
-def test_what_a_killed_call_left_beside_the_checkpoints_goes_even_where_no_step_is_left(tmp_path):
+def test_leftovers_of_a_killed_call_are_removed_even_without_steps_left(tmp_path):
     run(tmp_path)
     (tmp_path / "stage" / ".step-00000002").mkdir()  # killed while deleting an old checkpoint, after the last step
     assert run(tmp_path)[0].finished
     assert not list((tmp_path / "stage").glob(".*"))
 
 
-def test_a_run_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
+def test_a_run_stopped_by_a_full_disk_continues_when_there_is_space(tmp_path):
     """The disk is full at the second checkpoint: the first one stays, and the weights are those of a run with room."""
 
     class Filling(Noisy):
@@ -243,7 +243,7 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
     assert all(torch.equal(left[k], right[k]) for k in left)
 
 
-def test_a_signal_that_nobody_acted_on_is_sent_again():
+def test_an_unhandled_signal_is_sent_again():
     received = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
@@ -273,7 +273,7 @@ def test_a_step_is_saved_once(tmp_path, monkeypatch):
     assert saved == [2]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path, capsys):
     run(tmp_path, run_config(save_every=1, stop_after=3, keep_last=3))
     file = tmp_path / "stage" / "step-00000003" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
@@ -327,7 +327,7 @@ def test_skipped_steps_resume_bit_for_bit(tmp_path):
     assert load_checkpoint(checkpoints(tmp_path / "parts" / "stage")[-1])[1]["skipped"] == 2
 
 
-def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
+def test_too_many_consecutive_steps_that_are_not_finite_end_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="step 1: loss, gradient_norm not finite, 1 in a row; lower learning_rate"):
         run(tmp_path / "a", objective=Sick(0))
     settings = dataclasses.replace(SETTINGS, max_skipped=1)
@@ -351,7 +351,7 @@ def test_accumulated_gradients_are_the_mean_of_those_of_the_batches(tmp_path):
     assert line["loss"] == pytest.approx(float(sum(losses).detach()) / 3, rel=1e-5)
 
 
-def test_a_run_goes_on_with_as_many_samples_a_step_or_not_at_all(tmp_path):
+def test_a_run_resumes_only_with_the_same_global_batch(tmp_path):
     run(tmp_path, run_config(stop_after=2), optimization_config(batch_size=2))
     with pytest.raises(UserError, match="was trained on 2 samples a step, these processes have 4"):
         run(tmp_path, run_config(), optimization_config(batch_size=2, accumulate=2))
@@ -367,7 +367,7 @@ def test_accumulating_runs_resume_bit_for_bit(tmp_path):
     assert all(torch.equal(left[k], right[k]) for k in left)
 
 
-def test_throughput_follows_from_work_and_a_stated_peak(tmp_path):
+def test_throughput_follows_from_flops_and_a_given_peak(tmp_path):
     class Counted(Noisy):
         def work(self, batch):
             return Work(7 * len(batch["x"]), 3e6)
@@ -382,7 +382,7 @@ def test_throughput_follows_from_work_and_a_stated_peak(tmp_path):
         assert line["mfu"] == pytest.approx(line["tflops"] / 0.5)
 
 
-def test_illegal_paces_are_named():
+def test_illegal_intervals_are_named():
     for name, value in (("log_every", 0), ("keep_every", 0), ("stop_after", 0), ("workers", -1), ("peak_tflops", 0.0)):
         with pytest.raises(ValueError, match=f"{name} {value}: "):
             run_config(**{name: value})
@@ -419,7 +419,7 @@ def test_checkpoints_are_whole_or_absent(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
+def test_old_checkpoints_are_removed_except_those_to_keep(tmp_path):
     for step in range(2, 14, 2):
         save_checkpoint(tmp_path, step, [("weights", {"a": torch.ones(1)})], {})
     thin_out(tmp_path, 12, keep_last=1, keep_every=4)
@@ -428,7 +428,7 @@ def test_old_checkpoints_go_but_for_those_to_keep(tmp_path):
     assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [8, 12]
 
 
-def test_metrics_after_a_checkpoint_are_cut(tmp_path):
+def test_metrics_after_the_resumed_checkpoint_are_removed(tmp_path):
     for step in range(5):
         append_json(tmp_path / "m.jsonl", {"step": step})
     cut_metrics(tmp_path / "m.jsonl", 2)

@@ -13,7 +13,7 @@ OPTIONS = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 5}
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_a_kernel_is_trained_as_the_matrix_of_its_outputs_by_all_else(layout):
+def test_a_kernel_is_trained_as_a_matrix_with_a_row_for_each_output(layout):
     torch.manual_seed(0)
     start, gradients = torch.randn(4, 3, 2, 3, 3), torch.randn(2, 4, 3, 2, 3, 3)
     kernel = nn.Parameter(start.clone().to(memory_format=layout))
@@ -30,7 +30,7 @@ def test_a_kernel_is_trained_as_the_matrix_of_its_outputs_by_all_else(layout):
     assert kernel.grad is None
 
 
-def test_a_matrix_is_trained_as_by_torch():
+def test_a_matrix_is_trained_as_by_torchs_muon():
     torch.manual_seed(0)
     a, b = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
     a.grad = torch.randn(5, 3)
@@ -41,7 +41,7 @@ def test_a_matrix_is_trained_as_by_torch():
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 12), (12, 5)])
-def test_its_flops_are_what_torch_counts(shape):
+def test_muons_flops_equal_those_counted_by_torch(shape):
     weight = nn.Parameter(torch.ones(shape))
     weight.grad = torch.randn(shape)
     optimizer = Muon([weight], **{**OPTIONS, "ns_steps": NEWTON_SCHULZ_STEPS})
@@ -64,7 +64,7 @@ def test_a_weight_that_was_moved_is_not_silently_left_untrained():
         optimizer.step()
 
 
-def test_momentum_is_saved_in_the_weights_shape_whatever_the_layout():
+def test_momentum_is_saved_in_the_weights_shape_for_every_layout():
     torch.manual_seed(0)
     start, gradient = torch.randn(4, 3, 2, 3, 3), torch.randn(4, 3, 2, 3, 3)
     layouts = (torch.contiguous_format, torch.channels_last_3d)
@@ -81,7 +81,7 @@ def test_momentum_is_saved_in_the_weights_shape_whatever_the_layout():
         assert all(torch.equal(from_saved(o, value, k), m) for o, k, m in zip(optimizers, kernels, moments, strict=True))
 
 
-def test_matrices_of_a_shape_in_one_product_move_as_one_by_one(monkeypatch):
+def test_batched_matrices_of_a_shape_move_as_single_ones(monkeypatch):
     monkeypatch.setattr(optimizers, "BATCHED", 2 * 6 * 4)  # two of the three matrices of 6 x 4 at once
     generator = torch.Generator().manual_seed(0)
     shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 4)]
@@ -104,7 +104,7 @@ def test_matrices_of_a_shape_in_one_product_move_as_one_by_one(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 12), (12, 5)])
-def test_in_float32_its_digits_are_float32s(shape):
+def test_orthogonalisation_in_float32_has_the_precision_of_float32(shape):
     """Newton-Schulz in float64 is what float32 comes within 1e-6 of, and torch's bfloat16 within 1e-2."""
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = gradient.double() / gradient.double().norm()

@@ -47,7 +47,7 @@ def measured(monkeypatch):
         ((8.0, 0.1), (4.0, 0.12), "bf16"),  # whatever the sizes of the two
     ],
 )
-def test_a_cpu_takes_what_is_faster(fp32, bf16, precision):
+def test_a_cpu_takes_the_faster_precision(fp32, bf16, precision):
     choice = decide(Timings(*fp32), Timings(*bf16))
     assert choice.precision == precision
     speeds = [f"{one / two:.2g}x" for one, two in zip(fp32, bf16, strict=True)]
@@ -57,14 +57,14 @@ def test_a_cpu_takes_what_is_faster(fp32, bf16, precision):
 
 
 @pytest.mark.parametrize(("supported", "precision"), [(True, "bf16"), (False, "fp32")])
-def test_a_gpu_takes_bf16_where_it_has_it(monkeypatch, supported, precision):
+def test_a_gpu_with_bf16_takes_it(monkeypatch, supported, precision):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
     module._measured.cache_clear()
     assert choose_precision("auto", "cuda:1") == precision
     module._measured.cache_clear()
 
 
-def test_measuring_takes_under_a_second_and_moves_no_random_numbers():
+def test_measuring_takes_under_a_second_and_keeps_random_states():
     torch.manual_seed(0)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     seconds = time_kernels(torch.float32)[0]
@@ -81,7 +81,7 @@ def test_the_choice_is_printed_once(measured, capsys):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
-def test_autocast_computes_in_it(precision, dtype):
+def test_autocast_computes_in_the_chosen_precision(precision, dtype):
     x = torch.ones(2, 2)
     with autocast("cpu", precision):
         assert (x @ x).dtype == dtype
@@ -115,7 +115,7 @@ def test_a_run_records_its_precision_and_keeps_it_on_another_machine(measured, a
         train(make_config(tmp_path, precision="fp32", stages=config.stages))
 
 
-def test_the_first_run_with_a_record_decides(measured, tmp_path):
+def test_the_first_recorded_precision_is_kept(measured, tmp_path):
     measured("bf16")
     for name, text in (("old", "precision: 'no'\n"), ("new", "precision: fp32\n"), ("newer", "precision: bf16\n")):
         (tmp_path / name).mkdir()
@@ -127,7 +127,7 @@ def test_the_first_run_with_a_record_decides(measured, tmp_path):
 
 
 @pytest.mark.parametrize("word", ["no", "False", "half", "bfloat16", "32"])
-def test_other_words_are_refused_with_the_legal_ones(word, capsys):
+def test_other_precisions_are_refused_with_the_legal_ones(word, capsys):
     with pytest.raises(UserError, match=r"precision: input should be 'auto', 'bf16', 'fp16' or 'fp32' \(got "):
         train_tokenizer.main([*PRESET, "--precision", word])
     with pytest.raises(SystemExit):
@@ -140,7 +140,7 @@ def test_other_words_are_refused_with_the_legal_ones(word, capsys):
 @pytest.mark.parametrize(
     ("cls", "preset"), [(TokenizerConfig, "tokenizer/tiny"), (DiffusionConfig, "diffusion/tiny"), (DemoConfig, "demo")]
 )
-def test_legal_words_arrive_as_they_are(cls, preset, word):
+def test_legal_precisions_are_returned_unchanged(cls, preset, word):
     argv = ["--config", f"configs/{preset}.yaml"]
     assert parse_config(cls, [*argv, "--precision", word], "").precision == word
     assert parse_config(cls, argv, "").precision == "auto"
@@ -148,7 +148,7 @@ def test_legal_words_arrive_as_they_are(cls, preset, word):
         parse_config(cls, [*argv, "--precision", "fp16"], "")
 
 
-def test_a_preset_may_state_it():
+def test_a_preset_may_set_the_precision():
     values = load_yaml("configs/tokenizer/tiny.yaml")
     assert build(TokenizerConfig, {**values, "precision": "bf16"}, "preset").precision == "bf16"
     with pytest.raises(UserError, match=r"got False"):
@@ -157,7 +157,7 @@ def test_a_preset_may_state_it():
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 that could be hidden from it")
 @pytest.mark.parametrize(("isa", "precision"), [("AVX512_CORE", "fp32"), ("AVX2", "fp32"), ("DEFAULT", "bf16")])
-def test_measured_as_it_is_and_held_to_kernels_without_bf16(isa, precision):
+def test_auto_is_measured_with_and_without_bf16_kernels(isa, precision):
     code = "from promag.training.precision import choose_precision; print(choose_precision('auto', 'cpu'))"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -22,7 +22,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_file_gets_a_line_now_and_then_and_one_at_the_end(clock, capsys):
+def test_a_log_file_gets_occasional_lines_and_a_last_one(clock, capsys):
     bar = ProgressBar(desc="4x", unit="step", total=400, initial=100)
     for _ in range(200):
         clock.now += 0.5
@@ -42,7 +42,7 @@ def test_a_file_gets_a_line_now_and_then_and_one_at_the_end(clock, capsys):
     assert last.startswith("4x: 300/400 steps in ")
 
 
-def test_iterated_over_and_switched_off(clock, capsys):
+def test_progress_iterates_and_can_be_switched_off(clock, capsys):
     assert list(ProgressBar(range(3), desc="caching", unit="shard")) == [0, 1, 2]
     assert re.fullmatch(r"caching: 3/3 shards in [\d:]+, [\d:]+ to go\n", capsys.readouterr().err)
     assert list(ProgressBar(range(3), desc="caching", unit="shard", disable=True)) == [0, 1, 2]

@@ -50,7 +50,7 @@ def own_bytes():
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_what_killed_saves_left_is_removed(tmp_path):
+def test_leftovers_of_killed_saves_are_removed(tmp_path):
     for name in (".step-00000003.4711", ".step-old-00000001", ".step-00000002", ".step-00000003.new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights.safetensors").write_bytes(b"half")
@@ -58,7 +58,7 @@ def test_what_killed_saves_left_is_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
-def test_a_checkpoint_stays_until_the_one_that_replaces_it_is_whole(tmp_path):
+def test_a_checkpoint_is_kept_until_its_replacement_is_complete(tmp_path):
     save(tmp_path, 5, 1.0)
 
     def groups():
@@ -73,7 +73,7 @@ def test_a_checkpoint_stays_until_the_one_that_replaces_it_is_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
 
 
-def test_folders_of_other_names_are_no_checkpoints(tmp_path):
+def test_folders_with_other_names_are_not_checkpoints(tmp_path):
     for step in (1, 2, 100_000_000):
         path = save(tmp_path, step)
     for name in ("step-best", "step-00000009-copy", "step-9"):
@@ -85,7 +85,7 @@ def test_folders_of_other_names_are_no_checkpoints(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
-def test_a_copy_under_another_steps_name_is_no_checkpoint(tmp_path):
+def test_a_copy_under_another_steps_name_is_not_a_checkpoint(tmp_path):
     """Resumed from, it would rewind the run, and outlive all that are saved after it."""
     path = save(tmp_path, 4)
     shutil.copytree(path, tmp_path / "step-00000099")
@@ -96,7 +96,7 @@ def test_a_copy_under_another_steps_name_is_no_checkpoint(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {new.name, "step-00000099", "step-000000004"}
 
 
-def test_a_strangers_folder_in_a_checkpoints_place_is_kept_under_another_name(tmp_path, capsys):
+def test_a_foreign_folder_at_a_checkpoints_path_is_renamed_and_kept(tmp_path, capsys):
     copy = shutil.copytree(save(tmp_path, 4, 1.0), tmp_path / "step-00000006")
     save(tmp_path, 6, 2.0)
     assert f"{copy}: is no checkpoint of this run; renamed to step-00000006.other1" in capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_a_strangers_folder_in_a_checkpoints_place_is_kept_under_another_name(tm
     assert load_checkpoint(newest_checkpoint(tmp_path))[0]["weights"]["a"].tolist() == [2, 2]
 
 
-def test_checkpoints_before_a_damaged_one_are_not_thinned_out_for_it(tmp_path):
+def test_a_damaged_checkpoint_does_not_displace_earlier_ones(tmp_path):
     """A run that fell back saves at earlier steps than the damaged one's for a while."""
     save(tmp_path, 2)
     (save(tmp_path, 8) / "state.json").write_text("{")
@@ -125,7 +125,7 @@ def test_a_save_killed_between_its_renames_is_finished(tmp_path):
     assert load_checkpoint(newest_checkpoint(tmp_path))[0]["weights"]["a"].tolist() == [1, 1]
 
 
-def test_links_to_checkpoints_are_read_and_their_targets_stay(tmp_path):
+def test_links_to_checkpoints_are_read_and_their_targets_kept(tmp_path):
     """As after moving them to another disk."""
     run, other = tmp_path / "run", tmp_path / "other"
     target = save(run, 2).rename(other)
@@ -137,7 +137,7 @@ def test_links_to_checkpoints_are_read_and_their_targets_stay(tmp_path):
     assert (other / "state.json").exists()
 
 
-def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path):
+def test_a_full_disk_is_named_and_keeps_existing_files(tmp_path):
     tensors = {"a": torch.ones(1000)}
     good, text, line = save(tmp_path, 1), tmp_path / "a.txt", tmp_path / "m.jsonl"
     write_atomically(text, "before")
@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_line_of_a_command(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "state", "no state"])
-def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, capsys, damage):
+def test_damaged_checkpoints_are_skipped_and_named(tmp_path, capsys, damage):
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     if damage == "cut":
         (bad / "ema.safetensors").write_bytes((bad / "ema.safetensors").read_bytes()[:-1])
@@ -196,7 +196,7 @@ def test_a_checkpoint_is_read_a_tensor_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("half", [b'{"step": 3, "lo', b"\xff\xfe", b"{"])
-def test_half_a_line_ends_no_run(tmp_path, capsys, half):
+def test_a_half_written_line_does_not_end_a_run(tmp_path, capsys, half):
     path = tmp_path / "metrics.jsonl"
     append_json(path, {"step": 1}, {"step": 2})
     with open(path, "ab") as file:
@@ -215,14 +215,14 @@ def test_a_damaged_line_in_the_middle_is_cut_with_the_metrics_after_a_checkpoint
     assert read_json_lines(path) == [{"step": 1}, {"step": 4}]
 
 
-def test_a_whole_line_without_its_end_stays(tmp_path):
+def test_a_complete_last_line_without_newline_is_kept(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text('{"a": 1}')
     append_json(path, {"b": 2})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1}, {"b": 2}]
 
 
-def test_files_are_on_disk_before_their_name_is(tmp_path, monkeypatch):
+def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
     order = []
     flush, replace = files.flush, os.replace
     monkeypatch.setattr(files, "flush", lambda path: (order.append(("flush", path.name)), flush(path)))
@@ -238,7 +238,7 @@ def test_files_are_on_disk_before_their_name_is(tmp_path, monkeypatch):
     assert {"weights.safetensors", "ema.safetensors", "state.json"} <= flushed
 
 
-def test_text_is_utf_8_whatever_the_locale(tmp_path):
+def test_text_is_utf_8_in_every_locale(tmp_path):
     write_atomically(tmp_path / "a.txt", "é")
     assert (tmp_path / "a.txt").read_bytes() == "é".encode()
 

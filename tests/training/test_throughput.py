@@ -17,7 +17,7 @@ def test_the_measured_peak_is_that_of_a_matrix_product():
     assert here / 4 < matmul_tflops("cpu", bf16=False) < here * 4  # other work may run beside either
 
 
-def test_a_figure_is_averaged_over_the_steps_that_had_it():
+def test_a_metric_is_averaged_over_the_steps_that_have_it():
     meter = Meter(1, "cpu", bf16=False, peak_tflops=1.0)
     meter.start()
     for step in range(4):

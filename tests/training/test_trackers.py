@@ -53,7 +53,7 @@ def test_a_gif_holds_every_frame_for_its_time():
     assert sum(durations) == 300  # frames that are alike may be stored as one longer one
 
 
-def test_tensorboard_plays_what_was_logged(tmp_path):
+def test_tensorboard_shows_the_logged_videos(tmp_path):
     accelerator = make_accelerator(tmp_path, "fp32")
     accelerator.init_trackers("promag")
     log, videos = Log(accelerator.trackers), [clip(), clip()[::-1].copy()]
