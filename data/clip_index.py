@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from promag.training.config import UserError
-from promag.training.files import write_atomically
+from promag.training.files import replaced_file, write_atomically
 
 from .captions import path_of_url
 
@@ -242,10 +242,10 @@ def _saved_columns(path: Path, identity: Mapping[str, str]) -> dict[str, np.ndar
 
 def _save_columns(path: Path, identity: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> None:
     place = _columns_file(path)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        save_file(dict(columns), temporary, metadata=dict(identity))
-        os.replace(temporary, place)
+        with replaced_file(place) as aside:
+            save_file(dict(columns), aside, metadata=dict(identity))
+    except FileNotFoundError:
+        pass  # removed as a leftover by a process that writes the same columns
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         logger.warning("%s: cannot be written, so every start reads the whole index: %s", place, error)

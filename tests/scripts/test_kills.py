@@ -1,0 +1,38 @@
+"""The short version of the kills: SIGKILL before changes of files and at random moments, in processes of their own."""
+
+import json
+import subprocess
+import sys
+
+# What appends without looking at what is there is doubled by a restart, and must be seen; then the real work.
+DRIVER = """
+import sys
+from promag.scripts.reliability import kills
+from promag.scripts.reliability.kill_targets import Target
+
+def append(folder, inputs):
+    for line in ("one", "two"):
+        with open(folder / "lines.txt", "a") as file:
+            file.write(line)
+
+real, kills.TARGETS = kills.TARGETS, {"append": Target(append)}
+assert kills.main(["--minutes", "0.005"]) == 1
+kills.TARGETS = real
+raise SystemExit(kills.main(sys.argv[1:]))
+"""
+
+
+def test_restarts_leave_what_runs_without_kills_do(tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    words = ["--minutes", "0.06", "--processes", "1", "--targets", "tokenizer", "shards", "--record", "record.jsonl"]
+    words[-1] = str(tmp_path / "record.jsonl")
+    run = subprocess.run([sys.executable, tmp_path / "driver.py", *words], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (
+        "Kill(target='append', processes=1, rank=0, change=1, torn=False): missing [], not expected [], different" in run.stderr
+    )
+    line = json.loads((tmp_path / "record.jsonl").read_text())
+    assert line["equal"] == line["kills"] > 1
+    by_target = {work["target"]: work for work in line["works"]}
+    assert by_target["tokenizer"]["changes_to_kill_before"] > 100
+    assert by_target["shards"]["changes_to_kill_before"] > 30
