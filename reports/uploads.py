@@ -1,13 +1,14 @@
-"""Limits of uploaded files, checked in the order of their cost: kind, bytes, picture size and length, damage."""
+"""Limits of uploaded files, checked in the order of their cost: bytes, picture size and length, damage."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from promag.data.listing import VIDEO_EXTENSIONS
 from promag.data.video import UnreadableVideo, VideoFacts, decode_strictly, read_header
 from promag.training.config import UserError
 
 MEGABYTE = 2**20  # bytes, as Gradio counts
-KINDS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+KINDS = VIDEO_EXTENSIONS  # that the page offers; what a file is, its contents decide
 BORDER = 128  # pixels a side that decoders add to a picture
 
 
@@ -21,8 +22,7 @@ class UploadLimits:
     side: int = 2048  # pixels
 
     def __str__(self) -> str:
-        kinds = ", ".join(kind[1:] for kind in KINDS)
-        return f"{kinds}; at most {self.megabytes:g} MB, {self.seconds:g} s, {self.frames} frames, {self.side} pixels a side"
+        return f"at most {self.megabytes:g} MB, {self.seconds:g} s, {self.frames} frames, {self.side} pixels a side"
 
 
 def check_upload(path: str | Path, limits: UploadLimits) -> VideoFacts:
@@ -33,8 +33,6 @@ def check_upload(path: str | Path, limits: UploadLimits) -> VideoFacts:
     """
     path = Path(path)
     name, megabytes = path.name, path.stat().st_size / MEGABYTE
-    if path.suffix.lower() not in KINDS:
-        raise UserError(f"{name}: not an accepted kind of video; {limits}")
     if megabytes > limits.megabytes:
         raise UserError(f"{name}: {megabytes:.1f} MB; at most {limits.megabytes:g} MB are accepted")
     max_pixels = (limits.side + BORDER) ** 2
@@ -46,7 +44,7 @@ def check_upload(path: str | Path, limits: UploadLimits) -> VideoFacts:
             raise UserError(f"{name}: {length}; at most {limits.seconds:g} s and {limits.frames} frames are accepted")
         facts = decode_strictly(path, max_pixels)
     except UnreadableVideo as error:
-        raise UserError(f"{name}: cannot be read as a video: {error.reason.replace(str(path), name)}") from None
+        raise UserError(f"{name}: cannot be read as a video: {error.reason.replace(str(path), name)}; {limits}") from None
     _check_side(name, facts.width, facts.height, limits)
     return facts
 

@@ -205,7 +205,7 @@ def _video_tab(gr: Any, backend: AppBackend) -> None:
         with gr.Column(scale=2):
             side = gr.Radio([(f"{s} pixels", s) for s in SIDES], value=SIDES[0], label="Shorter side", elem_id="side")
             button = gr.Button("Compare", variant="primary", elem_id="compare")
-    gr.HTML(_part("note", text=f"Accepted: {backend.limits}."))
+    gr.HTML(_part("note", text=f"Accepted: videos of any kind, {backend.limits}."))
     columns = " | ".join(("original", *(f"{r}×" for r in backend.tokenizer.temporal_ratios)))
     result = gr.HTML(_part("waiting", text=f"{columns}, in step, with the PSNR of every frame"), elem_id="comparison")
 

@@ -1,8 +1,10 @@
 """Image files: clips of one frame."""
 
+import contextlib
 import io
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +32,26 @@ def read_image(source: str | os.PathLike | bytes) -> np.ndarray:
     Transparent pixels are blended with white, 16 bits a channel become 8, and colours are converted by an embedded profile.
     Of a JPEG with several pictures the first is shown, as viewers do; animated WebP and PNG and TIFF of many pages are refused.
     """
+    with _opened(source) as image:
+        count = getattr(image, "n_frames", 1)
+        if count > 1 and image.format in ("WEBP", "PNG", "TIFF", "AVIF", "GIF"):
+            raise ImageError(f"holds {count} pictures; make a video of it, or keep one of them")
+        return np.array(_rgb(ImageOps.exif_transpose(image)))[None]
+
+
+def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
+    """Return width and height as an image's header states them, without decoding it; raises ImageError as `read_image` does."""
+    with _opened(source) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                count = getattr(image, "n_frames", 1)
-                if count > 1 and image.format in ("WEBP", "PNG", "TIFF", "AVIF", "GIF"):
-                    raise ImageError(f"holds {count} pictures; make a video of it, or keep one of them")
-                return np.array(_rgb(ImageOps.exif_transpose(image)))[None]
+                yield image
     except (*_DAMAGED, Image.DecompressionBombWarning) as error:
         raise ImageError(getattr(error, "strerror", None) or str(error)) from error
 

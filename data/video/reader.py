@@ -7,14 +7,15 @@ read with PyAV, which needs no proof.
 import functools
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
 from .container import Container, open_container
-from .images import ImageError, is_image, read_image
+from .images import ImageError, image_size, is_image, read_image
 from .source import READ_TIMEOUT, UnreadableVideo, VideoBytes, VideoSource, within
 
 SEEK_BACK = (0.0, 1.0, 8.0, 64.0)  # seconds before the first wanted frame from which decoding is tried
@@ -111,6 +112,11 @@ def read_header(source: VideoSource, max_pixels: int) -> VideoHeader:
     `max_pixels` (width times height), so memory stays small whatever the size is. Raises UnreadableVideo for what is no
     video and for one that states no size or no frames.
     """
+    if is_image(source):
+        width, height = _of_image(image_size, source)
+        if width * height > max_pixels:
+            raise UnreadableVideo(source, f"has {width}x{height} pixels: at most {max_pixels} are read")
+        return VideoHeader(1, width, height, 0.0)
     with open_container(source, max_pixels) as video:
         width, height = video.stream.width, video.stream.height
         table = video.packets()
@@ -216,8 +222,12 @@ def _pick(video: Container, wanted: list[int], table: FrameTable) -> dict[int, n
 
 def _read_image(source: VideoSource, indices: list[int]) -> np.ndarray:
     check_indices(source, indices, 1)
+    return np.repeat(_of_image(read_image, source), len(indices), 0)
+
+
+def _of_image(read: Callable[[str | os.PathLike | bytes], Any], source: VideoSource) -> Any:
     try:
-        return np.repeat(read_image(source.data if isinstance(source, VideoBytes) else source), len(indices), 0)
+        return read(source.data if isinstance(source, VideoBytes) else source)
     except ImageError as error:
         raise UnreadableVideo(source, str(error)) from error
 

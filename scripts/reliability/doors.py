@@ -38,9 +38,9 @@ def by_prepare_clips(path: Path, checkpoint: Path) -> None:
 
 
 def by_reconstruct(path: Path, checkpoint: Path) -> None:
-    """Run `promag reconstruct`."""
+    """Run `promag reconstruct`; it passes over the whole file before it reconstructs one frame."""
     with tempfile.TemporaryDirectory() as folder:
-        reconstruct.main([str(checkpoint), str(path), "--out", f"{folder}/out.mp4", "--ratios", "4"])
+        reconstruct.main([str(checkpoint), str(path), "--out", f"{folder}/out.mp4", "--frames", "1", "--ratios", "4"])
 
 
 def by_sample(path: Path, checkpoint: Path) -> None:

@@ -23,13 +23,22 @@ def test_a_video_within_the_limits_is_described(tmp_path):
     assert (facts.frames, facts.height, facts.width, facts.fps) == (10, 32, 64, 10)
 
 
+def test_what_a_file_holds_decides_not_its_name(tmp_path):
+    Image.fromarray(np.full((32, 64, 3), 90, np.uint8)).save(tmp_path / "p.png")
+    assert (check_upload(tmp_path / "p.png", LIMITS).frames, check_upload(tmp_path / "p.png", LIMITS).width) == (1, 64)
+    assert check_upload(written(tmp_path / "v.mp4").rename(tmp_path / "no-ending"), LIMITS).frames == 10
+    Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match=r"large\.png: .*300x200 pixels"):
+        check_upload(tmp_path / "large.png", LIMITS)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         (
             "v.txt",
             None,
-            r"v\.txt: not an accepted kind of video; mp4, .* at most 0\.05 MB, 2 s, 25 frames, 100 pixels",
+            r"v\.txt: cannot be read as a video: .*; at most 0\.05 MB, 2 s, 25 frames, 100 pixels",
         ),
         ("v.mp4", b"no video at all", r"v\.mp4: cannot be read as a video: "),
         ("v.mp4", bytes(60_000), r"v\.mp4: 0\.1 MB; at most 0\.05 MB are accepted"),

@@ -124,7 +124,7 @@ def test_uploads_beyond_the_limits_are_messages(backend, tmp_path):
     for path, message in (
         (None, "no video was given"),
         (tmp_path / "long.mp4", "long.mp4: 4.0 s and 41 frames; at most 4 s and 40 frames are accepted"),
-        (tmp_path / "a<b>.txt", "a&lt;b&gt;.txt: not an accepted kind of video"),
+        (tmp_path / "a<b>.txt", "a&lt;b&gt;.txt: cannot be read as a video"),
     ):
         html = backend.compare(path and str(path), 32, silent)
         assert html.startswith('<div class="promag error" role="alert">')
