@@ -3,16 +3,21 @@
 promag prepare-clips videos/ --out clips.jsonl
 promag prepare-clips manifest.csv --split train --out clips-train.jsonl --fps 24 --frames 65
 promag prepare-clips table.tsv --columns file=clip,caption=long_text --out clips.jsonl
+promag prepare-clips films/ --scenes --min-seconds 2 --max-seconds 20 --out clips.jsonl
 """
 
+import argparse
+import dataclasses
 import json
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from promag.data.clip_index import path_text, save_clips
-from promag.data.clips import TooManyUnreadable, prepare
-from promag.data.listing import list_licences, list_videos
+from promag.data.clips import Lengths, Skipped, TooManyUnreadable, prepare
+from promag.data.listing import first_few, list_licences, list_videos
 from promag.data.tables import parse_columns
 from promag.data.video import REENCODE
 from promag.training.command_line import Parser, run_main
@@ -26,7 +31,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("videos", metavar="VIDEOS", help="a folder, a table (CSV, TSV, JSONL, JSON), a list or a video")
     parser.add_argument("--out", metavar="FILE.jsonl", required=True, help="the index to write")
     parser.add_argument("--fps", type=float, help="rate of the clips; default: that of each video")
-    parser.add_argument("--frames", type=int, help="cut windows of so many frames; default: one clip a video")
+    parser.add_argument("--frames", type=int, help="cut windows of so many frames; default: one clip a video or shot")
+    parser.add_argument("--scenes", action="store_true", help="cut at shot boundaries, leave out black and still stretches")
+    parser.add_argument("--min-seconds", type=float, help="leave out what is shorter; default: 0, with --scenes 2")
+    parser.add_argument("--max-seconds", type=float, help="cut what is longer; default: no limit")
     parser.add_argument("--split", help="only the rows whose column split says so, such as train or eval")
     parser.add_argument(
         "--columns", metavar="KEY=NAME,...", help="a table's columns: file, caption, split, licence; else known names"
@@ -37,12 +45,14 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     started = time.perf_counter()
+    lengths = _lengths(arguments)
     columns = parse_columns(arguments.columns) if arguments.columns else None
     videos = list_videos(arguments.videos, arguments.split, arguments.images, columns)
     print(f"found {len(videos)} videos in {arguments.videos}" + (f", split {arguments.split}" if arguments.split else ""))
-    licences, quarantine = list_licences(arguments.videos, columns), Path(f"{arguments.out}.quarantine.jsonl")
+    quarantine = Path(f"{arguments.out}.quarantine.jsonl")
+    options = {"licences": list_licences(arguments.videos, columns), "scenes": arguments.scenes}
     try:
-        prepared = prepare(videos, arguments.fps, arguments.frames, arguments.max_bad, arguments.workers, licences=licences)
+        prepared = prepare(videos, arguments.fps, lengths, arguments.max_bad, arguments.workers, **options)
     except TooManyUnreadable as error:
         _report_quarantine(quarantine, error.quarantined)
         more = "" if len(error.quarantined) == len(videos) else "; or allow more by --max-bad"
@@ -51,9 +61,9 @@ def main(argv: Sequence[str]) -> int:
     _report_quarantine(quarantine, prepared.quarantined)
     if prepared.changed:
         _list("changed to what players show", (f"{path}: {notes}" for path, notes in prepared.changed))
-    if arguments.frames:
-        _list(f"too short for {arguments.frames} frames", (f"{path}: {frames}" for path, frames in prepared.too_short))
-        print(f"dropped {prepared.dropped_frames} frames behind the last whole clips")
+    _report_skipped(Path(f"{arguments.out}.skipped.jsonl"), prepared.skipped)
+    if lengths.frames or not math.isinf(lengths.max_seconds):
+        print(f"dropped {prepared.dropped_frames} frames behind the last clips of videos or shots")
     if arguments.fps:
         _list(f"slower than {arguments.fps:g} fps, frames repeat", (f"{path}: {fps:g}" for path, fps in prepared.slower))
     frames = sum(clip.frames for clip in prepared.clips)
@@ -62,14 +72,36 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _lengths(arguments: argparse.Namespace) -> Lengths:
+    least, most = arguments.min_seconds, arguments.max_seconds
+    if least is None:
+        least = 2.0 if arguments.scenes and not arguments.frames else 0.0
+    return Lengths(arguments.frames, least, math.inf if most is None else most)
+
+
 def _report_quarantine(path: Path, quarantined: Sequence[tuple[str, str]]) -> None:
-    path.unlink(missing_ok=True)  # of an earlier call
     _list("quarantined", (f"{video}: {reason}" for video, reason in quarantined))
+    _write_lines(path, [{"path": path_text(video), "reason": reason} for video, reason in quarantined])
     if quarantined:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps({"path": path_text(video), "reason": reason}, ensure_ascii=False) for video, reason in quarantined)
-        write_atomically(path, "".join(f"{line}\n" for line in lines))
         print(f"  named in {path}; odd ones become readable by: {REENCODE}")
+
+
+def _report_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
+    _write_lines(path, [dataclasses.asdict(stretch) | {"path": path_text(stretch.path)} for stretch in skipped])
+    for reason in dict.fromkeys(stretch.reason for stretch in skipped):
+        stretches = [stretch for stretch in skipped if stretch.reason == reason]
+        names = first_few(f"{stretch.path} from {stretch.start:.2f} s" for stretch in stretches)
+        print(f"{reason}: {len(stretches)}, {sum(stretch.seconds for stretch in stretches):.2f} s: {names}")
+    if skipped:
+        print(f"  named in {path}")
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines; without rows remove the file, which is of an earlier call."""
+    path.unlink(missing_ok=True)
+    if rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
 def _list(what: str, lines: Iterable[str]) -> None:

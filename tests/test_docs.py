@@ -24,6 +24,7 @@ from promag.diffusion.config import DiffusionConfig
 from promag.tokenizer.config import TokenizerConfig
 from promag.training.command_line import Parser
 from promag.training.config import build, complete, load_yaml
+from tests.data.test_scenes import moving
 from tests.diffusion.test_text import OPEN_CLIP, write_openclip
 from tests.pipelines.conftest import like, pipe  # noqa: F401 (a fixture)
 
@@ -224,6 +225,7 @@ def test_no_page_has_python_that_no_test_runs():
 
 
 def test_the_commands_that_prepare_clips_run(tmp_path, monkeypatch):
+    pytest.importorskip("scenedetect", reason="the extra scenes is not installed")
     monkeypatch.chdir(tmp_path)
     rows = ["file,caption,split"]
     Path("folder").mkdir()
@@ -232,12 +234,13 @@ def test_the_commands_that_prepare_clips_run(tmp_path, monkeypatch):
         rows.append(f"folder/{number}.mp4,a moving shape,{split}")
     Path("videos.csv").write_text("\n".join(rows))
     Path("films.tsv").write_text("\n".join(rows).replace(",", "\t").replace("file\tcaption", "clip\tlong_text"))
+    write_video("films/film.mp4", np.concatenate([moving(50, 1), moving(44, 2)]), 20)
     ran = []
     for words in commands(ROOT / "docs/how-to/prepare-clips.md"):
         if words[0] == "promag" and "--out" in words and words[:3] != ["promag", "shards", "index"]:
             importlib.import_module(f"promag.scripts.{words[1].replace('-', '_')}").main(words[2:])
             ran.append(words[1])
-    assert ran == [*["prepare-clips"] * 4, "shards"]
+    assert ran == [*["prepare-clips"] * 4, "shards", "prepare-clips"]
     assert len(Path("eval.jsonl").read_text().splitlines()) == 1
     (shard,) = (json.loads(line) for line in Path("shards/shards.jsonl").read_text().splitlines())
     assert shard["samples"] == 3

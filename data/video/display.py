@@ -3,6 +3,7 @@
 Pictures are uint8 RGB (H, W, 3).
 """
 
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -50,21 +51,26 @@ class Display:
         turns = zip(("transposed", "rows reversed", "columns reversed"), self._turn(frame), strict=True)
         return ", ".join(name for name, done in turns if done) or "upright"
 
-    def picture(self, frame: Any) -> np.ndarray:
-        """Return what is shown of a frame; raises UnreadableVideo for what cannot be shown faithfully."""
+    def picture(self, frame: Any, side: int | None = None) -> np.ndarray:
+        """Return what is shown of a frame; with `side`, scaled down until its shorter side has that many pixels.
+
+        Raises UnreadableVideo for what cannot be shown faithfully.
+        """
         width = max(1, round(frame.width * self._aspect))
         if width != frame.width:
             self.notes.add("scaled to square pixels")
         transposed, flip_rows, flip_columns = self._turn(frame)
-        pixels = self._rgb(frame, width)
+        scale = min(1.0, (side or math.inf) / min(width, frame.height))
+        pixels = self._rgb(frame, max(1, round(width * scale)), max(1, round(frame.height * scale)))
         if transposed:
             pixels = pixels.transpose(1, 0, 2)
         return pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
-    def _rgb(self, frame: Any, width: int) -> np.ndarray:
+    def _rgb(self, frame: Any, width: int, height: int) -> np.ndarray:
         # One thread: a scaler with threads of its own hangs in a process that was forked after it was made.
-        options = {"width": width, "src_colorspace": self._matrix(frame), "src_color_range": _range(frame)}
-        options |= {"threads": 1, "interpolation": "BICUBIC"}
+        options = {"width": width, "height": height, "threads": 1}
+        options |= {"src_colorspace": self._matrix(frame), "src_color_range": _range(frame)}
+        options |= {"interpolation": "AREA" if height < frame.height else "BICUBIC"}
         if frame.color_trc in (PQ, HLG):
             self.notes.add(f"{'PQ' if frame.color_trc == PQ else 'HLG'} tone-mapped to SDR")
             return to_sdr(frame.reformat(format="rgb48le", **options).to_ndarray(), frame.color_trc)

@@ -1,6 +1,7 @@
 """The strict pass over a video: every frame is decoded once, and damage and odd files are refused in words."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,10 @@ from .source import UnreadableVideo, VideoBytes, VideoSource
 
 SAMPLED = (0, 1, 4, 16, 64, 256, 1024, 4096)  # frames, and the last one, that are compared with decord's
 SLOW_DISK = 10e6  # bytes a second
+WATCHED_SIDE = 144  # pixels: enough to see cuts, black and motion
 SHORT = 3  # frames, or seconds divided by 4, that a file may end before its container says
+
+Watch = Callable[[np.ndarray], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +34,11 @@ class VideoFacts:
     notes: tuple[str, ...] = ()  # how frames were changed for showing: tone-mapped, deinterlaced ...
 
 
-def decode_strictly(source: VideoSource, max_pixels: int | None = None) -> VideoFacts:
+def decode_strictly(source: VideoSource, max_pixels: int | None = None, watch: Watch | None = None) -> VideoFacts:
     """Decode every frame of a video and return its facts, or raise UnreadableVideo.
 
-    Frames of more than `max_pixels` (width times height) are not decoded but raise; give it for files of strangers.
+    Frames of more than `max_pixels` (width times height) are not decoded but raise; give it for files of strangers. `watch` is
+    called with each frame of a video, not of an image, in order: uint8 (H, W, 3), the shorter side at most WATCHED_SIDE pixels.
 
     It refuses files that are no videos, have no video stream or no frames, a decoding error, a corrupt frame, times that do
     not increase, fewer frames than the packets or the container promise, a last frame that is not found by seeking, a size, a
@@ -47,7 +52,7 @@ def decode_strictly(source: VideoSource, max_pixels: int | None = None) -> Video
         packets = video.packets()
         _check_whole(video, packets)
     with open_container(source, max_pixels) as video:
-        times, samples = _decode(video)
+        times, samples = _decode(video, watch)
         rate, tick, notes = video.stream.average_rate, video.tick, tuple(sorted(video.display.notes))
     if not times:
         raise UnreadableVideo(source, "holds no frames")
@@ -68,7 +73,7 @@ def decode_strictly(source: VideoSource, max_pixels: int | None = None) -> Video
     return VideoFacts(len(times), width, height, float(rate), float(timestamps[-1] + 1 / rate), timestamps, decord, notes)
 
 
-def _decode(video: Container) -> tuple[list[int], dict[int, np.ndarray]]:
+def _decode(video: Container, watch: Watch | None) -> tuple[list[int], dict[int, np.ndarray]]:
     """Decode all frames; return their times in ticks and pictures of some."""
     times: list[int] = []
     samples: dict[int, np.ndarray] = {}
@@ -85,6 +90,8 @@ def _decode(video: Container) -> tuple[list[int], dict[int, np.ndarray]]:
             raise UnreadableVideo(video.source, f"frame {number} is {shape}, those before are {first}; re-encode it")
         if number in SAMPLED:
             samples[number] = video.display.picture(frame.decoded)
+        if watch:
+            watch(video.display.picture(frame.decoded, WATCHED_SIDE))
         times.append(frame.time)
         last = frame.decoded
     if last is not None:

@@ -1,6 +1,7 @@
 """Videos are decoded strictly and cut into clips; what is left out is counted and named."""
 
 import hashlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -8,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from promag.data.clip_index import Clip
-from promag.data.clips import TooManyUnreadable, prepare
+from promag.data.clips import Lengths, Skipped, TooManyUnreadable, prepare
 from promag.data.datasets import ClipDataset
 from promag.data.listing import list_videos
 from promag.data.video import REENCODE
 from promag.data.video.reader import has_decord
 from promag.training.config import UserError
-from tests.data.conftest import numbers
+from tests.data.conftest import STEP, numbers
 
 
 def test_one_clip_a_video_at_its_own_rate(folder, clips):
@@ -25,12 +26,12 @@ def test_one_clip_a_video_at_its_own_rate(folder, clips):
 
 
 def test_clips_do_not_overlap_and_remainders_are_counted(folder):
-    prepared = prepare(list_videos(folder), frames=8, progress=False)
+    prepared = prepare(list_videos(folder), lengths=Lengths(frames=8), progress=False)
     assert [(clip.path.rsplit("/", 1)[1], clip.start) for clip in prepared.clips] == [
         *(("a_grey-wall_01.mp4", pytest.approx(k * 8 / 30)) for k in range(3)),
         *(("b.mp4", pytest.approx(k * 8 / 15)) for k in range(2)),
     ]
-    assert prepared.too_short == [(str(folder / "short.mp4"), 5)]
+    assert prepared.skipped == [Skipped(str(folder / "short.mp4"), 0.0, pytest.approx(5 / 30), 5, "too short")]
     assert prepared.dropped_frames == 6 + 5
     found = [numbers(ClipDataset(prepared.clips, 8, 32).fixed(index)) for index in range(5)]
     assert found == [list(range(k, k + 8)) for k in (0, 8, 16, 0, 8)]
@@ -59,10 +60,15 @@ def test_a_rate_above_the_videos_own_is_named(folder):
 
 
 def test_nothing_long_enough(folder):
-    with pytest.raises(UserError, match=r"no video has 65 frames: the longest, .*a_grey-wall_01\.mp4, has 30; ask"):
-        prepare(list_videos(folder), frames=65, progress=False)
-    with pytest.raises(UserError, match=r"no video has 22 frames at 15 fps: the longest, .*b\.mp4, has 21; ask"):
-        prepare([(str(folder / "more" / "b.mp4"), ""), (str(folder / "short.mp4"), "")], fps=15, frames=22, progress=False)
+    with pytest.raises(UserError, match=r"no video has 65 frames: the longest, .*a_grey-wall_01\.mp4, has 30; ask for less"):
+        prepare(list_videos(folder), lengths=Lengths(frames=65), progress=False)
+    with pytest.raises(UserError, match=r"no video has 22 frames at 15 fps: the longest, .*b\.mp4, has 21; ask for less"):
+        prepare(
+            [(str(folder / "more" / "b.mp4"), ""), (str(folder / "short.mp4"), "")],
+            fps=15,
+            lengths=Lengths(frames=22),
+            progress=False,
+        )
 
 
 def test_unreadable_videos_are_quarantined_up_to_a_limit(folder, tmp_path):
@@ -94,10 +100,61 @@ def test_too_many_unreadable_videos_end_with_counts_reasons_and_advice(tmp_path)
     assert [path for path, _ in error.value.quarantined] == [path for path, _ in videos]
 
 
-@pytest.mark.parametrize("options", [{"fps": 0}, {"frames": 0}, {"max_bad": 1.5}, {"workers": 0}])
+@pytest.mark.parametrize("options", [{"fps": 0}, {"max_bad": 1.5}, {"workers": 0}])
 def test_invalid_settings_are_refused(folder, options):
     with pytest.raises(UserError, match=f"{next(iter(options))} {next(iter(options.values()))}"):
         prepare(list_videos(folder), **options, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 0}, "frames 0, min_seconds 0, max_seconds inf: legal are frames from 1"),
+        ({"min_seconds": 3, "max_seconds": 2}, "min_seconds 3, max_seconds 2: legal"),
+        ({"max_seconds": 0}, "max_seconds 0: legal"),
+        ({"min_seconds": math.nan}, "min_seconds nan, max_seconds inf: legal"),
+        ({"frames": 9, "max_seconds": 2}, "frames 9, .* max_seconds 2: clips have a number of frames, or are from"),
+    ],
+)
+def test_invalid_lengths_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Lengths(**options)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "windows"),
+    [
+        (Lengths(), [(0, 100)]),
+        (Lengths(frames=30), [(0, 30), (30, 30), (60, 30)]),
+        (Lengths(max_seconds=4), [(0, 40), (40, 40), (80, 20)]),
+        (Lengths(min_seconds=2, max_seconds=4), [(0, 40), (40, 40), (80, 20)]),
+        (Lengths(min_seconds=2.1, max_seconds=4), [(0, 40), (40, 40)]),
+        (Lengths(min_seconds=10), [(0, 100)]),
+        (Lengths(min_seconds=10.1), []),
+        (Lengths(max_seconds=0.01), [(k, 1) for k in range(100)]),
+    ],
+)
+def test_ten_seconds_are_cut_into_windows(lengths, windows):
+    assert lengths.windows(100, 10.0) == windows
+
+
+def test_videos_are_cut_by_seconds(folder):
+    prepared = prepare(list_videos(folder), lengths=Lengths(min_seconds=0.3, max_seconds=0.4), progress=False)
+    clips = [(Path(clip.path).name, clip.start, clip.frames) for clip in prepared.clips]
+    assert clips == [
+        *(("a_grey-wall_01.mp4", pytest.approx(k * 12 / 30), 12) for k in range(2)),
+        *(("b.mp4", pytest.approx(k * 6 / 15), 6) for k in range(3)),
+    ]
+    assert [(stretch.frames, stretch.reason) for stretch in prepared.skipped] == [(5, "too short")]
+    assert prepared.dropped_frames == 6 + 3
+    assert prepared.motion == []
+    with pytest.raises(UserError, match=r"no video has 1\.5 s: the longest, .*b\.mp4, has 1\.40 s; ask for less"):
+        prepare(list_videos(folder), lengths=Lengths(min_seconds=1.5), progress=False)
+
+
+def test_motion_is_measured_in_grey_levels(folder):
+    prepared = prepare(list_videos(folder), lengths=Lengths(frames=5), motion=True, progress=False)
+    assert prepared.motion == pytest.approx([STEP] * len(prepared.clips), abs=0.2)
 
 
 def test_licences_are_copied(folder):

@@ -14,6 +14,7 @@ import pytest
 from promag.data.clip_index import load_clips
 from promag.data.video import REENCODE, write_video
 from promag.training.config import UserError
+from tests.data.test_scenes import black, moving, still
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_clips.py"
 
@@ -65,13 +66,37 @@ def test_omitted_videos_are_named(main, table, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"quarantined: 1\n  {tmp_path / 'd.mp4'}: cannot be opened" in said
     assert REENCODE in said
-    assert f"too short for 20 frames: 1\n  {tmp_path / 'c.mp4'}: 5\n" in said
+    skipped = tmp_path / "clips.jsonl.skipped.jsonl"
+    assert f"too short: 1, 0.30 s: {tmp_path / 'c.mp4'} from 0.00 s\n  named in {skipped}\n" in said
+    assert json.loads(skipped.read_text()) == {
+        **{"path": str(tmp_path / "c.mp4"), "start": 0.0, "seconds": pytest.approx(0.3)},
+        **{"frames": 5, "reason": "too short"},
+    }
     assert f"slower than 20 fps, frames repeat: 2\n  {tmp_path / 'a.mp4'}: 10\n" in said
     record = json.loads(quarantine.read_text())
     assert record["path"] == str(tmp_path / "d.mp4")
     assert "cannot be opened" in record["reason"]
     main([str(table), "--out", str(out), "--split", "train"])
     assert not quarantine.exists()
+    assert not skipped.exists()
+
+
+def test_shots_of_a_film(main, tmp_path, capsys):
+    pytest.importorskip("scenedetect", reason="the extra scenes is not installed")
+    film, out = tmp_path / "film.mp4", tmp_path / "clips.jsonl"
+    parts = (moving(50, 1), black(10), moving(30, 2), still(42, 3), moving(60, 4))
+    write_video(film, np.concatenate(parts), 20)
+    main([str(film), "--scenes", "--out", str(out)])
+    assert [(round(clip.start * 20), clip.frames) for clip in load_clips(out)] == [(0, 50), (132, 60)]
+    said = capsys.readouterr().out
+    assert f"black: 1, 0.50 s: {film} from 2.50 s\n" in said
+    assert f"too short: 1, 1.50 s: {film} from 3.00 s\n" in said
+    assert f"still: 1, 2.10 s: {film} from 4.50 s\n  named in {out}.skipped.jsonl\n" in said
+    main([str(film), "--scenes", "--max-seconds", "2.5", "--min-seconds", "1", "--out", str(out)])
+    assert [(round(clip.start * 20), clip.frames) for clip in load_clips(out)] == [(0, 50), (60, 30), (132, 50)]
+    assert "dropped 10 frames behind" in capsys.readouterr().out
+    main([str(film), "--scenes", "--frames", "25", "--out", str(out)])
+    assert [round(clip.start * 20) for clip in load_clips(out)] == [0, 25, 60, 132, 157]
 
 
 def test_too_many_unreadable_videos_leave_no_index_but_advice(main, table, tmp_path):
