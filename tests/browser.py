@@ -1,6 +1,6 @@
-"""A headless Chromium for tests of pages; what it needs is Debian's `chromium` and `chromium-driver`.
+"""A headless Chromium for tests of pages; it needs Debian's packages `chromium` and `chromium-driver`.
 
-It resolves no host name: a page that asks for anything beyond this machine shows an error in its console.
+It resolves no host name: a page that requests anything from another machine logs an error in its console.
 """
 
 import shutil
@@ -26,7 +26,7 @@ OPTIONS = (
 
 
 def start_chromium(profile: Path) -> Any:
-    """Return a selenium driver of a Chromium with `profile` as its empty user folder; skip the test where there is none."""
+    """Return a selenium driver of a Chromium with the empty user folder `profile`; skip the test if Chromium is missing."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: no test of a page")
     browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
     driver = shutil.which("chromedriver")
@@ -43,5 +43,5 @@ def start_chromium(profile: Path) -> Any:
 
 
 def console_errors(browser: Any) -> list[str]:
-    """Return what the page's console has shown as an error since the last call."""
+    """Return the errors in the page's console since the last call."""
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

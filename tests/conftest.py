@@ -28,21 +28,21 @@ TINY = {
 
 
 def optimization_config(**changes) -> OptimizationConfig:
-    """Return the settings of a training of four steps, some of them changed."""
+    """Return the settings of a training of four steps, with changes."""
     values = {"steps": 4, "batch_size": 1, "accumulate": 1, "learning_rate": 1e-3, "warmup": 1, "schedule": "cosine"}
     values |= {"weight_decay": 0.0, "clip_norm": 1.0, "ema_decay": 0.9, "max_skipped": 0, "muon_learning_rate": None}
     return OptimizationConfig(**{**values, **changes})
 
 
 def run_config(**changes) -> RunConfig:
-    """Return the run of such a training: every step is logged, every second validated and saved."""
+    """Return the run settings of such a training: every step is logged, every second step is validated and saved."""
     values = {"log_every": 1, "validate_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None, "workers": 0}
     values |= {"distributed": "ddp", "stop_after": None, "trackers": ("tensorboard",), "peak_tflops": 1.0}
     return RunConfig(**{**values, **changes})
 
 
 def make_tokenizer(levels: int = 3, seed: int = 0, settle: float = 0.0, **growth) -> AutoencoderKLProMAG:
-    """Return a tokenizer with so many levels; `settle` moves every weight at random, as training would."""
+    """Return a tokenizer with `levels` levels; `settle` moves every weight at random, as training would."""
     torch.manual_seed(seed)
     model = AutoencoderKLProMAG(**TINY)
     for _ in range(levels - 1):
@@ -56,7 +56,7 @@ def make_tokenizer(levels: int = 3, seed: int = 0, settle: float = 0.0, **growth
 
 @pytest.fixture(scope="session")
 def tokenizer() -> AutoencoderKLProMAG:
-    """Three levels whose weights are all away from their initial zeros."""
+    """Return a tokenizer of three levels in which no weight has its initial zeros."""
     return make_tokenizer(settle=0.05)
 
 
@@ -70,7 +70,7 @@ def clip() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """A headless Chromium with a new profile for each file of tests; skipped where there is none."""
+    """Return a headless Chromium with a new profile for each test file; skip the test if Chromium is missing."""
     driver = start_chromium(tmp_path_factory.mktemp("chromium"))
     yield driver
     driver.quit()

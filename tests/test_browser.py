@@ -1,4 +1,4 @@
-"""The browser of the page tests itself: it runs scripts, and sees what asks for another machine."""
+"""The browser of the page tests runs scripts and detects requests to other machines."""
 
 from selenium.webdriver.common.by import By
 

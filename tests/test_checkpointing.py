@@ -1,4 +1,4 @@
-"""Gradient checkpointing of both models: the same gradients with less memory."""
+"""Gradient checkpointing gives both models the same gradients with less memory."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def whole_tokenizer():
 
 
 def grown_level():
-    """A stage: frozen levels below, its own trained in latent space and on pixels."""
+    """A stage with frozen levels below, and its own level trained on latents and on pixels."""
     model = make_tokenizer(settle=0.05).train()
     model.train_only(16)
     x = torch.rand(2, 3, 17, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What lies under checkpoints/: it loads, is small, and its card quotes the recorded figures."""
+"""The models in checkpoints/ load and are small, and their cards quote the recorded figures."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_the_card_quotes_the_recorded_figures():
 
 
 def test_the_tiny_pipeline_follows_its_prompts():
-    """It was trained on these combinations; it holds a copy of the tokenizer beside it."""
+    """The pipeline was trained on these combinations; it has a copy of the tokenizer beside it."""
     pipe = load_pipeline(VIDEO)
     pipe.set_progress_bar_config(disable=True)
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):

@@ -1,4 +1,4 @@
-"""What holds on a GPU; skipped where there is none."""
+"""Tests on a GPU; skipped without one."""
 
 import copy
 
@@ -21,7 +21,7 @@ RATIOS = (4, 8, 16)
 
 @pytest.fixture
 def exact():
-    """Compute float32 products and convolutions in float32."""
+    """Compute float32 matrix products and convolutions in full float32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield

@@ -40,13 +40,13 @@ OTHER_PROGRAMS = {
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Return the blocks of a language, without the indent of the list that they stand in."""
+    """Return the blocks of a language, without the indentation of a surrounding list."""
     found = FENCE.findall(page.read_text())
     return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, name, text in found if name == language]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Return the words of every shell line, and of every span of code that starts with promag or make."""
+    """Return the words of each shell line, and of each code span that starts with promag or make."""
     lines = [line for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
     spans = re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text()))
     lines += [" ".join(span.split()) for span in spans if re.match(r"(promag|make|python|torchrun) ", span)]
@@ -54,12 +54,12 @@ def commands(page: Path) -> list[list[str]]:
 
 
 class StopAfterParsingError(Exception):
-    """A command's line was read without a mistake."""
+    """A command line was parsed without error."""
 
 
 @pytest.fixture
 def parse(monkeypatch, tmp_path):
-    """Parse the words of a command by its own parser and configuration, and stop there."""
+    """Parse the words of a command by its own parser and configuration, without running it."""
     for name in ("parse_args", "parse_with_config"):
         original = getattr(Parser, name)
 
@@ -146,7 +146,7 @@ def test_every_page_stands_in_the_index_and_every_block_has_a_known_language():
 
 @pytest.fixture
 def folder(pipe, tmp_path, monkeypatch):  # noqa: F811
-    """Where the pages' paths lie: tiny pipelines, adapters, the checkpoints and a CLIP model."""
+    """A folder with the paths that the pages name: tiny pipelines, adapters, the checkpoints and a CLIP model."""
     own = like(pipe)
     own.save_pretrained(tmp_path / "runs/discs/pipeline")
     own.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
@@ -159,7 +159,7 @@ def folder(pipe, tmp_path, monkeypatch):  # noqa: F811
 
 
 def run_blocks(page: str, names: dict) -> dict:
-    """Run the Python blocks of a page one after the other; those that need a GPU are only compiled without one."""
+    """Run the Python blocks of a page in order; without a GPU, only compile those that need one."""
     for number, block in enumerate(blocks(ROOT / page, "python")):
         code = compile(block, f"block {number} of {page}", "exec")
         if not block.startswith("# needs a GPU") or torch.cuda.is_available():

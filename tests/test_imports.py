@@ -1,4 +1,4 @@
-"""Who imports whom: each room of the repository, only itself and the rooms named before it."""
+"""The import law: each subpackage imports only itself and those named before it."""
 
 import ast
 import subprocess
@@ -18,7 +18,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute dotted names of all that a file imports, wherever in the file; relative ones become promag.*."""
+    """Return the absolute dotted names that a file imports anywhere; relative imports become promag.*."""
     package = ["promag", *path.relative_to(ROOT).parent.parts]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""The smallest pipeline with every part, of random weights."""
+"""The smallest pipeline with every part and random weights."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ SIZES = {"height": 16, "width": 24, "num_frames": 17, "fps": 8.0, "temporal_rati
 
 
 def make_pipeline(prompts: Sequence[str] = PROMPTS, **trained) -> ProMAGPipeline:
-    """Return a pipeline of random weights, trained at 4x and 16x as far as it knows, that makes 17 frames of 24x16."""
+    """Return a pipeline with random weights that is configured as trained at 4x and 16x on 17 frames of 24x16."""
     torch.manual_seed(0)
     vocabulary = learn_vocabulary(prompts, 300, max_length=10)
     statistics = {str(r): [0.5] * 4 for r in (4, 16)}

@@ -1,6 +1,6 @@
-"""The classes that `tests/conformance/count.py` lets pytest collect: diffusers' shared tests, told of our pipeline and models.
+"""The classes that `tests/conformance/count.py` lets pytest collect: diffusers' shared tests with our pipeline and models.
 
-The tests themselves are mixins of diffusers' repository, found on the path under `tests`; here stand only what they ask for:
+The tests themselves are mixins in diffusers' repository, importable as `tests`. This file has only what they need:
 tiny components, inputs and shapes.
 """
 
@@ -64,7 +64,7 @@ class PipelineConfig:
 
     @pytest.fixture(autouse=True)
     def safetensors(self, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
-        """Save safetensors where a test asks for a pickle, which our classes refuse, and note that it did."""
+        """Save safetensors if a test requests a pickle, which our classes refuse, and record the request."""
         save = SafetensorsOnly.save_pretrained
 
         @functools.wraps(save)  # pipelines look at what arguments their parts' methods have
@@ -76,7 +76,7 @@ class PipelineConfig:
         monkeypatch.setattr(SafetensorsOnly, "save_pretrained", save_pretrained)
 
     def get_dummy_components(self, num_layers: int = 2) -> dict[str, Any]:
-        """Every part of a pipeline, the same at every call."""
+        """Return every part of a pipeline, the same at each call."""
         torch.manual_seed(0)
         tokenizer = learn_vocabulary([PROMPT, "a negative prompt, very long"], 300, max_length=16)
         sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
@@ -90,7 +90,7 @@ class PipelineConfig:
         }
 
     def get_dummy_inputs(self, device: Any = None, seed: int = 0) -> dict[str, Any]:
-        """A call of two steps; the older tests, which name a device, compare arrays."""
+        """Return the arguments of a call of two steps; the older tests, which pass a device, compare arrays."""
         return {
             "prompt": PROMPT,
             "negative_prompt": "negative",
@@ -126,7 +126,7 @@ class TransformerConfig:
         return {**TRANSFORMER, "num_layers": 2}
 
     def get_dummy_inputs(self, **_: Any) -> dict[str, Any]:
-        """Arguments of its call, in the types that the test wants."""
+        """Arguments of its call, in the types that the test requests."""
         g = torch.Generator().manual_seed(0)
         kind = getattr(self, "torch_dtype", torch.float32)
         return {
@@ -179,7 +179,7 @@ TABLE: list[tuple[str, type, str, list[str]]] = [
 
 
 def collect() -> None:
-    """Make a class of each line of the table and each of its mixins."""
+    """Define a class for each line of the table and each of its mixins."""
     pipelines, models = (importlib.import_module(f"tests.{kind}.testing_utils") for kind in ("pipelines", "models"))
     for name, config, place, mixins in TABLE:
         module = importlib.import_module(f"tests.{place}")
@@ -199,7 +199,7 @@ def collect() -> None:
 
 
 def checkpointing_test(tested: Any, config: Any) -> Any:
-    """Return the shared test with the names of the modules that must say they checkpoint gradients."""
+    """Return the shared test with the names of the modules that must report gradient checkpointing."""
 
     def test_gradient_checkpointing_is_applied(self: Any) -> None:
         tested.test_gradient_checkpointing_is_applied(self, expected_set=config.checkpointed)

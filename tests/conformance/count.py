@@ -1,7 +1,7 @@
-"""Run diffusers' own shared tests of pipelines, models and autoencoders against ours, and count.
+"""Run diffusers' own shared tests of pipelines, models and autoencoders on ours, and count the results.
 
-The tests are not in diffusers' package: give a checkout of its repository, of the release line that is installed. They
-import two packages more, requests_mock and parameterized.
+The tests are not in diffusers' package: pass a checkout of its repository at the installed release. They
+import two more packages, requests_mock and parameterized.
 """
 
 import os
@@ -23,7 +23,7 @@ CASES = Path(__file__).with_name("conformance_cases.py")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the counts of every mixin and the reasons of skipped and failed tests; with --record append them as a line."""
+    """Print the counts of every mixin and the reasons for skipped and failed tests; with --record append them as a line."""
     parser = Parser(__doc__)
     parser.add_argument("checkout", type=Path, help="folder that holds diffusers' tests/")
     parser.add_argument("--tests-from", required=True, help="version and commit of that checkout, for the record")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(checkout: Path, only: str | None) -> ET.Element:
-    """Run the cases in a process of its own, in which `tests` is diffusers'; return pytest's report."""
+    """Run the cases in a process in which `tests` is diffusers' package; return pytest's report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(CASES), "-q", "--import-mode=importlib", f"--junitxml={report}"]
@@ -63,7 +63,7 @@ def run(checkout: Path, only: str | None) -> ET.Element:
 
 
 def summary(report: ET.Element) -> list[dict[str, Any]]:
-    """Return a row for each class of a report: how many tests passed, which failed, how many were skipped for what reason."""
+    """Return a row for each class of a report: passed tests, failed ones, and the number skipped for each reason."""
     rows: dict[str, dict[str, Any]] = {}
     for case in report.iter("testcase"):
         name = case.attrib["classname"].rsplit(".", 1)[-1].removeprefix("Test")

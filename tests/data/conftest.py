@@ -1,4 +1,4 @@
-"""Two good videos whose frames count, a short one, and their index."""
+"""Two good videos with numbered frames, a short one, and their index."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ STEP = 6  # grey levels from one frame of a counting video to the next
 
 
 def counting(path, frames: int, fps: float = 30, height: int = 32, width: int = 64):
-    """Write a video whose frame k is grey, of level 20 + STEP * k, and bluer by 40 in its right half."""
+    """Write a video in which frame k has the grey level 20 + STEP * k and its right half is bluer by 40."""
     levels = 20 + STEP * np.arange(frames)
     pixels = np.broadcast_to(levels[:, None, None, None], (frames, height, width, 3)).astype(np.uint8).copy()
     pixels[:, :, width // 2 :, 2] += 40
@@ -20,14 +20,14 @@ def counting(path, frames: int, fps: float = 30, height: int = 32, width: int = 
 
 
 def numbers(item) -> list[int]:
-    """Read the frame numbers back out of an item's red."""
+    """Read the frame numbers back from an item's red channel."""
     levels = (item["video"][0].mean(dim=(1, 2)) + 1) * 127.5
     return ((levels - 20) / STEP).round().int().tolist()
 
 
 @pytest.fixture(autouse=True)
 def pipes(monkeypatch):
-    """The tests' own commands may run."""
+    """Allow the tests' own commands to run."""
     monkeypatch.setenv("PROMAG_ALLOW_PIPES", "1")
 
 

@@ -1,4 +1,4 @@
-"""Each clip is in the bucket that its own length and size choose."""
+"""Each clip is in the bucket that fits its length and size."""
 
 import numpy as np
 import pytest

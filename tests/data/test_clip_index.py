@@ -1,4 +1,4 @@
-"""An index is read as strictly as it was written, and opened without its rows."""
+"""An index is checked on reading as strictly as on writing, and opened without reading its rows."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def test_missing_keys_broken_lines_and_empty_files(clips, tmp_path):
 
 @pytest.fixture
 def long_index(clips, tmp_path, monkeypatch):
-    """Twelve rows of three clips, their columns kept as those of a long index are."""
+    """Twelve rows of three clips, with saved columns like a long index."""
     monkeypatch.setattr(clip_index, "SAVE_COLUMNS_FROM", 12)
     rows = [dataclasses.replace(clips[k % 3], caption=f"clip {k}", frames=5 + k) for k in range(12)]
     save_clips(tmp_path / "clips.jsonl", rows)

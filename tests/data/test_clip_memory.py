@@ -1,4 +1,4 @@
-"""Clips in memory: the items of clips in files, whoever read them first, without the files."""
+"""Clips in memory give the same items as clips in files, in every process, without reading the files again."""
 
 import dataclasses
 import logging
@@ -29,7 +29,7 @@ REST = {"count": 8, "batch_size": 2, "batches_per_step": 1, "temporal_strides": 
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """Two videos and an image without two equal frames or places; of the first also a part at another rate."""
+    """Two videos and an image without two equal frames or places, and a part of the first video at another rate."""
     folder = tmp_path_factory.mktemp("noisy")
     rng = np.random.default_rng(0)
     for name, frames, height, width in (("wide", 30, 50, 70), ("tall", 13, 64, 34)):
@@ -42,7 +42,7 @@ def noisy(tmp_path_factory):
 
 @pytest.fixture
 def copied(noisy, tmp_path):
-    """The same clips, of files that a test may spoil."""
+    """The same clips from copies of the files, which a test may damage."""
     for path in {clip.path for clip in noisy}:
         shutil.copy(path, tmp_path)
     return [dataclasses.replace(clip, path=str(tmp_path / Path(clip.path).name)) for clip in noisy]

@@ -1,4 +1,4 @@
-"""Videos are decoded strictly and cut into clips; what is left out is counted and named."""
+"""Videos are decoded strictly and cut into clips; omitted videos are counted and named."""
 
 import hashlib
 import math

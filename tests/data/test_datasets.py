@@ -1,4 +1,4 @@
-"""Crops hold the frames they name, and digests follow what clips show."""
+"""Crops hold the frames that they name, and digests depend on the content of clips."""
 
 import dataclasses
 import hashlib
@@ -168,7 +168,7 @@ def test_digests_depend_on_content_not_on_paths(clips, tmp_path):
 
 
 def test_a_digest_keeps_one_row_at_a_time_in_memory(clips, tmp_path):
-    """It is that of the list of all rows, whatever their number, without the list."""
+    """The digest equals that of the list of all rows, for any number of rows, without making the list."""
     rows = [dataclasses.replace(clips[0], caption=f"{k} " + "words " * 100) for k in range(3000)]
     save_clips(tmp_path / "clips.jsonl", rows)
     dataset = ClipDataset(load_clips(tmp_path / "clips.jsonl"), 3, 16)

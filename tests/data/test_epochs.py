@@ -1,4 +1,4 @@
-"""Every sample once an epoch over all batches of a step; any step without those before it; shards from front to back."""
+"""Each sample comes once an epoch over all ranks; any step is computed without earlier ones; shards are read front to back."""
 
 import itertools
 import math
@@ -44,7 +44,7 @@ def test_all_orders_of_few_clips_are_equally_likely():
 
 @pytest.mark.parametrize("count", [10, 97, 1000])
 def test_neighbours_are_separated_as_by_chance(count):
-    """The mean distance of neighbours is a third of the range, and no place keeps its clip from epoch to epoch."""
+    """The mean distance of neighbours is a third of the range, and clips change their places from epoch to epoch."""
     epochs = [[permute(place, count, 3, epoch) for place in range(count)] for epoch in range(20_000 // count)]
     distances = np.abs(np.diff(np.array(epochs), axis=1))
     assert distances.mean() == pytest.approx((count + 1) / 3, rel=0.03)

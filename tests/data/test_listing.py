@@ -1,4 +1,4 @@
-"""Videos and captions are found where people keep them, and the log states what was taken and what was not."""
+"""Videos and captions are found where people keep them, and the log states which were used and which were not."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ NFC, NFD = (unicodedata.normalize(form, "Bärenhöhle") for form in ("NFC", "NFD
 
 
 def tree(folder, files):
-    """Write files by their names; a video needs no content to be listed."""
+    """Write files of the given names and contents; a video needs no content to be listed."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -283,7 +283,7 @@ def test_tables_of_folders(tmp_path, name, content, caplog):
 
 
 def test_captions_come_from_one_source_by_priority_and_the_log_names_it(tmp_path, caplog):
-    """A table before lists, before texts, before names; the table of the nearest folder first."""
+    """Tables come before lists, lists before text files, these before file names; the nearest folder's table comes first."""
     videos = dict.fromkeys(["a.mp4", "b.mp4", "c.mp4", "in/d.mp4", "in/e.mp4"], b"")
     tree(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Several sources of clips: shares, batches of one source, and what is refused."""
+"""Several sources of clips: their shares, batches from one source, and refused settings."""
 
 import pytest
 import torch

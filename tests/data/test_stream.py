@@ -1,4 +1,4 @@
-"""A batch depends on nothing but its address; every clip comes once an epoch; ranks and accumulation may be traded."""
+"""A batch depends only on its address; each clip comes once an epoch; ranks may replace accumulation."""
 
 import dataclasses
 import shutil
@@ -101,7 +101,7 @@ def test_an_unreadable_video_ends_training_and_is_named(clips, tmp_path, workers
 
 
 class Named:
-    """Elements that say which dataset and clip they are of."""
+    """A dataset whose elements name their dataset and clip."""
 
     def __init__(self, name, clips=1000, weights=None):
         self.name, self.clips, self.weights = name, clips, weights
@@ -119,7 +119,7 @@ def clips_of(stream, batches):
 
 @pytest.mark.parametrize(("world", "size", "accumulate"), [(1, 1, 1), (1, 7, 3), (2, 5, 1), (3, 4, 2)])
 def test_after_an_epoch_every_clip_was_seen_once(world, size, accumulate):
-    """Drawn at random, with replacement, 37 of 100 would not have been."""
+    """With random draws with replacement, 37 of 100 clips would not have been seen."""
     seen = Counter()
     streams = [TrainingStream(Named("a", 100), 0, size, rank, world, 0, accumulate) for rank in range(world)]
     samples, number = [], 0
@@ -187,7 +187,7 @@ def test_datasets_that_cannot_share_an_order_are_named(clips, sizes):
 
 @pytest.fixture(scope="module")
 def sources(clips, tmp_path_factory):
-    """A dataset, a mixture of an index in two buckets and of generated clips, and shards in two buckets."""
+    """A dataset, a mixture of an index in two buckets with generated clips, and shards in two buckets."""
     folder = tmp_path_factory.mktemp("sources")
     save_clips(folder / "clips.jsonl", [*clips, *clips[:2], *clips[:2]])
     write_shards(folder / "clips.jsonl", folder, 2, progress=False)
@@ -201,7 +201,7 @@ def sources(clips, tmp_path_factory):
 
 
 def step_of(source, step, size, world, accumulate):
-    """Return the elements of a whole step by their sample's number: what they show, and the frames of the first."""
+    """Return the elements of a whole step, by the number of their sample, and the frames of the first one."""
     streams = [TrainingStream(source, 3, size, rank, world, 0, accumulate) for rank in range(world)]
     batches = [stream.batch(step * accumulate + part) for part in range(accumulate) for stream in streams]
     keys = ("sample", "caption", "clip", "start", "stride", "fps")

@@ -74,7 +74,7 @@ def test_a_crossing_is_unseen_if_either_object_is(scene):
 
 
 def silhouette(frame):
-    """Return rows and columns of saturated pixels, in parts of the frame's height and width."""
+    """Return rows and columns of saturated pixels, as fractions of the frame's height and width."""
     pixels = frame.astype(float)
     row, column = np.nonzero(np.ptp(pixels, axis=-1) > 0.5 * pixels.max(-1))
     return row / frame.shape[0], column / frame.shape[1]
@@ -128,7 +128,7 @@ def test_the_scorer_reads_clips_degraded_by_a_weak_autoencoder():
 
 
 def degrade(video, rng):
-    """Blur with a sigma of 1 pixel, take 15 % of the saturation, add noise with a sigma of 4 / 255."""
+    """Blur with a sigma of 1 pixel, remove 15 % of the saturation, add noise with a sigma of 4 / 255."""
     kernel = np.exp(-(np.arange(-3, 4) ** 2) / 2)
     pixels = video.astype(np.float32)
     for axis in (1, 2):

@@ -1,4 +1,4 @@
-"""Tables come in the encodings, separators and column names that people have; what is none of them is refused by name."""
+"""Tables are read in common encodings, with common separators and column names; other files are refused by name."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Shards are written, found, described and read; what is wrong with one is said of it and its samples by name."""
+"""Shards are written, listed, indexed and read; errors name the shard and its samples."""
 
 import dataclasses
 import io
@@ -218,7 +218,7 @@ def test_a_local_shard_of_another_length_is_damaged(shards, tmp_path):
 
 @pytest.fixture
 def numbered(tmp_path):
-    """A shard of eight images of one pixel's worth of grey each; names with folders, and files that are no samples."""
+    """A shard of eight images, each of one grey level, with folders in their names, and of files that are not samples."""
     files = [("readme", b"no ending"), ("__meta__", b"{}"), ("__meta__/x.json", b"{}")]
     for k in range(8):
         files += [(f"p/{k:03d}.png", png((k, k, k))), (f"p/{k:03d}.json", json.dumps({"caption": f"grey {k}"}).encode())]

@@ -1,4 +1,4 @@
-"""A stream over shards: the laws of streams, every clip once an epoch, and bad samples never silent."""
+"""A stream over shards obeys the laws of streams, shows each clip once an epoch, and names bad samples."""
 
 import dataclasses
 import hashlib
@@ -32,7 +32,7 @@ VIDEO, IMAGE = Bucket(3, 32, 64), Bucket(1, 16, 16)
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-    """Twenty videos of 6 to 15 frames and six images, all of them different."""
+    """Twenty different videos of 6 to 15 frames and six different images."""
     folder = tmp_path_factory.mktemp("clips")
     rows = []
     for k in range(26):
@@ -206,7 +206,7 @@ def test_invalid_sharding_is_refused(values):
 
 @pytest.fixture
 def damaged(index, tmp_path):
-    """Twenty videos in shards of 7, one of which is no video though its index says so, and that sample's key."""
+    """Shards of 7 with twenty videos, one of which is not a video although the index says so, and the key of that sample."""
     rows = [dataclasses.replace(clip) for clip in load_clips(index)[:20]]
     (tmp_path / "05.mp4").write_bytes(b"no video, but as the index knows it")
     digest = hashlib.sha256((tmp_path / "05.mp4").read_bytes()).hexdigest()
@@ -280,7 +280,7 @@ def test_a_video_shorter_than_its_index_says_is_named(folder, tmp_path):
 
 
 def test_loaders_keep_the_order_of_a_stream(folder):
-    """The whole chain, as the training loop builds it."""
+    """The loader is built as in the training loop."""
     clips, _ = open_training(folder / "*.tar", [VIDEO, IMAGE], 0, 2, 1, (1,), Sharding(2, 4))
     loader = DataLoader(TrainingStream(clips, 0, 2, 0, 1), batch_size=None, num_workers=2)
     batches = [batch for batch, _ in zip(loader, range(13), strict=False)]
@@ -290,7 +290,7 @@ def test_loaders_keep_the_order_of_a_stream(folder):
 
 @pytest.mark.parametrize("source", ["index", "folder"])
 def test_clips_of_several_buckets_are_numbered_apart(index, folder, source):
-    """Each is in the bucket that training has it in, and is shown as a bucket by itself shows it."""
+    """Each clip is in its training bucket, and its item equals that of the bucket alone."""
     place = index if source == "index" else f"{folder}/*.tar"
     parts = open_by_bucket(place, "train", [VIDEO, IMAGE], 0)
     assert [(bucket, len(clips)) for bucket, clips in parts] == [(VIDEO, 20), (IMAGE, 6)]

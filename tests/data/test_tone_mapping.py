@@ -1,4 +1,4 @@
-"""High dynamic range becomes standard range by the curves of the standards."""
+"""High dynamic range is converted to standard range by the standards' curves."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from promag.data.video.tone_mapping import HLG, PEAK, PQ, WHITE, hlg_to_scene, l
 
 @pytest.mark.parametrize(("light", "signal"), [(0, 0), (100, 0.5081), (203, 0.5807), (1000, 0.7518), (10_000, 1)])
 def test_pq_signals(light, signal):
-    """Values of ITU-R BT.2408, table 1, and the ends."""
+    """The values are those of ITU-R BT.2408, table 1, and both ends of the range."""
     assert light_to_pq(np.array(light)) == pytest.approx(signal, abs=1e-4)
     assert pq_to_light(np.array(signal)) == pytest.approx(light, rel=2e-3, abs=1e-6)
 

@@ -175,7 +175,7 @@ def test_other_unreadable_files_are_refused(clean, tmp_path):
 
 
 def test_frames_hidden_by_an_edit_list_are_not_read(clean, tmp_path):
-    """A file cut without encoding lists frames that are not shown."""
+    """A file cut without re-encoding contains frames that its edit list hides."""
     data = clean.read_bytes()
     # The edit list's media time says where in the track to begin: two frames later.
     place = data.index(b"elst") + 4 + 4 + 4 + 4

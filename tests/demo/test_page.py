@@ -1,4 +1,4 @@
-"""The page while the demo trains: how far it says the run is, and that it is rewritten from the run's files."""
+"""The page while the demo trains: its progress and remaining time, and that it is rewritten from the run's files."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Backends on this CPU: native and _native_flash work, the latter without masks; flash and xformers do not."""
+"""On this CPU the backends native and _native_flash work, the latter without masks; flash and xformers do not."""
 
 import logging
 from importlib.util import find_spec

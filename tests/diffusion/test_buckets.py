@@ -1,4 +1,4 @@
-"""Text-to-video on clips of several shapes: one normalisation, one shape a batch, exact resume, a loss for each shape."""
+"""Text-to-video on clips of several buckets: one normalisation, one bucket a batch, exact resume, a loss for each bucket."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_all_buckets_of_a_ratio_share_their_latent_statistics(cached):
 
 
 def test_a_batch_has_one_bucket_and_ratio_on_all_ranks(cached, tmp_path):
-    """Each clip is shown equally often: a shape's share of the steps is that of the batches which its clips fill."""
+    """Each clip is shown equally often: a bucket's share of the steps is its share of the batches."""
     latents = [[LatentDataset(folder) for folder in part.latents] for part in cached]
     source, plan = mixed(configuration(tmp_path), list(CLIPS), latents)
     assert [line.split() for line in plan.splitlines()[1:]] == [

@@ -52,7 +52,7 @@ def test_the_factors_of_all_words_in_a_caption_multiply(factors):
 
 @pytest.fixture
 def by_bucket(tmp_path):
-    """Two buckets, of captions 0 to 2 and of all, each at two ratios."""
+    """Two buckets, one with captions 0 to 2 and one with all captions, each at two ratios."""
     found = []
     for bucket, count in (("a", 3), ("b", 7)):
         caches = {

@@ -1,4 +1,4 @@
-"""Given first frames: how they are drawn, that they are not learned, and that a model learns to use them."""
+"""Conditioning frames: they are drawn, they do not count in the loss, and a model learns to use them."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -64,7 +64,7 @@ def objective(condition, seed=0):
 
 
 def batch(count, seed=0):
-    """Clips whose frames are all alike: the first one tells the rest."""
+    """Clips in which all frames are equal, so the first one determines the others."""
     x = torch.randn(count, 4, 1, 2, 2, generator=seeded(seed)).expand(-1, -1, 3, -1, -1).contiguous()
     return {"latents": x, "caption": ["a"] * count, "fps": torch.full((count,), 8.0), "ratio": torch.full((count,), 16)}
 
@@ -100,7 +100,7 @@ def test_one_time_for_all_frames_is_the_time_of_each():
 
 
 def test_a_trained_model_uses_its_conditioning_frames():
-    """Of still clips the first frame tells all the rest: with it given, the error must fall far below what it is without."""
+    """In still clips the first frame determines all others: with it as conditioning, the error must be far lower."""
     model = objective(Condition(0.7, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(250):

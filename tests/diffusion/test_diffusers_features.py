@@ -1,4 +1,4 @@
-"""What diffusers offers for its models works on the transformer."""
+"""The features that diffusers offers for its models work on the transformer."""
 
 import pytest
 import torch

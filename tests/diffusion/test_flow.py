@@ -89,7 +89,7 @@ def test_straight_paths_are_exact_in_any_steps(step, times):
 
 @pytest.mark.parametrize(("step", "order"), [(euler_step, 1), (midpoint_step, 2)])
 def test_errors_shrink_with_the_order_of_the_method(step, order):
-    """dx/dt = 2 t x has the solution x(0) = x(1) / e."""
+    """The solution of dx/dt = 2 t x has x(0) = x(1) / e."""
     noise = random(1, 1, 2, 2, 2)
 
     def error(steps):

@@ -30,7 +30,7 @@ class Clips:
 
 
 class DiesAt:
-    """Clips of which one takes its process with it, as a kill from outside does: nothing is cleaned up."""
+    """Clips one of which ends its process without any clean-up, like a kill from outside."""
 
     def __init__(self, index):
         self.index = index
@@ -147,7 +147,7 @@ def test_an_interrupted_cache_continues_without_losing_or_doubling(tmp_path):
 
 
 def test_several_ratios_are_cached_in_one_pass_and_equal_separate_caches(tmp_path):
-    """What is missing is encoded at the missing ratios alone; each cache is what it would be by itself."""
+    """Missing clips are encoded only at the missing ratios, and each cache equals one made alone."""
     low = dataclasses.replace(PRINT, ratio=8)
     alone = {16: make(tmp_path / "16-alone"), 8: make(tmp_path / "8-alone", fingerprint=low)}
     calls = []
@@ -217,7 +217,7 @@ def test_all_captions_are_read_a_shard_at_a_time(tmp_path):
 
 
 def test_an_opened_cache_can_be_sent_to_a_spawned_process(tmp_path):
-    """As with the small text model, whose words are learned from the captions before the loader starts."""
+    """The small text model needs this: its vocabulary is learned from the captions before the loader starts."""
     data = LatentDataset(make(tmp_path))
     assert list(data.captions()) == CAPTIONS[:7]
     stream = TrainingStream(data, 0, 2, 0, 1)

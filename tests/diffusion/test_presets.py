@@ -1,4 +1,4 @@
-"""The presets' transformers, built without memory, have as many parameters as the presets' first lines say."""
+"""The presets' transformers, built without memory, have the number of parameters that the presets' first lines state."""
 
 import re
 from pathlib import Path

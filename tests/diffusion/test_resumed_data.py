@@ -1,4 +1,4 @@
-"""A run records what it is trained on, and a resumed one refuses anything else by name."""
+"""A run records its training data, and a resumed run refuses other data by name."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def test_a_resumed_run_keeps_its_vocabulary(started, monkeypatch):
 
 
 def test_another_vocabulary_is_refused(started):
-    """What another release of tokenizers might learn, under trained embeddings."""
+    """Another release of tokenizers may learn another vocabulary, which the trained embeddings do not fit."""
     run, cached = started
     rules = json.loads((run / "vocabulary.json").read_text())
     rules["model"]["merges"] = rules["model"]["merges"][:-1]

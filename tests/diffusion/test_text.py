@@ -75,7 +75,7 @@ def test_the_pooled_vector_is_that_of_the_end_token(small):
 
 
 def test_untrained_embeddings_distinguish_captions():
-    """At the scale of the layers around them: starting words at a deviation of 0.02 instead gives about 0.3 here."""
+    """With an initial standard deviation of 0.02 for the embeddings this value is about 0.3."""
     for seed in range(3):
         torch.manual_seed(seed)
         vocabulary = learn_vocabulary(CAPTIONS, 320, max_length=12)
@@ -105,7 +105,7 @@ OPEN_CLIP = {
 
 @pytest.fixture(scope="module")
 def folders(small, tmp_path_factory):
-    """One tiny model of each kind, in the way that load_frozen names it."""
+    """One tiny model of each kind, by the name that load_frozen takes."""
     place, (vocabulary, clip) = tmp_path_factory.mktemp("encoders"), small
     torch.manual_seed(1)
     models = {
@@ -150,7 +150,7 @@ def test_frozen_encoders_by_path(folders, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_neither_padding_nor_other_prompts_change_the_prediction(folders, kind):
-    """A batch with a longer prompt, and a longer max_length, by one encoder and beside another."""
+    """The batch has a longer prompt or a longer max_length, with one encoder and with two."""
     first, second = (load_frozen(folders[name], None, max_length=9) for name in (kind, "t5"))
     torch.manual_seed(0)
     widths = [text_widths(encoder) for _, encoder in (first, second)]

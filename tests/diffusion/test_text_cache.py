@@ -29,7 +29,7 @@ def latents(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoders():
-    """A CLIP with pooled vectors and a T5 without."""
+    """A CLIP model with pooled vectors and a T5 model without them."""
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_embeddings_of_other_clips_are_refused(tmp_path, latents, encoders):
 
 
 def test_dropped_captions_become_the_null_caption_by_every_encoder(tmp_path, latents, encoders):
-    """Three encoders: two from a cache, the second one trained along."""
+    """There are three encoders: two are cached, the second one is trained jointly."""
     caches = [EmbeddingCache(make(tmp_path / name, latents, encoders[name]), n) for n, name in ((1, "t5"), (3, "clip"))]
     text = CaptionEncoder([caches[0], None, caches[1]], *encoders["clip"])
     assert text.widths == (12, 16, 16)

@@ -73,7 +73,7 @@ def test_pooled_text_matters(model):
 
 @torch.no_grad()
 def test_each_text_encoder_has_its_own_projection(model):
-    """A model of two encoders with the same weights twice sees what a model of one sees in a row of both."""
+    """A model with two encoders and the same projection twice equals a model with one encoder on both texts concatenated."""
     given = inputs()
     two = ProMAGTransformer3DModel.from_config({**model.config, "text_dim": [8, 8]}).eval()
     weights = model.state_dict()
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_rotary_scores_depend_on_distance_alone():
-    """A 16x latent frame stands four 4x positions after the one before, so equal spans give equal angles."""
+    """Adjacent 16x latent frames are four 4x positions apart, so equal time spans give equal angles."""
     four = rotary_positions(12, (9, 1, 1), 1.0, torch.device("cpu"))
     sixteen = rotary_positions(12, (3, 1, 1), 4.0, torch.device("cpu"))
     for a, b in zip(four, sixteen, strict=True):

@@ -1,4 +1,4 @@
-"""The validation loss is the same however its clips are divided into batches."""
+"""The validation loss does not depend on the division of clips into batches."""
 
 import pytest
 import torch

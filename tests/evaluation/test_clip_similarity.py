@@ -1,4 +1,4 @@
-"""Against the models called directly, with random weights."""
+"""CLIP similarity equals that of the models called directly, with random weights."""
 
 import json
 import shutil

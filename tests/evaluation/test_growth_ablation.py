@@ -10,7 +10,7 @@ from promag.training.config import UserError
 
 
 def row(variant, seed, psnr, flops, inherited=0.0, ratio=16, what="growth ablation", size=64):
-    """A line of 100 steps in its stage, twice that in all if it inherits; the curve climbs to `psnr`."""
+    """Return a line with 100 steps in its stage, and 200 in all if it inherits; its curve rises to `psnr`."""
     before = 100 if inherited else 0
     metrics = {"psnr": psnr, "psnr_top_motion": psnr - 2, "psnr_key": psnr + 1, "psnr_between": psnr - 1, "ssim": psnr / 40}
     return {

@@ -1,4 +1,4 @@
-"""What training is said to keep in memory is what optimisers and graphs hold."""
+"""The computed memory of training equals what optimisers and graphs hold."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_static_memory_is_the_memory_after_a_step(config, muon):
 
 @pytest.mark.parametrize("world", [1, 3, 8])
 def test_sharded_memory_is_the_largest_shard_of_each_weight(config, world):
-    """Rows are dealt out as torch.chunk does; weights, gradients and averages, and two moments or Muon's one."""
+    """Rows are divided as by torch.chunk. Each weight has a gradient, an average, and two moments, or one with Muon."""
     transformer = transformer_alone(SHAPE, [16], 16)
     muon = {id(p) for p in hidden_matrices(transformer)}
     parts = [(p.chunk(world)[0].nbytes, 4 if id(p) in muon else 5) for p in transformer.parameters()]

@@ -1,4 +1,4 @@
-"""The ways in which people get promag: a zip of the repository, a checkout without links, and three kinds of installs.
+"""The ways to obtain promag: a zip of the repository, a checkout without links, and three kinds of installation.
 
 All are made from the working tree as git would archive it, once for all test processes.
 """
@@ -26,7 +26,7 @@ PIP_OPTIONS = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")
 
 @dataclass(frozen=True)
 class Place:
-    """One way to have promag."""
+    """One way to obtain promag."""
 
     root: Path  # promag.tokenizer.layers lies in root/tokenizer/layers.py
     python: Path
@@ -34,13 +34,13 @@ class Place:
     path: str = ""  # PYTHONPATH
 
     def run(self, *arguments: str | Path) -> str:
-        """Run this Python and return what it prints; raises with its errors where it fails."""
+        """Run a command by this Python and return its output; raise AssertionError with its errors if it fails."""
         environment = ENVIRONMENT | ({"PYTHONPATH": self.path} if self.path else {})
         return run(self.python, *arguments, cwd=self.folder, env=environment)
 
 
 def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] = ENVIRONMENT) -> str:
-    """Return what a command prints; raises AssertionError with its errors where it fails."""
+    """Return the output of a command; raise AssertionError with its errors if it fails."""
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -48,7 +48,7 @@ def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] = ENVIRONMEN
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Make a folder once for all processes of pytest-xdist."""
+    """Create a folder once for all processes of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -104,7 +104,7 @@ def installs(once, archives) -> Path:
 
 
 def make_environment(folder: Path) -> Path:
-    """Make an environment that holds nothing but sees the libraries of this one; return its Python."""
+    """Create an empty environment that sees the libraries of this one; return its Python."""
     venv.create(folder, with_pip=False)
     libraries = Path(sysconfig.get_path("purelib"))
     python = folder / BIN / "python"
@@ -117,7 +117,7 @@ def make_environment(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def places(archives, installs, once) -> dict[str, Place]:
-    """Every way to have promag, by name."""
+    """Every way to obtain promag, by name."""
     empty, this, wheel = once("empty", lambda folder: None), Path(sys.executable), installs / "wheel"
     (site,) = {path.parent for path in wheel.rglob("promag") if path.parent.name == "site-packages"}
     return {

@@ -1,4 +1,4 @@
-"""Wherever promag comes from, each module comes from one real file, both checkpoints load, and the same video is sampled."""
+"""However promag was obtained, each module comes from one real file, both checkpoints load and sample the same video."""
 
 import json
 import zipfile

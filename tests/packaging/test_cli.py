@@ -1,4 +1,4 @@
-"""The program `promag`: its list of commands, their names, and mistakes in them."""
+"""The program `promag`: its list of commands, their names, and unknown names."""
 
 import ast
 import importlib.metadata

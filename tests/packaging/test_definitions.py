@@ -15,7 +15,7 @@ SERVER = Path(sys.executable).with_name("pyright-langserver")
 
 
 class LanguageServer:
-    """The little of the language server protocol that one question needs."""
+    """The part of the language server protocol that one query needs."""
 
     def __init__(self, folder: Path) -> None:
         pipe = subprocess.PIPE
@@ -51,7 +51,7 @@ class LanguageServer:
         raise AssertionError(f"the server ended before it answered {method}")
 
     def definition(self, file: Path, name: str) -> list[str]:
-        """Return the addresses of the files in which a name, where the file mentions it first, is defined."""
+        """Return the URIs of the files that define a name, at its first mention in the file."""
         text = file.read_text(encoding="utf-8")
         before = text[: text.index(name)]
         document = {"uri": file.as_uri(), "languageId": "python", "version": 1, "text": text}

@@ -1,4 +1,4 @@
-"""Loading, casting, sampling with and saving what is shipped warns of nothing."""
+"""Loading, casting, sampling and saving the shipped checkpoints gives no warnings."""
 
 import logging
 import warnings
@@ -14,7 +14,7 @@ LIBRARIES = ("diffusers", "transformers", "accelerate", "peft")
 
 @pytest.fixture
 def messages():
-    """Everything that the libraries log from warnings up, and every warning, while the test runs."""
+    """All warnings, and all log messages of level warning or higher, while the test runs."""
     found: list[str] = []
 
     class Collect(logging.Handler):

@@ -1,4 +1,4 @@
-"""The tiny pipeline, and how the tests call it."""
+"""The tiny pipeline, and the arguments with which the tests call it."""
 
 import copy
 
@@ -23,7 +23,7 @@ def call(pipe, prompt=PROMPTS[0], **arguments):
 
 
 def like(pipe, **changes):
-    """Return a pipeline of copies of the parts, some of them changed: tests may do to it what they like."""
+    """Return a pipeline with copies of the parts, with changes; tests may modify it."""
     made = ProMAGPipeline(**{**copy.deepcopy(pipe.components), **changes}, **SIZES)
     made.set_progress_bar_config(disable=True)
     return made

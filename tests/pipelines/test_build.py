@@ -1,4 +1,4 @@
-"""From clips of several shapes to a pipeline: a cache for each shape, and one model that makes what it was told to."""
+"""From clips of several buckets to a pipeline: a cache for each bucket and one trained model."""
 
 import os
 import shutil
@@ -72,7 +72,7 @@ def test_clips_of_several_buckets_are_cached_apart_and_trained_together(config, 
 
 
 def test_a_run_with_complete_caches_loads_no_text_encoder(config, tmp_path):
-    """Its weights are rubbish of the same size and time, which nobody notices; once their time differs they are read."""
+    """The encoder's weights are garbage of the same size and time, which is not noticed until their time changes."""
     before = cache(config, make_tokenizer(settle=0.05))
     weights = tmp_path / "t5" / "model.safetensors"
     stat, whole = weights.stat(), weights.read_bytes()

@@ -1,4 +1,4 @@
-"""Image-to-video and continuation: the given frames stay, and what cannot be meant is named."""
+"""Image-to-video and continuation: conditioning frames stay unchanged, and invalid input is named."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Saved pipelines: loaded by the stock class, wherever a class's file lies, from safetensors alone, with a card when pushed."""
+"""Saved pipelines load by the stock class, wherever a class is defined, and only from safetensors; pushed ones have a card."""
 
 import importlib.util
 import json
@@ -114,7 +114,7 @@ def test_types_variants_and_shards_of_the_parts(pipe, tmp_path):
 
 @pytest.fixture
 def hub_folder(monkeypatch, tmp_path):
-    """Where what would be uploaded is copied to; the hub knows no card yet."""
+    """A folder that receives the uploaded files; the hub has no card yet."""
 
     def unknown(*_, **__):
         raise RepositoryNotFoundError("no such repository", response=_Answer())

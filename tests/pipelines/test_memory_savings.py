@@ -1,4 +1,4 @@
-"""What saves memory or time in a pipeline: offloading, small types, tiles, caches. Offloaded to "cpu", it runs on a CPU too."""
+"""Features of a pipeline that save memory or time: offloading (here to "cpu"), small types, tiles, caches."""
 
 import accelerate
 import numpy as np
@@ -104,7 +104,7 @@ def caches(pipe):
 
 @pytest.mark.parametrize("name", ["first block", "pyramid", "faster", "taylor", "mag"])
 def test_caches_of_diffusers_skip_work_are_reset_and_leave_no_trace(pipe, own, name):
-    """The counted calls of a block's feed-forward and attention fall; two videos in a row are the same."""
+    """A block's feed-forward and attention are called less often; two consecutive videos are equal."""
     calls = {"attn1": 0, "attn2": 0, "rows": 0}
     block = own.transformer.transformer_blocks[-1]
     for part in ("attn1", "attn2"):
@@ -128,7 +128,7 @@ def test_caches_of_diffusers_skip_work_are_reset_and_leave_no_trace(pipe, own, n
 
 
 def test_a_pipeline_with_accelerate_hooks_runs_on_their_device(pipe, own):
-    """What device maps come down to: every part dispatched, its weights elsewhere until it is called."""
+    """Device maps do this: each part is dispatched, and its weights are elsewhere until it is called."""
     for part in (own.text_encoder, own.transformer, own.vae):
         accelerate.dispatch_model(part, {"": "cpu"}, force_hooks=True)
     assert np.array_equal(call(own), call(pipe))

@@ -1,4 +1,4 @@
-"""Prompts of samples: frozen encoders are asked once, the one that learns each time."""
+"""Prompts of samples: frozen encoders encode them once, the trained encoder each time."""
 
 import shutil
 

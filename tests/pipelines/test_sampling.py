@@ -46,7 +46,7 @@ def test_progress_is_reported_and_every_part_takes_time(pipe):
 
 
 def test_a_draft_is_lifted_and_refined(pipe):
-    """By the calls that one would make by hand; its steps are told along."""
+    """It equals the same calls made by hand, and each step is reported."""
     request, said = REQUESTS[0], []
     draft = Draft(16, steps=2, strength=0.5)
     how = {"temporal_ratio": 4, "num_inference_steps": 4, "guidance_scale": 2.0}

@@ -70,7 +70,7 @@ def test_only_guidance_of_one_ignores_the_negative_prompt(pipe):
 
 
 def embeds(pipe, prompt=PROMPTS[0], **arguments):
-    """What encode_prompt returns, under the names of the call's arguments."""
+    """Return the results of encode_prompt by the names of the call's arguments."""
     with torch.no_grad():
         return dict(zip((*NAMES, *NEGATIVE_NAMES), pipe.encode_prompt(prompt, **arguments), strict=True))
 
@@ -143,7 +143,7 @@ def test_given_latents_are_the_initial_noise(pipe):
 
 @pytest.mark.parametrize("strength", [0.5, 0.75])
 def test_refining_runs_the_last_steps_from_noised_latents(pipe, strength):
-    """As a whole run does whose latents are exchanged for them at that time."""
+    """It equals a whole sampling whose latents are replaced at that time."""
     clean, noise = torch.randn(2, 1, 4, 2, 2, 3, generator=seed(5))
     arguments = {"num_inference_steps": 4, "output_type": "latent"}
     given = {**arguments, "latents": clean, "denoise_strength": strength, "generator": seed(6)}
@@ -292,7 +292,7 @@ def test_each_text_encoder_may_have_its_own_length(two_encoders):
 
 
 def test_the_default_negative_prompt_is_the_dropped_caption_of_training(two_encoders, tmp_path):
-    """The null embedding a training reads from the cache, and that of the encoder trained along, are the pipeline's default."""
+    """The null embedding in the cache, and that of the jointly trained encoder, are the pipeline's default."""
     from promag.diffusion.latent_cache import LatentFingerprint, write_latents
     from promag.diffusion.text_cache import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
 

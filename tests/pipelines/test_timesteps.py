@@ -1,4 +1,4 @@
-"""Schedulers are exchangeable: they walk the same path, at the same times, to the same video."""
+"""Schedulers are exchangeable: they follow the same path, at the same times, to the same video."""
 
 import math
 
@@ -36,7 +36,7 @@ def scheduler(name, config, **changes):
 
 @pytest.fixture(scope="module")
 def exact(pipe):
-    """The latents at the path's end."""
+    """The latents at the end of the path."""
     return call(pipe, num_inference_steps=500, output_type="latent")
 
 

@@ -1,4 +1,4 @@
-"""The page of token budgets, in a real browser where there is one."""
+"""The page of token budgets, in a real browser if one is installed."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ FRAMES, SIZE = 17, 32
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A comparison of a tokenizer that gives block means back, of every frame at 4x, on three generated clips."""
+    """A comparison on three generated clips; the tokenizer reconstructs block means, at 4x for every frame."""
     torch.manual_seed(0)
     tokenizer = AutoencoderKLProMAG(**TINY).eval()
     tokenizer.init_from_block_means()
@@ -62,7 +62,7 @@ def test_the_page_is_one_offline_file_with_the_worst_clips_first(page, report):
 
 
 def test_the_films_show_the_measured_videos(page, report, tmp_path):
-    """From the tiles of a film follow the figures beside it, but for what its compression takes."""
+    """The figures beside a film follow from its tiles, except for the film's compression."""
     text = page.read_text()
     shown = player_data(text)["clips"]
     film = tmp_path / "film.mp4"

@@ -21,7 +21,7 @@ NASTY = "</title><script>alert(1)</script> {x} \"'&<img src=http://example.org/a
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, the text, and the lines of tables as lists of cell texts."""
+    """The elements with their attributes, the text, and the rows of tables as lists of cell texts."""
 
     def __init__(self, path):
         super().__init__()
@@ -275,7 +275,7 @@ def test_sections_without_content_are_left_out(tmp_path):
 
 
 def test_a_page_grows_while_a_run_proceeds(tmp_path):
-    """The first page has the shipped checkpoints' clips alone; a clip that is shown again is not encoded again."""
+    """The first page has only the clips of the shipped checkpoints; a clip that is shown again is not encoded again."""
     clips = (sample(), reconstruction())
     shipped: dict = {"shipped": clips[:1], "shipped_reconstructions": clips[1:]}
     early = Report("A run", **shipped)

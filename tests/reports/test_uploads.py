@@ -83,7 +83,7 @@ except UserError as error:
 
 
 def with_stated_size(path, side):
-    """Let the container of an mp4 state another picture size than its frames have."""
+    """Write another picture size into the container of an mp4 than its frames have."""
     data = bytearray(path.read_bytes())
     sample, track = data.index(b"avc1", data.index(b"stsd")) + 28, data.index(b"tkhd") + 80
     data[sample : sample + 4] = 2 * side.to_bytes(2, "big")
@@ -106,7 +106,7 @@ def test_a_huge_picture_is_refused_before_a_frame_is_decoded(tmp_path, stated):
 
 
 def test_an_image_named_as_a_video_is_measured_too(tmp_path):
-    """Its name says mp4, its content is a PNG."""
+    """Its name ends in mp4, its content is a PNG."""
     Image.new("L", (6144, 6144)).save(tmp_path / "v.mp4", "PNG")
     with pytest.raises(UserError, match=r"v\.mp4: cannot be read as a video: cannot be opened"):
         check_upload(tmp_path / "v.mp4", UploadLimits(side=100))

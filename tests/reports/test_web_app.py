@@ -1,4 +1,4 @@
-"""What the page's buttons do, read from the HTML they give."""
+"""The actions of the page's buttons, read from the HTML that they return."""
 # ruff: noqa: RUF001 (the page is set with ×)
 
 import base64
@@ -33,7 +33,7 @@ def backend():
 
 
 def played(html, folder):
-    """Write the video of some HTML, and return the file."""
+    """Write the video in a piece of HTML to a file and return its path."""
     data = re.search(r'(?:src="data:video/mp4;base64,|class="film-data" value=")([^"]+)"', html)
     assert data
     (folder / "played.mp4").write_bytes(base64.b64decode(data[1]))

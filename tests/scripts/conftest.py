@@ -1,4 +1,4 @@
-"""One smallest demo run, whose tokenizer and pipelines the tests of the other scripts use."""
+"""The smallest demo run, whose tokenizer and pipelines the tests of the other scripts use."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Run by each of two processes (test_two_processes.py): what FSDP2 holds where, and Muon on what is spread."""
+"""Run by each of two processes (test_two_processes.py): the shards that FSDP2 keeps, and Muon on sharded weights."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ SHAPES = ((6, 4), (5, 3), (3, 7), (1, 4), (8, 8))  # of two processes, one has m
 
 
 class Holder(nn.Module):
-    """An objective's place of what is spread."""
+    """An objective that holds the sharded model."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -26,7 +26,7 @@ class Holder(nn.Module):
 
 
 class Matrices(nn.Module):
-    """Matrices through each of which the input's first numbers pass."""
+    """Matrices, each of which multiplies the first numbers of the input."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ def spread_transformer(device: torch.device, bf16: bool) -> dict:
 
 
 def muon(device: torch.device) -> list[float]:
-    """Return how far each matrix is, after two steps, from where torch.optim.Muon takes it whole."""
+    """Return the distance of each matrix, after two steps, from that of torch.optim.Muon on whole matrices."""
     plain, spread = Matrices(), Holder(Matrices())
     shard(spread, [spread.model], device, 2, False)
     options = [Muon(list(plain.weights), **MUON), Muon(list(spread.model.weights), **MUON)]
@@ -82,7 +82,7 @@ def muon(device: torch.device) -> list[float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write what this process finds into the folder given."""
+    """Write the results of this process into the given folder."""
     state = processes()
     found = {"float32": spread_transformer(state.device, False), "bf16": spread_transformer(state.device, True)}
     found["muon_learning_rate"] = muon(state.device)

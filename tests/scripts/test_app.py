@@ -1,4 +1,4 @@
-"""The page from end to end in a headless Chromium, on a tiny tokenizer and pipeline of random weights."""
+"""The page from end to end in a headless Chromium, with a tiny tokenizer and pipeline of random weights."""
 # ruff: noqa: RUF001 (the page is set with ×)
 
 import re
@@ -53,7 +53,7 @@ def page(browser, asked_hosts):
 
 
 def wait(browser, selector, text=""):
-    """Return the first element of a CSS selector whose text holds `text`, as soon as it is there."""
+    """Wait for the first element of a CSS selector that contains `text` and return it."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -65,7 +65,7 @@ def wait(browser, selector, text=""):
 
 
 def upload(browser, path):
-    """Take away what was given before, and give a file."""
+    """Remove the previous upload, and upload a file."""
     from selenium.webdriver.common.by import By
 
     for clear in browser.find_elements(By.CSS_SELECTOR, "#file button[aria-label=Clear]"):
@@ -133,7 +133,7 @@ def test_an_uploaded_video_plays_beside_its_reconstructions(page, tmp_path):
 
 
 def errors_beside_refusals(browser):
-    """Gradio asks for the progress of an upload that it refuses itself, and is told that there is none."""
+    """Return console errors except one of Gradio's: it requests the progress of an upload that it has refused."""
     own = ("upload_progress", "Response", "Invalid file type")
     return [error for error in console_errors(browser) if not any(word in error for word in own)]
 

@@ -1,4 +1,4 @@
-"""The benchmarks at their smallest size; the one of autoencoders has a file of its own."""
+"""The benchmarks at their smallest size; that of autoencoders has its own file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What encoding and decoding cost, on a small tokenizer of ours and a small baseline."""
+"""The cost of encoding and decoding, for a small tokenizer of ours and a small baseline."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ def lines(path):
 
 
 def counted(call, *arguments):
-    """GFLOPs of a call as it is computed on the CPU, attention by plain products, which alone are counted there."""
+    """Return the GFLOPs of a call on the CPU, with attention by plain products, because only these are counted there."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         output = call(*arguments)
     return counter.get_total_flops() / 1e9, output

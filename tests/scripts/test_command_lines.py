@@ -1,4 +1,4 @@
-"""All commands at once: --help, and one word for one thing."""
+"""All commands: --help, and the same option for the same thing."""
 
 import importlib
 import re
@@ -46,7 +46,7 @@ MEANS_ANOTHER = {  # commands in which a shared word has its own default, with t
 
 @pytest.fixture
 def shown(monkeypatch, capsys):
-    """Return the parser that printed a command's help, and the help."""
+    """Return the parser that printed a command's help, and the help text."""
     parsers: list[Parser] = []
     original = Parser.print_help
     monkeypatch.setattr(Parser, "print_help", lambda self, file=None: (parsers.append(self), original(self, file))[1])

@@ -1,4 +1,4 @@
-"""promag curves: the curves of trainings, drawn and compared."""
+"""`promag curves` draws and compares the curves of trainings."""
 
 import json
 

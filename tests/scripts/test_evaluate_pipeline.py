@@ -1,4 +1,4 @@
-"""Prompt accuracy of a pipeline, and drafting against sampling from noise, by their scripts on random weights."""
+"""Prompt accuracy of a pipeline, and drafts against sampling from noise, by their scripts with random weights."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Training a pipeline further: all of it, or adapters that pipelines load and put away again."""
+"""Training a pipeline further: all of it, or adapters that pipelines load and unload."""
 
 import re
 
@@ -87,7 +87,7 @@ def test_a_pipeline_loads_weights_and_unloads_adapters(lora, base, demo_run):
 
 
 def test_saved_adapters_equal_the_trained_ones(lora, base, demo_run):
-    """The averaged adapters of the last checkpoint, put on the base by hand, are what load_lora_weights gives."""
+    """The averaged adapters of the last checkpoint, added to the base by hand, equal those of load_lora_weights."""
     from promag.diffusion.finetune import Lora, add_lora
     from promag.training.run import checkpoints, load_checkpoint
 

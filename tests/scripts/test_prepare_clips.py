@@ -1,4 +1,4 @@
-"""The command writes an index, says what it left out, and ends with status 2 and one line on a user's mistake."""
+"""The command writes an index, names omitted videos, and ends with status 2 and one line after a user's mistake."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ def main():
 
 @pytest.fixture
 def table(tmp_path):
-    """Three videos of 12, 20 and 3 frames, a broken one, and a CSV that puts the last into another split."""
+    """Three videos of 12, 20 and 3 frames, a damaged one, and a CSV with the last one in another split."""
     rows = ["file,caption,split"]
     for name, frames, split in (("a", 12, "train"), ("b", 20, "train"), ("c", 3, "eval")):
         write_video(tmp_path / f"{name}.mp4", np.full((frames, 32, 64, 3), 99, np.uint8), 10)

@@ -1,4 +1,4 @@
-"""Reconstructing a video in tiles from the command line."""
+"""`promag reconstruct` in tiles."""
 
 import numpy as np
 import pytest

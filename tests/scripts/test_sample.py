@@ -1,4 +1,4 @@
-"""`promag sample` on a pipeline of random weights: what it writes and says, and its user's mistakes."""
+"""`promag sample` with a pipeline of random weights: its files, its output, and users' mistakes."""
 
 import json
 import re
@@ -81,7 +81,7 @@ def test_upper_case_extensions_work_and_a_cut_prompt_is_named(folder, tmp_path, 
 
 
 def test_a_draft_is_refined(folder, tmp_path, capsys):
-    """More strength leads further away from the draft."""
+    """A higher strength gives a result further from the draft."""
     asked = [folder, "--prompt", "a", *FEW, "--ratio", "4"]
     strengths = ("0", "0.5", "0.9")
     for strength in strengths:

@@ -1,4 +1,4 @@
-"""Every other script at its smallest size, on the demo's tokenizer and pipelines, and its user's mistakes."""
+"""All other scripts at their smallest size, with the demo's tokenizer and pipelines, and users' mistakes."""
 
 import json
 import subprocess
@@ -177,7 +177,7 @@ def test_train_diffusion_at_another_ratio(demo_run, tmp_path, capsys):
 
 
 def test_samples_while_training_are_videos_in_tensorboard(demo_run, tmp_path):
-    """Both times the noise is the same; the last ones are what the finished pipeline makes, as it has the same weights."""
+    """The noise is the same each time; the last samples equal the finished pipeline's, which has the same weights."""
     from promag import ProMAGPipeline
     from promag.pipelines.sampling import sample_videos
     from tests.training.test_trackers import shown_videos
@@ -239,7 +239,7 @@ def test_a_frozen_text_encoder_by_path(demo_run, tmp_path):
 
 
 def test_three_text_encoders_at_once(demo_run, tmp_path):
-    """A frozen T5 from its cache, the small CLIP trained along, and a frozen OpenCLIP tower, into one pipeline."""
+    """A cached frozen T5, a jointly trained small CLIP, and a frozen OpenCLIP tower make one pipeline."""
     from transformers import CLIPTextModel, T5EncoderModel
 
     from promag import OpenCLIPTextModel, ProMAGPipeline

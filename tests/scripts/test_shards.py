@@ -1,4 +1,4 @@
-"""From a folder of videos to shards, and from shards of others to an index, by the commands."""
+"""The commands make shards from a folder of videos, and an index of foreign shards."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Both trainers started by torchrun on two CPU processes: what they learn, how they go on, and how they end."""
+"""Both trainers run by torchrun on two CPU processes: their results, resuming, and termination."""
 
 import json
 import os
@@ -67,13 +67,13 @@ def cache_settings(folder: Path) -> dict:
 
 
 def two_texts(folder: Path) -> dict:
-    """A frozen T5, read from its cache, and the small CLIP that is trained along."""
+    """A cached frozen T5 and a jointly trained small CLIP."""
     return {"encoders": [encoder(folder / "t5"), encoder("small")], "width": 16, "layers": 1, "heads": 2}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A tokenizer, and text-to-video trained in one go and in two parts; one's own latents, so that all have the same."""
+    """A tokenizer, and text-to-video trained at once and in two parts, on the same latents."""
     folder = tmp_path_factory.mktemp("two")
     write_t5(folder / "t5")
 
@@ -110,7 +110,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def test_two_processes_cache_the_same_as_one_bit_for_bit(runs, tmp_path):
-    """One clip a shard, so that both had work."""
+    """There is one clip per shard, so both processes had work."""
     alone = {**cache_settings(runs), "cache": str(tmp_path)}
     cache_latents.main(diffusion_arguments(runs / "whole", runs / "t" / "tokenizer", data=alone, text=two_texts(runs)))
     for folder in ("train-16x", "eval-16x", "train-text-1", "eval-text-1"):
@@ -135,7 +135,7 @@ def test_both_trainers_write_once_and_leave_a_pipeline(runs):
 
 @pytest.mark.parametrize(("whole", "parts"), [("whole", "parts"), ("spread", "spread-parts")])
 def test_two_steps_resume_two_steps_equal_four_bit_for_bit(runs, whole, parts):
-    """With weights on every process, and spread over both."""
+    """Weights are replicated on both processes, or sharded over them."""
     left, right = (load_checkpoint(checkpoints(runs / name / "16x")[-1]) for name in (whole, parts))
     assert left[1]["step"] == right[1]["step"] == 4
     assert left[0].keys() == {"weights", "ema", "optimizer"} | ({"buffers"} & left[0].keys())
@@ -147,7 +147,7 @@ def test_two_steps_resume_two_steps_equal_four_bit_for_bit(runs, whole, parts):
 
 @pytest.mark.parametrize("name", ["spread", "spread-then-ddp"])
 def test_sharded_weights_learn_the_same_as_replicated_ones(runs, name):
-    """The second run changed over to DDP in the middle, and averaged its gradients over two batches."""
+    """The second run changed to DDP halfway and accumulated gradients over two batches."""
     for key in ("loss", "gradient_norm", "validation_loss"):
         assert logged(runs / name / "16x", key) == pytest.approx(logged(runs / "whole" / "16x", key), rel=1e-5)
     spread, whole = (load_checkpoint(checkpoints(runs / n / "16x")[-1])[0] for n in (name, "whole"))
@@ -167,7 +167,7 @@ def test_adapters_on_sharded_weights_learn_the_same(runs):
 
 
 def test_each_process_holds_half_of_the_sharded_weights(runs):
-    """Of every tensor; gathered weights are let go of, and the whole model at the end is the one from the start."""
+    """This holds for every tensor; gathered weights are freed, and the final whole model is the initial object."""
     found = [json.loads((runs / f"spread-{rank}.json").read_text()) for rank in (0, 1)]
     for precision, dtype in (("float32", "torch.float32"), ("bf16", "torch.bfloat16")):
         both = [part[precision] for part in found]
@@ -182,7 +182,7 @@ def test_each_process_holds_half_of_the_sharded_weights(runs):
 
 
 def test_no_thread_of_communication_outlives_the_process_group(runs):
-    """One that does may abort the process while the interpreter shuts down."""
+    """Such a thread may abort the process while the interpreter shuts down."""
     for rank in (0, 1):
         threads = json.loads((runs / f"threads-{rank}.json").read_text())
         assert threads

@@ -110,7 +110,7 @@ def test_a_finetuned_copy_starts_as_the_levels_below(clip, part):
 
 @torch.no_grad()
 def test_a_level_encodes_through_the_nearest_copy_above_and_chunks_equal_the_whole():
-    """Shared base, 8x with a copy, 16x on the 8x level's copy, 32x with a copy of its own of all three."""
+    """The base is shared; 8x has a copy, 16x uses the 8x level's copy, and 32x has its own copy of all three."""
     model = AutoencoderKLProMAG(**TINY)
     for encoder in ("finetune", "frozen", "finetune"):
         model.grow(Growth(encoder=encoder))
@@ -296,7 +296,7 @@ def test_the_paper_preset_has_the_stated_parameters_at_every_level():
 
 
 def test_preset_sizes():
-    """Presets as their files state them; the paper's base has 128 channels with multipliers 1, 2, 2, 4."""
+    """The sizes are those stated in the presets; the paper's base has 128 channels with multipliers 1, 2, 2, 4."""
     from promag.tokenizer.config import TokenizerConfig
     from promag.training.config import build, load_yaml
 

@@ -1,4 +1,4 @@
-"""The convolution of one clip is F.conv3d's in values, gradients, FLOPs and shapes, by oneDNN's kernel."""
+"""The convolution of one clip by oneDNN's kernel equals F.conv3d in values, gradients, FLOPs and shapes."""
 
 import json
 

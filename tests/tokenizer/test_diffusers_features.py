@@ -1,4 +1,4 @@
-"""What diffusers offers for its autoencoders works on the tokenizer, at every level."""
+"""The features that diffusers offers for its autoencoders work on the tokenizer, at every level."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def model():
 
 @torch.no_grad()
 def both_ways(model, clip):
-    """What each level makes of a clip: its latent, and the clip again."""
+    """Return each level's latent and reconstruction of a clip."""
     found = []
     for ratio in RATIOS:
         z = model.encode(clip, ratio).latent_dist.mode()
@@ -57,7 +57,7 @@ def test_shards_variants_types_and_device_maps(model, clip, tmp_path):
 
 
 class Fetch(ModelHook):
-    """Bring the weights before each call, as model offloading does, and count the calls."""
+    """A hook that loads the weights before each call, as model offloading does, and counts the calls."""
 
     def __init__(self, weights):
         self.weights, self.fetched = weights, 0

@@ -1,4 +1,4 @@
-"""A run killed before any file operation around a stage's end continues to the weights of one that was not."""
+"""A run killed before any file operation around a stage's end continues to the same weights as one that was not killed."""
 
 import dataclasses
 import shutil
@@ -18,11 +18,11 @@ from tests.training.test_run import small_files
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing but the test catches it."""
+    """Stands for a kill: only the test catches it."""
 
 
 class Killer:
-    """End a call before its n-th change of a file under one folder, and every later change, as those of handlers."""
+    """Ends a call before its n-th change of a file in a folder; later changes, such as those of handlers, fail too."""
 
     CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
@@ -44,7 +44,7 @@ class Killer:
         return relative or str(arguments[0]).startswith(str(self.folder))
 
     def run(self, folder, operations, call):
-        """Return whether `call` came to its end within so many changes."""
+        """Return whether `call` finished within that many changes."""
         self.folder, self.left = folder, operations
         try:
             call()

@@ -95,7 +95,7 @@ def test_motion_is_the_mean_change_in_grey_levels():
 
 
 def test_jitter_is_the_mean_second_difference_in_time():
-    """0 for what changes steadily; a frame that stands out by d counts d, 2d and d again."""
+    """It is 0 for steady changes; a frame that differs by d counts d, 2d and d."""
     grey = (8.0 * torch.arange(9)).view(1, 1, 9, 1, 1).expand(2, 3, 9, 4, 5).clone()
     grey[1, :, 4] += 16
     clips = grey / 127.5 - 1
@@ -129,7 +129,7 @@ def test_ms_ssim_by_size():
 
 
 class Rigged(torch.nn.Module):
-    """Gives frames k with k % 4 != 0 back with an error that grows with the clip's index."""
+    """Reconstructs frames k with k % 4 != 0 with an error that grows with the clip's index."""
 
     device, dtype = torch.device("cpu"), torch.float64
 
@@ -174,7 +174,7 @@ def test_weights_by_path_add_their_metrics():
 
 
 class Doubling(torch.nn.Module):
-    """Latents are the clip's every-rth frames; lifting repeats each but the first, so it is right on still clips alone."""
+    """Latents are every r-th frame of the clip; lifting repeats each but the first, so it is correct only for still clips."""
 
     device, dtype, temporal_ratios = torch.device("cpu"), torch.float64, (4, 8)
 

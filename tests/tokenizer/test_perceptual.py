@@ -12,7 +12,7 @@ def clips(seed=0):
 
 
 def published_layout():
-    """Random weights under the names of torchvision's vgg16 and of lpips."""
+    """Random weights with the names of torchvision's vgg16 and of lpips."""
     torch.manual_seed(1)
     widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]

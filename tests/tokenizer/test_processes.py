@@ -1,4 +1,4 @@
-"""A stage that adds two levels, trained by two processes: what the weights that have no gradient must not stop."""
+"""Two processes train a stage that adds two levels, although some weights have no gradient."""
 
 import sys
 
@@ -15,7 +15,7 @@ DRIVER = "import sys; from tests.tokenizer.test_processes import train_all; trai
 
 
 def train_all(folder):
-    """Train a base, and on it each kind of two levels in one stage, whose first step regresses the base's latent."""
+    """Train a base, and on it each kind of growth by two levels in one stage; its first step regresses the base's latent."""
     from promag.training.fsdp import leave_process_group
 
     base = make_config(f"{folder}/base", stages=(stage(4, 5),))

@@ -61,7 +61,7 @@ def test_a_streams_result_does_not_depend_on_its_chunks(tokenizer):
 
 
 def held(state):
-    """Return the bytes of storage that a state keeps alive."""
+    """Return the bytes of storage that a state keeps in memory."""
     if isinstance(state, torch.Tensor):
         return {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes()}
     if isinstance(state, PartStates):
@@ -88,7 +88,7 @@ def test_the_states_memory_does_not_grow_with_the_stream_or_the_chunk(tokenizer)
 
 @torch.no_grad()
 def test_encoding_leaves_no_features_to_the_garbage_collector(tokenizer):
-    """Reference cycles would hold every feature map until Python happens to look for cycles: memory would creep up."""
+    """Reference cycles would keep every feature map until Python's next garbage collection: memory would grow."""
     gc.collect()
     gc.disable()
     try:
@@ -191,7 +191,7 @@ def test_tiling_is_a_switch(tokenizer):
 
 @pytest.fixture
 def tiled():
-    """A tokenizer that works in tiles."""
+    """A tokenizer with tiling enabled."""
     model = make_tokenizer(settle=0.05)
     model.enable_tiling(32, 24, 16, 16)
     return model
@@ -199,7 +199,7 @@ def tiled():
 
 @contextlib.contextmanager
 def widest():
-    """Collect the height and width, in pixels, of everything that an encoder or a decoder is given at once."""
+    """Record the height and width, in pixels, of each input of an encoder or decoder."""
     sizes = set()
 
     def look(module, arguments):

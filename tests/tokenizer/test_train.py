@@ -1,4 +1,4 @@
-"""The stages on generated clips at the smallest size."""
+"""Tokenizer training on generated clips at the smallest size."""
 
 import dataclasses
 import json
@@ -174,7 +174,7 @@ def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path
 @pytest.mark.parametrize("ratio", [8, 16])
 @pytest.mark.parametrize("growth", [{}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}, {"decoder": "finetune"}])
 def test_weights_that_may_have_no_gradient_are_declared(trainable, ratio, growth):
-    """Several processes wait for the gradient of every trained weight unless they are told that some may have none."""
+    """Several processes wait for the gradient of every trained weight unless some are declared to have none."""
     model, frames = make_tokenizer(levels=1, settle=0.05), 1 + ratio
     added = [model.grow(Growth(**growth)) for _ in range(ratio // 8)]
     trained = model.train_only(*(added if trainable == "new" else model.temporal_ratios))

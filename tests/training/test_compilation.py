@@ -1,4 +1,4 @@
-"""Compiling blocks, traced but not translated: what the compiler makes of them is PyTorch's matter."""
+"""Compiled blocks, traced but without code generation, which is PyTorch's matter."""
 
 import pytest
 import torch

@@ -236,7 +236,7 @@ def _class_of(path: Path):
 
 
 def _stated_defaults(cls, values, default=None, place=""):
-    """Yield the keys of a preset whose value their default has already."""
+    """Yield the keys of a preset whose value equals the default."""
     for field in dataclasses.fields(cls):
         if field.name not in values:
             continue

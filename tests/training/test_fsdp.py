@@ -1,4 +1,4 @@
-"""What FSDP2 refuses; what it does is tested on two processes (tests/scripts/test_two_processes.py)."""
+"""Settings that FSDP2 refuses; its results are tested on two processes (tests/scripts/test_two_processes.py)."""
 
 import pytest
 import torch

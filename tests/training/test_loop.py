@@ -36,7 +36,7 @@ class Numbers:
 
 
 class Noisy(Objective):
-    """A regression whose loss uses the step's noise, so that a resumed run shows whether noise is repeated."""
+    """A regression with the step's noise in its loss, so that a resumed run shows whether noise is repeated."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ def test_only_trained_weights_change_and_are_saved(tmp_path):
 
 
 def test_a_module_may_have_its_own_learning_rate(tmp_path):
-    """AdamW's first step moves every weight by the learning rate, whatever the gradient; the conv's is a quarter."""
+    """AdamW's first step moves every weight by its learning rate, whatever the gradient; the convolution's is a quarter."""
     settings = dataclasses.replace(SETTINGS, steps=1, warmup=1, weight_decay=0.0)
     before = Noisy()
     run(tmp_path, settings=settings)
@@ -135,7 +135,7 @@ def test_a_module_may_have_its_own_learning_rate(tmp_path):
 
 
 def test_muon_moves_matrices_by_orthogonal_steps(tmp_path):
-    """Its first step has singular values near its rate, all of them; AdamW still trains the rest at its own rate."""
+    """All singular values of its first step are near its learning rate; AdamW trains the rest at its own."""
     settings = dataclasses.replace(SETTINGS, steps=1, batch_size=8, warmup=1, weight_decay=0.0, muon_learning_rate=0.02)
     before = Noisy()
     run(tmp_path, settings=settings)
@@ -225,7 +225,7 @@ def test_leftovers_of_a_killed_call_are_removed_even_without_steps_left(tmp_path
 
 
 def test_a_run_stopped_by_a_full_disk_continues_when_there_is_space(tmp_path):
-    """The disk is full at the second checkpoint: the first one stays, and the weights are those of a run with room."""
+    """The disk is full at the second checkpoint: the first one stays, and the weights equal those of an undisturbed run."""
 
     class Filling(Noisy):
         def forward(self, batch, generators, step):
@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path, ca
 
 
 class Sick(Noisy):
-    """Its loss is not a number at some steps; it keeps a moving average that such a step would spoil."""
+    """A module whose loss is NaN at some steps, with a moving average that such a step would damage."""
 
     def __init__(self, *steps):
         super().__init__()

@@ -105,7 +105,7 @@ def test_batched_matrices_of_a_shape_move_as_single_ones(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 12), (12, 5)])
 def test_orthogonalisation_in_float32_has_the_precision_of_float32(shape):
-    """Newton-Schulz in float64 is what float32 comes within 1e-6 of, and torch's bfloat16 within 1e-2."""
+    """Newton-Schulz in float32 is within 1e-6 of float64, torch's in bfloat16 within 1e-2."""
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = gradient.double() / gradient.double().norm()
     x = x.T if shape[0] > shape[1] else x

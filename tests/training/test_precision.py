@@ -1,4 +1,4 @@
-"""Which precision `auto` means, that a run keeps it, and the words that are legal."""
+"""The precision that `auto` chooses, that a run keeps it, and the legal values."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ PRESET = ["--config", "configs/tokenizer/tiny.yaml"]
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Let `auto` find what a test says, and let every line be printed anew."""
+    """Set the precision that `auto` chooses, and let its line be printed again."""
 
     def set_choice(precision, reason="this CPU was measured"):
         monkeypatch.setattr(module, "_measured", lambda device: Choice(precision, reason))
@@ -91,7 +91,7 @@ def test_autocast_computes_in_the_chosen_precision(precision, dtype):
 
 @pytest.fixture
 def any_precision():
-    """Let a process train in bf16 among tests that train in fp32: accelerate allows one precision in a process."""
+    """Allow another precision than that of earlier tests: accelerate allows only one in a process."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()

@@ -1,4 +1,4 @@
-"""Checkpoints and JSON lines after kills, full disks and strangers' folders."""
+"""Checkpoints and JSON lines after kills, full disks and foreign folders."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ def save(folder, step, value=1.0, **meta):
 
 @contextlib.contextmanager
 def small_files(limit):
-    """Let no file of this process grow beyond `limit` bytes: writes fail as on a full disk, in Python and in libraries."""
+    """Limit files of this process to `limit` bytes: longer writes fail as on a full disk, in Python and in libraries."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -45,7 +45,7 @@ def small_files(limit):
 
 
 def own_bytes():
-    """Return this process's resident memory without that which it maps from files."""
+    """Return this process's resident memory without memory-mapped files."""
     resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
@@ -86,7 +86,7 @@ def test_folders_with_other_names_are_not_checkpoints(tmp_path):
 
 
 def test_a_copy_under_another_steps_name_is_not_a_checkpoint(tmp_path):
-    """Resumed from, it would rewind the run, and outlive all that are saved after it."""
+    """Resuming from it would rewind the run, and it would outlive all later checkpoints."""
     path = save(tmp_path, 4)
     shutil.copytree(path, tmp_path / "step-00000099")
     shutil.copytree(path, tmp_path / "step-000000004")
@@ -105,7 +105,7 @@ def test_a_foreign_folder_at_a_checkpoints_path_is_renamed_and_kept(tmp_path, ca
 
 
 def test_a_damaged_checkpoint_does_not_displace_earlier_ones(tmp_path):
-    """A run that fell back saves at earlier steps than the damaged one's for a while."""
+    """A run that fell back to an earlier checkpoint saves at earlier steps than the damaged one for a while."""
     save(tmp_path, 2)
     (save(tmp_path, 8) / "state.json").write_text("{")
     for step in (4, 6):
@@ -126,7 +126,7 @@ def test_a_save_killed_between_its_renames_is_finished(tmp_path):
 
 
 def test_links_to_checkpoints_are_read_and_their_targets_kept(tmp_path):
-    """As after moving them to another disk."""
+    """Users make such links when they move checkpoints to another disk."""
     run, other = tmp_path / "run", tmp_path / "other"
     target = save(run, 2).rename(other)
     (run / "step-00000002").symlink_to(target)

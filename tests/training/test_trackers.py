@@ -1,4 +1,4 @@
-"""Videos in TensorBoard are read back from its files, frame by frame."""
+"""Videos are read back from TensorBoard's files, frame by frame."""
 
 import io
 from pathlib import Path
@@ -15,14 +15,14 @@ from promag.training.trackers import Log, check_trackers
 
 
 def decoded(gif: bytes) -> tuple[np.ndarray, list[int]]:
-    """Return frames, T H W 3, and how long each is shown, in milliseconds."""
+    """Return frames, T H W 3, and the display time of each in milliseconds."""
     with Image.open(io.BytesIO(gif)) as picture:
         frames = [(np.asarray(f.convert("RGB")), f.info.get("duration", 0)) for f in ImageSequence.Iterator(picture)]
     return np.stack([pixels for pixels, _ in frames]), [duration for _, duration in frames]
 
 
 def shown_videos(run: Path) -> dict[str, list[tuple[int, np.ndarray, list[int]]]]:
-    """Return the animated images in TensorBoard's files below a folder: step, frames, durations by tag."""
+    """Return step, frames and durations of the animated images in TensorBoard's files below a folder, by tag."""
     (events,) = {path.parent for path in run.rglob("events.out*")}
     found = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
     return {
@@ -32,7 +32,7 @@ def shown_videos(run: Path) -> dict[str, list[tuple[int, np.ndarray, list[int]]]
 
 
 def clip(frames=9):
-    """T 24 32 3: a gradient with a square that moves."""
+    """T 24 32 3: a gradient with a moving square."""
     video = np.zeros((frames, 24, 32, 3), np.uint8)
     video[..., 0] = np.arange(32) * 8
     video[..., 1] = (np.arange(24) * 10)[:, None]
