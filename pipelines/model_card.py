@@ -1,21 +1,34 @@
 """The model card of a pipeline: its description, usage and parts, all read from the pipeline itself."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.geometry import latent_frames, tokens
 
+FOLDER = "PATH/OF/THIS/FOLDER"  # in the card of a pipeline that is saved and not uploaded
 EMPTY = "This model card has been automatically generated."  # how diffusers ends the description of a card without content
 
 
-def write_card(pipe: Any, folder: str | Path, repo_id: str) -> None:
-    """Replace the empty card in `folder`, which is uploaded as `repo_id`; an existing card with content is kept."""
-    path = Path(folder) / "README.md"
-    if path.exists() and EMPTY in path.read_text(encoding="utf-8"):
-        path.write_text(pipeline_card(pipe, repo_id, hub=True), encoding="utf-8")
+class Carded:
+    """Mixin of a pipeline that writes how to load it into the folders it is saved in, and into what it uploads."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as the pipeline does, with a README.md that says to import promag first, unless there is one."""
+        parent: Any = super()
+        parent.save_pretrained(save_directory, *args, **kwargs)
+        path, pipe = Path(save_directory) / "README.md", cast(Any, self)
+        if path.parent.is_dir() and not path.exists() and None not in (pipe.transformer, pipe.vae):
+            path.write_text(pipeline_card(self, FOLDER), encoding="utf-8")
+
+    def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload what push_to_hub saved, with a card that says how to use it in place of an empty one."""
+        path, parent = Path(working_dir) / "README.md", cast(Any, super())
+        if path.exists() and any(text in path.read_text(encoding="utf-8") for text in (EMPTY, FOLDER)):
+            path.write_text(pipeline_card(self, repo_id, hub=True), encoding="utf-8")
+        return parent._upload_folder(working_dir, repo_id, *args, **kwargs)
 
 
 def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
@@ -48,6 +61,7 @@ def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
             'frames = pipe("what the video shows").frames[0]',
             f'promag.write_video("video.mp4", (frames * 255).round().astype("uint8"), {config["fps"]:g})',
             "```",
+            "Import promag first: diffusers alone raises `module diffusers has no attribute ProMAGPipeline`.",
             "",
             f"## Budgets for {size}",
             "",

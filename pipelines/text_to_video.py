@@ -51,7 +51,7 @@ from .inputs import (
     unpack,
 )
 from .lora import LoraLoader
-from .model_card import write_card
+from .model_card import Carded
 from .saved_index import check_index
 from .timesteps import SchedulerStep, check_flow, set_flow_times
 
@@ -63,7 +63,7 @@ class ProMAGPipelineOutput(BaseOutput):
     frames: Any
 
 
-class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, LoraLoader):
+class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
     """Text to video: text encoders, a transformer over latents of one or several temporal ratios, a grown tokenizer.
 
     Args:
@@ -143,11 +143,6 @@ class ProMAGPipeline(SafetensorsOnly, DiffusionPipeline, LoraLoader):
     def _state_defaults(self) -> None:
         if self.transformer is not None:
             self.transformer.register_to_config(sample_defaults={name: self.config[name] for name in DEFAULTS})
-
-    def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload what push_to_hub saved, with a card that says how to use it in place of an empty one."""
-        write_card(self, working_dir, repo_id)
-        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     @property
     def guidance_scale(self) -> float:

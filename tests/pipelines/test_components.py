@@ -1,0 +1,89 @@
+"""What a pipeline knows goes with its parts, and a saved folder says how to load it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from promag import ProMAGPipeline, ProMAGTransformer3DModel
+from promag.pipelines.inputs import DEFAULTS
+from tests.pipelines.conftest import call, like
+from tests.tiny_pipeline import SIZES, make_pipeline
+
+OTHER = {**SIZES, "num_frames": 33, "fps": 12.5, "temporal_ratio": 4}
+
+
+def defaults(pipe):
+    return {name: pipe.config[name] for name in DEFAULTS}
+
+
+def test_a_pipeline_made_of_anothers_components_samples_what_that_one_samples():
+    pipe = make_pipeline(**OTHER)
+    again = ProMAGPipeline(**pipe.components)
+    again.set_progress_bar_config(disable=True)
+    assert defaults(again) == OTHER
+    assert np.array_equal(call(again), call(pipe))
+    assert call(again).shape == (1, 33, 16, 24, 3)
+    assert defaults(ProMAGPipeline.from_pipe(pipe)) == OTHER
+    assert defaults(ProMAGPipeline.from_pipe(pipe, fps=24.0)) == {**OTHER, "fps": 24.0}
+
+
+def test_pipelines_that_share_a_transformer_keep_their_own_defaults():
+    one = make_pipeline()
+    two = ProMAGPipeline(**one.components, **{name: OTHER[name] for name in ("fps", "num_frames")})
+    assert defaults(ProMAGPipeline(**one.components)) == SIZES
+    assert defaults(ProMAGPipeline(**two.components)) == {**SIZES, "fps": 12.5, "num_frames": 33}
+    assert defaults(one) == SIZES
+
+
+def test_a_saved_transformer_carries_the_defaults_and_an_old_folder_loads_as_before(tmp_path):
+    pipe = make_pipeline(**OTHER)
+    pipe.save_pretrained(tmp_path)
+    alone = ProMAGTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer")
+    assert defaults(ProMAGPipeline(**{**pipe.components, "transformer": alone})) == OTHER
+    path = tmp_path / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    del config["sample_defaults"]  # as earlier versions saved it
+    path.write_text(json.dumps(config))
+    old = ProMAGPipeline.from_pretrained(tmp_path)
+    assert defaults(old) == defaults(ProMAGPipeline(**old.components)) == OTHER
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_frames", 0, "num_frames 0: a whole number of at least 1"),
+        ("height", 16.5, "height 16.5: a whole"),
+        ("fps", float("nan"), "fps nan: a finite number"),
+        ("fps", 0, "fps 0: must be above 0"),
+        ("scheduler", 5, "5 is no SchedulerMixin"),
+        ("vae", "vae", "'vae' is no Module"),
+    ],
+)
+def test_illegal_defaults_and_parts_are_refused_when_a_pipeline_is_made(pipe, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        ProMAGPipeline(**{**pipe.components, **SIZES, name: value})
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "scheduler"])
+def test_a_call_names_the_part_that_a_pipeline_was_made_without(pipe, part):
+    with pytest.raises(ValueError, match=f"{part}: this pipeline was made without one"):
+        call(like(pipe, **{part: None}))
+
+
+def test_a_saved_folder_says_what_diffusers_alone_would_not(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        'import promag\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("PATH/OF/' in card
+    )
+    code = f"from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained({str(tmp_path)!r})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).anchor)
+    assert (message := ran.stderr.strip().splitlines()[-1].removeprefix("AttributeError: ")) in card
+    assert message == "module diffusers has no attribute ProMAGPipeline"
+    (tmp_path / "README.md").write_text("mine")
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
