@@ -102,6 +102,9 @@ def test_every_command_of_a_page_is_parsed_by_its_own_parser(page, parse):
             case ["make", target, *given]:
                 assert target in targets, words
                 assert {word.partition("=")[0] for word in given} <= variables, words
+            case ["python", "-m", module, *rest] if module.startswith("promag."):
+                with pytest.raises(StopAfterParsingError):
+                    importlib.import_module(module).main(rest)
             case ["python", script, *_]:
                 assert (ROOT / script).is_file(), words
             case [program, *_]:

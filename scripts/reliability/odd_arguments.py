@@ -98,7 +98,7 @@ def _calls(pipe: Any) -> Iterator[Case]:
         "negative_prompt": PROMPTS,
         "generator": (42, "0", [42], seeds, [], -1.5, True, [None, None], (seeds[0],)),
         "max_sequence_length": (0, -1, 1.5, True, 10**6, [8, 8], "8", math.nan, [], np.int64(8), np.ones(2)),
-        "latents": (np.zeros(shape), torch.full(shape, math.nan), torch.zeros(2, 4), torch.zeros(shape, dtype=torch.int64), [0], 0, "x",
+        "latents": (np.zeros(shape), torch.full(shape, math.nan), torch.zeros(2, 4), torch.ones(shape).long(), [0], 0, "x",
                     torch.full(shape, math.inf), torch.zeros(shape, dtype=torch.complex64)),
         "image": (0, "x.png", [], nan_picture, torch.rand(3, 8, 8), torch.rand(1, 16, 24), picture.to(torch.uint8), math.nan,
                   Image.new("L", (24, 16)), Image.new("RGBA", (24, 16)), np.zeros((16, 24)), torch.rand(0, 3, 16, 24), True,
