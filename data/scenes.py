@@ -52,12 +52,12 @@ def check_scenes() -> None:
 def scan(source: VideoSource, cuts: bool, motion: bool) -> Scanned:
     """Decode a video strictly, as `decode_strictly`; with `cuts`, find its shots and measure motion, else one or neither."""
     if not (cuts or motion):
-        facts = decode_strictly(source)
+        facts = decode_strictly(source, decord=True)
         return Scanned(facts, [Stretch(0, facts.frames - 1)])
     if is_image(source):
-        return Scanned(decode_strictly(source), [Stretch(0, 0)], np.zeros(1, np.float32))
+        return Scanned(decode_strictly(source, decord=True), [Stretch(0, 0)], np.zeros(1, np.float32))
     watcher = Scan(cuts)
-    facts = decode_strictly(source, watch=watcher.watch)
+    facts = decode_strictly(source, decord=True, watch=watcher.watch)
     return Scanned(facts, watcher.stretches(facts.timestamps), watcher.motion)
 
 

@@ -6,17 +6,17 @@ It reads, encodes, decodes and yields in chunks: memory does not grow with lengt
 
 import base64
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from promag.data.video import VideoSource, encode_mp4, stream_frames
+from promag.data.video import encode_mp4
 from promag.tokenizer.geometry import SPATIAL_RATIO
 from promag.tokenizer.metrics import from_uint8, psnr_per_frame, to_uint8
 from promag.tokenizer.streaming import Padding, chunk_plan, crop_clip, pad_clip, reconstruct_stream
@@ -25,6 +25,9 @@ from promag.training.precision import Precision, autocast
 GAP = 4  # pixels between videos
 GREY = 128
 TILE = 128  # pixels: narrower videos are enlarged on pages, because 4:2:0 halves the resolution of colours
+CHUNK = 64  # frames processed at a time
+PIXELS = CHUNK * 512 * 512  # of the frames that are processed at a time, at most, unless one latent frame has more
+WIDEST, LARGEST = 8192, 8192 * 4352  # pixels a side and in all: of H.264's largest level (6.2)
 MAX_PSNR = 120.0  # dB, of frames that are equal: a mean error of 1e-12
 
 
@@ -128,10 +131,9 @@ class Comparison:
     Args:
         model: the tokenizer.
         ratios: temporal ratios to show.
-        video: a file.
-        frames: numbers of the frames that are shown, which do not fall.
+        pictures: the frames, uint8 (H, W, 3), taken as they are needed; sides are cropped to multiples of 8.
+        count: number of the frames.
         chunk: frames processed at a time, a multiple of every ratio.
-        size: (height, width) to scale to; None crops sides to multiples of 8.
         enlarge: factor by which the pixels shown are enlarged.
         precision: see training/precision.py.
         on_progress: called after each chunk with the frames done.
@@ -143,16 +145,14 @@ class Comparison:
         self,
         model: Any,
         ratios: Sequence[int],
-        video: VideoSource,
-        frames: Sequence[int] | np.ndarray,
-        chunk: int = 64,
-        size: tuple[int, int] | None = None,
+        pictures: Iterable[np.ndarray],
+        count: int,
+        chunk: int = CHUNK,
         enlarge: int = 1,
         precision: Precision = "auto",
         on_progress: Callable[[int], None] = lambda done: None,
     ):
-        self.model, self.ratios, self.size, self.count = model, ratios, size, (count := len(frames))
-        self._pictures = stream_frames(video, (int(frame) for frame in frames))
+        self.model, self.ratios, self.pictures, self.count = model, ratios, iter(pictures), count
         self.enlarge, self.on_progress = enlarge, on_progress
         self.precision: Precision = precision
         self.plan = chunk_plan(count + -(count - 1) % max(ratios), max(ratios), chunk)
@@ -166,50 +166,69 @@ class Comparison:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the video, chunk by chunk."""
-        queue: list[Tensor] = []
-        streams = {r: reconstruct_stream(self.model, self._chunks(queue, i), r) for i, r in enumerate(self.ratios)}
+        current: list[Tensor] = []  # the chunk that all streams work on
+        streams = {ratio: reconstruct_stream(self.model, self._chunks(current), ratio) for ratio in self.ratios}
         done = 0
-        for _ in self.plan:
-            columns = []
+        for length in self.plan:
+            current[:] = [self._read(length)]
+            surplus = max(0, done + length - self.count)  # frames that repeat the last one
+            original = crop_clip(current[0], Padding(surplus, 0, 0))
+            videos = [self._shown(original)]
             for ratio, stream in streams.items():
                 started = time.perf_counter()
                 with autocast(self.model.device, self.precision):
-                    columns.append(next(stream).float().cpu())
+                    clip = next(stream).float().cpu()
                 self.seconds[ratio] += time.perf_counter() - started
-            original = queue.pop()
-            surplus = max(0, done + original.shape[2] - self.count)  # frames that repeat the last one
-            clips = [crop_clip(x, Padding(surplus, 0, 0)) for x in (original, *columns)]
-            for ratio, clip in zip(self.ratios, clips[1:], strict=True):
-                self.frame_psnr[ratio] += psnr_per_frame(clip, clips[0])[0].clamp(max=MAX_PSNR).tolist()
-            videos = [enlarge(to_uint8(clip)[0].numpy(), self.enlarge) for clip in clips]
+                clip = crop_clip(clip, Padding(surplus, 0, 0))
+                self.frame_psnr[ratio] += psnr_per_frame(clip, original)[0].clamp(max=MAX_PSNR).tolist()
+                videos.append(self._shown(clip))
+                del clip
             yield grid(videos, len(videos))
-            done += original.shape[2] - surplus
+            done += length - surplus
             self.on_progress(done)
 
-    def _chunks(self, queue: list[Tensor], reader: int) -> Iterator[Tensor]:
-        """Yield the chunks; the first stream reads each of them, the others use the same one."""
-        for length in self.plan:
-            if reader == 0:
-                queue.append(self._read(length))
-            yield queue[-1].to(self.model.device)
+    def _chunks(self, current: list[Tensor]) -> Iterator[Tensor]:
+        while True:
+            yield current[0].to(self.model.device)
+
+    def _shown(self, clip: Tensor) -> np.ndarray:
+        return enlarge(to_uint8(clip)[0].numpy(), self.enlarge)
 
     def _read(self, length: int) -> Tensor:
-        frames = [self._scaled(picture) for picture in itertools.islice(self._pictures, length)]
+        frames = [_cropped(picture) for picture in itertools.islice(self.pictures, length)]
         frames += frames[-1:] * (length - len(frames))  # after the end, the last frame again
-        x = torch.stack(frames, 1)[None]
-        return pad_clip(from_uint8(to_uint8(x)), 1)[0]  # the reference is exactly the video shown
-
-    def _scaled(self, picture: np.ndarray) -> Tensor:
-        x = from_uint8(torch.from_numpy(np.ascontiguousarray(picture[None, None])))[0, :, 0]
-        if self.size:
-            return F.interpolate(x[None], self.size, mode="bilinear", antialias=True)[0]
-        height, width = (max(SPATIAL_RATIO, side // SPATIAL_RATIO * SPATIAL_RATIO) for side in x.shape[1:])
-        return x[:, :height, :width]
+        return pad_clip(from_uint8(torch.from_numpy(np.stack(frames))[None]), 1)[0]
 
 
-def fit_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return (height, width) in multiples of 8, with `side` as the shorter one unless the picture is smaller already."""
-    scale = min(1.0, side / min(height, width))
+def _cropped(picture: np.ndarray) -> np.ndarray:
+    height, width = (max(SPATIAL_RATIO, side // SPATIAL_RATIO * SPATIAL_RATIO) for side in picture.shape[:2])
+    return picture[:height, :width]
+
+
+def chunk_of(height: int, width: int, ratios: Sequence[int]) -> int:
+    """Return how many frames of a size are processed at a time: CHUNK, fewer of large ones, a multiple of every ratio."""
+    ratio = max(ratios)
+    return max(ratio, min(CHUNK, PIXELS // (height * width)) // ratio * ratio)
+
+
+def largest_side(height: int, width: int, columns: int) -> int:
+    """Return the largest shorter side at which so many of these pictures in a row are a video that players take."""
+    side = min(height, width)
+    while side > SPATIAL_RATIO:
+        high, wide = fit_size(height, width, side)
+        whole = columns * (wide + GAP) - GAP
+        if whole <= WIDEST and high <= WIDEST and high * whole <= LARGEST:
+            break
+        side = (side - 1) // SPATIAL_RATIO * SPATIAL_RATIO
+    return side
+
+
+def fit_size(height: int, width: int, side: int, longest: int | None = None) -> tuple[int, int]:
+    """Return (height, width) in multiples of 8, with `side` as the shorter one unless the picture is smaller already.
+
+    With `longest` the longer side is at most so many pixels, and the shorter one less than `side` where that needs it.
+    """
+    scale = min(1.0, side / min(height, width), (longest or math.inf) / max(height, width))
     fitted = (max(SPATIAL_RATIO, round(x * scale / SPATIAL_RATIO) * SPATIAL_RATIO) for x in (height, width))
     height, width = fitted
     return height, width

@@ -4,16 +4,18 @@
 """
 # ruff: noqa: RUF001 (the page is set with ×)
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from promag.data.video import at_constant_rate, encode_mp4
+from promag.data.video import IsolatedReader, UnreadableVideo, at_constant_rate, encode_mp4, stream_frames
 from promag.evaluation.sampling_cost import Pace, sampling_cost
 from promag.pipelines.sampling import SampleRequest, make_videos, trained_ratios
 from promag.training.config import UserError
@@ -21,13 +23,16 @@ from promag.training.precision import Precision
 
 from .page import asset, render_part
 from .plots import colour
-from .side_by_side import Comparison, Film, enlargement, fit_size, make_film
-from .uploads import KINDS, MEGABYTE, UploadLimits, check_upload
+from .side_by_side import Comparison, Film, chunk_of, enlargement, fit_size, make_film
+from .uploads import KINDS, MEGABYTE, UploadLimits, check_upload, unreadable
 
 CRF, KEY_EVERY = 14, 8
 TILE = 256  # pixels: narrower videos are enlarged
 STEPS, GUIDANCE = 30, 4.0  # defaults
 SIDES = (64, 128, 256)  # pixels of the shorter side of a reconstruction
+LONGEST = 3  # times the shorter side: the longer one, at most
+WORK = 300.0  # seconds that one comparison may take
+DECODERS, DECODER_MEMORY, DECODER_SECONDS = 3, 2**29, 60.0  # processes that read uploads; bytes and seconds for each
 KEPT = 3600  # seconds that uploaded files stay on the disk
 QUEUE = 16  # visitors that wait; the models serve one at a time
 
@@ -35,7 +40,7 @@ Progress = Callable[[int, int], None]  # done, total
 
 
 class AppBackend:
-    """A tokenizer, and a pipeline or none, that serve the page's visitors one at a time.
+    """A tokenizer, and a pipeline or none, that serve the page's visitors one at a time; uploads are read in child processes.
 
     Args:
         tokenizer: reconstructs videos.
@@ -43,12 +48,16 @@ class AppBackend:
         pace: how fast this machine was at each ratio.
         limits: limits for uploaded videos.
         precision: precision of sampling and reconstructing.
+        work: seconds that one comparison may take.
     """
 
-    def __init__(self, tokenizer: Any, pipe: Any, pace: Pace, limits: UploadLimits, precision: Precision = "auto"):
-        self.tokenizer, self.pipe, self.pace, self.limits = tokenizer, pipe, pace, limits
+    def __init__(
+        self, tokenizer: Any, pipe: Any, pace: Pace, limits: UploadLimits, precision: Precision = "auto", work: float = WORK
+    ):
+        self.tokenizer, self.pipe, self.pace, self.limits, self.work = tokenizer, pipe, pace, limits, work
         self.precision: Precision = precision
         self.lock = threading.Lock()
+        self.reader = IsolatedReader(DECODER_MEMORY, total=DECODER_SECONDS, processes=DECODERS)
 
     @property
     def lengths(self) -> list[int]:
@@ -100,41 +109,50 @@ class AppBackend:
         if path is None:
             return _part("message", text="no video was given: choose a file first")
         try:
-            facts = check_upload(path, self.limits)
+            return self._compare(path, side, on_progress)
+        except UnreadableVideo as error:
+            return _part("message", text=f"{Path(path).name}: {unreadable(error)}")
         except UserError as error:
             return _part("message", text=str(error))
-        size, ratios = fit_size(facts.height, facts.width, side), self.tokenizer.temporal_ratios
+
+    def _compare(self, path: str, side: int, on_progress: Progress) -> str:
+        ratios, name = self.tokenizer.temporal_ratios, Path(path).name
+        facts = check_upload(path, self.limits, self.reader)
+        size = fit_size(facts.height, facts.width, side, LONGEST * side)
+        scale = min(enlargement(size[1], TILE), enlargement(size[0], LONGEST * TILE))
         fps, numbers = at_constant_rate(facts.timestamps, facts.fps, self.limits.frames / self.limits.seconds)
-        scale = enlargement(size[1], TILE)
-        comparison = Comparison(
-            self.tokenizer,
-            ratios,
-            path,
-            numbers,
-            size=size,
-            enlarge=scale,
-            precision=self.precision,
-            on_progress=lambda done: on_progress(done, len(numbers)),
-        )
-        with self.lock, torch.no_grad():
-            frames = np.concatenate(list(comparison))
+        count, chunk = len(numbers), chunk_of(*size, ratios)
+        pictures = self.reader.stream(stream_frames, path, numbers.tolist(), size)
+        with self.lock, contextlib.closing(pictures), torch.no_grad():
+            comparison = Comparison(
+                self.tokenizer, ratios, pictures, count, chunk, scale, self.precision, lambda done: on_progress(done, count)
+            )
+            mp4 = encode_mp4(self._in_time(comparison, name), fps, CRF, KEY_EVERY)
         labels = [f"{ratio}×" for ratio in ratios]
-        mp4 = encode_mp4(frames, fps, CRF, KEY_EVERY)
-        film = Film(("original", *labels), (len(numbers), *size), fps, scale, 1 + len(ratios), mp4)
+        film = Film(("original", *labels), (count, *size), fps, scale, 1 + len(ratios), mp4)
         clip = {
-            "name": Path(path).name,
+            "name": name,
             "caption": f"{facts.frames} frame{'s' * (facts.frames > 1)} of {facts.width}x{facts.height} at {facts.fps:.3g} a "
             f"second, processed at {size[1]}x{size[0]}{''.join(f', {note}' for note in facts.notes)}",
             "fps": fps,
-            "frames": len(numbers),
+            "frames": count,
             "psnr": {f"{ratio}×": comparison.psnr(ratio) for ratio in ratios},
             "per_frame": {f"{ratio}×": [round(x, 2) for x in comparison.frame_psnr[ratio]] for ratio in ratios},
         }
-        speeds = [f"{len(numbers) / comparison.seconds[ratio]:.1f} frames/s" for ratio in ratios]
+        speeds = [f"{count / comparison.seconds[ratio]:.1f} frames/s" for ratio in ratios]
         tiles = [("original", "", "", ""), *((labels[i], speeds[i], colour(i), "") for i in range(len(ratios)))]
         return _part(
             "comparison", player={"clips": [clip], "layout": film.layout, "every": max(ratios)}, tiles=tiles, film=film
         )
+
+    def _in_time(self, chunks: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
+        """Yield the chunks; raises UserError after `work` seconds."""
+        ended = time.monotonic() + self.work
+        for chunk in chunks:
+            yield chunk
+            if time.monotonic() > ended:
+                advice = "choose a smaller side, or give a shorter video"
+                raise UserError(f"{name}: not compared within {self.work:g} s, the limit of this page; {advice}")
 
 
 def build_app(backend: AppBackend) -> tuple[Any, dict[str, Any]]:
@@ -212,7 +230,8 @@ def _video_tab(gr: Any, backend: AppBackend) -> None:
     def compare(path: str | None, side: int, progress: Any = gr.Progress()) -> str:  # noqa: B008
         return backend.compare(path, side, on_progress=lambda done, total: progress((done, total), unit="frames"))
 
-    button.click(compare, [file, side], result, concurrency_limit=1, concurrency_id="model")
+    # Files are examined side by side; the backend's lock leaves the models to one visitor at a time.
+    button.click(compare, [file, side], result, concurrency_limit=QUEUE)
 
 
 def _part(part: str, **values: Any) -> str:

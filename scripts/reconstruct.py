@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promag.data.video import at_constant_rate, decode_strictly, write_video
+from promag.data.video import at_constant_rate, decode_strictly, stream_frames, write_video
 from promag.reports.side_by_side import Comparison
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
@@ -46,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         for ratio in ratios:
             check_ratio(ratio, model.temporal_ratios)
-        comparison = Comparison(model, ratios, arguments.video, frames, arguments.chunk, precision=precision)
+        comparison = Comparison(
+            model, ratios, stream_frames(arguments.video, frames.tolist()), count, arguments.chunk, precision=precision
+        )
         if arguments.tile is not None:
             stride = max(8, arguments.tile * 3 // 4 // 8 * 8)
             model.enable_tiling(arguments.tile, arguments.tile, stride, stride)

@@ -97,7 +97,10 @@ class Display:
 
     def _turn(self, frame: Any) -> tuple[bool, bool, bool]:
         """Return whether rows become columns, then rows are reversed, then columns, by the frame's display matrix."""
-        data = frame.side_data.get("DISPLAYMATRIX")
+        from av.sidedata.sidedata import SideDataContainer
+
+        # Not `frame.side_data`: it and the frame refer to each other, and frames stay in memory until garbage is collected.
+        data = SideDataContainer(frame).get("DISPLAYMATRIX")
         if data is None:
             return False, False, False
         matrix = np.frombuffer(bytes(data), np.int32, 9).reshape(3, 3)[:2, :2].astype(float)

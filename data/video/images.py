@@ -76,3 +76,10 @@ def _by_profile(image: Image.Image) -> Image.Image | None:
         return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
         return None  # viewers show an image with a broken profile without it
+
+
+def scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a uint8 RGB picture (H, W, 3) at another (height, width): bilinear, antialiased."""
+    if picture.shape[:2] == size:
+        return picture
+    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize(size[::-1], Image.Resampling.BILINEAR))

@@ -7,6 +7,7 @@ file is unreadable like any other. A child is a new Python that imports this roo
 """
 
 import contextlib
+import functools
 import inspect
 import math
 import os
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, BinaryIO
 
 from .source import READ_TIMEOUT, UnreadableVideo, VideoSource, within
@@ -56,27 +57,29 @@ class IsolatedReader:
         self._idle: list[_Child] = []
         weakref.finalize(self, _end_all, self._idle)
 
-    def call(self, function: Callable[..., Any], source: VideoSource, *arguments: Any) -> Any:
-        """Return `function(source, *arguments)`, computed in a child; the function can be imported by its name.
+    def call(self, function: Callable[..., Any], source: VideoSource, *arguments: Any, **options: Any) -> Any:
+        """Return `function(source, *arguments, **options)`, computed in a child; the function can be imported by its name.
 
         Raises what it raises, and UnreadableVideo where the child crashes, takes too much memory or too long.
         """
-        *_, (_, result) = self._answers(function, source, arguments)
+        *_, (_, result) = self._answers(functools.partial(function, source, *arguments, **options), source)
         return result
 
-    def stream(self, function: Callable[..., Iterator[Any]], source: VideoSource, *arguments: Any) -> Iterator[Any]:
+    def stream(
+        self, function: Callable[..., Iterator[Any]], source: VideoSource, *arguments: Any
+    ) -> Generator[Any, None, None]:
         """Yield what the generator `function(source, *arguments)` yields, as it comes; raises as `call` does."""
-        for kind, value in self._answers(function, source, arguments):
+        for kind, value in self._answers(functools.partial(function, source, *arguments), source):
             if kind == _ITEM:
                 yield value
 
-    def _answers(self, function: Callable[..., Any], source: VideoSource, arguments: tuple) -> Iterator[tuple[int, Any]]:
+    def _answers(self, work: Callable[[], Any], source: VideoSource) -> Iterator[tuple[int, Any]]:
         """Yield the items and the result; a used child that is lost before its first answer is replaced by a new one."""
         with self._places:
             answered, child = False, self._take()
             if child is not None:
                 try:
-                    for answer in self._ask(child, function, source, arguments):
+                    for answer in self._ask(child, work, source):
                         answered = True
                         yield answer
                     return
@@ -84,13 +87,11 @@ class IsolatedReader:
                     if answered:
                         raise UnreadableVideo(source, str(lost)) from None
             try:
-                yield from self._ask(_Child(self.memory), function, source, arguments)
+                yield from self._ask(_Child(self.memory), work, source)
             except _LostError as lost:
                 raise UnreadableVideo(source, str(lost)) from None
 
-    def _ask(
-        self, child: "_Child", function: Callable[..., Any], source: VideoSource, arguments: tuple
-    ) -> Iterator[tuple[int, Any]]:
+    def _ask(self, child: "_Child", work: Callable[[], Any], source: VideoSource) -> Iterator[tuple[int, Any]]:
         usable, patience, left = False, self.silence, self.total or math.inf
         too_long = f"takes longer than {self.total or 0:g} s to decode"
         try:
@@ -98,7 +99,7 @@ class IsolatedReader:
                 child.ready = (
                     within(READ_TIMEOUT, source, child.receive, "no process could be started to decode it") is not None
                 )
-            child.send((_folder(), function, source, arguments))
+            child.send((_folder(), work))
             while not usable:
                 began = time.monotonic()
                 kind, value = within(min(patience, left), source, child.receive, too_long if left < patience else None)
@@ -242,10 +243,10 @@ def _answer(file: BinaryIO, request: Any) -> tuple[int, Any]:
     try:
         if isinstance(request, Exception):
             return _ERROR, request
-        folder, function, source, arguments = request
+        folder, work = request
         if folder is not None and folder != _folder():
             os.chdir(folder)
-        result = function(source, *arguments)
+        result = work()
         if inspect.isgenerator(result):
             for item in result:
                 _send(file, (_ITEM, item))

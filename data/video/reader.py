@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .container import Container, open_container
-from .images import ImageError, image_size, is_image, read_image
+from .images import ImageError, image_size, is_image, read_image, scaled
 from .source import READ_TIMEOUT, UnreadableVideo, VideoBytes, VideoSource, within
 
 SEEK_BACK = (0.0, 1.0, 8.0, 64.0)  # seconds before the first wanted frame from which decoding is tried
@@ -75,25 +75,29 @@ def frame_times(source: VideoSource, timeout: float = READ_TIMEOUT) -> np.ndarra
     return within(timeout, source, lambda: frame_table(source)).seconds
 
 
-def stream_frames(source: VideoSource, indices: Iterable[int] | None = None) -> Iterator[np.ndarray]:
+def stream_frames(
+    source: VideoSource, indices: Iterable[int] | None = None, size: tuple[int, int] | None = None
+) -> Iterator[np.ndarray]:
     """Yield frames in order as uint8 (H, W, 3), one in memory at a time: all of them, or those at `indices`, which do not fall.
 
-    Raises UnreadableVideo at the first frame that cannot be decoded, ValueError for indices that fall or lie outside.
+    With `size` (height, width) each is scaled. Raises UnreadableVideo at the first frame that cannot be decoded, ValueError for
+    indices that fall or lie outside.
     """
     pictures = _all_pictures(source)
     if indices is None:
-        yield from pictures
+        yield from (scaled(picture, size or picture.shape[:2]) for picture in pictures)
         return
-    at, picture = -1, None
+    at, picture, shown = -1, None, None
     for index in indices:
         if index < at or index < 0:
             raise ValueError(f"{source}: frame {index} after frame {at}; frames are streamed in order")
         while at < index:
             if (picture := next(pictures, None)) is None:
                 raise ValueError(f"{source}: frame {index}; legal: 0 to {at}")
-            at += 1
+            at, shown = at + 1, None
         assert picture is not None
-        yield picture
+        shown = scaled(picture, size or picture.shape[:2]) if shown is None else shown
+        yield shown
 
 
 def _all_pictures(source: VideoSource) -> Iterator[np.ndarray]:

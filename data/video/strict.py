@@ -1,7 +1,7 @@
 """The strict pass over a video: every frame is decoded once, and damage and odd files are refused in words."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,15 +30,18 @@ class VideoFacts:
     fps: float  # average, from the first to the last timestamp
     duration: float  # seconds, the last frame's own time included
     timestamps: np.ndarray  # (frames,) float64 seconds after the first frame, increasing
-    decord: bool = False  # decord is installed and reads exactly the same
+    decord: bool = False  # decord was asked, is installed and reads exactly the same
     notes: tuple[str, ...] = ()  # how frames were changed for showing: tone-mapped, deinterlaced ...
 
 
-def decode_strictly(source: VideoSource, max_pixels: int | None = None, watch: Watch | None = None) -> VideoFacts:
+def decode_strictly(
+    source: VideoSource, max_pixels: int | None = None, decord: bool = False, watch: Watch | None = None
+) -> VideoFacts:
     """Decode every frame of a video and return its facts, or raise UnreadableVideo.
 
-    Frames of more than `max_pixels` (width times height) are not decoded but raise; give it for files of strangers. `watch` is
-    called with each frame of a video, not of an image, in order: uint8 (H, W, 3), the shorter side at most WATCHED_SIDE pixels.
+    Frames of more than `max_pixels` (width times height) are not decoded but raise; give it for files of strangers. `decord`
+    asks whether decord reads the file right, where it is installed, at the price of reading it twice. `watch` is called with
+    each frame of a video, not of an image, in order: uint8 (H, W, 3), the shorter side at most WATCHED_SIDE pixels.
 
     It refuses files that are no videos, have no video stream or no frames, a decoding error, a corrupt frame, times that do
     not increase, fewer frames than the packets or the container promise, a last frame that is not found by seeking, a size, a
@@ -52,7 +55,7 @@ def decode_strictly(source: VideoSource, max_pixels: int | None = None, watch: W
         packets = video.packets()
         _check_whole(video, packets)
     with open_container(source, max_pixels) as video:
-        times, samples = _decode(video, watch)
+        times, samples = _decode(video, SAMPLED if decord else SAMPLED[:1], watch)
         rate, tick, notes = video.stream.average_rate, video.tick, tuple(sorted(video.display.notes))
     if not times:
         raise UnreadableVideo(source, "holds no frames")
@@ -68,13 +71,13 @@ def decode_strictly(source: VideoSource, max_pixels: int | None = None, watch: W
         raise UnreadableVideo(source, "holds one frame and no frame rate")
     if not np.array_equal(read_frames(source, [len(times) - 1])[0], samples[len(times) - 1]):
         raise UnreadableVideo(source, "its last frame is another when it is read alone: its index is wrong; re-encode it")
-    decord = has_decord() and not notes and _decord_agrees(source, timestamps, samples)
+    decord = decord and has_decord() and not notes and _decord_agrees(source, timestamps, samples)
     height, width = samples[0].shape[:2]
     return VideoFacts(len(times), width, height, float(rate), float(timestamps[-1] + 1 / rate), timestamps, decord, notes)
 
 
-def _decode(video: Container, watch: Watch | None) -> tuple[list[int], dict[int, np.ndarray]]:
-    """Decode all frames; return their times in ticks and pictures of some."""
+def _decode(video: Container, sampled: Sequence[int], watch: Watch | None) -> tuple[list[int], dict[int, np.ndarray]]:
+    """Decode all frames; return their times in ticks, and the pictures of some and of the last."""
     times: list[int] = []
     samples: dict[int, np.ndarray] = {}
     first, last = None, None
@@ -88,7 +91,7 @@ def _decode(video: Container, watch: Watch | None) -> tuple[list[int], dict[int,
         first = first or shape
         if shape != first:
             raise UnreadableVideo(video.source, f"frame {number} is {shape}, those before are {first}; re-encode it")
-        if number in SAMPLED:
+        if number in sampled:
             samples[number] = video.display.picture(frame.decoded)
         if watch:
             watch(video.display.picture(frame.decoded, WATCHED_SIDE))

@@ -53,7 +53,7 @@ def write_video(
         container.mux(stream.encode())
 
 
-def encode_mp4(frames: np.ndarray, fps: float, crf: int = 18, key_every: int | None = None) -> bytes:
+def encode_mp4(frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18, key_every: int | None = None) -> bytes:
     """Return what `write_video` would write: bytes of an mp4 that browsers play while it loads."""
     # A file and not a buffer: the muxer reads its output again to move the index to the front.
     with tempfile.TemporaryDirectory() as folder:

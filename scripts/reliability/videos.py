@@ -113,7 +113,7 @@ def _work_in_child(action: Callable[[], Any], writer: int, address_space: int) -
 
 def read_all(path: str) -> dict[str, Any]:
     """Read a video in all ways of the reader; raises RuntimeError where they differ."""
-    facts = decode_strictly(path)
+    facts = decode_strictly(path, decord=True)
     times = frame_times(path)
     frames = read_frames(path, range(facts.frames))
     scattered = [facts.frames - 1, 0, facts.frames // 2, facts.frames // 3, facts.frames // 2]

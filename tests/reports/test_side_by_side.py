@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from promag.data.video import read_frames, write_video
-from promag.reports.side_by_side import GAP, GREY, Comparison, fit_size, grid, make_film
+from promag.data.video import read_frames, stream_frames, write_video
+from promag.reports.side_by_side import GAP, GREY, Comparison, chunk_of, fit_size, grid, largest_side, make_film
 from promag.tokenizer.metrics import from_uint8, psnr, psnr_per_frame
 from promag.tokenizer.streaming import reconstruct
 from tests.data.test_video import drifting
@@ -23,7 +23,8 @@ def shown(comparison, width=64):
 
 def test_columns_and_psnr_are_those_of_the_whole_clip(tokenizer, video):
     progress = []
-    comparison = Comparison(tokenizer, (4, 8, 16), video, range(20), chunk=16, precision="bf16", on_progress=progress.append)
+    pictures = stream_frames(video)
+    comparison = Comparison(tokenizer, (4, 8, 16), pictures, 20, chunk=16, precision="bf16", on_progress=progress.append)
     original, *columns = shown(comparison)
     assert np.array_equal(original, read_frames(video, range(20)))
     assert progress == [17, 20]
@@ -39,7 +40,7 @@ def test_columns_and_psnr_are_those_of_the_whole_clip(tokenizer, video):
 
 
 def test_scaled_and_enlarged(tokenizer, video):
-    comparison = Comparison(tokenizer, (4, 16), video, range(9), size=(16, 24), enlarge=2)
+    comparison = Comparison(tokenizer, (4, 16), stream_frames(video, range(9), (16, 24)), 9, enlarge=2)
     whole = np.concatenate(list(comparison))
     assert whole.shape == (9, 32, 3 * 48 + 2 * GAP, 3)
     original = whole[:, ::2, :48:2].astype(int)
@@ -54,6 +55,22 @@ def test_sizes_keep_their_shape_in_multiples_of_eight():
     assert fit_size(288, 256, 64) == (72, 64)
     assert fit_size(40, 50, 64) == (40, 48)
     assert fit_size(4, 4, 64) == (8, 8)
+    assert fit_size(256, 2048, 64, longest=192) == (24, 192)
+
+
+def test_large_pictures_are_processed_in_fewer_frames():
+    assert [chunk_of(side, side, (4, 16)) for side in (64, 512, 1024, 1080, 4096)] == [64, 64, 16, 16, 16]
+    assert chunk_of(1024, 1280, (4,)) == 12
+
+
+def test_a_comparison_is_no_larger_than_players_take():
+    assert [largest_side(*size, 4) for size in ((64, 96), (1080, 1920), (1920, 1080))] == [64, 1080, 1080]
+    side = largest_side(4096, 8192, 4)
+    assert (side, fit_size(4096, 8192, side)) == (1016, (1016, 2032))
+    assert fit_size(8192, 4096, largest_side(8192, 4096, 4)) == (4080, 2040)
+    height, width = fit_size(8192, 4096, largest_side(8192, 4096, 2))
+    assert height <= 8192
+    assert height * (2 * width + GAP) <= 8192 * 4352
 
 
 def solid(value, width=6):

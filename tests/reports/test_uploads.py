@@ -1,13 +1,13 @@
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from promag.data.video import UnreadableVideo, decode_strictly, write_video
+from promag.data.video import IsolatedReader, UnreadableVideo, decode_strictly, stream_frames, write_video
 from promag.reports.uploads import UploadLimits, check_upload
 from promag.training.config import UserError
+from tests.data.child_functions import most_memory
 from tests.data.test_video import drifting
 
 LIMITS = UploadLimits(megabytes=0.05, seconds=2.0, frames=25, side=100)
@@ -66,22 +66,6 @@ def test_a_damaged_video_is_refused(tmp_path):
         check_upload(path, LIMITS)
 
 
-# Runs in a process of its own: the peak of memory is that of the whole life of a process.
-PEAK = """
-import resource, sys
-from promag.reports import uploads
-from promag.training.config import UserError
-
-uploads.check_upload(sys.argv[1], uploads.UploadLimits(megabytes=4, side=2048))  # loads the libraries
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-uploads.decode_strictly = None  # a call would be a TypeError
-try:
-    uploads.check_upload(sys.argv[2], uploads.UploadLimits(megabytes=4, side=2048))
-except UserError as error:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
-"""
-
-
 def with_stated_size(path, side):
     """Write another picture size into the container of an mp4 than its frames have."""
     data = bytearray(path.read_bytes())
@@ -91,18 +75,34 @@ def with_stated_size(path, side):
     path.write_bytes(data)
 
 
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="no peak of memory on this system")
+
+
+@needs_proc
 @pytest.mark.parametrize("stated", [6144, 64])
 def test_a_huge_picture_is_refused_before_a_frame_is_decoded(tmp_path, stated):
-    pytest.importorskip("resource", reason="no peak of memory on this system")
     small, huge = written(tmp_path / "small.mp4"), tmp_path / "huge.mp4"
     write_video(huge, np.broadcast_to(np.uint8(90), (1, 6144, 6144, 3)), 8)
     assert huge.stat().st_size < 2**20
     with_stated_size(huge, stated)
-    arguments = [sys.executable, "-c", PEAK, str(small), str(huge)]
-    output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
-    kilobytes, message = output.split(" ", 1)
-    assert message == "huge.mp4: 6144x6144 pixels; at most 2048 a side are accepted\n"
-    assert int(kilobytes) < 32_000  # one frame is 57 MB
+    reader, limits = IsolatedReader(), UploadLimits(megabytes=4, side=2048)
+    check_upload(small, limits, reader)  # loads the libraries
+    before = reader.call(most_memory, small)
+    with pytest.raises(UserError, match=r"^huge\.mp4: 6144x6144 pixels; at most 2048 a side are accepted$"):
+        check_upload(huge, limits, reader)
+    assert 0 <= reader.call(most_memory, small) - before < 32e6  # one frame is 57 MB
+
+
+@needs_proc
+def test_memory_does_not_grow_with_the_length_of_an_upload(tmp_path):
+    path, reader = tmp_path / "v.mp4", IsolatedReader()
+    write_video(path, np.broadcast_to(np.uint8(90), (100, 1024, 1024, 3)), 25)
+    check_upload(written(tmp_path / "small.mp4"), LIMITS, reader)  # loads the libraries
+    before = reader.call(most_memory, path)
+    assert check_upload(path, UploadLimits(), reader).frames == 100
+    pictures = list(reader.stream(stream_frames, path, None, (64, 64)))
+    assert [picture.shape for picture in pictures] == [(64, 64, 3)] * 100
+    assert 0 <= reader.call(most_memory, path) - before < 120e6  # all frames are 315 MB
 
 
 def test_an_image_named_as_a_video_is_measured_too(tmp_path):
