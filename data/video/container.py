@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .checksums import slices_are_whole
 from .display import Display
 from .isolated import beat
 from .source import UnreadableVideo, VideoSource, openable
@@ -39,12 +40,14 @@ class PacketTable:
     Args:
         times: of the frames in the order shown, in ticks; None if the packets do not say.
         keys: times of the frames at which decoding can begin, in ticks.
+        places: bytes before the packets of these frames, by their times.
         packets: number of all packets of the stream.
         end: end of the last packet of any stream, in seconds.
     """
 
     times: np.ndarray | None
     keys: np.ndarray
+    places: dict[int, int]
     packets: int
     end: float
 
@@ -78,7 +81,7 @@ class Container:
 
     def packets(self) -> PacketTable:
         """Read the packets of the file, from its start, without decoding any."""
-        times, keys, count, end = [], [], 0, 0.0
+        times, keys, places, count, end = [], [], {}, 0, 0.0
         for packet in self.container.demux():
             beat()
             if packet.pts is not None and packet.time_base:
@@ -88,6 +91,7 @@ class Container:
             count += 1
             if packet.is_keyframe:  # even one that an edit list hides: decoding begins there
                 keys.append(packet.pts)
+                places[packet.pts] = packet.pos
             # A hidden frame of VP8 (RFC 6386, section 9.1) is a packet of its own.
             if packet.is_discard or (self.codec == "vp8" and not memoryview(packet)[0] & 0x10):
                 continue
@@ -97,12 +101,21 @@ class Container:
         shown = np.array(sorted(t for t in times if t >= min(keys)) if known else [], np.int64)
         known = known and bool((np.diff(shown) > 0).all())
         starts = np.array(sorted(key for key in keys if key is not None), np.int64)
-        return PacketTable(shown if known else None, starts, count, end)
+        return PacketTable(shown if known else None, starts, places, count, end)
 
     def _packets_are_frames(self) -> bool:
         formats = {"mov", "mp4", "matroska", "webm", "gif", "flv"}
         codecs = {"h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "mjpeg", "prores", "ffv1", "dnxhd", "qtrle", "png", "gif"}
         return bool(formats & set(self.container.format.name.split(","))) and self.codec in codecs
+
+    def check_index(self, packets: PacketTable) -> None:
+        """Raise UnreadableVideo where the index of an AVI, which alone says when its packets are shown, leads elsewhere."""
+        if self.container.format.name != "avi":
+            return
+        for time in packets.keys[:: max(1, len(packets.keys) // 64)].tolist():
+            found = next(self.container.demux(self.stream), None) if self.seek(time) else None
+            if found is not None and found.size and packets.places.get(found.pts) != found.pos:
+                raise UnreadableVideo(self.source, "its index leads to other frames than reading in order; re-encode it")
 
     def frames(self) -> Iterator[Frame]:
         """Decode from where the file stands, deinterlacing what is interlaced; raises UnreadableVideo for damage."""
@@ -128,10 +141,12 @@ class Container:
         return 0 if previous is None else previous + max(1, round(1 / (self.stream.average_rate or 25) / self.tick))
 
     def _decoded(self) -> Iterator[Any]:
-        count = 0
+        count, sums = 0, set[bool]()
         for packet in self.container.demux(self.stream):
             beat()
-            if packet.is_corrupt:
+            if self.codec == "ffv1" and packet.size:
+                sums.add(slices_are_whole(bytes(packet)))
+            if packet.is_corrupt or len(sums) == 2:  # wrong checksums among right ones
                 raise UnreadableVideo(self.source, f"corrupt data after {count} frames")
             for frame in self.decoder.decode(packet if packet.size else None):
                 if frame.is_corrupt:

@@ -54,9 +54,11 @@ def decode_strictly(
     with open_container(source, max_pixels) as video:
         packets = video.packets()
         _check_whole(video, packets)
+        video.check_index(packets)
     with open_container(source, max_pixels) as video:
         times, samples = _decode(video, SAMPLED if decord else SAMPLED[:1], watch)
-        rate, tick, notes = video.stream.average_rate, video.tick, tuple(sorted(video.display.notes))
+        rate = video.stream.average_rate or video.stream.codec_context.framerate  # the second for one frame in MPEG-TS
+        tick, notes = video.tick, tuple(sorted(video.display.notes))
     if not times:
         raise UnreadableVideo(source, "holds no frames")
     if packets.times is not None and times != packets.times.tolist():
@@ -105,9 +107,8 @@ def _decode(video: Container, sampled: Sequence[int], watch: Watch | None) -> tu
 def _check_whole(video: Container, packets: PacketTable) -> None:
     """Raise UnreadableVideo where the file ends before its container says."""
     stated = video.stream.frames
-    if "avi" in video.container.format.name:
-        stated -= SHORT  # AVI counts the frames that a codec was late with
-    if stated > packets.packets:
+    late = SHORT if video.container.format.name == "avi" else 0  # AVI counts the frames that a codec was late with
+    if stated > packets.packets + late:
         raise UnreadableVideo(video.source, f"its container states {stated} frames, {packets.packets} are there: it is cut off")
     duration = (video.container.duration or 0) / 1e6
     # The duration of Matroska is when it ends, of other containers how long it takes.

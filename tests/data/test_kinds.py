@@ -392,6 +392,29 @@ def test_a_size_or_shape_that_changes_is_refused(tmp_path, good, size, aspect, r
         decode_strictly(tmp_path / "joined.h264")
 
 
+def test_a_wrong_checksum_among_right_ones_is_refused(tmp_path):
+    data = bytearray(encode(tmp_path / "a.mkv", video(RGB), ("ffv1", {"level": "3", "slicecrc": "1"})).read_bytes())
+    data[len(data) // 2] ^= 1  # its decoder would show something of the memory around
+    (tmp_path / "a.mkv").write_bytes(data)
+    with pytest.raises(UnreadableVideo, match=r"corrupt data after [1-9]"):
+        decode_strictly(tmp_path / "a.mkv")
+
+
+def test_an_avi_whose_index_leads_elsewhere_is_refused(tmp_path):
+    data = bytearray(encode(tmp_path / "a.avi", video(RGB), ("mpeg4", {"g": "1"})).read_bytes())
+    entry = data.index(b"idx1") + 8 + 16 * 5  # kind, flags, place and length of each frame
+    data[entry : entry + 32] = data[entry + 16 : entry + 32] + data[entry : entry + 16]
+    (tmp_path / "a.avi").write_bytes(data)
+    with pytest.raises(UnreadableVideo, match="index leads to other frames"):
+        decode_strictly(tmp_path / "a.avi")
+
+
+@pytest.mark.parametrize("name", ["a.ts", "a.mp4", "a.mkv"])
+def test_one_frame_is_a_video_in_every_container(tmp_path, name):
+    check(encode(tmp_path / name, video(RGB[:1])), RGB[:1])
+    assert decode_strictly(tmp_path / name).fps == 25
+
+
 def test_sound_alone_is_no_video(tmp_path):
     with av.open(tmp_path / "a.mp4", "w") as container:
         stream = container.add_stream("aac", rate=16000)
