@@ -123,8 +123,8 @@ def read_all(path: str) -> dict[str, Any]:
         raise RuntimeError(f"{facts} and frames of {frames.shape}")
     if len(times) != facts.frames or np.abs(times - facts.timestamps).max() > SAME_TIME:
         raise RuntimeError("times of the packets differ from those of the strict pass")
-    if getattr(facts, "decord", False):
-        fast = read_frames(path, range(facts.frames), decord=True)  # pyright: ignore
+    if facts.decord:
+        fast = read_frames(path, range(facts.frames), decord=True)
         if not np.array_equal(fast, frames):
             raise RuntimeError("decord reads other frames than PyAV although the strict pass allows it")
     return {"frames": frames, "times": facts.timestamps}
