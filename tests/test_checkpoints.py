@@ -59,9 +59,9 @@ def test_the_tiny_pipeline_follows_its_prompts():
     assert not any(is_unseen(scene) for scene in scenes)
     videos = sample_videos(pipe, [scene.caption() for scene in scenes], steps=12, guidance=4.0, name=None)
     assert videos[0].shape == (65, 64, 64, 3)
-    found = accuracies(videos, scenes)
-    assert found["colour"][0] == 1
-    assert found["motion"][0] == 1
+    accuracy = accuracies(videos, scenes)
+    assert accuracy["colour"][0] == 1
+    assert accuracy["motion"][0] == 1
 
 
 def test_the_pipelines_card_quotes_the_recorded_figures():

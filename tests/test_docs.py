@@ -41,8 +41,8 @@ OTHER_PROGRAMS = {
 
 def blocks(page: Path, language: str) -> list[str]:
     """Return the blocks of a language, without the indentation of a surrounding list."""
-    found = FENCE.findall(page.read_text())
-    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, name, text in found if name == language]
+    matches = FENCE.findall(page.read_text())
+    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, name, text in matches if name == language]
 
 
 def commands(page: Path) -> list[list[str]]:

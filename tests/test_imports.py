@@ -20,15 +20,15 @@ def room_of(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     """Return the absolute dotted names that a file imports anywhere; relative imports become promag.*."""
     package = ["promag", *path.relative_to(ROOT).parent.parts]
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             module = ".".join([*base, *filter(None, [node.module])])
-            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    return found
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def test_every_subpackage_has_its_place_in_the_order():
@@ -92,7 +92,7 @@ def test_public_names_are_importable_and_loaded_on_first_use():
     code = (
         "import promag, sys; assert 'torch' not in sys.modules; print(*(getattr(promag, n).__name__ for n in promag.__all__))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert {"load_pipeline", "load_tokenizer", "sample_flow", "sample_videos", "write_video", "ProMAGPipeline"} <= set(
-        found.stdout.split()
+        completed.stdout.split()
     )

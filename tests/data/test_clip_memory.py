@@ -112,9 +112,9 @@ def test_clips_read_by_one_loader_process_are_shared(copied):
 
     def batches(first):
         loader = iter(DataLoader(TrainingStream(held, 7, 2, 0, 1, first), batch_size=None, num_workers=2))
-        found = [next(loader) for _ in range(first, first + 8)]
+        items = [next(loader) for _ in range(first, first + 8)]
         loader._shutdown_workers()
-        return found
+        return items
 
     for one, other in zip(batches(0), expected[:8], strict=True):
         same(one, other)

@@ -33,8 +33,8 @@ def test_clips_do_not_overlap_and_remainders_are_counted(folder):
     ]
     assert prepared.skipped == [Skipped(str(folder / "short.mp4"), 0.0, pytest.approx(5 / 30), 5, "too short")]
     assert prepared.dropped_frames == 6 + 5
-    found = [numbers(ClipDataset(prepared.clips, 8, 32).fixed(index)) for index in range(5)]
-    assert found == [list(range(k, k + 8)) for k in (0, 8, 16, 0, 8)]
+    result = [numbers(ClipDataset(prepared.clips, 8, 32).fixed(index)) for index in range(5)]
+    assert result == [list(range(k, k + 8)) for k in (0, 8, 16, 0, 8)]
 
 
 @pytest.mark.parametrize(

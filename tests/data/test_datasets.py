@@ -133,9 +133,9 @@ def test_generated_clips_have_the_interface_of_clips():
 
 def test_opening_an_index(clips, tmp_path):
     save_clips(tmp_path / "clips.jsonl", clips)
-    found = open_dataset(tmp_path / "clips.jsonl", "train", frames=6, size=16, count=1, temporal_strides=(1, 2))
-    assert isinstance(found, ClipDataset)
-    assert (len(found), found.crop.strides) == (2, (1, 2))
+    dataset = open_dataset(tmp_path / "clips.jsonl", "train", frames=6, size=16, count=1, temporal_strides=(1, 2))
+    assert isinstance(dataset, ClipDataset)
+    assert (len(dataset), dataset.crop.strides) == (2, (1, 2))
     for source, message in (("videos", "give synthetic, or a .jsonl"), (tmp_path / "gone.jsonl", "cannot be read")):
         with pytest.raises(UserError, match=message):
             open_dataset(source, "train", frames=5, size=32, count=3)
@@ -153,8 +153,8 @@ def test_opening_an_index(clips, tmp_path):
 )
 def test_opening_generated_clips(change, message):
     options = {"split": "eval", "frames": 5, "size": (32, 48), "count": 3}
-    found = open_dataset("synthetic", **options)
-    assert (len(found), found.fixed(0)["video"].shape) == (3, (3, 5, 32, 48))
+    dataset = open_dataset("synthetic", **options)
+    assert (len(dataset), dataset.fixed(0)["video"].shape) == (3, (3, 5, 32, 48))
     with pytest.raises(UserError, match=message):
         open_dataset("synthetic", **{**options, **change})
 

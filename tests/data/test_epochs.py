@@ -137,11 +137,11 @@ plans = (
 @given(plans, st.integers(0, 3))
 def test_an_epoch_is_every_full_batch_once_over_all_slots(plan, epoch):
     samples, sizes, slots, lanes, seed = plan
-    found = EpochPlan(samples, sizes, slots, lanes, seed)
-    steps = sum(found.steps)
+    result = EpochPlan(samples, sizes, slots, lanes, seed)
+    steps = sum(result.steps)
     taken = Counter()
     for step in range(epoch * steps, (epoch + 1) * steps):
-        batches = [found.batch(step, slot) for slot in range(slots)]
+        batches = [result.batch(step, slot) for slot in range(slots)]
         assert {(b.bucket, b.epoch, b.lane) for b in batches} == {(batches[0].bucket, epoch, step % lanes)}  # equal work
         taken.update((b.bucket, b.number) for b in batches)
     assert set(taken.values()) == {1}
@@ -154,11 +154,11 @@ def test_an_epoch_is_every_full_batch_once_over_all_slots(plan, epoch):
 @given(plans)
 def test_a_lane_takes_a_contiguous_run(plan):
     samples, sizes, slots, lanes, seed = plan
-    found = EpochPlan(samples, sizes, slots, lanes, seed)
+    result = EpochPlan(samples, sizes, slots, lanes, seed)
     for slot in range(slots):
         runs = {}
-        for step in range(sum(found.steps)):
-            batch = found.batch(step, slot)
+        for step in range(sum(result.steps)):
+            batch = result.batch(step, slot)
             run = runs.setdefault((batch.bucket, batch.lane), [batch.number])
             assert batch.number in (run[-1], run[-1] + 1)
             run.append(batch.number)
@@ -206,8 +206,8 @@ def test_an_order_visits_each_sample_once_block_by_block(counts, block, seed, ep
 
 def test_shards_and_samples_are_shuffled_anew_in_each_epoch():
     def order(seed, epoch, bucket):
-        found = ShardOrder(np.full(8, 16), 8, seed, bucket)
-        return [found.locate(epoch, position) for position in range(128)]
+        result = ShardOrder(np.full(8, 16), 8, seed, bucket)
+        return [result.locate(epoch, position) for position in range(128)]
 
     drawn = [order(0, 0, 0), order(0, 1, 0), order(1, 0, 0), order(0, 0, 1)]
     assert len({tuple(shard for shard, _ in o) for o in drawn}) == 4

@@ -24,31 +24,31 @@ def index(clips, tmp_path_factory):
 
 
 def test_one_source_gives_the_same_clips_as_alone():
-    found, plan = open_sources("synthetic", [], BUCKETS, **REST)
+    opened, plan = open_sources("synthetic", [], BUCKETS, **REST)
     alone, plan_alone = open_training("synthetic", BUCKETS, 8, 2, 1, (1,), Sharding(1, 1))
     assert plan == plan_alone
     for step in range(5):
-        one, other = (TrainingStream(clips, 3, 2, 0, 1).batch(step) for clips in (found, alone))
+        one, other = (TrainingStream(clips, 3, 2, 0, 1).batch(step) for clips in (opened, alone))
         assert torch.equal(one["video"], other["video"])
 
 
 def test_shares_are_those_of_the_steps(index):
-    found, plan = open_sources(
+    opened, plan = open_sources(
         str(index), [Source("synthetic", 0.3, (1,))], [BUCKETS[0]], **{**REST, "temporal_strides": (1, 2)}
     )
     names = [line.partition(",")[0] for line in plan.splitlines() if "of the steps" in line]
     assert names == [str(index), "synthetic"]
     assert "70.0% of the steps" in plan
     assert "30.0% of the steps" in plan
-    drawn = [isinstance(found.datasets[found.choose(0, step)], SyntheticDataset) for step in range(2000)]
+    drawn = [isinstance(opened.datasets[opened.choose(0, step)], SyntheticDataset) for step in range(2000)]
     assert abs(sum(drawn) - 600) <= 2
-    assert drawn[:50] == [isinstance(found.datasets[found.choose(0, step)], SyntheticDataset) for step in range(50)]
+    assert drawn[:50] == [isinstance(opened.datasets[opened.choose(0, step)], SyntheticDataset) for step in range(50)]
 
 
 def test_buckets_keep_their_proportions_and_batch_sizes():
-    found, _ = open_sources("synthetic", [Source("synthetic", 0.25, (1,))], BUCKETS, **REST)
-    assert found.shares == pytest.approx([0.75 / 3, 0.75 * 2 / 3, 0.25 / 3, 0.25 * 2 / 3])
-    assert found.batch_sizes == [None, 1, None, 1]
+    opened, _ = open_sources("synthetic", [Source("synthetic", 0.25, (1,))], BUCKETS, **REST)
+    assert opened.shares == pytest.approx([0.75 / 3, 0.75 * 2 / 3, 0.25 / 3, 0.25 * 2 / 3])
+    assert opened.batch_sizes == [None, 1, None, 1]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1])

@@ -60,15 +60,15 @@ def png(colour="red"):
 
 
 def test_shards_hold_the_clips_of_an_index_and_their_facts(index, shards):
-    clips, found = list(load_clips(index)), open_shards(shards / "*.tar")
-    assert [len(clips), len(found), found.samples.tolist()] == [7, 7, [3, 3, 1]]
+    clips, result = list(load_clips(index)), open_shards(shards / "*.tar")
+    assert [len(clips), len(result), result.samples.tolist()] == [7, 7, [3, 3, 1]]
     seen = []
-    for shard, url in enumerate(found.urls):
-        count = int(found.samples[shard])
+    for shard, url in enumerate(result.urls):
+        count = int(result.samples[shard])
         for number, sample in ShardReader(url, count).read(range(count)).items():
             clip = clips[int(sample.key)]
-            place = int(found.offsets[shard]) + number
-            there = found.clip(place, sample)
+            place = int(result.offsets[shard]) + number
+            there = result.clip(place, sample)
             facts = ("start", "frames", "fps", "height", "width", "caption")
             assert [getattr(there, name) for name in facts] == [getattr(clip, name) for name in facts]
             assert sample.video.name == f"{url}: {sample.key}.{clip.path.rsplit('.')[-1]}"
@@ -122,11 +122,11 @@ def test_shards_of_one_bucket_each(index, tmp_path, caplog):
     buckets = [Bucket(5, 32, 64), Bucket(1, 40, 40)]
     written = write_shards(index, tmp_path, 2, 0, buckets, progress=False)
     assert (written.shards, written.left_out) == (4, 0)
-    found = open_shards(tmp_path / "*.tar")
+    result = open_shards(tmp_path / "*.tar")
     by_name = {}
-    for url, first, end in zip(found.urls, found.offsets, found.offsets[1:], strict=False):
+    for url, first, end in zip(result.urls, result.offsets, result.offsets[1:], strict=False):
         name = url.rsplit("/", 1)[1].rpartition("-")[0]
-        by_name.setdefault(name, []).extend(found.column("frames")[first:end].tolist())
+        by_name.setdefault(name, []).extend(result.column("frames")[first:end].tolist())
     assert {name: sorted(frames) for name, frames in by_name.items()} == {"5x32x64": [5, 21, 30], "1x40x40": [1, 4, 4, 4]}
     assert write_shards(index, tmp_path / "long", 2, 0, buckets[:1], progress=False).left_out == 4
     assert "4 of 7 clips are too short for every bucket" in caplog.text
@@ -207,10 +207,10 @@ def test_indices_that_do_not_fit_are_named(shards, tmp_path):
 def test_a_local_shard_of_another_length_is_damaged(shards, tmp_path):
     for name in ("shard-000000.tar", "shard-000001.tar", "shards.jsonl"):
         (tmp_path / name).write_bytes((shards / name).read_bytes()[: 700 if "1" in name else None])
-    found = open_shards(f"{tmp_path}/shard-00000{{0..2}}.tar").damaged()
-    assert set(found) == {1, 2}
-    assert re.search(r"shard-000001\.tar has 700 bytes, shards\.jsonl says \d+", found[1])
-    assert found[2].endswith("shard-000002.tar is not there")
+    result = open_shards(f"{tmp_path}/shard-00000{{0..2}}.tar").damaged()
+    assert set(result) == {1, 2}
+    assert re.search(r"shard-000001\.tar has 700 bytes, shards\.jsonl says \d+", result[1])
+    assert result[2].endswith("shard-000002.tar is not there")
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -225,13 +225,13 @@ def numbered(tmp_path):
     return tar(tmp_path / "numbered.tar", *files)
 
 
-@pytest.mark.parametrize("how", ["{}", "pipe:cat {}", "file:{}"])
-def test_samples_are_read_by_number_forwards_and_backwards(numbered, how):
-    reader = ShardReader(how.format(numbered), 8)
+@pytest.mark.parametrize("template", ["{}", "pipe:cat {}", "file:{}"])
+def test_samples_are_read_by_number_forwards_and_backwards(numbered, template):
+    reader = ShardReader(template.format(numbered), 8)
     for numbers in ([0, 1], [2], [4, 6], [7], [3, 5], [0], [0, 7]):
-        found = reader.read(numbers)
-        assert [(n, s.key, s.caption) for n, s in found.items()] == [(n, f"p/{n:03d}", f"grey {n}") for n in numbers]
-        assert all(s.video.data == png((n, n, n)) for n, s in found.items())
+        result = reader.read(numbers)
+        assert [(n, s.key, s.caption) for n, s in result.items()] == [(n, f"p/{n:03d}", f"grey {n}") for n in numbers]
+        assert all(s.video.data == png((n, n, n)) for n, s in result.items())
     reader.close()
 
 
@@ -257,9 +257,9 @@ def test_a_stream_broken_between_two_reads_is_reopened(numbered, tmp_path):
     reader.close()
 
 
-@pytest.mark.parametrize("how", ["{}", "pipe:cat {}"])
+@pytest.mark.parametrize("template", ["{}", "pipe:cat {}"])
 @pytest.mark.parametrize("cut", ["inside a file", "between two", "inside a header"])
-def test_a_truncated_shard_is_named(numbered, tmp_path, how, cut):
+def test_a_truncated_shard_is_named(numbered, tmp_path, template, cut):
     with tarfile.open(numbered) as archive:
         members = {m.name: m for m in archive}
     end = {
@@ -268,11 +268,11 @@ def test_a_truncated_shard_is_named(numbered, tmp_path, how, cut):
         "inside a header": members["p/005.png"].offset + 100,
     }[cut]
     (tmp_path / "cut.tar").write_bytes(numbered.read_bytes()[:end])
-    found = ShardReader(how.format(tmp_path / "cut.tar"), 8).read(range(8))
-    assert [found[n].caption for n in range(4)] == [f"grey {n}" for n in range(4)]
+    result = ShardReader(template.format(tmp_path / "cut.tar"), 8).read(range(8))
+    assert [result[n].caption for n in range(4)] == [f"grey {n}" for n in range(4)]
     for number in (5, 6, 7):
-        assert isinstance(found[number], BadSample)
-        assert re.search(r"shard .*cut\.tar, sample .*: the shard (cannot be read on|ends after 5 of 8)", str(found[number]))
+        assert isinstance(result[number], BadSample)
+        assert re.search(r"shard .*cut\.tar, sample .*: the shard (cannot be read on|ends after 5 of 8)", str(result[number]))
 
 
 @pytest.mark.parametrize(
@@ -291,15 +291,15 @@ def test_a_truncated_shard_is_named(numbered, tmp_path, how, cut):
 )
 def test_bad_samples_are_named(tmp_path, files, message):
     path = tar(tmp_path / "bad.tar", *files)
-    found = ShardReader(str(path), 1).read([0])[0]
-    assert isinstance(found, BadSample)
-    assert re.search(rf"shard {path}, {message}", str(found))
+    result = ShardReader(str(path), 1).read([0])[0]
+    assert isinstance(result, BadSample)
+    assert re.search(rf"shard {path}, {message}", str(result))
 
 
 @pytest.mark.parametrize("url", ["{}/absent.tar", "pipe:cat {}/absent.tar 2>/dev/null"])
 def test_a_shard_that_cannot_be_opened_is_named(tmp_path, url):
-    found = ShardReader(url.format(tmp_path), 2).read([1])[1]
-    assert re.search(r"shard .*absent\.tar.*, sample number 1: the shard cannot be opened: ", str(found))
+    result = ShardReader(url.format(tmp_path), 2).read([1])[1]
+    assert re.search(r"shard .*absent\.tar.*, sample number 1: the shard cannot be opened: ", str(result))
 
 
 def test_a_caption_may_be_a_text_file(tmp_path):
@@ -323,10 +323,10 @@ def test_foreign_shards_are_indexed_by_decoding(clips, numbered, tmp_path):
         index_shards(f"{tmp_path}/{{other,numbered}}.tar", tmp_path / "shards.jsonl", progress=False)
     samples, bad = index_shards(f"{tmp_path}/*.tar", tmp_path / "shards.jsonl", max_bad=0.5, workers=1, progress=False)
     assert (samples, len(bad)) == (11, 2)
-    found = open_shards(tmp_path / "*.tar")
-    assert found.column("frames").tolist() == [1] * 8 + [21, 0, 0]
-    assert found.column("width").tolist() == [40] * 8 + [64, 0, 0]
-    assert found.damaged() == {}
+    result = open_shards(tmp_path / "*.tar")
+    assert result.column("frames").tolist() == [1] * 8 + [21, 0, 0]
+    assert result.column("width").tolist() == [40] * 8 + [64, 0, 0]
+    assert result.damaged() == {}
     (tmp_path / "other.tar").write_bytes((tmp_path / "other.tar").read_bytes()[:4000])
     with pytest.raises(UserError, match=r"other\.tar, sample x: the shard cannot be read on"):
         index_shards(f"{tmp_path}/other.tar", tmp_path / "shards.jsonl", progress=False)
@@ -334,8 +334,8 @@ def test_foreign_shards_are_indexed_by_decoding(clips, numbered, tmp_path):
 
 def test_written_and_indexed_facts_agree(shards, tmp_path):
     index_shards(f"{shards}/*.tar", tmp_path / "shards.jsonl", progress=False)
-    ours, theirs = ([json.loads(x) for x in (f / "shards.jsonl").read_text().splitlines()] for f in (shards, tmp_path))
-    for row, other in zip(ours, theirs, strict=True):
+    written, indexed = ([json.loads(x) for x in (f / "shards.jsonl").read_text().splitlines()] for f in (shards, tmp_path))
+    for row, other in zip(written, indexed, strict=True):
         same = ("shard", "samples", "bytes", "sha256", "height", "width")
         assert {key: row[key] for key in same} == {key: other[key] for key in same}
         assert np.all(np.array(other["frames"]) >= row["frames"])  # whole files, which these clips are stretches of

@@ -107,10 +107,10 @@ def test_shards_by_pipe_are_opened_once_an_epoch(folder, tmp_path):
     shards = open_shards(pattern)
     (tmp_path / "opened").unlink()  # reading the index runs the same command
     piped = ShardedClips(shards, [VIDEO], (1, 2), Sharding(concurrent_shards=1, shuffle=3))
-    found = taken(TrainingStream(piped, 7, 2, 0, 1), 10)
+    result = taken(TrainingStream(piped, 7, 2, 0, 1), 10)
     opened = (tmp_path / "opened").read_text().split()
     assert sorted(opened) == ["000000", "000001", "000002", "000003"]
-    for one, other in zip(found, taken(TrainingStream(clips_of(folder, [VIDEO], 1), 7, 2, 0, 1), 10), strict=True):
+    for one, other in zip(result, taken(TrainingStream(clips_of(folder, [VIDEO], 1), 7, 2, 0, 1), 10), strict=True):
         same(one, other)
 
 
@@ -152,8 +152,8 @@ def test_clips_by_their_number(index, folder):
 def test_plans(index, folder, caplog):
     sharding = Sharding(2, 4)
     buckets = [VIDEO, Bucket(1, 16, 16, 4), Bucket(40, 16, 16)]
-    found, plan = open_training(folder / "*.tar", buckets, 0, 2, 2, (1,), sharding)
-    assert isinstance(found, ShardedClips)
+    result, plan = open_training(folder / "*.tar", buckets, 0, 2, 2, (1,), sharding)
+    assert isinstance(result, ShardedClips)
     assert plan.splitlines()[1:] == [
         "3x32x64      20      2  100.0%",
         "1x16x16       6      4    0.0%",
@@ -162,21 +162,21 @@ def test_plans(index, folder, caplog):
     ]
     assert "buckets that never fill a step of 2 batches never come: 1x16x16 (6 clips)" in caplog.text
     with caplog.at_level(logging.WARNING):
-        found, plan = open_training(index, buckets, 0, 2, 2, (1,), sharding)
-    assert isinstance(found, Mixture)
+        result, plan = open_training(index, buckets, 0, 2, 2, (1,), sharding)
+    assert isinstance(result, Mixture)
     assert plan.splitlines()[1:] == ["3x32x64     20      2  87.0%", "1x16x16      6      4  13.0%"]
     assert "no clip is for the buckets 40x16x16" in caplog.text
-    batches = [TrainingStream(found, 0, 2, 0, 1).batch(step)["video"].shape for step in range(40)]
+    batches = [TrainingStream(result, 0, 2, 0, 1).batch(step)["video"].shape for step in range(40)]
     assert set(batches) == {(2, 3, 3, 32, 64), (4, 3, 1, 16, 16)}
-    found, plan = open_training("synthetic", [VIDEO, Bucket(5, 32, 32, 4)], 8, 2, 1, (1,), sharding)
-    assert {TrainingStream(found, 0, 2, 0, 1).batch(step)["video"].shape[2] for step in range(9)} == {3, 5}
+    result, plan = open_training("synthetic", [VIDEO, Bucket(5, 32, 32, 4)], 8, 2, 1, (1,), sharding)
+    assert {TrainingStream(result, 0, 2, 0, 1).batch(step)["video"].shape[2] for step in range(9)} == {3, 5}
     assert plan.splitlines()[1:] == ["3x32x64      8      2  66.7%", "5x32x32      8      4  33.3%"]
 
 
 def test_one_bucket_of_an_index_draws_the_clips_of_a_dataset(index):
-    found, _ = open_training(index, [VIDEO], 0, 2, 1, (1, 2), Sharding(1, 1))
+    result, _ = open_training(index, [VIDEO], 0, 2, 1, (1, 2), Sharding(1, 1))
     alone = ClipDataset(load_clips(index), 3, (32, 64), (1, 2))
-    same(TrainingStream(found, 1, 3, 0, 1).batch(4), TrainingStream(alone, 1, 3, 0, 1).batch(4))
+    same(TrainingStream(result, 1, 3, 0, 1).batch(4), TrainingStream(alone, 1, 3, 0, 1).batch(4))
 
 
 @pytest.mark.parametrize("kind", ["index", "shards"])

@@ -53,14 +53,14 @@ def test_the_factors_of_all_words_in_a_caption_multiply(factors):
 @pytest.fixture
 def by_bucket(tmp_path):
     """Two buckets, one with captions 0 to 2 and one with all captions, each at two ratios."""
-    found = []
+    datasets = []
     for bucket, count in (("a", 3), ("b", 7)):
         caches = {
             tmp_path / f"{bucket}{ratio}": LatentFingerprint("tokenizer", "clips", ratio, 17, 8, 8, "float32", 3)
             for ratio in (16, 8)
         }
-        found.append([LatentDataset(folder) for folder in write_latents(caches, count, Clips(), encode)])
-    return found
+        datasets.append([LatentDataset(folder) for folder in write_latents(caches, count, Clips(), encode)])
+    return datasets
 
 
 def clips(latents, count):

@@ -112,12 +112,12 @@ def test_a_trained_model_uses_its_conditioning_frames():
     given = (torch.arange(3) < 1).expand(64, -1)
     with torch.no_grad():
         arguments = (unseen["latents"], noise, times, model.text(unseen), unseen["fps"], 16)
-        without, told = model.errors(*arguments).mean(), model.errors(*arguments, given).mean()
-        lied = (torch.randn_like(arguments[0]), *arguments[1:])  # a first frame of another clip
-        lied[0][:, :, 1:] = unseen["latents"][:, :, 1:]
-        misled = model.errors(*lied, given).mean()
-    assert told < 0.5 * without
-    assert misled > 2 * told
+        without, conditioned = model.errors(*arguments).mean(), model.errors(*arguments, given).mean()
+        mismatched = (torch.randn_like(arguments[0]), *arguments[1:])  # a first frame of another clip
+        mismatched[0][:, :, 1:] = unseen["latents"][:, :, 1:]
+        misled = model.errors(*mismatched, given).mean()
+    assert conditioned < 0.5 * without
+    assert misled > 2 * conditioned
 
 
 @pytest.mark.parametrize("change", [{"probability": 1.5}, {"probability": -0.1}, {"frames": 0}])

@@ -62,8 +62,8 @@ def test_layerwise_casting_stores_the_blocks_in_eight_bits_and_embeddings_whole(
     small = {name for name, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn}
     assert {"transformer_blocks.0.local.weight", "transformer_blocks.1.ff.net.2.weight"} <= small
     assert not [name for name in small if "_embed" in name or "norm" in name or "modulation" in name]
-    found = model(**inputs()).sample
-    assert 0 < (found - expected).norm() < 0.2 * expected.norm()
+    result = model(**inputs()).sample
+    assert 0 < (result - expected).norm() < 0.2 * expected.norm()
 
 
 def test_the_block_is_registered_with_the_caches():
@@ -79,8 +79,8 @@ def test_shards_variants_types_and_device_maps(model, expected, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB", variant="v1")
     assert len(list(tmp_path.glob("diffusion_pytorch_model.v1-0*.safetensors"))) > 1
     for device_map in (None, "auto", {"": "cpu"}):
-        found = ProMAGTransformer3DModel.from_pretrained(tmp_path, variant="v1", device_map=device_map)
-        assert torch.equal(found(**inputs()).sample, expected)
+        result = ProMAGTransformer3DModel.from_pretrained(tmp_path, variant="v1", device_map=device_map)
+        assert torch.equal(result(**inputs()).sample, expected)
     with pytest.raises(OSError, match="no file named"):
         ProMAGTransformer3DModel.from_pretrained(tmp_path)
     half = ProMAGTransformer3DModel.from_pretrained(tmp_path, variant="v1", dtype=torch.bfloat16)
@@ -98,11 +98,11 @@ def test_a_device_map_of_several_places_splits_between_blocks(model, expected, t
         **dict.fromkeys((*parts, "transformer_blocks.0"), "cpu"),
         "transformer_blocks.1": "disk",
     }
-    found = ProMAGTransformer3DModel.from_pretrained(
+    result = ProMAGTransformer3DModel.from_pretrained(
         tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "disk")
     )
-    assert found.transformer_blocks[1].ff.net[2].weight.device.type == "meta"
-    assert torch.equal(found(**inputs()).sample, expected)
+    assert result.transformer_blocks[1].ff.net[2].weight.device.type == "meta"
+    assert torch.equal(result(**inputs()).sample, expected)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_adapters_of_peft_are_added_weighted_switched_off_and_removed(model, exp
     for name in names:
         model.set_adapter(name)
         outputs.append(model(**inputs()).sample)
-    assert all(not torch.allclose(found, expected, atol=1e-3) for found in outputs)
+    assert all(not torch.allclose(result, expected, atol=1e-3) for result in outputs)
     assert not torch.allclose(*outputs, atol=1e-3)
     assert torch.allclose(model(**inputs(), attention_kwargs={"scale": 0.0}).sample, expected, atol=1e-5)
     model.disable_adapters()

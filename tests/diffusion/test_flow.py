@@ -83,8 +83,8 @@ def test_sampling_times_are_those_of_the_saved_scheduler(steps, tokens, shift):
 @pytest.mark.parametrize("times", [[1, 0], [1.0, 0.3, 0.0], flow_times(7, 1.0)])
 def test_straight_paths_are_exact_in_any_steps(step, times):
     clean, noise = random(2, 3, 4, 2, 2), random(2, 3, 4, 2, 2, seed=1)
-    found = sample_flow(lambda x, t: velocity(clean, noise), noise, times, step=step)
-    assert torch.allclose(found, clean, atol=1e-6)
+    result = sample_flow(lambda x, t: velocity(clean, noise), noise, times, step=step)
+    assert torch.allclose(result, clean, atol=1e-6)
 
 
 @pytest.mark.parametrize(("step", "order"), [(euler_step, 1), (midpoint_step, 2)])
@@ -94,8 +94,8 @@ def test_errors_shrink_with_the_order_of_the_method(step, order):
 
     def error(steps):
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        found = sample_flow(lambda x, t: 2 * t.view(-1, 1, 1, 1, 1) * x, noise, times, step=step)
-        return float((found - noise / math.e).norm())
+        result = sample_flow(lambda x, t: 2 * t.view(-1, 1, 1, 1, 1) * x, noise, times, step=step)
+        return float((result - noise / math.e).norm())
 
     assert math.log2(error(40) / error(80)) == pytest.approx(order, abs=0.05)
 
@@ -111,9 +111,9 @@ def test_conditioning_frames_stay_clean_and_have_time_zero(step):
         assert times[0, 1] == times[1, 3] > 0
         return torch.full_like(x, 2.0)
 
-    found = sample_flow(model, noise, [1, 0.5, 0], step=step, conditioning=conditioning)
-    assert torch.equal(found[:, :, :1], conditioning)
-    assert torch.allclose(found[:, :, 1:], noise[:, :, 1:] - 2)
+    result = sample_flow(model, noise, [1, 0.5, 0], step=step, conditioning=conditioning)
+    assert torch.equal(result[:, :, :1], conditioning)
+    assert torch.allclose(result[:, :, 1:], noise[:, :, 1:] - 2)
     assert torch.equal(noise, random(2, 3, 4, 2, 2))
 
 
@@ -127,9 +127,9 @@ def test_a_callback_sees_each_step_and_may_change_the_latents_or_end_the_samplin
         return x + 1 if number == 1 else None
 
     noise = torch.zeros(1, 1, 1, 1, 1)
-    found = sample_flow(lambda x, t: torch.zeros_like(x), noise, [1, 0.75, 0.5, 0.25, 0], callback=callback)
+    result = sample_flow(lambda x, t: torch.zeros_like(x), noise, [1, 0.75, 0.5, 0.25, 0], callback=callback)
     assert seen == [(0, 0.75), (1, 0.5), (2, 0.25)]
-    assert found.item() == 1
+    assert result.item() == 1
 
 
 @given(st.lists(st.floats(-1, 2, width=16) | st.just(math.nan), min_size=1, max_size=4))

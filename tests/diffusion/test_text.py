@@ -186,10 +186,10 @@ def test_an_openclip_tower_equals_open_clip(folders, kind, tmp_path):
 
     name = folders[kind].removeprefix("open_clip:")
     vocabulary, ours = load_frozen(folders[kind], None, max_length=14)
-    theirs, tokens = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    reference, tokens = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
     prompts = [*CAPTIONS, "", "It's 3 dogs! " * 9]
     with torch.no_grad():
-        expected = theirs.encode_text(tokens(prompts))
+        expected = reference.encode_text(tokens(prompts))
         for model in (ours, _saved_and_loaded(OpenCLIPTextModel, ours, tmp_path)):
             assert torch.allclose(encode(model, tokenize(vocabulary, prompts)).pooled, expected, atol=1e-6)
 

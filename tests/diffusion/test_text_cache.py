@@ -54,9 +54,9 @@ def test_a_cached_caption_equals_the_encoders_output(tmp_path, latents, encoders
     with torch.no_grad():
         expected = encode(encoder, tokenize(tokenizer, [*CAPTIONS, ""]))
     rows = [{key: value[None] for key, value in cache.row(i).items()} for i in range(len(CAPTIONS))]
-    found = [*(cache.embedded(row) for row in rows), cache.null()]
+    encoded = [*(cache.embedded(row) for row in rows), cache.null()]
     assert (cache.width, cache.pooled_width, cache.length) == {"clip": (16, 16, 9), "t5": (12, 0, 9)}[kind]
-    for i, text in enumerate(found):
+    for i, text in enumerate(encoded):
         real = expected.masks[0][i].bool()
         assert torch.equal(text.masks[0][0], real)
         assert torch.allclose(text.tokens[0][0, real], expected.tokens[0][i, real], atol=1e-6)

@@ -13,18 +13,18 @@ PARTS = [{"4x": 30.0, "8x": 29.0, "16x": 28.0}, {"4x": 26.0, "8x": 24.0, "16x": 
 
 
 def test_each_part_gets_the_smallest_level_that_is_good_enough():
-    found = allocate(PARTS[:2], TOKENS, 23.0)
-    assert found.levels == ("16x", "8x")
-    assert (found.tokens, found.worst, found.missed) == (14, 24.0, 0)
+    allocation = allocate(PARTS[:2], TOKENS, 23.0)
+    assert allocation.levels == ("16x", "8x")
+    assert (allocation.tokens, allocation.worst, allocation.missed) == (14, 24.0, 0)
     # 8x everywhere has the same worst part, and costs 18.
-    assert (found.fixed, found.fixed_tokens) == ("8x", 18)
-    assert found.saved == pytest.approx(4 / 18)
+    assert (allocation.fixed, allocation.fixed_tokens) == ("8x", 18)
+    assert allocation.saved == pytest.approx(4 / 18)
 
 
 def test_parts_below_the_target_at_every_level_get_the_best_level_and_are_counted():
-    found = allocate(PARTS, TOKENS, 25.0)
-    assert found.levels == ("16x", "4x", "4x")
-    assert (found.missed, found.worst, found.fixed) == (1, 20.0, "4x")
+    allocation = allocate(PARTS, TOKENS, 25.0)
+    assert allocation.levels == ("16x", "4x", "4x")
+    assert (allocation.missed, allocation.worst, allocation.fixed) == (1, 20.0, "4x")
 
 
 def test_levels_without_falling_tokens_are_refused():
@@ -39,11 +39,11 @@ part = st.fixed_dictionaries({name: st.floats(10, 40) for name in TOKENS})
 
 @given(st.lists(part, min_size=1, max_size=8), st.floats(5, 45))
 def test_an_allocation_costs_no_more_than_an_equally_good_fixed_level(parts, target):
-    found = allocate(parts, TOKENS, target)
-    if not found.missed:
-        assert found.tokens <= found.fixed_tokens
-        assert found.worst >= target
-    assert found.worst == min(row[name] for row, name in zip(parts, found.levels, strict=True))
+    allocation = allocate(parts, TOKENS, target)
+    if not allocation.missed:
+        assert allocation.tokens <= allocation.fixed_tokens
+        assert allocation.worst >= target
+    assert allocation.worst == min(row[name] for row, name in zip(parts, allocation.levels, strict=True))
     (row,) = sweep(parts, TOKENS, [target])
     assert sum(row["parts"].values()) == len(parts)
 
@@ -51,14 +51,14 @@ def test_an_allocation_costs_no_more_than_an_equally_good_fixed_level(parts, tar
 def test_segments_are_coded_alone_and_compared_on_their_own_frames(tokenizer, clip):
     budgets = own_budgets(tokenizer)
     video = torch.nn.functional.interpolate(clip[:, :, :27], (27, 32, 32), mode="trilinear")
-    found = segment_psnr(budgets, video, 17)
-    assert len(found) == 2
+    results = segment_psnr(budgets, video, 17)
+    assert len(results) == 2
     with torch.no_grad(), autocast("cpu"):
         first = tokenizer(video[:, :, :17], 16).sample
         padded = torch.cat([video[:, :, 17:], video[:, :, -1:].expand(-1, -1, 7, -1, -1)], 2)
         last = tokenizer(padded, 8).sample[:, :, :10]
-    assert found[0]["16x"] == pytest.approx(float(psnr(first, video[:, :, :17])), abs=1e-4)
-    assert found[1]["8x"] == pytest.approx(float(psnr(last, video[:, :, 17:])), abs=1e-4)
+    assert results[0]["16x"] == pytest.approx(float(psnr(first, video[:, :, :17])), abs=1e-4)
+    assert results[1]["8x"] == pytest.approx(float(psnr(last, video[:, :, 17:])), abs=1e-4)
 
 
 def test_figures_count_the_first_frame_of_every_segment(tokenizer):
@@ -67,8 +67,8 @@ def test_figures_count_the_first_frame_of_every_segment(tokenizer):
     clips = SyntheticDataset("eval", 1, 33, 32)
     budgets = own_budgets(tokenizer)
     reconstruction = {b.name: {"per_clip": [{"psnr": 20.0}]} for b in budgets}
-    found = adaptive_figures(budgets, reconstruction, clips, (33, 32, 32), 17, 0.0)
-    assert found["tokens"]["16x"] == {"clip_tokens": 3 * 4, "segment_tokens": 2 * 4}
-    assert found["by_clip"]["tokens"] == 12  # nothing is too bad for 0 dB
-    assert found["by_segment"]["tokens"] == 16
-    assert len(found["segment_psnr"][0]) == 2
+    figures = adaptive_figures(budgets, reconstruction, clips, (33, 32, 32), 17, 0.0)
+    assert figures["tokens"]["16x"] == {"clip_tokens": 3 * 4, "segment_tokens": 2 * 4}
+    assert figures["by_clip"]["tokens"] == 12  # nothing is too bad for 0 dB
+    assert figures["by_segment"]["tokens"] == 16
+    assert len(figures["segment_psnr"][0]) == 2

@@ -33,23 +33,23 @@ def test_a_length_that_a_budget_does_not_take_is_padded():
 
 def test_figures_are_those_of_the_evaluation_to_the_last_digit(tokenizer, tmp_path):
     clips = SyntheticDataset("eval", 3, 17, 32)
-    found, facts = compare_reconstructions(own_budgets(tokenizer), clips, tmp_path)
+    results, facts = compare_reconstructions(own_budgets(tokenizer), clips, tmp_path)
     for ratio in (4, 16):
         videos = (clips.fixed(i)["video"][None] for i in range(3))
         alone = evaluate_fully(tokenizer, videos, ratio)
-        assert {key: found[f"{ratio}x"][key] for key in alone} == alone
-    assert found["4x"]["kl_bits_per_pixel"] > 0
+        assert {key: results[f"{ratio}x"][key] for key in alone} == alone
+    assert results["4x"]["kl_bits_per_pixel"] > 0
     assert [clip.caption for clip in facts] == [clips.fixed(i)["caption"] for i in range(3)]
 
 
 def test_saved_videos_and_frames_are_the_measured_ones(tokenizer, tmp_path):
     clips = SyntheticDataset("eval", 2, 17, 32)
-    found, facts = compare_reconstructions(own_budgets(tokenizer), clips, tmp_path)
+    results, facts = compare_reconstructions(own_budgets(tokenizer), clips, tmp_path)
     video = clips.fixed(1)["video"][None]
     assert np.array_equal(np.load(facts[1].videos[ORIGINAL]), to_uint8(video)[0].numpy())
     error = np.load(facts[1].videos["8x"]).astype(float) - np.load(facts[1].videos[ORIGINAL])
     psnr = -10 * np.log10(np.square(error / 255).mean())
-    assert found["8x"]["per_clip"][1]["psnr"] == pytest.approx(psnr, abs=1e-3)
+    assert results["8x"]["per_clip"][1]["psnr"] == pytest.approx(psnr, abs=1e-3)
     per_frame = -10 * np.log10(np.square(error / 255).mean((1, 2, 3)))
     assert facts[1].psnr_per_frame["8x"] == pytest.approx(per_frame.tolist(), abs=1e-3)
 
@@ -58,8 +58,8 @@ def test_a_baseline_that_pads_is_compared_on_the_same_frames(tmp_path):
     torch.manual_seed(0)
     baseline = Budget("wan", build_baseline("AutoencoderKLWan", WAN).eval(), 4, 8, 4, False)
     clips = SyntheticDataset("eval", 2, 15, 32)  # coded as 17
-    found, facts = compare_reconstructions([baseline], clips, tmp_path)
-    assert len(found["wan"]["psnr_per_frame"]) == 15
+    results, facts = compare_reconstructions([baseline], clips, tmp_path)
+    assert len(results["wan"]["psnr_per_frame"]) == 15
     assert np.load(facts[0].videos["wan"]).shape == (15, 32, 32, 3)
 
 

@@ -56,14 +56,14 @@ def test_a_transformers_clip_model_gives_its_own_cosine(clip_folder, video):
     model = CLIPModel.from_pretrained(clip_folder).eval()
     words, prepare = learn_vocabulary([PROMPT], 300, max_length=12), CLIPImageProcessor.from_pretrained(clip_folder)
     tokens = words([PROMPT], return_tensors="pt", truncation=True)
-    found = []
+    similarities = []
     for frame in video:  # logits_per_image is the cosine times a learned scale
         pixels = prepare(Image.fromarray(frame), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             output = model(tokens["input_ids"], pixels, tokens["attention_mask"])
-            found.append(float(output.logits_per_image / model.logit_scale.exp()))
-    assert ClipSimilarity.load(str(clip_folder))(video, PROMPT) == pytest.approx(np.mean(found), abs=1e-5)
-    assert np.std(found) > 1e-5
+            similarities.append(float(output.logits_per_image / model.logit_scale.exp()))
+    assert ClipSimilarity.load(str(clip_folder))(video, PROMPT) == pytest.approx(np.mean(similarities), abs=1e-5)
+    assert np.std(similarities) > 1e-5
 
 
 def test_an_openclip_model_gives_its_own_cosine(openclip_folder, video):

@@ -91,10 +91,10 @@ def test_calls_are_timed_in_turns_after_a_warm_up_and_give_the_median():
 
 
 def test_costs_at_one_length(costs):
-    found = costs.measure_length(33, Effort(batch=1, steps=1, rounds=1))
-    assert [found[name]["tokens"] for name in ("4x", "8x", "16x")] == [36, 20, 12]
-    assert found["4x"]["training_gflops"] > found["8x"]["training_gflops"] > found["16x"]["training_gflops"]
-    for row in found.values():
+    results = costs.measure_length(33, Effort(batch=1, steps=1, rounds=1))
+    assert [results[name]["tokens"] for name in ("4x", "8x", "16x")] == [36, 20, 12]
+    assert results["4x"]["training_gflops"] > results["8x"]["training_gflops"] > results["16x"]["training_gflops"]
+    for row in results.values():
         assert row["sampling_seconds"] == row["denoising_seconds"] + row["decoding_seconds"] > 0
         assert row["train_peak_mib"] > 0
 
@@ -120,21 +120,21 @@ def test_figures_that_need_denoising_or_a_decoder_are_omitted_without_them(costs
 
 
 def test_lengths_beyond_the_limit_are_extrapolated_and_marked(costs):
-    found = costs.measure_lengths(Effort(batch=1, steps=1, rounds=1))
-    for name, points in found.items():
+    results = costs.measure_lengths(Effort(batch=1, steps=1, rounds=1))
+    for name, points in results.items():
         assert [point["frames"] for point in points] == list(LENGTHS)
         assert [point["measured"] for point in points] == [True, *[False] * 6]
         assert all(point[measure] > 0 for point in points for measure in MEASURES)
         assert points[-1]["tokens"] == costs.tokens(next(b for b in costs.budgets if b.name == name), 1025)
-    assert fit_errors(found) == dict.fromkeys(MEASURES)
+    assert fit_errors(results) == dict.fromkeys(MEASURES)
 
 
 def test_the_error_of_a_curve_is_measured_on_the_longest_clip():
     points = [{"tokens": n, "measured": True, **dict.fromkeys(MEASURES, float(n))} for n in (10, 20, 40, 80)]
     points[-1]["train_step_seconds"] = 100.0
-    found = fit_errors({"4x": points})
-    assert found["train_step_seconds"] == pytest.approx(0.2)
-    assert found["denoising_step_seconds"] == pytest.approx(0, abs=1e-9)
+    results = fit_errors({"4x": points})
+    assert results["train_step_seconds"] == pytest.approx(0.2)
+    assert results["denoising_step_seconds"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_baseline_with_another_grid_costs_what_its_tokens_cost(config, tokenizer):

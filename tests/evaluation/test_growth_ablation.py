@@ -65,10 +65,10 @@ def test_the_newest_line_counts_and_other_lines_do_not(tmp_path):
     path = tmp_path / "growth_ablation.jsonl"
     lines = [*ROWS, row("direct", 0, 24.0, 6e15), row("direct", 0, 99.0, 1.0, what="cost")]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = read(path)
-    assert [(r["variant"], r["seed"]) for r in found] == [(r["variant"], r["seed"]) for r in ROWS]
-    assert found[2]["psnr"] == 24.0
-    assert "| direct | 16x | 65x64x64 | 0, 1 | 24.25 |" in table(found)
+    rows = read(path)
+    assert [(r["variant"], r["seed"]) for r in rows] == [(r["variant"], r["seed"]) for r in ROWS]
+    assert rows[2]["psnr"] == 24.0
+    assert "| direct | 16x | 65x64x64 | 0, 1 | 24.25 |" in table(rows)
     with pytest.raises(UserError, match="no such file"):
         read(tmp_path / "none.jsonl")
     path.write_text(json.dumps(lines[-1]) + "\n")

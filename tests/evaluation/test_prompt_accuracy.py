@@ -24,9 +24,9 @@ def test_right_videos_are_counted_by_the_motion_asked_for():
     videos = [render(scene, i, frames=17) for i, scene in enumerate(scenes)]
     videos[2] = videos[2][:1].repeat(17, 0)
     videos[0] = render(parse_caption("a blue plus grows"), 0, frames=17)
-    found = accuracy_figures(videos, scenes)
-    assert found["right_by_motion"] == {"turns clockwise": (0, 1), "circles": (1, 1), "grows": (1, 2)}
-    assert found["accuracy"] == accuracies(videos, scenes)
+    figures = accuracy_figures(videos, scenes)
+    assert figures["right_by_motion"] == {"turns clockwise": (0, 1), "circles": (1, 1), "grows": (1, 2)}
+    assert figures["accuracy"] == accuracies(videos, scenes)
 
 
 def test_seed_and_split_determine_the_scenes():

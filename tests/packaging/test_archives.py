@@ -56,17 +56,17 @@ def test_promag_imports_real_files_loads_both_checkpoints_and_samples(name, plac
     # Importing every module takes seconds: once where the rooms lie at the top, once where they lie in the package.
     rooms = ROOMS if name in ("editable", "wheel") else []
     output = place.run("-c", PROBE, archives / "checkout" / "checkpoints", tmp_path / "video.npy", *rooms)
-    found = json.loads(output.splitlines()[-1])
+    report = json.loads(output.splitlines()[-1])
     video = np.load(tmp_path / "video.npy")
     assert video.shape == (17, 64, 64, 3)
     assert np.abs(video - expected_video).max() < 1e-3
-    assert (found["one module"], found["one class"]) == (True, True)
+    assert (report["one module"], report["one class"]) == (True, True)
     layers = str(place.root / "tokenizer" / "layers.py")
-    assert found["code"] == found["files"]["promag.tokenizer.layers"] == layers  # where a debugger's breakpoint binds
-    assert {f"promag.{room}" for room in rooms} <= found["files"].keys()
-    assert all(Path(file).is_relative_to(place.root) for file in found["files"].values())
-    assert all(Path(file).resolve() == Path(file) for file in found["files"].values())
-    counts = Counter(file for file in found["files of modules"] if Path(file).is_relative_to(place.root))
+    assert report["code"] == report["files"]["promag.tokenizer.layers"] == layers  # where a debugger's breakpoint binds
+    assert {f"promag.{room}" for room in rooms} <= report["files"].keys()
+    assert all(Path(file).is_relative_to(place.root) for file in report["files"].values())
+    assert all(Path(file).resolve() == Path(file) for file in report["files"].values())
+    counts = Counter(file for file in report["files of modules"] if Path(file).is_relative_to(place.root))
     assert set(counts.values()) == {1}
 
 

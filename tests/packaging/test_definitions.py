@@ -57,8 +57,8 @@ class LanguageServer:
         document = {"uri": file.as_uri(), "languageId": "python", "version": 1, "text": text}
         self.send(method="textDocument/didOpen", params={"textDocument": document})
         position = {"line": before.count("\n"), "character": len(before) - before.rfind("\n") - 1}
-        found = self.ask("textDocument/definition", textDocument={"uri": file.as_uri()}, position=position)
-        return [place["uri"] for place in found]
+        locations = self.ask("textDocument/definition", textDocument={"uri": file.as_uri()}, position=position)
+        return [place["uri"] for place in locations]
 
 
 @pytest.mark.skipif(not SERVER.exists(), reason="pyright is not installed")

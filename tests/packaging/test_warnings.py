@@ -15,11 +15,11 @@ LIBRARIES = ("diffusers", "transformers", "accelerate", "peft")
 @pytest.fixture
 def messages():
     """All warnings, and all log messages of level warning or higher, while the test runs."""
-    found: list[str] = []
+    logged: list[str] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            logged.append(record.getMessage())
 
     handler = Collect(logging.WARNING)
     for name in LIBRARIES:
@@ -27,7 +27,7 @@ def messages():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield lambda: [
-            *found,
+            *logged,
             *(str(w.message) for w in caught if not issubclass(w.category, ResourceWarning)),
         ]  # of other tests
     for name in LIBRARIES:

@@ -24,6 +24,6 @@ def call(pipe, prompt=PROMPTS[0], **arguments):
 
 def like(pipe, **changes):
     """Return a pipeline with copies of the parts, with changes; tests may modify it."""
-    made = ProMAGPipeline(**{**copy.deepcopy(pipe.components), **changes}, **SIZES)
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipeline = ProMAGPipeline(**{**copy.deepcopy(pipe.components), **changes}, **SIZES)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

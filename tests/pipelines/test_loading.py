@@ -47,10 +47,10 @@ def test_a_loaded_pipeline_samples_the_same_video_by_either_class(pipe, saved):
     assert index["vae"] == ["promag", "AutoencoderKLProMAG"]
     assert index["transformer"] == ["promag", "ProMAGTransformer3DModel"]
     for cls in (ProMAGPipeline, DiffusionPipeline):
-        found = loaded(saved, cls)
-        assert type(found) is ProMAGPipeline
-        assert np.array_equal(call(found), call(pipe))
-        assert found.config["num_frames"] == 17
+        result = loaded(saved, cls)
+        assert type(result) is ProMAGPipeline
+        assert np.array_equal(call(result), call(pipe))
+        assert result.config["num_frames"] == 17
 
 
 def test_a_saved_folder_loads_after_the_file_of_a_class_has_moved(pipe, saved, monkeypatch):
@@ -60,9 +60,9 @@ def test_a_saved_folder_loads_after_the_file_of_a_class_has_moved(pipe, saved, m
     monkeypatch.setitem(sys.modules, "promag.diffusion.moved", module)
     moved.loader.exec_module(module)
     monkeypatch.setitem(promag._HOME, "ProMAGTransformer3DModel", ".diffusion.moved")
-    found = loaded(saved)
-    assert type(found.transformer) is module.ProMAGTransformer3DModel is not ProMAGTransformer3DModel
-    assert np.array_equal(call(found), call(pipe))
+    result = loaded(saved)
+    assert type(result.transformer) is module.ProMAGTransformer3DModel is not ProMAGTransformer3DModel
+    assert np.array_equal(call(result), call(pipe))
 
 
 @pytest.mark.parametrize("cls", [DiffusionPipeline, ProMAGPipeline])
@@ -104,8 +104,8 @@ def test_types_variants_and_shards_of_the_parts(pipe, tmp_path):
     assert len([name for name in names if name.startswith("diffusion_pytorch_model.bf16-0000")]) > 1
     with pytest.raises(ValueError, match="variant=fp16"):
         loaded(tmp_path, variant="fp16")
-    found = loaded(tmp_path, variant="bf16", dtype={"transformer": torch.bfloat16, "default": torch.float32})
-    assert (found.transformer.dtype, found.vae.dtype, found.text_encoder.dtype) == (torch.bfloat16, *[torch.float32] * 2)
+    result = loaded(tmp_path, variant="bf16", dtype={"transformer": torch.bfloat16, "default": torch.float32})
+    assert (result.transformer.dtype, result.vae.dtype, result.text_encoder.dtype) == (torch.bfloat16, *[torch.float32] * 2)
     again = loaded(tmp_path, variant="bf16", dtype=torch.bfloat16)
     assert again.dtype == torch.bfloat16
     assert np.array_equal(call(again), call(half))
@@ -132,9 +132,9 @@ def hub_folder(monkeypatch, tmp_path):
     return tmp_path / "hub"
 
 
-@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
-def test_a_pushed_pipeline_has_a_card_with_its_use(pipe, hub_folder, tmp_path, how, monkeypatch):
-    if how == "push_to_hub":
+@pytest.mark.parametrize("method", ["push_to_hub", "save_pretrained"])
+def test_a_pushed_pipeline_has_a_card_with_its_use(pipe, hub_folder, tmp_path, method, monkeypatch):
+    if method == "push_to_hub":
         pipe.push_to_hub("discs")
     else:
         pipe.save_pretrained(str(tmp_path / "discs"), push_to_hub=True)
@@ -166,8 +166,8 @@ def test_an_existing_card_is_kept(pipe, hub_folder, monkeypatch):
 def test_models_are_pushed_with_a_card_too(pipe, hub_folder):
     pipe.vae.push_to_hub("tokenizer")
     assert (hub_folder / "README.md").exists()
-    found = AutoencoderKLProMAG.from_pretrained(hub_folder)
-    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), pipe.vae.parameters(), strict=True))
+    result = AutoencoderKLProMAG.from_pretrained(hub_folder)
+    assert all(torch.equal(a, b) for a, b in zip(result.parameters(), pipe.vae.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])

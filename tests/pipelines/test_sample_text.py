@@ -26,14 +26,14 @@ def test_frozen_embeddings_are_cached_and_trained_ones_computed_anew(tmp_path, o
     kept = SampleText(text, PROMPTS)
     for round in range(2):
         for prompts in (PROMPTS, [""], PROMPTS[1:]):
-            found = kept.encode(prompts, learned)
+            actual = kept.encode(prompts, learned)
             with torch.no_grad():
                 expected = side_by_side(
                     [encode(pair[1], tokenize(pair[0], prompts)) for pair in _ordered(frozen, learned, order)]
                 )
-            for ours, theirs in zip((*found.tokens, *found.masks), (*expected.tokens, *expected.masks), strict=True):
-                assert torch.allclose(ours, theirs, atol=1e-6)
-            assert torch.allclose(found.pooled, expected.pooled, atol=1e-6)
+            for ours, reference in zip((*actual.tokens, *actual.masks), (*expected.tokens, *expected.masks), strict=True):
+                assert torch.allclose(ours, reference, atol=1e-6)
+            assert torch.allclose(actual.pooled, expected.pooled, atol=1e-6)
         if round == 0:
             shutil.rmtree(tmp_path / "t5")  # is not needed again
             with torch.no_grad():

@@ -11,7 +11,7 @@ REQUESTS = [
     SampleRequest("a blue square grows", 5),
     SampleRequest("a red disc moves left", 6),
 ]
-HOW = {"precision": "fp32", "num_inference_steps": 3, "guidance_scale": 2.0}
+OPTIONS = {"precision": "fp32", "num_inference_steps": 3, "guidance_scale": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -19,47 +19,49 @@ def pipe():
     return make_pipeline()
 
 
-def made(pipe, requests, batch=1, **how):
-    return [video for videos, _ in make_videos(pipe, requests, batch, **HOW, **how) for video in videos]
+def sampled(pipe, requests, batch=1, **options):
+    return [video for videos, _ in make_videos(pipe, requests, batch, **OPTIONS, **options) for video in videos]
 
 
 def test_a_video_depends_on_its_prompt_and_seed_alone(pipe):
-    alone = [made(pipe, [request])[0] for request in REQUESTS]
+    alone = [sampled(pipe, [request])[0] for request in REQUESTS]
     assert alone[0].dtype == np.uint8
     assert alone[0].shape == (17, 16, 24, 3)
     for batch in (1, 2, 3):
-        for request, video in zip(alone, made(pipe, REQUESTS, batch), strict=True):
+        for request, video in zip(alone, sampled(pipe, REQUESTS, batch), strict=True):
             assert np.abs(request.astype(int) - video).max() <= 1  # rounding
-    assert np.array_equal(made(pipe, REQUESTS[::-1])[-1], alone[0])
+    assert np.array_equal(sampled(pipe, REQUESTS[::-1])[-1], alone[0])
     for other in alone[1:]:
         assert np.abs(alone[0].astype(int) - other).mean() > 1
 
 
 def test_progress_is_reported_and_every_part_takes_time(pipe):
-    said, spent = [], []
-    for _, seconds in make_videos(pipe, REQUESTS, 2, on_progress=lambda *count: said.append((len(spent), *count)), **HOW):
+    progress, spent = [], []
+    for _, seconds in make_videos(
+        pipe, REQUESTS, 2, on_progress=lambda *count: progress.append((len(spent), *count)), **OPTIONS
+    ):
         spent.append(seconds)
         assert min(seconds.text, seconds.denoising, seconds.decoding) > 0
-    assert [len(videos) for videos, _ in make_videos(pipe, REQUESTS, 2, **HOW)] == [2, 1]
-    assert said == [(0, 1, 6), (0, 2, 6), (0, 3, 6), (1, 4, 6), (1, 5, 6), (1, 6, 6)]
+    assert [len(videos) for videos, _ in make_videos(pipe, REQUESTS, 2, **OPTIONS)] == [2, 1]
+    assert progress == [(0, 1, 6), (0, 2, 6), (0, 3, 6), (1, 4, 6), (1, 5, 6), (1, 6, 6)]
     assert not pipe.transformer._forward_pre_hooks
 
 
 def test_a_draft_is_lifted_and_refined(pipe):
     """It equals the same calls made by hand, and each step is reported."""
-    request, said = REQUESTS[0], []
+    request, progress = REQUESTS[0], []
     draft = Draft(16, steps=2, strength=0.5)
-    how = {"temporal_ratio": 4, "num_inference_steps": 4, "guidance_scale": 2.0}
-    told = lambda *count: said.append(count)  # noqa: E731
-    [(videos, seconds)] = make_videos(pipe, [request], 1, "fp32", told, draft=draft, **how)
-    assert said == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    options = {"temporal_ratio": 4, "num_inference_steps": 4, "guidance_scale": 2.0}
+    on_progress = lambda *count: progress.append(count)  # noqa: E731
+    [(videos, seconds)] = make_videos(pipe, [request], 1, "fp32", on_progress, draft=draft, **options)
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert seconds.denoising > 0
     noise = torch.Generator().manual_seed(request.seed)
-    coarse = {**how, "temporal_ratio": 16, "num_inference_steps": 2, "output_type": "latent"}
+    coarse = {**options, "temporal_ratio": 16, "num_inference_steps": 2, "output_type": "latent"}
     lifted = pipe.vae.lift(pipe(request.prompt, generator=noise, **coarse).frames, 16, 4)
-    frames = pipe(request.prompt, generator=noise, latents=lifted, denoise_strength=0.5, **how).frames
+    frames = pipe(request.prompt, generator=noise, latents=lifted, denoise_strength=0.5, **options).frames
     assert np.array_equal(videos[0], (frames[0] * 255).round().astype(np.uint8))
-    [(plain, _)] = make_videos(pipe, [request], 1, "fp32", draft=Draft(16, 2, 0.0), **how)
+    [(plain, _)] = make_videos(pipe, [request], 1, "fp32", draft=Draft(16, 2, 0.0), **options)
     decoded = pipe.vae.decode(lifted, 4).sample[0].movedim(0, -1) / 2 + 0.5
     assert np.abs(plain[0].astype(int) - decoded.clamp(0, 1).mul(255).round().int().numpy()).max() <= 1
 
@@ -67,7 +69,7 @@ def test_a_draft_is_lifted_and_refined(pipe):
 @pytest.mark.parametrize(("ratio", "strength"), [(4, 0.5), (16, 1.0), (16, -0.1)])
 def test_invalid_drafts_are_refused(pipe, ratio, strength):
     with pytest.raises(ValueError, match=f"draft at {ratio}x with denoise_strength {strength:g} for a video at 4x"):
-        next(make_videos(pipe, REQUESTS, draft=Draft(ratio, 2, strength), temporal_ratio=4, **HOW))
+        next(make_videos(pipe, REQUESTS, draft=Draft(ratio, 2, strength), temporal_ratio=4, **OPTIONS))
 
 
 @pytest.mark.parametrize(

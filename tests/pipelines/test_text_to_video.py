@@ -150,13 +150,13 @@ def test_refining_runs_the_last_steps_from_noised_latents(pipe, strength):
     steps = []
     refined = call(pipe, **given, callback_on_step_end=lambda p, i, t, x: steps.append(float(t)) or {})
     noise = torch.randn(1, 4, 2, 2, 3, generator=seed(6))
-    made = round(4 * strength)
-    assert len(steps) == made
+    count = round(4 * strength)
+    assert len(steps) == count
 
     def exchange(p, step, time, tensors):
-        if step != 3 - made:
+        if step != 3 - count:
             return {}
-        level = p.scheduler.sigmas[4 - made]
+        level = p.scheduler.sigmas[4 - count]
         assert float(level) * 1000 == pytest.approx(steps[0])
         return {"latents": (1 - level) * (clean - 0.5) / 0.5 + level * noise}  # the mean and deviation of these latents
 
@@ -387,8 +387,8 @@ def test_zeros_and_other_types_are_named(pipe, arguments, message):
 
 def test_numbers_of_numpy_are_accepted(pipe):
     expected = call(pipe, num_frames=33, guidance_scale=2.0, fps=8.0)
-    found = call(pipe, num_frames=np.int64(33), guidance_scale=np.float32(2), fps=np.int32(8), num_inference_steps=np.int16(2))
-    assert np.array_equal(found, expected)
+    result = call(pipe, num_frames=np.int64(33), guidance_scale=np.float32(2), fps=np.int32(8), num_inference_steps=np.int16(2))
+    assert np.array_equal(result, expected)
 
 
 def test_sampled_videos_do_not_depend_on_their_number(pipe):

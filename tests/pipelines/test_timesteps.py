@@ -79,34 +79,34 @@ def test_stochastic_schedulers_draw_noise_from_each_videos_generator(pipe):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_times_are_shifted_for_the_tokens_as_in_training(name):
     trained = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    made = scheduler(name, trained.config)
-    times = 1000 * set_flow_times(made, 10, 64, CPU)[:-1]
+    built = scheduler(name, trained.config)
+    times = 1000 * set_flow_times(built, 10, 64, CPU)[:-1]
     straight = shift_times(GRIDS.get(name, GRID), token_shift(64, 3.0)) * 1000
     assert torch.allclose(times.unique().flip(0), straight, rtol=0.02, atol=4)
-    assert torch.allclose(times, made.timesteps.float(), atol=1)
-    assert made.sigmas[-1] == 0
-    assert set_flow_times(made, 10, 64, CPU)[-1] == 0
-    before = dict(made.config)
-    set_flow_times(made, 10, 1024, CPU)
-    assert dict(made.config) == before
+    assert torch.allclose(times, built.timesteps.float(), atol=1)
+    assert built.sigmas[-1] == 0
+    assert set_flow_times(built, 10, 64, CPU)[-1] == 0
+    before = dict(built.config)
+    set_flow_times(built, 10, 1024, CPU)
+    assert dict(built.config) == before
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_constant_shift_is_kept(name):
     constant = {"flow_shift": 2.0} if "use_flow_sigmas" in SCHEDULERS[name][1] else {"shift": 2.0}
-    made = SCHEDULERS[name][0](**SCHEDULERS[name][1], **constant)
-    times = [1000 * set_flow_times(made, 10, count, CPU)[:-1] for count in (64, 1024)]
+    built = SCHEDULERS[name][0](**SCHEDULERS[name][1], **constant)
+    times = [1000 * set_flow_times(built, 10, count, CPU)[:-1] for count in (64, 1024)]
     assert torch.equal(*times)
     expected = shift_times(GRIDS.get(name, GRID), math.log(2)) * 1000
     assert torch.allclose(times[0].unique().flip(0), expected, rtol=0.02, atol=4)
 
 
 @pytest.mark.parametrize(
-    "made", [DDIMScheduler(), UniPCMultistepScheduler(), DPMSolverMultistepScheduler(use_flow_sigmas=True)]
+    "built", [DDIMScheduler(), UniPCMultistepScheduler(), DPMSolverMultistepScheduler(use_flow_sigmas=True)]
 )
-def test_a_scheduler_that_integrates_no_flow_is_refused(pipe, made):
-    with pytest.raises(ValueError, match=f"scheduler {type(made).__name__}: .* use FlowMatchEulerDiscreteScheduler"):
-        call(like(pipe, scheduler=made))
+def test_a_scheduler_that_integrates_no_flow_is_refused(pipe, built):
+    with pytest.raises(ValueError, match=f"scheduler {type(built).__name__}: .* use FlowMatchEulerDiscreteScheduler"):
+        call(like(pipe, scheduler=built))
 
 
 @torch.no_grad()
@@ -126,10 +126,10 @@ def test_the_pure_sampler_equals_the_pipeline_bit_for_bit(pipe):
     times = pipe.scheduler.sigmas
     assert torch.allclose(times, flow_times(4, token_shift(18, pipe.scheduler.config["shift"])), atol=1e-6)
     encoded = pipe.vae.encode(2 * picture[None, :, None] - 1, 16).latent_dist.mode()
-    found = sample_flow(
+    result = sample_flow(
         model,
         torch.randn(1, 4, 3, 2, 3, generator=seed()),
         times,
         conditioning=pipe.transformer.normalise(encoded, 16),
     )
-    assert torch.equal(pipe.transformer.denormalise(found, 16), expected)
+    assert torch.equal(pipe.transformer.denormalise(result, 16), expected)

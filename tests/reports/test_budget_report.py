@@ -32,9 +32,9 @@ def report(tmp_path_factory):
     tokenizer.grow()
     clips = SyntheticDataset("eval", 3, FRAMES, SIZE)
     budgets = own_budgets(tokenizer)
-    found, facts = compare_reconstructions(budgets, clips, tmp_path_factory.mktemp("videos"))
-    figures = {b.name: {**b.facts(FRAMES, SIZE, SIZE), "reconstruction": found[b.name]} for b in budgets}
-    adaptive = adaptive_figures(budgets, found, clips, (FRAMES, SIZE, SIZE), 17, 15.0)
+    results, facts = compare_reconstructions(budgets, clips, tmp_path_factory.mktemp("videos"))
+    figures = {b.name: {**b.facts(FRAMES, SIZE, SIZE), "reconstruction": results[b.name]} for b in budgets}
+    adaptive = adaptive_figures(budgets, results, clips, (FRAMES, SIZE, SIZE), 17, 15.0)
     curves = {"Training step, s": {name: [(17, 1.0, True), (33, 2.0, False)] for name in figures}}
     return BudgetReport("</title><script>alert(1)</script>", figures, list(figures), facts, adaptive, curves)
 

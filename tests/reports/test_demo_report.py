@@ -213,16 +213,16 @@ def test_a_slower_first_row_and_missing_baseline(tmp_path):
 
 def test_the_json_holds_the_same_figures(written):
     folder, _ = written
-    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report_json = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     given = report()
-    for row, expected in zip(found["rows"], given.rows, strict=True):
+    for row, expected in zip(report_json["rows"], given.rows, strict=True):
         accuracy = {k: tuple(v) for k, v in (row["accuracy"] or {}).items()} or None
         readable = {k: tuple(v) for k, v in (row["readable"] or {}).items()} or None
         assert BudgetRow(**{**row, "accuracy": accuracy, "readable": readable}) == expected
-    assert found["chance"] == given.chance
-    assert {k: [tuple(p) for p in v] for k, v in found["curves"].items()} == given.curves
-    assert (found["title"], found["summary"], found["facts"]) == (given.title, given.summary, given.facts)
-    assert found["reconstructions"] == [
+    assert report_json["chance"] == given.chance
+    assert {k: [tuple(p) for p in v] for k, v in report_json["curves"].items()} == given.curves
+    assert (report_json["title"], report_json["summary"], report_json["facts"]) == (given.title, given.summary, given.facts)
+    assert report_json["reconstructions"] == [
         {
             "name": "clip-1",
             "caption": "a red square",
@@ -235,7 +235,7 @@ def test_the_json_holds_the_same_figures(written):
             "columns": ["original", "4×", "8×", "16×"],
         }
     ]
-    assert found["samples"][0]["read"] == {"4": ["red disc moves left", True], "16": ["blue disc moves left", False]}
+    assert report_json["samples"][0]["read"] == {"4": ["red disc moves left", True], "16": ["blue disc moves left", False]}
 
 
 def test_hostile_text_stays_text(written, tmp_path):

@@ -46,8 +46,8 @@ def test_scaled_and_enlarged(tokenizer, video):
     original = whole[:, ::2, :48:2].astype(int)
     assert np.array_equal(whole[:, 1::2, 1:48:2], original)
     coarse = read_frames(video, range(9)).reshape(9, 8, 5, 8, 8, 3).mean((2, 4))  # means of blocks of 5x8
-    found = original.reshape(9, 8, 2, 8, 3, 3).mean((2, 4))
-    assert np.abs(found - coarse).mean() < 3
+    means = original.reshape(9, 8, 2, 8, 3, 3).mean((2, 4))
+    assert np.abs(means - coarse).mean() < 3
 
 
 def test_sizes_keep_their_shape_in_multiples_of_eight():

@@ -24,13 +24,13 @@ TINY_MODEL = {
 
 def overrides(values: dict, prefix: str = "") -> list[str]:
     """Turn nested values into --dotted.name=value arguments, as a shell user types them."""
-    found = []
+    arguments = []
     for key, value in values.items():
         if isinstance(value, dict):
-            found += overrides(value, f"{prefix}{key}.")
+            arguments += overrides(value, f"{prefix}{key}.")
         else:
-            found.append(f"--{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
-    return found
+            arguments.append(f"--{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return arguments
 
 
 LOOP = {"steps": 2, "batch_size": 1, "warmup": 1}

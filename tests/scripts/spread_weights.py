@@ -84,6 +84,6 @@ def muon(device: torch.device) -> list[float]:
 def main(arguments: Sequence[str]) -> None:
     """Write the results of this process into the given folder."""
     state = processes()
-    found = {"float32": spread_transformer(state.device, False), "bf16": spread_transformer(state.device, True)}
-    found["muon_learning_rate"] = muon(state.device)
-    (Path(arguments[0]) / f"spread-{state.process_index}.json").write_text(json.dumps(found))
+    results = {"float32": spread_transformer(state.device, False), "bf16": spread_transformer(state.device, True)}
+    results["muon_learning_rate"] = muon(state.device)
+    (Path(arguments[0]) / f"spread-{state.process_index}.json").write_text(json.dumps(results))

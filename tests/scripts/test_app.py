@@ -23,14 +23,14 @@ PATIENCE = 60  # seconds, on busy machines
 @pytest.fixture(scope="module")
 def asked_hosts():
     """Names and addresses that this process looks up while the page is served."""
-    found, look_up = set(), socket.getaddrinfo
+    hosts, look_up = set(), socket.getaddrinfo
 
     def recorded(host, *rest, **more):
-        found.add(str(host))
+        hosts.add(str(host))
         return look_up(host, *rest, **more)
 
     socket.getaddrinfo = recorded
-    yield found
+    yield hosts
     socket.getaddrinfo = look_up
 
 
@@ -57,11 +57,11 @@ def wait(browser, selector, text=""):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    def found(driver):
+    def hosts(driver):
         parts = driver.find_elements(By.CSS_SELECTOR, selector)
         return next((part for part in parts if text in driver.execute_script("return arguments[0].textContent", part)), None)
 
-    return WebDriverWait(browser, PATIENCE, 0.1).until(found)
+    return WebDriverWait(browser, PATIENCE, 0.1).until(hosts)
 
 
 def upload(browser, path):

@@ -62,12 +62,12 @@ def counted(call, *arguments):
 def test_each_level_and_a_baseline_are_measured(smallest, small_wan, tmp_path, capsys):
     out = tmp_path / "speed.jsonl"
     run(smallest, "--baselines", "AutoencoderKLWan", "--rounds", 2, "--precision", "fp32", "--record", out)
-    ours, theirs = lines(out)
+    ours, baseline = lines(out)
     assert [row["ratio"] for row in ours["rows"]] == [4, 8, 16]
     assert [row["latent_shape"] for row in ours["rows"]] == [[1, 4, t, 4, 6] for t in (5, 3, 2)]
     assert [row["latent_values"] for row in ours["rows"]] == [480, 288, 192]
     wan = build_baseline("AutoencoderKLWan", {})
-    models = [(make_tokenizer(), ours["rows"]), (wan.eval(), theirs["rows"])]
+    models = [(make_tokenizer(), ours["rows"]), (wan.eval(), baseline["rows"])]
     for model, row in ((model, row) for model, rows in models for row in rows):
         gflops, posterior = counted(model.encode, torch.zeros(1, 3, *SIZE), row["ratio"])
         z = posterior.latent_dist.mode()
@@ -79,13 +79,13 @@ def test_each_level_and_a_baseline_are_measured(smallest, small_wan, tmp_path, c
             assert row[f"{name}_peak_mib"] * 2**20 >= (z if name == "encode" else torch.zeros(3, *SIZE)).nbytes
     for i, row in enumerate(ours["rows"]):
         assert row["parameters"] == sum(p.numel() for p in make_tokenizer(levels=1 + i).parameters())
-    assert theirs["rows"][0]["parameters"] == sum(p.numel() for p in wan.parameters())
-    assert (ours["architecture"], theirs["architecture"]) == ("ProMAG", "Wan 2.1")
-    assert {line["what"] for line in (ours, theirs)} == {"tokenizer speed"}
-    said = capsys.readouterr().out.splitlines()
+    assert baseline["rows"][0]["parameters"] == sum(p.numel() for p in wan.parameters())
+    assert (ours["architecture"], baseline["architecture"]) == ("ProMAG", "Wan 2.1")
+    assert {line["what"] for line in (ours, baseline)} == {"tokenizer speed"}
+    printed = capsys.readouterr().out.splitlines()
     starts = ["smallest 4x", "smallest 8x", "smallest 16x", "AutoencoderKLWan 4x"]
-    assert [line.split(",")[0] for line in said] == starts
-    assert "latent 1x4x2x4x6 = 192 values" in said[2]
+    assert [line.split(",")[0] for line in printed] == starts
+    assert "latent 1x4x2x4x6 = 192 values" in printed[2]
 
 
 def test_weights_and_pixels_have_the_requested_type(smallest, tmp_path, monkeypatch):
@@ -132,16 +132,16 @@ def test_cases_that_do_not_fit_are_recorded_and_the_run_continues(smallest, smal
 
     monkeypatch.setattr(AutoencoderKLProMAG, "decode", refusing)
     run(smallest, "--baselines", "AutoencoderKLWan", "--rounds", 1, "--record", out, status=1)
-    ours, theirs = lines(out)
-    assert [row["out_of_memory"] for row in ours["rows"] + theirs["rows"]] == [False, True, False, False]
+    ours, baseline = lines(out)
+    assert [row["out_of_memory"] for row in ours["rows"] + baseline["rows"]] == [False, True, False, False]
     assert [row.get("error") for row in ours["rows"]] == [None, None, "RuntimeError: canUse32BitIndexMath(input) of a kernel"]
     for row in ours["rows"]:
         assert row["encode_seconds"] > 0
         assert row["decode_gflops"] > 0
         assert ("decode_seconds" in row) == (row["ratio"] == 4)
-    said = capsys.readouterr().out.splitlines()
-    assert said[1].endswith("; out of memory")
-    assert "decode" not in said[1]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].endswith("; out of memory")
+    assert "decode" not in printed[1]
 
 
 @pytest.mark.parametrize(

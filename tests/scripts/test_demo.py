@@ -37,11 +37,11 @@ def test_a_second_call_reuses_trained_models_and_logs_it(demo_run, capsys):
     weights = demo_run / "video" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns
     assert main([*DEMO, "--output-dir", str(demo_run)]) == 0
-    said = capsys.readouterr().out
-    assert "4x: already trained" in said
-    assert "continues at step 2 of 2" in said
+    output = capsys.readouterr().out
+    assert "4x: already trained" in output
+    assert "continues at step 2 of 2" in output
     assert weights.stat().st_mtime_ns == before
-    assert f"report: {demo_run / 'report.html'}" in said
+    assert f"report: {demo_run / 'report.html'}" in output
 
 
 def test_real_videos_train_without_a_scorer(video_folder, tmp_path):

@@ -34,23 +34,25 @@ def lines(path) -> list[dict]:
 def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
     record = tmp_path / "results.jsonl"
     evaluate_pipeline.main([str(run / "pipeline"), *FEW, "--record", str(record), "--note", "random"])
-    said = capsys.readouterr().out.splitlines()
-    motions, said = [line for line in said if line[:2] == "  "], [line for line in said if line[:2] != "  "]
+    printed = capsys.readouterr().out.splitlines()
+    motions, printed = [line for line in printed if line[:2] == "  "], [line for line in printed if line[:2] != "  "]
     kinds = (", trained combinations", ", unseen combinations", ", reconstructions of as many unseen clips", "")
-    assert [line.split(":")[0] for line in said] == [f"mine {ratio}x{kind}" for ratio in (4, 16) for kind in kinds]
-    assert said[3] == "mine 4x: steps 10, seconds 5, validation_loss 0.4"
-    found = lines(record)
-    most = [line for line in found if line["what"] == "prompt accuracy of reconstructions"]
-    assert [(line["ratio"], line["clips"], line["accuracy"].keys()) for line in most] == [(r, 3, {*PARTS}) for r in (4, 16)]
-    found = [line for line in found if line not in most]
-    assert [(line["ratio"], line["unseen"]) for line in found] == [(4, False), (4, True), (16, False), (16, True)]
-    for line in found:
+    assert [line.split(":")[0] for line in printed] == [f"mine {ratio}x{kind}" for ratio in (4, 16) for kind in kinds]
+    assert printed[3] == "mine 4x: steps 10, seconds 5, validation_loss 0.4"
+    results = lines(record)
+    upper_limits = [line for line in results if line["what"] == "prompt accuracy of reconstructions"]
+    assert [(line["ratio"], line["clips"], line["accuracy"].keys()) for line in upper_limits] == [
+        (r, 3, {*PARTS}) for r in (4, 16)
+    ]
+    results = [line for line in results if line not in upper_limits]
+    assert [(line["ratio"], line["unseen"]) for line in results] == [(4, False), (4, True), (16, False), (16, True)]
+    for line in results:
         assert (line["prompts"], line["steps"], line["guidance"], line["note"]) == (3, 2, 4.0, "random")
         assert set(line["accuracy"]) == set(PARTS)
         right, clips = (sum(counts) for counts in zip(*line["right_by_motion"].values(), strict=True))
         assert (right, clips) == (round(3 * line["accuracy"]["all"][0]), 3)
-        told = ", ".join(f"{motion} {right} of {clips}" for motion, (right, clips) in line["right_by_motion"].items())
-        assert motions.pop(0) == f"  all right by motion: {told}"
+        expected = ", ".join(f"{motion} {right} of {clips}" for motion, (right, clips) in line["right_by_motion"].items())
+        assert motions.pop(0) == f"  all right by motion: {expected}"
         assert line["sampling_seconds"] > 0
         assert line["training"] == {"steps": 10, "seconds": 5.0, "validation_loss": 0.4 if line["ratio"] == 4 else 0.6}
 
@@ -80,9 +82,9 @@ def test_drafting_is_compared_with_sampling_from_noise(run, tmp_path, capsys):
     assert half["rival"] == nearest["way"]
     assert all(row["jitter"] > 0 and row["seconds"] > 0 for row in lines(record))
     assert len({row["jitter_of_true_clips"] for row in lines(record)}) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 6
-    assert said[-1] == str(sheet)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 6
+    assert printed[-1] == str(sheet)
     assert sheet.exists()
 
 

@@ -42,9 +42,9 @@ def load(folder):
     return pipe
 
 
-def sampled(pipe, **how):
+def sampled(pipe, **options):
     generator = torch.Generator().manual_seed(0)
-    return pipe("a red disc grows", num_inference_steps=2, generator=generator, output_type="latent", **how).frames
+    return pipe("a red disc grows", num_inference_steps=2, generator=generator, output_type="latent", **options).frames
 
 
 def test_adapters_alone_are_trained_and_saved(lora, base):

@@ -133,13 +133,13 @@ def test_a_second_call_trains_and_records_nothing_and_prints_the_table(lines, co
     before = (config.parent / "growth_ablation.jsonl").read_text()
     assert growth_ablation.main(["--config", str(config), "--only-variants", "[warm]"]) == 0
     assert (config.parent / "growth_ablation.jsonl").read_text() == before
-    said = capsys.readouterr().out
-    assert "4x: already trained" in said
-    assert "== progressive" not in said
-    row = next(line for line in said.splitlines() if line.startswith("| warm | 16x | 17x32x32 | 0 |"))
+    output = capsys.readouterr().out
+    assert "4x: already trained" in output
+    assert "== progressive" not in output
+    row = next(line for line in output.splitlines() if line.startswith("| warm | 16x | 17x32x32 | 0 |"))
     warm = next(line for line in lines if line["variant"] == "warm")
     assert f"{warm['psnr']:.2f}" in row
-    assert "| base | 4x | 17x32x32 | 0, 1 |" in said
+    assert "| base | 4x | 17x32x32 | 0, 1 |" in output
 
 
 def test_costs_are_recorded_by_stage_and_inherited_part(lines):
@@ -157,12 +157,12 @@ def test_costs_are_recorded_by_stage_and_inherited_part(lines):
 
 def test_the_report_draws_the_recorded_lines(lines, config, tmp_path, capsys):
     growth_ablation.main(["report", str(config.parent / "growth_ablation.jsonl"), "--out", str(tmp_path)])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     progressive, warm = (
         next(r for r in lines if r["variant"] == variant and r["ratio"] == 16) for variant in ("progressive", "warm")
     )
-    assert f"| warm | 17x32x32 | 0 | {progressive['psnr'] - warm['psnr']:+.3f} |" in said
-    assert "| base, every 4th frame | 4x | 17x32x32 | 0, 1 |" in said
+    assert f"| warm | 17x32x32 | 0 | {progressive['psnr'] - warm['psnr']:+.3f} |" in output
+    assert "| base, every 4th frame | 4x | 17x32x32 | 0, 1 |" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"growth-ablation-17x32x32-{x}.svg" for x in ("compute-grown", "compute", "steps")
     ]

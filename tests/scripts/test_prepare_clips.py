@@ -48,11 +48,11 @@ def test_an_index_of_one_split(main, table, tmp_path, capsys):
         *(("grey a", start, 5) for start in (0.0, 0.5)),
         *(("grey b", start, 5) for start in (0.0, 0.5, 1.0, 1.5)),
     ]
-    said = capsys.readouterr().out
-    assert f"found 2 videos in {table}, split train" in said
-    assert "quarantined: 0" in said
-    assert "dropped 2 frames" in said
-    assert f"wrote 6 clips, 30 frames, to {out} in " in said
+    output = capsys.readouterr().out
+    assert f"found 2 videos in {table}, split train" in output
+    assert "quarantined: 0" in output
+    assert "dropped 2 frames" in output
+    assert f"wrote 6 clips, 30 frames, to {out} in " in output
     assert sorted(path.name for path in out.parent.iterdir()) == ["clips.jsonl"]
 
 
@@ -63,16 +63,16 @@ def test_omitted_videos_are_named(main, table, tmp_path, capsys):
         ("grey a", 20, 20),
         ("grey b", 20, 20),
     ]
-    said = capsys.readouterr().out
-    assert f"quarantined: 1\n  {tmp_path / 'd.mp4'}: cannot be opened" in said
-    assert REENCODE in said
+    output = capsys.readouterr().out
+    assert f"quarantined: 1\n  {tmp_path / 'd.mp4'}: cannot be opened" in output
+    assert REENCODE in output
     skipped = tmp_path / "clips.jsonl.skipped.jsonl"
-    assert f"too short: 1, 0.30 s: {tmp_path / 'c.mp4'} from 0.00 s\n  named in {skipped}\n" in said
+    assert f"too short: 1, 0.30 s: {tmp_path / 'c.mp4'} from 0.00 s\n  named in {skipped}\n" in output
     assert json.loads(skipped.read_text()) == {
         **{"path": str(tmp_path / "c.mp4"), "start": 0.0, "seconds": pytest.approx(0.3)},
         **{"frames": 5, "reason": "too short"},
     }
-    assert f"slower than 20 fps, frames repeat: 2\n  {tmp_path / 'a.mp4'}: 10\n" in said
+    assert f"slower than 20 fps, frames repeat: 2\n  {tmp_path / 'a.mp4'}: 10\n" in output
     record = json.loads(quarantine.read_text())
     assert record["path"] == str(tmp_path / "d.mp4")
     assert "cannot be opened" in record["reason"]
@@ -88,10 +88,10 @@ def test_shots_of_a_film(main, tmp_path, capsys):
     write_video(film, np.concatenate(parts), 20)
     main([str(film), "--scenes", "--out", str(out)])
     assert [(round(clip.start * 20), clip.frames) for clip in load_clips(out)] == [(0, 50), (132, 60)]
-    said = capsys.readouterr().out
-    assert f"black: 1, 0.50 s: {film} from 2.50 s\n" in said
-    assert f"too short: 1, 1.50 s: {film} from 3.00 s\n" in said
-    assert f"still: 1, 2.10 s: {film} from 4.50 s\n  named in {out}.skipped.jsonl\n" in said
+    output = capsys.readouterr().out
+    assert f"black: 1, 0.50 s: {film} from 2.50 s\n" in output
+    assert f"too short: 1, 1.50 s: {film} from 3.00 s\n" in output
+    assert f"still: 1, 2.10 s: {film} from 4.50 s\n  named in {out}.skipped.jsonl\n" in output
     main([str(film), "--scenes", "--max-seconds", "2.5", "--min-seconds", "1", "--out", str(out)])
     assert [(round(clip.start * 20), clip.frames) for clip in load_clips(out)] == [(0, 50), (60, 30), (132, 50)]
     assert "dropped 10 frames behind" in capsys.readouterr().out

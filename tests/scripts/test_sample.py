@@ -65,9 +65,9 @@ def test_a_gif_at_another_budget_and_size(folder, tmp_path, capsys):
     sample.main([folder, "--prompt", "a", *FEW, *size, "--out", str(out), "--precision", "bf16"])
     with Image.open(out) as picture:
         assert (picture.n_frames, picture.size, picture.info["duration"]) == (9, (32, 24), 100)
-    said = capsys.readouterr().out
-    assert f"{out}: 'a', seed 0, 9 frames at 10 fps, 256 colours a frame" in said
-    assert "1 video of 9 frames of 32x24 at 4x" in said
+    output = capsys.readouterr().out
+    assert f"{out}: 'a', seed 0, 9 frames at 10 fps, 256 colours a frame" in output
+    assert "1 video of 9 frames of 32x24 at 4x" in output
 
 
 def test_upper_case_extensions_work_and_a_cut_prompt_is_named(folder, tmp_path, capsys, caplog):
@@ -98,7 +98,7 @@ def test_a_draft_is_refined(folder, tmp_path, capsys):
 
 
 def test_guidance_and_a_negative_prompt_change_the_video(folder, tmp_path):
-    found = []
+    videos = []
     for name, change in {
         "plain": [],
         "other": ["--negative-prompt", "a blue square grows"],
@@ -107,21 +107,21 @@ def test_guidance_and_a_negative_prompt_change_the_video(folder, tmp_path):
     }.items():
         out = tmp_path / f"{name}.mp4"
         sample.main([folder, "--prompt", "a red disc moves left", *FEW, *change, "--out", str(out)])
-        found.append(read_frames(out, range(17)).astype(int))
-    assert np.array_equal(found[0], found[3])
-    assert min(np.abs(found[0] - found[i]).mean() for i in (1, 2)) > 0.5
+        videos.append(read_frames(out, range(17)).astype(int))
+    assert np.array_equal(videos[0], videos[3])
+    assert min(np.abs(videos[0] - videos[i]).mean() for i in (1, 2)) > 0.5
 
 
 def test_clip_similarity_is_printed_for_each_video(folder, tmp_path, capsys):
     clip = write_openclip(tmp_path / "clip", OPEN_CLIP)
     prompts = ["--prompt", "a red disc moves left", "--prompt", "a blue square grows"]
     sample.main([folder, *prompts, *FEW, "--clip", f"open_clip:local-dir:{clip}", "--out", str(tmp_path / "v.mp4")])
-    said = capsys.readouterr().out
-    found = [float(x) for x in re.findall(r"crf 18, CLIP similarity (-?[\d.]+)", said)]
-    assert len(found) == 2
-    mean = re.search(r"mean CLIP similarity (-?[\d.]+) by open_clip:local-dir", said)
+    output = capsys.readouterr().out
+    similarities = [float(x) for x in re.findall(r"crf 18, CLIP similarity (-?[\d.]+)", output)]
+    assert len(similarities) == 2
+    mean = re.search(r"mean CLIP similarity (-?[\d.]+) by open_clip:local-dir", output)
     assert mean
-    assert float(mean[1]) == pytest.approx(np.mean(found), abs=1e-4)
+    assert float(mean[1]) == pytest.approx(np.mean(similarities), abs=1e-4)
 
 
 @pytest.mark.parametrize(

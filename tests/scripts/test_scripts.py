@@ -91,21 +91,21 @@ def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
     evaluate_tokenizer.main(
         [str(tmp_path / "run" / "tokenizer"), "--videos", str(video_folder), "--frames", "17", "--size", "32"]
     )
-    said = [line for line in capsys.readouterr().out.splitlines() if "psnr" in line]
-    assert [line.split()[0] for line in said if "lifted" not in line] == ["4x", "8x", "16x"]
-    assert [line.split()[2] for line in said if "lifted" in line] == ["4x", "4x", "8x"]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "psnr" in line]
+    assert [line.split()[0] for line in printed if "lifted" not in line] == ["4x", "8x", "16x"]
+    assert [line.split()[2] for line in printed if "lifted" in line] == ["4x", "4x", "8x"]
 
 
 def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     arguments = [str(demo_run / "tokenizer-run" / "tokenizer"), "--videos", "synthetic", "--count", "2", "--frames", "17"]
     out, record = tmp_path / "out.json", tmp_path / "results.jsonl"
     evaluate_tokenizer.main([*arguments, "--size", "32", "--precision", "fp32", "--out", str(out), "--record", str(record)])
-    found = json.loads(out.read_text())["ratios"]
+    results = json.loads(out.read_text())["ratios"]
     report = json.loads((demo_run / "report.json").read_text())["rows"]
     for row in report:
-        assert found[str(row["ratio"])]["psnr"] == pytest.approx(row["psnr"], abs=1e-4)
+        assert results[str(row["ratio"])]["psnr"] == pytest.approx(row["psnr"], abs=1e-4)
     recorded = json.loads(record.read_text())
-    assert recorded["ratios"] == found
+    assert recorded["ratios"] == results
     assert recorded["training"]["seed"] == 0
     assert {name: stage["steps"] for name, stage in recorded["training"]["stages"].items()} == {"4x": 2, "8x": 2, "16x": 2}
 
@@ -139,16 +139,16 @@ def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, 
 
 def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder, tmp_path, capsys):
     tokenizer = str(demo_run / "tokenizer-run" / "tokenizer")
-    found = []
+    results = []
     for chunk in ("16", "32"):
         out = tmp_path / f"{chunk}.mp4"
         reconstruct.main([tokenizer, str(video_folder / "v0.mp4"), "--out", str(out), "--chunk", chunk])
         facts = decode_strictly(out)
         assert (facts.frames, facts.height, facts.width, facts.fps) == (20, 64, 4 * 64 + 3 * 4, 10)
-        said = [line.split("dB")[0].split() for line in capsys.readouterr().out.splitlines() if "psnr" in line]
-        found.append({line[0]: float(line[2]) for line in said})
-    assert found[0] == pytest.approx(found[1], abs=0.011)  # printed with two digits
-    assert list(found[0]) == ["4x", "8x", "16x"]
+        printed = [line.split("dB")[0].split() for line in capsys.readouterr().out.splitlines() if "psnr" in line]
+        results.append({line[0]: float(line[2]) for line in printed})
+    assert results[0] == pytest.approx(results[1], abs=0.011)  # printed with two digits
+    assert list(results[0]) == ["4x", "8x", "16x"]
     original = read_frames(video_folder / "v0.mp4", range(20)).astype(int)
     shown = read_frames(tmp_path / "16.mp4", range(20))[:, :, :64].astype(int)
     assert np.abs(shown - original).mean() < 6  # H.264 twice
@@ -188,12 +188,12 @@ def test_samples_while_training_are_videos_in_tensorboard(demo_run, tmp_path):
     train_diffusion.main(
         diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", samples=samples, optimization=loop)
     )
-    found = shown_videos(tmp_path)
-    assert sorted(found) == [f"16x/{i} {prompt}" for i, prompt in enumerate(prompts)]
+    results = shown_videos(tmp_path)
+    assert sorted(results) == [f"16x/{i} {prompt}" for i, prompt in enumerate(prompts)]
     pipe = ProMAGPipeline.from_pretrained(tmp_path / "pipeline")
-    for name, expected in zip(sorted(found), sample_videos(pipe, prompts, 2, 2.0, name=None), strict=True):
-        assert [step for step, _, _ in found[name]] == [2, 4]
-        first, last = (video.astype(int) for _, video, _ in found[name])
+    for name, expected in zip(sorted(results), sample_videos(pipe, prompts, 2, 2.0, name=None), strict=True):
+        assert [step for step, _, _ in results[name]] == [2, 4]
+        first, last = (video.astype(int) for _, video, _ in results[name])
         assert last.shape == (17, 32, 32, 3)
         assert np.abs(last - expected).mean() < 3  # 256 colours a frame
         assert np.abs(last - expected).mean() < np.abs(first - expected).mean()
@@ -209,8 +209,8 @@ def test_one_model_is_trained_at_several_budgets_and_samples_at_each(demo_run, t
     train_diffusion.main(diffusion_arguments(tmp_path, tokenizer, optimization=loop, budgets=budgets))
     lines = [json.loads(x) for x in (tmp_path / "16x-4x-8x" / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "validation_loss" in line][-1]
-    apart = [last[f"validation_loss_{ratio}x"] for ratio in (4, 8, 16)]
-    assert last["validation_loss"] == pytest.approx(sum(apart) / 3)
+    by_ratio = [last[f"validation_loss_{ratio}x"] for ratio in (4, 8, 16)]
+    assert last["validation_loss"] == pytest.approx(sum(by_ratio) / 3)
     tokens = {round(line["tokens_per_second"] / line["samples_per_second"]) for line in lines if "loss" in line}
     assert tokens <= {2 * 4, 3 * 4, 5 * 4}
     assert len(tokens) > 1
@@ -300,15 +300,15 @@ def test_sample_starts_from_an_image_or_a_clip(demo_run, video_folder, tmp_path)
     pipeline, clip = str(demo_run / "video-16x" / "pipeline"), video_folder / "v0.mp4"
     frames = read_frames(clip, [0, 19])
     Image.fromarray(frames[1]).save(tmp_path / "last.png")
-    made = []
+    samples = []
     for name, opening in (("image", tmp_path / "last.png"), ("video", clip)):
         out = tmp_path / f"{name}.mp4"
         sample.main([pipeline, "--prompt", "a", "--steps", "1", "--out", str(out), f"--{name}", str(opening)])
-        made.append(read_frames(out, range(17)).astype(int))
+        samples.append(read_frames(out, range(17)).astype(int))
     # Two latent frames, of which one must be left to make: the clip's last frame is given, that of the image.
-    assert np.abs(made[0] - made[1]).mean() < 3
+    assert np.abs(samples[0] - samples[1]).mean() < 3
     sample.main([pipeline, "--prompt", "a", "--steps", "1", "--out", str(tmp_path / "free.mp4")])
-    assert np.abs(made[0] - read_frames(tmp_path / "free.mp4", range(17))).mean() > 3
+    assert np.abs(samples[0] - read_frames(tmp_path / "free.mp4", range(17))).mean() > 3
     with pytest.raises(UserError, match=r"nowhere\.png: No such file"):
         sample.main([pipeline, "--prompt", "a", "--out", str(tmp_path / "v.mp4"), "--image", "nowhere.png"])
 

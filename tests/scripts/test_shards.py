@@ -26,9 +26,9 @@ def test_shards_are_written_and_indexed(clips, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "4 clips are cut from a video that another one holds too" in done.stdout
     assert "wrote 8 clips, 0.00 GB, in 3 shards to" in done.stdout
-    found = open_shards(tmp_path / "9x64x64-*.tar")
-    assert found.samples.tolist() == [3, 3, 2]
-    assert found.column("frames").tolist() == [10] * 8
+    opened = open_shards(tmp_path / "9x64x64-*.tar")
+    assert opened.samples.tolist() == [3, 3, 2]
+    assert opened.column("frames").tolist() == [10] * 8
     done = run("shards", "index", f"{tmp_path}/*.tar", "--out", tmp_path / "other.jsonl")
     assert done.returncode == 0, done.stderr
     assert f"bad samples, which are never drawn: 0\nwrote 8 samples to {tmp_path}/other.jsonl" in done.stdout

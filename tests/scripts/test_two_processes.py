@@ -52,12 +52,12 @@ def torchrun(folder: Path, driver: str, trainings: list, *more: Path, check: boo
     command += [str(path) for path in (given, *more)]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     try:
-        _, said = run.communicate(timeout=timeout)
+        _, output = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         run.terminate()  # it ends its workers
         run.wait()
         raise
-    assert run.returncode == 0 or not check, said[-3000:]
+    assert run.returncode == 0 or not check, output[-3000:]
     return run.returncode
 
 
@@ -168,9 +168,9 @@ def test_adapters_on_sharded_weights_learn_the_same(runs):
 
 def test_each_process_holds_half_of_the_sharded_weights(runs):
     """This holds for every tensor; gathered weights are freed, and the final whole model is the initial object."""
-    found = [json.loads((runs / f"spread-{rank}.json").read_text()) for rank in (0, 1)]
+    results = [json.loads((runs / f"spread-{rank}.json").read_text()) for rank in (0, 1)]
     for precision, dtype in (("float32", "torch.float32"), ("bf16", "torch.bfloat16")):
-        both = [part[precision] for part in found]
+        both = [part[precision] for part in results]
         assert sum(part["part"] for part in both) == pytest.approx(1)
         for part in both:
             assert part["part"] == pytest.approx(0.5, abs=0.01)

@@ -34,19 +34,19 @@ def arguments(kernel=3, stride=(1, 1, 1), bias=True):
     return x, weight, torch.randn(12, generator=generator) if bias else None, stride, (0, kernel // 2, kernel // 2)
 
 
-@pytest.mark.parametrize("how", [{}, {"kernel": 1}, {"stride": (2, 1, 2)}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"kernel": 1}, {"stride": (2, 1, 2)}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
-def test_values_and_gradients_are_those_of_conv3d(how, layout):
-    x, weight, bias, *rest = arguments(**how)
-    found = []
+def test_values_and_gradients_are_those_of_conv3d(changes, layout):
+    x, weight, bias, *rest = arguments(**changes)
+    results = []
     for function in (conv3d, F.conv3d):
         leaves = [x.clone(memory_format=layout), weight.clone(memory_format=layout), None if bias is None else bias.clone()]
         for leaf in leaves[: 3 if bias is not None else 2]:
             leaf.requires_grad_()
         y = function(*leaves, *rest)
         y.square().sum().backward()
-        found.append([y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
-    for own, expected in zip(*found, strict=True):
+        results.append([y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
+    for own, expected in zip(*results, strict=True):
         assert torch.allclose(own, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -119,10 +119,10 @@ def test_one_clip_is_measured_both_ways(tmp_path, monkeypatch):
     record = tmp_path / "cost.jsonl"
     arguments = [str(tmp_path / "tokenizer"), "--clip-sizes", "9x16x16", "--rounds", "1", "--record", str(record)]
     assert single_clip.main(arguments) == 0
-    found = json.loads(record.read_text())
-    assert (found["what"], found["instructions"]) == ("one clip on a CPU", "AVX2")
-    assert [(row["clip"], row["ratio"]) for row in found["rows"]] == [("9x16x16", 4), ("9x16x16", 8)]
-    for row in found["rows"]:
+    results = json.loads(record.read_text())
+    assert (results["what"], results["instructions"]) == ("one clip on a CPU", "AVX2")
+    assert [(row["clip"], row["ratio"]) for row in results["rows"]] == [("9x16x16", 4), ("9x16x16", 8)]
+    for row in results["rows"]:
         before, after = (row[f"encode_seconds_{when}"] + row[f"decode_seconds_{when}"] for when in ("before", "after"))
         assert row["speedup"] == pytest.approx(before / after)
     with pytest.raises(UserError, match="--clip-sizes 9x16: give FRAMESxHEIGHTxWIDTH"):

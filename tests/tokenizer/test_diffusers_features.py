@@ -20,11 +20,11 @@ def model():
 @torch.no_grad()
 def both_ways(model, clip):
     """Return each level's latent and reconstruction of a clip."""
-    found = []
+    result = []
     for ratio in RATIOS:
         z = model.encode(clip, ratio).latent_dist.mode()
-        found += [z, model.decode(z, ratio).sample]
-    return found
+        result += [z, model.decode(z, ratio).sample]
+    return result
 
 
 @pytest.mark.parametrize("kind", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}])
@@ -39,8 +39,8 @@ def test_layerwise_casting_stores_kernels_in_eight_bits(model, clip):
     model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     small = [name for name, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn]
     assert all(any(name.startswith(part) for name in small) for part in ("encoder.", "decoder.", "encoder_growth.1."))
-    for found, exact in zip(both_ways(model, clip), expected, strict=True):
-        assert 0 < (found - exact).norm() < 0.3 * exact.norm()
+    for result, exact in zip(both_ways(model, clip), expected, strict=True):
+        assert 0 < (result - exact).norm() < 0.3 * exact.norm()
 
 
 def test_shards_variants_types_and_device_maps(model, clip, tmp_path):
@@ -48,12 +48,12 @@ def test_shards_variants_types_and_device_maps(model, clip, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="50KB", variant="v1")
     assert len(list(tmp_path.glob("diffusion_pytorch_model.v1-0*.safetensors"))) > 1
     for arguments in ({}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": False}):
-        found = AutoencoderKLProMAG.from_pretrained(tmp_path, variant="v1", **arguments)
-        assert all(torch.equal(a, b) for a, b in zip(both_ways(found, clip), expected, strict=True))
+        result = AutoencoderKLProMAG.from_pretrained(tmp_path, variant="v1", **arguments)
+        assert all(torch.equal(a, b) for a, b in zip(both_ways(result, clip), expected, strict=True))
     half = AutoencoderKLProMAG.from_pretrained(tmp_path, variant="v1", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    for found, exact in zip(both_ways(half, clip), expected, strict=True):
-        assert (found.float() - exact).norm() < 0.1 * exact.norm()
+    for result, exact in zip(both_ways(half, clip), expected, strict=True):
+        assert (result.float() - exact).norm() < 0.1 * exact.norm()
 
 
 class Fetch(ModelHook):

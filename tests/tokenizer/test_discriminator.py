@@ -77,9 +77,9 @@ def test_each_side_trains_its_own_weights_alone():
 
     def gradients(part):
         output = decoder(target)
-        found = loss(output, target, (output - target).abs().mean(), step=0)
+        results = loss(output, target, (output - target).abs().mean(), step=0)
         decoder.zero_grad(), loss.zero_grad()
-        found[part].backward()
+        results[part].backward()
         return [any(p.grad is not None and p.grad.abs().max() > 0 for p in m.parameters()) for m in (decoder, loss)]
 
     assert gradients("generator") == [True, False]
@@ -119,11 +119,11 @@ def test_a_discriminator_learns_to_detect_blurred_clips():
     for step in range(60):
         x = torch.randn(4, 3, 5, 16, 16)
         blurred = torch.nn.functional.avg_pool3d(x, 3, 1, 1).requires_grad_()
-        found = loss(blurred, x, blurred.abs().mean(), step)
+        results = loss(blurred, x, blurred.abs().mean(), step)
         optimizer.zero_grad()
-        found["discriminator"].backward()
+        results["discriminator"].backward()
         optimizer.step()
-    assert found["real_logits"] > found["fake_logits"] + 0.5
+    assert results["real_logits"] > results["fake_logits"] + 0.5
 
 
 def test_illegal_settings_are_named():

@@ -66,10 +66,10 @@ def test_evaluate_is_the_mean_over_clips(clip):
     clips = [clip, -clip]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         single = [psnr(model(c, 8).sample, c).item() for c in clips]
-    found = evaluate(model, clips, 8, "bf16")
-    assert found["psnr"] == pytest.approx(sum(single) / 2, abs=1e-3)
-    assert found["psnr_std"] == pytest.approx(abs(single[0] - single[1]) / 2, abs=1e-3)
-    assert found["clips"] == 2
+    results = evaluate(model, clips, 8, "bf16")
+    assert results["psnr"] == pytest.approx(sum(single) / 2, abs=1e-3)
+    assert results["psnr_std"] == pytest.approx(abs(single[0] - single[1]) / 2, abs=1e-3)
+    assert results["clips"] == 2
     with pytest.raises(ValueError, match="no clips"):
         evaluate(model, [], 8)
 
@@ -148,29 +148,29 @@ def test_evaluate_fully_separates_phases_and_motion():
     torch.manual_seed(0)
     still = torch.rand(1, 3, 1, 16, 16) - 0.5
     clips = [still + m * torch.linspace(0, 1, 9).view(1, 1, 9, 1, 1) for m in (0.3, 0.1, 0.2)]  # middle, least, most but one
-    found = evaluate_fully(Rigged(), clips, 4)
-    assert found["psnr_key"] > 80
-    assert found["psnr_every_4th"] > 80
-    assert found["psnr_between"] < 45
-    singles = [c["psnr"] for c in found["per_clip"]]
+    results = evaluate_fully(Rigged(), clips, 4)
+    assert results["psnr_key"] > 80
+    assert results["psnr_every_4th"] > 80
+    assert results["psnr_between"] < 45
+    singles = [c["psnr"] for c in results["per_clip"]]
     assert singles[0] > singles[1] > singles[2]
-    assert (found["psnr_top_motion"], found["psnr_mid_motion"], found["psnr_low_motion"]) == pytest.approx(
+    assert (results["psnr_top_motion"], results["psnr_mid_motion"], results["psnr_low_motion"]) == pytest.approx(
         (singles[0], singles[2], singles[1])
     )
-    assert [value > 80 for value in found["psnr_per_frame"]] == [i % 4 == 0 for i in range(9)]
+    assert [value > 80 for value in results["psnr_per_frame"]] == [i % 4 == 0 for i in range(9)]
     basic = evaluate(Rigged(), clips, 4)
-    assert {key: found[key] for key in basic} == pytest.approx(basic)
+    assert {key: results[key] for key in basic} == pytest.approx(basic)
     assert "psnr_top_motion" not in evaluate_fully(Rigged(), clips[:2], 4)
-    assert found["lpips"] is None
-    assert found["fvd"] is None
+    assert results["lpips"] is None
+    assert results["fvd"] is None
 
 
 def test_weights_by_path_add_their_metrics():
     torch.manual_seed(0)
     clips = [torch.rand(1, 3, 5, 16, 16) - 0.5 for _ in range(3)]
-    found = evaluate_fully(Rigged(), clips, 4, lambda a, b: (a - b).abs().mean((1, 2, 3, 4)), lambda x: x.mean((2, 3, 4)))
-    assert found["lpips"] == pytest.approx(0.04 * 3 / 5, rel=0.1)  # 0.02, 0.04, 0.06 in three of five frames
-    assert found["fvd"] > 0
+    results = evaluate_fully(Rigged(), clips, 4, lambda a, b: (a - b).abs().mean((1, 2, 3, 4)), lambda x: x.mean((2, 3, 4)))
+    assert results["lpips"] == pytest.approx(0.04 * 3 / 5, rel=0.1)  # 0.02, 0.04, 0.06 in three of five frames
+    assert results["fvd"] > 0
 
 
 class Doubling(torch.nn.Module):
@@ -191,10 +191,10 @@ class Doubling(torch.nn.Module):
 def test_lift_is_compared_with_the_true_lower_latent():
     torch.manual_seed(0)
     still = (torch.rand(1, 3, 1, 16, 16) - 0.5).expand(-1, -1, 17, -1, -1)
-    found = evaluate_lift(Doubling(), [still], 8)
-    assert found.keys() == {"4"}
-    assert found["4"]["latent_error"] == 0
-    assert found["4"]["psnr"] > 80
+    results = evaluate_lift(Doubling(), [still], 8)
+    assert results.keys() == {"4"}
+    assert results["4"]["latent_error"] == 0
+    assert results["4"]["psnr"] > 80
     # Frames 4 and 12 of noise are estimated by frames 8 and 16: two of five wrong, twice the variance each.
     noise = torch.randn(1, 3, 17, 64, 64) * 0.2
     assert evaluate_lift(Doubling(), [noise, noise], 8)["4"]["latent_error"] == pytest.approx(2 * 2 / 5, rel=0.03)

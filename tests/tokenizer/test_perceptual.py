@@ -87,5 +87,5 @@ def test_video_features_prepare_clips_for_the_network(tmp_path):
             return torch.stack([x.mean((1, 2, 3, 4)), torch.full((x.shape[0],), float(x.shape[4]))], 1)
 
     torch.jit.script(Probe()).save(tmp_path / "probe.pt")
-    found = VideoFeatures(tmp_path / "probe.pt")(torch.full((2, 3, 10, 16, 16), 0.25))
-    assert found.flatten().tolist() == pytest.approx([0.25, 224.0] * 2)
+    features = VideoFeatures(tmp_path / "probe.pt")(torch.full((2, 3, 10, 16, 16), 0.25))
+    assert features.flatten().tolist() == pytest.approx([0.25, 224.0] * 2)

@@ -73,13 +73,13 @@ def held(state):
 @torch.no_grad()
 def test_the_states_memory_does_not_grow_with_the_stream_or_the_chunk(tokenizer):
     def sizes(frames):
-        encoding, decoding, found = START, START, []
+        encoding, decoding, kept = START, START, []
         for i in range(4):
             chunk = torch.zeros(1, 3, frames + (i == 0), 16, 16)
             posterior, encoding = tokenizer.encode_chunk(chunk, encoding, 16)
             _, decoding = tokenizer.decode_chunk(posterior.mode(), decoding, 16)
-            found.append(sum(held(encoding).values()) + sum(held(decoding).values()))
-        return found
+            kept.append(sum(held(encoding).values()) + sum(held(decoding).values()))
+        return kept
 
     short, long = sizes(16), sizes(64)
     assert short[1] == short[2] == short[3] > 0

@@ -270,9 +270,9 @@ def bucketed(shards):
 
 def test_training_on_bucketed_shards_continues_bit_for_bit(bucketed, tmp_path, capsys):
     train_tokenizer(bucketed(tmp_path / "whole"))
-    said = capsys.readouterr().out
-    assert "5x32x48     12      1  75.0%" in said
-    assert said.count("16 steps an epoch\n") == 2
+    output = capsys.readouterr().out
+    assert "5x32x48     12      1  75.0%" in output
+    assert output.count("16 steps an epoch\n") == 2
     lines = records(tmp_path / "whole", 4) + records(tmp_path / "whole", 8)
     assert len([r for r in lines if "loss" in r]) == 8
     half = dataclasses.replace(bucketed(tmp_path / "half").run, stop_after=2, workers=2)

@@ -31,12 +31,12 @@ def test_compiled_blocks_compute_the_same_and_keep_their_names(clip):
     loss, gradients = losses_and_gradients(model, clip[:, :, :17])
     torch._dynamo.utils.counters.clear()
     compile_blocks(model)
-    found = losses_and_gradients(model, clip[:, :, :17])
+    result = losses_and_gradients(model, clip[:, :, :17])
     assert list(model.state_dict()) == names
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5
     assert not torch._dynamo.utils.counters["graph_break"]
-    torch.testing.assert_close(found[0], loss)
-    torch.testing.assert_close(found[1], gradients)
+    torch.testing.assert_close(result[0], loss)
+    torch.testing.assert_close(result[1], gradients)
 
 
 def test_streaming_through_compiled_blocks_equals_the_whole(clip):

@@ -91,12 +91,12 @@ def test_batched_matrices_of_a_shape_move_as_single_ones(monkeypatch):
     ours.batched = True
     for _ in range(3):
         gradients = [torch.randn(shape, generator=generator) for shape in shapes]
-        for mine, theirs, gradient in zip(*both, gradients, strict=True):
-            mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for own, other, gradient in zip(*both, gradients, strict=True):
+            own.grad, other.grad = gradient.clone(), gradient.clone()
         ours.step()
         reference.step()
-    for mine, theirs in zip(*both, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=0)  # bfloat16 products of another kernel
+    for own, other in zip(*both, strict=True):
+        torch.testing.assert_close(own, other, atol=2e-3, rtol=0)  # bfloat16 products of another kernel
     states = [optimizer.state_dict()["state"] for optimizer in (ours, reference)]
     assert states[0].keys() == states[1].keys()
     for number, state in states[0].items():

@@ -24,10 +24,10 @@ def decoded(gif: bytes) -> tuple[np.ndarray, list[int]]:
 def shown_videos(run: Path) -> dict[str, list[tuple[int, np.ndarray, list[int]]]]:
     """Return step, frames and durations of the animated images in TensorBoard's files below a folder, by tag."""
     (events,) = {path.parent for path in run.rglob("events.out*")}
-    found = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
+    accumulator = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
     return {
-        tag: [(event.step, *decoded(event.encoded_image_string)) for event in found.Images(tag)]
-        for tag in found.Tags()["images"]
+        tag: [(event.step, *decoded(event.encoded_image_string)) for event in accumulator.Images(tag)]
+        for tag in accumulator.Tags()["images"]
     }
 
 
@@ -61,9 +61,9 @@ def test_tensorboard_shows_the_logged_videos(tmp_path):
         log.video("16x/0 a square", video, 8, step)
     log.picture("sheet", videos[0][0], 3)
     close_trackers(accelerator)
-    found = shown_videos(tmp_path)
-    assert [step for step, _, _ in found["16x/0 a square"]] == [0, 1]
-    for (_, frames, durations), video in zip(found["16x/0 a square"], videos, strict=True):
+    shown = shown_videos(tmp_path)
+    assert [step for step, _, _ in shown["16x/0 a square"]] == [0, 1]
+    for (_, frames, durations), video in zip(shown["16x/0 a square"], videos, strict=True):
         assert frames.shape == video.shape
         assert np.abs(frames.astype(int) - video).mean() < 4
         assert sum(durations) == pytest.approx(1125, abs=10)
