@@ -38,7 +38,7 @@ def start_chromium(profile: Path) -> Any:
     for option in (*OPTIONS, f"--user-data-dir={profile}"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # With both places given, selenium looks for no driver on the network.
+    # With both paths given, selenium does not search the network for a driver.
     return webdriver.Chrome(options, webdriver.ChromeService(driver))
 
 

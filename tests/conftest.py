@@ -3,7 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start, too: several threads on busy cores wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # also in scripts that tests start: several threads on busy cores wait for each other
 
 import pytest
 import torch

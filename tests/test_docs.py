@@ -31,7 +31,7 @@ from tests.pipelines.conftest import like, pipe  # noqa: F401 (a fixture)
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-# Programs that are not ours. What they start (`-m promag ...`) is parsed; what stays unchecked has its reason here.
+# Programs that are not ours. The promag commands that they start (`-m promag ...`) are parsed; else this gives the reason.
 OTHER_PROGRAMS = {
     "pip": "needs a network; tests/packaging installs the project from its archives",
     "git": "needs a network",
@@ -79,7 +79,7 @@ def parse(monkeypatch, tmp_path):
         known = list_commands(package)
         assert words[0] in known, f"no command {words[0]}"
         if words[1:] in ([], ["..."]):
-            return  # the command is only named
+            return  # the page only mentions the command
         with pytest.raises((StopAfterParsingError, SystemExit)) as stop:
             importlib.import_module(f"{package}.{known[words[0]].stem}").main(words[1:])
         assert stop.type is StopAfterParsingError or stop.value.code == 0  # --help and --print-config end with 0

@@ -21,10 +21,10 @@ from promag.tokenizer.growth import Growth
 from promag.training.safetensors_only import SafetensorsOnly
 
 torch.set_num_threads(1)
-# Our layers start at zero, and with them all outputs: comparisons of those would hold whatever happened between.
+# Our layers and so all outputs start at zero, and comparing zeros proves nothing.
 torch.nn.init.zeros_ = lambda tensor: torch.nn.init.normal_(tensor, std=0.05)
 
-# One test reads the source of encode_prompt of the class that it finds there by name.
+# One test looks the class up there by name and reads the source of its encode_prompt.
 setattr(diffusers.pipelines, ProMAGPipeline.__name__, ProMAGPipeline)
 
 PROMPT = "dance monkey"
@@ -67,7 +67,7 @@ class PipelineConfig:
         """Save safetensors if a test requests a pickle, which our classes refuse, and record the request."""
         save = SafetensorsOnly.save_pretrained
 
-        @functools.wraps(save)  # pipelines look at what arguments their parts' methods have
+        @functools.wraps(save)  # pipelines inspect the arguments of their parts' methods
         def save_pretrained(pipe: Any, folder: Any, safe_serialization: bool = True, **more: Any) -> None:
             if not safe_serialization:
                 record_property("asked_for", "a pickle")
@@ -188,11 +188,11 @@ def collect() -> None:
             made, tested = f"Test{name}_{mixin}", getattr(module, mixin)
             content: dict[str, Any] = {"__module__": __name__}
             if mixin == "TrainingTesterMixin":
-                # Marked as needing an accelerator, though nothing in it does.
+                # It is marked as needing an accelerator, but does not.
                 tested.pytestmark = [mark for mark in tested.pytestmark if mark.name != "skipif"]
                 content["test_gradient_checkpointing_is_applied"] = checkpointing_test(tested, config)
             elif config is not PipelineConfig and mixin in OFFLOAD:
-                # The umbrella says so, its parts do not.
+                # diffusers' combined mixin is marked so, its parts are not.
                 content["pytestmark"] = [pytest.mark.skipif(not torch.cuda.is_available(), reason="test requires accelerator")]
             bases = (config, tested, unittest.TestCase if name == "OldPipeline" else last)
             globals()[made] = type(made, bases, content)

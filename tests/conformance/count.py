@@ -72,7 +72,7 @@ def summary(report: ET.Element) -> list[dict[str, Any]]:
         wrong = [found for kind in ("failure", "error") if (found := case.find(kind)) is not None]
         if wrong:
             message = wrong[0].attrib["message"].splitlines()[0]
-            row["failed"][case.attrib["name"]] = re.sub(r"/\S*/", "", message)  # files without their temporary folders
+            row["failed"][case.attrib["name"]] = re.sub(r"/\S*/", "", message)  # file names without their temporary folders
         elif (skipped := case.find("skipped")) is not None:
             row["skipped"][skipped.attrib["message"]] += 1
         else:

@@ -24,7 +24,7 @@ def assign(buckets, *clips):
 @pytest.mark.parametrize(
     ("clip", "chosen"),
     [
-        ((60, 720, 1280), (17, 144, 256)),  # the longest window, the same aspect, the largest
+        ((60, 720, 1280), (17, 144, 256)),  # the longest one, the same aspect ratio, the largest
         ((60, 140, 250), (17, 72, 128)),  # the larger one would enlarge it
         ((60, 40, 64), (17, 72, 128)),  # both would: the smaller
         ((60, 300, 310), (17, 128, 128)),

@@ -90,7 +90,7 @@ def test_saved_columns_are_used_only_for_their_own_file(long_index, monkeypatch)
     load_clips(path)
     assert sorted(p.name for p in path.parent.iterdir()) == ["clips.jsonl", "clips.jsonl.columns"]
     with monkeypatch.context() as patch:
-        patch.setattr(clip_index, "_read_columns", None)  # it is not read again
+        patch.setattr(clip_index, "_read_columns", None)  # the file is not read again
         assert list(load_clips(path)) == rows
     save_clips(path, rows[1:] + rows[:1])  # as long as before
     assert list(load_clips(path)) == rows[1:] + rows[:1]

@@ -136,7 +136,7 @@ def test_clips_read_by_one_loader_process_are_shared(copied):
 def test_a_video_that_differs_from_its_index_is_named(noisy, change, message):
     wide = dataclasses.replace(next(clip for clip in noisy if clip.path.endswith("wide.mp4")), **change)
     dataset = ClipDataset([wide], 5, 20, in_memory=True)
-    for _ in range(2):  # what failed is not held
+    for _ in range(2):  # failed clips are not kept
         with pytest.raises(UnreadableVideo, match=message):
             dataset.fixed(0)
     assert dataset.memory.cached == 0

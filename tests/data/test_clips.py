@@ -171,6 +171,6 @@ def test_a_file_that_cannot_be_opened_is_left_out(folder, tmp_path):
     assert prepared.clips[0].path == good
     reasons = dict(prepared.quarantined)
     assert "o such file" in reasons.pop(gone)
-    # Decoders that take no such name must not end the run.
+    # Decoders that cannot open such a name must not end the run.
     assert set(reasons) <= {os.fsdecode(odd)}
     assert all("rename" in reason for reason in reasons.values())

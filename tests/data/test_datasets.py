@@ -187,7 +187,7 @@ def test_the_digest_of_generated_clips_depends_on_the_generator(monkeypatch):
     assert digest == SyntheticDataset("train", 4, frames=3, size=32).digest(4)
     assert len({digest, dataset.digest(3), SyntheticDataset("eval", 4, frames=3, size=32).digest(4)}) == 3
     source = inspect.getsource(synthetic)
-    with monkeypatch.context() as context:  # a colour that clip 0 does not show, say
+    with monkeypatch.context() as context:  # for example a colour that clip 0 does not show
         context.setattr(inspect, "getsource", lambda module: source.replace('"cyan": (0.12', '"cyan": (0.13'))
         assert dataset.digest(4) != digest
     with monkeypatch.context() as context:  # as another release of NumPy may draw

@@ -80,7 +80,7 @@ def test_weighted_clips_are_drawn_by_weight_in_every_epoch(weights, seed, epoch)
     for weight, count in counts.items():
         group, draws = [clip for clip, other in enumerate(weights) if other == weight], last[weight] - first[weight]
         assert sum(drawn[clip] for clip in group) == draws
-        # Epochs cut the group's turns where they like: a clip comes a time less or more than its share, and never two.
+        # Epochs end anywhere in a group's rounds: a clip is drawn at most once more or less often than its share.
         assert all(draws // count - 1 <= drawn[clip] <= -(-draws // count) + 1 for clip in group)
     if all(weight == int(weight) for weight in weights):
         assert drawn == {clip: int(weight) for clip, weight in enumerate(weights)}
@@ -198,7 +198,7 @@ def test_an_order_visits_each_sample_once_block_by_block(counts, block, seed, ep
     assert sorted(places) == [(shard, place) for shard, count in enumerate(counts) for place in range(count)]
     runs = [(shard, place // block) for shard, place in places]
     changes = [run for run, before in zip(runs, [None, *runs], strict=False) if run != before]
-    assert len(changes) == len(set(changes))  # no block is come back to
+    assert len(changes) == len(set(changes))  # no block is visited twice
     for shard in range(len(counts)):
         blocks = [b for s, b in changes if s == shard]
         assert blocks == sorted(blocks)  # front to back

@@ -36,7 +36,7 @@ def test_formats(kind, options, tmp_path):
 
 def test_orientation_palettes_and_transparency():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter clockwise
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     turned = read_image(encoded("JPEG", quality=95, exif=exif))
     assert turned.shape == (1, 40, 20, 3)
     assert turned[0, :18, :, 0].min() > 190  # the left half is above
@@ -126,7 +126,7 @@ def test_a_video_in_memory_is_read_like_its_file(tmp_path):
     video = VideoBytes("shard.tar: a.mp4", (tmp_path / "a.mp4").read_bytes())
     strict, there = decode_strictly(video), decode_strictly(path)
     assert (strict.frames, strict.fps, strict.width) == (there.frames, there.fps, there.width) == (12, 30, 64)
-    for _ in range(20):  # the decoder keeps no pointer into memory that is gone
+    for _ in range(20):  # the decoder keeps no pointer into freed memory
         assert np.array_equal(read_frames(video, [7, 0, 11]), read_frames(path, [7, 0, 11]))
     assert np.array_equal(frame_times(video), frame_times(path))
     with pytest.raises(UnreadableVideo, match=r"^shard.tar: a.mp4: "):

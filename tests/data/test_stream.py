@@ -25,7 +25,7 @@ def taken(stream, steps, workers=0):
     try:
         return [next(loader) for _ in range(steps)]
     finally:
-        if workers:  # else they are waited for when the traceback of an expected error goes
+        if workers:  # else they are waited for when the traceback of an expected error is freed
             loader._shutdown_workers()
 
 
@@ -182,7 +182,7 @@ def test_datasets_that_cannot_share_an_order_are_named(clips, sizes):
         Mixture([Named("a", clips[0]), Named("b", clips[1])], [1, 1], sizes, orders=[0, 0])
 
 
-# -- trading ---------------------------------------------------------------------------------------------------------
+# -- changing the number of processes --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ class First(IterableDataset):
 def test_streams_that_were_read_can_be_sent_to_a_spawned_process(sources, clips):
     every = [*sources.values(), ClipDataset(clips, 3, 16, in_memory=True)]
     streams = First([TrainingStream(source, 3, 2, 0, 1, 0, 2) for source in every])
-    expected = list(streams)  # opens files, which do not travel
+    expected = list(streams)  # opens files, which cannot be sent
     loader = iter(DataLoader(streams, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
     for batch in expected:
         same(next(loader), batch)

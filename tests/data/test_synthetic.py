@@ -32,7 +32,7 @@ def test_captions_can_be_parsed_back(scene):
 
 def test_every_scene_is_listed_once_and_has_a_caption_of_its_own():
     assert (len(SHAPES), len(COLOURS), len(MOTIONS)) == (4, 6, 12)
-    assert len(SINGLE) == 4 * 6 * 11 - 6 * 2  # discs do not turn
+    assert len(SINGLE) == 4 * 6 * 11 - 6 * 2  # discs cannot be seen turning
     assert len(ALL) == len(SINGLE) + 24 * 20  # crossings, in both orders
     assert len({scene.caption() for scene in ALL}) == len(set(ALL)) == len(ALL)
 

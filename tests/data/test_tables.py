@@ -131,7 +131,7 @@ def test_named_columns(tmp_path):
     columns = parse_columns("file=clip, caption=long,licence=Lizenz")
     assert columns == {"file": "clip", "caption": "long", "licence": "Lizenz"}
     assert rows_of(table, columns) == [Row("a.mp4", "A long one", None, "CC0-1.0")]
-    assert rows_of(table, {"file": "clip"}) == [Row("a.mp4", "A")]  # the caption has a name that is known
+    assert rows_of(table, {"file": "clip"}) == [Row("a.mp4", "A")]  # the caption's column has a common name
 
 
 @pytest.mark.parametrize("text", ["", "file", "file=", "video=file", "file=a,file=b", "file=a,,"])

@@ -140,7 +140,7 @@ def test_a_video_that_changed_is_named(clips, tmp_path):
     assert not list((tmp_path / "s").glob("*.tar*"))
 
 
-# -- finding ---------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_video_whose_name_is_no_utf8_is_packed(clips, tmp_path):
@@ -252,7 +252,7 @@ def test_a_stream_broken_between_two_reads_is_reopened(numbered, tmp_path):
     reader = ShardReader(f"{command}; else head -c {cut} {numbered}; fi", 8)
     assert reader.read([1])[1].caption == "grey 1"
     assert [s.caption for s in reader.read([3, 4, 6]).values()] == ["grey 3", "grey 4", "grey 6"]
-    assert isinstance(reader.read([2, 5])[5], BadSample)  # a third opening, whose break is its own
+    assert isinstance(reader.read([2, 5])[5], BadSample)  # a third opening, which may break independently
     assert (tmp_path / "opened").read_text() == "x\n" * 3
     reader.close()
 
@@ -310,7 +310,7 @@ def test_a_caption_may_be_a_text_file(tmp_path):
         assert ShardReader(str(path), 1).read([0])[0].caption == "schön"
 
 
-# -- shards that others wrote ----------------------------------------------------------------------------------------
+# -- foreign shards --------------------------------------------------------------------------------------------------
 
 
 def test_foreign_shards_are_indexed_by_decoding(clips, numbered, tmp_path):
@@ -338,7 +338,7 @@ def test_written_and_indexed_facts_agree(shards, tmp_path):
     for row, other in zip(written, indexed, strict=True):
         same = ("shard", "samples", "bytes", "sha256", "height", "width")
         assert {key: row[key] for key in same} == {key: other[key] for key in same}
-        assert np.all(np.array(other["frames"]) >= row["frames"])  # whole files, which these clips are stretches of
+        assert np.all(np.array(other["frames"]) >= row["frames"])  # of whole files, which contain these clips
 
 
 @pytest.mark.parametrize("url", ["pipe:echo x > {}/ran; echo a.tar", "PIPE:echo x > {}/ran; cat a.tar"])

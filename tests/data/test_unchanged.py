@@ -39,7 +39,7 @@ def replace(index, frames, width=64, size=None):
     """Replace the video by another, of `size` bytes where it is given."""
     video = counting(index.with_name("a.mp4"), frames, width=width)
     if size:
-        os.truncate(video, size)  # what lies behind the last box of an mp4 is ignored
+        os.truncate(video, size)  # bytes after the last box of an mp4 are ignored
 
 
 @pytest.mark.parametrize(("frames", "width"), [(12, 66), (5, 64), (30, 64)])

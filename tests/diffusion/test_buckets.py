@@ -25,7 +25,7 @@ CLIPS = {VIDEO: 6, WIDE: 3, IMAGE: 8}
 
 def read(bucket, index):
     generator = torch.Generator().manual_seed(bucket.frames * 10000 + bucket.width * 100 + index)
-    scale = 1 + bucket.width / 16  # so that shapes have statistics of their own
+    scale = 1 + bucket.width / 16  # so that buckets have statistics of their own
     video = torch.randn(3, bucket.frames, bucket.height, bucket.width, generator=generator) * scale + bucket.frames / 10
     return {"video": video, "caption": f"clip {index} of {bucket}", "fps": 8.0}
 

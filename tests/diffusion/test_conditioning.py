@@ -113,7 +113,7 @@ def test_a_trained_model_uses_its_conditioning_frames():
     with torch.no_grad():
         arguments = (unseen["latents"], noise, times, model.text(unseen), unseen["fps"], 16)
         without, conditioned = model.errors(*arguments).mean(), model.errors(*arguments, given).mean()
-        mismatched = (torch.randn_like(arguments[0]), *arguments[1:])  # a first frame of another clip
+        mismatched = (torch.randn_like(arguments[0]), *arguments[1:])  # with the first frame of another clip
         mismatched[0][:, :, 1:] = unseen["latents"][:, :, 1:]
         misled = model.errors(*mismatched, given).mean()
     assert conditioned < 0.5 * without

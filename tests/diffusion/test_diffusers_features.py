@@ -34,7 +34,7 @@ def test_fused_projections_are_one_product_and_change_nothing(model, expected):
     model.fuse_qkv_projections()
     block = model.transformer_blocks[0]
     assert block.attn1.to_qkv.out_features == 3 * block.attn2.to_kv.out_features // 2
-    block.attn1.to_q.weight.fill_(torch.nan)  # no longer asked
+    block.attn1.to_q.weight.fill_(torch.nan)  # no longer called
     block.attn2.to_v.weight.fill_(torch.nan)
     assert torch.allclose(model(**inputs()).sample, expected, atol=1e-5)
     model.unfuse_qkv_projections()
@@ -43,7 +43,7 @@ def test_fused_projections_are_one_product_and_change_nothing(model, expected):
 
 @torch.no_grad()
 def test_blocks_compile_in_one_graph_each(model, expected):
-    model.compile_repeated_blocks(fullgraph=True, backend="eager")  # traced alone: compilers are PyTorch's matter
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")  # traced only: code generation is PyTorch's matter
     assert torch.allclose(model(**inputs()).sample, expected, atol=1e-5)
     torch.compiler.reset()
 

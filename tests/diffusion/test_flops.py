@@ -25,6 +25,6 @@ def test_the_formula_agrees_with_what_torch_counts(change):
         return  # torch counts the backward pass of a depthwise convolution as if it were a dense one
     with FlopCounterMode(display=False) as counter:
         out.square().mean().backward()
-    # Nothing flows back into pixels and text: a little less than twice the forward pass.
+    # No gradient reaches pixels and text, so the backward pass has a little less than twice the FLOPs of the forward pass.
     both = counter.get_total_flops() + forward_flops(model.config, tokens, lengths, batch=3)
     assert 0.93 < both / training_flops(model.config, tokens, lengths, batch=3) <= 1

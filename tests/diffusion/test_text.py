@@ -83,7 +83,7 @@ def test_untrained_embeddings_distinguish_captions():
         with torch.no_grad():
             left, right = encode(model, tokenize(vocabulary, ["a red disc moves left", "a red disc moves right"])).tokens[0]
         assert (left[5] - right[5]).norm() > 0.8 * left[5].norm()
-        assert torch.equal(left[4], right[4])  # a word sees none that follow
+        assert torch.equal(left[4], right[4])  # the attention is causal
 
 
 def test_captions_are_dropped_at_the_stated_rate():

@@ -78,7 +78,7 @@ def test_saved_bytes_leave_weights_out_and_count_memory_once():
     x = torch.ones(2, 3, requires_grad=True)
 
     def loss():
-        return (layer(x).square() + x.exp().sum()).sum()  # keeps x and the layer's output, and the exponentials
+        return (layer(x).square() + x.exp().sum()).sum()  # the graph keeps x, the layer's output and the exponentials
 
     assert saved_bytes(loss, layer) == 4 * (2 * 3 + 2 * 5 + 2 * 3)
 

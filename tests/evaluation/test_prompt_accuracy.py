@@ -39,7 +39,7 @@ def test_seed_and_split_determine_the_scenes():
 def test_the_upper_limit_is_the_accuracy_of_reconstructions():
     items = [SyntheticDataset("eval", 12, frames=17, size=64).fixed(i) for i in range(12)]
 
-    class Exact(torch.nn.Module):  # a tokenizer that loses nothing but, from 16x on, the motion
+    class Exact(torch.nn.Module):  # a tokenizer without loss, except that 16x and above lose the motion
         device = torch.device("cpu")
 
         def forward(self, x, temporal_ratio):

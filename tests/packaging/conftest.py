@@ -28,9 +28,9 @@ PIP_OPTIONS = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")
 class Place:
     """One way to obtain promag."""
 
-    root: Path  # promag.tokenizer.layers lies in root/tokenizer/layers.py
+    root: Path  # promag.tokenizer.layers is root/tokenizer/layers.py
     python: Path
-    folder: Path  # from which Python is started
+    folder: Path  # working directory of Python
     path: str = ""  # PYTHONPATH
 
     def run(self, *arguments: str | Path) -> str:
@@ -56,7 +56,7 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
         folder, done = base / name, base / f"{name}.done"
         with FileLock(base / f"{name}.lock"):
             if not done.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # what a failed call left
+                shutil.rmtree(folder, ignore_errors=True)  # left over from a failed call
                 folder.mkdir()
                 make(folder)
                 done.touch()
@@ -72,7 +72,7 @@ def archives(once) -> Path:
     def make(folder: Path) -> None:
         if shutil.which("git") is None or not (ROOT / ".git").exists():
             pytest.skip("not a git checkout")
-        index = {**ENVIRONMENT, "GIT_INDEX_FILE": str(folder / "index")}  # what the working tree holds, committed or not
+        index = {**ENVIRONMENT, "GIT_INDEX_FILE": str(folder / "index")}  # the working tree, committed or not
         run("git", "add", "--all", env=index)
         tree = run("git", "write-tree", env=index).strip()
         run("git", "archive", "--format=zip", "-0", "-o", folder / "promag.zip", tree)
@@ -109,7 +109,7 @@ def make_environment(folder: Path) -> Path:
     libraries = Path(sysconfig.get_path("purelib"))
     python = folder / BIN / "python"
     place = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # A folder that is named here is searched, but its own .pth files, of editable installs for example, are not read.
+    # Python searches a folder that is named here, but does not read its .pth files, for example of editable installs.
     lines = [str(libraries), *(f"import {file.stem}" for file in libraries.glob("torchvision_schemas.pth"))]
     (place / "libraries.pth").write_text("\n".join(lines), encoding="utf-8")
     return python

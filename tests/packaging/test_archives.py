@@ -53,7 +53,7 @@ def expected_video() -> np.ndarray:
 @pytest.mark.parametrize("name", ["zip", "checkout", "target", "wheel", "editable"])
 def test_promag_imports_real_files_loads_both_checkpoints_and_samples(name, places, archives, expected_video, tmp_path):
     place = places[name]
-    # Importing every module takes seconds: once where the rooms lie at the top, once where they lie in the package.
+    # Importing every module takes seconds, so do it once with the subpackages at the top and once inside the package.
     rooms = ROOMS if name in ("editable", "wheel") else []
     output = place.run("-c", PROBE, archives / "checkout" / "checkpoints", tmp_path / "video.npy", *rooms)
     report = json.loads(output.splitlines()[-1])

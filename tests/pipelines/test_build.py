@@ -61,7 +61,7 @@ def test_clips_of_several_buckets_are_cached_apart_and_trained_together(config, 
         pipe.set_progress_bar_config(disable=True)
         frames = pipe("a red disc", num_inference_steps=1, generator=torch.Generator().manual_seed(0), **size).frames
         assert frames.shape[1:4] == (size.get("num_frames", 17), 32, size.get("width", 32))
-    assert "cached" not in capsys.readouterr().out  # training found all of it
+    assert "cached" not in capsys.readouterr().out  # training used the existing cache
     whole = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     for damage in (lambda: weights.write_bytes(whole[weights][:-1]), weights.unlink, lambda: shutil.rmtree(folder / "vae")):

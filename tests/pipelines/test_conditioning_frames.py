@@ -38,7 +38,7 @@ def test_the_decoded_first_frame_is_the_reconstructed_image(pipe, clip):
     with torch.no_grad():
         alone = pipe.vae.decode(encoded(pipe, clip[:1], 16), 16).sample[0, :, 0]
     assert np.allclose(frames[0, 0], (alone / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy(), atol=1e-4)
-    short = call(pipe, video=clip[:3])  # fewer frames than a second latent frame needs: the last one is given
+    short = call(pipe, video=clip[:3])  # too few frames for a second latent frame: only the last one is conditioning
     assert np.allclose(short[0, 0], call(pipe, image=clip[2])[0, 0], atol=1e-5)
 
 

@@ -31,7 +31,7 @@ def own(pipe):
 
 
 def test_sequential_offload_frees_all_weights_and_changes_nothing(pipe, own):
-    # What enable_sequential_cpu_offload does; it names the device cpu:0, from which accelerate finds no way back.
+    # As enable_sequential_cpu_offload does, except that it names the device cpu:0, which accelerate cannot move back from.
     for part in (own.text_encoder, own.transformer, own.vae):
         accelerate.cpu_offload(part, CPU, offload_buffers=bool(part._parameters))
     assert weights_on(own, "meta")
@@ -73,7 +73,9 @@ def test_tiles_and_slices_of_the_autoencoder_are_used(pipe, own):
     assert np.allclose(call(own, PROMPTS), call(pipe, PROMPTS), atol=1e-5)
     own.vae.enable_tiling(16, 16, 8, 8)
     tiled = call(own, PROMPTS)
-    assert np.abs(tiled - call(pipe, PROMPTS)).max() > 1e-3  # random weights look far: how close tiles come is no matter here
+    assert (
+        np.abs(tiled - call(pipe, PROMPTS)).max() > 1e-3
+    )  # random weights have wide receptive fields, so the difference is not small here
     own.vae.disable_tiling()
     assert np.allclose(call(own, PROMPTS), call(pipe, PROMPTS), atol=1e-5)
 

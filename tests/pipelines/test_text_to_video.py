@@ -200,7 +200,7 @@ def test_callbacks_may_change_prompts_and_guidance_while_sampling(pipe):
     assert np.abs(swapped - call(pipe)).max() > 1e-3
     assert pipe.current_timestep is None
 
-    # The second step is one of the other prompt: from the first one's latents it goes where that prompt's own would go.
+    # The second step uses the other prompt: from the same latents it equals that prompt's own step.
     first, second = [], []
     call(pipe, callback_on_step_end=lambda p, i, t, x: first.append(x["latents"]), output_type="latent")
     resume = lambda p, i, t, x: second.append(x["latents"]) or ({"latents": first[0]} if i == 0 else {})  # noqa: E731

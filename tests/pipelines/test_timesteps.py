@@ -26,7 +26,7 @@ SCHEDULERS = {
     "dpm++": (DPMSolverMultistepScheduler, FLOW),
 }
 GRID = torch.linspace(1, 0.1, 10)
-GRIDS = {"heun": torch.linspace(1, 0.001, 10)}  # it has no argument for times and divides all of 1 to 1/1000
+GRIDS = {"heun": torch.linspace(1, 0.001, 10)}  # it takes no times and divides the range from 1 to 1/1000
 
 
 def scheduler(name, config, **changes):

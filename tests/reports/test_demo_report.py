@@ -257,7 +257,7 @@ def test_hostile_text_stays_text(written, tmp_path):
     )
     # Title (twice), summary, reason, accuracy, name, caption, prompt, what was read, fact (twice).
     assert page.text.count(NASTY) == 11
-    # The same kinds of elements and attributes as a tame page has.
+    # The page has the same kinds of elements and attributes as one with harmless text.
     kinds = {(tag, name) for tag, attributes in page.elements for name in [None, *attributes]}
     tame = {(tag, name) for tag, attributes in written[1].elements for name in [None, *attributes]}
     assert kinds <= tame

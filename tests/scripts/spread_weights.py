@@ -14,7 +14,7 @@ from promag.training.optimizers import Muon
 from promag.training.processes import processes
 
 MUON = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 4}
-SHAPES = ((6, 4), (5, 3), (3, 7), (1, 4), (8, 8))  # of two processes, one has more rows than the other, or all of them
+SHAPES = ((6, 4), (5, 3), (3, 7), (1, 4), (8, 8))  # one of two processes has more rows than the other, or all of them
 
 
 class Holder(nn.Module):
@@ -72,7 +72,9 @@ def muon(device: torch.device) -> list[float]:
     shard(spread, [spread.model], device, 2, False)
     options = [Muon(list(plain.weights), **MUON), Muon(list(spread.model.weights), **MUON)]
     for step in range(2):
-        x = torch.randn(8, generator=torch.Generator().manual_seed(step))  # the same on both: the mean is each one's own
+        x = torch.randn(
+            8, generator=torch.Generator().manual_seed(step)
+        )  # equal on both processes, so the mean gradient is that of each
         for model, optimizer in zip((plain, spread.model), options, strict=True):
             model(x).backward()
             optimizer.step()

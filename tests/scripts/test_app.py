@@ -69,7 +69,7 @@ def upload(browser, path):
     from selenium.webdriver.common.by import By
 
     for clear in browser.find_elements(By.CSS_SELECTOR, "#file button[aria-label=Clear]"):
-        browser.execute_script("arguments[0].click()", clear)  # where a message lies over it too
+        browser.execute_script("arguments[0].click()", clear)  # works even if a message covers it
     wait(browser, "#file input[type=file]").send_keys(str(path))
 
 
@@ -162,7 +162,7 @@ def test_without_a_pipeline_the_page_says_how_to_make_one(browser, tokenizer):
     wait(browser, "#compare")
     wait(browser, "button[role=tab]", "Text to video").click()
     assert "--pipeline checkpoints/tiny-video" in wait(browser, ".promag.note pre").text
-    assert errors_beside_refusals(browser) == []  # those of the page before may come late
+    assert errors_beside_refusals(browser) == []  # errors of the previous page may arrive late
     blocks.close()
 
 

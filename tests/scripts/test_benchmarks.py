@@ -50,7 +50,7 @@ def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
     assert [row["tokens"] for row in line["rows"]] == [5 * 16, 3 * 16, 2 * 16]
     assert line["rows"][0]["train_step_speedup"] == 1
     assert all(row["train_step_seconds"] > 0 and row["denoising_seconds"] > 0 for row in line["rows"])
-    for row in line["rows"]:  # a step does what its gradients need, in more time
+    for row in line["rows"]:  # a step has the FLOPs of its gradients, but takes longer
         ratio = row["gradient_mfu"] / row["train_step_mfu"]
         assert ratio == pytest.approx(row["train_step_seconds"] / row["gradient_seconds"])
         assert 0 < row["gradient_mfu"] < 1

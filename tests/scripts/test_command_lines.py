@@ -21,7 +21,7 @@ ACTIONS = {
     "promag.scripts.experiments.growth_ablation": ((), "report"),
 }
 CALLS = [(command, action) for command in COMMANDS for action in ACTIONS.get(command, ((),))]
-# What a word is never called, with the word for it.
+# Words that are not used in options, with the word to use instead.
 OTHER_WORDS = {
     **{"--num-frames": "--frames", "--temporal-ratio": "--ratio", "--temporal-ratios": "--ratios", "--dtype": "--precision"},
     **{"--sampling-steps": "--steps", "--num-inference-steps": "--steps", "--guidance-scale": "--guidance"},

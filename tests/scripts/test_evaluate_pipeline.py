@@ -75,7 +75,7 @@ def test_drafting_is_compared_with_sampling_from_noise(run, tmp_path, capsys):
     assert [row["way"] for row in (draft, one, three)] == ["16x alone", "4x from noise, 1 steps", "4x from noise, 3 steps"]
     assert [row["way"] for row in (lifted, half)] == ["refined from 0", "refined from 0.5"]
     assert "rival" not in draft
-    # A lifted draft that is not refined is the draft: a higher level's decoder lifts first, too.
+    # A lifted draft without refinement equals the draft, because the higher level's decoder lifts first, too.
     assert lifted["psnr_to_draft"] > 50 > half["psnr_to_draft"]
     assert lifted["rival"] in (one["way"], three["way"])
     nearest = min((one, three), key=lambda row: abs(row["seconds"] - half["seconds"]))

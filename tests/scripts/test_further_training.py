@@ -14,7 +14,7 @@ from tests.scripts.conftest import LOOP, overrides
 from tests.scripts.test_scripts import RUN, diffusion_arguments, encoder
 
 RANK, TARGETS = 2, ["to_q", "to_v", "ff.net.2"]
-# The demo's clips and settings, so that its latents' statistics are known to its pipeline.
+# These are the demo's clips and settings, so its pipeline has the statistics of the latents.
 TEXT = {"encoders": [encoder("small", 16)]}
 
 

@@ -150,7 +150,7 @@ def test_costs_are_recorded_by_stage_and_inherited_part(lines):
     assert sixteen["flops"] == pytest.approx(base["flops"] + eight["stage"]["flops"] + sixteen["stage"]["flops"], rel=1e-5)
     assert eight["lift"].keys() == {"4"}
     assert sixteen["lift"].keys() == {"4", "8"}
-    # The frozen decoder goes through the same estimates, so decoding them is decoding the latent itself.
+    # The frozen decoder computes the same estimates, so decoding them equals decoding the latent.
     assert sixteen["lift"]["4"]["psnr"] == pytest.approx(sixteen["psnr"], abs=1e-3)
     assert base["lift"] == by_variant["plain", 4]["lift"] == by_variant["baseline", 4]["lift"] == {}
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-# What appends without looking at what is there is doubled by a restart, and must be seen; then the real work.
+# The first case appends blindly, so a restart doubles its output and the test must detect it; the others are real commands.
 DRIVER = """
 import sys
 from promag.scripts.reliability import kills
@@ -22,7 +22,7 @@ raise SystemExit(kills.main(sys.argv[1:]))
 """
 
 
-def test_restarts_leave_what_runs_without_kills_do(tmp_path):
+def test_restarted_runs_equal_runs_without_kills(tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     words = ["--minutes", "0.06", "--processes", "1", "--targets", "tokenizer", "shards", "--record", "record.jsonl"]
     words[-1] = str(tmp_path / "record.jsonl")

@@ -173,7 +173,7 @@ def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red disc\na blue square\n")
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("promag sample ")]
-    # Given frames and CLIP have tests of their own above; tests/test_docs.py parses these lines.
+    # Conditioning frames and CLIP are tested above; tests/test_docs.py parses these lines.
     sampling = [words[2:] for words in commands if not {"--image", "--video", "--clip"} & set(words)]
     for words in sampling:
         sample.main([*words, "--steps", "1"])

@@ -73,7 +73,7 @@ def write_t5(folder):
     from promag.diffusion.text import learn_vocabulary
 
     vocabulary = learn_vocabulary(["a red disc"], 300)
-    torch.manual_seed(0)  # of some random weights training is so sensitive to rounding that two processes may seem to differ
+    torch.manual_seed(0)  # with some random weights training is so sensitive to rounding that two processes seem to differ
     t5 = T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=12, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
     for part in (t5, vocabulary):
         part.save_pretrained(folder)
@@ -305,7 +305,7 @@ def test_sample_starts_from_an_image_or_a_clip(demo_run, video_folder, tmp_path)
         out = tmp_path / f"{name}.mp4"
         sample.main([pipeline, "--prompt", "a", "--steps", "1", "--out", str(out), f"--{name}", str(opening)])
         samples.append(read_frames(out, range(17)).astype(int))
-    # Two latent frames, of which one must be left to make: the clip's last frame is given, that of the image.
+    # There are two latent frames and one must be generated, so only the clip's last frame, the image, is conditioning.
     assert np.abs(samples[0] - samples[1]).mean() < 3
     sample.main([pipeline, "--prompt", "a", "--steps", "1", "--out", str(tmp_path / "free.mp4")])
     assert np.abs(samples[0] - read_frames(tmp_path / "free.mp4", range(17))).mean() > 3

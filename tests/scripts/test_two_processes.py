@@ -17,7 +17,7 @@ from promag.training.run import checkpoints, load_checkpoint
 from tests.scripts.conftest import LOOP
 from tests.scripts.test_scripts import RUN, diffusion_arguments, encoder, tokenizer_arguments, write_t5
 
-# Several trainings after each other in one start, which takes much longer than they do.
+# Several trainings run in one process, because starting it takes much longer than training.
 DRIVER = """
 import importlib, json, os, sys
 from pathlib import Path
@@ -28,7 +28,7 @@ leave_process_group()
 threads = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 Path(sys.argv[1]).with_name(f"threads-{os.environ['RANK']}.json").write_text(json.dumps(threads))
 """
-# Rank 1 is killed, as by a machine that is out of memory, once a few steps have been logged.
+# Rank 1 is killed after a few logged steps, as on a machine that is out of memory.
 KILLED = """
 import os, signal, sys, threading, time
 def kill():
@@ -154,7 +154,7 @@ def test_sharded_weights_learn_the_same_as_replicated_ones(runs, name):
     for group, tensors in whole.items():
         assert tensors.keys() == spread[group].keys()
         for key, value in tensors.items():
-            # Muon's products round to bfloat16, and see below of AdamW.
+            # Muon's products round to bfloat16; AdamW is explained below.
             assert torch.allclose(spread[group][key], value, atol=1e-3), f"{group} {key}"
 
 
@@ -200,7 +200,7 @@ def test_two_processes_learn_the_same_as_one_from_the_same_global_batch(runs, ot
         two, one = (logged(runs / name / "16x", key) for name in ("whole", other))
         assert two == pytest.approx(one, rel=1e-5)
     two, one = (load_checkpoint(checkpoints(runs / name / "16x")[-1])[0]["ema"] for name in ("whole", other))
-    # Where a gradient is nearly nothing, AdamW still makes steps of the learning rate, 0.01, in either direction.
+    # Where a gradient is almost zero, AdamW still takes steps of the learning rate, 0.01, in either direction.
     assert max(float((two[name] - one[name]).abs().max()) for name in two) < 1e-3
 
 

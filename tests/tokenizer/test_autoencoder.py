@@ -23,7 +23,7 @@ def test_birth_law_new_latent_is_the_lower_latent_of_every_second_frame(clip, mi
         model.grow(Growth(mixing=mixing))
         below = moments(model, clip[:, :, ::2], ratio // 2)
         assert torch.equal(moments(model, clip, ratio), below)
-        with torch.no_grad():  # the next level must not depend on this one being untrained
+        with torch.no_grad():  # the next level's test must not need this one untrained
             for parameter in model.encoder_growth[-1].parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
 
@@ -127,7 +127,7 @@ def test_a_level_encodes_through_the_nearest_copy_above_and_chunks_equal_the_who
             posterior, state = model.encode_chunk(chunk, state, ratio)
             parts.append(posterior.mode())
         assert (torch.cat(parts, 2) - moments(model, x, ratio).chunk(2, 1)[0]).abs().max() < 1e-4
-    together = [d.parameters for d in model.encode_levels(x, model.temporal_ratios)]  # no level's features for another's
+    together = [d.parameters for d in model.encode_levels(x, model.temporal_ratios)]  # no level gets the features of another
     for ratio, z in zip(model.temporal_ratios, together, strict=True):
         assert torch.equal(z, moments(model, x, ratio))
 
@@ -342,7 +342,7 @@ def test_a_fingerprint_covers_the_weights_that_encode_a_ratio():
 
     model, plain = prints()
     assert len(set(plain)) == 3
-    assert prints(heads=2)[1][0] == plain[0]  # another function of the same weights from 8x on
+    assert prints(heads=2)[1][0] == plain[0]  # from 8x on the same weights give another function
     assert prints(heads=2)[1][1] != plain[1]
     model.grow(Growth())
     with torch.no_grad():

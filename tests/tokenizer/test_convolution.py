@@ -73,7 +73,7 @@ def test_one_clip_in_float32_never_takes_the_slow_kernel():
     called = operators(reconstruct)
     assert OPERATOR in called
     assert SLOW not in called
-    assert SLOW in operators(lambda: F.conv3d(*arguments()))  # what it would be without
+    assert SLOW in operators(lambda: F.conv3d(*arguments()))  # the slow kernel is used otherwise
 
 
 def test_other_calls_are_conv3d(monkeypatch):

@@ -110,7 +110,7 @@ def test_high_frequency_energy_of_blur_noise_and_itself():
     assert high_frequency_energy(x, x).item() == pytest.approx(1)
     assert high_frequency_energy(blurred, x).item() < 0.3
     assert high_frequency_energy(x * 1.5, x).item() == pytest.approx(2.25, rel=0.02)
-    smooth = torch.linspace(0, 6.28, 33)[:-1].sin().expand(1, 3, 1, 32, 32) * 0.5  # one wave: nothing to lose
+    smooth = torch.linspace(0, 6.28, 33)[:-1].sin().expand(1, 3, 1, 32, 32) * 0.5  # a single wave has nothing to lose
     assert high_frequency_energy(x[:, :, :1] * 0.1 + smooth, x[:, :, :1]).item() == pytest.approx(0.01, rel=0.1)
 
 
@@ -121,7 +121,7 @@ def test_ms_ssim_by_size():
     worse = [ms_ssim(x + s * torch.randn_like(x), x).item() for s in (0.1, 0.5)]
     assert 1 > worse[0] > worse[1]
     assert [ms_ssim_scales(side, 200) for side in (10, 11, 43, 44, 64, 128, 176)] == [0, 1, 2, 3, 3, 4, 5]
-    for side in (11, 22, 44, 99, 176):  # what the count promises, the metric can do
+    for side in (11, 22, 44, 99, 176):  # the metric works with that many scales
         y = torch.zeros(1, 3, 1, side, side)
         assert ms_ssim(y, y).item() == pytest.approx(1)
     with pytest.raises(ValueError, match="sides of at least 11"):

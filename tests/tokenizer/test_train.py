@@ -197,7 +197,7 @@ def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
     adversarial = adversarial_config(learning_rate=2e-3, lecam_weight=0.1, penalty_weight=1.0)
     stages = (stage(4, 5, adversarial=adversarial),)
     train_tokenizer(make_config(tmp_path / "whole", stages=stages))
-    half = dataclasses.replace(RUN, stop_after=3)  # the averages of LeCam cross the interruption
+    half = dataclasses.replace(RUN, stop_after=3)  # the averages of LeCam are resumed
     for _ in range(2):
         train_tokenizer(make_config(tmp_path / "parts", stages=stages, run=half))
     steps = [r for r in records(tmp_path / "whole", 4) if "loss" in r]
@@ -338,7 +338,7 @@ def test_a_run_resumes_only_with_its_own_clips(shards, tmp_path, monkeypatch, ki
         write(rows)
     assert go_on() == tmp_path / "run" / "tokenizer"
     shutil.rmtree(folder)
-    assert go_on() == tmp_path / "run" / "tokenizer"  # a finished run needs its clips no more
+    assert go_on() == tmp_path / "run" / "tokenizer"  # a finished run no longer needs its clips
 
 
 def test_buckets_must_fit_their_level(bucketed, tmp_path):

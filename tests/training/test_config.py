@@ -274,9 +274,9 @@ def test_a_preset_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
     presets = {str(path.relative_to("configs").with_suffix("")): load_yaml(path) for path in PRESETS}
     monkeypatch.chdir(tmp_path)
     assert {name: load_yaml(name) for name in presets} == presets
-    (tmp_path / "tokenizer").mkdir()  # a folder of the same name is no file
+    (tmp_path / "tokenizer").mkdir()  # a folder of the same name does not count
     assert load_yaml("tokenizer/tiny") == presets["tokenizer/tiny"]
-    (tmp_path / "demo").write_text("seed: 7")  # a file goes before a preset
+    (tmp_path / "demo").write_text("seed: 7")  # a file comes before a preset
     assert load_yaml("demo") == {"seed": 7}
 
 

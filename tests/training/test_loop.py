@@ -42,7 +42,7 @@ class Noisy(Objective):
         super().__init__()
         torch.manual_seed(0)
         self.layer, self.frozen = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
-        # A layout that files do not keep: moments read back must follow it.
+        # Files do not keep this memory layout; moments must follow it after loading.
         self.conv = nn.Conv3d(3, 3, 3, padding=1).to(memory_format=torch.channels_last_3d)
 
     def forward(self, batch, generators, step):
@@ -332,7 +332,7 @@ def test_too_many_consecutive_steps_that_are_not_finite_end_the_run(tmp_path):
         run(tmp_path / "a", objective=Sick(0))
     settings = dataclasses.replace(SETTINGS, max_skipped=1)
     assert run(tmp_path / "b", settings=settings, objective=Sick(0, 2))[0].finished
-    config = run_config(stop_after=1)  # what was skipped before an interruption counts
+    config = run_config(stop_after=1)  # steps skipped before an interruption count
     run(tmp_path / "c", config, settings, Sick(0, 1))
     with pytest.raises(FloatingPointError, match=r"step 2: .* 2 in a row"):
         run(tmp_path / "c", config, settings, Sick(0, 1))

@@ -23,7 +23,7 @@ def test_a_kernel_is_trained_as_a_matrix_with_a_row_for_each_output(layout):
         kernel.grad, matrix.grad = gradient.clone(), gradient.flatten(1)
         ours.step()
         reference.step()
-    # Newton-Schulz runs in bfloat16, where another order of columns rounds otherwise.
+    # Newton-Schulz runs in bfloat16, where another order of columns changes the rounding.
     assert torch.allclose(kernel.flatten(1), matrix, atol=2e-3)
     assert (kernel - start).abs().max() > 0.02
     ours.zero_grad()

@@ -41,7 +41,7 @@ def measured(monkeypatch):
     [
         ((1.0, 1.0), (0.5, 0.5), "bf16"),
         ((1.0, 1.0), (3.4, 3.0), "fp32"),  # emulated
-        ((1.0, 1.0), (1.0, 0.98), "fp32"),  # no gain worth the digits
+        ((1.0, 1.0), (1.0, 0.98), "fp32"),  # too little gain for the lost precision
         ((1.0, 1.0), (2.0, 0.4), "bf16"),  # the mean of both counts: 1.12
         ((1.0, 1.0), (2.0, 0.5), "fp32"),
         ((8.0, 0.1), (4.0, 0.12), "bf16"),  # whatever the sizes of the two

@@ -154,7 +154,7 @@ def test_a_full_disk_is_named_and_keeps_existing_files(tmp_path):
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
     assert {path.name for path in tmp_path.iterdir()} == {good.name, text.name, line.name}
     assert text.read_text() == "before"
-    assert read_json_lines(line) == [{"step": 1}]  # and half a line, which the next one replaces
+    assert read_json_lines(line) == [{"step": 1}]  # and half a line, which the next line replaces
     append_json(line, {"step": 2})
     assert line.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert newest_checkpoint(tmp_path) == good

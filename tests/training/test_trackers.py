@@ -50,7 +50,7 @@ def test_a_gif_holds_every_frame_for_its_time():
     assert sum(durations) == pytest.approx(9 / 16 * 1000, abs=10)
     still = np.repeat(video[:1], 3, 0)
     frames, durations = decoded(encode_gif(still, 10))
-    assert sum(durations) == 300  # frames that are alike may be stored as one longer one
+    assert sum(durations) == 300  # equal frames may be stored as one longer frame
 
 
 def test_tensorboard_shows_the_logged_videos(tmp_path):
