@@ -288,14 +288,15 @@ class _Child:
 
 def _wait(children: Sequence[_Child], kill: tuple[int, float] | None) -> list[tuple[int, Any]]:
     """Wait for all; kill one after a time; once one died, end the others. Return exit codes and results."""
-    started, codes, ending = time.perf_counter(), {}, 0.0
+    now, before, ending, codes = 0.0, time.perf_counter(), 0.0, {}
     while len(codes) < len(children):
         for rank, child in enumerate(children):
             if rank not in codes:
                 pid, status = os.waitpid(child.pid, os.WNOHANG)
                 if pid:
                     codes[rank] = os.waitstatus_to_exitcode(status)
-        now = time.perf_counter() - started
+        passed = time.perf_counter() - before
+        now, before = now + min(passed, 0.1), before + passed  # time in which this process is stopped does not count
         left = [rank for rank in range(len(children)) if rank not in codes]
         if kill and now > kill[1] and kill[0] in left:
             os.kill(children[kill[0]].pid, signal.SIGKILL)
