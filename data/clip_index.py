@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, overload
+from typing import Annotated, Any, NamedTuple, overload
 from urllib.parse import quote
 
 import numpy as np
@@ -159,17 +159,27 @@ def save_clips(path: str | os.PathLike, clips: Sequence[Clip]) -> None:
     write_atomically(path, "".join(lines))
 
 
-def digest_clips(clips: Sequence[Clip], count: int) -> str:
-    """Hash the contents, stretches and captions of the first `count` clips, a row at a time.
+class Digests(NamedTuple):
+    """Hashes of a list of clips, whose paths do not matter."""
 
-    Paths do not matter, nor whether decord, which is not there on every machine, may read them.
+    clips: str
+    videos: str  # of their videos and stretches alone: what decides their pixels
+
+
+def digest_clips(clips: Sequence[Clip], count: int) -> Digests:
+    """Hash the first `count` clips, a row at a time.
+
+    It does not matter whether decord, which is not there on every machine, may read them.
     """
-    digest = hashlib.sha256(b"[")
+    digests = [hashlib.sha256(b"["), hashlib.sha256(b"[")]
     for place in range(count):
         row = row_of(dataclasses.replace(clips[place], path="", decord=False))
-        digest.update(((", " if place else "") + json.dumps(row, sort_keys=True)).encode())
-    digest.update(b"]")
-    return digest.hexdigest()
+        pixels = {key: value for key, value in row.items() if key not in ("caption", "licence")}
+        for digest, part in zip(digests, (row, pixels), strict=True):
+            digest.update(((", " if place else "") + json.dumps(part, sort_keys=True)).encode())
+    for digest in digests:
+        digest.update(b"]")
+    return Digests(*(digest.hexdigest() for digest in digests))
 
 
 def load_clips(path: str | os.PathLike) -> ClipIndex:

@@ -21,7 +21,7 @@ from promag.training.config import UserError
 
 from . import synthetic
 from .buckets import NONE, Bucket, Buckets
-from .clip_index import Clip, column, digest_clips, load_clips, take
+from .clip_index import Clip, Digests, column, digest_clips, load_clips, take
 from .clip_memory import ClipMemory
 from .clips import prepare
 from .crops import ClipCrop, to_model
@@ -105,8 +105,12 @@ class ClipDataset(Dataset):
         check_unchanged(clip)
         return clip.path
 
-    def digest(self, count: int) -> str:
-        """Hash the contents, stretches and captions of the first `count` clips, a row at a time; paths do not matter."""
+    def caption(self, index: int) -> str:
+        """Return the caption of clip `index`."""
+        return self.clips[index].caption
+
+    def digests(self, count: int) -> Digests:
+        """Hash the first `count` clips, a row at a time."""
         return digest_clips(self.clips, min(count, len(self)))
 
 
@@ -144,14 +148,15 @@ class SyntheticDataset(Dataset):
         video = to_model(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         return {"video": video, "caption": scene.caption(), "clip": index, "start": 0, "stride": 1, "fps": synthetic.FPS}
 
-    def digest(self, count: int) -> str:
+    def digests(self, count: int) -> Digests:
         """Hash the split, the count and the generator: its source, and some captions, which the random numbers decide.
 
         Pixels are left out: their last bit may differ from one processor to another.
         """
         captions = [synthetic.scene(index, self.split).caption() for index in range(min(count, 64))]
         facts = ["synthetic", self.split, count, captions, inspect.getsource(synthetic)]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return Digests(digest, digest)
 
 
 def open_dataset(

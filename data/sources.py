@@ -116,8 +116,8 @@ def digest_sources(train: str, extra_sources: Sequence[Source], count: int) -> d
 
 def _digest(source: str, count: int) -> str:
     if source == "synthetic":
-        return SyntheticDataset("train", count, frames=5, size=32).digest(count)
+        return SyntheticDataset("train", count, frames=5, size=32).digests(count).clips
     if is_shards(source):
         return hashlib.sha256("".join(open_shards(source).sha256).encode()).hexdigest()
     clips = load_index(source)
-    return digest_clips(clips, len(clips))
+    return digest_clips(clips, len(clips)).clips

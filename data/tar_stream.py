@@ -19,6 +19,7 @@ from torch.utils.data import get_worker_info
 from promag.training.config import UserError, setting
 
 from .buckets import NONE, Bucket, Buckets, bucket_plan
+from .clip_index import Digests
 from .crops import ClipCrop
 from .epochs import EpochPlan, ShardOrder
 from .listing import first_few
@@ -146,12 +147,13 @@ class ShardedClips:
         number, sample = reader.sample(shard, place)
         return self._shown(number, sample, self.crops[0].first)
 
-    def digest(self, count: int) -> str:
+    def digests(self, count: int) -> Digests:
         """Hash the contents of the shards that hold the first `count` clips, and the samples' numbers in them."""
         numbers = self.numbers[0][:count]
         shards = np.unique(np.searchsorted(self.shards.offsets, numbers, side="right") - 1)
         facts = [[self.shards.sha256[shard] for shard in shards], (numbers - self.shards.offsets[shards[0]]).tolist()]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return Digests(digest, digest)
 
     def plan(self, batches_per_step: int, batch_size: int) -> str:
         """Return a table of the buckets for the log, and how many clips an epoch leaves out."""

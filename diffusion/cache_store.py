@@ -11,10 +11,10 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
@@ -32,16 +32,23 @@ OPEN_FILES = 128  # maximum number of shards that one reader keeps mapped into m
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Identity of a cache's inputs; two caches are interchangeable only if every field agrees."""
+    """Identity of a cache's inputs; two caches are interchangeable only if every field agrees.
+
+    Each kind of cache adds fields, `clips` among them: a hash of the clip list. Where `videos` agree, caches that differ in
+    `clips` differ in captions alone.
+    """
 
     hashed: ClassVar[Mapping[str, str]] = {}  # fields that are hashes: what to say where one differs
 
+    videos: str | None = field(default=None, kw_only=True)  # hash of the list without captions; earlier versions had none
+
     def check(self, other: Mapping[str, Any], place: Path) -> None:
-        """Raise UserError naming what differs between a cache found in `place` and the one asked for."""
+        """Raise UserError naming what differs, other than captions, between a cache found in `place` and the one asked for."""
+        same_videos = self.videos is not None and other.get("videos") == self.videos
         differs = [
             self.hashed.get(key) or f"{key} {other.get(key)} instead of {value}"
             for key, value in asdict(self).items()
-            if other.get(key) != value
+            if other.get(key) != value and key != "videos" and not (key == "clips" and same_videos)
         ]
         if differs:
             raise UserError(f"cache {place}: was made from {', '.join(differs)}; delete it or name another folder")
@@ -60,23 +67,44 @@ def hash_weights(modules: Iterable[nn.Module]) -> str:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def open_or_resume_cache(folder: Path, fingerprint: Fingerprint, shards: int) -> list[int] | None:
-    """Open or create the cache in a folder; return the numbers of its missing shards, None if it is complete.
+class Unfinished(NamedTuple):
+    """Numbers of the shards that a cache lacks, and of those whose captions may have been corrected since."""
+
+    missing: list[int]
+    outdated: list[int]
+
+
+def open_or_resume_cache(folder: Path, fingerprint: Fingerprint, shards: int) -> Unfinished | None:
+    """Open or create the cache in a folder; return what is unfinished of it, None if it is complete.
 
     Raises UserError naming what differs if the folder holds another cache.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / "fingerprint.json"
-    if mark.exists():
-        fingerprint.check(read_record(mark, dict[str, Any]), folder)
-    else:
-        write_atomically(mark, json.dumps(asdict(fingerprint)))
-    if (folder / "index.json").exists():
-        fingerprint.check(read_record(folder / "index.json", Index)["fingerprint"], folder)
+    mark, index = folder / "fingerprint.json", folder / "index.json"
+    records = [read_record(mark, dict[str, Any])] if mark.exists() else []
+    records += [read_record(index, Index)["fingerprint"]] if index.exists() else []
+    for record in records:
+        fingerprint.check(record, folder)
+    wanted = asdict(fingerprint)
+    same = all(record["clips"] == wanted["clips"] for record in records)
+    if index.exists() and same:
         return None
     for half_written in folder.glob(".shard-*"):
         half_written.unlink()
-    return [number for number in range(shards) if not shard_path(folder, number).exists()]
+    there = [number for number in range(shards) if shard_path(folder, number).exists()]
+    if not same:
+        index.unlink(missing_ok=True)
+        # Clips that no call asks for: until `finish`, the shards' captions may be those of one list or another.
+        write_atomically(mark, json.dumps(wanted | {"clips": ""}))
+        return Unfinished(_rest(there, shards), there)
+    if records and records[0].get("videos") != fingerprint.videos:
+        there = []  # shards of an interrupted call of an earlier version have other identities
+    write_atomically(mark, json.dumps(wanted))
+    return Unfinished(_rest(there, shards), [])
+
+
+def _rest(there: Sequence[int], shards: int) -> list[int]:
+    return sorted(set(range(shards)).difference(there))
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -85,19 +113,26 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(folder: Path, number: int, fingerprint: Fingerprint, tensors: Mapping[str, Tensor]) -> None:
-    """Write one shard atomically, with the identity of its cache and number."""
+    """Write one shard atomically, with the identity of its number and of its cache but for captions."""
     mark = {"identity": _identity(asdict(fingerprint), number)}
     save_tensors_atomically(shard_path(folder, number), {**tensors, **mark})
 
 
 def _identity(fingerprint: Mapping[str, Any], number: int) -> Tensor:
     """Return 16 bytes that identify this shard among the shards of all caches."""
-    digest = hashlib.sha256(json.dumps([fingerprint, number], sort_keys=True).encode()).digest()
-    return torch.tensor(list(digest[:16]), dtype=torch.uint8)
+    kept = fingerprint
+    if fingerprint.get("videos") is not None:  # else the cache was written by an earlier version
+        kept = {key: value for key, value in fingerprint.items() if key != "clips"}
+    return _short_hash(json.dumps([kept, number], sort_keys=True).encode())
+
+
+def _short_hash(data: bytes) -> Tensor:
+    return torch.tensor(list(hashlib.sha256(data).digest()[:16]), dtype=torch.uint8)
 
 
 def finish(folder: Path, fingerprint: Fingerprint, clips: int, shard_size: int, **facts: Any) -> None:
-    """Write the index of a cache whose shards are all complete."""
+    """Write the fingerprint and the index of a cache whose shards are all complete."""
+    write_atomically(folder / "fingerprint.json", json.dumps(asdict(fingerprint)))
     index = {"fingerprint": asdict(fingerprint), "clips": clips, "shard_size": shard_size, **facts}
     write_atomically(folder / "index.json", json.dumps(index, indent=1))
 
@@ -105,6 +140,11 @@ def finish(folder: Path, fingerprint: Fingerprint, clips: int, shard_size: int, 
 def clips_of(shard: int, shard_size: int, clips: int) -> range:
     """Return the indices of a shard's clips."""
     return range(shard * shard_size, min((shard + 1) * shard_size, clips))
+
+
+def hash_texts(texts: Sequence[str]) -> Tensor:
+    """Return 16 bytes that identify these texts in their order."""
+    return _short_hash(json.dumps(list(texts)).encode())
 
 
 def pack_texts(texts: Sequence[str]) -> dict[str, Tensor]:

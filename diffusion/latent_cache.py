@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from annotated_types import Gt, Len, Lt
 from pydantic import ConfigDict, PositiveInt
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import TypedDict
@@ -83,7 +84,10 @@ class LatentFingerprint(Fingerprint):
 
 
 class Clips(Protocol):
-    """Clips to cache: clip i is a mapping with video (C T H W), caption and fps."""
+    """Clips to cache: clip i is a mapping with video (C T H W), caption and fps.
+
+    Those whose captions may be corrected apart from their videos also have `caption(index)`.
+    """
 
     def fixed(self, index: int) -> Mapping[str, Any]:
         """Return clip `index`."""
@@ -121,25 +125,40 @@ def write_latents(
     """
     shard_size = next(iter(caches.values())).shard_size
     shards = math.ceil(count / shard_size)
-    missing = broadcast_from_main(
+    opened = broadcast_from_main(
         lambda: {folder: open_or_resume_cache(folder, wanted, shards) for folder, wanted in caches.items()}
     )
-    unfinished = {folder: shards_missing for folder, shards_missing in missing.items() if shards_missing is not None}
+    unfinished = {folder: todo for folder, todo in opened.items() if todo is not None}
     if not unfinished:
         return list(caches)
-    state, started = processes(), time.perf_counter()
-    numbers = sorted({number for shards_missing in unfinished.values() for number in shards_missing})
+    state, started, captioned = processes(), time.perf_counter(), cast(Any, clips)
+    for folder, (_, outdated) in unfinished.items():
+        for number in outdated[state.process_index :: state.num_processes]:
+            captions = [captioned.caption(clip) for clip in clips_of(number, shard_size, count)]
+            _correct_captions(folder, number, caches[folder], captions)
+        if outdated and state.is_main_process:
+            print(f"{folder}: captions have changed since; its latents are kept", flush=True)
+    numbers = sorted({number for missing, _ in unfinished.values() for number in missing})
     mine = _Batches(numbers[state.process_index :: state.num_processes], count, shard_size, batch_size)
-    holders = {folder: (caches[folder], frozenset(shards_missing)) for folder, shards_missing in unfinished.items()}
-    _write_shards(holders, mine, clips, encode, workers, state.is_main_process)
+    holders = {folder: (caches[folder], frozenset(missing)) for folder, (missing, _) in unfinished.items()}
+    if numbers:
+        _write_shards(holders, mine, clips, encode, workers, state.is_main_process)
     state.wait_for_everyone()
     if state.is_main_process:
         for folder in unfinished:
             finish(folder, caches[folder], count, shard_size, **_statistics(folder, shards))
         frames = next(iter(caches.values())).frames * sum(len(clips_of(n, shard_size, count)) for n in numbers)
-        _print_speed(frames, time.perf_counter() - started, state.num_processes)
+        if numbers:
+            _print_speed(frames, time.perf_counter() - started, state.num_processes)
     state.wait_for_everyone()
     return list(caches)
+
+
+def _correct_captions(folder: Path, number: int, fingerprint: LatentFingerprint, captions: Sequence[str]) -> None:
+    """Replace a shard's captions where they differ from the given ones; its latents stay."""
+    tensors, texts = load_file(shard_path(folder, number)), pack_texts(captions)
+    if any(not torch.equal(tensors[name], text) for name, text in texts.items()):
+        write_shard(folder, number, fingerprint, {**tensors, **texts})
 
 
 @dataclass(frozen=True)

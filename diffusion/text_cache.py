@@ -1,8 +1,8 @@
 """Cached text embeddings: captions encoded once by frozen encoders, which need not be in memory while training.
 
 One cache for each encoder (see cache_store.py), made from the captions in a cache of latents. A shard holds for its n captions:
-tokens (those that are real, of all captions in one row, S D), ends (where each caption's end, n) and pooled (n D), where the
-encoder has a pooled vector. null.safetensors holds the same of the null caption, once.
+tokens (those that are real, of all captions in one row, S D), ends (where each caption's end, n), pooled (n D), where the
+encoder has a pooled vector, and texts (a hash of the captions). null.safetensors holds the same of the null caption, once.
 
 Shapes: B captions, L text tokens, D width.
 """
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -34,8 +34,10 @@ from .cache_store import (
     Shards,
     clips_of,
     finish,
+    hash_texts,
     open_or_resume_cache,
     read_record,
+    shard_path,
     stretch,
     write_shard,
 )
@@ -99,7 +101,7 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
     """Encode the captions of a cache of latents where they are not cached yet; return the folder.
 
     The processes that run together divide the missing shards among them; a shard is the same for any number of processes and
-    interruptions.
+    interruptions. Shards whose captions have changed count as missing.
 
     Args:
         folder: folder of the cache. An interrupted cache continues at the first missing shard.
@@ -110,8 +112,7 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
     Raises UserError where the folder holds something else.
     """
     captions, size = Shards(latents), fingerprint.shard_size
-    shards = math.ceil(captions.clips / size)
-    missing = broadcast_from_main(lambda: open_or_resume_cache(folder, fingerprint, shards))
+    missing = broadcast_from_main(lambda: _open(folder, fingerprint, captions))
     if missing is None:
         return folder
     state, dtype = processes(), DTYPES[fingerprint.dtype]
@@ -121,9 +122,10 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
         encoder.to(state.device)
         cut = CutTexts(tokenizer)
         for number in ProgressBar(mine, desc="caching text", unit="shard", disable=not state.is_main_process):
-            texts = [captions.caption(clip) for clip in clips_of(number, size, captions.clips)]
+            texts = _texts_of(captions, number, size)
             cut.add(texts)
-            write_shard(folder, number, fingerprint, _encode(tokenizer, encoder, texts, dtype))
+            tensors = _encode(tokenizer, encoder, texts, dtype)
+            write_shard(folder, number, fingerprint, {**tensors, "texts": hash_texts(texts)})
         if cut.example is not None:
             print(f"{folder}: {cut}", flush=True)
         if state.is_main_process:
@@ -136,6 +138,25 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
         finish(folder, fingerprint, captions.clips, size, **facts)
     state.wait_for_everyone()
     return folder
+
+
+def _open(folder: Path, fingerprint: TextFingerprint, captions: Shards) -> list[int] | None:
+    """Open or create a cache; return the shards to encode, None if it is complete."""
+    size = fingerprint.shard_size
+    unfinished = open_or_resume_cache(folder, fingerprint, math.ceil(captions.clips / size))
+    if unfinished is None:
+        return None
+    changed = []
+    for number in unfinished.outdated:
+        with safe_open(shard_path(folder, number), "pt") as shard:
+            if not torch.equal(shard.get_tensor("texts"), hash_texts(_texts_of(captions, number, size))):
+                changed.append(number)
+    return sorted([*unfinished.missing, *changed])
+
+
+def _texts_of(captions: Shards, number: int, size: int) -> list[str]:
+    """Return the captions of one shard of embeddings."""
+    return [captions.caption(clip) for clip in clips_of(number, size, captions.clips)]
 
 
 @torch.no_grad()

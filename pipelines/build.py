@@ -150,17 +150,18 @@ def cache_latents(
     encode = encoder(vae, cast(Any, device), choose_precision_once(config.precision, config.output_dir))
     results = []
     for (bucket, clips), n in zip(parts, counts, strict=True):
-        digest = broadcast_from_main(lambda clips=clips, n=n: clips.digest(n))
+        digests = broadcast_from_main(lambda clips=clips, n=n: clips.digests(n))
         caches = {
             Path(data.cache) / _name(config, split, bucket, f"{ratio}x"): LatentFingerprint(
                 tokenizer=hashes[ratio],
-                clips=digest,
+                clips=digests.clips,
                 ratio=ratio,
                 frames=bucket.frames,
                 height=bucket.height,
                 width=bucket.width,
                 dtype=data.dtype,
                 shard_size=data.shard_size,
+                videos=digests.videos,
             )
             for ratio in ratios
         }
@@ -183,8 +184,9 @@ def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str
         digest = broadcast_from_main(lambda e=encoder, load=load: encoder_digest(e.model, e.weights, memory, load))
         for name, folder in latents.items():
             split, dash, bucket = name.partition("-")
-            clips = Shards(folder).index["fingerprint"]["clips"]
-            wanted = TextFingerprint(digest, clips, encoder.max_length, config.data.dtype, config.data.shard_size)
+            source = Shards(folder).index["fingerprint"]
+            limits = (encoder.max_length, config.data.dtype, config.data.shard_size)
+            wanted = TextFingerprint(digest, source["clips"], *limits, videos=source.get("videos"))
             cache_folder = Path(config.data.cache) / f"{split}-text-{number}{dash}{bucket}"
             folders[name][number] = write_embeddings(cache_folder, wanted, folder, load)
     return folders

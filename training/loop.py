@@ -30,7 +30,7 @@ from .optimizers import OptimizationConfig, make_optimizers
 from .precision import Chosen
 from .processes import broadcast_from_main
 from .progress import ProgressBar
-from .run import StopSignal, cut_metrics, newest_checkpoint, save_checkpoint, sweep, thin_out
+from .run import StopSignal, cut_metrics, newest_checkpoint, save_checkpoint, step_of, sweep, thin_out
 from .state import State
 from .throughput import Meter, Work
 from .trackers import Log, Tracker, check_trackers
@@ -178,7 +178,7 @@ def train(
     ema = EMAModel(parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     global_batch = accelerator.num_processes * settings.batch_size * settings.accumulate
     state = State(named, dict(objective.named_buffers()), optimizers, ema, global_batch)
-    if checkpoint := broadcast_from_main(lambda: _resumable(folder)):
+    if checkpoint := broadcast_from_main(lambda: _resumable(folder, run)):
         state.resume(checkpoint)
     first = step = state.step
     if first:
@@ -294,9 +294,12 @@ def _distribute(
     return accelerator.prepare(objective.to(device)), lambda: None
 
 
-def _resumable(folder: Path) -> Path | None:
+def _resumable(folder: Path, run: RunConfig) -> Path | None:
+    """Remove what a killed call left, and checkpoints that it had still to delete; return the one to continue from."""
     sweep(folder)
-    return newest_checkpoint(folder)
+    if newest := newest_checkpoint(folder):
+        thin_out(folder, step_of(newest), run.keep_last, run.keep_every)
+    return newest
 
 
 def _save(accelerator: Accelerator, folder: Path, state: State, seconds: float, run: RunConfig, stop: StopSignal) -> None:

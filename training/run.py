@@ -181,7 +181,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
     Folders of other names are ignored, and so are copies under another step's name and copies without state.json.
     """
-    return sorted((path for path in folder.glob("step-*") if _is_own(path)), key=_step)
+    return sorted((path for path in folder.glob("step-*") if _is_own(path)), key=step_of)
 
 
 def thin_out(folder: Path, step: int, keep_last: int, keep_every: int | None = None) -> None:
@@ -189,8 +189,8 @@ def thin_out(folder: Path, step: int, keep_last: int, keep_every: int | None = N
 
     Later ones, which a run that fell back from a damaged one has still to replace, do not count.
     """
-    for old in [path for path in checkpoints(folder) if _step(path) <= step][:-keep_last]:
-        if keep_every is None or _step(old) % keep_every:
+    for old in [path for path in checkpoints(folder) if step_of(path) <= step][:-keep_last]:
+        if keep_every is None or step_of(old) % keep_every:
             _remove(old.rename(old.with_name(f".{old.name}")))  # a kill leaves no partial checkpoint
 
 
@@ -198,13 +198,14 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def _is_own(path: Path) -> bool:
     """Tell whether a folder was saved under this name; what `load_checkpoint` calls damaged counts too."""
-    if not re.fullmatch(r"step-\d{8,}", path.name) or path.name != _name(_step(path)):
+    if not re.fullmatch(r"step-\d{8,}", path.name) or path.name != _name(step_of(path)):
         return False
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -212,7 +213,7 @@ def _is_own(path: Path) -> bool:
         return False
     except ValueError:
         return True
-    return not isinstance(state, dict) or state.get("step", _step(path)) == _step(path)
+    return not isinstance(state, dict) or state.get("step", step_of(path)) == step_of(path)
 
 
 def _remove(path: Path) -> None:

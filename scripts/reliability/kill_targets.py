@@ -29,7 +29,7 @@ from promag.training.files import read_json_lines, write_atomically
 
 SIZE = 32
 LOOP = {"batch_size": 1, "warmup": 1, "learning_rate": 0.01}
-RUN = {"log_every": 1, "validate_every": 2, "save_every": 1, "keep_last": 1, "workers": 0, "trackers": []}
+RUN = {"log_every": 1, "validate_every": 2, "save_every": 1, "keep_last": 1, "workers": 0, "trackers": [], "peak_tflops": 1.0}
 MODEL = {"latent_channels": 4, "patch_size": 4, "block_out_channels": [16, 16, 16], "layers_per_block": 1}
 
 
@@ -39,12 +39,12 @@ class Target:
 
     Args:
         run: does the work in a folder, with inputs from another one; called again, it continues.
-        make_inputs: makes those inputs in an empty folder.
+        make_inputs: make those inputs in an empty folder, in this order.
         processes: numbers of processes that it is tried with.
     """
 
     run: Callable[[Path, Path], Any]
-    make_inputs: Callable[[Path], None] = lambda folder: None
+    make_inputs: tuple[Callable[[Path], None], ...] = ()
     processes: tuple[int, ...] = (1,)
 
 
@@ -66,10 +66,25 @@ def make_models(folder: Path) -> None:
 
 
 def make_videos(folder: Path) -> None:
-    """Make three videos."""
-    for number in range(3):
+    """Make five videos."""
+    for number in range(5):
         pixels, _ = clip(number, "eval", 12, 48)
         write_video(folder / "videos" / f"v{number}.mp4", pixels, 10)
+
+
+def make_captioned(folder: Path) -> None:
+    """Make an index, its caches, and the index with other captions for two clips."""
+    clips = prepare([(str(path), path.stem) for path in sorted((folder / "videos").iterdir())], progress=False).clips
+    save_clips(folder / "clips.jsonl", clips)
+    corrected = [dataclasses.replace(c, caption="a disc") for c in clips[1:3]]
+    save_clips(folder / "corrected.jsonl", [clips[0], *corrected, *clips[3:]])
+    config = _on_clips(folder / "captioned", folder, "clips.jsonl")
+    cache(config, load_tokenizer(config.tokenizer))
+
+
+def _on_clips(folder: Path, inputs: Path, index: str) -> DiffusionConfig:
+    config, index = diffusion_config(folder, inputs), str(inputs / index)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, train=index, validation=index))
 
 
 def tokenizer_config(folder: Path) -> TokenizerConfig:
@@ -116,6 +131,15 @@ def _cache(folder: Path, inputs: Path) -> None:
     cache(config, load_tokenizer(config.tokenizer))
 
 
+def _correct_captions(folder: Path, inputs: Path) -> None:
+    """Cache clips of which two have other captions than in the cache that is there."""
+    if not (folder / "begun").exists():
+        shutil.copytree(inputs / "captioned", folder / "run", dirs_exist_ok=True)
+        (folder / "begun").touch()
+    config = _on_clips(folder / "run", inputs, "corrected.jsonl")
+    cache(config, load_tokenizer(config.tokenizer))
+
+
 def _train_diffusion(folder: Path, inputs: Path) -> None:
     """Train on latents that are there, so that all kills hit the training."""
     config = diffusion_config(folder / "run", inputs)
@@ -149,10 +173,11 @@ def _write_shards(folder: Path, inputs: Path) -> None:
 
 TARGETS: Mapping[str, Target] = {
     "tokenizer": Target(_train_tokenizer, processes=(1, 2)),
-    "caches": Target(_cache, make_models, (1, 2)),
-    "diffusion": Target(_train_diffusion, make_models, (1, 2)),
-    "publish": Target(_publish, make_models),
-    "shards": Target(_write_shards, make_videos),
+    "caches": Target(_cache, (make_models,), (1, 2)),
+    "captions": Target(_correct_captions, (make_models, make_videos, make_captioned), (1, 2)),
+    "diffusion": Target(_train_diffusion, (make_models,), (1, 2)),
+    "publish": Target(_publish, (make_models,)),
+    "shards": Target(_write_shards, (make_videos,)),
 }
 
 

@@ -97,7 +97,7 @@ class Killing:
 
     def plan(self, targets: Sequence[str], processes: Sequence[int]) -> None:
         """Make the inputs, do each target's work once, and list the kills before every change of a file that it makes."""
-        for make in dict.fromkeys(TARGETS[target].make_inputs for target in targets):
+        for make in dict.fromkeys(make for target in targets for make in TARGETS[target].make_inputs):
             self._import_what_is_imported_by(lambda make=make: make(self.inputs))
         for target in targets:
             for number in set(processes) & set(TARGETS[target].processes):

@@ -162,9 +162,12 @@ def test_opening_generated_clips(change, message):
 def test_digests_depend_on_content_not_on_paths(clips, tmp_path):
     moved = dataclasses.replace(clips[0], path=str(tmp_path / "a.mp4"))
     renamed = dataclasses.replace(clips[0], caption="another")
-    digests = [ClipDataset([clip, clips[1]], 3, 16).digest(1) for clip in (clips[0], moved, renamed)]
+    digests = [ClipDataset([clip, clips[1]], 3, 16).digests(1) for clip in (clips[0], moved, renamed)]
     assert digests[0] == digests[1] != digests[2]
-    assert ClipDataset(clips, 3, 16).digest(1) == digests[0] != ClipDataset(clips, 3, 16).digest(2)
+    assert digests[0].videos == digests[2].videos  # another caption
+    shorter = dataclasses.replace(clips[0], frames=clips[0].frames - 1)
+    assert ClipDataset([shorter, clips[1]], 3, 16).digests(1).videos != digests[0].videos
+    assert ClipDataset(clips, 3, 16).digests(1) == digests[0] != ClipDataset(clips, 3, 16).digests(2)
 
 
 def test_a_digest_keeps_one_row_at_a_time_in_memory(clips, tmp_path):
@@ -174,25 +177,25 @@ def test_a_digest_keeps_one_row_at_a_time_in_memory(clips, tmp_path):
     dataset = ClipDataset(load_clips(tmp_path / "clips.jsonl"), 3, 16)
     listed = [row_of(dataclasses.replace(clip, path="", decord=False)) for clip in dataset.clips]
     tracemalloc.start()
-    digest = dataset.digest(3000)
+    digest = dataset.digests(3000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert digest == hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    assert digest.clips == hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
     assert peak < 200_000  # the list and its text are some megabytes
 
 
 def test_the_digest_of_generated_clips_depends_on_the_generator(monkeypatch):
     dataset = SyntheticDataset("train", 4, frames=3, size=32)
-    digest = dataset.digest(4)
-    assert digest == SyntheticDataset("train", 4, frames=3, size=32).digest(4)
-    assert len({digest, dataset.digest(3), SyntheticDataset("eval", 4, frames=3, size=32).digest(4)}) == 3
+    digest = dataset.digests(4)
+    assert digest == SyntheticDataset("train", 4, frames=3, size=32).digests(4)
+    assert len({digest, dataset.digests(3), SyntheticDataset("eval", 4, frames=3, size=32).digests(4)}) == 3
     source = inspect.getsource(synthetic)
     with monkeypatch.context() as context:  # for example a colour that clip 0 does not show
         context.setattr(inspect, "getsource", lambda module: source.replace('"cyan": (0.12', '"cyan": (0.13'))
-        assert dataset.digest(4) != digest
+        assert dataset.digests(4) != digest
     with monkeypatch.context() as context:  # as another release of NumPy may draw
         context.setattr(synthetic, "sample_scene", lambda rng, unseen: synthetic.Scene("disc", "red", "grows"))
-        assert dataset.digest(4) != digest
+        assert dataset.digests(4) != digest
 
 
 def test_a_scene_is_that_of_its_clip():

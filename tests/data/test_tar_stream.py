@@ -146,7 +146,7 @@ def test_clips_by_their_number(index, folder):
         assert item["caption"] == order[4]["caption"]
     with pytest.raises(IndexError, match="legal are 0 to 19"):
         clips.fixed(20)
-    assert clips.digest(5) == open_dataset(folder / "*.tar", "eval", 2, (8, 8), 0).digest(5) != clips.digest(6)
+    assert clips.digests(5) == open_dataset(folder / "*.tar", "eval", 2, (8, 8), 0).digests(5) != clips.digests(6)
 
 
 def test_plans(index, folder, caplog):
@@ -300,4 +300,4 @@ def test_clips_of_several_buckets_are_numbered_apart(index, folder, source):
     alone = open_dataset(place, "train", 3, (32, 64), 0)  # images are too short for it
     for i in range(20):
         assert torch.equal(parts[0][1].fixed(i)["video"], alone.fixed(i)["video"])
-    assert parts[0][1].digest(20) == alone.digest(20)
+    assert parts[0][1].digests(20) == alone.digests(20)

@@ -88,7 +88,7 @@ def test_an_unchanged_file_is_not_hashed_and_a_copy_once(index, tmp_path, hashed
     for _ in range(2):
         assert numbers(copied.fixed(0)) == [0, 1, 2, 3]
     assert hashed == ["a.mp4"]
-    assert copied.digest(1) == dataset.digest(1)
+    assert copied.digests(1) == dataset.digests(1)
 
 
 def test_an_index_without_sizes_and_times_is_checked_by_its_hashes(index, hashed):

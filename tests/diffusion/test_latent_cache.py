@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from promag.data.stream import TrainingStream
-from promag.diffusion.cache_store import Shards, shard_path
+from promag.diffusion.cache_store import Shards, _identity, shard_path
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.training.config import UserError
 
@@ -190,6 +191,92 @@ def test_a_cache_of_something_else_is_refused_by_name(tmp_path, change, message)
     make(tmp_path)
     with pytest.raises(UserError, match=message):
         make(tmp_path, fingerprint=dataclasses.replace(PRINT, **change))
+
+
+def corrected(folder, captions, **options):
+    """Write the cache again for the same videos with these captions."""
+
+    class Corrected(Clips):
+        caption = staticmethod(lambda index: captions[index])
+
+        def fixed(self, index):
+            return read(index) | {"caption": captions[index]}
+
+    fingerprint = dataclasses.replace(PRINT, clips=repr(captions), videos="videos")
+    return write_latents({folder: fingerprint}, 7, Corrected(), options.pop("encode", encode), batch_size=2)[0]
+
+
+NEW = [*CAPTIONS[:4], "a corrected caption", *CAPTIONS[5:7]]
+
+
+def test_a_corrected_caption_keeps_all_latents(tmp_path, capsys):
+    """No video is read or encoded; the cache is the one that these captions would have made."""
+    folder = corrected(tmp_path / "a", CAPTIONS[:7])
+    before = files(folder)
+    corrected(folder, NEW, encode=None)  # would fail if called
+    assert "a: captions have changed since; its latents are kept" in capsys.readouterr().out
+    assert list(LatentDataset(folder).captions()) == NEW
+    after = files(folder)
+    assert {name for name in before if before[name] != after[name]} == {
+        "shard-00001.safetensors",
+        "fingerprint.json",
+        "index.json",
+    }
+    assert after == files(corrected(tmp_path / "b", NEW))
+
+
+def test_an_interrupted_correction_may_be_taken_back(tmp_path, monkeypatch):
+    folder = corrected(tmp_path, CAPTIONS[:7])
+    before = files(folder)
+
+    def interrupted(*arguments, **facts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("promag.diffusion.latent_cache.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            corrected(folder, NEW)
+    with pytest.raises(UserError, match=r"no index\.json"):
+        LatentDataset(folder)
+    corrected(folder, CAPTIONS[:7], encode=None)
+    assert files(folder) == before
+
+
+def test_a_correction_of_an_unfinished_cache_encodes_only_what_is_missing(tmp_path):
+    folder = corrected(tmp_path / "a", CAPTIONS[:7])
+    for name in ("index.json", "shard-00002.safetensors"):
+        (folder / name).unlink()
+    encoded = []
+    corrected(folder, NEW, encode=lambda x, ratios: encoded.append(len(x)) or encode(x, ratios))
+    assert encoded == [1]
+    assert files(folder) == files(corrected(tmp_path / "b", NEW))
+
+
+def test_caches_of_earlier_versions_serve_with_their_captions_alone(tmp_path):
+    """They know no hash of their videos alone."""
+    folder = corrected(tmp_path, CAPTIONS[:7])
+    for name in ("index.json", "fingerprint.json"):
+        values = json.loads((folder / name).read_text())
+        (values.get("fingerprint") or values).pop("videos")
+        (folder / name).write_text(json.dumps(values))
+    for number in range(3):
+        path = shard_path(folder, number)
+        identity = _identity(json.loads((folder / "fingerprint.json").read_text()), number)
+        save_file(load_file(path) | {"identity": identity}, path)
+    before = files(folder)
+    corrected(folder, CAPTIONS[:7], encode=None)
+    assert list(LatentDataset(folder).captions()) == CAPTIONS[:7]
+    assert files(folder) == before
+    with pytest.raises(UserError, match="was made from other clips"):
+        corrected(folder, NEW)
+
+
+def test_other_videos_are_refused_with_or_without_other_captions(tmp_path):
+    corrected(tmp_path, CAPTIONS[:7])
+    for captions in (CAPTIONS[:7], NEW):
+        other = dataclasses.replace(PRINT, clips=f"other {captions}", videos="other")
+        with pytest.raises(UserError, match="was made from other clips"):
+            make(tmp_path, fingerprint=other)
 
 
 def test_another_ratio_is_refused_when_read(tmp_path):

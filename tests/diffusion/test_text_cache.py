@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from promag.data.stream import TrainingStream
+from promag.diffusion import text_cache
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.diffusion.text import encode, learn_vocabulary, small_clip, tokenize
 from promag.diffusion.text_cache import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
@@ -63,6 +64,31 @@ def test_a_cached_caption_equals_the_encoders_output(tmp_path, latents, encoders
         if kind == "clip":
             assert torch.allclose(text.pooled[0], expected.pooled[i], atol=1e-6)
     assert len(list(tmp_path.glob("null*"))) == 1
+
+
+def test_of_corrected_captions_only_their_shards_are_encoded_again(tmp_path, encoders, monkeypatch):
+    """The cache is the one that these captions would have made."""
+
+    def write(folder, captions):
+        class Corrected(Clips):
+            caption = staticmethod(lambda index: captions[index])
+
+            def fixed(self, index):
+                return super().fixed(index) | {"caption": captions[index]}
+
+        clips = {"clips": repr(captions), "videos": "videos"}
+        given = {folder / "latents": dataclasses.replace(LATENTS, **clips)}
+        latents = write_latents(given, len(captions), Corrected(), lambda x, ratios: [x[:, :, :2, ::8, ::8]])[0]
+        return make(folder / "texts", latents, encoders["clip"], dataclasses.replace(PRINT, **clips))
+
+    write(tmp_path / "a", CAPTIONS)
+    new = [*CAPTIONS[:4], "another disc", *CAPTIONS[5:]]
+    encoded = []
+    original = text_cache._encode
+    monkeypatch.setattr(text_cache, "_encode", lambda t, e, texts, d: encoded.append(texts) or original(t, e, texts, d))
+    corrected = write(tmp_path / "a", new)
+    assert encoded == [new[3:6], [""]]  # a shard, and the null caption
+    assert files(corrected) == files(write(tmp_path / "b", new))
 
 
 def test_embeddings_stay_with_the_latents_of_their_clips(tmp_path, latents, encoders):

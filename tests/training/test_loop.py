@@ -219,9 +219,10 @@ def test_a_second_ctrl_c_during_a_step_ends_it(tmp_path):
 
 def test_leftovers_of_a_killed_call_are_removed_even_without_steps_left(tmp_path):
     run(tmp_path)
-    (tmp_path / "stage" / ".step-00000002").mkdir()  # killed while deleting an old checkpoint, after the last step
-    assert run(tmp_path)[0].finished
-    assert not list((tmp_path / "stage").glob(".*"))
+    last = run_config(keep_last=1)
+    (tmp_path / "stage" / ".step-00000001").mkdir()  # killed while deleting an old checkpoint, after the last step
+    assert run(tmp_path, last)[0].finished  # and before deleting that of step 2
+    assert {path.name for path in (tmp_path / "stage").iterdir()} == {"step-00000004", "metrics.jsonl"}
 
 
 def test_a_run_stopped_by_a_full_disk_continues_when_there_is_space(tmp_path):
