@@ -82,10 +82,13 @@ class Container:
     def packets(self) -> PacketTable:
         """Read the packets of the file, from its start, without decoding any."""
         times, keys, places, count, end = [], [], {}, 0, 0.0
+        ticks: dict[int, float] = {}  # of each stream; fractions for each packet take longer than reading it
         for packet in self.container.demux():
             beat()
-            if packet.pts is not None and packet.time_base:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream_index not in ticks:
+                ticks[packet.stream_index] = float(packet.time_base or 0)
+            if packet.pts is not None:
+                end = max(end, (packet.pts + (packet.duration or 0)) * ticks[packet.stream_index])
             if packet.stream_index != self.stream.index or not packet.size:
                 continue
             count += 1
@@ -98,7 +101,8 @@ class Container:
             times.append(packet.pts)
         known = bool(keys) and None not in [*times, *keys] and self._packets_are_frames()
         # Frames before the first key frame, as after a cut without encoding, refer to what is not there.
-        shown = np.array(sorted(t for t in times if t >= min(keys)) if known else [], np.int64)
+        shown = np.sort(np.array(times if known else [], np.int64))
+        shown = shown[shown >= min(keys, default=0)] if known else shown
         known = known and bool((np.diff(shown) > 0).all())
         starts = np.array(sorted(key for key in keys if key is not None), np.int64)
         return PacketTable(shown if known else None, starts, places, count, end)

@@ -16,7 +16,7 @@ import numpy as np
 
 from .container import Container, open_container
 from .images import ImageError, image_size, is_image, read_image, scaled
-from .source import READ_TIMEOUT, UnreadableVideo, VideoBytes, VideoSource, within
+from .source import READ_TIMEOUT, UnreadableVideo, VideoBytes, VideoSource, seconds_to_read, within
 
 SEEK_BACK = (0.0, 1.0, 8.0, 64.0)  # seconds before the first wanted frame from which decoding is tried
 
@@ -56,7 +56,7 @@ def read_frames(source: VideoSource, indices: Iterable[int], timeout: float = RE
 
     `decord` allows decord where it is installed: only for files of which the strict pass says that it reads them right.
     Raises ValueError for indices outside the video, UnreadableVideo for a failing decoder and for one that takes longer
-    than `timeout` seconds.
+    than `timeout` seconds; the first read of a long file, which reads its packets, may take longer.
     """
     wanted = [int(i) for i in indices]
     if is_image(source):
@@ -65,14 +65,14 @@ def read_frames(source: VideoSource, indices: Iterable[int], timeout: float = RE
         from .decord_reader import read_with_decord
 
         return within(timeout, source, lambda: read_with_decord(source, wanted))
-    return within(timeout, source, lambda: read_with_pyav(source, wanted))
+    return within(timeout + seconds_to_read(source), source, lambda: read_with_pyav(source, wanted))
 
 
 def frame_times(source: VideoSource, timeout: float = READ_TIMEOUT) -> np.ndarray:
     """Return the time of each frame, float64 seconds after the first; raises UnreadableVideo as `read_frames` does."""
     if is_image(source):
         return np.zeros(1)
-    return within(timeout, source, lambda: frame_table(source)).seconds
+    return within(timeout + seconds_to_read(source), source, lambda: frame_table(source)).seconds
 
 
 def stream_frames(
@@ -83,30 +83,36 @@ def stream_frames(
     With `size` (height, width) each is scaled. Raises UnreadableVideo at the first frame that cannot be decoded, ValueError for
     indices that fall or lie outside.
     """
-    pictures = _all_pictures(source)
+    frames = _makers(source, size)
     if indices is None:
-        yield from (scaled(picture, size or picture.shape[:2]) for picture in pictures)
+        yield from (make() for make in frames)
         return
-    at, picture, shown = -1, None, None
+    at, make, picture = -1, None, None
     for index in indices:
         if index < at or index < 0:
             raise ValueError(f"{source}: frame {index} after frame {at}; frames are streamed in order")
         while at < index:
-            if (picture := next(pictures, None)) is None:
+            if (make := next(frames, None)) is None:
                 raise ValueError(f"{source}: frame {index}; legal: 0 to {at}")
-            at, shown = at + 1, None
-        assert picture is not None
-        shown = scaled(picture, size or picture.shape[:2]) if shown is None else shown
-        yield shown
+            at, picture = at + 1, None
+        if picture is None:
+            assert make is not None
+            picture = make()
+        yield picture
 
 
-def _all_pictures(source: VideoSource) -> Iterator[np.ndarray]:
+def _makers(source: VideoSource, size: tuple[int, int] | None) -> Iterator[Callable[[], np.ndarray]]:
+    """Yield for each frame what makes its picture: frames that are not wanted are decoded and not converted."""
     if is_image(source):
-        yield _read_image(source, [0])[0]
+        yield lambda: _sized(_read_image(source, [0])[0], size)
         return
     with open_container(source) as video:
         for frame in video.frames():
-            yield video.display.picture(frame.decoded)
+            yield lambda frame=frame: _sized(video.display.picture(frame.decoded), size)
+
+
+def _sized(picture: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    return scaled(picture, size) if size else picture
 
 
 def read_header(source: VideoSource, max_pixels: int) -> VideoHeader:

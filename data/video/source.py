@@ -16,6 +16,7 @@ from promag.training.config import UserError
 # decord has been seen to hang in get_batch for ever (dmlc/decord#269), and so may a network disk. A read takes
 # milliseconds to a few seconds; after a minute it will not end.
 READ_TIMEOUT = 60.0  # seconds
+SLOW_DISK = 10e6  # bytes a second
 WAIT = 0.5  # seconds: longest single wait for a decoder
 
 # Makes an odd but whole video readable; shown beside a list of refused videos.
@@ -77,6 +78,14 @@ def openable(source: VideoSource) -> Iterator[str | BinaryIO]:
         raise UnreadableVideo(source, error.strerror or str(error)) from None
     else:
         yield f"file:{path}"
+
+
+def seconds_to_read(source: VideoSource) -> float:
+    """Return how long reading all of a file may take; 0 where there is none."""
+    try:
+        return (len(source.data) if isinstance(source, VideoBytes) else os.stat(source).st_size) / SLOW_DISK
+    except OSError:
+        return 0.0
 
 
 def within(timeout: float, source: VideoSource, action: Callable[[], Result], reason: str | None = None) -> Result:

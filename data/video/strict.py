@@ -1,6 +1,5 @@
 """The strict pass over a video: every frame is decoded once, and damage and odd files are refused in words."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +9,10 @@ from .container import Container, PacketTable, open_container
 from .images import IMAGE_FPS, is_image
 from .isolated import beat
 from .reader import has_decord, read_frames
-from .source import UnreadableVideo, VideoBytes, VideoSource
+from .source import UnreadableVideo, VideoSource, seconds_to_read
 
 SAMPLED = (0, 1, 4, 16, 64, 256, 1024, 4096)  # frames, and the last one, that are compared with decord's
-SLOW_DISK = 10e6  # bytes a second
+LONG = 10_000  # frames: of longer videos decord, which reads all packets whenever it opens a file, is slower than PyAV
 WATCHED_SIDE = 144  # pixels: enough to see cuts, black and motion
 SHORT = 3  # frames, or seconds divided by 4, that a file may end before its container says
 
@@ -30,7 +29,7 @@ class VideoFacts:
     fps: float  # average, from the first to the last timestamp
     duration: float  # seconds, the last frame's own time included
     timestamps: np.ndarray  # (frames,) float64 seconds after the first frame, increasing
-    decord: bool = False  # decord was asked, is installed and reads exactly the same
+    decord: bool = False  # decord was asked, is installed and reads exactly the same, and the video is not LONG
     notes: tuple[str, ...] = ()  # how frames were changed for showing: tone-mapped, deinterlaced ...
 
 
@@ -73,7 +72,7 @@ def decode_strictly(
         raise UnreadableVideo(source, "holds one frame and no frame rate")
     if not np.array_equal(read_frames(source, [len(times) - 1])[0], samples[len(times) - 1]):
         raise UnreadableVideo(source, "its last frame is another when it is read alone: its index is wrong; re-encode it")
-    decord = decord and has_decord() and not notes and _decord_agrees(source, timestamps, samples)
+    decord = decord and has_decord() and not notes and len(times) <= LONG and _decord_agrees(source, timestamps, samples)
     height, width = samples[0].shape[:2]
     return VideoFacts(len(times), width, height, float(rate), float(timestamps[-1] + 1 / rate), timestamps, decord, notes)
 
@@ -124,5 +123,5 @@ def _check_whole(video: Container, packets: PacketTable) -> None:
 def _decord_agrees(source: VideoSource, timestamps: np.ndarray, samples: dict[int, np.ndarray]) -> bool:
     from .decord_reader import agrees
 
-    beat((len(source.data) if isinstance(source, VideoBytes) else os.stat(source).st_size) / SLOW_DISK)  # it reads all of it
+    beat(seconds_to_read(source))  # it reads all of it
     return agrees(source, timestamps, samples)

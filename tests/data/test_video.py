@@ -204,6 +204,15 @@ def videos(clean, tmp_path_factory):
     return {path.stem: str(path) for path in (clean, *folder.iterdir())}
 
 
+def test_decord_is_not_used_for_long_videos(clean, monkeypatch):
+    pytest.importorskip("decord", reason="has wheels for x86-64 only")
+    frames = decode_strictly(clean).frames
+    monkeypatch.setattr("promag.data.video.strict.LONG", frames)
+    assert decode_strictly(clean, decord=True).decord
+    monkeypatch.setattr("promag.data.video.strict.LONG", frames - 1)
+    assert not decode_strictly(clean, decord=True).decord
+
+
 @pytest.mark.parametrize("name", ["clean", "long", "variable", "turned"])
 def test_decord_and_pyav_read_identical_frames(videos, name):
     pytest.importorskip("decord", reason="has wheels for x86-64 only")
