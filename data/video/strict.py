@@ -15,6 +15,7 @@ SAMPLED = (0, 1, 4, 16, 64, 256, 1024, 4096)  # frames, and the last one, that a
 LONG = 10_000  # frames: of longer videos decord, which reads all packets whenever it opens a file, is slower than PyAV
 WATCHED_SIDE = 144  # pixels: enough to see cuts, black and motion
 SHORT = 3  # frames, or seconds divided by 4, that a file may end before its container says
+JUMP = 10.0  # seconds between two frames that are a new clock in a broadcast, where players go on without a pause
 
 Watch = Callable[[np.ndarray], None]
 
@@ -89,6 +90,9 @@ def _decode(video: Container, sampled: Sequence[int], watch: Watch | None) -> tu
         shape = f"{width}x{height}, {video.display.turned(frame.decoded)}, with pixels of {aspect}"
         if times and frame.time <= times[-1]:
             raise UnreadableVideo(video.source, f"the timestamp of frame {number} does not increase; re-encode it")
+        gap = float((frame.time - times[-1]) * video.tick) if times else 0.0
+        if gap > JUMP and video.container.format.name in ("mpeg", "mpegts"):
+            raise UnreadableVideo(video.source, f"its clock jumps by {gap:.1f} s before frame {number}; re-encode it")
         first = first or shape
         if shape != first:
             raise UnreadableVideo(video.source, f"frame {number} is {shape}, those before are {first}; re-encode it")

@@ -22,7 +22,7 @@ from promag.training.run import append_result
 
 from .corpus import Case, add_ffmpeg, find_ffmpeg, load_corpus
 from .damage import SOURCES
-from .videos import Outcome, examine, import_decoders
+from .videos import RIGHT, Outcome, examine, import_decoders
 
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)  # where decoders have had their faults
 Damage = Callable[[bytearray, np.random.Generator, bytes], None]
@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for outcome, data in read_damaged(files, cases, Path(folder), ffmpeg, arguments.seed):
             counts[outcome.result] += 1
-            if outcome.result not in ("read", "refused"):
+            if outcome.result not in RIGHT:
                 bad.append(f"{outcome.case.file} ({outcome.case.kind}): {outcome.result}, {outcome.reason}")
                 print(bad[-1], flush=True)
                 if arguments.keep:

@@ -296,6 +296,13 @@ def cut(path, later: int):
     return path
 
 
+def test_a_clock_that_jumps_is_refused_in_broadcasts_alone(tmp_path):
+    times = np.arange(12) * 40 + 20_000 * (np.arange(12) > 5)
+    check(encode(tmp_path / "a.mkv", video(RGB), times=times), RGB, times=times / 1000)
+    with pytest.raises(UnreadableVideo, match=r"clock jumps by 20\.0 s before frame 6"):
+        decode_strictly(encode(tmp_path / "a.ts", video(RGB), times=times))
+
+
 def test_a_matroska_file_that_starts_late_is_whole(tmp_path):
     times = 1500 + np.arange(12) * 40
     check(encode(tmp_path / "a.mkv", video(RGB), times=times), RGB)
