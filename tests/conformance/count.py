@@ -6,6 +6,7 @@ import two more packages, requests_mock and parameterized.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.run import append_result
 
-CASES = Path(__file__).with_name("conformance_cases.py")
+CASES = Path(__file__).with_name("cases.py")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,11 +50,12 @@ def main(argv: Sequence[str]) -> int:
 def run(checkout: Path, only: str | None) -> ET.Element:
     """Run the cases in a process in which `tests` is diffusers' package; return pytest's report."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(CASES), "-q", "--import-mode=importlib", f"--junitxml={report}"]
+        report, cases = Path(folder) / "report.xml", Path(folder) / "cases.py"
+        shutil.copy(CASES, cases)  # beside our tests, pytest would take `tests` for our package
+        command = [sys.executable, "-m", "pytest", str(cases), "-q", "--import-mode=importlib", f"--junitxml={report}"]
         command += ["-c", os.devnull, "--rootdir", folder, "-p", "no:cacheprovider", "-W", "ignore", "--tb=line"]
         command += ["-k", only] if only else []
-        paths = [str(checkout.resolve()), str(CASES.parent.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(checkout.resolve()), str(CASES.parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_TEST_DEVICE": "cpu", "PYTHONSAFEPATH": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         status = subprocess.run(command, env={**os.environ, **environment}).returncode
