@@ -10,7 +10,7 @@ Nothing is kept in memory per clip: a shard's data is read on access. Processes 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from promag.training.config import UserError, one_line
@@ -52,16 +52,6 @@ class Fingerprint:
         ]
         if differs:
             raise UserError(f"cache {place}: was made from {', '.join(differs)}; delete it or name another folder")
-
-
-def hash_weights(modules: Iterable[nn.Module]) -> str:
-    """Return a hash of the modules' state dictionaries, names and float32 values."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from transformers import (
 from promag.tokenizer.geometry import check_integer
 from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import check_complete, check_files
+from promag.training.state import hash_weights
 
-from .cache_store import hash_weights
 from .openclip import OpenCLIPTextModel, load_openclip
 
 logger = logging.getLogger(__name__)

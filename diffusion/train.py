@@ -28,11 +28,12 @@ from promag.training.loop import Metrics, Objective, Outcome, close_trackers, ma
 from promag.training.precision import DTYPES
 from promag.training.processes import broadcast_from_main, choose_precision_once, processes
 from promag.training.run import open_run, record_data
+from promag.training.state import hash_weights
 from promag.training.throughput import Work
 from promag.training.trackers import Log
 
 from .attention import choose_attention
-from .cache_store import Shards, hash_weights
+from .cache_store import Shards
 from .conditioning import draw_cond_mask, frame_times, mean_over_generated
 from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
 from .finetune import adapt_to_latents, add_lora, load_transformer

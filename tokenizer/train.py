@@ -22,6 +22,7 @@ from promag.training.files import finish_replacing, write_atomically
 from promag.training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
 from promag.training.processes import broadcast_from_main, choose_precision_once
 from promag.training.run import load_checkpoint, newest_checkpoint, open_run, record_data
+from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG, parameter_count
@@ -235,27 +236,36 @@ def _model_for(
     run: Path, config: TokenizerConfig, stage: StageConfig, build: Callable[[], Any] | None
 ) -> tuple[AutoencoderKLProMAG, Sequence[int]]:
     """Return the model that a stage trains and the ratios that the stage adds to it."""
+    model: Any
     if stage.growth is None:
         if config.init:
-            return _continued(Path(config.init), stage), (stage.ratio,)
+            model = _continued(Path(config.init), stage)
+            _record_start(run, stage, model)
+            return model, (stage.ratio,)
         if build is None and config.model is None:
             raise UserError(f"model null: stage {stage.ratio}x starts from scratch and needs a model")
-        model: Any = build() if build else AutoencoderKLProMAG(**asdict(config.model))  # pyright: ignore
+        model = build() if build else AutoencoderKLProMAG(**asdict(config.model))  # pyright: ignore
         if model.temporal_ratios[0] != stage.ratio:
             raise UserError(f"stage {stage.ratio}x without growth: the base's strides make it {model.temporal_ratios[0]}x")
         if config.model and config.model.linear_shortcuts:
             model.init_from_block_means()
         return model, model.temporal_ratios
-    place = Path(config.init) if config.init and not (run / "tokenizer").exists() else run / "tokenizer"
+    place = Path(config.init) if config.init and find_damage(run / "tokenizer") else run / "tokenizer"
     model = load_tokenizer(place)
     have, highest = len(model.temporal_ratios), model.temporal_ratios[-1]
     if stage.ratio not in (2 * highest, 4 * highest, 8 * highest):
         levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
         can = ", ".join(f"{highest * k}x" for k in (2, 4, 8))
         raise UserError(f"stage {stage.ratio}x: the tokenizer in {place} has {levels}; one stage grows it to one of {can}")
+    _record_start(run, stage, model)
     while model.temporal_ratios[-1] < stage.ratio:
         model.grow(stage.growth)
     return model, model.temporal_ratios[have:]
+
+
+def _record_start(run: Path, stage: StageConfig, model: AutoencoderKLProMAG) -> None:
+    """Record what a stage starts from: checkpoints hold only what it trains, so another one would mix with them."""
+    broadcast_from_main(lambda: record_data(run, {f"the tokenizer that {stage.ratio}x starts from": hash_weights([model])}))
 
 
 def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:

@@ -1,6 +1,7 @@
-"""The state of a training between two steps, as checkpoints hold it."""
+"""The state of a training between two steps, as checkpoints hold it, and hashes of weights."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from .config import UserError
 from .fsdp import as_dtensor, full_on_main, local_shard, shard_like
 from .optimizers import from_saved, to_saved, weights_and_keys
 from .run import load_checkpoint
+
+
+def hash_weights(modules: Iterable[nn.Module]) -> str:
+    """Return a hash of the modules' state dictionaries, names and float32 values."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class State:

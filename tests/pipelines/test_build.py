@@ -1,5 +1,6 @@
 """From clips of several buckets to a pipeline: a cache for each bucket and one trained model."""
 
+import dataclasses
 import os
 import shutil
 
@@ -62,6 +63,11 @@ def test_clips_of_several_buckets_are_cached_apart_and_trained_together(config, 
         frames = pipe("a red disc", num_inference_steps=1, generator=torch.Generator().manual_seed(0), **size).frames
         assert frames.shape[1:4] == (size.get("num_frames", 17), 32, size.get("width", 32))
     assert "cached" not in capsys.readouterr().out  # training used the existing cache
+    os.rename(tmp_path / "latents", tmp_path / "moved")
+    data = dataclasses.replace(config.data, cache=str(tmp_path / "moved"))
+    assert train_pipeline(dataclasses.replace(config, data=data)) == folder
+    assert "cached" not in capsys.readouterr().out
+    os.rename(tmp_path / "moved", tmp_path / "latents")
     whole = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     for damage in (lambda: weights.write_bytes(whole[weights][:-1]), weights.unlink, lambda: shutil.rmtree(folder / "vae")):

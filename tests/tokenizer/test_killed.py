@@ -139,6 +139,18 @@ def test_a_lost_or_damaged_tokenizer_is_built_again_from_the_checkpoints(tmp_pat
         train_tokenizer(two_stages(tmp_path))
 
 
+def test_a_tokenizer_that_changes_under_its_stage_is_named(tmp_path):
+    """Checkpoints hold what a stage trains; with other levels below it would become another model."""
+    train_tokenizer(two_stages(tmp_path, only_stage=4))
+    assert train_tokenizer(two_stages(tmp_path, stop_after=1)) is None
+    model = load_tokenizer(tmp_path / "tokenizer")
+    with torch.no_grad():
+        next(model.decoder.parameters()).add_(1)
+    save_model(model, tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="was trained on other data: the tokenizer that 8x starts from differs"):
+        train_tokenizer(two_stages(tmp_path))
+
+
 def test_a_model_is_not_saved_over_a_folder_of_other_things(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from promag.data.buckets import Bucket
-from promag.data.clip_index import load_clips, save_clips
+from promag.data.clip_index import Digests, load_clips, save_clips
 from promag.data.clips import prepare
 from promag.data.datasets import SyntheticDataset
 from promag.data.listing import list_videos
@@ -324,7 +324,7 @@ def test_a_run_resumes_only_with_its_own_clips(shards, tmp_path, monkeypatch, ki
     write(rows)
     assert go_on() is None
     if kind == "synthetic":
-        monkeypatch.setattr(SyntheticDataset, "digest", lambda self, count: "of another generator")
+        monkeypatch.setattr(SyntheticDataset, "digests", lambda self, count: Digests("another generator's", ""))
     else:
         write([*rows[1:], dataclasses.replace(rows[0], caption="another caption")])
     name = "extra_sources 0" if kind == "extra" else "train"
