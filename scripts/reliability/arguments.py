@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=600, help="stop after so many seconds")
     share(parser, "--record")
     arguments = parser.parse_args(argv)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_num_threads(1)
