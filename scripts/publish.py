@@ -26,7 +26,7 @@ from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.files import append_json, write_atomically
-from promag.training.run import machines_of
+from promag.training.run import checkpoints, machines_of
 
 LOOP_KEYS = ("steps", "learning_rate", "muon_learning_rate", "ema_decay")  # of a text-to-video training, on its card
 
@@ -195,8 +195,8 @@ def list_trainings(run: Path) -> list[dict[str, Any]]:
 
 def samples_a_step(run: Path) -> int:
     """Return the samples of a step, of all processes; a run without its checkpoints is taken to be of one process."""
-    if states := sorted(run.glob("*/step-*/state.json")):
-        return json.loads(states[-1].read_text(encoding="utf-8"))["global_batch"]
+    if states := [path for stage in sorted(run.iterdir()) for path in checkpoints(stage)]:
+        return json.loads((states[-1] / "state.json").read_text(encoding="utf-8"))["global_batch"]
     loop: Any = load_yaml(str(run / "config.yaml"))["optimization"]
     return loop["batch_size"] * loop["accumulate"]
 

@@ -119,10 +119,14 @@ def save_checkpoint(
 
 def sweep(folder: Path) -> None:
     """Remove what saves and deletions of killed processes left beside the checkpoints in `folder`."""
-    for old in folder.glob(".step-*.old"):
-        finish_replacing(folder / old.name.removeprefix(".").removesuffix(".old"))
-    for leftover in folder.glob(".step-*"):
-        _remove(leftover)
+    ours = r"\.step-(new-|old-)?\d{8,}(\.new|\.old|\.\d+)?"  # those of earlier versions among them
+    leftovers = [path for path in folder.glob(".step-*") if re.fullmatch(ours, path.name)]
+    for leftover in leftovers:
+        if leftover.suffix == ".old":
+            finish_replacing(folder / leftover.name.removeprefix(".").removesuffix(".old"))
+    for leftover in leftovers:
+        if leftover.exists():
+            _remove(leftover)
 
 
 class TensorFile(Mapping[str, Tensor]):

@@ -54,8 +54,9 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path):
     for name in (".step-00000003.4711", ".step-old-00000001", ".step-00000002", ".step-00000003.new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights.safetensors").write_bytes(b"half")
+    (tmp_path / ".step-best").mkdir()  # a stranger's
     save(tmp_path, 5)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000005", ".step-best"}
 
 
 def test_a_checkpoint_is_kept_until_its_replacement_is_complete(tmp_path):
