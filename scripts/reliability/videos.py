@@ -4,8 +4,8 @@ python -m promag.scripts.reliability.videos runs/corpus --ffmpeg PATH --record d
 
 A file is read (pixels within its tolerance, the same count and times), refused in words, wrong, or ends in a crash, a hang or
 too much memory. Of damaged files, what ffmpeg shows and a refusal are both right; undecided are those of which ffmpeg itself
-shows other pixels each time. Whole files that are refused are encoded
-anew with the command that the refusal prints, and its output must be read.
+shows other pixels each time. Whole files that are refused are encoded anew with the command that the refusal prints, and its
+output must be read.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Give every file of the corpus to prepare-clips, reconstruct, sample --video and the page: all read it, or all refuse it.
 
-python -m promag.scripts.reliability.doors runs/corpus --checkpoint checkpoints/tiny --record docs/results/reliability.jsonl
+python -m promag.scripts.reliability.agreement runs/corpus --checkpoint checkpoints/tiny --record docs/results/reliability.jsonl
 """
 
 import multiprocessing
@@ -26,7 +26,6 @@ from .corpus import Case, load_corpus
 from .videos import NoAnswerError, import_decoders, in_child
 
 ADDRESS_SPACE = 4 * 2**30  # bytes, for a tokenizer beside a reader
-SMALLEST = 16  # pixels a side that the tokenizer works on
 # Length and size are no reason to refuse here.
 LIMITS = UploadLimits(megabytes=1e3, seconds=1e9, frames=10**9, side=10_000)
 
@@ -53,7 +52,7 @@ def by_page(path: Path, checkpoint: Path) -> None:
     check_upload(path, LIMITS)
 
 
-DOORS: dict[str, Callable[[Path, Path], None]] = {
+COMMANDS: dict[str, Callable[[Path, Path], None]] = {
     "prepare-clips": by_prepare_clips,
     "reconstruct": by_reconstruct,
     "sample --video": by_sample,
@@ -62,11 +61,11 @@ DOORS: dict[str, Callable[[Path, Path], None]] = {
 
 
 def ask(folder: Path, checkpoint: Path, case: Case) -> dict[str, str]:
-    """Return the answer of each door to a file: read, refused: why, or what else became of it."""
+    """Return the answer of each command to a file: read, refused: why, or what else became of it."""
     answers = {}
-    for name, door in DOORS.items():
+    for name, command in COMMANDS.items():
         try:
-            answer, _ = in_child(partial(door, folder / case.file, checkpoint), address_space=ADDRESS_SPACE)
+            answer, _ = in_child(partial(command, folder / case.file, checkpoint), address_space=ADDRESS_SPACE)
         except NoAnswerError as error:
             answers[name] = str(error)
             continue
@@ -78,15 +77,13 @@ def ask(folder: Path, checkpoint: Path, case: Case) -> dict[str, str]:
 
 
 def agree(answers: dict[str, str]) -> bool:
-    """Return whether all doors read or all refuse; reconstruct may refuse what is too small for its tokenizer."""
-    words = {name: answer.split(":")[0] for name, answer in answers.items()}
-    if "pixels" in answers["reconstruct"] and f"{SMALLEST}" in answers["reconstruct"]:
-        del words["reconstruct"]
-    return len(set(words.values())) == 1 and set(words.values()) <= {"read", "refused"}
+    """Return whether all read or all refuse."""
+    words = {answer.split(":")[0] for answer in answers.values()}
+    return len(words) == 1 and words <= {"read", "refused"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the files on which the doors differ; the exit status is 1 if there are any."""
+    """Print the files on which the commands differ; the exit status is 1 if there are any."""
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of the corpus, such as runs/corpus")
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a tokenizer")
@@ -103,11 +100,12 @@ def main(argv: Sequence[str]) -> int:
     differing = {case.file: given for case, given in zip(cases, answers, strict=True) if not agree(given)}
     for file, given in differing.items():
         print(f"{file!r}:", *(f"  {name}: {answer[:200]}" for name, answer in given.items()), sep="\n")
-    doors = {name: dict(Counter(given[name].split(":")[0] for given in answers)) for name in DOORS}
-    print(f"{len(cases) - len(differing)} of {len(cases)} files: all doors read, or all refuse; {doors}")
+    counts = {name: dict(Counter(given[name].split(":")[0] for given in answers)) for name in COMMANDS}
+    print(f"{len(cases) - len(differing)} of {len(cases)} files: all commands read, or all refuse; {counts}")
     if arguments.record:
-        figures = {"files": len(cases), "agreed": len(cases) - len(differing), "doors": doors, "differing": differing}
-        append_result(arguments.record, {"what": "agreement of the doors", **figures, "note": arguments.note})
+        what = "agreement of commands on odd and damaged videos"
+        figures = {"files": len(cases), "agreed": len(cases) - len(differing), "commands": counts, "differing": differing}
+        append_result(arguments.record, {"what": what, **figures, "note": arguments.note})
     return 1 if differing else 0
 
 
