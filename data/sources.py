@@ -9,7 +9,7 @@ from typing import Any
 from promag.training.config import UserError, required, setting
 
 from .buckets import Bucket, Buckets, bucket_plan
-from .clip_index import digest_clips
+from .clip_index import Digests, digest_clips
 from .datasets import ClipDataset, SyntheticDataset, load_index, open_dataset, split_by_bucket
 from .stream import Mixture
 from .tar_shards import is_shards, open_shards
@@ -105,19 +105,20 @@ def open_sources(
     return Mixture(datasets, weights, sizes), "\n".join(plans)
 
 
-def digest_sources(train: str, extra_sources: Sequence[Source], count: int) -> dict[str, str]:
+def digest_sources(train: str, extra_sources: Sequence[Source], count: int) -> dict[str, Digests]:
     """Hash the clips of each source of a training, by name; `count` is that of generated clips.
 
-    Contents, stretches, captions and order count, not where the files lie. Shards that are skipped as damaged count too.
+    Order counts, and so do shards that are skipped as damaged.
     """
     names = {"train": train, **{f"extra_sources {i}": source.train for i, source in enumerate(extra_sources)}}
     return {name: _digest(source, count) for name, source in names.items()}
 
 
-def _digest(source: str, count: int) -> str:
+def _digest(source: str, count: int) -> Digests:
     if source == "synthetic":
-        return SyntheticDataset("train", count, frames=5, size=32).digests(count).clips
+        return SyntheticDataset("train", count, frames=5, size=32).digests(count)
     if is_shards(source):
-        return hashlib.sha256("".join(open_shards(source).sha256).encode()).hexdigest()
+        digest = hashlib.sha256("".join(open_shards(source).sha256).encode()).hexdigest()
+        return Digests(digest, digest)
     clips = load_index(source)
-    return digest_clips(clips, len(clips)).clips
+    return digest_clips(clips, len(clips))

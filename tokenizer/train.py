@@ -21,13 +21,13 @@ from promag.training.config import UserError
 from promag.training.files import finish_replacing, write_atomically
 from promag.training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
 from promag.training.processes import broadcast_from_main, choose_precision_once
-from promag.training.run import load_checkpoint, newest_checkpoint, open_run, record_data
+from promag.training.run import load_checkpoint, newest_checkpoint, open_run, record_data, recorded_data
 from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG, parameter_count
 from .checkpoint import find_damage, load_tokenizer, save_model, saved_ratios
-from .config import MAY_CHANGE, StageConfig, TokenizerConfig
+from .config import MAY_CHANGE, StageConfig, TokenizerConfig, TokenizerDataConfig
 from .discriminator import AdversarialLoss
 from .losses import kl_loss, latent_loss, reconstruction_loss, reparametrise, squared_loss
 from .metrics import evaluate, to_uint8
@@ -159,7 +159,7 @@ def train_stage(
         sharding=data.sharding,
         in_memory=data.in_memory,
     )
-    broadcast_from_main(lambda: record_data(run, {"clips": digest_sources(data.train, extra_sources, data.synthetic_clips)}))
+    broadcast_from_main(lambda: _record_videos(run, data))
     fixed = open_dataset(data.validation, "eval", frames=stage.frames, size=data.size, count=data.validation_clips)
     clips = [fixed.fixed(i)["video"][None] for i in range(min(data.validation_clips, len(fixed)))]
 
@@ -261,6 +261,15 @@ def _model_for(
     while model.temporal_ratios[-1] < stage.ratio:
         model.grow(stage.growth)
     return model, model.temporal_ratios[have:]
+
+
+def _record_videos(run: Path, data: TokenizerDataConfig) -> None:
+    """Record the videos that a run is trained on; it reads no captions, so these may be corrected."""
+    digests = digest_sources(data.train, data.extra_sources or (), data.synthetic_clips)
+    kinds = ["videos"]
+    if any(name.startswith("clips.") for name in recorded_data(run)):
+        kinds.append("clips")  # earlier versions recorded hashes with captions
+    record_data(run, {kind: {name: getattr(digest, kind) for name, digest in digests.items()} for kind in kinds})
 
 
 def _record_start(run: Path, stage: StageConfig, model: AutoencoderKLProMAG) -> None:

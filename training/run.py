@@ -63,9 +63,7 @@ def record_data(run: Path, data: Mapping[str, Any]) -> None:
     `data` maps names to hashes, or to mappings of them: fingerprints of caches, digests of clips, the vocabulary. New names
     are added to the record. Call this on one process only. Raises UserError naming what differs from the record.
     """
-    file = run / DATA
-    before = _flat(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
-    now = _flat(data)
+    before, now = recorded_data(run), _flat(data)
     differs = [key.replace(".", " ") for key in before if key in now and now[key] != before[key]]
     if differs:
         more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
@@ -75,7 +73,13 @@ def record_data(run: Path, data: Mapping[str, Any]) -> None:
             "with, or use another --output-dir"
         )
     if now.keys() - before.keys():
-        write_atomically(file, json.dumps({**before, **now}, indent=1, sort_keys=True) + "\n")
+        write_atomically(run / DATA, json.dumps({**before, **now}, indent=1, sort_keys=True) + "\n")
+
+
+def recorded_data(run: Path) -> dict[str, Any]:
+    """Return what `record_data` has recorded, by dotted names."""
+    file = run / DATA
+    return _flat(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 def machines_of(run: Path) -> list[str]:

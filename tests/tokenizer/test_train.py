@@ -324,21 +324,28 @@ def test_a_run_resumes_only_with_its_own_clips(shards, tmp_path, monkeypatch, ki
     write(rows)
     assert go_on() is None
     if kind == "synthetic":
-        monkeypatch.setattr(SyntheticDataset, "digests", lambda self, count: Digests("another generator's", ""))
+        monkeypatch.setattr(SyntheticDataset, "digests", lambda self, count: Digests("", "another generator's"))
     else:
-        write([*rows[1:], dataclasses.replace(rows[0], caption="another caption")])
+        write([*rows[1:], dataclasses.replace(rows[0], frames=rows[0].frames - 1)])
     name = "extra_sources 0" if kind == "extra" else "train"
-    with pytest.raises(UserError, match=rf"run .* was trained on other data: clips {name} differs; give it the data"):
+    with pytest.raises(UserError, match=rf"run .* was trained on other data: videos {name} differs; give it the data"):
         go_on()
     monkeypatch.undo()
-    if kind == "index":  # videos may move
-        moved = [dataclasses.replace(clip, path=shutil.copy(clip.path, folder)) for clip in rows]
+    if kind in ("index", "extra"):  # videos may move, and captions be corrected, which no tokenizer reads
+        moved = [dataclasses.replace(clip, path=shutil.copy(clip.path, folder), caption="corrected") for clip in rows]
         write(moved)
     else:
         write(rows)
     assert go_on() == tmp_path / "run" / "tokenizer"
     shutil.rmtree(folder)
     assert go_on() == tmp_path / "run" / "tokenizer"  # a finished run no longer needs its clips
+
+
+def test_a_run_of_an_earlier_version_keeps_its_record_of_clips_with_captions(shards, tmp_path):
+    (tmp_path / "data.json").write_text('{"clips.train": "with captions"}')
+    data, half = data_config(str(shards.parent / "clips.jsonl")), dataclasses.replace(RUN, stop_after=2)
+    with pytest.raises(UserError, match="was trained on other data: clips train differs"):
+        train_tokenizer(make_config(tmp_path, data=data, stages=(stage(4, 5),), run=half))
 
 
 def test_buckets_must_fit_their_level(bucketed, tmp_path):
