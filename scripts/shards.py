@@ -58,7 +58,8 @@ def _write(arguments: argparse.Namespace) -> None:
     buckets = parse_buckets(arguments.buckets) if arguments.buckets else ()
     written = write_shards(arguments.clips, arguments.out, arguments.per_shard, arguments.seed, buckets)
     if written.repeated:
-        print(f"{written.repeated} clips are cut from a video that another one holds too: each holds all of it")
+        text = f"{written.repeated} clips are cut from a video that another one holds too: each holds all of it"
+        print(f"{text}; prepare-clips --cut writes a file for each clip")
     seconds = time.perf_counter() - started
     print(
         f"wrote {written.samples} clips, {written.bytes / 1e9:.2f} GB, in {written.shards} shards to {arguments.out} in "

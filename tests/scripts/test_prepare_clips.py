@@ -97,6 +97,8 @@ def test_shots_of_a_film(main, tmp_path, capsys):
     assert "dropped 10 frames behind" in capsys.readouterr().out
     main([str(film), "--scenes", "--frames", "25", "--out", str(out)])
     assert [round(clip.start * 20) for clip in load_clips(out)] == [0, 25, 60, 132, 157]
+    main([str(film), "--scenes", "--frames", "25", "--cut", str(tmp_path / "cut"), "--out", str(out)])
+    assert [(Path(clip.path).parent, clip.start, clip.frames) for clip in load_clips(out)] == [(tmp_path / "cut", 0.0, 25)] * 5
 
 
 def test_too_many_unreadable_videos_leave_no_index_but_advice(main, table, tmp_path):
