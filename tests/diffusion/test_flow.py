@@ -147,3 +147,30 @@ def test_times_that_rise_or_leave_the_path_are_refused(times):
 def test_a_sampling_has_a_whole_number_of_steps(steps):
     with pytest.raises(ValueError, match=r"steps .*: a whole number from 1 to 100000 is needed"):
         flow_times(steps)
+
+
+@pytest.mark.parametrize("mu", [math.nan, math.inf, 1e308, True, "1", None])
+def test_a_shift_that_moves_all_times_to_one_end_is_named(mu):
+    with pytest.raises(ValueError, match=r"mu .*: a number from -50 to 50 is needed"):
+        flow_times(4, mu)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "model None: a function is needed"),
+        ({"step": "euler"}, "step 'euler': a function is needed"),
+        ({"noise": torch.zeros(1, 2, 3)}, r"noise of shape \(1, 2, 3\), torch\.float32: a floating-point tensor b c t h w"),
+        ({"times": "x"}, "times 'x': a row of numbers"),
+        ({"times": None}, "times None: a row of numbers"),
+        (
+            {"conditioning": torch.zeros(3, 4, 1, 2, 2)},
+            r"conditioning of shape \(3, 4, 1, 2, 2\): \(1, 4, 1 to 3, 2, 2\) is needed",
+        ),
+        ({"conditioning": torch.zeros(1, 4, 4, 2, 2)}, "conditioning of shape"),
+    ],
+)
+def test_inputs_of_a_sampling_that_do_not_fit_are_named(change, message):
+    given = {"model": lambda x, t: x, "noise": torch.zeros(1, 4, 3, 2, 2), "times": [1, 0], **change}
+    with pytest.raises(ValueError, match=message):
+        sample_flow(**given)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import open_clip
 import pytest
@@ -245,3 +246,17 @@ def test_unsuitable_encoders_are_named(folders, tmp_path):
     BertModel(BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a bert model; legal are clip, clip_text_model, t5, umt5"):
         load_frozen(str(tmp_path), None, 10)
+
+
+def test_an_encoder_is_loaded_only_from_whole_safetensors(folders, tmp_path):
+    place = tmp_path / "t5"
+    shutil.copytree(folders["t5"], place)
+    torch.save({}, place / "pytorch_model.bin")  # beside safetensors it is not read
+    load_frozen(str(place), None, 8)
+    file = place / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"t5/model\.safetensors: is no whole safetensors file"):
+        load_frozen(str(place), None, 8)
+    file.unlink()
+    with pytest.raises(UserError, match=r"text encoder .*t5: cannot be loaded: .*safetensors"):
+        load_frozen(str(place), None, 8)

@@ -135,6 +135,19 @@ def test_normalising_is_invertible_and_refuses_unknown_ratios(model):
     ("change", "message"),
     [
         ({"hidden_states": torch.zeros(2, 4, 3, 5, 4)}, "latent of 3x5x4"),
+        ({"hidden_states": torch.zeros(2, 3, 3, 4, 4)}, r"hidden_states of shape \(2, 3, 3, 4, 4\): b 4 t h w is needed"),
+        ({"hidden_states": torch.zeros(2, 4, 3, 4, 4).int()}, r"hidden_states of type torch\.int32: a floating-point tensor"),
+        ({"timestep": 500.0}, r"timestep of type float: a tensor \(2,\) is needed"),
+        ({"timestep": torch.ones(3)}, r"timestep of shape \(3,\): \(2,\) is needed"),
+        ({"temporal_ratio": 0}, "temporal_ratio 0: a number above 0"),
+        ({"temporal_ratio": 4.0}, r"temporal_ratio 4\.0: a number"),
+        ({"fps": float("nan")}, "fps nan: a number above 0"),
+        ({"fps": torch.ones(3)}, r"fps of shape \(3,\): one number is needed, or \(2,\)"),
+        ({"encoder_hidden_states": torch.zeros(2, 5, 7)}, r"encoder_hidden_states of shape \(2, 5, 7\): \(2, L, 8\) is needed"),
+        ({"encoder_attention_mask": torch.zeros(2, 5)}, "encoder_attention_mask: masks every token of a text"),
+        ({"encoder_attention_mask": torch.ones(2, 4)}, r"encoder_attention_mask of shape \(2, 4\): \(2, 5\) is needed"),
+        ({"attention_kwargs": {"sclae": 1}}, r"attention_kwargs \{'sclae': 1\}: a dictionary that may hold scale"),
+        ({"attention_kwargs": {"scale": float("nan")}}, "attention_kwargs scale nan: a finite number"),
         ({"pooled_projections": None}, r"pooled_projections of type NoneType: this model needs \(2, 6\)"),
     ],
 )
@@ -202,3 +215,21 @@ def test_a_local_convolution_is_a_part_of_each_block():
     seen = (y - x).view(1, 2, 3, 4, 24)
     assert torch.allclose(seen[:, :, :, :-1], x.view(1, 2, 3, 4, 24)[:, :, :, 1:], atol=1e-6)
     assert seen[:, :, :, -1].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents_std": {"4": [0.0] * 4, "16": [1.0] * 4}}, r"latents_std at 4x \[0\.0, .*: 4 finite numbers above 0"),
+        ({"latents_mean": {"4": [float("nan")] * 4, "16": [1.0] * 4}}, "latents_mean at 4x"),
+        ({"latents_std": None}, "latents_std None: a mapping of temporal ratios"),
+        ({"latents_mean": {"x": [1.0] * 4}, "latents_std": {"x": [1.0] * 4}}, "a mapping of temporal ratios is needed"),
+        ({"patch_size": [1, 2]}, r"patch_size \[1, 2\]: three numbers"),
+        ({"patch_size": [1, 2, 0]}, r"patch_size \[1, 2, 0\] 0: a whole number of at least 1"),
+        ({"condition_frames": -1}, "condition_frames -1: a whole number of at least 0"),
+    ],
+)
+def test_illegal_settings_are_named(change, message):
+    statistics = {"latents_mean": {"4": [1.0] * 4, "16": [0.0] * 4}, "latents_std": {"4": [2.0] * 4, "16": [1.0] * 4}}
+    with pytest.raises(ValueError, match=message):
+        ProMAGTransformer3DModel(**{**SMALL, **statistics, **change})

@@ -109,3 +109,18 @@ def test_autoencoders_that_cannot_be_compared_are_refused_with_a_reason(tmp_path
     diffusers.AutoencoderKL(**image).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="AutoencoderKL: its temporal ratio is not in its config"):
         open_baseline(tmp_path)
+
+
+def test_a_baseline_is_opened_only_from_whole_safetensors(tmp_path):
+    model = build_baseline("AutoencoderKLWan", WAN).model
+    model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(ValueError, match=r"autoencoder .*pickled: cannot be loaded: .*\.safetensors"):
+        open_baseline(tmp_path / "pickled")
+    model.save_pretrained(tmp_path / "cut")
+    file = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"cut/diffusion_pytorch_model\.safetensors: is no whole safetensors file"):
+        open_baseline(tmp_path / "cut")
+    (tmp_path / "cut" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"cut/config\.json: contains \[\]: a mapping of keys is needed"):
+        open_baseline(tmp_path / "cut")
