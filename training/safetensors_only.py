@@ -36,7 +36,7 @@ class SafetensorsOnly:
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         parent: Any = super()
         if not folder.is_dir():  # a name on the hub
-            return parent.from_pretrained(pretrained_model_name_or_path, **kwargs, use_safetensors=True)
+            return parent.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
         check_folder(folder)
         try:
             loaded: Any = parent.from_pretrained(pretrained_model_name_or_path, **kwargs)

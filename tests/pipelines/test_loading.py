@@ -195,3 +195,9 @@ def test_tied_weights_may_be_saved_once(tmp_path):
     write_t5(tmp_path)
     load_frozen(str(tmp_path), None, 8)
     check_complete(load_frozen(str(tmp_path), None, 8)[1], tmp_path)
+
+
+def test_a_name_that_is_no_folder_is_looked_up_by_diffusers(tmp_path):
+    for use in ({}, {"use_safetensors": True}):
+        with pytest.raises(OSError, match="nowhere"):
+            AutoencoderKLProMAG.from_pretrained(str(tmp_path / "nowhere"), **use)
