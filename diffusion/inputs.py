@@ -53,6 +53,12 @@ def check_statistics(mean: Any, std: Any, channels: int) -> None:
                 raise ValueError(f"{name} at {ratio}x {values!r:.100}: {channels} finite numbers above {least} are needed")
 
 
+def check_defaults(given: Any) -> None:
+    """Raise ValueError for anything but None and a mapping of texts to numbers."""
+    if given is not None and not (isinstance(given, Mapping) and all(_above(0, value) for value in given.values())):
+        raise ValueError(f"sample_defaults {given!r:.100}: a mapping of names to numbers above 0 is needed")
+
+
 def check_shape(patch_size: Any, **counts: Any) -> None:
     """Raise ValueError for anything but a patch of three whole numbers of at least 1, and counts of at least 0."""
     for name, value in (*((f"patch_size {patch_size!r:.50}", side) for side in _three(patch_size)), *counts.items()):

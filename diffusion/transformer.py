@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from promag.training.safetensors_only import SafetensorsOnly
 
 from .inputs import (
+    check_defaults,
     check_latents,
     check_pooled,
     check_ratio_and_rate,
@@ -250,6 +251,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         super().__init__()
         check_shape(patch_size, in_channels=in_channels, pooled_dim=pooled_dim, condition_frames=condition_frames)
         check_statistics(latents_mean, latents_std, in_channels)
+        check_defaults(sample_defaults)
         if attention_head_dim % 2 or attention_head_dim < 6:
             raise ValueError(f"attention_head_dim {attention_head_dim}: an even number of at least 6 is needed")
         dim = num_attention_heads * attention_head_dim
