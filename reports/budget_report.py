@@ -5,8 +5,6 @@ browser plays, Safari on iOS included. Films are encoded at a quality whose erro
 key frame every few frames, so that stepping is quick.
 """
 
-import base64
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from PIL import Image
 from promag.evaluation.budgets import ORIGINAL, ClipFacts
 from promag.training.files import write_atomically
 
-from .page import render_page
+from .page import jpeg_uri, render_page
 from .plots import Mark, colour, marked_plot
 from .side_by_side import Film, make_film
 from .tables import FASTER, FEWER, LESS, Line, Lines, number, share_line
@@ -89,9 +87,7 @@ def _poster(clip: ClipFacts) -> str:
     video = np.load(clip.videos[ORIGINAL], mmap_mode="r")
     picture = Image.fromarray(np.ascontiguousarray(video[len(video) // 2]))
     picture.thumbnail((POSTER, POSTER))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return jpeg_uri(picture)
 
 
 # -- the page --------------------------------------------------------------------------------------------------------

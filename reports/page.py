@@ -3,12 +3,15 @@
 A page is one file that loads nothing from elsewhere: style, script, plots and videos stand in it.
 """
 
+import base64
 import functools
+import io
 from importlib import resources
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from PIL import Image
 
 
 def asset(name: str) -> str:
@@ -29,6 +32,13 @@ def render_part(template: str, part: str, **values: Any) -> str:
 def render_page(template: str, **values: Any) -> str:
     """Return a whole page, with the style sheet and the script inside."""
     return render(template, style=Markup(asset("page.css")), script=Markup(asset("page.js")), **values)
+
+
+def jpeg_uri(picture: Image.Image) -> str:
+    """Return a picture as the data URI of a JPEG."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 @functools.cache

@@ -105,9 +105,15 @@ def text_table(columns: Sequence[str], lines: Lines) -> str:
     rows = [["", *columns]]
     for group in lines.values():
         rows += [[line.label, *("-" if v is None else number(v, line.digits) for v in line.values)] for line in group]
-    wide = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines of text with aligned columns, numbers to the right of labels."""
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
-        "  ".join([row[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))]) for row in rows
+        "  ".join([row[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))]).rstrip()
+        for row in rows
     )
 
 

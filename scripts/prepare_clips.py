@@ -21,6 +21,7 @@ from promag.data.cutting import cut_out
 from promag.data.listing import first_few, list_licences, list_videos
 from promag.data.tables import parse_columns
 from promag.data.video import REENCODE
+from promag.reports.clip_set import ClipSet, write_clip_page
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.files import write_atomically
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--min-seconds", type=float, help="leave out what is shorter; default: 0, with --scenes 2")
     parser.add_argument("--max-seconds", type=float, help="cut what is longer; default: no limit")
     parser.add_argument("--cut", metavar="FOLDER", help="write each clip as an mp4 of its own there: quick to read, for shards")
+    parser.add_argument("--report", metavar="PAGE.html", type=Path, help="write a page about the clips, with thumbnails")
     parser.add_argument("--split", help="only the rows whose column split says so, such as train or eval")
     parser.add_argument(
         "--columns", metavar="KEY=NAME,...", help="a table's columns: file, caption, split, licence; else known names"
@@ -52,13 +54,18 @@ def main(argv: Sequence[str]) -> int:
     videos = list_videos(arguments.videos, arguments.split, arguments.images, columns)
     print(f"found {len(videos)} videos in {arguments.videos}" + (f", split {arguments.split}" if arguments.split else ""))
     quarantine = Path(f"{arguments.out}.quarantine.jsonl")
-    options = {"licences": list_licences(arguments.videos, columns), "scenes": arguments.scenes}
+    options = {
+        "licences": list_licences(arguments.videos, columns),
+        "scenes": arguments.scenes,
+        "motion": bool(arguments.report),
+    }
     try:
         prepared = prepare(videos, arguments.fps, lengths, arguments.max_bad, arguments.workers, **options)
     except TooManyUnreadable as error:
         _report_quarantine(quarantine, error.quarantined)
         more = "" if len(error.quarantined) == len(videos) else "; or allow more by --max-bad"
         raise UserError(f"{error}{more}") from None
+    clips = ClipSet(prepared, len({clip.path for clip in prepared.clips}))
     if arguments.cut:
         prepared.clips = cut_out(prepared.clips, arguments.cut, arguments.workers)
     save_clips(arguments.out, prepared.clips)
@@ -70,9 +77,12 @@ def main(argv: Sequence[str]) -> int:
         print(f"dropped {prepared.dropped_frames} frames behind the last clips of videos or shots")
     if arguments.fps:
         _list(f"slower than {arguments.fps:g} fps, frames repeat", (f"{path}: {fps:g}" for path, fps in prepared.slower))
-    frames = sum(clip.frames for clip in prepared.clips)
+    print(clips.text())
+    if arguments.report:
+        write_clip_page(arguments.report, f"Clips of {Path(arguments.videos).name}", clips, arguments.workers)
+        print(f"wrote {arguments.report}")
     seconds = time.perf_counter() - started
-    print(f"wrote {len(prepared.clips)} clips, {frames} frames, to {arguments.out} in {seconds:.1f} s")
+    print(f"wrote {clips.summary} to {arguments.out} in {seconds:.1f} s")
     return 0
 
 

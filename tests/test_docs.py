@@ -243,7 +243,7 @@ def test_the_commands_that_prepare_clips_run(tmp_path, monkeypatch):
         if words[0] == "promag" and "--out" in words and words[:3] != ["promag", "shards", "index"]:
             importlib.import_module(f"promag.scripts.{words[1].replace('-', '_')}").main(words[2:])
             ran.append(words[1])
-    assert ran == [*["prepare-clips"] * 4, "shards", *["prepare-clips"] * 2]
+    assert ran == [*["prepare-clips"] * 4, "shards", *["prepare-clips"] * 3]
     assert len(Path("eval.jsonl").read_text().splitlines()) == 1
     (shard,) = (json.loads(line) for line in Path("shards/shards.jsonl").read_text().splitlines())
     assert shard["samples"] == 3

@@ -52,7 +52,7 @@ def test_an_index_of_one_split(main, table, tmp_path, capsys):
     assert f"found 2 videos in {table}, split train" in output
     assert "quarantined: 0" in output
     assert "dropped 2 frames" in output
-    assert f"wrote 6 clips, 30 frames, to {out} in " in output
+    assert f"wrote 6 clips of 2 videos, 0.05 minutes, 30 frames, 2 different captions to {out} in " in output
     assert sorted(path.name for path in out.parent.iterdir()) == ["clips.jsonl"]
 
 
