@@ -41,6 +41,7 @@ from .reference import Shown, shown_by_ffmpeg
 ADDRESS_SPACE = 2 * 2**30  # bytes that a child may take beyond those of its parent
 RESIDENT = 2**30  # bytes that no file of these sizes may need
 SECONDS = 30  # for one file
+AGAIN = 4  # more times that ffmpeg is asked about damage of which it shows other pixels
 SAME_TIME = 1e-3  # seconds
 RIGHT = ("read", "refused", "undecided")
 RESULTS = (*RIGHT, "wrong", "crash", "hang", "memory")
@@ -155,8 +156,8 @@ def examine(folder: Path, ffmpeg: str | None, case: Case) -> Outcome:
     outcome = compare(case, answer, shown, resident)
     if outcome.result == "wrong" and not case.whole and shown is not None and shown.frames is not None:
         # Damage that no decoder notices may make it show what lies in its memory: then there is nothing to compare with.
-        again = reference_of(folder, ffmpeg, case, size)
-        if again is None or again.frames is None or not np.array_equal(again.frames, shown.frames):
+        others = (reference_of(folder, ffmpeg, case, size) for _ in range(AGAIN))
+        if any(o is None or o.frames is None or not np.array_equal(o.frames, shown.frames) for o in others):
             return Outcome(case, "undecided", "ffmpeg shows other pixels each time", resident=resident)
     return outcome
 
