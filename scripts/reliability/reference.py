@@ -3,6 +3,7 @@
 High dynamic range is shown by its standards in float64, written anew here, since ffmpeg's own tone mapping follows none.
 """
 
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -33,8 +34,11 @@ class Shown:
     aspect: float
 
 
-def shown_by_ffmpeg(ffmpeg: str, path: Path, case: Case, size: tuple[int, int]) -> Shown | None:
-    """Return what ffmpeg shows of a file, scaled to `size` (height, width); None where it shows nothing."""
+def shown_by_ffmpeg(ffmpeg: str, path: Path, case: Case, size: tuple[int, int], memory: int = 0) -> Shown | None:
+    """Return what ffmpeg shows of a file, scaled to `size` (height, width); None where it shows nothing.
+
+    With `memory`, a byte above 0, glibc fills new memory with it: where the result changes, ffmpeg shows memory, not the file.
+    """
     height, width = size
     pixel_format = "gbrp16le" if case.transfer else "rgba" if case.alpha else "rgb24"
     chain = ["bwdif=mode=send_frame:deint=interlaced"] if case.deinterlace else []
@@ -46,7 +50,8 @@ def shown_by_ffmpeg(ffmpeg: str, path: Path, case: Case, size: tuple[int, int]) 
     command += ["-map", f"0:v:{case.stream}"] if case.stream is not None else []
     command += ["-fps_mode", "passthrough", "-vf", ",".join(chain), "-f", "rawvideo", "-pix_fmt", pixel_format, "-"]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS)
+        environment = {**os.environ, "MALLOC_PERTURB_": str(memory)}
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return None
     rows = [match.groups() for match in SHOWN.finditer(done.stderr)]

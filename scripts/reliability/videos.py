@@ -3,9 +3,9 @@
 python -m promag.scripts.reliability.videos runs/corpus --ffmpeg PATH --record docs/results/reliability.jsonl
 
 A file is read (pixels within its tolerance, the same count and times), refused in words, wrong, or ends in a crash, a hang or
-too much memory. Of damaged files, what ffmpeg shows and a refusal are both right; undecided are those of which ffmpeg itself
-shows other pixels each time. Whole files that are refused are encoded anew with the command that the refusal prints, and its
-output must be read.
+too much memory. Of damaged files, what ffmpeg shows and a refusal are both right; undecided are those of which ffmpeg shows
+what lies in its memory. Whole files that are refused are encoded anew with the command that the refusal prints, and its output
+must be read.
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ from .reference import Shown, shown_by_ffmpeg
 ADDRESS_SPACE = 2 * 2**30  # bytes that a child may take beyond those of its parent
 RESIDENT = 2**30  # bytes that no file of these sizes may need
 SECONDS = 30  # for one file
-AGAIN = 4  # more times that ffmpeg is asked about damage of which it shows other pixels
+MEMORIES = (85, 170)  # bytes that new memory is filled with, to see whether ffmpeg shows it
 SAME_TIME = 1e-3  # seconds
 RIGHT = ("read", "refused", "undecided")
 RESULTS = (*RIGHT, "wrong", "crash", "hang", "memory")
@@ -156,9 +156,9 @@ def examine(folder: Path, ffmpeg: str | None, case: Case) -> Outcome:
     outcome = compare(case, answer, shown, resident)
     if outcome.result == "wrong" and not case.whole and shown is not None and shown.frames is not None:
         # Damage that no decoder notices may make it show what lies in its memory: then there is nothing to compare with.
-        others = (reference_of(folder, ffmpeg, case, size) for _ in range(AGAIN))
+        others = (shown_by_ffmpeg(ffmpeg, path, case, size, memory) for memory in MEMORIES)
         if any(o is None or o.frames is None or not np.array_equal(o.frames, shown.frames) for o in others):
-            return Outcome(case, "undecided", "ffmpeg shows other pixels each time", resident=resident)
+            return Outcome(case, "undecided", "ffmpeg shows what lies in its memory", resident=resident)
     return outcome
 
 
