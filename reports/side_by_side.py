@@ -27,7 +27,9 @@ GREY = 128
 TILE = 128  # pixels: narrower videos are enlarged on pages, because 4:2:0 halves the resolution of colours
 CHUNK = 64  # frames processed at a time
 PIXELS = CHUNK * 512 * 512  # of the frames that are processed at a time, at most, unless one latent frame has more
-WIDEST, LARGEST = 8192, 8192 * 4352  # pixels a side and in all: of H.264's largest level (6.2)
+# Pixels of the longer side, and in all, of H.264 videos: what players take with the help of hardware (level 5.2), and the
+# largest level (6.2).
+USUAL, LARGEST = (4096, 4096 * 2304), (8192, 8192 * 4352)
 MAX_PSNR = 120.0  # dB, of frames that are equal: a mean error of 1e-12
 
 
@@ -211,15 +213,15 @@ def chunk_of(height: int, width: int, ratios: Sequence[int]) -> int:
     return max(ratio, min(CHUNK, PIXELS // (height * width)) // ratio * ratio)
 
 
-def largest_side(height: int, width: int, columns: int) -> int:
-    """Return the largest shorter side at which so many of these pictures in a row are a video that players take."""
+def largest_side(height: int, width: int, columns: int, limit: tuple[int, int] = USUAL) -> int:
+    """Return the largest shorter side at which so many of these pictures in a row are no larger than `limit`."""
     side = min(height, width)
     while side > SPATIAL_RATIO:
         high, wide = fit_size(height, width, side)
         whole = columns * (wide + GAP) - GAP
-        if whole <= WIDEST and high <= WIDEST and high * whole <= LARGEST:
+        if max(whole, high) <= limit[0] and high * whole <= limit[1]:
             break
-        side = (side - 1) // SPATIAL_RATIO * SPATIAL_RATIO
+        side -= 1
     return side
 
 

@@ -1,14 +1,15 @@
 """Write a video beside its reconstruction at each temporal ratio, and print PSNR.
 
-Any length works: the video is read, encoded, decoded and written in chunks. Sides are cropped to even multiples of 8.
+Any length works: the video is read, encoded, decoded and written in chunks. Sides are cropped to
+multiples of 8. A comparison that would be wider than players take is made of smaller pictures.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promag.data.video import at_constant_rate, decode_strictly, stream_frames, write_video
-from promag.reports.side_by_side import Comparison
+from promag.data.video import READER, VideoFacts, at_constant_rate, decode_strictly, stream_frames, write_video
+from promag.reports.side_by_side import LARGEST, USUAL, Comparison, chunk_of, fit_size, largest_side
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio
@@ -26,7 +27,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="mp4 file")
     share(parser, "--ratios", "--precision")
     share(parser, "--frames", default=None, help="frames from the start; left out: all")
-    parser.add_argument("--chunk", type=int, default=64, help="frames in work at a time, a multiple of every ratio")
+    parser.add_argument(
+        "--side", type=int, help="scale to so many pixels of the shorter side; left out: only what is too large"
+    )
+    parser.add_argument(
+        "--chunk", type=int, help="frames in work at a time, a multiple of every ratio; left out: 64, fewer of large pictures"
+    )
     parser.add_argument("--tile", type=int, help="work on tiles of so many pixels a side; left out: the picture at once")
     parser.add_argument("--crf", type=int, default=14, help="quality of the mp4, 1 (best) to 51")
     arguments = parser.parse_args(argv)
@@ -39,16 +45,17 @@ def main(argv: Sequence[str]) -> int:
     ratios = tuple(arguments.ratios or model.temporal_ratios)
     if arguments.frames is not None and arguments.frames < 1:
         raise UserError(f"--frames {arguments.frames}: at least 1 is needed")
-    facts = decode_strictly(arguments.video)
+    facts = READER.call(decode_strictly, arguments.video)
     fps, frames = at_constant_rate(facts.timestamps, facts.fps)
     frames = frames[: arguments.frames]
-    count = len(frames)
+    count, size = len(frames), _size(arguments.video, facts, 1 + len(ratios), arguments.side)
+    shown = size or (facts.height, facts.width)
+    chunk = chunk_of(*shown, ratios) if arguments.chunk is None else arguments.chunk
+    pictures = READER.stream(stream_frames, arguments.video, frames.tolist(), size)
     try:
         for ratio in ratios:
             check_ratio(ratio, model.temporal_ratios)
-        comparison = Comparison(
-            model, ratios, stream_frames(arguments.video, frames.tolist()), count, arguments.chunk, precision=precision
-        )
+        comparison = Comparison(model, ratios, pictures, count, chunk, precision=precision)
         if arguments.tile is not None:
             stride = max(8, arguments.tile * 3 // 4 // 8 * 8)
             model.enable_tiling(arguments.tile, arguments.tile, stride, stride)
@@ -62,6 +69,23 @@ def main(argv: Sequence[str]) -> int:
     for ratio in ratios:
         print(f"{ratio:>3}x  psnr {comparison.psnr(ratio):.2f} dB  {count / comparison.seconds[ratio]:.1f} frames/s")
     return 0
+
+
+def _size(video: Path, facts: VideoFacts, columns: int, side: int | None) -> tuple[int, int] | None:
+    """Return the (height, width) to scale pictures to, and print it; None where they stay as they are."""
+    shortest = min(facts.height, facts.width)
+    largest = largest_side(facts.height, facts.width, columns, LARGEST)
+    if side is not None and not 8 <= side <= largest:
+        raise UserError(
+            f"--side {side}: 8 to {largest} are legal for {columns} pictures of {facts.width}x{facts.height} in a row"
+        )
+    chosen = side or largest_side(facts.height, facts.width, columns)
+    if chosen == shortest:
+        return None
+    size = fit_size(facts.height, facts.width, chosen)
+    reason = "" if side else f": {columns} in a row are at most {USUAL[0]} pixels wide (--side chooses, up to {largest})"
+    print(f"{video}: scaled from {facts.width}x{facts.height} to {size[1]}x{size[0]}{reason}")
+    return size
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from promag.data.tables import read_lines
 from promag.data.video import (
     IMAGE_EXTENSIONS,
+    READER,
     decode_strictly,
     is_image,
     pick_by_time,
@@ -210,9 +211,9 @@ def open_image(path: Path, size: tuple[int, int]) -> Image.Image:
 
 def last_pictures(path: Path, size: tuple[int, int], fps: float, most: int) -> list[Image.Image]:
     """Read a clip's last frames, `fps` of them a second and at most `most`, each as `open_image` does."""
-    facts = decode_strictly(path)
+    facts = READER.call(decode_strictly, path)
     times = np.arange(facts.timestamps[-1], -1e-6, -1 / fps)[:most][::-1]
-    frames = read_frames(path, pick_by_time(facts.timestamps, times))
+    frames = READER.call(read_frames, path, pick_by_time(facts.timestamps, times))
     return [ImageOps.fit(Image.fromarray(frame), size) for frame in frames]
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from promag.data.video import read_frames, stream_frames, write_video
-from promag.reports.side_by_side import GAP, GREY, Comparison, chunk_of, fit_size, grid, largest_side, make_film
+from promag.reports.side_by_side import GAP, GREY, LARGEST, USUAL, Comparison, chunk_of, fit_size, grid, largest_side, make_film
 from promag.tokenizer.metrics import from_uint8, psnr, psnr_per_frame
 from promag.tokenizer.streaming import reconstruct
 from tests.data.test_video import drifting
@@ -64,13 +64,13 @@ def test_large_pictures_are_processed_in_fewer_frames():
 
 
 def test_a_comparison_is_no_larger_than_players_take():
-    assert [largest_side(*size, 4) for size in ((64, 96), (1080, 1920), (1920, 1080))] == [64, 1080, 1080]
-    side = largest_side(4096, 8192, 4)
-    assert (side, fit_size(4096, 8192, side)) == (1016, (1016, 2032))
-    assert fit_size(8192, 4096, largest_side(8192, 4096, 4)) == (4080, 2040)
-    height, width = fit_size(8192, 4096, largest_side(8192, 4096, 2))
-    assert height <= 8192
-    assert height * (2 * width + GAP) <= 8192 * 4352
+    assert [largest_side(*size, 4) for size in ((64, 96), (540, 960), (1080, 1920), (1920, 1080))] == [64, 540, 573, 1019]
+    assert [largest_side(*size, 4, LARGEST) for size in ((1080, 1920), (1920, 1080))] == [1080, 1080]
+    for limit, size in ((USUAL, (512, 1016)), (LARGEST, (1024, 2040))):
+        assert fit_size(4096, 8192, largest_side(4096, 8192, 4, limit)) == size
+        height, width = fit_size(8192, 4096, largest_side(8192, 4096, 2, limit))
+        assert max(height, 2 * width + GAP) <= limit[0]
+        assert 0.8 * limit[1] < height * (2 * width + GAP) <= limit[1]
 
 
 def solid(value, width=6):

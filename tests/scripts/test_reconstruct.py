@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from promag.data.video import decode_strictly, read_frames
+from promag.data.video import decode_strictly, read_frames, write_video
 from promag.scripts import reconstruct
 from promag.tokenizer.layers import ResBlock
 from promag.training.config import UserError
 from tests.conftest import make_tokenizer
+from tests.data.test_video import drifting
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,28 @@ def test_tiles_limit_the_size_that_the_tokenizer_sees(checkpoint, video_folder, 
 
 
 @pytest.mark.parametrize(
+    ("options", "size", "words"),
+    [
+        (
+            [],
+            (16, 4 * 960 + 3 * 4),
+            "scaled from 2048x32 to 960x16: 4 in a row are at most 4096 pixels wide (--side chooses, up to",
+        ),
+        (["--side", "8"], (8, 4 * 512 + 3 * 4), "scaled from 2048x32 to 512x8\n"),
+    ],
+)
+def test_what_players_would_not_take_is_scaled_and_printed(checkpoint, tmp_path, capsys, options, size, words):
+    write_video(tmp_path / "wide.mp4", drifting(3, 32, 2048), 10)
+    reconstruct.main([checkpoint, str(tmp_path / "wide.mp4"), "--out", str(tmp_path / "out.mp4"), *options])
+    facts = decode_strictly(tmp_path / "out.mp4")
+    assert (facts.frames, facts.height, facts.width) == (3, *size)
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--side", "4"], "--side 4: 8 to 64 are legal for 4 pictures of 64x64 in a row"),
         (["--tile", "0"], "height 0: needs a multiple of 8; use 8"),
         (["--tile", "20"], "height 20: needs a multiple of 8; use 16 or 24"),
         (["--frames", "0"], "--frames 0: at least 1 is needed"),
