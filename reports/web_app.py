@@ -33,6 +33,7 @@ SIDES = (64, 128, 256)  # pixels of the shorter side of a reconstruction
 LONGEST = 3  # times the shorter side: the longer one, at most
 WORK = 300.0  # seconds that one comparison may take
 DECODERS, DECODER_MEMORY, DECODER_SECONDS = 3, 2**29, 60.0  # processes that read uploads; bytes and seconds for each
+LONGEST_PROMPT = 2000  # characters
 KEPT = 3600  # seconds that uploaded files stay on the disk
 QUEUE = 16  # visitors that wait; the models serve one at a time
 
@@ -87,6 +88,10 @@ class AppBackend:
         on_progress: Progress,
     ) -> str:
         """Sample one video; `on_progress` is called after each step."""
+        if max(len(prompt), len(negative)) > LONGEST_PROMPT:
+            return _part(
+                "message", text=f"a prompt of {max(len(prompt), len(negative))} characters: {LONGEST_PROMPT} are legal"
+            )
         if seed is None or not 0 <= seed < 2**63:
             return _part("message", text=f"seed {seed}: 0 to 2^63 - 1 are legal")
         order, options = SampleRequest(prompt, int(seed)), {"negative_prompt": negative, "num_frames": frames}
