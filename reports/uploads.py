@@ -32,7 +32,10 @@ def check_upload(path: str | Path, limits: UploadLimits, reader: IsolatedReader 
     none beyond them afterwards: a small file that states, or hides, a huge picture costs no memory.
     """
     path = Path(path)
-    name, megabytes = path.name, path.stat().st_size / MEGABYTE
+    try:
+        name, megabytes = path.name, path.stat().st_size / MEGABYTE
+    except OSError as error:
+        raise UserError(f"{path.name}: {error.strerror}") from None
     if megabytes > limits.megabytes:
         raise UserError(f"{name}: {megabytes:.1f} MB; at most {limits.megabytes:g} MB are accepted")
     try:

@@ -130,9 +130,9 @@ def read_header(source: VideoSource, max_pixels: int) -> VideoHeader:
     with open_container(source, max_pixels) as video:
         width, height = video.stream.width, video.stream.height
         table = video.packets()
-        if not table.packets or not width or not height:
-            raise UnreadableVideo(source, f"states {table.packets} frames of {width}x{height} pixels")
         frames = table.packets if table.times is None else len(table.times)
+        if not frames or not width or not height:
+            raise UnreadableVideo(source, f"states {frames} frames of {width}x{height} pixels")
         seconds = table.end if table.times is None else float((table.times[-1] - table.times[0]) * video.tick)
         return VideoHeader(frames, width, height, seconds)
 

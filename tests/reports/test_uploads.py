@@ -56,6 +56,17 @@ def test_uploads_beyond_the_limits_are_refused_with_the_limits(tmp_path, name, c
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_is_not_there_and_one_that_shows_nothing_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.mp4: No such file"):
+        check_upload(tmp_path / "absent.mp4", LIMITS)
+    data = bytearray(written(tmp_path / "v.mp4").read_bytes())
+    start = data.index(b"elst") + 16  # where the edit list begins: behind the last frame
+    data[start : start + 4] = (10_000_000).to_bytes(4, "big")
+    (tmp_path / "v.mp4").write_bytes(data)
+    with pytest.raises(UserError, match=r"v\.mp4: "):
+        check_upload(tmp_path / "v.mp4", LIMITS)
+
+
 def test_a_damaged_video_is_refused(tmp_path):
     path = written(tmp_path / "v.mp4", frames=20)
     data = bytearray(path.read_bytes())
