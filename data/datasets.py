@@ -26,8 +26,8 @@ from .clip_memory import ClipMemory
 from .clips import prepare
 from .crops import ClipCrop, to_model
 from .listing import first_few, list_videos
-from .tar_shards import is_shards, open_shards
-from .tar_stream import ShardedClips
+from .shards.index import is_shards, open_shards
+from .shards.stream import ShardedClips
 from .unchanged import check_unchanged
 from .video import READ_TIMEOUT
 

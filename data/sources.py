@@ -11,9 +11,9 @@ from promag.training.config import UserError, required, setting
 from .buckets import Bucket, Buckets, bucket_plan
 from .clip_index import Digests, digest_clips
 from .datasets import ClipDataset, SyntheticDataset, load_index, open_dataset, split_by_bucket
+from .shards.index import is_shards, open_shards
+from .shards.stream import ShardedClips, Sharding
 from .stream import Mixture
-from .tar_shards import is_shards, open_shards
-from .tar_stream import ShardedClips, Sharding
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from promag.data.tar_stream import IN_ORDER
+from promag.data.shards.stream import IN_ORDER
 from promag.diffusion.conditioning import Condition
 from promag.diffusion.config import BudgetConfig, DiffusionConfig, DiffusionDataConfig, TextConfig, TransformerConfig
 from promag.diffusion.latent_cache import Scale

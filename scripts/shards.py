@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import yaml
 
 from promag.data.buckets import Bucket
-from promag.data.tar_writer import index_shards, write_shards
+from promag.data.shards.writer import index_shards, write_shards
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, read_yaml
 

@@ -53,7 +53,7 @@ def test_diffusion_imports_only_geometry_from_the_tokenizer():
         assert all(name in ("promag.tokenizer",) or name.startswith("promag.tokenizer.geometry") for name in taken), path
 
 
-def test_only_the_video_module_imports_a_decoder():
+def test_only_the_video_room_imports_a_decoder():
     users = [path for path in FILES if {"av", "decord"} & {name.split(".")[0] for name in imports(path)}]
     # The script that makes hostile videos writes what write_video refuses to.
     assert {str(p.parent.relative_to(ROOT)) for p in users if p.name != "page.py"} == {"data/video"}

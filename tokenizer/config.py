@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from promag.data.buckets import Bucket
+from promag.data.shards.stream import Sharding
 from promag.data.sources import Source
-from promag.data.tar_stream import Sharding
 from promag.training.config import required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig

@@ -18,9 +18,9 @@ import numpy as np
 from promag.data.buckets import Bucket
 from promag.data.clip_index import Clip, load_clips, row_of
 from promag.data.epochs import EpochPlan
-from promag.data.tar_reader import ALLOW_PIPES
-from promag.data.tar_shards import ShardRow, open_shards
-from promag.data.tar_stream import ShardedClips, Sharding
+from promag.data.shards.index import ShardRow, open_shards
+from promag.data.shards.reader import ALLOW_PIPES
+from promag.data.shards.stream import ShardedClips, Sharding
 from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result

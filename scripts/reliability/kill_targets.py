@@ -14,8 +14,8 @@ import torch
 from promag.data.clip_index import load_clips, save_clips
 from promag.data.clips import prepare
 from promag.data.listing import list_videos
+from promag.data.shards.writer import write_shards
 from promag.data.synthetic import clip
-from promag.data.tar_writer import write_shards
 from promag.data.video import write_video
 from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import cache, train_pipeline

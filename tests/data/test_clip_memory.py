@@ -17,10 +17,10 @@ from promag.data.clips import prepare
 from promag.data.crops import CHUNK, ClipCrop
 from promag.data.datasets import ClipDataset
 from promag.data.listing import list_videos
+from promag.data.shards.stream import Sharding
+from promag.data.shards.writer import write_shards
 from promag.data.sources import Source, open_sources, open_training
 from promag.data.stream import TrainingStream
-from promag.data.tar_stream import Sharding
-from promag.data.tar_writer import write_shards
 from promag.data.video import UnreadableVideo, write_video
 from promag.training.config import UserError
 

@@ -11,7 +11,7 @@ from promag.data.clip_index import load_clips, save_clips
 from promag.data.clips import Lengths, prepare
 from promag.data.cutting import cut_out
 from promag.data.datasets import ClipDataset
-from promag.data.tar_writer import write_shards
+from promag.data.shards.writer import write_shards
 from promag.data.video import decode_strictly, read_frames, write_video
 from promag.data.video.reader import has_decord
 from tests.data.conftest import counting, numbers

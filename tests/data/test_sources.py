@@ -6,10 +6,10 @@ import torch
 from promag.data.buckets import Bucket
 from promag.data.clip_index import save_clips
 from promag.data.datasets import SyntheticDataset
+from promag.data.shards.stream import Sharding
+from promag.data.shards.writer import write_shards
 from promag.data.sources import Source, open_sources, open_training
 from promag.data.stream import TrainingStream
-from promag.data.tar_stream import Sharding
-from promag.data.tar_writer import write_shards
 from promag.training.config import UserError
 
 BUCKETS = [Bucket(3, 32, 32), Bucket(5, 32, 32, 1)]

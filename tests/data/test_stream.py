@@ -13,10 +13,10 @@ from promag.data.buckets import Bucket
 from promag.data.clip_index import save_clips
 from promag.data.datasets import ClipDataset, SyntheticDataset
 from promag.data.epochs import ClipOrder
+from promag.data.shards.stream import Sharding
+from promag.data.shards.writer import write_shards
 from promag.data.sources import Source, open_sources
 from promag.data.stream import Mixture, TrainingStream
-from promag.data.tar_stream import Sharding
-from promag.data.tar_writer import write_shards
 from promag.data.video import UnreadableVideo
 
 

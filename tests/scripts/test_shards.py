@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from promag.data.tar_shards import open_shards
+from promag.data.shards.index import open_shards
 
 
 def run(script, *arguments):

@@ -13,9 +13,9 @@ from promag.data.clip_index import Digests, load_clips, save_clips
 from promag.data.clips import prepare
 from promag.data.datasets import SyntheticDataset
 from promag.data.listing import list_videos
+from promag.data.shards.stream import Sharding
+from promag.data.shards.writer import write_shards
 from promag.data.sources import Source
-from promag.data.tar_stream import Sharding
-from promag.data.tar_writer import write_shards
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.discriminator import Adversarial

@@ -20,9 +20,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from promag.training.config import UserError
 
-from .clip_index import Clip
-from .listing import first_few
-from .tar_reader import Sample, is_local, opened
+from ..clip_index import Clip
+from ..listing import first_few
+from .reader import Sample, is_local, opened
 
 INDEX_NAME = "shards.jsonl"
 COLUMNS = {"start": np.float64, "frames": np.int32, "fps": np.float64, "height": np.int32, "width": np.int32}

@@ -19,12 +19,12 @@ from promag.training.config import UserError
 from promag.training.files import append_json, replaced_file, write_atomically
 from promag.training.progress import ProgressBar
 
-from .buckets import NONE, Bucket, Buckets
-from .clip_index import Clip, ClipIndex, load_clips, path_text, row_of
-from .listing import first_few
-from .tar_reader import BadSample, ShardReader, opened
-from .tar_shards import COLUMNS, INDEX_NAME, ShardRow, find_shards, shard_name
-from .video import READER, UnreadableVideo, VideoFacts, decode_strictly
+from ..buckets import NONE, Bucket, Buckets
+from ..clip_index import Clip, ClipIndex, load_clips, path_text, row_of
+from ..listing import first_few
+from ..video import READER, UnreadableVideo, VideoFacts, decode_strictly
+from .index import COLUMNS, INDEX_NAME, ShardRow, find_shards, shard_name
+from .reader import BadSample, ShardReader, opened
 
 logger = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ from torch.utils.data import get_worker_info
 
 from promag.training.config import UserError, setting
 
-from .buckets import NONE, Bucket, Buckets, bucket_plan
-from .clip_index import Digests
-from .crops import ClipCrop
-from .epochs import EpochPlan, ShardOrder
-from .listing import first_few
-from .tar_reader import BadSample, Sample, ShardReader
-from .tar_shards import ShardIndex
-from .video import READ_TIMEOUT, UnreadableVideo
+from ..buckets import NONE, Bucket, Buckets, bucket_plan
+from ..clip_index import Digests
+from ..crops import ClipCrop
+from ..epochs import EpochPlan, ShardOrder
+from ..listing import first_few
+from ..video import READ_TIMEOUT, UnreadableVideo
+from .index import ShardIndex
+from .reader import BadSample, Sample, ShardReader
 
 logger = logging.getLogger(__name__)
 

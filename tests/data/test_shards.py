@@ -13,9 +13,9 @@ from PIL import Image
 
 from promag.data.buckets import Bucket
 from promag.data.clip_index import load_clips, row_of, save_clips
-from promag.data.tar_reader import BadSample, ShardReader
-from promag.data.tar_shards import find_shards, index_url, is_shards, open_shards
-from promag.data.tar_writer import index_shards, write_shards
+from promag.data.shards.index import find_shards, index_url, is_shards, open_shards
+from promag.data.shards.reader import BadSample, ShardReader
+from promag.data.shards.writer import index_shards, write_shards
 from promag.training.config import UserError
 
 
@@ -92,7 +92,7 @@ def test_a_samples_row_keeps_the_facts_of_the_index(index, shards):
 
 
 def test_shards_are_reproducible_and_continue_after_an_interruption(index, shards, tmp_path, monkeypatch):
-    from promag.data import tar_writer as shard_writing
+    from promag.data.shards import writer as shard_writing
 
     whole, count = shard_writing._write_shard, 0
 

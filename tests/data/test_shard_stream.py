@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from promag.data.buckets import Bucket
 from promag.data.clip_index import Clip, load_clips, save_clips
 from promag.data.datasets import ClipDataset, open_by_bucket, open_dataset
+from promag.data.shards.index import open_shards
+from promag.data.shards.reader import BadSample
+from promag.data.shards.stream import ShardedClips, Sharding
+from promag.data.shards.writer import write_shards
 from promag.data.sources import open_training
 from promag.data.stream import Mixture, TrainingStream
-from promag.data.tar_reader import BadSample
-from promag.data.tar_shards import open_shards
-from promag.data.tar_stream import ShardedClips, Sharding
-from promag.data.tar_writer import write_shards
 from promag.data.video import UnreadableVideo
 from promag.training.config import UserError
 from tests.data.conftest import counting
@@ -115,7 +115,7 @@ def test_shards_by_pipe_are_opened_once_an_epoch(folder, tmp_path):
 
 
 def test_fewer_concurrent_shards_than_workers_are_named(folder, monkeypatch, caplog):
-    from promag.data import tar_stream as sharded_clips
+    from promag.data.shards import stream as sharded_clips
 
     for workers, named in ((2, False), (3, True)):
         monkeypatch.setattr(sharded_clips, "get_worker_info", lambda n=workers: SimpleNamespace(id=0, num_workers=n))

@@ -16,9 +16,9 @@ from typing import Any
 
 from promag.training.config import UserError
 
-from .listing import VIDEO_EXTENSIONS
-from .tables import decode_text
-from .video import IMAGE_EXTENSIONS, VideoBytes
+from ..listing import VIDEO_EXTENSIONS
+from ..tables import decode_text
+from ..video import IMAGE_EXTENSIONS, VideoBytes
 
 _MEDIA = tuple(ending[1:] for ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)
 ALLOW_PIPES = "PROMAG_ALLOW_PIPES"  # of the environment, which no configuration file can set
