@@ -19,11 +19,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from promag.data.video import write_video
 from promag.scripts._options import share
@@ -147,21 +147,14 @@ def hostile_uploads(folder: Path) -> Iterator[Path]:
     for name, data in files.items():
         (folder / name).write_bytes(data)
         yield folder / name
-    yield wide(folder / "wide.mkv", 20_000, 64)
+    yield huge(folder / "wide.gif", 20_000, 64)
     write_video(folder / "long.mp4", picture(330, 32, 32), 25)
     yield folder / "long.mp4"
 
 
-def wide(path: Path, width: int, height: int) -> Path:
+def huge(path: Path, width: int, height: int) -> Path:
     """Write one huge frame."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=Fraction(25))
-        stream.width, stream.height, stream.pix_fmt = width, height, "gray"
-        frame = av.VideoFrame.from_ndarray(np.zeros((height, width), np.uint8), format="gray")
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    Image.new("L", (width, height)).save(path)
     return path
 
 
@@ -202,7 +195,7 @@ def requests(folder: Path, outside: Path, count: int, seed: int, largest: bool) 
         Request("name that climbs", False, lambda visitor: visitor.upload("..%2f..%2fclimbed.mp4")),
     ]
     if largest:
-        hostile.append(_upload("upload square.mkv", False, wide(folder / "square.mkv", 12_000, 12_000), 64))
+        hostile.append(_upload("upload square.gif", False, huge(folder / "square.gif", 12_000, 12_000), 64))
     rng = np.random.default_rng(seed)
     chosen: list[Request] = [pool[int(k) % len(pool)] for pool in (legal, hostile) for k in range((count + 1) // 2)]
     if largest:
