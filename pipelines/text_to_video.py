@@ -229,8 +229,8 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         pairs = [pair for pair in pairs if None not in pair]
         if not pairs:
             raise ValueError("no text encoder is loaded: give prompt_embeds, and negative_prompt_embeds or guidance_scale 1")
-        given = max_sequence_length
-        lengths = list(given) if isinstance(given, list | tuple) else [given] * len(pairs)
+        given: Any = max_sequence_length
+        lengths: list[int | None] = list(given) if isinstance(given, list | tuple) else [given] * len(pairs)
         if len(lengths) != len(pairs):
             raise ValueError(f"max_sequence_length {lengths}: give one number, or one for each of {len(pairs)} text encoders")
         parts = [encode_prompts(*pair, prompts, length) for pair, length in zip(pairs, lengths, strict=True)]

@@ -55,9 +55,7 @@ def test_diffusion_imports_only_geometry_from_the_tokenizer():
 
 def test_only_the_video_room_imports_a_decoder():
     users = [path for path in FILES if {"av", "decord"} & {name.split(".")[0] for name in imports(path)}]
-    # The script that makes hostile videos writes what write_video refuses to.
-    assert {str(p.parent.relative_to(ROOT)) for p in users if p.name != "page.py"} == {"data/video"}
-    assert {str(p.relative_to(ROOT)) for p in users if p.name == "page.py"} <= {"scripts/reliability/page.py"}
+    assert {str(p.parent.relative_to(ROOT)) for p in users} == {"data/video"}
 
 
 def test_only_multi_process_modules_import_accelerate():

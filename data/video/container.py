@@ -194,11 +194,11 @@ class _Deinterlacer:
         yield from self._pull()
 
     def _push(self, frame: Frame, wanted: bool) -> None:
-        import av
+        from av.filter import Graph
 
         picture = frame.decoded
         if self.graph is None:
-            self.graph = av.filter.Graph()
+            self.graph = Graph()
             self.graph.threads = 1
             options = {"format": picture.format, "time_base": picture.time_base}
             start = self.graph.add_buffer(width=picture.width, height=picture.height, **options)

@@ -100,7 +100,7 @@ class Display:
         from av.sidedata.sidedata import SideDataContainer
 
         # Not `frame.side_data`: it and the frame refer to each other, and frames stay in memory until garbage is collected.
-        data = SideDataContainer(frame).get("DISPLAYMATRIX")
+        data = SideDataContainer(frame).get("DISPLAYMATRIX")  # pyright: ignore[reportCallIssue]
         if data is None:
             return False, False, False
         matrix = np.frombuffer(bytes(data), np.int32, 9).reshape(3, 3)[:2, :2].astype(float)

@@ -82,4 +82,5 @@ def scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return a uint8 RGB picture (H, W, 3) at another (height, width): bilinear, antialiased."""
     if picture.shape[:2] == size:
         return picture
-    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize(size[::-1], Image.Resampling.BILINEAR))
+    height, width = size
+    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), Image.Resampling.BILINEAR))

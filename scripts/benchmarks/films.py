@@ -1,4 +1,4 @@
-"""Measure what cutting a long film costs, and what reading clips out of it costs against files of their own.
+"""Measure what cutting a long film costs, and reading clips out of it.
 
 promag benchmark films --minutes 20 --record docs/results/training.jsonl
 """

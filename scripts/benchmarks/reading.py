@@ -1,4 +1,4 @@
-"""Measure how fast frames of videos are read, with PyAV and with decord, against what the decoder alone can do.
+"""Measure how fast frames are read, with PyAV and decord, against the decoder alone.
 
 promag benchmark reading --record docs/results/reading.jsonl
 """

@@ -244,7 +244,9 @@ def _index(folder: Path, part: str, index: str, shard: str) -> None:
     names = list(load_file(file))
     file.unlink()
     _write_pickle(folder, f"{part}/{shard}")
-    (folder / part / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
+    (folder / part / index).write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}), encoding="utf-8"
+    )
 
 
 # -- caches ----------------------------------------------------------------------------------------------------------

@@ -190,11 +190,15 @@ def _content(path: Path) -> Any:
     if path.name == "metrics.jsonl":
         return [(record["step"], record.get("loss")) for record in read_json_lines(path)]
     if path.name in ("done.json", "state.json"):
-        return {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}
+        return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "seconds"}
     if path.name.endswith(".columns"):  # it holds the time of its index
         from safetensors.numpy import load_file
 
         return {name: np.asarray(value).tolist() for name, value in load_file(path).items()}
     if path.name == "tokenizer.json":  # transformers keeps the padding of the last call in it
-        return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("padding", "truncation")}
+        return {
+            key: value
+            for key, value in json.loads(path.read_text(encoding="utf-8")).items()
+            if key not in ("padding", "truncation")
+        }
     return path.read_bytes()

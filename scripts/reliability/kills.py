@@ -105,7 +105,7 @@ class Killing:
                 counts = self._start(target, number, place, None)
                 self.seconds[target, number] = time.perf_counter() - started
                 if any(code for code, _ in counts):
-                    raise RuntimeError(self.log.read_text())
+                    raise RuntimeError(self.log.read_text(encoding="utf-8"))
                 self.expected[target, number] = result_of(place)
                 for rank, (_, wrote) in enumerate(counts):
                     kills = [Kill(target, number, rank, n) for n in range(len(wrote))]
@@ -118,7 +118,7 @@ class Killing:
         """Do work in a child, and import here, for all later children, the modules that it imported."""
         ((code, modules),) = _wait([_Child(lambda: (work(), _imported())[1], self.log)], None)
         if code:
-            raise RuntimeError(self.log.read_text())
+            raise RuntimeError(self.log.read_text(encoding="utf-8"))
         for name in modules:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
@@ -149,14 +149,14 @@ class Killing:
             self.equal[work] += killed
         else:
             differences = _differences(left, self.expected[work])
-            print(f"{kill}: {differences}\n{self.log.read_text()[-3000:]}", file=sys.stderr, flush=True)
+            print(f"{kill}: {differences}\n{self.log.read_text(encoding='utf-8')[-3000:]}", file=sys.stderr, flush=True)
 
     def _start(self, target: str, number: int, place: Path, kill: Kill | None) -> list[tuple[int, Any]]:
         """Do the work on `number` processes until it ends or is killed; return their exit codes and changes of files."""
         run, after = TARGETS[target].run, None
         if kill and kill.change is None:
             after = self.random.uniform(0, self.seconds[target, number])
-        self.log.write_text("")
+        self.log.write_text("", encoding="utf-8")
         children = []
         port = _free_port()
         for rank in range(number):

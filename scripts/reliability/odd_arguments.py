@@ -1,4 +1,6 @@
 """Odd arguments of the pipeline's call, the tokenizer, the transformer, the samplers and the schedulers."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# Arguments of wrong types are what this module is about.
 
 import itertools
 import math

@@ -280,7 +280,9 @@ def served(tokenizer: str, pipeline: str, folder: Path) -> Iterator[tuple[str, i
         ended = time.monotonic() + START
         while b"the page is at" not in (folder / "page.log").read_bytes():
             if process.poll() is not None or time.monotonic() > ended:
-                raise UserError(f"the page does not start: {(folder / 'page.log').read_text(errors='replace')[-500:]}")
+                raise UserError(
+                    f"the page does not start: {(folder / 'page.log').read_text(encoding='utf-8', errors='replace')[-500:]}"
+                )
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", process.pid
     finally:
