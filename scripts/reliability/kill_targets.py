@@ -196,9 +196,6 @@ def _content(path: Path) -> Any:
 
         return {name: np.asarray(value).tolist() for name, value in load_file(path).items()}
     if path.name == "tokenizer.json":  # transformers keeps the padding of the last call in it
-        return {
-            key: value
-            for key, value in json.loads(path.read_text(encoding="utf-8")).items()
-            if key not in ("padding", "truncation")
-        }
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {key: value for key, value in values.items() if key not in ("padding", "truncation")}
     return path.read_bytes()
