@@ -200,14 +200,14 @@ def _receive(file: Any) -> Any:
 # -- in the child ----------------------------------------------------------------------------------------------------
 
 _answers: BinaryIO | None = None  # where the answers of this process go, if it is a child
-_said = 0.0  # when it last sent one
+_last_sign = 0.0  # when it last sent one
 
 
 def beat(seconds: float = 0) -> None:
     """Let the parent of a child know that work goes on, and that the next sign may take `seconds` longer than usual."""
-    global _said
-    if _answers is not None and (seconds or time.monotonic() > _said + BEAT):
-        _said = time.monotonic()
+    global _last_sign
+    if _answers is not None and (seconds or time.monotonic() > _last_sign + BEAT):
+        _last_sign = time.monotonic()
         _send(_answers, (_GOES_ON, seconds))
 
 
