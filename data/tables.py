@@ -110,7 +110,7 @@ def _encodings(data: bytes) -> Sequence[str]:
             return (encoding,)
     if b"\0" not in data:
         return ("utf-8", "cp1252")
-    # UTF-16 without a mark: of letters and spaces of European languages one byte is zero.
+    # UTF-16 without a mark: letters and spaces of European languages have one byte that is zero.
     zeros = {"utf-16-le": data[1::2].count(0), "utf-16-be": data[::2].count(0)}
     likely = max(zeros, key=lambda encoding: zeros[encoding])
     return (likely,) if 16 * zeros[likely] > len(data) else ()

@@ -261,7 +261,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         return [p for m in convolutions for p in m.parameters() if p.ndim > 1 and id(p) not in excluded]
 
     def idle_heads(self, temporal_ratio: int) -> list[nn.Module]:
-        """Return the heads of lower levels that encoding at a ratio does not run: no key-frame latent starts from theirs."""
+        """Return the lower levels' heads that encoding at a ratio does not run, because no key-frame latent starts there."""
         path: list[Any] = self.encoding_path(self.level_of(temporal_ratio))
         while path and getattr(path[-1], "adds_to_key_latent", False):
             path.pop()

@@ -38,8 +38,8 @@ class PacketTable:
     """What a file's packets say of the frames that will be shown.
 
     Args:
-        times: of the frames in the order shown, in ticks; None if the packets do not say.
-        keys: times of the frames at which decoding can begin, in ticks.
+        times: ticks at which the frames are shown, in order; None if the packets do not say.
+        keys: ticks of the frames at which decoding can begin.
         places: bytes before the packets of these frames, by their times.
         packets: number of all packets of the stream.
         end: end of the last packet of any stream, in seconds.

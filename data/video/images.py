@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
-IMAGE_FPS = 24.0  # stated for an image, which has no rate: a common one, since models are told it
+IMAGE_FPS = 24.0  # An image has no rate, but models take one: a common one is stated
 
 # What PIL raises for a damaged file depends on its format.
 _DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)

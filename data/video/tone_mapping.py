@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 PQ, HLG = 16, 18  # transfer characteristics of ITU-T H.273, table 3
-PEAK, WHITE = 1000.0, 203.0  # cd/m2: of the source, of the display
+PEAK, WHITE = 1000.0, 203.0  # cd/m2: brightest light of the source; white of the display
 GAMMA = 2.4  # of the display (ITU-R BT.1886)
 
 _LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)  # of BT.2020 primaries

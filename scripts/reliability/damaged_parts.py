@@ -117,7 +117,7 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {  # by name: the part, 
 
 
 def pipeline_trials(saved: Path) -> Iterator[Trial]:
-    """Yield the damage of a saved pipeline: of its JSON files and their keys, of tensors, and pickles."""
+    """Yield ways to damage a saved pipeline: its JSON files and their keys, its tensors, pickles in their place."""
     files = sorted(path.relative_to(saved) for path in saved.rglob("*.json"))
     for file in files:
         yield from _texts(file, sample_by_command)
@@ -274,7 +274,7 @@ def read_caches(folder: Path, pipe: Any) -> list[Any]:
 
 
 def cache_trials(caches: Path, pipe: Any) -> Iterator[Trial]:
-    """Yield the damage of caches: of their JSON files and keys, of shards, and shards in each other's place."""
+    """Yield ways to damage caches: their JSON files and keys, their shards, and shards that are exchanged."""
 
     def load(folder: Path) -> Any:
         return read_caches(folder, pipe)

@@ -4,8 +4,8 @@ python -m promag.scripts.reliability.kills --minutes 20 --record docs/results/re
 
 Work is forked from one process that has imported everything. A kill is SIGKILL: before the n-th change of a file, for every n,
 once with the file before it whole and once with half of it written; or after a random time, up to three times in a row. Then
-the work is started again and must leave the files of work that was not killed, byte for byte, and no others. Of several
-processes one is killed and the others are ended, as launchers do.
+the work is started again and must leave the files of work that was not killed, byte for byte, and no others. Where
+several processes work, one is killed and the others are ended, as launchers do.
 """
 
 import contextlib

@@ -37,10 +37,8 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def make_pipeline() -> ProMAGPipeline:
-    """Return a small pipeline of random weights that samples 17 frames of 16x24 at 16x and takes given frames."""
-    torch.manual_seed(0)
-    vocabulary = learn_vocabulary([PROMPT, "a blue square grows"], 300, max_length=10)
+def make_transformer() -> ProMAGTransformer3DModel:
+    """Return a small transformer of random weights that knows 4x and 16x and takes given frames."""
     statistics = {str(ratio): [0.5] * 4 for ratio in (4, 16)}
     transformer = ProMAGTransformer3DModel(
         in_channels=4,
@@ -57,6 +55,14 @@ def make_pipeline() -> ProMAGPipeline:
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    return transformer
+
+
+def make_pipeline() -> ProMAGPipeline:
+    """Return a small pipeline of random weights that samples 17 frames of 16x24 at 16x and takes given frames."""
+    torch.manual_seed(0)
+    vocabulary = learn_vocabulary([PROMPT, "a blue square grows"], 300, max_length=10)
+    transformer = make_transformer()
     vae = AutoencoderKLProMAG(
         latent_channels=4, patch_size=4, block_out_channels=(16, 16, 16), layers_per_block=1, strides=((2, 2), (2, 1))
     )

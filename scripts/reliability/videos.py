@@ -3,8 +3,8 @@
 python -m promag.scripts.reliability.videos runs/corpus --ffmpeg PATH --record docs/results/reliability.jsonl
 
 A file is read (pixels within its tolerance, the same count and times), refused in words, wrong, or ends in a crash, a hang or
-too much memory. Of damaged files, what ffmpeg shows and a refusal are both right; undecided are those of which ffmpeg shows
-what lies in its memory. Whole files that are refused are encoded anew with the command that the refusal prints, and its output
+too much memory. For a damaged file, what ffmpeg shows and a refusal are both right; it is undecided where ffmpeg shows what
+lies in its memory. Whole files that are refused are encoded anew with the command that the refusal prints, and its output
 must be read.
 """
 

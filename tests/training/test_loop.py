@@ -12,9 +12,8 @@ from torch import nn
 
 from promag.data.stream import TrainingStream
 from promag.training.config import UserError
-from promag.training.files import append_json, write_atomically
 from promag.training.loop import Objective, close_trackers, make_accelerator, seeded, train
-from promag.training.run import StopSignal, checkpoints, cut_metrics, load_checkpoint, open_run, save_checkpoint, thin_out
+from promag.training.run import StopSignal, checkpoints, load_checkpoint
 from promag.training.throughput import Work
 from tests.conftest import optimization_config, run_config
 from tests.training.test_run import small_files
@@ -410,56 +409,10 @@ def test_seeds_depend_on_every_number():
     assert torch.randn(1, generator=seeded(0, 1)).item() == torch.randn(1, generator=seeded(0, 1)).item()
 
 
-def test_checkpoints_are_whole_or_absent(tmp_path):
-    save_checkpoint(tmp_path, 5, [("weights", {"a": torch.ones(2)})], {"seconds": 1.5})
-    (tmp_path / "step-00000006").mkdir()  # as if an interrupted copy had left it
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005"]
-    groups, meta = load_checkpoint(checkpoints(tmp_path)[0])
-    assert torch.equal(groups["weights"]["a"], torch.ones(2))
-    assert meta == {"step": 5, "seconds": 1.5}
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_old_checkpoints_are_removed_except_those_to_keep(tmp_path):
-    for step in range(2, 14, 2):
-        save_checkpoint(tmp_path, step, [("weights", {"a": torch.ones(1)})], {})
-    thin_out(tmp_path, 12, keep_last=1, keep_every=4)
-    assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [4, 8, 12]
-    thin_out(tmp_path, 12, keep_last=2)
-    assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [8, 12]
-
-
-def test_metrics_after_the_resumed_checkpoint_are_removed(tmp_path):
-    for step in range(5):
-        append_json(tmp_path / "m.jsonl", {"step": step})
-    cut_metrics(tmp_path / "m.jsonl", 2)
-    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
-
-
-def test_a_run_keeps_its_settings(tmp_path):
-    open_run(tmp_path / "r", SETTINGS)
-    open_run(tmp_path / "r", SETTINGS)
-    import dataclasses
-
-    changed = dataclasses.replace(SETTINGS, steps=9, learning_rate=1.0)
-    with pytest.raises(UserError, match=r"learning_rate is 0.05 there, 1.0 now; steps is 4 there, 9 now"):
-        open_run(tmp_path / "r", changed)
-    open_run(tmp_path / "r", changed, may_change=("steps", "learning_rate"))
-
-
-def test_write_atomically_leaves_nothing_else(tmp_path):
-    write_atomically(tmp_path / "a.txt", "one")
-    write_atomically(tmp_path / "a.txt", "two")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    assert (tmp_path / "a.txt").read_text() == "two"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"steps": 0}, "steps 0"), ({"learning_rate": 0}, "learning_rate 0"), ({"ema_decay": 1.0}, "ema_decay 1.0")],
 )
 def test_illegal_settings_are_named(change, message):
-    import dataclasses
-
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SETTINGS, **change)

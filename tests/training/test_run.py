@@ -1,6 +1,7 @@
 """Checkpoints and JSON lines after kills, full disks and foreign folders."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -27,6 +28,8 @@ from promag.training.run import (
     thin_out,
 )
 from tests.conftest import optimization_config
+
+SETTINGS = optimization_config(batch_size=2, learning_rate=0.05, warmup=2, weight_decay=0.1)
 
 
 def save(folder, step, value=1.0, **meta):
@@ -248,3 +251,45 @@ def test_an_empty_record_of_the_configuration_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"config\.yaml: is empty"):
         open_run(tmp_path, optimization_config())
+
+
+def test_checkpoints_are_whole_or_absent(tmp_path):
+    save_checkpoint(tmp_path, 5, [("weights", {"a": torch.ones(2)})], {"seconds": 1.5})
+    (tmp_path / "step-00000006").mkdir()  # as if an interrupted copy had left it
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005"]
+    groups, meta = load_checkpoint(checkpoints(tmp_path)[0])
+    assert torch.equal(groups["weights"]["a"], torch.ones(2))
+    assert meta == {"step": 5, "seconds": 1.5}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_old_checkpoints_are_removed_except_those_to_keep(tmp_path):
+    for step in range(2, 14, 2):
+        save_checkpoint(tmp_path, step, [("weights", {"a": torch.ones(1)})], {})
+    thin_out(tmp_path, 12, keep_last=1, keep_every=4)
+    assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [4, 8, 12]
+    thin_out(tmp_path, 12, keep_last=2)
+    assert [int(path.name.removeprefix("step-")) for path in checkpoints(tmp_path)] == [8, 12]
+
+
+def test_metrics_after_the_resumed_checkpoint_are_removed(tmp_path):
+    for step in range(5):
+        append_json(tmp_path / "m.jsonl", {"step": step})
+    cut_metrics(tmp_path / "m.jsonl", 2)
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_run_keeps_its_settings(tmp_path):
+    open_run(tmp_path / "r", SETTINGS)
+    open_run(tmp_path / "r", SETTINGS)
+    changed = dataclasses.replace(SETTINGS, steps=9, learning_rate=1.0)
+    with pytest.raises(UserError, match=r"learning_rate is 0.05 there, 1.0 now; steps is 4 there, 9 now"):
+        open_run(tmp_path / "r", changed)
+    open_run(tmp_path / "r", changed, may_change=("steps", "learning_rate"))
+
+
+def test_write_atomically_leaves_nothing_else(tmp_path):
+    write_atomically(tmp_path / "a.txt", "one")
+    write_atomically(tmp_path / "a.txt", "two")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "two"
