@@ -26,7 +26,7 @@ from promag.scripts._options import share
 from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.config import StageConfig, TokenizerConfig
 from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
-from promag.tokenizer.train import StageObjective
+from promag.tokenizer.objectives import StageObjective
 from promag.training.command_line import Parser, run_main
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError, build, load_yaml

@@ -22,7 +22,8 @@ from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
-from promag.tokenizer.train import StageObjective, train_tokenizer
+from promag.tokenizer.objectives import StageObjective
+from promag.tokenizer.train import train_tokenizer
 from promag.training.command_line import Parser, parse_config, run_main
 from promag.training.config import required, setting
 from promag.training.device import best_device

@@ -20,7 +20,8 @@ from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.growth import Growth
-from promag.tokenizer.train import StageObjective, leaves_unused, train_tokenizer
+from promag.tokenizer.objectives import StageObjective
+from promag.tokenizer.train import leaves_unused, train_tokenizer
 from promag.training.config import UserError
 from promag.training.optimizers import make_optimizers, weights_and_keys
 from promag.training.run import load_checkpoint
