@@ -5,8 +5,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.geometry import latent_frames, tokens
+from promag.tokenizer.levels import parameter_count
 
 FOLDER = "PATH/OF/THIS/FOLDER"  # in the card of a pipeline that is saved and not uploaded
 EMPTY = "This model card has been automatically generated."  # how diffusers ends the description of a card without content

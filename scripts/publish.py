@@ -21,8 +21,8 @@ from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.scripts._options import share
-from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
+from promag.tokenizer.levels import parameter_count
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.files import append_json, write_atomically

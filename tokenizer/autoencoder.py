@@ -5,16 +5,15 @@ diagonal-Gaussian latent; growth: ProMAG (arXiv 2501.05442), see growth.py.
 """
 
 import copy
-import hashlib
-import itertools
-import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
@@ -23,63 +22,31 @@ from torch import Tensor, nn
 
 from promag.training.safetensors_only import SafetensorsOnly
 
-from .base import BaseDecoder, BaseEncoder, init_from_block_means
-from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio
-from .growth import DecoderGrowth, EncoderGrowth, Growth
+from .base import build_base, init_from_block_means
+from .encoding import Encoding
+from .existing import (
+    Existing,
+    ExistingDecoder,
+    ExistingEncoder,
+    Features,
+    cached_features,
+    describe,
+    halves,
+    joined,
+    load_existing,
+)
+from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio, check_size
+from .growth import DecoderGrowth, EncoderGrowth, Growth, Projection
+from .growth_file import read_growth, write_growth
 from .inputs import check_latents, check_pixels, check_ratios
 from .layers import START, Block, State, is_first
+from .levels import Levels
 from .tiling import Call, Tiling, in_parts
 
-# The settings of the base that decide what its encoder computes.
-BASE_SETTINGS = (
-    "in_channels",
-    "latent_channels",
-    "patch_size",
-    "block_out_channels",
-    "layers_per_block",
-    "strides",
-    "linear_shortcuts",
-)
+EXISTING_WIDTH = 192  # channels of a level's blocks on an existing autoencoder: its two levels take 22 M parameters each
 
 
-class _Encoding:
-    """One call of the encoder: its pixels, the results so far, and the stream's state before and after.
-
-    Results and states have the key (kind, (owner, level, rate)): features or moments of a level, computed from every
-    rate-th frame by the encoder that the level `owner` trained for itself, 0 for the shared one. At 16x, level 2:
-
-        moments  (0, 2, 1)   = key-frame moments (0, 1, 2) + residual of features (0, 2, 1)
-        moments  (0, 1, 2)   = key-frame moments (0, 0, 4) + residual of features (0, 1, 2)
-        moments  (0, 0, 4)   from features (0, 0, 4)
-        features (0, 2, 1)   from features (0, 1, 1), the full path, and (0, 1, 2), the key frames
-        features (0, 1, 1)   from features (0, 0, 1) and (0, 0, 2)
-        features (0, 1, 2)   from features (0, 0, 2) and (0, 0, 4)
-        features (0, 0, r)   from pixels x[:, :, ::r], for r = 1, 2, 4
-
-    So the base runs at three frame rates and 8x at two, each once.
-    """
-
-    def __init__(self, x: Tensor, state: State):
-        self.x, self.before = x, state
-        self.results: dict[tuple[str, tuple[int, int, int]], Tensor] = {}
-        self.state: State = None if state is None else {}
-
-    def frames(self, rate: int) -> Tensor:
-        """Return every rate-th frame: frame 0 opens a clip; a later chunk starts one frame after a multiple of the rate."""
-        return self.x[:, :, (0 if is_first(self.before) else rate - 1) :: rate]
-
-    def once(self, kind: str, place: tuple[int, int, int], compute: Callable[[State], tuple[Tensor, State]]) -> Tensor:
-        """Return the result of this kind, owner, level and frame rate; `compute` is called the first time."""
-        key = (kind, place)
-        if key not in self.results:
-            before = self.before.get(key, START) if isinstance(self.before, dict) else self.before
-            self.results[key], after = compute(before)
-            if self.state is not None:
-                self.state[key] = after
-        return self.results[key]
-
-
-class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLProMAG(Levels, SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A causal video autoencoder whose temporal ratio was grown: one checkpoint encodes and decodes at every level.
 
     Args:
@@ -92,6 +59,10 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         linear_shortcuts: averaging and duplicating shortcuts around resampling and linear skips around the heads; without
             them the base has MAGVIT-v2's blocks alone.
         growth: one `Growth` (as a dictionary) for each level above the base; usually left to `grow()`.
+        existing: an `Existing` (as a dictionary): the base is an autoencoder of diffusers, and all settings above but `growth`
+            are without effect; usually left to `from_base()`.
+        entries: what the pipelines of another autoencoder's family read from its configuration, for a model that takes its
+            place.
 
     Raises ValueError for settings that do not fit together.
     """
@@ -112,17 +83,24 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         strides: Sequence[Sequence[int]] = ((1, 2), (2, 2), (2, 2)),
         linear_shortcuts: bool = True,
         growth: Sequence[dict[str, Any]] = (),
+        existing: dict[str, Any] | None = None,
+        entries: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if len(strides) != len(block_out_channels) - 1:
-            raise ValueError(f"{len(strides)} strides: {len(block_out_channels)} widths need one fewer than widths")
-        if (space := patch_size * prod(s for _, s in strides)) != SPATIAL_RATIO:
-            raise ValueError(f"patch_size times spatial strides is {space}: it must be {SPATIAL_RATIO}")
-        base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides, linear_shortcuts)
-        self.encoder = BaseEncoder(in_channels, *base)
-        self.decoder = BaseDecoder(in_channels, *base)
-        self.base_ratio = prod(t for t, _ in strides)
-        self.level_channels = [latent_channels]  # of each level's latent, lowest first
+        self.existing = None if existing is None else Existing(**existing)
+        self.base_path: str | None = None  # the folder of an existing autoencoder
+        self.served: int | None = None  # the ratio that None stands for; None: the highest
+        if self.existing is None:
+            base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides, linear_shortcuts)
+            self.encoder, self.decoder = build_base(in_channels, *base)
+            self.base_ratio, self.spatial_ratio, self.latent_step = prod(t for t, _ in strides), SPATIAL_RATIO, 1
+            self.latent_channels, width = latent_channels, block_out_channels[-1]
+        else:
+            self._split(self.existing.build(), self.existing)
+            self.base_ratio, self.spatial_ratio = self.existing.temporal_ratio, self.existing.spatial_ratio
+            self.latent_step, self.latent_channels, width = self.existing.latent_step, self.existing.latent_channels, None
+        self.level_channels = [self.latent_channels]  # of each level's latent, lowest first
+        self.level_widths = [width]  # of each level's features; None for an existing autoencoder's
         self.encoder_growth = nn.ModuleList()
         self.decoder_growth = nn.ModuleList()
         # level -> its own copy of everything below it that encodes, or decodes, in the order in which it is called
@@ -132,12 +110,74 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         for level in growth:
             self._add_level(Growth(**level))
 
+    def _split(self, model: Any, existing: Existing) -> None:
+        """Take an autoencoder of diffusers as the base."""
+        encoding, decoding = halves(model)
+        self.encoder, self.decoder = ExistingEncoder(encoding, existing), ExistingDecoder(decoding, existing)
+
+    @classmethod
+    def from_base(cls, base: Any, features: Features = "latents") -> "AutoencoderKLProMAG":
+        """Take a causal video autoencoder of diffusers as the base: its latents and videos stay as they are, to the bit.
+
+        Args:
+            base: an AutoencoderKLWan or another one, or the folder of one; its weights are shared, not copied.
+            features: what growth sees of it: its latents, which can be cached, or also what its encoder's last layer sees.
+
+        Raises ValueError where 1 + r*N frames do not become 1 + N latent frames, and UserError for a folder without one.
+        """
+        path = None if isinstance(base, nn.Module) else os.path.abspath(base)
+        base = load_existing(base) if path else base
+        existing = describe(base, features)
+        with torch.device("meta"):
+            model = cls(existing=asdict(existing))
+        model._split(base, existing)
+        model.base_path = path
+        return model.train(base.training)
+
+    def base_model(self) -> Any:
+        """Return the base as the class of diffusers that it is, its weights shared; raises ValueError for our own base."""
+        if self.existing is None:
+            raise ValueError("base_model: the base is this project's own, which no class of diffusers is for")
+        return joined(self.existing, self.encoder, self.decoder)
+
+    def save_growth(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Save what was grown, and of the base only class, configuration and fingerprint: a few to some tens of MB.
+
+        Args:
+            folder: gets growth.json and growth.safetensors.
+            dtype: type in which the weights are saved; None for their own.
+
+        Raises ValueError before anything was grown.
+        """
+        write_growth(self, Path(folder), dtype)
+
+    @classmethod
+    def load_growth(cls, folder: str | os.PathLike, base: Any = None) -> "AutoencoderKLProMAG":
+        """Load what `save_growth` saved, on its base: an autoencoder or its folder, by default the folder it was grown from.
+
+        Raises UserError for another base than it was trained on, by name, and for a damaged folder.
+        """
+        return read_growth(cls, Path(folder), base)
+
+    @property
+    def config(self) -> Any:
+        """The configuration, with what the pipelines of an existing autoencoder's family read from it."""
+        own = self._internal_dict
+        stated = own.get("entries") or (self.existing.entries() if self.existing else None)
+        if not stated:
+            return own
+        ratios = {
+            **dict.fromkeys(("scale_factor_temporal", "temporal_compression_ratio"), self.temporal_ratios[self.level_of(None)]),
+            **dict.fromkeys(("scale_factor_spatial", "spatial_compression_ratio"), self.spatial_ratio),
+        }
+        return FrozenDict({**own, **stated, **ratios, "latent_channels": self.latent_channels})
+
     def init_from_block_means(self) -> None:
         """Set the linear paths of an untrained base so that training starts from the colour means of blocks.
 
         Raises ValueError without linear shortcuts.
         """
-        if not self.config["linear_shortcuts"]:
+        if self.existing or not self.config["linear_shortcuts"]:
             raise ValueError("init_from_block_means: this model has no linear shortcuts, so no linear paths to set")
         init_from_block_means(self.encoder, self.decoder)
 
@@ -152,7 +192,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
     ) -> None:
         """Encode and decode pictures larger than a tile tile by tile; sizes in pixels, None keeps what was set before.
 
-        Raises ValueError for sizes that are no multiples of 8 and for a stride above the tile.
+        Raises ValueError for sizes that are no multiples of the spatial ratio and for a stride above the tile.
         """
         sizes = {
             "height": tile_sample_min_height,
@@ -160,8 +200,10 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
             "stride_height": tile_sample_stride_height,
             "stride_width": tile_sample_stride_width,
         }
-        self.tiling = replace(self.tiling, **{key: size for key, size in sizes.items() if size is not None})
-        self.use_tiling = True
+        tiling = replace(self.tiling, **{key: size for key, size in sizes.items() if size is not None})
+        check_size(tiling.height, tiling.width, self.spatial_ratio)
+        check_size(tiling.stride_height, tiling.stride_width, self.spatial_ratio)
+        self.tiling, self.use_tiling = tiling, True
 
     def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
         """Give what encodes and what decodes a floating-point type each; inputs are converted, outputs are of that type."""
@@ -182,13 +224,20 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
 
     @property
     def temporal_compression_ratio(self) -> int:
-        """The highest temporal ratio, under the name that diffusers uses."""
-        return self.temporal_ratios[-1]
+        """The temporal ratio that is used where none is named, under the name that diffusers uses."""
+        return self.temporal_ratios[self.level_of(None)]
 
     @property
     def spatial_compression_ratio(self) -> int:
         """Pixels per latent position along height and width."""
-        return SPATIAL_RATIO
+        return self.spatial_ratio
+
+    def serve(self, temporal_ratio: int | None) -> "AutoencoderKLProMAG":
+        """Let None stand for this ratio in all calls, as pipelines of other families make them; None for the highest again."""
+        if temporal_ratio is not None:
+            check_ratio(temporal_ratio, self.temporal_ratios)
+        self.served = temporal_ratio
+        return self
 
     def grow(self, growth: Growth | None = None) -> int:
         """Add a level of twice the temporal ratio and return that ratio.
@@ -200,7 +249,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         growth = growth or Growth()
         self._add_level(growth)
         newest: Any = self.encoder_growth[-1]
-        if not newest.adds_to_key_latent and self.config["linear_shortcuts"]:
+        if not newest.adds_to_key_latent and not self.existing and self.config["linear_shortcuts"]:
             newest.head.load_state_dict(self.encoder.head.state_dict())
         reference = next(self.encoder.parameters())
         for module in self.level_modules(self.temporal_ratios[-1]):
@@ -209,78 +258,35 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         return self.temporal_ratios[-1]
 
     def _add_level(self, growth: Growth) -> None:
-        width, channels = self.config["block_out_channels"][-1], self.config["latent_channels"]
         level = len(self.encoder_growth) + 1
         # Copies: the levels below keep what they have as it was.
         if growth.encoder == "finetune":
             self.own_encoders[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.encoding_path(level - 1))
         if growth.decoder == "finetune":
             self.own_decoders[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.decoding_path(level - 1))
-        lower, upper = self.level_channels[-1], channels * (2 if growth.latent == "dual" else 1)
+        channels, lower = self.latent_channels, self.level_channels[-1]
+        upper = channels * (2 if growth.latent == "dual" else 1)
         if upper < lower:
             raise ValueError("growth latent 'mixed' on a dual level: its channels would not hold the level below")
+        below = self.level_widths[-1]
+        width = growth.width or below or EXISTING_WIDTH
+        scale = self.existing.scale() if self.existing else None
+        project = None
+        if below is None and self.existing and scale:
+            project = Projection(channels + self.existing.feature_channels, width, scale)
+        elif below and below != width:
+            project = Projection(below, width)
         self.level_channels.append(upper)
-        self.encoder_growth.append(EncoderGrowth(width, channels, growth))
-        self.decoder_growth.append(DecoderGrowth(width, upper, lower, growth))
+        self.level_widths.append(width)
+        self.encoder_growth.append(EncoderGrowth(width, channels, growth, project, scale))
+        self.decoder_growth.append(DecoderGrowth(width, upper, lower, growth, scale))
 
     def level_of(self, temporal_ratio: int | None) -> int:
-        """Return the level (0 is the base) of a temporal ratio; None is the highest. Raises ValueError if absent."""
+        """Return the level (0 is the base) of a temporal ratio; None is the one that is served. Raises ValueError if absent."""
         if temporal_ratio is None:
-            return len(self.encoder_growth)
+            return len(self.encoder_growth) if self.served is None else self.temporal_ratios.index(self.served)
         check_ratio(temporal_ratio, self.temporal_ratios)
         return self.temporal_ratios.index(temporal_ratio)
-
-    def level_modules(self, temporal_ratio: int) -> list[nn.Module]:
-        """Return the modules that belong to one level and to no level below: what its training stage trains."""
-        level = self.level_of(temporal_ratio)
-        if level == 0:
-            return [self.encoder, self.decoder]
-        return [self.encoder_growth[level - 1], self.decoder_growth[level - 1], *self._copies(level)]
-
-    def inherited_modules(self, added: Sequence[int]) -> list[nn.Module]:
-        """Return the modules that are not new when the levels of some ratios are: the other levels, and copies of these."""
-        others = [self.level_modules(ratio) for ratio in self.temporal_ratios if ratio not in added]
-        copies = [self._copies(self.level_of(ratio)) for ratio in added]
-        return list(itertools.chain(*others, *copies))
-
-    def _copies(self, level: int) -> list[nn.Module]:
-        return [own[str(level)] for own in (self.own_encoders, self.own_decoders) if str(level) in own]
-
-    def train_only(self, *temporal_ratios: int) -> list[nn.Parameter]:
-        """Freeze everything but the parameters of some levels, and return those."""
-        self.requires_grad_(False)
-        for module in itertools.chain.from_iterable(self.level_modules(ratio) for ratio in temporal_ratios):
-            module.requires_grad_(True)
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def hidden_kernels(self) -> list[nn.Parameter]:
-        """Return the convolution kernels that map hidden features to hidden features, not those at pixels and latents."""
-        ends = [end for module in self.modules() if hasattr(module, "ends") for end in module.ends()]  # pyright: ignore
-        excluded = {id(p) for end in ends for p in end.parameters()}
-        convolutions = (m for m in self.modules() if isinstance(m, nn.Conv3d))
-        return [p for m in convolutions for p in m.parameters() if p.ndim > 1 and id(p) not in excluded]
-
-    def idle_heads(self, temporal_ratio: int) -> list[nn.Module]:
-        """Return the lower levels' heads that encoding at a ratio does not run, because no key-frame latent starts there."""
-        path: list[Any] = self.encoding_path(self.level_of(temporal_ratio))
-        while path and getattr(path[-1], "adds_to_key_latent", False):
-            path.pop()
-        return [encoder.head for encoder in path[:-1]]
-
-    def encoding_fingerprint(self, temporal_ratio: int) -> str:
-        """Return a SHA-256 of all that decides the latents of a ratio: the configuration and weights of what encodes there.
-
-        Growing further levels or training decoders keeps it.
-        """
-        level, config = self.level_of(temporal_ratio), self.config
-        base = {key: config[key] for key in BASE_SETTINGS}
-        growth = [asdict(replace(Growth(**grown), encoder="frozen", decoder="frozen")) for grown in config["growth"][:level]]
-        digest = hashlib.sha256(json.dumps([base, growth], sort_keys=True).encode())
-        for place, module in enumerate(self.encoding_path(level)):
-            for name, value in sorted(module.state_dict().items()):
-                digest.update(f"{place}.{name}".encode())
-                digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     # -- encoding ----------------------------------------------------------------------------------------------------
 
@@ -299,8 +305,8 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         Raises ValueError for an illegal shape or ratio, naming the nearest legal ones.
         """
         level = self.level_of(temporal_ratio)
-        check_pixels(x, self.config["in_channels"])
-        check_frames(x.shape[2], self.temporal_ratios[level])
+        self._check_pixels(x)
+        check_frames(x.shape[2], self.temporal_ratios[level], self.latent_step)
         (moments,), _ = self._moments(x, [level], None)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -310,8 +316,8 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         """Encode at several ratios at once; what the levels share is computed once. Shapes and errors as in `encode`."""
         check_ratios(temporal_ratios)
         levels = [self.level_of(ratio) for ratio in temporal_ratios]
-        check_pixels(x, self.config["in_channels"])
-        check_frames(x.shape[2], max(temporal_ratios))
+        self._check_pixels(x)
+        check_frames(x.shape[2], max(temporal_ratios), self.latent_step)
         return [DiagonalGaussianDistribution(m) for m in self._moments(x, levels, None)[0]]
 
     @apply_forward_hook
@@ -324,16 +330,42 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         `encode` of the whole.
         """
         level = self.level_of(temporal_ratio)
-        check_pixels(x, self.config["in_channels"])
-        (check_frames if is_first(state) else check_chunk)(x.shape[2], self.temporal_ratios[level])
+        self._check_pixels(x)
+        check = check_frames if is_first(state) else check_chunk
+        check(x.shape[2], self.temporal_ratios[level], self.latent_step)
         (moments,), state = self._moments(x, [level], state)
         return DiagonalGaussianDistribution(moments), state
+
+    def encode_base_latents(
+        self, latents: Mapping[int, Tensor], temporal_ratios: Sequence[int]
+    ) -> list[DiagonalGaussianDistribution]:
+        """Encode at several ratios from the base's latents instead of pixels.
+
+        Args:
+            latents: by frame rate r = 1, 2, 4, ... the base's latents of x[:, :, ::r], b c t h w.
+            temporal_ratios: as in `encode_levels`.
+
+        The means are as from pixels; deviations are those that growth adds to a key frame without any. Raises ValueError where
+        growth sees more of the base than its latents, and for a missing frame rate.
+        """
+        if self.existing is None or self.existing.features != "latents":
+            raise ValueError("encode_base_latents: the levels see more of the base than its latents; encode pixels")
+        check_ratios(temporal_ratios)
+        call = Encoding(None, None)
+        for rate, features in cached_features(latents):
+            for kind in ("features", "moments"):
+                call.results[kind, (0, 0, rate)] = features
+        levels = [self.level_of(ratio) for ratio in temporal_ratios]
+        return [DiagonalGaussianDistribution(self._moments_at(level, level, 1, call)) for level in levels]
+
+    def _check_pixels(self, x: Tensor) -> None:
+        check_pixels(x, 3 if self.existing else self.config["in_channels"], self.spatial_ratio)
 
     def _moments(self, x: Tensor, levels: Sequence[int], state: State) -> tuple[list[Tensor], State]:
         """Moments of `x` at each of `levels`; those and the features of each (level, frame rate) are computed once."""
 
         def encode(part: Tensor, state: State) -> tuple[list[Tensor], State]:
-            call = _Encoding(self._as(self.encoder, part), state)
+            call = Encoding(self._as(self.encoder, part), state)
             return [self._moments_at(level, level, 1, call) for level in levels], call.state
 
         return self._in_parts(x, state, encode)
@@ -350,7 +382,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
                 return owner, copies[level]
         return 0, self.encoder_growth[level - 1] if level else self.encoder
 
-    def _features_at(self, level: int, top: int, rate: int, call: "_Encoding") -> Tensor:
+    def _features_at(self, level: int, top: int, rate: int, call: Encoding) -> Tensor:
         owner, encoder = self._encoder_at(level, top)
         if level == 0:
             return call.once("features", (owner, 0, rate), lambda s: encoder.features(call.frames(rate), s))
@@ -358,7 +390,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         key = self._features_at(level - 1, top, 2 * rate, call) if encoder.uses_key_frames else None
         return call.once("features", (owner, level, rate), lambda s: encoder.features(full, key, s))
 
-    def _moments_at(self, level: int, top: int, rate: int, call: "_Encoding") -> Tensor:
+    def _moments_at(self, level: int, top: int, rate: int, call: Encoding) -> Tensor:
         owner, encoder = self._encoder_at(level, top)
         features = self._features_at(level, top, rate, call)
         if level == 0:
@@ -404,7 +436,7 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
                 part, states[i] = module(self._as(module, part), states[i])
             return [part], None if state is None else tuple(states)
 
-        (x,), state = self._in_parts(z, state, run, SPATIAL_RATIO)
+        (x,), state = self._in_parts(z, state, run, self.spatial_ratio)
         return x, state
 
     def decoding_path(self, level: int) -> list[nn.Module]:
@@ -431,8 +463,3 @@ class AutoencoderKLProMAG(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigM
         posterior = self.encode(sample, temporal_ratio).latent_dist  # pyright: ignore
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, temporal_ratio, return_dict)
-
-
-def parameter_count(modules: Iterable[nn.Module]) -> int:
-    """Return how many parameters the modules hold."""
-    return sum(p.numel() for module in modules for p in module.parameters())

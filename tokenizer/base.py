@@ -4,6 +4,7 @@ Shapes: B C T H W pixels in [-1, 1] and features, b c t h w latents; strides are
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -87,6 +88,24 @@ class BaseDecoder(nn.Module):
     def ends(self) -> list[nn.Module]:
         """Return the layers at latents and pixels."""
         return [self.body[0], self.head]
+
+
+def build_base(
+    in_channels: int,
+    latent_channels: int,
+    patch: int,
+    widths: Sequence[int],
+    layers: int,
+    strides: Sequence[Sequence[int]],
+    shortcuts: bool,
+) -> tuple[BaseEncoder, BaseDecoder]:
+    """Return the encoder and the decoder of one base; raises ValueError for settings that do not fit together."""
+    if len(strides) != len(widths) - 1:
+        raise ValueError(f"{len(strides)} strides: {len(widths)} widths need one fewer than widths")
+    if (space := patch * prod(s for _, s in strides)) != SPATIAL_RATIO:
+        raise ValueError(f"patch_size times spatial strides is {space}: it must be {SPATIAL_RATIO}")
+    shape = (in_channels, latent_channels, patch, widths, layers, strides, shortcuts)
+    return BaseEncoder(*shape), BaseDecoder(*shape)
 
 
 @torch.no_grad()

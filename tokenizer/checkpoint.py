@@ -13,27 +13,48 @@ from promag.training.files import finish_replacing, replaced_folder, write_atomi
 from promag.training.safetensors_only import read_mapping
 
 from .autoencoder import AutoencoderKLProMAG
+from .existing import Features
+from .growth_file import SETTINGS
 
 MARKERS = ("config.json", "model_index.json", "pytorch_lora_weights.safetensors")  # what a saved model has at least
 
 
-def load_tokenizer(folder: str | os.PathLike) -> AutoencoderKLProMAG:
-    """Load a trained tokenizer for inference; raises UserError if the folder does not hold one."""
+def load_tokenizer(folder: str | os.PathLike, features: Features = "latents") -> AutoencoderKLProMAG:
+    """Load a tokenizer for inference: ours, one saved by `save_growth`, a video autoencoder of diffusers, or a pipeline's.
+
+    `features` are those that growth will see of an autoencoder of diffusers. Raises UserError if the folder does not hold one.
+    """
     folder = Path(folder)
     if (folder / "vae" / "config.json").exists():
         folder = folder / "vae"  # a whole pipeline
+    if (folder / SETTINGS).exists():
+        return AutoencoderKLProMAG.load_growth(folder)
     if not (folder / "config.json").exists():
-        raise UserError(f"tokenizer {folder}: no config.json there; give a folder of `promag train-tokenizer`, or a pipeline")
+        raise UserError(
+            f"tokenizer {folder}: no config.json there; give a folder of `promag train-tokenizer`, a pipeline, or a video "
+            "autoencoder of diffusers"
+        )
+    if class_name(folder) != AutoencoderKLProMAG.__name__:
+        try:
+            return AutoencoderKLProMAG.from_base(folder, features).eval()
+        except ValueError as error:
+            raise error if str(folder) in str(error) else UserError(f"tokenizer {folder}: {error}") from None
     model = AutoencoderKLProMAG.from_pretrained(folder)
     assert isinstance(model, AutoencoderKLProMAG)
     return model.eval()
+
+
+def class_name(folder: Path) -> str:
+    """Return the class that a saved model's configuration names; ours where it names none."""
+    return str(read_mapping(folder / "config.json").get("_class_name", AutoencoderKLProMAG.__name__))
 
 
 def saved_ratios(folder: Path) -> tuple[int, ...]:
     """Return the temporal ratios of a saved tokenizer, lowest first, from its configuration alone."""
     config = read_mapping(folder / "config.json")
     try:
-        base = prod(time for time, _ in config["strides"])
+        existing = config.get("existing")
+        base = existing["temporal_ratio"] if existing else prod(time for time, _ in config["strides"])
         return tuple(base * 2**level for level in range(1 + len(config["growth"])))
     except (LookupError, TypeError, ValueError):
         raise UserError(f"{folder}: config.json needs strides and growth, which list a tokenizer's levels") from None

@@ -39,21 +39,23 @@ def nearest_frames(frames: int, ratio: int) -> tuple[int, ...]:
     return (below,) if below == frames else (below, below + ratio)
 
 
-def check_frames(frames: int, ratio: int) -> None:
-    """Raise ValueError, with the nearest legal counts, unless `frames` is 1 + ratio*N."""
-    legal = nearest_frames(frames, ratio)
+def check_frames(frames: int, ratio: int, latent_step: int = 1) -> None:
+    """Raise ValueError, with the nearest legal counts, unless `frames` is 1 + ratio*N, N a multiple of `latent_step`."""
+    step = ratio * latent_step
+    legal = nearest_frames(frames, step)
     if legal != (frames,):
         use = " or ".join(map(str, legal))
-        raise ValueError(f"{frames} frames: {ratio}x needs 1 + {ratio}k; use {use}")
+        raise ValueError(f"{frames} frames: {ratio}x needs 1 + {step}k; use {use}")
 
 
-def check_chunk(frames: int, ratio: int) -> None:
-    """Raise ValueError unless `frames` can follow an earlier chunk of a stream: a positive multiple of `ratio`."""
+def check_chunk(frames: int, ratio: int, latent_step: int = 1) -> None:
+    """Raise ValueError unless `frames` can follow an earlier chunk of a stream: a positive multiple of ratio*latent_step."""
     check_integer("frames", frames)
-    if frames < ratio or frames % ratio:
-        legal = sorted({max(ratio, frames // ratio * ratio), max(ratio, -(-frames // ratio) * ratio)})
+    step = ratio * latent_step
+    if frames < step or frames % step:
+        legal = sorted({max(step, frames // step * step), max(step, -(-frames // step) * step)})
         use = " or ".join(map(str, legal))
-        raise ValueError(f"{frames} frames in a later chunk: {ratio}x needs a multiple of {ratio}; use {use}")
+        raise ValueError(f"{frames} frames in a later chunk: {ratio}x needs a multiple of {step}; use {use}")
 
 
 def check_size(height: int, width: int, multiple: int = SPATIAL_RATIO) -> None:

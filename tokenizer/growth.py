@@ -43,7 +43,10 @@ class Growth:
     decoder: Lower = setting("frozen", "finetune: the level trains its own copy of everything that decodes below it")
     layers: int = setting(1, "residual blocks before and after the mixing, and in the decoder")
     window: int = setting(3, "key frames that the attention sees")
-    heads: int = setting(4, "attention heads; they divide the channels of the level below")
+    heads: int = setting(4, "attention heads; they divide the level's width")
+    width: int | None = setting(
+        None, "channels of the level's blocks; null for those of the level below, and 192 on an existing autoencoder"
+    )
 
     def __post_init__(self) -> None:
         """Raise ValueError for values outside what is legal."""
@@ -54,6 +57,10 @@ class Growth:
             check_integer(f"growth {name}", getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"growth {name} {getattr(self, name)}: at least 1 is needed")
+        if self.width is not None:
+            check_integer("growth width", self.width)
+            if self.width < 1:
+                raise ValueError(f"growth width {self.width}: at least 1 is needed")
         if self.latent == "dual" and (self.mixing == "none" or not self.birth):
             raise ValueError(f"growth latent 'dual' with mixing {self.mixing!r}, birth {self.birth}: needs a key-frame latent")
 
@@ -67,7 +74,7 @@ class CrossLevelAttention(Block):
     def __init__(self, channels: int, heads: int, window: int):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"growth heads {heads}: must divide the {channels} channels of the level below")
+            raise ValueError(f"growth heads {heads}: must divide the level's width of {channels}")
         self.heads, self.window = heads, window
         self.norm_full, self.norm_key = ChannelNorm(channels), ChannelNorm(channels)
         self.to_q = CausalConv3d(channels, channels, 1)
@@ -93,12 +100,64 @@ class CrossLevelAttention(Block):
         return full + self.to_out(attended.flatten(1, 2))[0], tail
 
 
-class EncoderGrowth(nn.Module):
-    """From level-r features at two frame rates to level-2r features and moments; `latent_channels` are the base's."""
+class LatentScale(nn.Module):
+    """Mean and deviation of each latent channel, by which latents are normalised inside a level; 0 and 1 for our own base."""
 
-    def __init__(self, channels: int, latent_channels: int, growth: Growth):
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.register_buffer("mean", mean.view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(-1, 1, 1, 1), persistent=False)
+
+    def padded(self, channels: int) -> "LatentScale":
+        """Return the scale of a latent of `channels` channels: those of a dual latent's residual have mean 0."""
+        more = channels - len(self.mean)
+        if not more:
+            return self
+        mean, std = self.mean.flatten(), self.std.flatten()
+        return LatentScale(torch.cat([mean, torch.zeros(more)]), torch.cat([std, std[:more]]))
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """B c t h w -> the same, in units of the deviation."""
+        return ((z - self.mean) / self.std).to(z.dtype)
+
+    def enlarge(self, residual: Tensor) -> Tensor:
+        """Turn a residual in units of the deviation into one of the latent."""
+        return (residual * self.std).to(residual.dtype)
+
+
+class Projection(nn.Module):
+    """Features of the level below at the width of a level; of an existing encoder's, moments first, it takes the means."""
+
+    def __init__(self, channels: int, width: int, scale: LatentScale | None = None):
+        super().__init__()
+        self.scale = scale
+        self.conv = CausalConv3d(channels, width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """B D T H W -> B width T H W; with a scale from B 2c+D T H W."""
+        if self.scale is not None:
+            c = len(self.scale.mean)
+            features = torch.cat([self.scale.normalise(features[:, :c]), features[:, 2 * c :]], 1)
+        return self.conv(features)[0]
+
+
+class EncoderGrowth(nn.Module):
+    """From level-r features at two frame rates to level-2r features and moments; `latent_channels` are the base's.
+
+    `project` maps features of another width than `channels`; `scale` is that of an existing autoencoder's latents.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        latent_channels: int,
+        growth: Growth,
+        project: nn.Module | None = None,
+        scale: LatentScale | None = None,
+    ):
         super().__init__()
         self.mixing = growth.mixing
+        self.project, self.scale = project, scale
         self.blocks_full = Chain(ResBlock(channels) for _ in range(growth.layers))
         self.down = Downsample(channels, channels, time=2, space=1)
         guided = growth.mixing == "attention"
@@ -123,6 +182,8 @@ class EncoderGrowth(nn.Module):
 
     def features(self, full: Tensor, key: Tensor | None, state: State = None) -> tuple[Tensor, State]:
         """B C 1+2N H W and B C 1+N H W -> B C 1+N H W."""
+        if self.project is not None:
+            full, key = self.project(full), None if key is None else self.project(key)
         s_full, s_down, s_mix, *s_blocks = state or (state,) * (3 + len(self.blocks_mixed))
         h, s_full = self.blocks_full(full, s_full)
         h, s_down = self.down(h, s_down)
@@ -138,6 +199,9 @@ class EncoderGrowth(nn.Module):
     def moments(self, features: Tensor, key_moments: Tensor | None, state: State = None) -> tuple[Tensor, State]:
         """Level-2r features and level-r moments of the even frames -> level-2r moments, b 2c 1+N h w."""
         residual, state = self.head(features, state)
+        if self.scale is not None:
+            means, logvars = residual.chunk(2, 1)
+            residual = torch.cat([self.scale.enlarge(means), logvars], 1)
         if key_moments is None:
             return residual, state
         if not self.dual:
@@ -153,9 +217,12 @@ class EncoderGrowth(nn.Module):
 class DecoderGrowth(nn.Module):
     """From a level-2r latent, 1+N frames, to an estimate of the level-r latent, 1+2N frames, of as many or fewer channels."""
 
-    def __init__(self, channels: int, latent_channels: int, lower_channels: int, growth: Growth):
+    def __init__(
+        self, channels: int, latent_channels: int, lower_channels: int, growth: Growth, scale: LatentScale | None = None
+    ):
         super().__init__()
         self.lower_channels = lower_channels
+        self.scale_in, self.scale_out = (scale and scale.padded(c) for c in (latent_channels, lower_channels))
         self.conv_in = CausalConv3d(latent_channels, channels)
         self.blocks_in = Chain(ResBlock(channels) for _ in range(growth.layers))
         self.up = Upsample(channels, channels, time=2, space=1)
@@ -165,11 +232,12 @@ class DecoderGrowth(nn.Module):
     def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
         """b c 1+N h w -> b c' 1+2N h w; at birth every latent frame but the first stands twice."""
         s = list(state or (state,) * 5)
-        h, s[0] = self.conv_in(z, s[0])
+        h, s[0] = self.conv_in(self.scale_in.normalise(z) if self.scale_in else z, s[0])
         h, s[1] = self.blocks_in(h, s[1])
         h, s[2] = self.up(h, s[2])
         h, s[3] = self.blocks_out(h, s[3])
         h, s[4] = self.head(h, s[4])
+        h = self.scale_out.enlarge(h) if self.scale_out else h
         twice = z[:, : self.lower_channels].repeat_interleave(2, 2)
         return (twice[:, :, 1:] if is_first(state) else twice) + h, None if state is None else tuple(s)
 

@@ -32,13 +32,13 @@ class Reconstruction:
     padding: Padding
 
 
-def pad_clip(x: Tensor, temporal_ratio: int) -> tuple[Tensor, Padding]:
-    """Repeat the last frame up to 1 + r*N frames and the last row and column up to multiples of 8."""
+def pad_clip(x: Tensor, frame_step: int, multiple: int = SPATIAL_RATIO) -> tuple[Tensor, Padding]:
+    """Repeat the last frame up to 1 + k*frame_step frames and the last row and column up to multiples of `multiple`."""
     if not isinstance(x, Tensor) or x.ndim != 5 or not x.numel():
         given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
         raise ValueError(f"input of {given}: a tensor B C T H W with at least one frame is needed")
-    frames = -(x.shape[2] - 1) % temporal_ratio
-    rows, columns = (-side % SPATIAL_RATIO for side in x.shape[3:])
+    frames = -(x.shape[2] - 1) % frame_step
+    rows, columns = (-side % multiple for side in x.shape[3:])
     if frames or rows or columns:
         x = F.pad(x, (0, columns, 0, rows, 0, frames), mode="replicate")
     return x, Padding(frames, rows, columns)
@@ -80,13 +80,15 @@ def reconstruct_stream(model: Any, chunks: Iterable[Tensor], temporal_ratio: int
 def reconstruct(model: Any, x: Tensor, temporal_ratio: int | None = None, chunk: int | None = None) -> Reconstruction:
     """Encode and decode a clip or image of any frame count and size at one ratio, from the posterior's mean.
 
-    With `chunk`, a multiple of the ratio, that many frames are processed at a time; the result is the same.
+    With `chunk`, a multiple of the ratio and of the base's stretches, that many frames are processed at a time; the result is
+    the same.
     """
     ratio = model.temporal_ratios[model.level_of(temporal_ratio)]
-    padded, padding = pad_clip(x, ratio)
+    step = ratio * model.latent_step
+    padded, padding = pad_clip(x, step, model.spatial_compression_ratio)
     if chunk is None:
         sample = model(padded, ratio).sample
     else:
-        parts = padded.split(chunk_plan(padded.shape[2], ratio, chunk), 2)
+        parts = padded.split(chunk_plan(padded.shape[2], step, chunk), 2)
         sample = torch.cat(list(reconstruct_stream(model, parts, ratio)), 2)
     return Reconstruction(crop_clip(sample, padding), padding)

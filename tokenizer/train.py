@@ -25,9 +25,10 @@ from promag.training.run import load_checkpoint, newest_checkpoint, open_run, re
 from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
-from .autoencoder import AutoencoderKLProMAG, parameter_count
+from .autoencoder import AutoencoderKLProMAG
 from .checkpoint import find_damage, load_tokenizer, save_model, saved_ratios
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig, TokenizerDataConfig
+from .levels import parameter_count
 from .metrics import evaluate, to_uint8
 from .objectives import StageObjective
 

@@ -23,9 +23,9 @@ from promag import AutoencoderKLProMAG
 from promag.evaluation.baselines import build_baseline, probe_baseline
 from promag.evaluation.cost import measure_in_turns, peak_bytes
 from promag.scripts._options import share
-from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.config import StageConfig, TokenizerConfig
 from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
+from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.objectives import StageObjective
 from promag.training.command_line import Parser, run_main
 from promag.training.compilation import compile_blocks

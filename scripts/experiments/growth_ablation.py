@@ -18,9 +18,9 @@ from promag.data.datasets import open_dataset
 from promag.evaluation.baselines import build_baseline, load_baseline
 from promag.evaluation.growth_ablation import OURS, RATIO, WHAT, WIDE, curves, gains, read, table, with_variant
 from promag.reports.plots import plot_file
-from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
+from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.objectives import StageObjective
 from promag.tokenizer.train import train_tokenizer

@@ -10,8 +10,8 @@ import yaml
 from promag import AutoencoderKLProMAG
 from promag.evaluation.baselines import build_baseline
 from promag.scripts.experiments import growth_ablation
-from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.levels import parameter_count
 from promag.training.command_line import parse_config
 from promag.training.config import UserError
 from tests.scripts.conftest import TINY_MODEL, load_yaml, overrides

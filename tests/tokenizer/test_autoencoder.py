@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from promag import AutoencoderKLProMAG
-from promag.tokenizer.autoencoder import parameter_count
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.layers import START
+from promag.tokenizer.levels import parameter_count
 from tests.conftest import TINY, make_tokenizer
 
 RATIOS = (4, 8, 16)

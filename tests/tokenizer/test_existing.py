@@ -1,0 +1,310 @@
+import json
+import re
+
+import diffusers
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+from promag import AutoencoderKLProMAG, load_tokenizer
+from promag.tokenizer.growth import Growth
+from promag.tokenizer.layers import START
+from promag.tokenizer.streaming import reconstruct
+from promag.training.config import UserError
+from tests.conftest import make_tokenizer
+from tests.existing_models import SMALL, small_existing
+
+ARITHMETIC = {  # temporal ratio, spatial ratio, latent channels, latent frames between legal lengths
+    "Wan 2.1": (4, 8, 4, 1),
+    "Wan 2.2": (4, 16, 4, 1),
+    "HunyuanVideo": (4, 8, 4, 1),
+    "HunyuanVideo 1.5": (4, 16, 4, 1),
+    "CogVideoX": (4, 8, 4, 2),
+    "LTX": (8, 32, 8, 1),
+}
+STREAMING = ("Wan 2.1", "Wan 2.2", "CogVideoX")
+NORMALISED_OVER_TIME = ("HunyuanVideo", "CogVideoX")
+
+
+def grown(name, features="latents", levels=2, settle=0.05, **growth):
+    """Return a base and our model on it, its new levels moved at random, as training would."""
+    base = small_existing(name)
+    model = AutoencoderKLProMAG.from_base(base, features)
+    for _ in range(levels):
+        model.grow(Growth(width=16, **growth))
+    if settle:
+        settle_levels(model, settle)
+    return base, model
+
+
+@torch.no_grad()
+def settle_levels(model, by):
+    for parameter in (*model.encoder_growth.parameters(), *model.decoder_growth.parameters()):
+        parameter.add_(torch.randn_like(parameter) * by)
+
+
+def clip_for(model, ratio, stretches=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(1, 3, 1 + ratio * model.latent_step * stretches, 64, 64, generator=generator) * 2 - 1
+
+
+def moments(model, x, ratio):
+    return model.encode(x, ratio).latent_dist.parameters
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_the_base_keeps_its_latents_and_videos_to_the_bit(name):
+    base, model = grown(name)
+    ratio, spatial, _, step = ARITHMETIC[name]
+    assert (model.base_ratio, model.spatial_compression_ratio, model.latent_channels, model.latent_step) == ARITHMETIC[name]
+    assert model.temporal_ratios == (ratio, 2 * ratio, 4 * ratio)
+    for frames in (1, 1 + 2 * ratio * step):
+        x = clip_for(model, ratio, 2)[:, :, :frames]
+        latent = base.encode(x).latent_dist
+        assert torch.equal(moments(model, x, ratio), latent.parameters)
+        assert torch.equal(model.decode(latent.mode(), ratio).sample, base.decode(latent.mode()).sample)
+    same = model.base_model()
+    assert type(same) is type(base)
+    assert torch.equal(same.decode(latent.mode()).sample, base.decode(latent.mode()).sample)
+    with pytest.raises(ValueError, match=f"{ratio}x needs 1 \\+ {ratio * step}k"):
+        model.encode(clip_for(model, ratio)[:, :, :3], ratio)
+    with pytest.raises(ValueError, match=f"needs a multiple of {spatial}"):
+        model.encode(torch.zeros(1, 3, 1, 64, 60), ratio)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_birth_law_a_grown_latent_is_the_bases_latent_of_every_second_frame(name):
+    base, model = grown(name, levels=0)
+    for rate in (2, 4):
+        model.grow(Growth(width=16))
+        ratio = rate * model.base_ratio
+        x = clip_for(model, ratio)
+        assert torch.equal(moments(model, x, ratio), base.encode(x[:, :, ::rate]).latent_dist.parameters)
+        z = base.encode(x[:, :, ::rate]).latent_dist.mode()
+        twice = z.repeat_interleave(rate, 2)[:, :, rate - 1 :]
+        assert torch.equal(model.decode(z, ratio).sample, base.decode(twice).sample)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_later_frames_do_not_change_earlier_latents(name):
+    base, model = grown(name)
+    ratio = 4 * model.base_ratio
+    x = clip_for(model, ratio, 2)
+    y = x.clone()
+    y[:, :, -ratio * model.latent_step :] = -y[:, :, -ratio * model.latent_step :]
+    before = 1 + (model.latent_step if name == "CogVideoX" else 0)
+    same = torch.equal(moments(model, x, ratio)[:, :, :before], moments(model, y, ratio)[:, :, :before])
+    assert same == (name != "HunyuanVideo")
+    # Two classes normalise over the frames of a stretch: within one, a later frame does change an earlier latent.
+    short, other = x[:, :, :9], x[:, :, :9].clone()
+    other[:, :, -1] = -1
+    causal = torch.equal(base.encode(short).latent_dist.mode()[:, :, 0], base.encode(other).latent_dist.mode()[:, :, 0])
+    assert causal == (name not in NORMALISED_OVER_TIME)
+
+
+@pytest.mark.parametrize("name", STREAMING)
+@torch.no_grad()
+def test_chunks_equal_the_whole(name):
+    _, model = grown(name)
+    for ratio in model.temporal_ratios:
+        x = clip_for(model, ratio, 3)
+        whole, parts, state = model.encode(x, ratio).latent_dist.parameters, [], START
+        for chunk in x.split([1 + ratio * model.latent_step, 2 * ratio * model.latent_step], 2):
+            posterior, state = model.encode_chunk(chunk, state, ratio)
+            parts.append(posterior.parameters)
+        assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-5)
+        z = model.encode(x, ratio).latent_dist.mode()
+        first, state = model.decode_chunk(z[:, :, : 1 + model.latent_step], START, ratio)
+        rest, _ = model.decode_chunk(z[:, :, 1 + model.latent_step :], state, ratio)
+        assert torch.allclose(torch.cat([first, rest], 2), model.decode(z, ratio).sample, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL.keys() - set(STREAMING)))
+def test_a_base_that_cannot_stream_says_so(name):
+    _, model = grown(name, levels=1)
+    with pytest.raises(ValueError, match=f"{SMALL[name][0]}: codes whole clips only"):
+        model.encode_chunk(clip_for(model, 2 * model.base_ratio))
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_cached_latents_stand_for_pixels(name):
+    base, model = grown(name)
+    ratio = 4 * model.base_ratio
+    x = clip_for(model, ratio)
+    cached = {rate: base.encode(x[:, :, ::rate]).latent_dist.mode() for rate in (1, 2, 4)}
+    ratios = model.temporal_ratios
+    for got, wanted in zip(model.encode_base_latents(cached, ratios), model.encode_levels(x, ratios), strict=True):
+        assert torch.allclose(got.mean, wanted.mean, atol=1e-5)
+    with pytest.raises(ValueError, match="latents of every 4th frame: they are needed"):
+        model.encode_base_latents({rate: cached[rate] for rate in (1, 2)}, ratios)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "HunyuanVideo"])
+@torch.no_grad()
+def test_growth_can_see_the_encoders_features(name):
+    base, model = grown(name, "encoder", levels=1)
+    x = clip_for(model, 2 * model.base_ratio)
+    seen = []
+    handle = base.encoder.conv_out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    base.encode(x)
+    handle.remove()
+    features, _ = model.encoder.features(x)
+    assert torch.equal(features[:, 2 * model.latent_channels :], torch.cat(seen, 2))
+    assert model.encoder_growth[0].project.conv.in_channels == model.latent_channels + seen[0].shape[1]
+    with pytest.raises(ValueError, match="the levels see more of the base than its latents"):
+        model.encode_base_latents({1: base.encode(x).latent_dist.mode()}, (model.base_ratio,))
+
+
+def test_features_that_overlap_in_time_are_refused():
+    with pytest.raises(ValueError, match="AutoencoderKLHunyuanVideo blends overlapping stretches of frames; use latents"):
+        AutoencoderKLProMAG.from_base(small_existing("HunyuanVideo"), "encoder")
+
+
+def test_only_what_was_grown_is_trained_and_latents_keep_their_scale():
+    base, model = grown("Wan 2.1", levels=1, settle=0.0)
+    trained = model.train_only(8)
+    assert {id(p) for p in trained}.isdisjoint(id(p) for p in base.parameters())
+    assert all(not p.requires_grad for p in base.parameters())
+    scale = model.encoder_growth[0].scale
+    assert scale.std.flatten().tolist() == pytest.approx([1.0, 2.0, 0.5, 1.5])
+    with torch.no_grad():  # a residual of 1 is one deviation of each channel
+        head = model.encoder_growth[0].head
+        head.skip.bias[:4] = 1
+        x = clip_for(model, 8)
+        added = model.encode(x, 8).latent_dist.mode() - base.encode(x[:, :, ::2]).latent_dist.mode()
+    assert torch.allclose(added.mean((0, 2, 3, 4)), torch.tensor([1.0, 2.0, 0.5, 1.5]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Wan 2.2", "CogVideoX"])
+@torch.no_grad()
+def test_merged_and_small_folders_load_alike(name, tmp_path):
+    small_existing(name).save_pretrained(tmp_path / "base")
+    model = load_tokenizer(tmp_path / "base")
+    model.grow(Growth(width=16))
+    model.grow(Growth(width=24, latent="dual"))
+    settle_levels(model, 0.05)
+    model.save_growth(tmp_path / "growth")
+    model.save_pretrained(tmp_path / "merged")
+    x = clip_for(model, model.temporal_ratios[-1])
+    for folder in ("growth", "merged"):
+        again = load_tokenizer(tmp_path / folder)
+        assert torch.equal(moments(again, x, None), moments(model, x, None))
+        assert again.encoding_fingerprint(16) == model.encoding_fingerprint(16)
+    small = load_tokenizer(tmp_path / "growth").save_growth(tmp_path / "half", torch.bfloat16)
+    assert small is None
+    halved, full = ((tmp_path / name / "growth.safetensors").stat().st_size for name in ("half", "growth"))
+    assert 0.45 < halved / full < 0.6
+
+
+@torch.no_grad()
+def test_growth_on_our_own_base_is_saved_apart_too(tmp_path):
+    base, model = make_tokenizer(levels=1), make_tokenizer(levels=1)
+    model.grow()
+    settle_levels(model, 0.05)
+    model.save_growth(tmp_path / "growth")
+    again = AutoencoderKLProMAG.load_growth(tmp_path / "growth", base)
+    x = torch.rand(1, 3, 9, 16, 16)
+    assert torch.equal(moments(again, x, 8), moments(model, x, 8))
+    with pytest.raises(ValueError, match="nothing was grown yet"):
+        make_tokenizer(levels=1).save_growth(tmp_path / "none")
+
+
+def test_another_base_is_refused_by_name(tmp_path):
+    _, model = grown("Wan 2.1")
+    model.save_growth(tmp_path / "growth")
+    other = small_existing("Wan 2.1")
+    with torch.no_grad():
+        other.decoder.conv_in.weight[0, 0, 0, 0, 0] += 1
+    refused = [
+        (other, "grown on an AutoencoderKLWan of fingerprint .*; the base given has other weights"),
+        (small_existing("CogVideoX"), "grown on an AutoencoderKLWan; the base given is an AutoencoderKLCogVideoX"),
+        (tmp_path / "nowhere", "its base, an AutoencoderKLWan, is not in .*nowhere"),
+        (None, "was grown on an AutoencoderKLWan that lay in no folder; name its base"),
+    ]
+    for base, message in refused:
+        with pytest.raises(UserError, match=message):
+            AutoencoderKLProMAG.load_growth(tmp_path / "growth", base)
+    rounded = small_existing("Wan 2.1").to(torch.bfloat16)  # the same weights in lower precision are the same base
+    assert AutoencoderKLProMAG.load_growth(tmp_path / "growth", rounded).temporal_ratios == (4, 8, 16)
+    settings = json.loads((tmp_path / "growth" / "growth.json").read_text())
+    (tmp_path / "growth" / "growth.json").write_text(json.dumps({**settings, "growth": [{"depth": 3}]}))
+    with pytest.raises(UserError, match="growth: cannot be loaded"):
+        AutoencoderKLProMAG.load_growth(tmp_path / "growth", small_existing("Wan 2.1"))
+
+
+def test_what_is_no_causal_video_autoencoder_is_refused_in_one_line(tmp_path):
+    image = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 2}
+    image |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    diffusers.AutoencoderKL(**image).save_pretrained(tmp_path / "image")
+    allegro = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLAllegro(**allegro).save_pretrained(tmp_path / "acausal")
+    small_existing("Wan 2.1").save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    refused = {
+        "image": "AutoencoderKL: its temporal ratio is not in its configuration; a causal video autoencoder is needed",
+        "acausal": "AutoencoderKLAllegro: 1 \\+ 4\\*N frames to 1 \\+ N latent frames and back are needed",
+        "pickle": "may be pickles",
+        "other": "autoencoder 'UNet2DModel': diffusers .* has no autoencoder of that name",
+    }
+    for folder, message in refused.items():
+        with pytest.raises(UserError, match=message) as error:
+            load_tokenizer(tmp_path / folder)
+        assert str(tmp_path / folder) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_tiles_and_lengths_of_any_base():
+    _, model = grown("Wan 2.2")
+    model.enable_tiling(64, 64, 48, 48)
+    x = torch.rand(1, 3, 20, 96, 80) * 2 - 1
+    result = reconstruct(model, x, 16, chunk=16)
+    assert result.sample.shape == x.shape
+    assert (result.padding.frames, result.padding.rows, result.padding.columns) == (13, 0, 0)
+    with pytest.raises(ValueError, match="height 72: needs a multiple of 16"):
+        model.enable_tiling(72, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_stock_pipeline_of_the_family_samples_with_it(dtype, tmp_path):
+    _, model = grown("Wan 2.1")
+    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    transformer = WanTransformer3DModel(**shape, freq_dim=16, ffn_dim=16, num_layers=1, rope_max_seq_len=32)
+    parts = {"tokenizer": None, "text_encoder": None, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    sizes = {}
+    for ratio in (None, 8, 4):
+        pipe = WanPipeline(vae=model.serve(ratio).to(dtype), transformer=transformer.to(dtype), **parts)
+        pipe.set_progress_bar_config(disable=True)
+        latents = []
+        result = pipe(
+            prompt_embeds=torch.zeros(1, 4, 16),
+            negative_prompt_embeds=torch.zeros(1, 4, 16),
+            num_frames=33,
+            height=64,
+            width=64,
+            num_inference_steps=1,
+            output_type="pt",
+            callback_on_step_end=lambda _, i, t, values, kept=latents: kept.append(values["latents"]) or values,
+        )
+        assert result.frames.shape == (1, 33, 3, 64, 64)
+        sizes[ratio] = latents[0].shape[2]
+        scaled = latents[0].float() * torch.tensor([1.0, 2.0, 0.5, 1.5]).view(-1, 1, 1, 1)
+        raw = (scaled + torch.tensor([0.1, -0.2, 0.3, 0.0]).view(-1, 1, 1, 1)).to(dtype)
+        video = model.decode(raw, ratio).sample.float().clamp(-1, 1) / 2 + 0.5
+        difference = (result.frames.float() - video.transpose(1, 2)).abs().mean()
+        assert difference < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert sizes == {None: 3, 8: 5, 4: 9}
+    config = model.serve(None).config
+    assert (config.z_dim, config.scale_factor_temporal, config.scale_factor_spatial) == (4, 16, 8)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert not {"z_dim", "scale_factor_temporal"} & stored.keys()
+    with pytest.raises(ValueError, match=re.escape("temporal ratio 32: this tokenizer has 4x, 8x, 16x")):
+        model.serve(32)

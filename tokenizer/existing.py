@@ -1,0 +1,368 @@
+"""Existing video autoencoders of diffusers as the base level that growth starts from.
+
+Shapes: B C T H W pixels in [-1, 1], b c t h w latents. An autoencoder is split into what encodes and what decodes; both keep
+the weights, the code and the results of their class, to the bit. It fits where 1 + r*N frames become 1 + N latent frames and
+back.
+
+What growth sees of an autoencoder are its latents or, with `features="encoder"`, also what its encoder's last convolution
+sees. Latents can be cached, and then growth trains without pixels (see `train.py`).
+
+Streaming: AutoencoderKLWan and AutoencoderKLCogVideoX take the state of their convolutions as an argument; here it is a value
+like every other state. The other classes have none and code whole clips alone.
+"""
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
+from torch import Tensor, nn
+
+from promag.training.config import UserError, one_line
+from promag.training.safetensors_only import check_folder, read_mapping
+
+from .growth import LatentScale
+from .layers import State, is_first
+
+Features = Literal["latents", "encoder"]
+
+PROBE = 64  # pixels: height and width of the clip by which an autoencoder's arithmetic is learned
+DECODING = {"decoder", "post_quant_conv"}  # what diffusers' video autoencoders call the parts that decode
+# What they call their convolutions at pixels and latents.
+ENDS = {"conv_in", "conv_out", "quant_conv", "post_quant_conv"}
+NO_NOISE = -30.0  # log-variance of latents of which only the mean is known: the lowest that diffusers' posterior keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Existing:
+    """An autoencoder's class and configuration, its arithmetic, and what growth sees of it; stored in our configuration."""
+
+    class_name: str
+    config: dict[str, Any]
+    temporal_ratio: int
+    spatial_ratio: int
+    latent_channels: int
+    latent_step: int = 1  # clips have 1 + k*latent_step latent frames
+    features: Features = "latents"
+    feature_channels: int = 0  # of what the encoder's last convolution sees; 0 where growth sees latents alone
+
+    def build(self) -> Any:
+        """Return an untrained autoencoder of this class and configuration."""
+        return existing_class(self.class_name).from_config(self.config)
+
+    def entries(self) -> dict[str, Any]:
+        """Return the configuration as the pipelines of this family read it."""
+        return {key: value for key, value in self.config.items() if not key.startswith("_")}
+
+    def scale(self) -> LatentScale:
+        """Return mean and deviation of each latent channel as the configuration states them, else 0 and 1."""
+        mean, std = (self.config.get(key) for key in ("latents_mean", "latents_std"))
+        if mean is not None and std is not None:
+            return LatentScale(*(torch.tensor(values, dtype=torch.float32) for values in (mean, std)))
+        deviation = 1 / (self.config.get("scaling_factor") or 1.0)
+        return LatentScale(torch.zeros(self.latent_channels), torch.full((self.latent_channels,), deviation))
+
+
+# -- what an autoencoder is ------------------------------------------------------------------------------------------
+
+
+def existing_class(name: str) -> Any:
+    """Return a video autoencoder's class by its name in diffusers; raises ValueError where there is none."""
+    found = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
+    if found is None:
+        raise ValueError(f"autoencoder {name!r}: diffusers {diffusers.__version__} has no autoencoder of that name")
+    return found
+
+
+def load_existing(folder: str | os.PathLike) -> Any:
+    """Load a video autoencoder by the class that the folder's config.json names, for inference; only from safetensors.
+
+    Raises UserError for a folder without one, and for one that cannot be loaded.
+    """
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        raise UserError(f"autoencoder {folder}: no config.json there; give a folder that save_pretrained wrote")
+    name = str(read_mapping(config).get("_class_name"))
+    check_folder(Path(folder))
+    try:
+        return existing_class(name).from_pretrained(folder, use_safetensors=True).eval()
+    except Exception as error:  # whatever diffusers raises for files that are not what it expects
+        raise UserError(f"autoencoder {folder}: cannot be loaded: {one_line(error)}") from None
+
+
+@torch.no_grad()
+def describe(model: Any, features: Features = "latents") -> Existing:
+    """Learn an autoencoder's arithmetic by coding small clips, which takes no time on the meta device.
+
+    Raises ValueError where 1 + r*N frames do not become 1 + N latent frames and back, and for features that the class has not.
+    """
+    name, problem = type(model).__name__, ""
+    if name.endswith("ProMAG"):
+        raise ValueError(f"{name}: can be grown as it is, with grow(); load it with from_pretrained")
+    ratio = _stated_ratio(model)
+    if not ratio:
+        raise ValueError(f"{name}: its temporal ratio is not in its configuration; a causal video autoencoder is needed")
+    for step in (1, 2):  # CogVideoX decodes latent frames in pairs and takes 1 + 8k frames
+        clip = torch.zeros(1, 3, 1 + step * ratio, PROBE, PROBE, dtype=model.dtype, device=model.device)
+        try:
+            latent = _moments(model, clip).chunk(2, 1)[0]
+            output = _pixels(model, latent)
+        except (AttributeError, RuntimeError, ValueError, IndexError) as error:
+            problem = f"{type(error).__name__}: {one_line(error)}"
+            continue
+        if latent.ndim == 5 and latent.shape[2] == 1 + step and output.shape == clip.shape:
+            seen = 0
+            if features == "encoder":
+                seen = _features(model, clip, latent)
+            return Existing(
+                class_name=name,
+                config={key: value for key, value in dict(model.config).items() if key != "_name_or_path"},
+                temporal_ratio=ratio,
+                spatial_ratio=PROBE // latent.shape[3],
+                latent_channels=latent.shape[1],
+                latent_step=step,
+                features=features,
+                feature_channels=seen,
+            )
+        problem = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
+    raise ValueError(f"{name}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {problem}")
+
+
+def _stated_ratio(model: Any) -> int | None:
+    """Return the temporal ratio by whichever key of its configuration a model of diffusers states it; None without one."""
+    config = model.config
+    stated = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio")
+    stated = stated or vars(model).get("temporal_compression_ratio")
+    return int(stated or (2 ** sum(config["temperal_downsample"]) if config.get("temperal_downsample") else 0)) or None
+
+
+def _features(model: Any, clip: Tensor, latent: Tensor) -> int:
+    """Return the channels of what the encoder's last convolution sees; raises ValueError where the class has none to show."""
+    name = type(model).__name__
+    last = getattr(getattr(model, "encoder", None), "conv_out", None)
+    if last is None:
+        raise ValueError(f"features 'encoder': {name} has no encoder.conv_out; use latents")
+    if getattr(model, "use_framewise_encoding", False):
+        raise ValueError(f"features 'encoder': {name} blends overlapping stretches of frames; use latents")
+    with _Inputs(last) as seen:
+        _moments(model, clip)
+    features = seen.joined()
+    if features.shape[2:] != latent.shape[2:]:
+        raise ValueError(
+            f"features 'encoder': {name} has them of {tuple(features.shape)} beside {tuple(latent.shape)}; use latents"
+        )
+    return features.shape[1]
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of weights rounded to bfloat16: a copy in that precision is the same base."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        rounded = value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(rounded.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def halves(model: Any) -> tuple[Any, Any]:
+    """Return two autoencoders that share the weights of one: the first has only what encodes, the second what decodes."""
+    shells = []
+    for decoding in (False, True):
+        shell = copy.copy(model)
+        children = model._modules.items()
+        shell._modules = {name: child if (name in DECODING) == decoding else None for name, child in children}
+        shell._buffers = dict(model._buffers)
+        shells.append(shell)
+    return shells[0], shells[1]
+
+
+def joined(settings: Existing, encoder: "ExistingEncoder", decoder: "ExistingDecoder") -> Any:
+    """Return the autoencoder of diffusers that an encoder and a decoder were split from, with their present weights."""
+    with torch.device("meta"):
+        model = settings.build()
+    weights = {**encoder.model.state_dict(), **decoder.model.state_dict()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
+
+
+# -- encoding and decoding -------------------------------------------------------------------------------------------
+
+
+def _moments(model: Any, x: Tensor) -> Tensor:
+    encoded = model.encode(x)
+    return encoded.latent_dist.parameters
+
+
+def _pixels(model: Any, z: Tensor) -> Tensor:
+    if model.config.get("timestep_conditioning"):  # LTX from 0.9.1 on: the decoder also takes away noise, here none
+        return model.decode(z, temb=z.new_zeros(len(z))).sample
+    return model.decode(z).sample
+
+
+class _Inputs:
+    """Context in which the inputs of a layer are kept, call by call."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.parts = layer, []
+
+    def __enter__(self) -> "_Inputs":
+        self.handle = self.layer.register_forward_pre_hook(lambda _, inputs: self.parts.append(inputs[0]))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.handle.remove()
+
+    def joined(self) -> Tensor:
+        """Return the inputs of all calls, one after the other in time."""
+        return torch.cat(self.parts, 2)
+
+
+class ExistingEncoder(nn.Module):
+    """Pixels to features and moments of an existing autoencoder; its features are the moments and, where asked for, more."""
+
+    def __init__(self, model: Any, settings: Existing):
+        super().__init__()
+        self.model, self.settings = model, settings
+        self.head = MomentsOnly(2 * settings.latent_channels)
+
+    def features(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B C 1+r*N H W -> b 2c+D 1+N h w: moments, then D feature channels."""
+        if self.settings.features == "latents":
+            return self._moments(x, state)
+        with _Inputs(self.model.encoder.conv_out) as seen:
+            moments, state = self._moments(x, state)
+        return torch.cat([moments, seen.joined().to(moments.dtype)], 1), state
+
+    def _moments(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        if state is None:
+            return _moments(self.model, x), None
+        return _stream_of(self.settings).encode(self.model, x, state)
+
+    def ends(self) -> list[nn.Module]:
+        """Return the layers at pixels and latents."""
+        return _ends(self.model)
+
+
+class ExistingDecoder(nn.Module):
+    """Latents of an existing autoencoder to pixels."""
+
+    def __init__(self, model: Any, settings: Existing):
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B c 1+N h w -> B C 1+r*N H W."""
+        if state is None:
+            return _pixels(self.model, z), None
+        return _stream_of(self.settings).decode(self.model, z, state)
+
+    def ends(self) -> list[nn.Module]:
+        """Return the layers at latents and pixels."""
+        return _ends(self.model)
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.split(".")[-1] in ENDS]
+
+
+class MomentsOnly(nn.Module):
+    """The head of an existing encoder: takes the moments, which its class computed, out of the features."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, features: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B 2c+D T H W -> B 2c T H W."""
+        return features[:, : self.channels], state
+
+
+def cached_features(latents: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the features of an encoder that shows growth its latents alone, from cached means b c t h w, by frame rate."""
+    for rate, means in latents.items():
+        yield rate, torch.cat([means, torch.full_like(means, NO_NOISE)], 1)
+
+
+# -- streaming -------------------------------------------------------------------------------------------------------
+
+
+def _stream_of(settings: Existing) -> Any:
+    """Return the functions by which a class codes a stream; raises ValueError where it cannot."""
+    if settings.class_name not in STREAMS:
+        able = " and ".join(STREAMS)
+        raise ValueError(f"{settings.class_name}: codes whole clips only, no chunks of a stream; {able} can")
+    return STREAMS[settings.class_name]
+
+
+def can_stream(settings: Existing) -> bool:
+    """Tell whether an autoencoder of this class codes a clip in chunks."""
+    return settings.class_name in STREAMS
+
+
+class _WanStream:
+    """AutoencoderKLWan codes the first frame, then four at a time; its state is what each convolution saw last."""
+
+    @staticmethod
+    def encode(model: Any, x: Tensor, state: State) -> tuple[Tensor, State]:
+        x = patchify(x, model.config.patch_size) if model.config.patch_size is not None else x
+        parts = [x[:, :, :1], *_in_fours(x[:, :, 1:])] if is_first(state) else _in_fours(x)
+        cache, outputs = _caches(model.encoder, state), []
+        for part in parts:
+            outputs.append(model.encoder(part, feat_cache=cache, feat_idx=[0]))
+        return model.quant_conv(torch.cat(outputs, 2)), tuple(cache)
+
+    @staticmethod
+    def decode(model: Any, z: Tensor, state: State) -> tuple[Tensor, State]:
+        z = model.post_quant_conv(z)
+        cache, outputs = _caches(model.decoder, state), []
+        for i in range(z.shape[2]):
+            first = is_first(state) and i == 0
+            outputs.append(model.decoder(z[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=first))
+        x = torch.cat(outputs, 2)
+        x = unpatchify(x, model.config.patch_size) if model.config.patch_size is not None else x
+        return x.clamp(-1, 1), tuple(cache)
+
+
+def _in_fours(x: Tensor) -> list[Tensor]:
+    return list(x.split(4, 2)) if x.shape[2] else []
+
+
+def _caches(part: nn.Module, state: State) -> list[Any]:
+    if not is_first(state):
+        return list(state)
+    return [None] * sum(isinstance(module, WanCausalConv3d) for module in part.modules())
+
+
+class _CogVideoXStream:
+    """AutoencoderKLCogVideoX codes 1 + 8 frames, then 8 at a time, normalised over each stretch; so chunks hold whole ones."""
+
+    @staticmethod
+    def encode(model: Any, x: Tensor, state: State) -> tuple[Tensor, State]:
+        coded, state = _in_stretches(model.encoder, x, model.num_sample_frames_batch_size, state)
+        return (coded if model.quant_conv is None else model.quant_conv(coded)), state
+
+    @staticmethod
+    def decode(model: Any, z: Tensor, state: State) -> tuple[Tensor, State]:
+        z = z if model.post_quant_conv is None else model.post_quant_conv(z)
+        return _in_stretches(model.decoder, z, model.num_latent_frames_batch_size, state)
+
+
+def _in_stretches(part: Any, x: Tensor, length: int, state: State) -> tuple[Tensor, State]:
+    first = x.shape[2] % length if is_first(state) else 0
+    if x.shape[2] % length != (1 if is_first(state) else 0):
+        raise ValueError(f"{x.shape[2]} frames in a chunk: AutoencoderKLCogVideoX needs {'1 + ' if first else ''}{length}k")
+    cache, outputs = (None if is_first(state) else dict(state)), []
+    stops = list(range(first + length, x.shape[2] + 1, length)) or [x.shape[2]]
+    for start, stop in zip([0, *stops], stops, strict=False):
+        coded, cache = part(x[:, :, start:stop], conv_cache=cache)
+        outputs.append(coded)
+    return torch.cat(outputs, 2), cache
+
+
+STREAMS = {"AutoencoderKLWan": _WanStream, "AutoencoderKLCogVideoX": _CogVideoXStream}
