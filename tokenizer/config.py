@@ -12,6 +12,7 @@ from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
 
 from .discriminator import Adversarial
+from .distillation import Distillation
 from .geometry import check_frames, check_size
 from .growth import Growth
 
@@ -77,7 +78,10 @@ class StageConfig:
     growth: Growth | None = setting(
         None, "how the level, and any between it and the one below, is grown; null for one that needs no growing"
     )
-    trainable: Literal["new", "all"] = setting("new", "the levels that the stage adds, or every weight of the model")
+    trainable: Literal["new", "all", "decoder"] = setting(
+        "new",
+        "the levels that the stage adds; every weight of the model; or what decodes alone, which leaves latents as they are",
+    )
     inherited_lr_scale: float = setting(
         1.0, "learning rate of what a stage trains but starts from the levels below, over that of the rest"
     )
@@ -92,6 +96,8 @@ class StageConfig:
         """Raise ValueError for a setting that cannot be meant."""
         if self.inherited_lr_scale <= 0:
             raise ValueError(f"inherited_lr_scale {self.inherited_lr_scale}: must be above 0")
+        if self.trainable == "decoder" and self.growth is not None:
+            raise ValueError("trainable decoder with growth: a grown level needs its encoder trained too; use new or all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,9 @@ class TokenizerConfig:
     compile: bool = setting(False, "compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
     init: str | None = setting(None, "a trained tokenizer to grow, or to train its highest level further; null starts anew")
     only_stage: int | None = setting(None, "train this ratio's stage alone; null runs all")
+    distill: Distillation | None = setting(
+        None, "an autoencoder whose latents the trained one learns; null for latents of its own"
+    )
     model: AutoencoderConfig | None = setting(None, "the base level; null where `init` has it")
     data: TokenizerDataConfig = setting(TokenizerDataConfig(), "the clips")
     stages: tuple[StageConfig, ...] = required("levels, lowest first")
@@ -123,6 +132,10 @@ class TokenizerConfig:
             if stage.ratio not in (2 * before, 4 * before, 8 * before):
                 raise ValueError(f"stages {ratios}: each ratio must be 2, 4 or 8 times the one before")
         for stage in self.stages:
+            if stage.trainable == "decoder" and self.init is None:
+                raise ValueError(f"stage {stage.ratio}x: trainable decoder needs init, the tokenizer whose decoder is trained")
+            if stage.latent_pretrain_steps and self.distill:
+                raise ValueError(f"stage {stage.ratio}x: latent_pretrain_steps with distill: give one of the two")
             check_frames(stage.frames, stage.ratio)
             for bucket in self.buckets_of(stage):
                 check_frames(bucket.frames, stage.ratio)

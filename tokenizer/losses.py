@@ -33,8 +33,21 @@ def kl_loss(posterior: DiagonalGaussianDistribution) -> Tensor:
 def latent_loss(estimate: Tensor, target: Tensor) -> Tensor:
     """Return the squared error of an estimated latent in units of the target's variance per channel."""
     target = target.detach().float()
-    variance = target.var(dim=(0, 2, 3, 4), keepdim=True).clamp_min(1e-6)
-    return ((estimate.float() - target).square() / variance).mean()
+    return ((estimate.float() - target).square() / _variance(target)).mean()
+
+
+def posterior_loss(estimate: DiagonalGaussianDistribution, target: DiagonalGaussianDistribution) -> Tensor:
+    """Return the squared 2-Wasserstein distance of two posteriors in units of the target mean's variance per channel.
+
+    For diagonal Gaussians it is the squared distance of the means plus that of the standard deviations.
+    """
+    mean, std = target.mean.detach().float(), target.std.detach().float()
+    distance = (estimate.mean.float() - mean).square() + (estimate.std.float() - std).square()
+    return (distance / _variance(mean)).mean()
+
+
+def _variance(latent: Tensor) -> Tensor:
+    return latent.var(dim=(0, 2, 3, 4), keepdim=True).clamp_min(1e-6)
 
 
 def reparametrise(posterior: DiagonalGaussianDistribution, generators: list[torch.Generator]) -> Tensor:

@@ -245,6 +245,20 @@ def evaluate_lift(
     }
 
 
+@torch.no_grad()
+def evaluate_latents(
+    model: Any, reference: Any, clips: Iterable[Tensor], temporal_ratio: int, precision: Precision = "auto"
+) -> float:
+    """Return the mean error of a model's latents of clips in units of the variance of the reference's, channel by channel."""
+    errors = []
+    for clip in clips:
+        clip = clip.to(model.device)
+        with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
+            z, target = (m.encode(clip, temporal_ratio).latent_dist.mode() for m in (model, reference))
+        errors.append(float(latent_loss(z, target)))
+    return sum(errors) / len(errors)
+
+
 def _reconstructions(
     model: Any, clips: Iterable[Tensor], temporal_ratio: int, precision: Precision
 ) -> Iterator[tuple[Tensor, Tensor]]:

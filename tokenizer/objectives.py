@@ -4,17 +4,20 @@ Shapes: B C T H W pixels in [-1, 1], b c t h w latents.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from promag.training.loop import Objective
+from promag.training.loop import Metrics, Objective
+from promag.training.precision import Precision
 
 from .autoencoder import AutoencoderKLProMAG
 from .config import StageConfig
 from .discriminator import AdversarialLoss
-from .losses import kl_loss, latent_loss, reconstruction_loss, reparametrise, squared_loss
+from .distillation import CrossedAutoencoder
+from .losses import kl_loss, latent_loss, posterior_loss, reconstruction_loss, reparametrise, squared_loss
+from .metrics import evaluate, evaluate_latents
 from .perceptual import LPIPS
 
 
@@ -62,17 +65,78 @@ class StageObjective(Objective):
             return {"loss": fit + stage.kl_weight * kl, "latent": fit, "kl": kl}
         posterior = self.model.encode(x, stage.ratio).latent_dist  # pyright: ignore
         output = self.model.decode(reparametrise(posterior, generators), stage.ratio).sample  # pyright: ignore
-        parts = {"l1": reconstruction_loss(output, x), "squared": squared_loss(output, x)}
+        loss, parts = self.pixel_losses(output, x, generators, step)
+        parts["kl"] = kl_loss(posterior)
+        return {"loss": loss + stage.kl_weight * parts["kl"], **parts}
+
+    def pixel_losses(
+        self, output: Tensor, target: Tensor, generators: list[torch.Generator], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """B C T H W and the same -> the weighted sum of what compares pixels, and its parts."""
+        stage = self.stage
+        parts = {"l1": reconstruction_loss(output, target), "squared": squared_loss(output, target)}
         loss = parts["l1"] + stage.mse_weight * parts["squared"]
         if self.lpips and stage.perceptual:
-            orders = (torch.randperm(x.shape[2], generator=g, device=x.device) for g in generators)
+            orders = (torch.randperm(target.shape[2], generator=g, device=target.device) for g in generators)
             picked = torch.stack(list(orders))[:, : stage.perceptual.frames]
-            frames = (video[torch.arange(len(x))[:, None], :, picked].transpose(1, 2) for video in (output, x))
+            rows = torch.arange(len(target))[:, None]
+            frames = (video[rows, :, picked].transpose(1, 2) for video in (output, target))
             parts["lpips"] = self.lpips(*frames).mean()
             loss = loss + stage.perceptual.weight * parts["lpips"]
         if self.adversary and stage.adversarial and step >= stage.adversarial.start:
-            adversarial = self.adversary(output, x, loss, step)
+            adversarial = self.adversary(output, target, loss, step)
             loss = loss + adversarial["generator"] + adversarial["discriminator"]
             parts |= adversarial
-        parts["kl"] = kl_loss(posterior)
-        return {"loss": loss + stage.kl_weight * parts["kl"], **parts}
+        return loss, parts
+
+    @property
+    def reconstructor(self) -> Any:
+        """What validation reconstructs clips with: `reconstructor(clip, ratio).sample`."""
+        return self.model
+
+    def evaluate(self, clips: Sequence[Tensor], precision: Precision) -> Metrics:
+        """Reconstruct clips, each 1 C T H W, and return metrics."""
+        return evaluate(self.reconstructor, clips, self.stage.ratio, precision)
+
+
+class DistillationObjective(StageObjective):
+    """A student learns its teacher's latents: its decoder to decode them, its encoder to make them.
+
+    The decoder's losses compare pixels, as in StageObjective; the encoder's compares posteriors and takes the place of KL.
+    Neither depends on the other. Validation decodes the teacher's latents, too.
+    """
+
+    def __init__(
+        self,
+        model: AutoencoderKLProMAG,
+        stage: StageConfig,
+        teacher: AutoencoderKLProMAG,
+        target: Literal["clips", "teacher"] = "clips",
+        added: Sequence[int] | None = None,
+    ):
+        super().__init__(model, stage, added)
+        self.target = target
+        self.teacher = (teacher,)  # a tuple: it is no part of what is trained, wrapped and saved
+
+    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
+        """B C T H W in batch["video"] -> loss, its parts."""
+        x, ratio = batch["video"], self.stage.ratio
+        (teacher,) = self.teacher
+        with torch.no_grad():
+            goal = teacher.encode(x, ratio).latent_dist  # pyright: ignore
+            z = reparametrise(goal, generators)
+            target = x if self.target == "clips" else teacher.decode(z, ratio).sample  # pyright: ignore
+        output = self.model.decode(z, ratio).sample  # pyright: ignore
+        loss, parts = self.pixel_losses(output, target, generators, step)
+        parts["latent"] = posterior_loss(self.model.encode(x, ratio).latent_dist, goal)  # pyright: ignore
+        return {"loss": loss + parts["latent"], **parts}
+
+    @property
+    def reconstructor(self) -> Any:
+        """The teacher's encoder before the student's decoder."""
+        return CrossedAutoencoder(*self.teacher, self.model)
+
+    def evaluate(self, clips: Sequence[Tensor], precision: Precision) -> Metrics:
+        """Add to the metrics latent_error, the error of the student's latents in units of the true ones' variance."""
+        error = evaluate_latents(self.model, *self.teacher, clips, self.stage.ratio, precision)
+        return {**super().evaluate(clips, precision), "latent_error": error}

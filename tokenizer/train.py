@@ -28,9 +28,10 @@ from promag.training.trackers import Log
 from .autoencoder import AutoencoderKLProMAG
 from .checkpoint import find_damage, load_tokenizer, save_model, saved_ratios
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig, TokenizerDataConfig
+from .distillation import load_teacher
 from .levels import parameter_count
-from .metrics import evaluate, to_uint8
-from .objectives import StageObjective
+from .metrics import to_uint8
+from .objectives import DistillationObjective, StageObjective
 
 
 def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = None) -> Path | None:
@@ -107,7 +108,7 @@ def train_stage(
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-    trained = model.train_only(*(added if stage.trainable == "new" else model.temporal_ratios))
+    trained = _train_only(model, stage, added)
     accelerator.print(
         f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
         f"{parameter_count([model]) / 1e6:.2f} M\n{plan}"
@@ -117,16 +118,17 @@ def train_stage(
     if config.compile:
         compile_blocks(model)
 
+    objective = _objective(run, config, stage, model, added, accelerator.device)
+
     def open_stream(first: int) -> TrainingStream:
         options = stage.optimization
         return TrainingStream(source, config.seed, options.batch_size, rank, world, first, options.accumulate)
 
     def validate(log: Log, step: int) -> Metrics:
         if log.trackers:
-            log.picture(f"{stage.ratio}x/reconstruction", _sheet(model, clips[:4], stage.ratio), step)
-        return evaluate(model, clips, stage.ratio, config.precision)
+            log.picture(f"{stage.ratio}x/reconstruction", _sheet(objective.reconstructor, clips[:4], stage.ratio), step)
+        return objective.evaluate(clips, config.precision)
 
-    objective = StageObjective(model, stage, added)
     outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
         save_model(model, run / "tokenizer")
@@ -202,6 +204,32 @@ def _model_for(
     return model, model.temporal_ratios[have:]
 
 
+def _train_only(model: AutoencoderKLProMAG, stage: StageConfig, added: Sequence[int]) -> list[nn.Parameter]:
+    """Freeze what a stage does not train, and return the parameters that it does."""
+    if stage.trainable != "decoder":
+        return model.train_only(*(added if stage.trainable == "new" else model.temporal_ratios))
+    model.requires_grad_(False)
+    for module in model.decoding_path(model.level_of(stage.ratio)):
+        module.requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _objective(
+    run: Path,
+    config: TokenizerConfig,
+    stage: StageConfig,
+    model: AutoencoderKLProMAG,
+    added: Sequence[int],
+    device: torch.device,
+) -> StageObjective:
+    """Return what a stage minimises; a teacher is loaded, recorded and put on the device."""
+    if config.distill is None:
+        return StageObjective(model, stage, added)
+    teacher = load_teacher(config.distill.teacher, model, stage.ratio)
+    broadcast_from_main(lambda: record_data(run, {f"the teacher of {stage.ratio}x": hash_weights([teacher])}))
+    return DistillationObjective(model, stage, teacher.to(device), config.distill.target, added)
+
+
 def _record_videos(run: Path, data: TokenizerDataConfig) -> None:
     """Record the videos that a run is trained on; it reads no captions, so these may be corrected."""
     digests = digest_sources(data.train, data.extra_sources or (), data.synthetic_clips)
@@ -228,7 +256,7 @@ def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:
 
 
 @torch.no_grad()
-def _sheet(model: AutoencoderKLProMAG, clips: list[Tensor], ratio: int) -> Any:
+def _sheet(model: Any, clips: list[Tensor], ratio: int) -> Any:
     """Originals above reconstructions, 8 frames across: uint8 H W 3."""
     rows = []
     for clip in clips:

@@ -1,0 +1,72 @@
+"""Distillation: a small, fast autoencoder that knows the latents of a large one.
+
+Shapes: B C T H W pixels in [-1, 1], b c t h w latents. The idea is TAEHV's (github.com/madebyollin/taehv): a small decoder
+that takes the large one's latents, and a small encoder that makes them. So the student serves every diffusion model of its
+teacher.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import Tensor
+
+from promag.training.config import UserError, required, setting
+
+from .checkpoint import load_tokenizer
+from .geometry import check_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """Which autoencoder is distilled, and what its student learns to decode."""
+
+    teacher: str = required("folder of the autoencoder whose latents are learned; each stage learns those of its ratio")
+    target: Literal["clips", "teacher"] = setting(
+        "clips", "what decoded latents must equal: the clips, or the teacher's reconstructions, whose decoder then runs too"
+    )
+
+
+class CrossedAutoencoder:
+    """Encodes with one autoencoder and decodes with another one that knows the same latents: no module, it holds no weights."""
+
+    def __init__(self, encoder: Any, decoder: Any):
+        self.encoder, self.decoder = encoder, decoder
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the decoding autoencoder."""
+        return self.decoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the decoding autoencoder's weights."""
+        return self.decoder.dtype
+
+    def __call__(self, x: Tensor, temporal_ratio: int) -> DecoderOutput:
+        """B C 1+r*N H W -> the same, through the mean of the posterior."""
+        z = self.encoder.encode(x, temporal_ratio).latent_dist.mode()
+        return self.decoder.decode(z, temporal_ratio)
+
+
+def load_teacher(folder: str, student: Any, temporal_ratio: int) -> Any:
+    """Load a frozen autoencoder whose latents of a ratio the student is to learn.
+
+    Raises UserError where its ratios, its latents' channels or its pixels per latent position do not fit the student.
+    """
+    teacher: Any = load_tokenizer(folder)
+    try:
+        check_ratio(temporal_ratio, teacher.temporal_ratios)
+    except ValueError as error:
+        raise UserError(f"distill.teacher {folder}: {error}") from None
+    for key, value, other in (
+        ("latent_channels", *(model.level_channels[model.level_of(temporal_ratio)] for model in (teacher, student))),
+        ("pixels per latent position", *(model.spatial_compression_ratio for model in (teacher, student))),
+    ):
+        if value != other:
+            raise UserError(
+                f"distill.teacher {folder}: its {temporal_ratio}x latents have {key} {value}, the model's {other}; "
+                "choose `model` so that they are equal"
+            )
+    return teacher.requires_grad_(False)
