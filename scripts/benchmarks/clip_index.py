@@ -4,11 +4,10 @@ promag benchmark clip-index --rows 1000000 --record docs/results/training.jsonl
 """
 
 import json
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from promag.data.epochs import EpochPlan
 from promag.data.shards.index import ShardRow, open_shards
 from promag.data.shards.reader import ALLOW_PIPES
 from promag.data.shards.stream import ShardedClips, Sharding
+from promag.scripts._memory import in_new_process, resident
 from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result
@@ -81,38 +81,27 @@ def print_figures(what: str, figures: dict[str, float]) -> None:
     print(f"{what}: {figures['seconds']:.2f} s, {figures['resident_bytes'] / 2**20:.0f} MiB more resident memory")
 
 
-def in_new_process(action: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """Run `action` in a new process; return its seconds and the resident bytes that it adds."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(action, arguments)
-
-
 def _open_shards(folder: str, rows: int) -> dict[str, float]:
     os.environ[ALLOW_PIPES] = "1"
-    before, started = _resident(), time.perf_counter()
+    before, started = resident(), time.perf_counter()
     shards = open_shards(f"pipe:cat {folder}/shard-{{000000..{-(-rows // 1000) - 1:06d}}}.tar")  # a pipe is not looked for
     buckets = [Bucket(frames, *size, batch_size=8) for frames in (1, 17, 65) for size in ((256, 448), (720, 1280))]
     plan = ShardedClips(shards, buckets, (1,), Sharding(concurrent_shards=4, shuffle=64))
     step = EpochPlan([len(numbers) for numbers in plan.numbers], [8] * len(buckets), 8, 4, 0)
     step.batch(100, 0)
-    return {"seconds": time.perf_counter() - started, "resident_bytes": _resident() - before}
+    return {"seconds": time.perf_counter() - started, "resident_bytes": resident() - before}
 
 
 def _open(index: str, read: int) -> dict[str, float]:
-    before, started = _resident(), time.perf_counter()
+    before, started = resident(), time.perf_counter()
     clips = load_clips(index)
-    seconds, after = time.perf_counter() - started, _resident()
+    seconds, after = time.perf_counter() - started, resident()
     places = np.random.default_rng(1).integers(len(clips), size=read)
     started = time.perf_counter()
     for place in places:
         _ = clips[int(place)].caption
     per_row = (time.perf_counter() - started) / max(1, read)
     return {"seconds": seconds, "resident_bytes": after - before, "seconds_per_row": per_row}
-
-
-def _resident() -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Measure what cutting a long film costs, and reading clips out of it.
 
 promag benchmark films --minutes 20 --record docs/results/training.jsonl
+
+The film consists of shots of 200 frames, so its cuts are known. `prepare-clips` runs as a command, with --scenes alone and with
+--cut; its memory is that of all its processes. All other figures are seconds of CPU time.
 """
 
 import json
-import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -16,11 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from promag.data.clips import Lengths, prepare
-from promag.data.cutting import cut_out
+from promag.data.clip_index import load_clips
 from promag.data.scenes import check_scenes, scan
 from promag.data.video import frame_times, pick_by_time, read_frames, write_video
 from promag.data.video.container import open_container
+from promag.scripts._memory import in_new_process, resident, run_command
 from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result
@@ -29,9 +30,9 @@ FPS, SHOT, CLIP = 24, 200, 17  # frames a second, of a shot, of a clip that is r
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the figures, in seconds of CPU time; with --record append them as a JSON line."""
+    """Print the figures; with --record append them as a JSON line."""
     parser = Parser(__doc__)
-    parser.add_argument("--minutes", type=int, default=20, help="length of the film")
+    parser.add_argument("--minutes", type=float, default=20, help="length of the film")
     parser.add_argument("--height", type=int, default=360, help="of its picture, 16:9")
     parser.add_argument("--repeats", type=int, default=20, help="clips that are read for each median")
     share(parser, "--record", "--note")
@@ -39,12 +40,19 @@ def main(argv: Sequence[str]) -> int:
     check_scenes()
     with tempfile.TemporaryDirectory() as folder:
         film = Path(folder, "film.mp4")
-        count = arguments.minutes * 60 * FPS
+        count = round(arguments.minutes * 60 * FPS)
         write_video(film, shots(count, arguments.height), FPS, crf=23)
-        cut = prepare_and_cut(film, Path(folder, "cut"))
         figures: dict[str, Any] = {"frames": count, "height": arguments.height, "bytes": film.stat().st_size}
+        figures["shots"] = -(-count // SHOT)
+        index, cut_index = Path(folder, "clips.jsonl"), Path(folder, "cut.jsonl")
+        figures["scenes"] = run_command(*SCENES, film, "--out", index)
+        clips = load_clips(index)
+        right = sum(round(clip.start * FPS) % SHOT == 0 and clip.frames == SHOT for clip in clips)
+        figures["scenes"] |= {"clips": len(clips), "of_one_whole_shot": right}
+        figures["cut"] = run_command(*SCENES, film, "--out", cut_index, "--cut", Path(folder, "cut"))
+        cut = load_clips(cut_index)
+        figures["cut"]["clips"] = len(cut)
         figures["scan"] = {name: in_new_process(_scan, film, *given) for name, given in SCANS.items()}
-        figures["shots"] = {"made": -(-count // SHOT), "found": len(cut)}
         figures["table_seconds"] = cpu_seconds(_packets, film)[1]
         rng = np.random.default_rng(0)
         whole = [clip.path for clip in cut if clip.frames == SHOT]
@@ -60,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+SCENES = ("prepare-clips", "--scenes", "--min-seconds", "1")
 SCANS = {"decoding": (False, False), "motion": (False, True), "scenes": (True, True)}
 
 
@@ -76,12 +85,6 @@ def shots(frames: int, height: int) -> Iterator[np.ndarray]:
         yield np.clip(picture[None, :, left : left + width] + grain[frame % 8], 0, 255).astype(np.uint8)
 
 
-def prepare_and_cut(film: Path, folder: Path) -> Any:
-    """Return the clips of the film's shots, each a file of its own."""
-    prepared = prepare([(str(film), "")], lengths=Lengths(min_seconds=1), scenes=True, progress=False)
-    return cut_out(prepared.clips, folder, progress=False)
-
-
 def cpu_seconds(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """Return `function(*arguments)` and the CPU time of this process that it took."""
     began = time.process_time()
@@ -89,16 +92,9 @@ def cpu_seconds(function: Callable[..., Any], *arguments: Any) -> tuple[Any, flo
     return result, time.process_time() - began
 
 
-def in_new_process(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """Return `function(*arguments)` of a new process, whose peak of memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
 def _scan(film: Path, cuts: bool, motion: bool) -> dict[str, float]:
     scanned, seconds = cpu_seconds(scan, film, cuts, motion)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {"milliseconds_a_frame": 1000 * seconds / scanned.facts.frames, "peak_mib": peak}
+    return {"milliseconds_a_frame": 1000 * seconds / scanned.facts.frames, "peak_mib": resident("VmHWM") >> 20}
 
 
 def _packets(film: Path) -> None:

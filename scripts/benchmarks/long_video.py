@@ -1,15 +1,20 @@
-"""Measure the peak memory of streaming by video length, and tiles against the whole."""
+"""Measure the peak memory of streaming by video length, tiles against the whole, and `promag reconstruct` of a large picture.
+
+promag benchmark long-video checkpoints/tiny --video video.mp4 --large 4096 8192 --record docs/results/soak.jsonl
+"""
 
 import json
-import multiprocessing
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from promag.data.video import frame_times, read_frames
+from promag.data.video import frame_times, read_frames, write_video
+from promag.scripts._memory import in_new_process, resident, run_command
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio
@@ -30,6 +35,13 @@ def main(argv: Sequence[str]) -> int:
     share(parser, "--size", help="height and width of the streamed frames")
     parser.add_argument("--chunk", type=int, default=32, help="frames processed at a time, a multiple of every ratio")
     share(parser, "--frames", default=17, help="frames of the video that are tiled")
+    parser.add_argument(
+        "--large",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="let promag reconstruct read --frames frames of this size",
+    )
     parser.add_argument("--tile", type=int, default=128, help="side of a tile in pixels; tiles overlap by half of it")
     arguments = parser.parse_args(argv)
 
@@ -56,22 +68,24 @@ def main(argv: Sequence[str]) -> int:
             )
             print(f"{ratio:>3}x  tiles of {arguments.tile} against the whole picture: {tiled:.1f} dB")
         rows.append(row)
+    more: dict[str, Any] = {}
+    if arguments.large:
+        more["large"] = large = reconstruct_large(arguments.checkpoint, arguments.frames, *arguments.large)
+        print(f"promag reconstruct of {large['frames']} frames of {large['width']}x{large['height']}: {large['peak_mib']} MiB")
     if arguments.record:
         settings = {key: getattr(arguments, key) for key in ("size", "chunk", "frames", "tile")}
         video = arguments.video.name if arguments.video else None
         checkpoint = "/".join(Path(arguments.checkpoint).parts[-2:])
-        append_result(
-            arguments.record, {"what": "long video", "checkpoint": checkpoint, **settings, "video": video, "rows": rows}
-        )
+        line = {"what": "long video", "checkpoint": checkpoint, **settings, "video": video, "rows": rows, **more}
+        append_result(arguments.record, line)
     else:
-        print(json.dumps(rows))
+        print(json.dumps({"rows": rows, **more}))
     return 0
 
 
 def peak_memory(checkpoint: str, ratio: int, length: int, size: int, chunk: int) -> int:
     """Return the peak resident bytes of a process that loads the tokenizer and streams `length` frames through it."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_stream, (checkpoint, ratio, length, size, chunk))
+    return in_new_process(_stream, checkpoint, ratio, length, size, chunk)
 
 
 def _stream(checkpoint: str, ratio: int, length: int, size: int, chunk: int) -> int:
@@ -88,9 +102,18 @@ def _stream(checkpoint: str, ratio: int, length: int, size: int, chunk: int) -> 
             seen += sample.shape[2]
     if seen != frames:
         raise RuntimeError(f"{seen} frames came back of {frames}")
-    # Not getrusage's figure: a new process starts with its parent's there.
-    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+    return resident("VmHWM")
+
+
+def reconstruct_large(checkpoint: str, frames: int, height: int, width: int) -> dict[str, float]:
+    """Return the seconds and memory of `promag reconstruct` of a video that it scales down; memory is that of all processes."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    waves = (127 + 60 * np.sin(x / 190) + 60 * np.cos(y / 130)).astype(np.uint8)
+    picture = np.stack([waves, waves[::-1], 255 - waves], axis=-1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(Path(folder, "large.mp4"), (np.roll(picture, 8 * frame, 1)[None] for frame in range(frames)), 24)
+        used = run_command("reconstruct", checkpoint, Path(folder, "large.mp4"), "--out", Path(folder, "compared.mp4"))
+    return {"frames": frames, "height": height, "width": width, **used}
 
 
 def first_frames(video: Path, frames: int, ratio: int) -> Tensor:

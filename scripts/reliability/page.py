@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from promag.data.video import write_video
+from promag.scripts._memory import Memory, watched
 from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
@@ -227,44 +228,6 @@ def answer(request: Request, visitor: Visitor) -> Answer:
     words = len(text.split()) > 1 and "Traceback" not in text and "std::" not in text
     wrong = result != (SHOWN if request.legal else REFUSED) or SECRET in text or (result == REFUSED and not words)
     return Answer(request, WRONG if wrong else result, time.monotonic() - began, text[:300] if wrong else "")
-
-
-@dataclass
-class Memory:
-    """Bytes that all processes of the page hold: at first, and at most."""
-
-    first: int = 0
-    most: int = 0
-
-
-@contextlib.contextmanager
-def watched(process: int) -> Iterator[Memory]:
-    """Measure the resident memory of a process and all below it, ten times a second."""
-    import psutil
-
-    memory, ended = Memory(), threading.Event()
-
-    def measure() -> int:
-        total = 0
-        with contextlib.suppress(psutil.Error):
-            root = psutil.Process(process)
-            for one in (root, *root.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
-                    total += one.memory_info().rss
-        return total
-
-    def watch() -> None:
-        while not ended.wait(0.1):
-            memory.most = max(memory.most, measure())
-
-    memory.first = memory.most = measure()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield memory
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextlib.contextmanager
