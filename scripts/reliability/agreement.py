@@ -20,12 +20,15 @@ from promag.scripts.sample import last_pictures
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
+from promag.training.progress import ProgressBar
 from promag.training.run import append_result
 
-from .corpus import Case, load_corpus
+from .corpus import load_corpus
 from .videos import NoAnswerError, import_decoders, in_child
 
 ADDRESS_SPACE = 4 * 2**30  # bytes, for a tokenizer beside a reader
+TOGETHER = 12  # files that one process answers for, if none ends it
+PATIENCE = 60  # seconds for each; `videos` measures what hangs, and a busy machine must not make answers differ
 # Length and size are no reason to refuse here.
 LIMITS = UploadLimits(megabytes=1e3, seconds=1e9, frames=10**9, side=10_000)
 
@@ -60,20 +63,38 @@ COMMANDS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def ask(folder: Path, checkpoint: Path, case: Case) -> dict[str, str]:
-    """Return the answer of each command to a file: read, refused: why, or what else became of it."""
+def answers_of(names: Sequence[str], path: Path, checkpoint: Path) -> dict[str, str]:
+    """Return what commands answer to a file, one after the other in this process: read, refused: why, or crash: why."""
     answers = {}
-    for name, command in COMMANDS.items():
+    for name in names:
         try:
-            answer, _ = in_child(partial(command, folder / case.file, checkpoint), address_space=ADDRESS_SPACE)
-        except NoAnswerError as error:
-            answers[name] = str(error)
-            continue
-        if answer is None:
-            answers[name] = "read"
+            COMMANDS[name](path, checkpoint)
+        except UserError as error:
+            answers[name] = f"refused: {error}"
+        except Exception as error:
+            answers[name] = f"crash: {type(error).__name__}: {error}"
         else:
-            answers[name] = f"{'refused' if isinstance(answer, UserError) else 'crash'}: {answer}"
+            answers[name] = "read"
     return answers
+
+
+def ask(paths: Sequence[Path], checkpoint: Path, names: Sequence[str] = tuple(COMMANDS)) -> list[dict[str, str]]:
+    """Return the answers to files, asked for in one process; where it dies, each file and command has one of its own."""
+
+    def one_after_the_other() -> list[dict[str, str]]:
+        return [answers_of(names, path, checkpoint) for path in paths]
+
+    try:
+        answers, _ = in_child(one_after_the_other, PATIENCE * len(paths) * len(names), ADDRESS_SPACE)
+    except NoAnswerError as error:
+        answers = error
+    if isinstance(answers, list):
+        return answers
+    if len(paths) > 1:
+        return [answer for path in paths for answer in ask([path], checkpoint, names)]
+    if len(names) > 1:
+        return [{name: answer for given in names for name, answer in ask(paths, checkpoint, [given])[0].items()}]
+    return [{names[0]: str(answers)}]
 
 
 def agree(answers: dict[str, str]) -> bool:
@@ -92,11 +113,15 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     folder = arguments.folder.resolve()
     cases = [case for case in load_corpus(folder) if arguments.only in case.file]
+    paths = [folder / case.file for case in cases]
     torch.set_num_threads(1)
     import_decoders()
     load_tokenizer(arguments.checkpoint)  # imports all that loading one needs
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        answers = list(pool.map(partial(ask, folder, arguments.checkpoint.resolve()), cases))
+        parts = [paths[first : first + TOGETHER] for first in range(0, len(paths), TOGETHER)]
+        asked = pool.map(partial(ask, checkpoint=arguments.checkpoint.resolve()), parts)
+        bar = ProgressBar(asked, total=len(parts), desc=f"asking for {TOGETHER} at a time", unit="part")
+        answers = [answer for part in bar for answer in part]
     differing = {case.file: given for case, given in zip(cases, answers, strict=True) if not agree(given)}
     for file, given in differing.items():
         print(f"{file!r}:", *(f"  {name}: {answer[:200]}" for name, answer in given.items()), sep="\n")
