@@ -3,8 +3,11 @@
 python -m promag.scripts.reliability.agreement runs/corpus --checkpoint checkpoints/tiny --record docs/results/reliability.jsonl
 """
 
+import math
 import multiprocessing
+import random
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -97,6 +100,11 @@ def ask(paths: Sequence[Path], checkpoint: Path, names: Sequence[str] = tuple(CO
     return [{names[0]: str(answers)}]
 
 
+def ask_until(paths: Sequence[Path], checkpoint: Path, ended: float) -> list[dict[str, str]]:
+    """Return the answers to files, or none at all once `time.monotonic()` has passed `ended`."""
+    return ask(paths, checkpoint) if time.monotonic() < ended else []
+
+
 def agree(answers: dict[str, str]) -> bool:
     """Return whether all read or all refuse."""
     words = {answer.split(":")[0] for answer in answers.values()}
@@ -109,27 +117,36 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="folder of the corpus, such as runs/corpus")
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a tokenizer")
     parser.add_argument("--only", default="", metavar="TEXT", help="only files whose path holds this")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="ask for no more files after this time")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
     folder = arguments.folder.resolve()
     cases = [case for case in load_corpus(folder) if arguments.only in case.file]
+    random.Random(0).shuffle(cases)  # what --minutes leaves is a sample of all kinds
     paths = [folder / case.file for case in cases]
     torch.set_num_threads(1)
     import_decoders()
     load_tokenizer(arguments.checkpoint)  # imports all that loading one needs
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         parts = [paths[first : first + TOGETHER] for first in range(0, len(paths), TOGETHER)]
-        asked = pool.map(partial(ask, checkpoint=arguments.checkpoint.resolve()), parts)
-        bar = ProgressBar(asked, total=len(parts), desc=f"asking for {TOGETHER} at a time", unit="part")
-        answers = [answer for part in bar for answer in part]
-    differing = {case.file: given for case, given in zip(cases, answers, strict=True) if not agree(given)}
+        ended = time.monotonic() + 60 * arguments.minutes
+        asked = pool.map(partial(ask_until, checkpoint=arguments.checkpoint.resolve(), ended=ended), parts)
+        bar = ProgressBar(zip(parts, asked, strict=True), total=len(parts), desc="asking for parts of the corpus", unit="part")
+        answers = {path: given for part, answered in bar if answered for path, given in zip(part, answered, strict=True)}
+    differing = {
+        str(path.relative_to(folder)): {name: answer.replace(f"{folder}/", "") for name, answer in given.items()}
+        for path, given in answers.items()
+        if not agree(given)
+    }
     for file, given in differing.items():
         print(f"{file!r}:", *(f"  {name}: {answer[:200]}" for name, answer in given.items()), sep="\n")
-    counts = {name: dict(Counter(given[name].split(":")[0] for given in answers)) for name in COMMANDS}
-    print(f"{len(cases) - len(differing)} of {len(cases)} files: all commands read, or all refuse; {counts}")
+    counts = {name: dict(Counter(given[name].split(":")[0] for given in answers.values())) for name in COMMANDS}
+    agreed, left = len(answers) - len(differing), len(cases) - len(answers)
+    print(f"{agreed} of {len(answers)} files: all commands read, or all refuse; {left} were not asked for; {counts}")
     if arguments.record:
         what = "agreement of commands on odd and damaged videos"
-        figures = {"files": len(cases), "agreed": len(cases) - len(differing), "commands": counts, "differing": differing}
+        figures = {"files": len(answers), "not_asked": left, "only": arguments.only, "agreed": agreed}
+        figures |= {"commands": counts, "differing": differing}
         append_result(arguments.record, {"what": what, **figures, "note": arguments.note})
     return 1 if differing else 0
 

@@ -31,3 +31,7 @@ def test_a_command_that_ends_its_process_costs_its_own_answer_alone(monkeypatch,
     answers = agreement.ask([tmp_path / name for name in "abc"], tmp_path, ("dies on b", "reads"))
     read = {"dies on b": "read", "reads": "read"}
     assert answers == [read, {"dies on b": "crash: killed by SIGKILL", "reads": "read"}, read]
+
+
+def test_no_file_is_asked_for_when_the_time_is_over(tmp_path):
+    assert agreement.ask_until([tmp_path / "a"], tmp_path, ended=0) == []
