@@ -1,12 +1,13 @@
 """Measure a tokenizer's reconstructions at every temporal ratio.
 
-With --contact-sheet the frames of some clips are drawn too, the original above its reconstructions.
+With --against it is compared, at the ratios that both have, with the autoencoder that it was trained from, or with its
+teacher. With --contact-sheet the frames of some clips are drawn too, the original above its reconstructions.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from promag.data.datasets import open_evaluation
+from promag.evaluation import before_after
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
@@ -32,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     """Print one line per ratio; with --out write them, with --record append them to a results file."""
     parser = Parser(__doc__)
     share(parser, "checkpoint", "--videos", "--split", "--frames", "--size", "--count", "--precision", "--lpips", "--fvd")
+    parser.add_argument("--against", metavar="CHECKPOINT", help="compare with this tokenizer: before a training, or a teacher")
+    share(parser, "--rounds")
     sheet = parser.add_argument_group("contact sheet")
     share(sheet, "--contact-sheet")
     sheet.add_argument("--also", nargs="+", default=[], metavar="NAME=CHECKPOINT:RATIO", help="draw these tokenizers' too")
@@ -45,27 +49,32 @@ def main(argv: Sequence[str]) -> int:
     model: Any = load_tokenizer(arguments.checkpoint)
     model.to(best_device())
     precision = choose_precision(arguments.precision, best_device())
-    try:
-        check_frames(arguments.frames, model.temporal_ratios[-1])
-        check_size(arguments.size, arguments.size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    _check_shape(arguments, model, model.temporal_ratios[-1])
+    before, common = _before(arguments, model) if arguments.against else (None, ())
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
     drawn = _check_sheet(arguments, len(clips)) if arguments.contact_sheet else []
     lpips = LPIPS.load(arguments.lpips).to(best_device()) if arguments.lpips else None
     features = VideoFeatures(arguments.fvd) if arguments.fvd else None
+
+    def videos() -> Iterator[torch.Tensor]:
+        return (clips.fixed(i)["video"][None] for i in range(len(clips)))
+
     results = {}
     for ratio in model.temporal_ratios:
         started = time.perf_counter()
-        videos = (clips.fixed(i)["video"][None] for i in range(len(clips)))
-        results[ratio] = evaluate_fully(model, videos, ratio, lpips, features, precision)
-        videos = (clips.fixed(i)["video"][None] for i in range(len(clips)))
-        results[ratio]["lift"] = evaluate_lift(model, videos, ratio, precision)
+        results[ratio] = evaluate_fully(model, videos(), ratio, lpips, features, precision)
+        results[ratio]["lift"] = evaluate_lift(model, videos(), ratio, precision)
         figures = {key: value for key, value in results[ratio].items() if isinstance(value, int | float)}
         summary = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
         print(f"{ratio:>3}x  {summary}  ({time.perf_counter() - started:.1f} s)")
         for low, lifted in results[ratio]["lift"].items():
             print(f"      lifted to {low}x  latent error {lifted['latent_error']:.4g}  psnr {lifted['psnr']:.4g}")
+    compared = {
+        ratio: before_after.compare(before, model, videos, ratio, results[ratio], precision, arguments.rounds)
+        for ratio in common
+    }
+    for ratio, rows in compared.items():
+        print(f"{ratio}x, before: {arguments.against}\n{before_after.table(rows)}")
     if arguments.contact_sheet:
         levels = [(f"{ratio}x", model, ratio) for ratio in model.temporal_ratios]
         _draw(arguments, clips, [*levels, *drawn])
@@ -84,11 +93,37 @@ def main(argv: Sequence[str]) -> int:
         "protocol": f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}",
         "ratios": {str(ratio): values for ratio, values in results.items()},
     }
+    if arguments.against:
+        record["against"] = {
+            "training": trained_by(arguments.against),
+            "protocol": before_after.PROTOCOL,
+            "ratios": {str(ratio): rows for ratio, rows in compared.items()},
+        }
     if arguments.out:
         write_atomically(arguments.out, json.dumps(record, indent=1))
     if arguments.record:
         append_result(arguments.record, record)
     return 0
+
+
+def _check_shape(arguments: argparse.Namespace, model: Any, ratio: int) -> None:
+    """Raise UserError where a tokenizer does not take the clips at a ratio."""
+    try:
+        check_frames(arguments.frames, ratio, model.latent_step)
+        check_size(arguments.size, arguments.size, model.spatial_compression_ratio)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _before(arguments: argparse.Namespace, model: Any) -> tuple[Any, list[int]]:
+    """Return the tokenizer to compare with and the ratios that both have; raises UserError where there is none."""
+    before: Any = load_tokenizer(arguments.against)
+    common = [ratio for ratio in model.temporal_ratios if ratio in before.temporal_ratios]
+    if not common:
+        ours, theirs = (", ".join(f"{r}x" for r in m.temporal_ratios) for m in (model, before))
+        raise UserError(f"--against {arguments.against}: has {theirs}, {arguments.checkpoint} has {ours}: no ratio in both")
+    _check_shape(arguments, before, common[-1])
+    return before.to(best_device()), common
 
 
 def _check_sheet(arguments: argparse.Namespace, count: int) -> list[tuple[str, Any, int]]:

@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from promag.training.config import UserError
@@ -13,7 +14,7 @@ from promag.training.files import finish_replacing, replaced_folder, write_atomi
 from promag.training.safetensors_only import read_mapping
 
 from .autoencoder import AutoencoderKLProMAG
-from .existing import Features
+from .existing import Features, describe, existing_class
 from .growth_file import SETTINGS
 
 MARKERS = ("config.json", "model_index.json", "pytorch_lora_weights.safetensors")  # what a saved model has at least
@@ -52,6 +53,9 @@ def class_name(folder: Path) -> str:
 def saved_ratios(folder: Path) -> tuple[int, ...]:
     """Return the temporal ratios of a saved tokenizer, lowest first, from its configuration alone."""
     config = read_mapping(folder / "config.json")
+    if class_name(folder) != AutoencoderKLProMAG.__name__:
+        with torch.device("meta"):
+            return (describe(existing_class(class_name(folder)).from_config(config)).temporal_ratio,)
     try:
         existing = config.get("existing")
         base = existing["temporal_ratio"] if existing else prod(time for time, _ in config["strides"])
@@ -84,6 +88,12 @@ def find_damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         return f"{file} is damaged ({error})"
     return None
+
+
+def save_tokenizer(model: AutoencoderKLProMAG, folder: Path) -> None:
+    """Save a tokenizer by `save_model`: a base of diffusers that has no levels in its own class, as its pipelines load it."""
+    alone = model.existing is not None and len(model.temporal_ratios) == 1
+    save_model(model.base_model() if alone else model, folder)
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -70,3 +70,10 @@ def load_teacher(folder: str, student: Any, temporal_ratio: int) -> Any:
                 "choose `model` so that they are equal"
             )
     return teacher.requires_grad_(False)
+
+
+def take_entries(student: Any, teacher: Any) -> None:
+    """Give a student's configuration the entries of its teacher's that it has not: pipelines of that family read them."""
+    entries = {key: value for key, value in teacher.config.items() if key not in student.config and not key.startswith("_")}
+    if entries:
+        student.register_to_config(entries=entries)

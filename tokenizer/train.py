@@ -26,9 +26,9 @@ from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG
-from .checkpoint import find_damage, load_tokenizer, save_model, saved_ratios
+from .checkpoint import find_damage, load_tokenizer, save_tokenizer, saved_ratios
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig, TokenizerDataConfig
-from .distillation import load_teacher
+from .distillation import load_teacher, take_entries
 from .levels import parameter_count
 from .metrics import to_uint8
 from .objectives import DistillationObjective, StageObjective
@@ -131,7 +131,7 @@ def train_stage(
 
     outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
-        save_model(model, run / "tokenizer")
+        save_tokenizer(model, run / "tokenizer")
         _record_end(folder)
     accelerator.wait_for_everyone()
     return outcome
@@ -226,6 +226,7 @@ def _objective(
     if config.distill is None:
         return StageObjective(model, stage, added)
     teacher = load_teacher(config.distill.teacher, model, stage.ratio)
+    take_entries(model, teacher)
     broadcast_from_main(lambda: record_data(run, {f"the teacher of {stage.ratio}x": hash_weights([teacher])}))
     return DistillationObjective(model, stage, teacher.to(device), config.distill.target, added)
 

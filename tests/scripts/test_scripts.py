@@ -19,7 +19,9 @@ from promag.scripts import (
     train_diffusion,
     train_tokenizer,
 )
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.training.config import UserError
+from tests.conftest import TINY, make_tokenizer
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
 
 RUN = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
@@ -108,6 +110,32 @@ def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     assert recorded["ratios"] == results
     assert recorded["training"]["seed"] == 0
     assert {name: stage["steps"] for name, stage in recorded["training"]["stages"].items()} == {"4x": 2, "8x": 2, "16x": 2}
+
+
+def test_evaluate_tokenizer_compares_with_the_one_before(tmp_path, capsys):
+    for name, levels, settle in (("before", 2, 0.05), ("after", 2, 0.06), ("small", 1, 0.05)):
+        make_tokenizer(levels=levels, settle=settle).save_pretrained(tmp_path / name)
+    AutoencoderKLProMAG(**{**TINY, "strides": ((1, 2), (2, 1))}).save_pretrained(tmp_path / "2x")
+    before, after, record = str(tmp_path / "before"), str(tmp_path / "after"), tmp_path / "results.jsonl"
+    shape = ["--videos", "synthetic", "--count", "2", "--frames", "9", "--size", "32", "--precision", "fp32", "--rounds", "1"]
+    evaluate_tokenizer.main([after, *shape, "--against", before, "--record", str(record)])
+    evaluate_tokenizer.main([before, *shape, "--record", str(record)])
+    first, second = (json.loads(line) for line in record.read_text().splitlines())
+    rows = first["against"]["ratios"]
+    assert rows.keys() == {"4", "8"}
+    for ratio in ("4", "8"):
+        assert rows[ratio].keys() == {"before", "after", "after on latents of before"}
+        assert rows[ratio]["after"]["psnr"] == first["ratios"][ratio]["psnr"]
+        assert rows[ratio]["before"]["psnr"] == pytest.approx(second["ratios"][ratio]["psnr"])
+    assert "against" not in second
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "before:" in line] == [f"4x, before: {before}", f"8x, before: {before}"]
+    assert len([line for line in lines if line.startswith("decode_seconds")]) == 2
+    capsys.readouterr()
+    evaluate_tokenizer.main([after, *shape, "--against", str(tmp_path / "small")])
+    assert [line for line in capsys.readouterr().out.splitlines() if "before:" in line] == [f"4x, before: {tmp_path / 'small'}"]
+    with pytest.raises(UserError, match=r"--against .*2x: has 2x, .*after has 4x, 8x: no ratio in both"):
+        evaluate_tokenizer.main([after, *shape, "--against", str(tmp_path / "2x")])
 
 
 def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, capsys):

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
-from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.checkpoint import load_tokenizer, saved_ratios
 from promag.tokenizer.config import AutoencoderConfig, TokenizerConfig
 from promag.tokenizer.distillation import CrossedAutoencoder, Distillation, load_teacher
 from promag.tokenizer.growth import Growth
@@ -21,6 +22,7 @@ from promag.tokenizer.train import train_tokenizer
 from promag.training.config import UserError, build, load_yaml
 from promag.training.run import load_checkpoint
 from tests.conftest import TINY, make_tokenizer, run_config
+from tests.existing_models import small_existing
 from tests.tokenizer.test_train import make_config, records, stage
 
 SMALL = {**TINY, "block_out_channels": (8, 8, 8)}
@@ -213,6 +215,47 @@ def test_training_what_decodes_needs_a_trained_tokenizer(tmp_path):
         make_config(tmp_path, stages=(stage(4, 5, trainable="decoder"),))
     with pytest.raises(ValueError, match="trainable decoder with growth: a grown level needs its encoder trained too"):
         stage(8, 9, Growth(), trainable="decoder")
+
+
+# -- autoencoders of diffusers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """Return the folder of a small AutoencoderKLWan."""
+    folder = tmp_path_factory.mktemp("wan")
+    small_existing("Wan 2.1").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("trainable", ["decoder", "all"])
+def test_an_autoencoder_of_diffusers_is_trained_further_in_its_own_format(trainable, wan, tmp_path):
+    stages = (stage(4, 5, trainable=trainable),)
+    folder = train_tokenizer(make_config(tmp_path, init=str(wan), model=None, stages=stages))
+    before, after = (AutoencoderKLWan.from_pretrained(place) for place in (wan, folder))
+    assert {**after.config, "_name_or_path": ""} == {**before.config, "_name_or_path": ""}
+    old, new = before.state_dict(), after.state_dict()
+    changed = {key.split(".")[0] for key in old if not torch.equal(old[key], new[key])}
+    decoding = {"decoder", "post_quant_conv"}
+    assert changed == (decoding if trainable == "decoder" else {*decoding, "encoder", "quant_conv"})
+    assert saved_ratios(folder) == load_tokenizer(folder).temporal_ratios == (4,)
+
+
+def test_a_level_grows_on_an_autoencoder_that_was_trained_further(wan, tmp_path):
+    stages = (stage(4, 5, trainable="decoder"), stage(8, 9, Growth(width=16)))
+    folder = train_tokenizer(make_config(tmp_path, init=str(wan), model=None, stages=stages))
+    assert load_tokenizer(folder).temporal_ratios == (4, 8)
+    assert not torch.equal(*(load_tokenizer(place).decoder.model.decoder.conv_in.weight for place in (wan, folder)))
+
+
+def test_a_student_has_what_the_pipelines_of_its_teacher_read(wan, tmp_path):
+    teacher = load_tokenizer(wan)
+    student = load_tokenizer(train_tokenizer(distilling(tmp_path, wan)))
+    for key in ("z_dim", "latents_mean", "latents_std", "scale_factor_temporal", "scale_factor_spatial"):
+        assert student.config[key] == teacher.config[key]
+    assert student.config["block_out_channels"] == list(SMALL["block_out_channels"])
+    z = torch.randn(1, 4, 2, 2, 2)
+    assert student.decode(z, return_dict=False)[0].shape == teacher.decode(z, return_dict=False)[0].shape == (1, 3, 5, 16, 16)
 
 
 # -- presets -----------------------------------------------------------------------------------------------------------
