@@ -7,6 +7,7 @@ Shapes: C T H W of items, B C T H W of batches.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,6 +108,36 @@ class Mixture:
             orders = [ClipOrder(len(clips), seed, number, clips.weights) for number, clips in enumerate(self.datasets)]
             self._planned = seed, Interleaving(self.shares, seed), orders
         return self._planned[1:]
+
+
+@dataclass(frozen=True)
+class FirstThen:
+    """A source for the first steps of a training and another one for all later steps."""
+
+    first: BatchSource
+    steps: int
+    then: BatchSource
+
+    def largest_batch(self, default: int) -> int:
+        """Return the most elements of a batch of either source."""
+        return max(source.largest_batch(default) for source in (self.first, self.then))
+
+    def items(self, seed: int, step: int, slot: int, batches_per_step: int, batch_size: int) -> list[dict[str, Any]]:
+        """Return the elements of one batch of a step."""
+        source = self.first if step < self.steps else self.then
+        return source.items(seed, step, slot, batches_per_step, batch_size)
+
+
+@dataclass(frozen=True)
+class DrawnClips:
+    """The clips that a training of batches of one would be shown: clip i is its i-th, cut and ordered as it would be."""
+
+    source: BatchSource
+    seed: int
+
+    def fixed(self, index: int) -> dict[str, Any]:
+        """Return clip `index`."""
+        return self.source.items(self.seed, index, 0, 1, 1)[0]
 
 
 class TrainingStream(IterableDataset):

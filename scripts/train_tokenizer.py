@@ -1,4 +1,4 @@
-"""Train a video tokenizer: the 4x base, then each grown level.
+"""Train a video tokenizer: the 4x base, then each grown level; or grow levels on an existing video autoencoder.
 
 Start it plainly, with `accelerate launch`, or with torchrun; the same command again continues a run.
 """
@@ -6,6 +6,7 @@ Start it plainly, with `accelerate launch`, or with torchrun; the same command a
 import sys
 from collections.abc import Sequence
 
+from promag.pipelines.base_latents import open_base_latents
 from promag.tokenizer.config import TokenizerConfig
 from promag.tokenizer.train import train_tokenizer
 from promag.training.command_line import parse_config, run_main
@@ -13,7 +14,7 @@ from promag.training.command_line import parse_config, run_main
 
 def main(argv: Sequence[str]) -> int:
     """Train as the configuration says and print where the tokenizer lies."""
-    folder = train_tokenizer(parse_config(TokenizerConfig, argv, __doc__ or ""))
+    folder = train_tokenizer(parse_config(TokenizerConfig, argv, __doc__ or ""), open_latents=open_base_latents)
     print(f"tokenizer: {folder}" if folder else "stopped early; the same command continues", file=sys.stdout)
     return 0
 

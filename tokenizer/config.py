@@ -13,6 +13,7 @@ from promag.training.precision import Precision, check_training_precision
 
 from .discriminator import Adversarial
 from .distillation import Distillation
+from .existing import Features
 from .geometry import check_frames, check_size
 from .growth import Growth
 
@@ -49,6 +50,12 @@ class TokenizerDataConfig:
         "for sets of clips that fit; shapes are generated as ever",
     )
     validation_clips: int = setting(16, "how many clips each validation reconstructs")
+    latent_cache: str | None = setting(
+        None,
+        "folder for latents of an existing autoencoder: levels grown on it take their first steps on these, without pixels; "
+        "null encodes the clips of each step",
+    )
+    latent_clips: int = setting(4096, "how many clips, drawn as the training would draw them, are cached for each stage")
     sharding: Sharding = setting(Sharding(), "how shards are read, where shards are trained on")
 
 
@@ -86,6 +93,9 @@ class StageConfig:
         1.0, "learning rate of what a stage trains but starts from the levels below, over that of the rest"
     )
     latent_pretrain_steps: int = setting(0, "first steps that regress the lower latent instead of pixels")
+    latent_batch_size: int | None = setting(
+        None, "clips per process and batch in those steps where they are on cached latents; null for the optimisation's"
+    )
     mse_weight: float = setting(6.0, "weight of the squared error beside L1, whose weight is 1")
     kl_weight: float = setting(1e-6, "weight of the KL term")
     perceptual: PerceptualConfig | None = setting(None, "LPIPS beside the pixel losses; null for none")
@@ -94,6 +104,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""
+        if self.latent_batch_size is not None and self.latent_batch_size < 1:
+            raise ValueError(f"latent_batch_size {self.latent_batch_size}: at least 1 is needed")
         if self.inherited_lr_scale <= 0:
             raise ValueError(f"inherited_lr_scale {self.inherited_lr_scale}: must be above 0")
         if self.trainable == "decoder" and self.growth is not None:
@@ -111,7 +123,12 @@ class TokenizerConfig:
         False, "compute blocks again in the backward pass: less memory, a second forward pass"
     )
     compile: bool = setting(False, "compile the repeated blocks: minutes at the start, then faster steps; for GPUs")
-    init: str | None = setting(None, "a trained tokenizer to grow, or to train its highest level further; null starts anew")
+    init: str | None = setting(
+        None, "a trained tokenizer, or a video autoencoder of diffusers, to grow or to train further; null starts anew"
+    )
+    base_features: Features = setting(
+        "latents", "what levels grown on an autoencoder of diffusers see of it: latents, or encoder for its features too"
+    )
     only_stage: int | None = setting(None, "train this ratio's stage alone; null runs all")
     distill: Distillation | None = setting(
         None, "an autoencoder whose latents the trained one learns; null for latents of its own"
@@ -125,6 +142,11 @@ class TokenizerConfig:
         """Raise ValueError where stages, frames and sizes do not fit together."""
         check_training_precision(self.precision)
         check_size(self.data.size, self.data.size)
+        if self.data.latent_cache and (self.base_features != "latents" or self.data.latent_clips < 1):
+            raise ValueError(
+                f"latent_cache with base_features {self.base_features!r}, latent_clips {self.data.latent_clips}: "
+                "needs latents, and 1 clip or more"
+            )
         ratios = [stage.ratio for stage in self.stages]
         if not ratios:
             raise ValueError("stages: at least one is needed")
@@ -157,6 +179,7 @@ MAY_CHANGE = (
     "gradient_checkpointing",
     "compile",
     "data.in_memory",
+    "data.latent_cache",
     "data.validation_clips",
     "data.sharding.bad",
 )

@@ -20,12 +20,15 @@ from .losses import kl_loss, latent_loss, posterior_loss, reconstruction_loss, r
 from .metrics import evaluate, evaluate_latents
 from .perceptual import LPIPS
 
+LATENTS = "latents "  # begins the keys of a batch without pixels; the frame rate follows
+
 
 class StageObjective(Objective):
     """L1, squared error and KL, LPIPS and a discriminator where the stage has them.
 
     In the first `latent_pretrain_steps` of a grown level the loss is the error of the latent of the highest level that was
-    there before: those steps run no decoder to pixels, which makes them several times cheaper. `added` are the ratios of the
+    there before: those steps run no decoder to pixels, which makes them several times cheaper, and from cached latents of an
+    existing autoencoder no encoder either. `added` are the ratios of the
     levels that the stage adds; None for the stage's alone.
     """
 
@@ -55,8 +58,13 @@ class StageObjective(Objective):
         return self.model.hidden_kernels()
 
     def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
-        """B C T H W in batch["video"] -> loss, its parts."""
-        x, stage = batch["video"], self.stage
+        """B C T H W in batch["video"], or the base's latents of every r-th frame in batch["latents r"] -> loss, its parts."""
+        stage = self.stage
+        if latents := {int(key.split()[1]): value for key, value in batch.items() if key.startswith(LATENTS)}:
+            posterior, target = self.model.encode_base_latents(latents, (stage.ratio, self.below))
+            fit = latent_loss(self.model.lift(posterior.mode(), stage.ratio, self.below), target.mode())
+            return {"loss": fit, "latent": fit}
+        x = batch["video"]
         if self.below is not None and step < stage.latent_pretrain_steps:
             posterior, target = self.model.encode_levels(x, (stage.ratio, self.below))
             z = reparametrise(posterior, generators)

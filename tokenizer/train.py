@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from promag.data.datasets import open_dataset
 from promag.data.sources import digest_sources, open_sources
-from promag.data.stream import TrainingStream
+from promag.data.stream import Clips, DrawnClips, FirstThen, Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
 from promag.training.files import finish_replacing, write_atomically
@@ -26,18 +26,24 @@ from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG
-from .checkpoint import find_damage, load_tokenizer, save_tokenizer, saved_ratios
+from .checkpoint import class_name, find_damage, load_tokenizer, save_tokenizer, saved_ratios
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig, TokenizerDataConfig
 from .distillation import load_teacher, take_entries
 from .levels import parameter_count
 from .metrics import to_uint8
 from .objectives import DistillationObjective, StageObjective
 
+# Opens cached latents of an existing base for a stage: items with "latents r" for each frame rate r.
+OpenLatents = Callable[[TokenizerConfig, StageConfig, AutoencoderKLProMAG, DrawnClips], Clips]
 
-def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = None) -> Path | None:
+
+def train_tokenizer(
+    config: TokenizerConfig, build: Callable[[], Any] | None = None, open_latents: OpenLatents | None = None
+) -> Path | None:
     """Run the stages that are not finished yet and return the folder of the tokenizer, None if stopped early.
 
-    `build` makes the base instead of `config.model`: another autoencoder behind AutoencoderKLProMAG's interface.
+    `build` makes the base instead of `config.model`: another autoencoder behind AutoencoderKLProMAG's interface. `open_latents`
+    caches and opens the latents that `config.data.latent_cache` asks for.
     Raises UserError for a missing or unsuitable checkpoint, clips or run directory.
     """
     precision = choose_precision_once(config.precision, config.output_dir)
@@ -55,7 +61,7 @@ def train_tokenizer(config: TokenizerConfig, build: Callable[[], Any] | None = N
     for stage in config.stages:
         if config.only_stage not in (None, stage.ratio):
             continue
-        outcome = train_stage(accelerator, run, config, stage, build)
+        outcome = train_stage(accelerator, run, config, stage, build, open_latents)
         if not outcome.finished:
             return None
     close_trackers(accelerator)
@@ -77,6 +83,7 @@ def train_stage(
     config: TokenizerConfig,
     stage: StageConfig,
     build: Callable[[], Any] | None = None,
+    open_latents: OpenLatents | None = None,
 ) -> Outcome:
     """Train one level on top of the levels below it, which the run directory or `config.init` holds."""
     folder = run / f"{stage.ratio}x"
@@ -117,6 +124,11 @@ def train_stage(
         model.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(model)
+    if data.latent_cache and stage.growth and stage.latent_pretrain_steps and open_latents:
+        if model.existing is None:
+            raise UserError(f"latent_cache {data.latent_cache}: only an existing autoencoder's latents are cached; use null")
+        latents = open_latents(config, stage, model, DrawnClips(source, config.seed))
+        source = FirstThen(Mixture([latents], [1.0], [stage.latent_batch_size]), stage.latent_pretrain_steps, source)
 
     objective = _objective(run, config, stage, model, added, accelerator.device)
 
@@ -132,6 +144,8 @@ def train_stage(
     outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
         save_tokenizer(model, run / "tokenizer")
+        if model.existing and len(model.temporal_ratios) > 1:
+            model.save_growth(run / "growth")
         _record_end(folder)
     accelerator.wait_for_everyone()
     return outcome
@@ -192,7 +206,10 @@ def _model_for(
             model.init_from_block_means()
         return model, model.temporal_ratios
     place = Path(config.init) if config.init and find_damage(run / "tokenizer") else run / "tokenizer"
-    model = load_tokenizer(place)
+    scratch = build if config.init is None and find_damage(place) else None
+    model = scratch() if scratch else load_tokenizer(place, config.base_features)
+    if model.existing and config.init:
+        model.base_path = model.base_path or _base_path(Path(config.init))
     have, highest = len(model.temporal_ratios), model.temporal_ratios[-1]
     if stage.ratio not in (2 * highest, 4 * highest, 8 * highest):
         levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
@@ -229,6 +246,12 @@ def _objective(
     take_entries(model, teacher)
     broadcast_from_main(lambda: record_data(run, {f"the teacher of {stage.ratio}x": hash_weights([teacher])}))
     return DistillationObjective(model, stage, teacher.to(device), config.distill.target, added)
+
+
+def _base_path(init: Path) -> str | None:
+    """Return the folder of the autoencoder of diffusers that a run starts from, None where it starts from a grown one."""
+    grown = (init / "config.json").is_file() and class_name(init) == AutoencoderKLProMAG.__name__
+    return None if grown else load_tokenizer(init).base_path
 
 
 def _record_videos(run: Path, data: TokenizerDataConfig) -> None:
