@@ -4,7 +4,7 @@ Shapes: B C T H W pixels in [-1, 1], b c t h w latents; kept videos are uint8 (T
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
-from promag.tokenizer.geometry import SPATIAL_RATIO, check_size, latent_frames, tokens
+from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.geometry import check_size, latent_frames, tokens
 from promag.tokenizer.metrics import evaluate_fully, from_uint8, psnr_per_frame, to_uint8
 from promag.training.precision import Precision
 
-from .baselines import open_baseline
 from .bitrate import RateMeter
 
 PATCHES = ((1, 1, 1), (1, 2, 2))
@@ -78,15 +78,13 @@ class Budget:
 def own_budgets(model: Any) -> list[Budget]:
     """Return a budget for each temporal ratio of one of our tokenizers, most tokens first."""
     levels = zip(model.temporal_ratios, model.level_channels, strict=True)
-    return [Budget(f"{ratio}x", model, ratio, SPATIAL_RATIO, channels, True) for ratio, channels in levels]
+    space, step = model.spatial_ratio, model.latent_step
+    return [Budget(f"{ratio}x", model, ratio, space, channels, True, ratio * step) for ratio, channels in levels]
 
 
 def baseline_budget(name: str, folder: str | Path) -> Budget:
-    """Return the budget of another autoencoder of diffusers; raises ValueError as `open_baseline` does."""
-    baseline = open_baseline(folder)
-    return Budget(
-        name, baseline.model, baseline.model.temporal_ratios[0], baseline.spatial, baseline.channels, False, baseline.step
-    )
+    """Return the budget of another autoencoder of diffusers at its lowest ratio; raises UserError as `load_tokenizer` does."""
+    return replace(own_budgets(load_tokenizer(folder))[0], name=name, own=False)
 
 
 def check_budgets(budgets: Sequence[Budget], height: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Train a video tokenizer: the 4x base, then each grown level; or grow levels on an existing video autoencoder.
+"""Train a video tokenizer, or grow levels on an existing video autoencoder.
 
 Start it plainly, with `accelerate launch`, or with torchrun; the same command again continues a run.
 """

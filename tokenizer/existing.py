@@ -54,16 +54,22 @@ class Existing:
 
     def build(self) -> Any:
         """Return an untrained autoencoder of this class and configuration."""
-        return existing_class(self.class_name).from_config(self.config)
+        return existing_class(self.class_name)(**self.entries())
 
     def entries(self) -> dict[str, Any]:
         """Return the configuration as the pipelines of this family read it."""
         return {key: value for key, value in self.config.items() if not key.startswith("_")}
 
     def scale(self) -> LatentScale:
-        """Return mean and deviation of each latent channel as the configuration states them, else 0 and 1."""
+        """Return mean and deviation of each latent channel as the configuration states them, else 0 and 1.
+
+        Raises ValueError where it states them for another number of channels.
+        """
         mean, std = (self.config.get(key) for key in ("latents_mean", "latents_std"))
         if mean is not None and std is not None:
+            if not len(mean) == len(std) == self.latent_channels:
+                counts = f"latents_mean of {len(mean)} and latents_std of {len(std)} values"
+                raise ValueError(f"{self.class_name}: {counts} in its configuration, {self.latent_channels} latent channels")
             return LatentScale(*(torch.tensor(values, dtype=torch.float32) for values in (mean, std)))
         deviation = 1 / (self.config.get("scaling_factor") or 1.0)
         return LatentScale(torch.zeros(self.latent_channels), torch.full((self.latent_channels,), deviation))
@@ -176,7 +182,10 @@ def halves(model: Any) -> tuple[Any, Any]:
     for decoding in (False, True):
         shell = copy.copy(model)
         children = model._modules.items()
-        shell._modules = {name: child if (name in DECODING) == decoding else None for name, child in children}
+        # Empty parts, not None: some classes count the layers of both halves.
+        shell._modules = {
+            name: child if child is None or (name in DECODING) == decoding else nn.Module() for name, child in children
+        }
         shell._buffers = dict(model._buffers)
         shells.append(shell)
     return shells[0], shells[1]

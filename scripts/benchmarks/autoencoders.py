@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
-from promag.evaluation.baselines import build_baseline, probe_baseline
 from promag.evaluation.cost import measure_in_turns, peak_bytes
 from promag.scripts._options import share
 from promag.tokenizer.config import StageConfig, TokenizerConfig
+from promag.tokenizer.existing import existing_class
 from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.objectives import StageObjective
@@ -124,9 +124,14 @@ def _baseline(name: str) -> Subject:
     if name not in BASELINES:
         raise UserError(f"--baselines {name}: use one of {', '.join(BASELINES)}")
     with torch.device("meta"):
-        probed = probe_baseline(build_baseline(name, {}).eval())
-    ratios = probed.model.temporal_ratios
-    return Subject(name, BASELINES[name], lambda: build_baseline(name, {}), ratios, probed.step, probed.spatial, None)
+        model = _existing(name)
+    step = model.base_ratio * model.latent_step
+    return Subject(name, BASELINES[name], lambda: _existing(name), model.temporal_ratios, step, model.spatial_ratio, None)
+
+
+def _existing(name: str) -> AutoencoderKLProMAG:
+    """Return an autoencoder of diffusers in its published configuration, with random weights."""
+    return AutoencoderKLProMAG.from_base(existing_class(name)().eval())
 
 
 def _size(text: str) -> Size:
@@ -203,8 +208,6 @@ def _count(subject: Subject, size: Size, ratio: int) -> dict[str, Any]:
 
 def _parameters(model: Any, ratio: int) -> int:
     """Return the number of parameters that coding at a ratio uses, levels above it left out."""
-    if not isinstance(model, AutoencoderKLProMAG):
-        return parameter_count([model])
     level = model.level_of(ratio)
     return parameter_count([*model.encoding_path(level), *model.decoding_path(level)])
 

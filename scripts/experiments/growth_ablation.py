@@ -15,11 +15,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag.data.datasets import open_dataset
-from promag.evaluation.baselines import build_baseline, load_baseline
 from promag.evaluation.growth_ablation import OURS, RATIO, WHAT, WIDE, curves, gains, read, table, with_variant
+from promag.pipelines.base_latents import open_base_latents
 from promag.reports.plots import plot_file
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
+from promag.tokenizer.existing import Features, existing_class
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.objectives import StageObjective
@@ -41,6 +43,11 @@ class Baseline:
 
     name: str = required("class of diffusers, AutoencoderKLWan for example")
     config: dict[str, Any] = required("keyword arguments of the class")
+    features: Features = setting("latents", "what levels grown on it see: its latents, or its encoder's features too")
+
+    def build(self) -> Any:
+        """Return it with random weights."""
+        return AutoencoderKLProMAG.from_base(existing_class(self.name)(**self.config), self.features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +174,7 @@ def train_variant(config: AblationConfig, variant: Variant, seed: int) -> Path |
         stages=variant.stages,
         run=config.run,
     )
-    return train_tokenizer(tokenizer, (lambda: build_baseline(baseline.name, baseline.config)) if baseline else None)
+    return train_tokenizer(tokenizer, baseline.build if baseline else None, open_base_latents)
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -180,7 +187,7 @@ def score_variant(
     kept = run_folder(config, variant.name, seed) / "scores.json"
     if kept.exists():
         return [with_variant(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
-    model: Any = load_baseline(variant.baseline.name, folder) if variant.baseline else load_tokenizer(folder)
+    model: Any = load_tokenizer(folder)
     model.to(best_device())
     source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
     count = len(source) if Path(config.data.validation).suffix.lower() == ".jsonl" else config.data.validation_clips
@@ -232,8 +239,6 @@ def _nth(step: int) -> str:
 
 def _used_parameters(model: Any, ratio: int) -> int:
     """Count the weights that encoding and decoding at a ratio touch."""
-    if not hasattr(model, "level_of"):
-        return parameter_count([model])
     level = model.level_of(ratio)
     encoders = model.encoding_path(level)
     return parameter_count([*encoders, *model.decoding_path(level)]) - parameter_count(model.idle_heads(ratio))
@@ -259,7 +264,7 @@ def _total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _stage_flops(config: AblationConfig, variant: Variant, seed: int, stage: StageConfig) -> float:
     """Count the FLOPs of a stage: one forward and backward of each kind of step, times how many there were."""
     folder = run_folder(config, variant.name, seed) / "tokenizer"
-    model: Any = load_baseline(variant.baseline.name, folder) if variant.baseline else load_tokenizer(folder)
+    model: Any = load_tokenizer(folder)
     added = ratios = [r for r in model.temporal_ratios if r <= stage.ratio]
     below = [s.ratio for s in variant.stages if s.ratio < stage.ratio]
     if stage.growth:

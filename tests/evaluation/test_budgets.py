@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
-import torch
 
+from promag import AutoencoderKLProMAG
 from promag.data.datasets import SyntheticDataset
-from promag.evaluation.baselines import build_baseline
 from promag.evaluation.budgets import (
     ORIGINAL,
     Budget,
@@ -12,7 +11,7 @@ from promag.evaluation.budgets import (
     own_budgets,
 )
 from promag.tokenizer.metrics import evaluate_fully, to_uint8
-from tests.evaluation.test_baselines import WAN
+from tests.existing_models import small_existing
 
 
 def test_levels_of_one_checkpoint_become_budgets(tokenizer):
@@ -55,8 +54,7 @@ def test_saved_videos_and_frames_are_the_measured_ones(tokenizer, tmp_path):
 
 
 def test_a_baseline_that_pads_is_compared_on_the_same_frames(tmp_path):
-    torch.manual_seed(0)
-    baseline = Budget("wan", build_baseline("AutoencoderKLWan", WAN).eval(), 4, 8, 4, False)
+    baseline = Budget("wan", AutoencoderKLProMAG.from_base(small_existing("Wan 2.1")), 4, 8, 4, False)
     clips = SyntheticDataset("eval", 2, 15, 32)  # coded as 17
     results, facts = compare_reconstructions([baseline], clips, tmp_path)
     assert len(results["wan"]["psnr_per_frame"]) == 15

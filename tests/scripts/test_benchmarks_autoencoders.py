@@ -12,12 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
-from promag.evaluation.baselines import build_baseline
-from promag.scripts.benchmarks.autoencoders import _baseline, main
+from promag.scripts.benchmarks.autoencoders import _baseline, _existing, main
 from promag.training import compilation
 from promag.training.config import UserError
 from tests.conftest import make_tokenizer
-from tests.evaluation.test_baselines import COGVIDEOX, WAN
+from tests.existing_models import SMALL
 from tests.scripts.conftest import LOOP, TINY_MODEL, preset
 
 SIZE = (17, 32, 48)
@@ -41,7 +40,7 @@ def smallest(tmp_path):
 
 @pytest.fixture
 def small_wan(monkeypatch):
-    monkeypatch.setattr(diffusers, "AutoencoderKLWan", functools.partial(diffusers.AutoencoderKLWan, **WAN))
+    monkeypatch.setattr(diffusers, "AutoencoderKLWan", functools.partial(diffusers.AutoencoderKLWan, **SMALL["Wan 2.1"][1]))
 
 
 def run(*arguments, status=0):
@@ -66,7 +65,7 @@ def test_each_level_and_a_baseline_are_measured(smallest, small_wan, tmp_path, c
     assert [row["ratio"] for row in ours["rows"]] == [4, 8, 16]
     assert [row["latent_shape"] for row in ours["rows"]] == [[1, 4, t, 4, 6] for t in (5, 3, 2)]
     assert [row["latent_values"] for row in ours["rows"]] == [480, 288, 192]
-    wan = build_baseline("AutoencoderKLWan", {})
+    wan = _existing("AutoencoderKLWan")
     models = [(make_tokenizer(), ours["rows"]), (wan.eval(), baseline["rows"])]
     for model, row in ((model, row) for model, rows in models for row in rows):
         gflops, posterior = counted(model.encode, torch.zeros(1, 3, *SIZE), row["ratio"])
@@ -159,7 +158,7 @@ def test_cases_that_do_not_fit_are_recorded_and_the_run_continues(smallest, smal
     ],
 )
 def test_mistakes_are_named_before_anything_is_measured(arguments, message, smallest, monkeypatch, capsys):
-    small = functools.partial(diffusers.AutoencoderKLCogVideoX, **COGVIDEOX)
+    small = functools.partial(diffusers.AutoencoderKLCogVideoX, **SMALL["CogVideoX"][1])
     monkeypatch.setattr(diffusers, "AutoencoderKLCogVideoX", small)
     with pytest.raises(UserError, match=message):
         main([smallest if word == "PRESET" else word for word in arguments])

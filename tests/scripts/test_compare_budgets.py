@@ -3,18 +3,17 @@ import json
 import pytest
 import torch
 
-from promag.evaluation.baselines import build_baseline
 from promag.scripts.compare_budgets import main
 from promag.scripts.evaluate_tokenizer import main as evaluate
-from tests.evaluation.test_baselines import WAN
 from tests.evaluation.test_clip_similarity import write_clip
+from tests.existing_models import small_existing
 
 
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("wan")
-    build_baseline("AutoencoderKLWan", WAN).save_pretrained(folder)
+    small_existing("Wan 2.1").save_pretrained(folder)
     return folder
 
 

@@ -8,7 +8,6 @@ import torch
 import yaml
 
 from promag import AutoencoderKLProMAG
-from promag.evaluation.baselines import build_baseline
 from promag.scripts.experiments import growth_ablation
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.levels import parameter_count
@@ -210,7 +209,7 @@ def test_parameters_of_the_variants_at_16x_agree(name):
             counts[way] = growth_ablation._used_parameters(model, 16)
         counts |= {"base": parameter_count([AutoencoderKLProMAG(**dataclasses.asdict(variants["base"].model))])}
         baseline = variants["peer_wan"].baseline
-        counts["baseline"] = parameter_count([build_baseline(baseline.name, baseline.config)])
+        counts["baseline"] = parameter_count([baseline.build()])
     for way in ("direct", "direct_plain", "warm"):
         assert counts[way] == pytest.approx(counts["progressive"], rel=0.05)
     assert counts["baseline"] == pytest.approx(counts["base"], rel=0.05)

@@ -308,3 +308,41 @@ def test_the_stock_pipeline_of_the_family_samples_with_it(dtype, tmp_path):
     assert not {"z_dim", "scale_factor_temporal"} & stored.keys()
     with pytest.raises(ValueError, match=re.escape("temporal ratio 32: this tokenizer has 4x, 8x, 16x")):
         model.serve(32)
+
+
+def test_hidden_kernels_of_a_base_exclude_those_at_pixels_and_latents():
+    base = small_existing("Wan 2.1")
+    hidden = {id(p) for p in AutoencoderKLProMAG.from_base(base).hidden_kernels()}
+    ends = [f"{side}.conv_{end}" for side in ("encoder", "decoder") for end in ("in", "out")]
+    ends += ["quant_conv", "post_quant_conv"]
+    at_ends = {name for name, p in base.named_parameters() if name.endswith("weight") and id(p) not in hidden}
+    assert at_ends == {f"{end}.weight" for end in ends}
+
+
+def test_every_weight_of_a_base_can_be_trained():
+    base = small_existing("Wan 2.2")
+    model = AutoencoderKLProMAG.from_base(base)
+    assert len(model.train_only(4)) == len(list(base.parameters()))
+    model(torch.rand(1, 3, 9, 32, 32) * 0.1, 4).sample.square().mean().backward()
+    assert [name for name, p in base.named_parameters() if p.grad is None] == []
+
+
+@torch.no_grad()
+def test_a_decoder_with_a_time_input_gets_time_zero():
+    torch.manual_seed(0)
+    base = diffusers.AutoencoderKLLTXVideo(**SMALL["LTX"][1], timestep_conditioning=True).eval()
+    z = torch.randn(1, 8, 2, 2, 2)
+    assert torch.equal(AutoencoderKLProMAG.from_base(base).decode(z).sample, base.decode(z, temb=torch.zeros(1)).sample)
+
+
+def test_a_class_without_a_name_of_its_own_here_is_taken_by_its_latents():
+    torch.manual_seed(0)
+    model = AutoencoderKLProMAG.from_base(diffusers.AutoencoderKLQwenImage(**SMALL["Wan 2.1"][1]).eval())
+    assert (model.base_ratio, model.spatial_ratio, model.latent_channels) == (4, 8, 4)
+    model.grow(Growth(width=16))
+    x = clip_for(model, 8)
+    with torch.no_grad():
+        assert torch.equal(moments(model, x, 8), moments(model, x[:, :, ::2], 4))
+    other = {**SMALL["Wan 2.1"][1], "latents_mean": [0.0] * 3}
+    with pytest.raises(ValueError, match="latents_mean of 3 and latents_std of 4 values .*, 4 latent channels"):
+        AutoencoderKLProMAG.from_base(diffusers.AutoencoderKLWan(**other)).grow(Growth())

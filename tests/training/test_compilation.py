@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from promag.evaluation.baselines import BaselineAutoencoder
+from promag import AutoencoderKLProMAG
 from promag.training import compilation
 from promag.training.compilation import compile_blocks, no_recompile
 from promag.training.config import UserError
 from tests.conftest import make_tokenizer
+from tests.existing_models import small_existing
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +58,6 @@ def test_no_recompile_compiles_nothing_new(clip):
 
 
 def test_a_model_that_names_no_blocks_is_refused():
-    from diffusers import AutoencoderKLCogVideoX
-
-    down, up = ("CogVideoXDownBlock3D",) * 2, ("CogVideoXUpBlock3D",) * 2
-    small = {"block_out_channels": (8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
-    model = AutoencoderKLCogVideoX(down_block_types=down, up_block_types=up, **small)
+    model = AutoencoderKLProMAG.from_base(small_existing("CogVideoX"))
     with pytest.raises(UserError, match=r"compile: .*set it to false"):
-        compile_blocks(BaselineAutoencoder(model, temporal_ratio=4))
+        compile_blocks(model)
