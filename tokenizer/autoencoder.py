@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from promag.training.safetensors_only import SafetensorsOnly
 
-from .base import build_base, init_from_block_means
+from .base import INITIAL_LOGVAR, build_base, init_from_block_means
 from .encoding import Encoding
 from .existing import (
     Existing,
@@ -249,7 +249,9 @@ class AutoencoderKLProMAG(Levels, SafetensorsOnly, ModelMixin, AutoencoderMixin,
         growth = growth or Growth()
         self._add_level(growth)
         newest: Any = self.encoder_growth[-1]
-        if not newest.adds_to_key_latent and not self.existing and self.config["linear_shortcuts"]:
+        if not newest.adds_to_key_latent and self.existing:
+            newest.head.start_at(slice(self.latent_channels, None), INITIAL_LOGVAR)
+        elif not newest.adds_to_key_latent and self.config["linear_shortcuts"]:
             newest.head.load_state_dict(self.encoder.head.state_dict())
         reference = next(self.encoder.parameters())
         for module in self.level_modules(self.temporal_ratios[-1]):

@@ -344,5 +344,12 @@ def test_a_class_without_a_name_of_its_own_here_is_taken_by_its_latents():
     with torch.no_grad():
         assert torch.equal(moments(model, x, 8), moments(model, x[:, :, ::2], 4))
     other = {**SMALL["Wan 2.1"][1], "latents_mean": [0.0] * 3}
-    with pytest.raises(ValueError, match="latents_mean of 3 and latents_std of 4 values .*, 4 latent channels"):
+    with pytest.raises(ValueError, match=r"latents_mean of 3 and latents_std of 4 values .*, 4 latent channels"):
         AutoencoderKLProMAG.from_base(diffusers.AutoencoderKLWan(**other)).grow(Growth())
+
+
+@torch.no_grad()
+def test_a_level_that_takes_no_key_frames_starts_with_little_noise():
+    _, model = grown("Wan 2.2", "encoder", levels=1, settle=0.0, mixing="none", birth=False)
+    logvar = model.encode(clip_for(model, 8), 8).latent_dist.logvar
+    assert torch.allclose(logvar, torch.full_like(logvar, -6.0), atol=1e-4)
