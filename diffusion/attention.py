@@ -19,17 +19,16 @@ from torch import Tensor
 
 from promag.training.config import UserError
 
-from .transformer import ProMAGTransformer3DModel, plain_attention
+from .families import family_of
+from .transformer import plain_attention
 
 logger = logging.getLogger(__name__)
 
-# FlashAttention 2 needs a package of its own; PyTorch's native attention contains an older version of it.
-BEST_FIRST = ("flash", "native")
 TOLERANCE = 0.02  # absolute, for values of about one in bf16
 
 
 def choose_attention(
-    transformer: ProMAGTransformer3DModel,
+    transformer: Any,
     wanted: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -38,9 +37,10 @@ def choose_attention(
     """Set a transformer's attention backend, log the choice and return its description.
 
     Args:
-        transformer: its attention modules get the backend; cross-attention keeps native if the backend takes no mask.
-        wanted: a name of diffusers' dispatch, or auto for the first of BEST_FIRST that works. On a CPU auto sets no backend, so
-            short sequences use plain matrix products.
+        transformer: its attention modules get the backend; cross-attention that is masked keeps native if the backend takes no
+            mask.
+        wanted: a name of diffusers' dispatch, or auto for the first of the family's that works. On a CPU auto sets no backend,
+            so short sequences of our transformer use plain matrix products.
         device: device on which the transformer will run.
         dtype: type in which it will run.
         gradients: whether it will be trained.
@@ -50,22 +50,23 @@ def choose_attention(
     legal = ["auto", *(name.value for name in AttentionBackendName)]
     if wanted not in legal:
         raise UserError(f"attention {wanted!r}: use one of {', '.join(legal)}")
+    family = family_of(transformer)
     if wanted == "auto" and device.type == "cpu":
-        chosen = "written out up to 1,024 x 1,024 tokens, above native"
+        chosen = family.cpu_attention
     else:
-        chosen = _first_working(transformer, BEST_FIRST if wanted == "auto" else (wanted,), device, dtype, gradients)
+        chosen = _first_working(transformer, family.attention if wanted == "auto" else (wanted,), device, dtype, gradients)
     logger.info("attention on %s: %s", device, chosen)
     return chosen
 
 
 def _first_working(transformer: Any, names: tuple[str, ...], device: torch.device, dtype: torch.dtype, gradients: bool) -> str:
     head = transformer.config["attention_head_dim"]
-    failures = []
+    failures, family = [], family_of(transformer)
     for name in names:
         problem = probe(name, device, dtype, head, gradients)
         if problem is None:
-            masked = probe(name, device, dtype, head, gradients, masked=True)
-            for block in transformer.transformer_blocks:
+            masked = probe(name, device, dtype, head, gradients, masked=True) if family.masks_text else None
+            for block in family.blocks(transformer):
                 block.attn1.set_attention_backend(name)
                 block.attn2.set_attention_backend("native" if masked else name)
             return f"{name}, native for text ({masked})" if masked else name

@@ -33,6 +33,18 @@ def forward_flops(config: Mapping[str, Any], tokens: int, text_tokens: int | Seq
     return float(batch * (blocks + ends + embeddings + pooled) + places)
 
 
+def wan_forward_flops(config: Mapping[str, Any], tokens: int, text_tokens: int, batch: int = 1) -> float:
+    """Return the FLOPs of one forward pass of WanTransformer3DModel, given its config and each sample's tokens."""
+    n, text, d = tokens, text_tokens, config["num_attention_heads"] * config["attention_head_dim"]
+    self_attention = 8 * n * d**2 + 4 * n**2 * d
+    cross_attention = 4 * n * d**2 + 4 * text * d**2 + 4 * n * text * d
+    blocks = config["num_layers"] * (self_attention + cross_attention + 4 * n * d * config["ffn_dim"])
+    channels = config["in_channels"] + (config["out_channels"] or config["in_channels"])
+    ends = 2 * n * channels * prod(config["patch_size"]) * d
+    embeddings = 2 * text * (config["text_dim"] * d + d**2) + 2 * (config["freq_dim"] * d + d**2) + 12 * d**2
+    return float(batch * (blocks + ends + embeddings))
+
+
 def training_flops(config: Mapping[str, Any], tokens: int, text_tokens: int | Sequence[int], batch: int = 1) -> float:
     """Return the FLOPs of a forward and a backward pass: three forward passes, recomputation left out."""
     return 3 * forward_flops(config, tokens, text_tokens, batch)

@@ -97,7 +97,13 @@ def encoder_digest(model: str, weights: str | None, memory: Path, load: Callable
     return digest
 
 
-def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, load: Callable[[], tuple[Any, Any]]) -> Path:
+def write_embeddings(
+    folder: Path,
+    fingerprint: TextFingerprint,
+    latents: Path,
+    load: Callable[[], tuple[Any, Any]],
+    clean: Callable[[str], str] = str,
+) -> Path:
     """Encode the captions of a cache of latents where they are not cached yet; return the folder.
 
     The processes that run together divide the missing shards among them; a shard is the same for any number of processes and
@@ -108,6 +114,7 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
         fingerprint: the texts and the encoder that the cache is made from.
         latents: folder of the whole cache of latents that has the captions.
         load: returns the text tokenizer and the encoder; not called where nothing is missing.
+        clean: returns a caption as it is tokenized; the fingerprint's encoder states which function.
 
     Raises UserError where the folder holds something else.
     """
@@ -123,13 +130,14 @@ def write_embeddings(folder: Path, fingerprint: TextFingerprint, latents: Path, 
         cut = CutTexts(tokenizer)
         for number in ProgressBar(mine, desc="caching text", unit="shard", disable=not state.is_main_process):
             texts = _texts_of(captions, number, size)
-            cut.add(texts)
-            tensors = _encode(tokenizer, encoder, texts, dtype)
+            cleaned = [clean(text) for text in texts]
+            cut.add(cleaned)
+            tensors = _encode(tokenizer, encoder, cleaned, dtype)
             write_shard(folder, number, fingerprint, {**tensors, "texts": hash_texts(texts)})
         if cut.example is not None:
             print(f"{folder}: {cut}", flush=True)
         if state.is_main_process:
-            save_tensors_atomically(folder / "null.safetensors", _encode(tokenizer, encoder, [NULL_CAPTION], dtype))
+            save_tensors_atomically(folder / "null.safetensors", _encode(tokenizer, encoder, [clean(NULL_CAPTION)], dtype))
             width, pooled = text_widths(encoder)
             facts = {"width": width, "pooled": pooled}
         encoder.cpu()

@@ -36,9 +36,9 @@ from .attention import choose_attention
 from .cache_store import Shards
 from .conditioning import draw_cond_mask, frame_times, mean_over_generated
 from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
-from .finetune import adapt_to_latents, add_lora, load_transformer
-from .flops import training_flops
-from .flow import interpolate, sample_times, token_shift, velocity
+from .families import LatentStatistics, adopt, family_of, hidden_matrices, load_transformer
+from .finetune import adapt_to_latents, add_lora
+from .flow import interpolate, sample_times, velocity
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
 from .text import CutTexts, Embedded, draw_dropped, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
 from .text_cache import CaptionEncoder, EmbeddingCache
@@ -61,16 +61,10 @@ class BucketCache:
 class TrainingResult:
     """Result of a training: the averaged transformer, the small text model trained with it, and how it ended."""
 
-    transformer: ProMAGTransformer3DModel  # with the adapters of a training with lora
+    transformer: Any  # with the adapters of a training with lora
     small_text: tuple[Any, Any] | None  # tokenizer and model
     fps: float  # median of the training clips
     outcome: Outcome | None = None  # None while it goes on
-
-
-def hidden_matrices(transformer: ProMAGTransformer3DModel) -> list[torch.nn.Parameter]:
-    """Return the weights of the linear layers in a transformer's blocks: what Muon trains."""
-    layers = (m for m in transformer.transformer_blocks.modules() if isinstance(m, torch.nn.Linear))
-    return [parameter for layer in layers for parameter in layer.parameters() if parameter.ndim == 2]
 
 
 class FlowObjective(Objective):
@@ -78,7 +72,7 @@ class FlowObjective(Objective):
 
     def __init__(self, transformer: Any, text: CaptionEncoder, config: DiffusionConfig):
         super().__init__()
-        self.transformer, self.text = transformer, text
+        self.transformer, self.text, self.family = transformer, text, family_of(transformer)
         self.caption_dropout, self.shift, self.condition = config.caption_dropout, config.shift, config.condition
         self.text_rate_factor = config.text.learning_rate / config.optimization.learning_rate
 
@@ -93,13 +87,13 @@ class FlowObjective(Objective):
     def units(self) -> list[torch.nn.Module]:
         """Return the transformer's blocks, the transformer, and the small text model."""
         text = self.text.model
-        return [*self.transformer.transformer_blocks, self.transformer, *([] if text is None else [text])]
+        return [*self.family.blocks(self.transformer), self.transformer, *([] if text is None else [text])]
 
     def work(self, batch: dict[str, Any]) -> Work:
         """Return the transformer's tokens and FLOPs; those of the text model are left out."""
         x, config = batch["latents"], self.transformer.config
         count = prod(x.shape[2:]) // prod(config["patch_size"])
-        return Work(len(x) * count, training_flops(config, count, self.text.lengths, len(x)))
+        return Work(len(x) * count, 3 * self.family.forward_flops(config, count, self.text.lengths, len(x)))
 
     def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """Normalised latents b c t h w of one ratio, captions and frame rates in `batch` -> loss."""
@@ -122,23 +116,14 @@ class FlowObjective(Objective):
     ) -> Tensor:
         """Return the mean squared velocity error of each clip, (b,), over the frames outside cond_mask (b t)."""
         times = times if cond_mask is None else frame_times(times, cond_mask)
-        predicted = self.transformer(
-            interpolate(x, noise, times),
-            times * 1000,
-            text.tokens,
-            encoder_attention_mask=text.masks,
-            pooled_projections=text.pooled,
-            temporal_ratio=ratio,
-            fps=fps.float(),
-            return_dict=False,
-        )[0]
+        predicted = self.family.predict(self.transformer, interpolate(x, noise, times), times, text, fps, ratio)
         errors = F.mse_loss(predicted.float(), velocity(x, noise), reduction="none")
         return errors.flatten(1).mean(1) if cond_mask is None else mean_over_generated(errors, cond_mask)
 
     def mu(self, x: Tensor) -> float:
         """Return the time shift for latents of this size."""
         pt, ph, pw = self.transformer.config["patch_size"]
-        return token_shift(x.shape[2] // pt * (x.shape[3] // ph) * (x.shape[4] // pw), self.shift)
+        return self.family.mu(x.shape[2] // pt * (x.shape[3] // ph) * (x.shape[4] // pw), self.shift)
 
 
 def _open_latents(config: DiffusionConfig, cached: Sequence[BucketCache]) -> list[list[LatentDataset]]:
@@ -247,11 +232,15 @@ def new_transformer(
     )
 
 
-def _models(config: DiffusionConfig, transformer: ProMAGTransformer3DModel, text: CaptionEncoder) -> dict[str, str]:
+def _models(
+    config: DiffusionConfig, transformer: Any, text: CaptionEncoder, statistics: LatentStatistics | None
+) -> dict[str, str]:
     """Return hashes of what a run reads at each start beside its caches: the vocabulary, and the transformer of `init`."""
     parts: dict[str, Any] = {} if text.learned is None else {"vocabulary": tokenizer_rules(text.tokenizer)}
     if config.init:
-        parts["init"] = [hash_weights([transformer]), transformer.config["latents_mean"], transformer.config["latents_std"]]
+        own, stock = transformer.config, family_of(transformer).is_stock
+        scales = [statistics.mean, statistics.std] if stock and statistics else [own["latents_mean"], own["latents_std"]]
+        parts["init"] = [hash_weights([transformer]), *scales]
     return {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in parts.items()}
 
 
@@ -260,16 +249,18 @@ def train_diffusion(
     cached: Sequence[BucketCache],
     validation: Sequence[BucketCache],
     sample: Callable[["TrainingResult", SamplesConfig], Sequence[np.ndarray]] | None = None,
+    statistics: LatentStatistics | None = None,
 ) -> TrainingResult:
     """Train, or continue to train, a transformer on the caches of the training and the validation split, by bucket.
 
-    `sample` returns the videos, T H W 3 of uint8, that `config.samples` asks for.
+    `sample` returns the videos, T H W 3 of uint8, that `config.samples` asks for. `statistics` are those that the autoencoder's
+    configuration states, which transformers of diffusers need.
 
     Raises UserError for a cache of another ratio or other clips, an unsuitable run directory, and one that was started with
     other caches, another vocabulary or another `init`.
     """
     precision = choose_precision_once(config.precision, config.output_dir)
-    config = replace(config, precision=precision)
+    config = replace(adopt(config), precision=precision)
     accelerator = make_accelerator(Path(config.output_dir), precision, config.run.trackers)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     splits = {"train": cached, "eval": validation}
@@ -285,10 +276,10 @@ def train_diffusion(
         raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
     if config.init:
         transformer = load_transformer(config.init)
-        adapt_to_latents(transformer, latents, text, config.condition.max_frames, frozen=config.lora is not None)
+        adapt_to_latents(transformer, latents, text, config.condition.max_frames, config.lora is not None, statistics)
     else:
         transformer = new_transformer(config, latents, text)
-    broadcast_from_main(lambda: record_data(run, _models(config, transformer, text)))
+    broadcast_from_main(lambda: record_data(run, _models(config, transformer, text, statistics)))
     if config.lora:
         add_lora(transformer, config.lora)
     attention = choose_attention(transformer, config.attention, accelerator.device, DTYPES[precision])
@@ -305,9 +296,9 @@ def train_diffusion(
     shown = buckets.index(config.data.default_bucket) if config.data.default_bucket in buckets else 0
     fps = by_bucket[shown][0].fps
     checks = [
-        ValidationSet(part, str(cache.bucket), transformer, cache.bucket.batch_size or config.optimization.batch_size)
+        ValidationSet(part, str(cache.bucket), trained, cache.bucket.batch_size or config.optimization.batch_size)
         for cache, parts in zip(validation, validation_sets, strict=True)
-        for part in parts
+        for part, trained in zip(parts, by_bucket[0], strict=True)
     ]
 
     def validate(log: Log, step: int) -> Metrics:

@@ -15,7 +15,6 @@ from promag.training.loop import Metrics, seeded
 from promag.training.processes import processes, sum_over_processes
 
 from .latent_cache import LatentDataset
-from .transformer import ProMAGTransformer3DModel
 
 if TYPE_CHECKING:
     from .train import FlowObjective
@@ -32,13 +31,13 @@ class ValidationSet:
     Args:
         clips: cached latents and embeddings.
         bucket: name of the clips' size in the metrics.
-        transformer: holds the statistics.
+        trained: training clips of the same ratio, which have the statistics.
         batch_size: clips that each process scores at once.
     """
 
-    def __init__(self, clips: LatentDataset, bucket: str, transformer: ProMAGTransformer3DModel, batch_size: int):
+    def __init__(self, clips: LatentDataset, bucket: str, trained: LatentDataset, batch_size: int):
         self.clips, self.ratio, self.bucket, self.batch_size = clips, clips.ratio, bucket, batch_size
-        self.transformer = transformer
+        self.trained = trained
         self.frames: int = clips.index["shape"][1]
         self.text_keys = [key for text in clips.texts for key in text.keys.values()]
 
@@ -66,7 +65,7 @@ class ValidationSet:
         """Return the mean over times of each clip's error, (b,)."""
         rows = [self.clips.fixed(i) for i in clips]
         x = torch.stack([row["latents"] for row in rows]) * self.clips.std + self.clips.mean
-        x = self.transformer.normalise(x, self.ratio).to(device)
+        x = ((x - self.trained.mean) / self.trained.std).to(device)
         noise = torch.stack([torch.randn(x.shape[1:], generator=seeded(0, i)) for i in clips]).to(device)
         fps = torch.tensor([row["fps"] for row in rows], device=device)
         keys = [key for key in self.text_keys if key in rows[0]]

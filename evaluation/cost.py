@@ -19,9 +19,9 @@ from torch import Tensor
 
 from promag.diffusion.attention import choose_attention
 from promag.diffusion.config import DiffusionConfig
+from promag.diffusion.families import hidden_matrices
 from promag.diffusion.flops import forward_flops, training_flops
 from promag.diffusion.flow import flow_times, sample_flow, velocity
-from promag.diffusion.train import hidden_matrices
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames
 from promag.training.compilation import compile_blocks

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
@@ -16,11 +17,11 @@ from promag.data.buckets import Bucket
 from promag.data.datasets import open_by_bucket
 from promag.diffusion.cache_store import Shards
 from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextConfig, TextEncoderConfig
+from promag.diffusion.families import LatentStatistics, adopt, check_autoencoder, family_of, family_of_init
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
 from promag.diffusion.text import NULL_CAPTION, Embedded, encode_prompts, load_frozen, side_by_side
 from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_embeddings
 from promag.diffusion.train import BucketCache, TrainingResult, train_diffusion
-from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import find_damage, load_tokenizer, save_model
 from promag.tokenizer.geometry import check_ratio
@@ -29,6 +30,7 @@ from promag.training.precision import Precision, autocast
 from promag.training.processes import broadcast_from_main, choose_precision_once, main_process_first, processes
 
 from .sampling import sample_videos
+from .stock import StockPipeline, build_stock
 from .text_to_video import ProMAGPipeline
 
 
@@ -38,12 +40,14 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     Existing latents, embeddings, checkpoints and a finished pipeline are reused.
     Raises UserError for unsuitable tokenizers, text encoders, clips, caches and run directories.
     """
+    config = adopt(config)
     config = dataclasses.replace(config, precision=choose_precision_once(config.precision, config.output_dir))
     folder = Path(config.output_dir) / ("lora" if config.lora else "pipeline")
     vae = load_tokenizer(config.tokenizer)
     cached = cache(config, vae)
 
-    text = SampleText(config.text, config.samples.prompts if config.samples else ())
+    clean = family_of_init(config.init).clean
+    text = SampleText(config.text, config.samples.prompts if config.samples else (), clean)
 
     def sample(so_far: TrainingResult, samples: SamplesConfig) -> list[np.ndarray]:
         pipe = assemble(config, so_far, vae, with_text=False)
@@ -56,7 +60,7 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
         finally:  # free the memory for training
             vae.cpu()
 
-    trained = train_diffusion(config, cached["train"], cached["eval"], sample)
+    trained = train_diffusion(config, cached["train"], cached["eval"], sample, LatentStatistics.of(vae.config))
     if not (trained.outcome and trained.outcome.finished):
         return None
     with main_process_first() as main:
@@ -66,26 +70,23 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
 
 
 class SavedLora:
-    """A transformer's adapters, saved in the format that a pipeline's `load_lora_weights` reads."""
+    """A transformer's adapters, saved in the format that `load_lora_weights` of its family's pipeline reads."""
 
-    def __init__(self, transformer: ProMAGTransformer3DModel):
+    def __init__(self, transformer: Any):
         self.transformer = transformer
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapters' weights, with their ranks, scales and targets as metadata of the file."""
         config: Any = self.transformer.peft_config
         weights: Any = get_peft_model_state_dict(self.transformer)
-        ProMAGPipeline.save_lora_weights(
-            folder,
-            weights,
-            transformer_lora_adapter_metadata=config["default"].to_dict(),
-        )
+        kind: Any = WanPipeline if family_of(self.transformer).is_stock else ProMAGPipeline
+        kind.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=config["default"].to_dict())
 
 
 def assemble(
     config: DiffusionConfig, trained: TrainingResult, vae: AutoencoderKLProMAG, with_text: bool = True
-) -> ProMAGPipeline:
-    """Put a trained transformer, the tokenizer and, `with_text`, the text encoders into a pipeline.
+) -> ProMAGPipeline | StockPipeline:
+    """Put a trained transformer, the tokenizer and, `with_text`, the text encoders into a pipeline of its family.
 
     The pipeline's defaults are the shape, fps and first ratio of the training. Frozen text encoders are loaded here, because
     training uses only their cached embeddings.
@@ -95,6 +96,8 @@ def assemble(
         pair = trained.small_text if encoder == config.text.small else _load(encoder)
         suffix = "" if number == 1 else f"_{number}"
         text |= dict(zip((f"tokenizer{suffix}", f"text_encoder{suffix}"), pair or (), strict=True))
+    if family_of(trained.transformer).is_stock:
+        return build_stock(config, trained.transformer, vae, trained.fps, text)
     return ProMAGPipeline(
         **text,
         transformer=trained.transformer,
@@ -113,6 +116,8 @@ def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, list[B
 
     Returns each split's caches, one per bucket.
     """
+    config = adopt(config)
+    check_autoencoder(config.init, LatentStatistics.of(vae.config))
     latents = {split: cache_latents(config, split, vae) for split in ("train", "eval")}
     folders = {_name(config, split, bucket): caches[0] for split, parts in latents.items() for bucket, caches in parts}
     texts = cache_text(config, folders)
@@ -178,17 +183,19 @@ def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str
     encoder is loaded only if embeddings are missing or its files have changed, and at most one is in memory at a time.
     """
     folders: dict[str, dict[int, Path]] = {name: {} for name in latents}
-    memory = Path(config.data.cache) / "text-encoders.json"
+    memory, family = Path(config.data.cache) / "text-encoders.json", family_of_init(config.init)
     for number, encoder in config.text.frozen.items():
         load = functools.cache(lambda encoder=encoder: _load(encoder))
         digest = broadcast_from_main(lambda e=encoder, load=load: encoder_digest(e.model, e.weights, memory, load))
+        if family.cleaning:
+            digest = hashlib.sha256(f"{digest} {family.cleaning}".encode()).hexdigest()
         for name, folder in latents.items():
             split, dash, bucket = name.partition("-")
             source = Shards(folder).index["fingerprint"]
             limits = (encoder.max_length, config.data.dtype, config.data.shard_size)
             wanted = TextFingerprint(digest, source["clips"], *limits, videos=source.get("videos"))
             cache_folder = Path(config.data.cache) / f"{split}-text-{number}{dash}{bucket}"
-            folders[name][number] = write_embeddings(cache_folder, wanted, folder, load)
+            folders[name][number] = write_embeddings(cache_folder, wanted, folder, load, family.clean)
     return folders
 
 
@@ -217,10 +224,11 @@ class SampleText:
     Args:
         text: the text encoders of a training.
         prompts: all prompts that will be encoded, besides the null caption.
+        clean: returns a prompt as frozen encoders read it.
     """
 
-    def __init__(self, text: TextConfig, prompts: Sequence[str]):
-        self.text, self.prompts = text, list(dict.fromkeys([*prompts, NULL_CAPTION]))
+    def __init__(self, text: TextConfig, prompts: Sequence[str], clean: Callable[[str], str] = str):
+        self.text, self.prompts, self.clean = text, list(dict.fromkeys([*prompts, NULL_CAPTION])), clean
         self._kept: dict[TextEncoderConfig, Embedded] = {}
 
     @torch.no_grad()
@@ -239,5 +247,5 @@ class SampleText:
     def _frozen(self, encoder: TextEncoderConfig) -> Embedded:
         if encoder not in self._kept:
             tokenizer, model = load_frozen(encoder.model, encoder.weights, encoder.max_length)
-            self._kept[encoder] = encode_prompts(tokenizer, model, self.prompts).map(torch.Tensor.cpu)
+            self._kept[encoder] = encode_prompts(tokenizer, model, [*map(self.clean, self.prompts)]).map(torch.Tensor.cpu)
         return self._kept[encoder]

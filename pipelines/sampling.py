@@ -22,6 +22,7 @@ from promag.training.precision import PRECISIONS, Precision, autocast
 from promag.training.progress import ProgressBar
 
 from .inputs import NAMES, NEGATIVE_NAMES, check_counts, check_prompts, unpack, with_defaults
+from .stock import StockPipeline, is_stock, load_stock
 from .text_to_video import ProMAGPipeline
 from .timesteps import check_flow, count_model_calls
 
@@ -71,9 +72,21 @@ class Seconds:
 
 def load_pipeline(folder: str | Path) -> ProMAGPipeline:
     """Load the pipeline in a folder, onto the GPU if there is one; raises UserError if it cannot be loaded."""
+    _check_index_there(folder)
+    if is_stock(folder):
+        raise UserError(f"pipeline {folder}: a WanPipeline, which sample, evaluate-pipeline and compare-budgets take")
+    return ProMAGPipeline.from_pretrained(folder).to(best_device())
+
+
+def open_pipeline(folder: str | Path) -> ProMAGPipeline | StockPipeline:
+    """Load our own or a stock WanPipeline from a folder; raises UserError if it cannot be loaded."""
+    _check_index_there(folder)
+    return load_stock(folder).to(best_device()) if is_stock(folder) else load_pipeline(folder)
+
+
+def _check_index_there(folder: str | Path) -> None:
     if not (Path(folder) / "model_index.json").exists():
         raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of `promag train-diffusion`")
-    return ProMAGPipeline.from_pretrained(folder).to(best_device())
 
 
 def check_seeds(seeds: Sequence[Any]) -> None:
@@ -86,6 +99,8 @@ def check_seeds(seeds: Sequence[Any]) -> None:
 
 def trained_ratios(pipe: Any) -> tuple[int, ...]:
     """Return the temporal ratios that a pipeline's transformer was trained at."""
+    if isinstance(pipe, StockPipeline):
+        return tuple(sorted(pipe.temporal_ratios))
     return tuple(sorted(map(int, pipe.transformer.config["latents_mean"] or {})))
 
 
@@ -132,6 +147,8 @@ def make_videos(
     if draft is not None:
         if not isinstance(draft, Draft):
             raise ValueError(f"draft {draft!r:.100}: a Draft is needed")
+        if isinstance(pipe, StockPipeline):
+            raise ValueError("draft: a WanPipeline starts from noise; leave drafts out")
         check_counts(draft_ratio=draft.ratio, draft_steps=draft.steps)
         if draft.ratio <= ratio or not 0 <= draft.strength < 1:
             raise ValueError(

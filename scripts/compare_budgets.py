@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promag import ProMAGPipeline
 from promag.data.datasets import open_evaluation
 from promag.diffusion.config import DiffusionConfig
 from promag.evaluation.adaptive_budget import adaptive_figures
@@ -18,7 +17,7 @@ from promag.evaluation.budgets import Budget, baseline_budget, check_budgets, co
 from promag.evaluation.clip_similarity import ClipSimilarity, load_similarity
 from promag.evaluation.cost import LENGTHS, BudgetCosts, Effort, fit_errors
 from promag.evaluation.generation import generation_figures
-from promag.pipelines.sampling import trained_ratios
+from promag.pipelines.sampling import open_pipeline, trained_ratios
 from promag.reports.budget_report import (
     BudgetReport,
     cost_lines,
@@ -92,7 +91,9 @@ def _parser() -> Parser:
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer, or of a pipeline")
     parser.add_argument("--out", type=Path, required=True, help="folder to write results.jsonl and report.html to")
     parser.add_argument("--also", nargs="+", default=[], metavar="NAME=PATH", help="other autoencoders of diffusers")
-    parser.add_argument("--pipelines", nargs="+", default=[], metavar="DIR", help="trained pipelines to sample from")
+    parser.add_argument(
+        "--pipelines", nargs="+", default=[], metavar="DIR", help="trained pipelines to sample from, ours or WanPipelines"
+    )
     share(parser, "--videos", "--split", "--frames", "--size", "--count")
     parser.add_argument("--target", type=float, default=25.0, help="PSNR in dB that each clip should have, at its own level")
     parser.add_argument("--segment", type=int, default=17, help="frames of the segments that can have a level each")
@@ -208,13 +209,10 @@ def _pipelines(folders: Sequence[str]) -> dict[str, Any]:
     """Load the pipelines, by a name that tells them apart."""
     pipelines: dict[str, Any] = {}
     for folder in map(Path, folders):
-        if not (folder / "model_index.json").exists():
-            raise UserError(f"pipeline {folder}: no model_index.json there; give a folder of `promag train-diffusion`")
         name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
         if name in pipelines:
             raise UserError(f"pipeline {folder}: another one is called {name} too; names of folders must differ")
-        pipelines[name] = ProMAGPipeline.from_pretrained(folder)
-        pipelines[name].to(best_device())
+        pipelines[name] = open_pipeline(folder)
     return pipelines
 
 

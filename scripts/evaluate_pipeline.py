@@ -20,7 +20,7 @@ from promag.evaluation.prompt_accuracy import (
     format_accuracy,
     scenes_to_score,
 )
-from promag.pipelines.sampling import load_pipeline, sample_timed, trained_ratios
+from promag.pipelines.sampling import open_pipeline, sample_timed, trained_ratios
 from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     arguments.precision = choose_precision(arguments.precision, best_device())
     for folder in arguments.checkpoints:
-        pipe: Any = load_pipeline(folder)
+        pipe: Any = open_pipeline(folder)
         pipe.set_progress_bar_config(disable=True)
         legal = trained_ratios(pipe)
         name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name

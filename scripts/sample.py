@@ -26,7 +26,7 @@ from promag.data.video import (
 )
 from promag.diffusion.attention import choose_attention
 from promag.evaluation.clip_similarity import load_similarity
-from promag.pipelines.sampling import Draft, SampleRequest, Seconds, load_pipeline, make_videos
+from promag.pipelines.sampling import Draft, SampleRequest, Seconds, make_videos, open_pipeline
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.side_by_side import grid
 from promag.scripts._options import share
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     _check_files(arguments)
     _check_numbers(arguments)
     clip = load_similarity(arguments.clip, arguments.clip_weights)
-    pipe: Any = load_pipeline(arguments.checkpoint)
+    pipe: Any = open_pipeline(arguments.checkpoint)
     choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
     fps = arguments.fps or pipe.config["fps"]
     if fps > MOST_FPS and GIF in _kinds(arguments):

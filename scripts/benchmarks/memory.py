@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from promag.diffusion.config import DiffusionConfig
+from promag.diffusion.families import hidden_matrices
 from promag.diffusion.flops import training_flops
-from promag.diffusion.train import hidden_matrices
 from promag.evaluation.memory import activation_bytes, sharded_memory, small_text, static_memory, text_shape, transformer_alone
 from promag.scripts._options import share
 from promag.tokenizer.geometry import tokens

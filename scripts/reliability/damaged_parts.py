@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from promag import ProMAGPipeline, load_pipeline, load_tokenizer
-from promag.diffusion.finetune import load_transformer
+from promag.diffusion.families import load_transformer
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.diffusion.text import load_frozen
 from promag.diffusion.text_cache import EmbeddingCache, TextFingerprint, write_embeddings

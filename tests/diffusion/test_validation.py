@@ -61,7 +61,7 @@ def test_the_loss_is_the_mean_over_all_clips_in_batches_of_the_set_size(parts, b
     hook = transformer.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     try:
         with torch.no_grad():
-            loss = ValidationSet(clips, str(VIDEO), transformer, batch_size).loss(objective, first_given)
+            loss = ValidationSet(clips, str(VIDEO), clips, batch_size).loss(objective, first_given)
     finally:
         hook.remove()
     with torch.no_grad():

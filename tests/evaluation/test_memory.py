@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from promag.diffusion.config import DiffusionConfig, TransformerConfig
-from promag.diffusion.train import hidden_matrices
+from promag.diffusion.families import hidden_matrices
 from promag.evaluation.cost import TransformerAlone, random_loss
 from promag.evaluation.memory import (
     activation_bytes,

@@ -1,0 +1,233 @@
+"""Pipelines of diffusers with transformers of other families: put together, saved, loaded, and called as our sampling does.
+
+A WanPipeline's folder holds what that class saves, and may hold promag.json: the shape and the temporal ratios that it was
+trained at. The stock pipeline decodes at its autoencoder's highest ratio; a grown autoencoder has lower ones too, at which
+`StockPipeline` decodes the same latents.
+
+Shapes: b c t h w latents.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from torch import Tensor
+
+from promag.diffusion.config import DiffusionConfig
+from promag.diffusion.families import TEXT_TOKENS
+from promag.tokenizer.geometry import check_frames, check_ratio, check_size
+from promag.training.config import UserError, one_line
+from promag.training.files import write_atomically
+from promag.training.safetensors_only import check_folder, read_mapping
+
+from .inputs import VideoShape
+from .saved_index import WAN_PARTS, check_index
+from .timesteps import FLOW, FLOW_WITH_SETTINGS, check_flow
+
+SETTINGS = "promag.json"
+
+
+@dataclass(frozen=True)
+class StockDefaults:
+    """What a stock pipeline samples by default, and the temporal ratios that its transformer was trained at."""
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    fps: float = 16.0
+    temporal_ratios: Sequence[int] = ()  # () for all of the autoencoder's
+    max_sequence_length: int = TEXT_TOKENS
+
+
+class StockPipeline:
+    """A WanPipeline with the arguments and the defaults of our own pipeline.
+
+    Args:
+        pipe: the pipeline; its autoencoder may be a grown one.
+        defaults: shape, rate and ratios of its videos; the first ratio is the default.
+    """
+
+    def __init__(self, pipe: Any, defaults: StockDefaults | None = None):
+        self.pipe, self.defaults = pipe, defaults or StockDefaults()
+        legal = tuple(getattr(pipe.vae, "temporal_ratios", (pipe.vae.config.scale_factor_temporal,)))
+        self.temporal_ratios = tuple(self.defaults.temporal_ratios) or legal
+        for ratio in self.temporal_ratios:
+            check_ratio(ratio, legal)
+        first = self.temporal_ratios[0] if self.defaults.temporal_ratios else legal[-1]
+        self.config = {**asdict(self.defaults), "temporal_ratio": first}
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer."""
+        return self.pipe.transformer
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder."""
+        return self.pipe.vae
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler."""
+        return self.pipe.scheduler
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.pipe.device
+
+    def to(self, *args: Any) -> "StockPipeline":
+        """Move the parts."""
+        self.pipe.to(*args)
+        return self
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set the options of the progress bar over the steps."""
+        self.pipe.set_progress_bar_config(**options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the stock pipeline, and the defaults beside its parts."""
+        self.pipe.save_pretrained(folder)
+        values = {**asdict(self.defaults), "temporal_ratios": list(self.temporal_ratios)}
+        write_atomically(Path(folder) / SETTINGS, json.dumps(values, indent=2) + "\n")
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        temporal_ratio: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        fps: float | None = None,
+        generator: Any = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        callback_on_step_end: Any = None,
+    ) -> Any:
+        """Sample as WanPipeline does; embeddings of padding become zero, and the frame rate is no input of the model.
+
+        Raises ValueError for a ratio, a number of frames and a size that the stock pipeline would round or cannot decode.
+        """
+        shape = VideoShape.of(self.config, height, width, num_frames, temporal_ratio, fps)
+        vae, ratio = self.vae, shape.temporal_ratio
+        check_ratio(ratio, self.temporal_ratios)
+        check_frames(shape.num_frames, ratio)
+        spatial, (_, *patch) = vae.config.scale_factor_spatial, self.transformer.config.patch_size
+        check_size(shape.height, shape.width, math.lcm(16, spatial * math.lcm(*patch)))
+        own = ratio == vae.config.scale_factor_temporal
+        self.pipe.vae_scale_factor_temporal = ratio
+        try:
+            output = self.pipe(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                height=shape.height,
+                width=shape.width,
+                num_frames=shape.num_frames,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                latents=latents,
+                prompt_embeds=_without_padding(prompt_embeds, prompt_attention_mask),
+                negative_prompt_embeds=_without_padding(negative_prompt_embeds, negative_prompt_attention_mask),
+                output_type=output_type if own else "latent",
+                callback_on_step_end=callback_on_step_end,
+                max_sequence_length=self.defaults.max_sequence_length,
+            )
+        finally:
+            self.pipe.vae_scale_factor_temporal = vae.config.scale_factor_temporal
+        if not own and output_type != "latent":
+            output.frames = self._decode(output.frames, ratio, output_type)
+        return output
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:
+        """Decode normalised latents at a lower ratio than the stock pipeline does."""
+        vae = self.vae
+        latents = latents.to(vae.device, vae.dtype)
+        mean, std = (latents.new_tensor(vae.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+        video = vae.decode(latents * std + mean, temporal_ratio=ratio).sample
+        return self.pipe.video_processor.postprocess_video(video, output_type=output_type)
+
+
+def _without_padding(embeds: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    return embeds if embeds is None or mask is None else embeds * mask[..., None].to(embeds.dtype)
+
+
+def is_stock(folder: str | Path) -> bool:
+    """Return whether a folder holds a saved WanPipeline."""
+    index = Path(folder) / "model_index.json"
+    return index.is_file() and read_mapping(index).get("_class_name") == WanPipeline.__name__
+
+
+def load_stock(folder: str | Path) -> StockPipeline:
+    """Load a saved WanPipeline, of which all weights must be safetensors; raises UserError if it cannot be loaded."""
+    folder = Path(folder)
+    check_folder(folder)
+    check_index(read_mapping(folder / "model_index.json"), WAN_PARTS)
+    settings = read_mapping(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    try:
+        defaults = StockDefaults(**settings)
+        pipe: Any = WanPipeline.from_pretrained(folder, use_safetensors=True)
+        return StockPipeline(pipe, defaults)
+    except UserError:
+        raise
+    except Exception as error:  # whatever diffusers raises for files that are not what it expects
+        raise UserError(f"pipeline {folder}: cannot be loaded: {one_line(error)}") from None
+
+
+def build_stock(config: DiffusionConfig, transformer: Any, vae: Any, fps: float, text: dict[str, Any]) -> StockPipeline:
+    """Put a trained transformer, the autoencoder and the text encoder into a WanPipeline with the scheduler of `init`.
+
+    Without a scheduler there it gets an Euler scheduler whose times are shifted as in training.
+    """
+    index = Path(config.init or "") / "model_index.json"
+    stated = read_mapping(index) if index.is_file() else {}
+    pipe = WanPipeline(
+        **text,
+        transformer=transformer,
+        vae=vae,
+        scheduler=_scheduler(Path(config.init or "") / "scheduler", config.shift),
+        expand_timesteps=bool(stated.get("expand_timesteps")),
+    )
+    return StockPipeline(
+        pipe,
+        StockDefaults(
+            height=config.data.size,
+            width=config.data.size,
+            num_frames=config.data.frames,
+            fps=fps,
+            temporal_ratios=config.ratios,
+            max_sequence_length=config.text.encoders[0].max_length,
+        ),
+    )
+
+
+def _scheduler(folder: Path, shift: float) -> Any:
+    """Load the scheduler in a folder, or make one; raises UserError for one that integrates no flow."""
+    file = folder / "scheduler_config.json"
+    if not file.is_file():
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    name = read_mapping(file).get("_class_name")
+    if name not in (*FLOW, *FLOW_WITH_SETTINGS):
+        raise UserError(f"{file}: {name!r:.100}: legal are {', '.join((*FLOW, *FLOW_WITH_SETTINGS))}")
+    scheduler = getattr(diffusers, name).from_pretrained(folder)
+    try:
+        check_flow(scheduler)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    return scheduler
