@@ -24,7 +24,7 @@ from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_e
 from promag.diffusion.train import BucketCache, TrainingResult, train_diffusion
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import find_damage, load_tokenizer, save_model
-from promag.tokenizer.geometry import check_ratio
+from promag.tokenizer.geometry import check_ratio, check_size
 from promag.training.config import UserError
 from promag.training.precision import Precision, autocast
 from promag.training.processes import broadcast_from_main, choose_precision_once, main_process_first, processes
@@ -144,6 +144,8 @@ def cache_latents(
     try:
         for ratio in ratios:
             check_ratio(ratio, vae.temporal_ratios)
+        for bucket in data.training_buckets:
+            check_size(bucket.height, bucket.width, vae.spatial_compression_ratio)
     except ValueError as error:
         raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
     hashes = broadcast_from_main(lambda: {ratio: vae.encoding_fingerprint(ratio) for ratio in ratios})

@@ -1,12 +1,10 @@
 """Pipelines of diffusers with transformers of other families: put together, saved, loaded, and called as our sampling does.
 
 A WanPipeline's folder holds what that class saves, and may hold promag.json: the shape and the temporal ratios that it was
-trained at. The stock pipeline decodes at its autoencoder's highest ratio; a grown autoencoder has lower ones too, at which
-`StockPipeline` decodes the same latents.
-
-Shapes: b c t h w latents.
+trained at. The stock pipeline decodes at the ratio that its autoencoder serves, the highest one when it is loaded.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.families import TEXT_TOKENS
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.training.config import UserError, one_line
 from promag.training.files import write_atomically
@@ -54,12 +53,13 @@ class StockPipeline:
     """
 
     def __init__(self, pipe: Any, defaults: StockDefaults | None = None):
+        if not isinstance(pipe.vae, AutoencoderKLProMAG):
+            pipe.register_modules(vae=AutoencoderKLProMAG.from_base(pipe.vae))
         self.pipe, self.defaults = pipe, defaults or StockDefaults()
-        legal = tuple(getattr(pipe.vae, "temporal_ratios", (pipe.vae.config.scale_factor_temporal,)))
-        self.temporal_ratios = tuple(self.defaults.temporal_ratios) or legal
+        self.temporal_ratios = tuple(self.defaults.temporal_ratios) or pipe.vae.temporal_ratios
         for ratio in self.temporal_ratios:
-            check_ratio(ratio, legal)
-        first = self.temporal_ratios[0] if self.defaults.temporal_ratios else legal[-1]
+            check_ratio(ratio, pipe.vae.temporal_ratios)
+        first = self.temporal_ratios[0] if self.defaults.temporal_ratios else pipe.vae.temporal_ratios[-1]
         self.config = {**asdict(self.defaults), "temporal_ratio": first}
 
     @property
@@ -68,8 +68,8 @@ class StockPipeline:
         return self.pipe.transformer
 
     @property
-    def vae(self) -> Any:
-        """The autoencoder."""
+    def vae(self) -> AutoencoderKLProMAG:
+        """The autoencoder; one of diffusers is the base of ours, without a further level."""
         return self.pipe.vae
 
     @property
@@ -92,8 +92,17 @@ class StockPipeline:
         self.pipe.set_progress_bar_config(**options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the stock pipeline, and the defaults beside its parts."""
-        self.pipe.save_pretrained(folder)
+        """Save the stock pipeline, and the defaults beside its parts.
+
+        Levels of the autoencoder above the trained ratios are left out: the highest one is that which a loaded pipeline
+        decodes at. An autoencoder of diffusers without further levels is saved as its own class.
+        """
+        vae = self.vae
+        self.pipe.register_modules(vae=without_levels_above(vae, max(self.temporal_ratios)))
+        try:
+            self.pipe.save_pretrained(folder)
+        finally:
+            self.pipe.register_modules(vae=vae)
         values = {**asdict(self.defaults), "temporal_ratios": list(self.temporal_ratios)}
         write_atomically(Path(folder) / SETTINGS, json.dumps(values, indent=2) + "\n")
 
@@ -127,12 +136,12 @@ class StockPipeline:
         vae, ratio = self.vae, shape.temporal_ratio
         check_ratio(ratio, self.temporal_ratios)
         check_frames(shape.num_frames, ratio)
-        spatial, (_, *patch) = vae.config.scale_factor_spatial, self.transformer.config.patch_size
-        check_size(shape.height, shape.width, math.lcm(16, spatial * math.lcm(*patch)))
-        own = ratio == vae.config.scale_factor_temporal
-        self.pipe.vae_scale_factor_temporal = ratio
+        _, *patch = self.transformer.config.patch_size
+        check_size(shape.height, shape.width, math.lcm(16, vae.spatial_compression_ratio * math.lcm(*patch)))
+        served, self.pipe.vae_scale_factor_temporal = vae.served, ratio
+        vae.serve(ratio)
         try:
-            output = self.pipe(
+            return self.pipe(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
                 height=shape.height,
@@ -144,28 +153,32 @@ class StockPipeline:
                 latents=latents,
                 prompt_embeds=_without_padding(prompt_embeds, prompt_attention_mask),
                 negative_prompt_embeds=_without_padding(negative_prompt_embeds, negative_prompt_attention_mask),
-                output_type=output_type if own else "latent",
+                output_type=output_type,
                 callback_on_step_end=callback_on_step_end,
                 max_sequence_length=self.defaults.max_sequence_length,
             )
         finally:
-            self.pipe.vae_scale_factor_temporal = vae.config.scale_factor_temporal
-        if not own and output_type != "latent":
-            output.frames = self._decode(output.frames, ratio, output_type)
-        return output
-
-    @torch.no_grad()
-    def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:
-        """Decode normalised latents at a lower ratio than the stock pipeline does."""
-        vae = self.vae
-        latents = latents.to(vae.device, vae.dtype)
-        mean, std = (latents.new_tensor(vae.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
-        video = vae.decode(latents * std + mean, temporal_ratio=ratio).sample
-        return self.pipe.video_processor.postprocess_video(video, output_type=output_type)
+            vae.serve(served)
+            self.pipe.vae_scale_factor_temporal = vae.temporal_compression_ratio
 
 
 def _without_padding(embeds: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return embeds if embeds is None or mask is None else embeds * mask[..., None].to(embeds.dtype)
+
+
+def without_levels_above(vae: AutoencoderKLProMAG, ratio: int) -> Any:
+    """Return an autoencoder whose highest temporal ratio is `ratio`, its weights shared; the base alone as its own class."""
+    level = vae.level_of(ratio)
+    if level == 0 and vae.existing:
+        return vae.base_model()
+    if ratio == vae.temporal_ratios[-1]:
+        return vae
+    names = inspect.signature(AutoencoderKLProMAG.__init__).parameters
+    settings = {name: vae.config[name] for name in names if name in vae.config}
+    model = AutoencoderKLProMAG(**{**settings, "growth": vae.config["growth"][:level]})
+    weights = vae.state_dict()
+    model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+    return model.eval()
 
 
 def is_stock(folder: str | Path) -> bool:

@@ -8,6 +8,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import UMT5Config, UMT5EncoderModel
 
 from promag.diffusion.text import learn_vocabulary
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from promag.tokenizer.growth import Growth
 
 PROMPTS = ["a red disc moves left", "a blue square grows"]
 TRANSFORMER = {
@@ -51,6 +53,18 @@ def make_autoencoder(**change: Any) -> AutoencoderKLWan:
     """Return a 4x8x8 autoencoder with random weights."""
     torch.manual_seed(0)
     return AutoencoderKLWan(**{**AUTOENCODER, **change}).eval()
+
+
+def make_grown(levels: int = 3) -> AutoencoderKLProMAG:
+    """Return a tokenizer of `levels` levels on top of such an autoencoder, none of its weights zero."""
+    model = AutoencoderKLProMAG.from_base(make_autoencoder())
+    for _ in range(levels - 1):
+        model.grow(Growth(width=16))
+    with torch.no_grad():
+        for part in (model.encoder_growth, model.decoder_growth):
+            for parameter in part.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
 
 
 def make_stock(**change: Any) -> WanPipeline:
