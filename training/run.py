@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import UserError, load_yaml, save_yaml, to_plain
+from .config import UserError, complete, load_yaml, save_yaml, to_plain
 from .files import append_json, finish_replacing, read_json_lines, replaced_folder, write_atomically
 
 MACHINES = "machines.txt"
@@ -33,7 +33,7 @@ DATA = "data.json"
 
 
 def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (), write: bool = True) -> Path:
-    """Create the run directory, or reopen it if it was started with the same configuration.
+    """Create the run directory, or reopen it if it was started with the same configuration, also by an earlier version.
 
     `may_change` lists dotted keys (or their prefixes) that do not affect what the model learns. With `write` False the
     directory is only checked. Raises UserError naming the keys that differ.
@@ -41,7 +41,8 @@ def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (
     path = Path(path)
     config_file = path / "config.yaml"
     if config_file.exists():
-        old, new = _flat(load_yaml(config_file)), _flat(to_plain(config))
+        # Settings that are newer than the run have their defaults there.
+        old, new = _flat(complete(type(config), load_yaml(config_file))), _flat(to_plain(config))
         differs = [
             f"{key} is {old.get(key)!r} there, {new.get(key)!r} now"
             for key in sorted(old.keys() | new.keys())

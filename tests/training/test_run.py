@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from promag.training import files
 from promag.training.command_line import run_main
@@ -286,6 +287,17 @@ def test_a_run_keeps_its_settings(tmp_path):
     with pytest.raises(UserError, match=r"learning_rate is 0.05 there, 1.0 now; steps is 4 there, 9 now"):
         open_run(tmp_path / "r", changed)
     open_run(tmp_path / "r", changed, may_change=("steps", "learning_rate"))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_newer_settings(tmp_path):
+    defaults = dataclasses.replace(SETTINGS, muon_learning_rate=None)
+    open_run(tmp_path / "r", defaults)
+    file = tmp_path / "r" / "config.yaml"
+    older = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "muon_learning_rate"}
+    file.write_text(yaml.safe_dump(older))
+    open_run(tmp_path / "r", defaults)
+    with pytest.raises(UserError, match=r"muon_learning_rate is None there, 0\.01 now"):
+        open_run(tmp_path / "r", dataclasses.replace(SETTINGS, muon_learning_rate=0.01))
 
 
 def test_write_atomically_leaves_nothing_else(tmp_path):
