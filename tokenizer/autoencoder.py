@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from promag.training.safetensors_only import SafetensorsOnly
 
-from .base import INITIAL_LOGVAR, build_base, init_from_block_means
+from .base import INITIAL_LOGVAR, build_base, init_from_block_means, spatial_ratio
 from .encoding import Encoding
 from .existing import (
     Existing,
@@ -35,7 +35,7 @@ from .existing import (
     joined,
     load_existing,
 )
-from .geometry import SPATIAL_RATIO, check_chunk, check_frames, check_ratio, check_size
+from .geometry import check_chunk, check_frames, check_ratio, check_size
 from .growth import DecoderGrowth, EncoderGrowth, Growth, Projection
 from .growth_file import read_growth, write_growth
 from .inputs import check_latents, check_pixels, check_ratios
@@ -93,7 +93,8 @@ class AutoencoderKLProMAG(Levels, SafetensorsOnly, ModelMixin, AutoencoderMixin,
         if self.existing is None:
             base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides, linear_shortcuts)
             self.encoder, self.decoder = build_base(in_channels, *base)
-            self.base_ratio, self.spatial_ratio, self.latent_step = prod(t for t, _ in strides), SPATIAL_RATIO, 1
+            self.base_ratio, self.spatial_ratio = prod(t for t, _ in strides), spatial_ratio(patch_size, strides)
+            self.latent_step = 1
             self.latent_channels, width = latent_channels, block_out_channels[-1]
         else:
             self._split(self.existing.build(), self.existing)

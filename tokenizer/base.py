@@ -11,11 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .geometry import SPATIAL_RATIO
 from .layers import CausalConv3d, Chain, Downsample, Head, ResBlock, State, Upsample
 
 # log-variance at the start of training: little noise, so that the first steps learn to reconstruct
 INITIAL_LOGVAR = -6.0
+SPATIAL_RATIOS = (8, 16, 32)  # those of this project's models and of the autoencoders that are distilled
 
 
 class BaseEncoder(nn.Module):
@@ -32,7 +32,7 @@ class BaseEncoder(nn.Module):
         shortcuts: bool,
     ):
         super().__init__()
-        self.patch = patch
+        self.patch, self.space = patch, spatial_ratio(patch, strides)
         blocks: list[nn.Module] = [CausalConv3d(in_channels * patch**2, widths[0])]
         for i, width in enumerate(widths):
             blocks += [ResBlock(width, zero=shortcuts) for _ in range(layers)]
@@ -44,7 +44,7 @@ class BaseEncoder(nn.Module):
         self.head.start_at(slice(latent_channels, None), INITIAL_LOGVAR)
 
     def features(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """B C 1+4N H W -> B D 1+N H/8 W/8."""
+        """B C 1+r*N H W -> B D 1+N h w."""
         x = rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=self.patch, q=self.patch)
         return self.body(x.contiguous(memory_format=torch.channels_last_3d), state)
 
@@ -78,7 +78,7 @@ class BaseDecoder(nn.Module):
         self.head = Head(widths[0], out_channels * patch**2, shortcut=shortcuts)
 
     def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """B c 1+N h w -> B C 1+4N 8h 8w."""
+        """B c 1+N h w -> B C 1+r*N H W."""
         s_body, s_head = state or (state, state)
         h, s_body = self.body(z.contiguous(memory_format=torch.channels_last_3d), s_body)
         h, s_head = self.head(h, s_head)
@@ -88,6 +88,11 @@ class BaseDecoder(nn.Module):
     def ends(self) -> list[nn.Module]:
         """Return the layers at latents and pixels."""
         return [self.body[0], self.head]
+
+
+def spatial_ratio(patch: int, strides: Sequence[Sequence[int]]) -> int:
+    """Return the pixels per latent position of a base."""
+    return patch * prod(space for _, space in strides)
 
 
 def build_base(
@@ -102,8 +107,9 @@ def build_base(
     """Return the encoder and the decoder of one base; raises ValueError for settings that do not fit together."""
     if len(strides) != len(widths) - 1:
         raise ValueError(f"{len(strides)} strides: {len(widths)} widths need one fewer than widths")
-    if (space := patch * prod(s for _, s in strides)) != SPATIAL_RATIO:
-        raise ValueError(f"patch_size times spatial strides is {space}: it must be {SPATIAL_RATIO}")
+    if (space := spatial_ratio(patch, strides)) not in SPATIAL_RATIOS:
+        legal = ", ".join(map(str, SPATIAL_RATIOS))
+        raise ValueError(f"patch_size times spatial strides is {space}: it must be one of {legal}")
     shape = (in_channels, latent_channels, patch, widths, layers, strides, shortcuts)
     return BaseEncoder(*shape), BaseDecoder(*shape)
 
@@ -127,7 +133,7 @@ def init_from_block_means(encoder: BaseEncoder, decoder: BaseDecoder) -> None:
     # Each latent channel fills a run of features: depth-to-space then gives every position in a block the same.
     width = out.out_channels
     out.weight[range(width), torch.arange(width) * latents // width, -1, 1, 1] = 1
-    flat = torch.eye(colours).view(colours, colours, 1, 1, 1).expand(-1, -1, 1, SPATIAL_RATIO, SPATIAL_RATIO)
+    flat = torch.eye(colours).view(colours, colours, 1, 1, 1).expand(-1, -1, 1, encoder.space, encoder.space)
     features = encoder.features(flat)[0].flatten(1).T  # D x colours
     skips: Any = encoder.head.skip, decoder.head.skip
     skips[0].weight[:colours, :, 0, 0, 0] = torch.linalg.pinv(features)
@@ -138,3 +144,29 @@ def init_from_block_means(encoder: BaseEncoder, decoder: BaseDecoder) -> None:
     skips[1].weight[:, :, 0, 0, 0] = painted @ torch.linalg.pinv(spread)
     for skip, count in zip(skips, (latents, None), strict=True):
         nn.init.zeros_(skip.bias[:count])
+
+
+@torch.no_grad()
+def fit_linear_paths(encoder: BaseEncoder, decoder: BaseDecoder, x: Tensor, z: Tensor) -> None:
+    """Set the linear paths of an untrained encoder and decoder with shortcuts to fit given clips and latents.
+
+    As in `init_from_block_means`, whose outer layers are taken; the skips of both heads then solve the least-squares problems
+    x -> z and z -> x. x: B C 1+r*N H W, z: b c 1+N h w.
+    """
+    init_from_block_means(encoder, decoder)
+    skips: Any = encoder.head.skip, decoder.head.skip
+    pixels = rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=decoder.patch, q=decoder.patch)
+    for skip, features, target in ((skips[0], encoder.features(x)[0], z), (skips[1], decoder.body(z)[0], pixels)):
+        weight, bias = _least_squares(features, target)
+        skip.weight[: len(weight), :, 0, 0, 0] = weight
+        skip.bias[: len(bias)] = bias
+
+
+def _least_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """B D T H W and B C T H W -> C x D weights and C biases with the smallest squared error, slightly regularised."""
+    rows, wanted = (rearrange(part, "b c t h w -> (b t h w) c").double() for part in (features, target))
+    rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+    products = rows.T @ rows
+    products += 1e-6 * products.diagonal().mean() * torch.eye(len(products), dtype=products.dtype, device=products.device)
+    solution = torch.linalg.solve(products, rows.T @ wanted).T
+    return solution[:, :-1].to(target.dtype), solution[:, -1].to(target.dtype)

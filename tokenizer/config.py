@@ -11,6 +11,7 @@ from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
 
+from .base import SPATIAL_RATIOS, spatial_ratio
 from .discriminator import Adversarial
 from .distillation import Distillation
 from .existing import Features
@@ -141,7 +142,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         """Raise ValueError where stages, frames and sizes do not fit together."""
         check_training_precision(self.precision)
-        check_size(self.data.size, self.data.size)
+        multiple = spatial_ratio(self.model.patch_size, self.model.strides) if self.model else SPATIAL_RATIOS[0]
+        check_size(self.data.size, self.data.size, multiple)
         if self.data.latent_cache and (self.base_features != "latents" or self.data.latent_clips < 1):
             raise ValueError(
                 f"latent_cache with base_features {self.base_features!r}, latent_clips {self.data.latent_clips}: "
@@ -161,7 +163,7 @@ class TokenizerConfig:
             check_frames(stage.frames, stage.ratio)
             for bucket in self.buckets_of(stage):
                 check_frames(bucket.frames, stage.ratio)
-                check_size(bucket.height, bucket.width)
+                check_size(bucket.height, bucket.width, multiple)
         if self.only_stage is not None and self.only_stage not in ratios:
             raise ValueError(f"only_stage {self.only_stage}: the stages are {', '.join(map(str, ratios))}")
 

@@ -13,6 +13,7 @@ from promag.training.loop import Metrics, Objective
 from promag.training.precision import Precision
 
 from .autoencoder import AutoencoderKLProMAG
+from .base import fit_linear_paths
 from .config import StageConfig
 from .discriminator import AdversarialLoss
 from .distillation import CrossedAutoencoder
@@ -138,6 +139,14 @@ class DistillationObjective(StageObjective):
         loss, parts = self.pixel_losses(output, target, generators, step)
         parts["latent"] = posterior_loss(self.model.encode(x, ratio).latent_dist, goal)  # pyright: ignore
         return {"loss": loss + parts["latent"], **parts}
+
+    @torch.no_grad()
+    def fit_linear_paths(self, x: Tensor) -> None:
+        """Start an untrained student as the linear maps that fit the teacher's latents of clips B C T H W best."""
+        (teacher,) = self.teacher
+        z = teacher.encode(x.to(teacher.device), self.stage.ratio).latent_dist.mode()  # pyright: ignore
+        base: Any = self.model
+        fit_linear_paths(base.encoder, base.decoder, x.to(base.device), z.to(base.device))
 
     @property
     def reconstructor(self) -> Any:

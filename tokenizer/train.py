@@ -136,6 +136,10 @@ def train_stage(
         options = stage.optimization
         return TrainingStream(source, config.seed, options.batch_size, rank, world, first, options.accumulate)
 
+    anew = stage.growth is None and config.init is None
+    if isinstance(objective, DistillationObjective) and anew and model.config["linear_shortcuts"]:
+        objective.fit_linear_paths(next(iter(open_stream(0)))["video"])
+
     def validate(log: Log, step: int) -> Metrics:
         if log.trackers:
             log.picture(f"{stage.ratio}x/reconstruction", _sheet(objective.reconstructor, clips[:4], stage.ratio), step)

@@ -23,7 +23,7 @@ from promag.training.config import UserError, build, load_yaml
 from promag.training.run import load_checkpoint
 from tests.conftest import TINY, make_tokenizer, run_config
 from tests.existing_models import small_existing
-from tests.tokenizer.test_train import make_config, records, stage
+from tests.tokenizer.test_train import data_config, make_config, records, stage
 
 SMALL = {**TINY, "block_out_channels": (8, 8, 8)}
 SMALL_16X = {**SMALL, "block_out_channels": (8, 8, 8, 8, 8), "strides": ((2, 2), (2, 1), (2, 1), (2, 1))}
@@ -114,6 +114,24 @@ def test_one_batch_is_learned_by_heart(target, clip):
     assert losses[-1]["l1"] < 0.5 * losses[0]["l1"]
     assert losses[-1]["latent"] < 0.2 * losses[0]["latent"]
     assert evaluate_latents(small, large, [clip[:, :, :5]], 4, "fp32") < 0.2
+
+
+def test_a_student_starts_at_the_best_linear_maps_of_its_outer_layers(clip):
+    large = make_tokenizer(levels=1, settle=0.05)
+    started, fitted = make_tokenizer(levels=1), make_tokenizer(levels=1)
+    started.init_from_block_means()
+    objectives = [DistillationObjective(model, stage(4, 33), large) for model in (started, fitted)]
+    objectives[1].fit_linear_paths(clip)
+    before, after = (objective.evaluate([clip], "fp32") for objective in objectives)
+    assert after["latent_error"] < 0.8 < 1 < before["latent_error"]
+    assert after["psnr"] > before["psnr"] + 3
+    skip = fitted.decoder.head.skip
+    with torch.no_grad():
+        for change in (0.02, -0.02):  # least squares: any change of the solution makes it worse
+            for parameter in (skip.weight, skip.bias):
+                parameter.add_(change)
+                assert objectives[1].evaluate([clip], "fp32")["psnr"] < after["psnr"]
+                parameter.sub_(change)
 
 
 def test_the_target_decides_what_pixels_are_compared_with(clip):
@@ -256,6 +274,22 @@ def test_a_student_has_what_the_pipelines_of_its_teacher_read(wan, tmp_path):
     assert student.config["block_out_channels"] == list(SMALL["block_out_channels"])
     z = torch.randn(1, 4, 2, 2, 2)
     assert student.decode(z, return_dict=False)[0].shape == teacher.decode(z, return_dict=False)[0].shape == (1, 3, 5, 16, 16)
+
+
+def test_a_student_of_latents_of_another_spatial_ratio(tmp_path):
+    small_existing("Wan 2.2").save_pretrained(tmp_path / "wan")  # 4x16x16
+    model = {**SMALL, "strides": ((2, 2), (2, 2))}
+    run = train_tokenizer(distilling(tmp_path / "run", tmp_path / "wan", model=model))
+    student, teacher = load_tokenizer(run), load_tokenizer(tmp_path / "wan")
+    assert student.spatial_compression_ratio == teacher.spatial_compression_ratio == 16
+    z = torch.randn(1, 4, 2, 1, 2)
+    assert student.decode(z).sample.shape == teacher.decode(z).sample.shape == (1, 3, 5, 16, 32)
+    with pytest.raises(UserError, match="have pixels per latent position 16, the model's 8"):
+        load_teacher(str(tmp_path / "wan"), make_tokenizer(levels=1), 4)
+    with pytest.raises(ValueError, match="height 40: needs a multiple of 16; use 32 or 48"):
+        make_config(tmp_path, model=AutoencoderConfig(**model), data=data_config(size=40))
+    with pytest.raises(ValueError, match="patch_size times spatial strides is 4: it must be one of 8, 16, 32"):
+        AutoencoderKLProMAG(**{**SMALL, "strides": ((2, 1), (2, 1))})
 
 
 # -- presets -----------------------------------------------------------------------------------------------------------
