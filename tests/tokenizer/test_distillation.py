@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from promag.training.run import load_checkpoint
 from tests.conftest import TINY, make_tokenizer, run_config
 from tests.existing_models import small_existing
 from tests.tokenizer.test_train import data_config, make_config, records, stage
+from tests.wan import MEAN, STD, make_stock
 
 SMALL = {**TINY, "block_out_channels": (8, 8, 8)}
 SMALL_16X = {**SMALL, "block_out_channels": (8, 8, 8, 8, 8), "strides": ((2, 2), (2, 1), (2, 1), (2, 1))}
@@ -274,6 +276,25 @@ def test_a_student_has_what_the_pipelines_of_its_teacher_read(wan, tmp_path):
     assert student.config["block_out_channels"] == list(SMALL["block_out_channels"])
     z = torch.randn(1, 4, 2, 2, 2)
     assert student.decode(z, return_dict=False)[0].shape == teacher.decode(z, return_dict=False)[0].shape == (1, 3, 5, 16, 16)
+
+
+def test_the_stock_pipeline_decodes_with_a_student(tmp_path):
+    stock = make_stock()
+    stock.vae.save_pretrained(tmp_path / "vae")
+    student: Any = load_tokenizer(train_tokenizer(distilling(tmp_path / "run", tmp_path / "vae")))
+    call = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0}
+
+    def sample(vae, output):
+        generator = torch.Generator().manual_seed(1)
+        pipe = make_stock(vae=vae)
+        return pipe("a red disc", generator=generator, max_sequence_length=8, output_type=output, **call).frames
+
+    latents = sample(stock.vae, "latent")
+    assert torch.equal(sample(student, "latent"), latents)
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1, 1) for values in (MEAN, STD))
+    with torch.no_grad():
+        expected = student.decode(latents * std + mean).sample.transpose(1, 2)
+    torch.testing.assert_close(sample(student, "pt"), (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
 
 
 def test_a_student_of_latents_of_another_spatial_ratio(tmp_path):
