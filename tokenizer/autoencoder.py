@@ -7,7 +7,7 @@ diagonal-Gaussian latent; growth: ProMAG (arXiv 2501.05442), see growth.py.
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,18 @@ from .existing import (
     joined,
     load_existing,
 )
-from .geometry import check_chunk, check_frames, check_ratio, check_size
+from .geometry import check_chunk, check_frames, check_ratio
 from .growth import DecoderGrowth, EncoderGrowth, Growth, Projection
 from .growth_file import read_growth, write_growth
 from .inputs import check_latents, check_pixels, check_ratios
 from .layers import START, Block, State, is_first
 from .levels import Levels
-from .tiling import Call, Tiling, in_parts
+from .tiling import TiledModel, Tiling
 
 EXISTING_WIDTH = 192  # channels of a level's blocks on an existing autoencoder: its two levels take 22 M parameters each
 
 
-class AutoencoderKLProMAG(Levels, SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLProMAG(Levels, TiledModel, SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A causal video autoencoder whose temporal ratio was grown: one checkpoint encodes and decodes at every level.
 
     Args:
@@ -182,40 +182,6 @@ class AutoencoderKLProMAG(Levels, SafetensorsOnly, ModelMixin, AutoencoderMixin,
             raise ValueError("init_from_block_means: this model has no linear shortcuts, so no linear paths to set")
         init_from_block_means(self.encoder, self.decoder)
 
-    # -- memory ------------------------------------------------------------------------------------------------------
-
-    def enable_tiling(
-        self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_sample_stride_height: int | None = None,
-        tile_sample_stride_width: int | None = None,
-    ) -> None:
-        """Encode and decode pictures larger than a tile tile by tile; sizes in pixels, None keeps what was set before.
-
-        Raises ValueError for sizes that are no multiples of the spatial ratio and for a stride above the tile.
-        """
-        sizes = {
-            "height": tile_sample_min_height,
-            "width": tile_sample_min_width,
-            "stride_height": tile_sample_stride_height,
-            "stride_width": tile_sample_stride_width,
-        }
-        tiling = replace(self.tiling, **{key: size for key, size in sizes.items() if size is not None})
-        check_size(tiling.height, tiling.width, self.spatial_ratio)
-        check_size(tiling.stride_height, tiling.stride_width, self.spatial_ratio)
-        self.tiling, self.use_tiling = tiling, True
-
-    def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
-        """Give what encodes and what decodes a floating-point type each; inputs are converted, outputs are of that type."""
-        for part in (self.encoder, self.encoder_growth, self.own_encoders):
-            part.to(encode)
-        for part in (self.decoder, self.decoder_growth, self.own_decoders):
-            part.to(decode)
-
-    def _in_parts(self, x: Tensor, state: State, call: Call, pixels: int = 1) -> tuple[list[Tensor], State]:
-        return in_parts(x, state, call, self.use_slicing, self.tiling if self.use_tiling else None, pixels)
-
     # -- levels ------------------------------------------------------------------------------------------------------
 
     @property
@@ -283,6 +249,13 @@ class AutoencoderKLProMAG(Levels, SafetensorsOnly, ModelMixin, AutoencoderMixin,
         self.level_widths.append(width)
         self.encoder_growth.append(EncoderGrowth(width, channels, growth, project, scale))
         self.decoder_growth.append(DecoderGrowth(width, upper, lower, growth, scale))
+
+    def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
+        """Give what encodes and what decodes a floating-point type each; inputs are converted, outputs are of that type."""
+        for part in (self.encoder, self.encoder_growth, self.own_encoders):
+            part.to(encode)
+        for part in (self.decoder, self.decoder_growth, self.own_decoders):
+            part.to(decode)
 
     def level_of(self, temporal_ratio: int | None) -> int:
         """Return the level (0 is the base) of a temporal ratio; None is the one that is served. Raises ValueError if absent."""

@@ -5,7 +5,7 @@ has a state of its own, so memory holds the activations of one part and, between
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -151,3 +151,37 @@ def _ramp(starts: list[int], index: int, length: int, positions: Tensor) -> Tens
     if index + 1 < len(starts) and (after := starts[index] + length - starts[index + 1]) > 0:
         weights = torch.minimum(weights, ((length - inside) / after).clamp_min(0))
     return weights
+
+
+class TiledModel:
+    """The part of an autoencoder that works tile by tile and clip by clip; `spatial_ratio` is pixels per latent position."""
+
+    spatial_ratio: int
+    use_slicing: bool
+    use_tiling: bool
+    tiling: Tiling
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Encode and decode pictures larger than a tile tile by tile; sizes in pixels, None keeps what was set before.
+
+        Raises ValueError for sizes that are no multiples of the spatial ratio and for a stride above the tile.
+        """
+        sizes = {
+            "height": tile_sample_min_height,
+            "width": tile_sample_min_width,
+            "stride_height": tile_sample_stride_height,
+            "stride_width": tile_sample_stride_width,
+        }
+        tiling = replace(self.tiling, **{key: size for key, size in sizes.items() if size is not None})
+        check_size(tiling.height, tiling.width, self.spatial_ratio)
+        check_size(tiling.stride_height, tiling.stride_width, self.spatial_ratio)
+        self.tiling, self.use_tiling = tiling, True
+
+    def _in_parts(self, x: Tensor, state: State, call: Call, pixels: int = 1) -> tuple[list[Tensor], State]:
+        return in_parts(x, state, call, self.use_slicing, self.tiling if self.use_tiling else None, pixels)
