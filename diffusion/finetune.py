@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import nn
 
@@ -85,3 +86,14 @@ def add_lora(transformer: Any, lora: Lora) -> None:
             raise UserError(f"lora target {target!r}: no linear layer ends so; the layers are {', '.join(ends)}")
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets)))  # pyright: ignore
+
+
+def narrow_frozen(transformer: Any) -> None:
+    """Keep the frozen matrices of a transformer's blocks in bfloat16, to which autocast would round them at each use.
+
+    The transformer must run under autocast; its output stays the same, to the bit.
+    """
+    for module in family_of(transformer).blocks(transformer).modules():
+        for parameter in module.parameters(recurse=False) if isinstance(module, nn.Linear) else ():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)

@@ -37,7 +37,7 @@ from .cache_store import Shards
 from .conditioning import draw_cond_mask, frame_times, mean_over_generated
 from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
 from .families import LatentStatistics, adopt, family_of, hidden_matrices, load_transformer
-from .finetune import adapt_to_latents, add_lora
+from .finetune import adapt_to_latents, add_lora, narrow_frozen
 from .flow import interpolate, sample_times, velocity
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
 from .text import CutTexts, Embedded, draw_dropped, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
@@ -282,6 +282,9 @@ def train_diffusion(
     broadcast_from_main(lambda: record_data(run, _models(config, transformer, text, statistics)))
     if config.lora:
         add_lora(transformer, config.lora)
+        # FSDP2 gathers weights of one type together; our own pipelines take the type of their transformer for their latents.
+        if family_of(transformer).is_stock and precision == "bf16" and config.run.distributed == "ddp":
+            narrow_frozen(transformer)
     attention = choose_attention(transformer, config.attention, accelerator.device, DTYPES[precision])
     accelerator.print(f"attention: {attention}")
     if config.gradient_checkpointing:

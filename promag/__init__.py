@@ -6,6 +6,7 @@ The public classes and functions are imported on first use, and diffusers knows 
 
 import importlib
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,11 +73,17 @@ def _register(diffusers: Any) -> None:
         diffusers._class_to_module[name] = "promag"
     # diffusers 0.42 lists, at every cast of a model, the modules that should have stayed in float32, even where there are none.
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_a_module)
+    # It also tells that a stock pipeline's autoencoder is ours, which is meant.
+    logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_names_no_class_of_ours)
 
 
 def _names_a_module(record: logging.LogRecord) -> bool:
     ours = tuple(f"There are modules in {name} that should be kept in float32: []" for name in _CLASSES)
     return not record.getMessage().startswith(ours)
+
+
+def _names_no_class_of_ours(record: logging.LogRecord) -> bool:
+    return not re.fullmatch(r"Expected types for vae: .*, got <class 'promag\.\w+'>\.", record.getMessage().strip())
 
 
 class _AfterDiffusers:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promag.diffusion.attention import choose_attention
 from promag.diffusion.families import WAN, LatentStatistics, adopt, family_of, family_of_init, hidden_matrices, load_transformer
-from promag.diffusion.finetune import Lora, add_lora
+from promag.diffusion.finetune import Lora, add_lora, narrow_frozen
 from promag.diffusion.flops import wan_forward_flops
 from promag.diffusion.flow import sample_times
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
@@ -200,6 +200,29 @@ def test_the_matrices_of_the_blocks_are_muons_and_adapters_are_named_by_them():
         add_lora(model, Lora(targets=("to_x",)))
     add_lora(model, Lora(rank=2))
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 2 * 2 * 4
+
+
+def test_frozen_matrices_in_bfloat16_change_no_bit_under_autocast(cached, init, tmp_path):
+    batch, text = batch_of(cached)
+    losses, gradients, sizes = [], [], []
+    for narrow in (False, True):
+        model = make_transformer()
+        add_lora(model, Lora(rank=2))
+        if narrow:
+            narrow_frozen(model)
+        sizes.append(sum(p.numel() * p.element_size() for p in model.blocks.parameters() if not p.requires_grad))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.01)
+        objective = FlowObjective(model, text, settings(tmp_path, init))
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(objective(batch, [seeded(7, i) for i in range(3)], 0)["loss"])
+        losses[-1].backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert torch.equal(*losses)
+    assert all(map(torch.equal, *gradients))
+    assert sizes[1] < 0.6 * sizes[0]
 
 
 def test_attention_backends_are_set_for_every_attention():

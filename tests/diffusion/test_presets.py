@@ -18,7 +18,8 @@ def transformer(path: Path) -> ProMAGTransformer3DModel:
         return ProMAGTransformer3DModel(**vars(config.model), **text)
 
 
-PRESETS = [*sorted(Path("configs/diffusion").glob("*.yaml")), Path("configs/paper/diffusion.yaml")]
+PRESETS = [path for path in sorted(Path("configs/diffusion").glob("*.yaml")) if path.stem != "wan"]
+PRESETS.append(Path("configs/paper/diffusion.yaml"))
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: f"{p.parent.name}-{p.stem}")

@@ -3,10 +3,13 @@ import json
 import pytest
 import torch
 
+from promag.pipelines.stock import StockDefaults, StockPipeline
+from promag.scripts import evaluate_pipeline
 from promag.scripts.compare_budgets import main
 from promag.scripts.evaluate_tokenizer import main as evaluate
 from tests.evaluation.test_clip_similarity import write_clip
 from tests.existing_models import small_existing
+from tests.wan import make_grown, make_stock
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +80,33 @@ def test_mistakes_are_named(demo_run, tmp_path, change, message):
     tokenizer = next(demo_run.glob("**/vae")).parent
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         main(["--tokenizer", str(tokenizer), "--videos", "synthetic", "--out", str(tmp_path), *change])
+
+
+def test_a_stock_pipeline_with_a_grown_autoencoder_is_compared_at_all_its_ratios(tmp_path, capsys):
+    grown = make_grown()
+    grown.save_pretrained(tmp_path / "grown")
+    defaults = StockDefaults(32, 32, 17, 8.0, max_sequence_length=8)
+    StockPipeline(make_stock(vae=grown), defaults).save_pretrained(tmp_path / "wan")
+    arguments = [
+        "--tokenizer",
+        str(tmp_path / "grown"),
+        "--videos",
+        "synthetic",
+        "--count",
+        "1",
+        "--frames",
+        "17",
+        "--size",
+        "32",
+    ]
+    arguments += ["--pipelines", str(tmp_path / "wan"), "--no-costs", "--steps", "1", "--prompts", "1", "--precision", "fp32"]
+    assert main([*arguments, "--out", str(tmp_path / "report")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "report" / "results.jsonl").read_text().splitlines()]
+    generated = [line for line in lines if line["what"] == "generation"]
+    assert [(line["pipeline"], line["ratio"]) for line in generated] == [(f"wan at {ratio}x", ratio) for ratio in (4, 8, 16)]
+    assert all(line["sampling_seconds"] > 0 for line in generated)
+    capsys.readouterr()
+    evaluate_pipeline.main([str(tmp_path / "wan"), "--ratios", "16", "--prompts", "1", "--steps", "1", "--precision", "fp32"])
+    printed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line[:2] != "  "]
+    kinds = ("trained combinations", "unseen combinations", "reconstructions of as many unseen clips")
+    assert printed == [f"wan 16x, {kind}" for kind in kinds]

@@ -16,6 +16,7 @@ from promag.training.config import UserError
 from promag.training.run import checkpoints, load_checkpoint
 from tests.scripts.conftest import LOOP
 from tests.scripts.test_scripts import RUN, diffusion_arguments, encoder, tokenizer_arguments, write_t5
+from tests.wan import make_grown, make_stock
 
 # Several trainings run in one process, because starting it takes much longer than training.
 DRIVER = """
@@ -77,10 +78,10 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     write_t5(folder / "t5")
 
-    def diffusion(name, **change):
+    def diffusion(name, tokenizer=folder / "t" / "tokenizer", **change):
         fixed = {"optimization": FOUR, "data": cache_settings(folder), "text": two_texts(folder)}
         change = {**fixed, "condition": {"probability": 0.5}, **change}
-        return diffusion_arguments(folder / name, folder / "t" / "tokenizer", **change)
+        return diffusion_arguments(folder / name, tokenizer, **change)
 
     half, spread = {**RUN, "stop_after": 2}, {**RUN, "distributed": "fsdp2"}
     half_spread = {**half, **spread}
@@ -88,6 +89,11 @@ def runs(tmp_path_factory) -> Path:
     accumulated = {**FOUR, "batch_size": 1, "accumulate": 2}
     lora = {"init": str(folder / "whole" / "pipeline"), "model": None, "lora": {"rank": 2, "alpha": 2.0, "targets": ["to_q"]}}
     lora |= {"budgets": [{"ratio": 16, "share": 1.0}]}
+    stock = {"init": str(folder / "init"), "model": None, "text": {"encoders": [encoder(folder / "init")]}}
+    stock |= {"condition": {"probability": 0.0}, "tokenizer": folder / "grown", "samples": samples}
+    stock |= {"data": {**cache_settings(folder), "cache": str(folder / "stock-latents")}}
+    make_stock().save_pretrained(folder / "init")
+    make_grown().save_pretrained(folder / "grown")
     trainings = [
         ("promag.scripts.train_tokenizer", tokenizer_arguments(folder / "t")),
         ("promag.scripts.train_diffusion", diffusion("whole", samples=samples)),
@@ -99,6 +105,8 @@ def runs(tmp_path_factory) -> Path:
         ("promag.scripts.train_diffusion", diffusion("spread-then-ddp", run=half_spread, optimization=accumulated)),
         ("promag.scripts.train_diffusion", diffusion("spread-then-ddp", run=half, optimization=accumulated)),
         ("promag.scripts.train_diffusion", diffusion("spread-lora", run=spread, **lora)),
+        ("promag.scripts.train_diffusion", diffusion("stock", **stock)),
+        ("promag.scripts.train_diffusion", diffusion("spread-stock", run=spread, **stock)),
         ("tests.scripts.spread_weights", [str(folder)]),
     ]
     torchrun(folder, DRIVER, trainings)
@@ -162,6 +170,17 @@ def test_adapters_on_sharded_weights_learn_the_same(runs):
     names = ("spread-lora", "lora")
     assert logged(runs / names[0] / "16x") == pytest.approx(logged(runs / names[1] / "16x"), rel=1e-5)
     spread, whole = (load_file(runs / name / "lora" / "pytorch_lora_weights.safetensors") for name in names)
+    assert spread.keys() == whole.keys()
+    assert all(torch.allclose(spread[key], value, atol=1e-3) for key, value in whole.items())
+
+
+def test_a_sharded_stock_transformer_learns_the_same(runs):
+    for key in ("loss", "gradient_norm", "validation_loss"):
+        assert logged(runs / "spread-stock" / "16x", key) == pytest.approx(logged(runs / "stock" / "16x", key), rel=1e-5)
+    spread, whole = (
+        load_file(runs / name / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("spread-stock", "stock")
+    )
     assert spread.keys() == whole.keys()
     assert all(torch.allclose(spread[key], value, atol=1e-3) for key, value in whole.items())
 
