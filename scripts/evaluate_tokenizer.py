@@ -20,7 +20,7 @@ from promag.reports.contact_sheet import write_contact_sheet
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
-from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
+from promag.tokenizer.metrics import PROTOCOL, Interpolated, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
@@ -69,6 +69,12 @@ def main(argv: Sequence[str]) -> int:
         print(f"{ratio:>3}x  {summary}  ({time.perf_counter() - started:.1f} s)")
         for low, lifted in results[ratio]["lift"].items():
             print(f"      lifted to {low}x  latent error {lifted['latent_error']:.4g}  psnr {lifted['psnr']:.4g}")
+        if (step := ratio // model.temporal_ratios[0]) > 1:
+            control = evaluate_fully(Interpolated(model), videos(), ratio, lpips, features, precision)
+            results[ratio]["interpolated"] = control
+            print(
+                f"      control: every {step} frames at {ratio // step}x, the others interpolated  psnr {control['psnr']:.4g}"
+            )
     compared = {
         ratio: before_after.compare(before, model, videos, ratio, results[ratio], precision, arguments.rounds)
         for ratio in common

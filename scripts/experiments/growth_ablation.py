@@ -24,7 +24,7 @@ from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerCon
 from promag.tokenizer.existing import Features, existing_class
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
-from promag.tokenizer.objectives import StageObjective
+from promag.tokenizer.objectives import LATENTS, StageObjective
 from promag.tokenizer.train import train_tokenizer
 from promag.training.command_line import Parser, parse_config, run_main
 from promag.training.config import required, setting
@@ -246,7 +246,9 @@ def _used_parameters(model: Any, ratio: int) -> int:
 
 def _cost(config: AblationConfig, variant: Variant, seed: int, stage: StageConfig) -> dict[str, float]:
     """Return steps, clips, frames, seconds and FLOPs of one stage's training; seconds are this machine's."""
-    clips = stage.optimization.steps * stage.optimization.batch_size * stage.optimization.accumulate
+    latent, pixels = _steps(stage)
+    per_step = stage.optimization.batch_size * stage.optimization.accumulate
+    clips = pixels * per_step + latent * _latent_batch(config, stage) * stage.optimization.accumulate
     done = run_folder(config, variant.name, seed) / f"{stage.ratio}x" / "done.json"
     return {
         "steps": stage.optimization.steps,
@@ -268,22 +270,47 @@ def _stage_flops(config: AblationConfig, variant: Variant, seed: int, stage: Sta
     added = ratios = [r for r in model.temporal_ratios if r <= stage.ratio]
     below = [s.ratio for s in variant.stages if s.ratio < stage.ratio]
     if stage.growth:
-        added = [r for r in ratios if r > (max(below) if below else _base_highest(config, variant, seed))]
+        added = [r for r in ratios if r > max(below, default=_base_highest(config, variant, seed, ratios[0]))]
     model.train_only(*(added if stage.trainable == "new" else ratios))
     objective = StageObjective(model, stage, added)
-    video = torch.zeros(1, 3, stage.frames, config.data.size, config.data.size)
-    latent = min(stage.latent_pretrain_steps, stage.optimization.steps) if stage.growth else 0
+    side, accumulate = config.data.size, stage.optimization.accumulate
+    video: dict[str, Any] = {"video": torch.zeros(1, 3, stage.frames, side, side)}
+    first = video
+    if config.data.latent_cache:
+        with torch.no_grad():
+            rates = [2**level for level in range(1 + model.level_of(stage.ratio))]
+            clip, lowest = video["video"], model.temporal_ratios[0]
+            first = {f"{LATENTS}{r}": model.encode(clip[:, :, ::r], lowest).latent_dist.mode() for r in rates}
+    latent, pixels = _steps(stage)
     total = 0.0
-    for step, count in ((0, latent), (stage.latent_pretrain_steps, stage.optimization.steps - latent)):
+    for batch, step, count in (
+        (first, 0, latent * _latent_batch(config, stage)),
+        (video, stage.latent_pretrain_steps, pixels * stage.optimization.batch_size),
+    ):
         if count:
             with FlopCounterMode(display=False) as counter, autocast("cpu", config.precision):
-                objective({"video": video}, [seeded(0)], step)["loss"].backward()
-            total += counter.get_total_flops() * count * stage.optimization.batch_size * stage.optimization.accumulate
+                objective(batch, [seeded(0)], step)["loss"].backward()
+            total += counter.get_total_flops() * count * accumulate
     return total
 
 
-def _base_highest(config: AblationConfig, variant: Variant, seed: int) -> int:
-    return load_tokenizer(run_folder(config, variant.base or "", seed) / "tokenizer").temporal_ratios[-1]
+def _steps(stage: StageConfig) -> tuple[int, int]:
+    """Return how many steps of a stage regress latents, and how many reconstruct pixels."""
+    latent = min(stage.latent_pretrain_steps, stage.optimization.steps) if stage.growth else 0
+    return latent, stage.optimization.steps - latent
+
+
+def _latent_batch(config: AblationConfig, stage: StageConfig) -> int:
+    """Return the clips of a batch in the steps that regress latents."""
+    cached = stage.latent_batch_size if config.data.latent_cache else None
+    return cached or stage.optimization.batch_size
+
+
+def _base_highest(config: AblationConfig, variant: Variant, seed: int, lowest: int) -> int:
+    """Return the highest ratio that a variant starts from: its base's, or its architecture's own."""
+    if variant.base is None:
+        return lowest
+    return load_tokenizer(run_folder(config, variant.base, seed) / "tokenizer").temporal_ratios[-1]
 
 
 def _curve(

@@ -213,3 +213,35 @@ def test_parameters_of_the_variants_at_16x_agree(name):
     for way in ("direct", "direct_plain", "warm"):
         assert counts[way] == pytest.approx(counts["progressive"], rel=0.05)
     assert counts["baseline"] == pytest.approx(counts["base"], rel=0.05)
+
+
+def test_growth_on_an_existing_architecture_is_compared_with_training_it_directly(tmp_path):
+    values = load_yaml("configs/growth_ablation/existing.yaml")
+    small = {**values["variants"][0]["baseline"]["config"], "base_dim": 8, "z_dim": 4, "latents_mean": [0] * 4}
+    small["latents_std"] = [1] * 4
+    for variant in values["variants"]:
+        if "baseline" in variant:
+            variant["baseline"] = {**variant["baseline"], "config": small}
+        for stage in variant["stages"]:
+            stage["optimization"] = {"steps": 2, "batch_size": 1, "warmup": 1}
+            if "growth" in stage:
+                stage["growth"] = {**stage["growth"], "width": 16}
+            if "latent_pretrain_steps" in stage:
+                stage |= {"latent_pretrain_steps": 1, "latent_batch_size": 3}
+    data = {"train": "synthetic", "validation": "synthetic", "synthetic_clips": 4, "size": 32, "temporal_strides": [1]}
+    values["data"] = {**data, "validation_clips": 1, "latent_cache": str(tmp_path / "latents"), "latent_clips": 3}
+    values |= {"output_dir": str(tmp_path / "runs"), "record": str(tmp_path / "lines.jsonl"), "precision": "fp32", "frames": 65}
+    values["run"] = {"validate_every": 2, "log_every": 1, "workers": 0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert growth_ablation.main(["--config", str(tmp_path / "config.yaml")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [(row["variant"], row["ratio"]) for row in rows] == [
+        ("wan", 4), ("wan_grown", 8), ("wan_grown", 16), ("wan_direct", 16),
+    ]  # fmt: skip
+    assert [row["stage"]["frames_seen"] for row in rows] == [2 * 17, 4 * 33, 4 * 65, 2 * 65]
+    grown, direct = rows[2], rows[3]
+    assert grown["flops"] > grown["stage"]["flops"] > 0
+    assert grown["inherited"]["flops"] == rows[0]["flops"]
+    assert direct["stage"] == {key: direct[key] for key in growth_ablation.COSTS}
+    weights = load_tokenizer(tmp_path / "runs" / "wan_direct-0" / "tokenizer").state_dict()
+    assert any(name.startswith("encoder_growth.1.") for name in weights)
