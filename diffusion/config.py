@@ -164,7 +164,7 @@ class DiffusionConfig:
     compile: bool = setting(False, "compile the repeated blocks: takes minutes at the start, then steps are faster; for GPUs")
     tokenizer: str = required("folder of a trained video tokenizer")
     init: str | None = setting(
-        None, "a trained pipeline to fine-tune, including its small text encoder; null trains from scratch"
+        None, "a trained pipeline to fine-tune, ours with its small text encoder or a WanPipeline; null trains from scratch"
     )
     lora: Lora | None = setting(None, "train only adapters on the transformer of `init`; null trains all weights")
     budgets: tuple[BudgetConfig, ...] = setting(
@@ -172,7 +172,9 @@ class DiffusionConfig:
     )
     caption_dropout: float = setting(0.1, "fraction of captions replaced by the null caption, for guidance")
     shift: float = setting(
-        3.0, "shift of times towards noise: factor of t / (1 - t) at 256 tokens, grows with the root of the token count"
+        3.0,
+        "shift of times towards noise: factor of t / (1 - t) at 256 tokens, grows with the root of the token count; for Wan "
+        "the factor at any number of tokens",
     )
     condition: Condition = setting(Condition(), "first-frame conditioning, for image-to-video and continuation")
     text: TextConfig = setting(TextConfig(), "text encoders")

@@ -61,7 +61,7 @@ class Lora:
     alpha: float = setting(16.0, "adapters are scaled by alpha / rank")
     targets: tuple[str, ...] = setting(
         ("to_q", "to_k", "to_v", "to_out.0"),
-        "name suffixes of the adapted linear layers: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2, ...",
+        "name suffixes of the adapted linear layers: to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2 (Wan: ffn.net.2), ...",
     )
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
 
@@ -13,8 +14,10 @@ from promag.diffusion.finetune import Lora, add_lora
 from promag.pipelines.build import cache, train_pipeline
 from promag.pipelines.sampling import open_pipeline, trained_ratios
 from promag.pipelines.stock import StockPipeline, without_levels_above
+from promag.tokenizer.growth import Growth
 from promag.training.config import UserError, build, load_yaml
 from promag.training.run import checkpoints, load_checkpoint
+from tests.existing_models import small_existing
 from tests.wan import make_autoencoder, make_grown, make_stock, make_transformer
 
 CALL = {"height": 32, "width": 32, "num_frames": 17, "num_inference_steps": 2}
@@ -147,3 +150,28 @@ def test_a_grown_autoencoder_in_a_stock_pipeline_is_sampled_at_all_its_ratios(tm
     assert pipe.config["temporal_ratio"] == 16
     for ratio in (4, 8, 16):
         assert sampled(pipe, temporal_ratio=ratio).shape == (1, 17, 3, 32, 32)
+
+
+def test_wan_2_2_with_its_coarser_grid_is_trained_under_autocast(tmp_path):
+    """Its autoencoder has 16x16 pixels a latent position, its pipeline a time for each token, which are all the same here."""
+    vae = AutoencoderKLProMAG.from_base(small_existing("Wan 2.2"))
+    vae.grow(Growth(width=16))
+    vae.save_pretrained(tmp_path / "grown")
+    make_stock(vae=small_existing("Wan 2.2"), expand_timesteps=True).save_pretrained(tmp_path / "init")
+    samples = {"prompts": ["a red disc"], "every": 2, "steps": 1}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = {"lora": {"rank": 2}, "gradient_checkpointing": True, "precision": "bf16", "samples": samples}
+    saved = train_pipeline(configuration(tmp_path, tmp_path / "lora-run", 8, **given))
+    stock = WanPipeline.from_pretrained(tmp_path / "init", vae=load_tokenizer(tmp_path / "grown"))
+    stock.load_lora_weights(saved)
+    assert sampled(stock).shape == (1, 17, 3, 32, 32)
+    AcceleratorState._reset_state(reset_partial_state=True)  # its precision belongs to the process
+    saved = train_pipeline(configuration(tmp_path, tmp_path / "run", 8))
+    stock = DiffusionPipeline.from_pretrained(saved)
+    assert stock.config.expand_timesteps
+    assert (stock.vae_scale_factor_spatial, stock.vae_scale_factor_temporal) == (16, 8)
+    assert torch.equal(sampled(stock), sampled(open_pipeline(saved)))
+    config = configuration(tmp_path, tmp_path / "odd", 8)
+    odd = dataclasses.replace(config, data=dataclasses.replace(config.data, size=40))
+    with pytest.raises(UserError, match="height 40: needs a multiple of 16"):
+        cache(odd, vae)
