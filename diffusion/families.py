@@ -86,8 +86,8 @@ class Family(ABC):
         """Return the FLOPs of one forward pass."""
 
     @abstractmethod
-    def text_widths(self, transformer: Any) -> tuple[list[int], int]:
-        """Return the widths of each encoder's text tokens, and of the pooled text vector, 0 for none."""
+    def text_widths(self, transformer: Any) -> tuple[list[int], int | None]:
+        """Return the widths of each encoder's text tokens, and of the pooled text vector: 0 for none, None for any."""
 
     @abstractmethod
     def normalise(
@@ -139,7 +139,7 @@ class ProMAGFamily(Family):
         """Return the FLOPs of one forward pass."""
         return forward_flops(config, tokens, text_tokens, batch)
 
-    def text_widths(self, transformer: Any) -> tuple[list[int], int]:
+    def text_widths(self, transformer: Any) -> tuple[list[int], int | None]:
         """Return the widths of the text tokens of each encoder, and of the pooled text vector."""
         return transformer.text_dims, transformer.config["pooled_dim"]
 
@@ -214,9 +214,9 @@ class WanFamily(Family):
         """Return the FLOPs of one forward pass."""
         return wan_forward_flops(config, tokens, sum(text_tokens), batch)
 
-    def text_widths(self, transformer: Any) -> tuple[list[int], int]:
-        """Return the width of the text tokens; there is no pooled vector."""
-        return [transformer.config["text_dim"]], 0
+    def text_widths(self, transformer: Any) -> tuple[list[int], int | None]:
+        """Return the width of the text tokens; an encoder's pooled vector is left aside, as WanPipeline does."""
+        return [transformer.config["text_dim"]], None
 
     @property
     def cleaning(self) -> str:

@@ -42,7 +42,7 @@ def adapt_to_latents(
         ("text widths", widths, list(text.widths)),
         ("pooled text width", pooled, text.pooled_width),
     ):
-        if has != wants:
+        if has is not None and has != wants:
             raise UserError(f"init: its transformer was trained with {name} {has}, this training has {wants}")
     for shape in {tuple(part.index["shape"][1:]) for part in latents}:
         if any(side % patch for side, patch in zip(shape, config["patch_size"], strict=True)):

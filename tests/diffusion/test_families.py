@@ -1,6 +1,7 @@
 """Training WanTransformer3DModel: its call, its normalisation and its text are those of the stock WanPipeline."""
 
 import dataclasses
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from promag.diffusion.attention import choose_attention
 from promag.diffusion.families import WAN, LatentStatistics, adopt, family_of, family_of_init, hidden_matrices, load_transformer
-from promag.diffusion.finetune import Lora, add_lora, narrow_frozen
+from promag.diffusion.finetune import Lora, adapt_to_latents, add_lora, narrow_frozen
 from promag.diffusion.flops import wan_forward_flops
 from promag.diffusion.flow import sample_times
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
@@ -252,6 +253,16 @@ def test_transformers_that_do_not_fit_are_refused(cached, tmp_path, change, mess
             [cached_at_16(cached)],
             statistics=STATISTICS,
         )
+
+
+def test_a_text_encoders_pooled_vector_is_left_aside(cached):
+    parts = [LatentDataset(cached.latents[0], texts=[EmbeddingCache(cached.texts[1], 1)])]
+    text = types.SimpleNamespace(widths=(12,), pooled_width=7)
+    adapt_to_latents(make_transformer(), parts, text, 0, False, STATISTICS)
+    assert parts[0].mean.flatten().tolist() == pytest.approx(MEAN)
+    text.widths = (13,)
+    with pytest.raises(UserError, match=r"trained with text widths \[12\], this training has \[13\]"):
+        adapt_to_latents(make_transformer(), parts, text, 0, False, STATISTICS)
 
 
 def cached_at_16(cached: BucketCache) -> BucketCache:
