@@ -195,7 +195,7 @@ class WanFamily(Family):
         """Load a transformer from its own folder, in float32; raises UserError for one that is not text-to-video."""
         _check_text_to_video(folder, read_mapping(folder / "config.json"))
         check_folder(folder)
-        transformer = self.model.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+        transformer = self.model.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         check_complete(transformer, folder)
         return transformer
 

@@ -151,8 +151,8 @@ class StockPipeline:
                 guidance_scale=guidance_scale,
                 generator=generator,
                 latents=latents,
-                prompt_embeds=_without_padding(prompt_embeds, prompt_attention_mask),
-                negative_prompt_embeds=_without_padding(negative_prompt_embeds, negative_prompt_attention_mask),
+                prompt_embeds=self._without_padding(prompt_embeds, prompt_attention_mask),
+                negative_prompt_embeds=self._without_padding(negative_prompt_embeds, negative_prompt_attention_mask),
                 output_type=output_type,
                 callback_on_step_end=callback_on_step_end,
                 max_sequence_length=self.defaults.max_sequence_length,
@@ -161,9 +161,12 @@ class StockPipeline:
             vae.serve(served)
             self.pipe.vae_scale_factor_temporal = vae.temporal_compression_ratio
 
-
-def _without_padding(embeds: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    return embeds if embeds is None or mask is None else embeds * mask[..., None].to(embeds.dtype)
+    def _without_padding(self, embeds: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Move embeddings to the device of the stock call, which does not, with zeros at the padding."""
+        if embeds is None:
+            return None
+        kept = embeds if mask is None else embeds * mask[..., None].to(embeds)
+        return kept.to(self.pipe._execution_device)
 
 
 def without_levels_above(vae: AutoencoderKLProMAG, ratio: int) -> Any:
