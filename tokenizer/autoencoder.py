@@ -94,8 +94,7 @@ class AutoencoderKLProMAG(Levels, TiledModel, SafetensorsOnly, ModelMixin, Autoe
             base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides, linear_shortcuts)
             self.encoder, self.decoder = build_base(in_channels, *base)
             self.base_ratio, self.spatial_ratio = prod(t for t, _ in strides), spatial_ratio(patch_size, strides)
-            self.latent_step = 1
-            self.latent_channels, width = latent_channels, block_out_channels[-1]
+            self.latent_step, self.latent_channels, width = 1, latent_channels, block_out_channels[-1]
         else:
             self._split(self.existing.build(), self.existing)
             self.base_ratio, self.spatial_ratio = self.existing.temporal_ratio, self.existing.spatial_ratio
@@ -172,6 +171,16 @@ class AutoencoderKLProMAG(Levels, TiledModel, SafetensorsOnly, ModelMixin, Autoe
             **dict.fromkeys(("scale_factor_spatial", "spatial_compression_ratio"), self.spatial_ratio),
         }
         return FrozenDict({**own, **stated, **ratios, "latent_channels": self.latent_channels})
+
+    @property
+    def latents_mean(self) -> Tensor:
+        """The mean of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
+        return self.encoder.model.latents_mean  # pyright: ignore
+
+    @property
+    def latents_std(self) -> Tensor:
+        """The deviation of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
+        return self.encoder.model.latents_std  # pyright: ignore
 
     def init_from_block_means(self) -> None:
         """Set the linear paths of an untrained base so that training starts from the colour means of blocks.
@@ -321,8 +330,8 @@ class AutoencoderKLProMAG(Levels, TiledModel, SafetensorsOnly, ModelMixin, Autoe
             latents: by frame rate r = 1, 2, 4, ... the base's latents of x[:, :, ::r], b c t h w.
             temporal_ratios: as in `encode_levels`.
 
-        The means are as from pixels; deviations are those that growth adds to a key frame without any. Raises ValueError where
-        growth sees more of the base than its latents, and for a missing frame rate.
+        The means are as from pixels, deviations are not. Raises ValueError where growth sees more of the base than its latents,
+        and for a missing frame rate.
         """
         if self.existing is None or self.existing.features != "latents":
             raise ValueError("encode_base_latents: the levels see more of the base than its latents; encode pixels")

@@ -49,6 +49,8 @@ class Existing:
     spatial_ratio: int
     latent_channels: int
     latent_step: int = 1  # clips have 1 + k*latent_step latent frames
+    latents_mean: list[float] | None = None  # of each channel, where the class keeps them as buffers
+    latents_std: list[float] | None = None
     features: Features = "latents"
     feature_channels: int = 0  # of what the encoder's last convolution sees; 0 where growth sees latents alone
 
@@ -61,15 +63,16 @@ class Existing:
         return {key: value for key, value in self.config.items() if not key.startswith("_")}
 
     def scale(self) -> LatentScale:
-        """Return mean and deviation of each latent channel as the configuration states them, else 0 and 1.
+        """Return mean and deviation of each latent channel as the autoencoder states them, else 0 and 1.
 
         Raises ValueError where it states them for another number of channels.
         """
-        mean, std = (self.config.get(key) for key in ("latents_mean", "latents_std"))
+        mean = self.latents_mean or self.config.get("latents_mean")
+        std = self.latents_std or self.config.get("latents_std")
         if mean is not None and std is not None:
             if not len(mean) == len(std) == self.latent_channels:
                 counts = f"latents_mean of {len(mean)} and latents_std of {len(std)} values"
-                raise ValueError(f"{self.class_name}: {counts} in its configuration, {self.latent_channels} latent channels")
+                raise ValueError(f"{self.class_name}: {counts}, {self.latent_channels} latent channels")
             return LatentScale(*(torch.tensor(values, dtype=torch.float32) for values in (mean, std)))
         deviation = 1 / (self.config.get("scaling_factor") or 1.0)
         return LatentScale(torch.zeros(self.latent_channels), torch.full((self.latent_channels,), deviation))
@@ -135,6 +138,7 @@ def describe(model: Any, features: Features = "latents") -> Existing:
                 latent_step=step,
                 features=features,
                 feature_channels=seen,
+                **_buffers(model),
             )
         problem = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
     raise ValueError(f"{name}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {problem}")
@@ -146,6 +150,12 @@ def _stated_ratio(model: Any) -> int | None:
     stated = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio")
     stated = stated or vars(model).get("temporal_compression_ratio")
     return int(stated or (2 ** sum(config["temperal_downsample"]) if config.get("temperal_downsample") else 0)) or None
+
+
+def _buffers(model: Any) -> dict[str, list[float]]:
+    """Return the latents' mean and deviation of a class that keeps them as buffers, as AutoencoderKLLTXVideo does."""
+    named = {name: buffer for name, buffer in model.named_buffers() if name in ("latents_mean", "latents_std")}
+    return {name: buffer.tolist() for name, buffer in named.items() if not buffer.is_meta}
 
 
 def _features(model: Any, clip: Tensor, latent: Tensor) -> int:

@@ -84,7 +84,8 @@ class Levels:
         Growing further levels or training decoders keeps it.
         """
         level, config = self.level_of(temporal_ratio), self.config
-        base = asdict(self.existing) if self.existing else {key: config[key] for key in BASE_SETTINGS}
+        existing = asdict(self.existing) if self.existing else {key: config[key] for key in BASE_SETTINGS}
+        base = {key: value for key, value in existing.items() if value is not None}
         growth = [asdict(replace(Growth(**grown), encoder="frozen", decoder="frozen")) for grown in config["growth"][:level]]
         for grown in growth:
             if grown["width"] is None:  # which earlier versions did not know

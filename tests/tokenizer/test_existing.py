@@ -4,7 +4,13 @@ import re
 import diffusers
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
 from promag import AutoencoderKLProMAG, load_tokenizer
 from promag.tokenizer.growth import Growth
@@ -344,7 +350,7 @@ def test_a_class_without_a_name_of_its_own_here_is_taken_by_its_latents():
     with torch.no_grad():
         assert torch.equal(moments(model, x, 8), moments(model, x[:, :, ::2], 4))
     other = {**SMALL["Wan 2.1"][1], "latents_mean": [0.0] * 3}
-    with pytest.raises(ValueError, match=r"latents_mean of 3 and latents_std of 4 values .*, 4 latent channels"):
+    with pytest.raises(ValueError, match="latents_mean of 3 and latents_std of 4 values, 4 latent channels"):
         AutoencoderKLProMAG.from_base(diffusers.AutoencoderKLWan(**other)).grow(Growth())
 
 
@@ -353,3 +359,24 @@ def test_a_level_that_takes_no_key_frames_starts_with_little_noise():
     _, model = grown("Wan 2.2", "encoder", levels=1, settle=0.0, mixing="none", birth=False)
     logvar = model.encode(clip_for(model, 8), 8).latent_dist.logvar
     assert torch.allclose(logvar, torch.full_like(logvar, -6.0), atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_ltx_pipeline_samples_with_a_grown_autoencoder_and_the_statistics_in_its_buffers():
+    base = small_existing("LTX")
+    base.latents_mean.copy_(torch.linspace(-1, 1, 8))
+    base.latents_std.copy_(torch.linspace(0.5, 2, 8))
+    model = AutoencoderKLProMAG.from_base(base)
+    model.grow(Growth(width=16))
+    scale = model.encoder_growth[0].scale
+    assert torch.equal(scale.mean.flatten(), base.latents_mean)
+    assert torch.equal(scale.std.flatten(), base.latents_std)
+    shape = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
+    transformer = LTXVideoTransformer3DModel(**shape, num_layers=1, caption_channels=16)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = LTXPipeline(scheduler=scheduler, vae=model, text_encoder=None, tokenizer=None, transformer=transformer)
+    pipe.set_progress_bar_config(disable=True)
+    text = {"prompt_embeds": torch.zeros(1, 4, 16), "prompt_attention_mask": torch.ones(1, 4)}
+    text |= {f"negative_{name}": value for name, value in text.items()}
+    frames = pipe(**text, num_frames=33, height=64, width=64, num_inference_steps=1, output_type="pt").frames
+    assert frames.shape == (1, 33, 3, 64, 64)  # three latent frames at 16x
