@@ -104,13 +104,16 @@ def _grouped(unit: str, parts: Sequence[ValidationSet], losses: Sequence[float],
     return {name: total / clips for name, (total, clips) in sums.items()}
 
 
-def training_figures(run: Path, ratio: int) -> dict[str, float]:
-    """Return steps, seconds and validation loss at a ratio from the training in a run's folder; empty if there is none."""
+def training_figures(run: Path, ratio: int) -> dict[str, Any]:
+    """Return steps, seconds and validation loss at a ratio from the training in a run's folder; empty if there is none.
+
+    `curve` holds step and loss of each validation.
+    """
     files = [file for file in sorted(run.glob("*/metrics.jsonl")) if f"{ratio}x" in file.parent.name.split("-")]
     lines = [line for file in files for line in read_json_lines(file)]
     validated = [line for line in lines if "validation_loss" in line]
     if not validated:
         return {}
+    curve = [[line["step"], line.get(f"validation_loss_{ratio}x", line["validation_loss"])] for line in validated]
     last = validated[-1]
-    loss = last.get(f"validation_loss_{ratio}x", last["validation_loss"])
-    return {"steps": last["step"], "seconds": last["train_seconds"], "validation_loss": loss}
+    return {"steps": last["step"], "seconds": last["train_seconds"], "validation_loss": curve[-1][1], "curve": curve}

@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
                 record = {"what": "prompt accuracy of reconstructions", **facts, "clips": arguments.prompts}
                 append_result(arguments.record, {**record, "accuracy": ceiling})
             if trained:
-                print(f"{name} {ratio}x: " + ", ".join(f"{key} {value:g}" for key, value in trained.items()))
+                figures = {key: value for key, value in trained.items() if key != "curve"}
+                print(f"{name} {ratio}x: " + ", ".join(f"{key} {value:g}" for key, value in figures.items()))
     return 0
 
 
