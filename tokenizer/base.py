@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from .layers import CausalConv3d, Chain, Downsample, Head, ResBlock, State, Upsample
 
+# of the mean square of features, added to all: features of natural clips are nearly collinear, and without it the solution
+# has large weights that cancel each other, until the first steps of training move the features apart
+RIDGE = 1e-2
 # log-variance at the start of training: little noise, so that the first steps learn to reconstruct
 INITIAL_LOGVAR = -6.0
 SPATIAL_RATIOS = (8, 16, 32)  # those of this project's models and of the autoencoders that are distilled
@@ -163,10 +166,10 @@ def fit_linear_paths(encoder: BaseEncoder, decoder: BaseDecoder, x: Tensor, z: T
 
 
 def _least_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """B D T H W and B C T H W -> C x D weights and C biases with the smallest squared error, slightly regularised."""
+    """B D T H W and B C T H W -> C x D weights and C biases with a small squared error and small weights (ridge regression)."""
     rows, wanted = (rearrange(part, "b c t h w -> (b t h w) c").double() for part in (features, target))
     rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
     products = rows.T @ rows
-    products += 1e-6 * products.diagonal().mean() * torch.eye(len(products), dtype=products.dtype, device=products.device)
+    products += RIDGE * products.diagonal().mean() * torch.eye(len(products), dtype=products.dtype, device=products.device)
     solution = torch.linalg.solve(products, rows.T @ wanted).T
     return solution[:, :-1].to(target.dtype), solution[:, -1].to(target.dtype)

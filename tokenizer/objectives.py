@@ -127,6 +127,12 @@ class DistillationObjective(StageObjective):
         self.target = target
         self.teacher = (teacher,)  # a tuple: it is no part of what is trained, wrapped and saved
 
+    def separately_clipped(self) -> list[nn.Module]:
+        """Return what encodes, too: its large first gradients must not shrink the decoder's."""
+        encoders = (self.model.encoder, self.model.encoder_growth, self.model.own_encoders)
+        trained = [part for part in encoders if any(p.requires_grad for p in part.parameters())]
+        return [*super().separately_clipped(), *trained]
+
     def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """B C T H W in batch["video"] -> loss, its parts."""
         x, ratio = batch["video"], self.stage.ratio
