@@ -5,6 +5,7 @@ saves for the backward pass. Both work on tensors without data, so that a model 
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from promag.diffusion.config import DiffusionConfig, TextConfig, TransformerConfig
 from promag.diffusion.text import learn_vocabulary, small_clip
@@ -160,3 +163,40 @@ def _saved() -> Iterator[dict[int, Any]]:
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def peak_live_bytes(call: Callable[[], Any]) -> int:
+    """Return the most bytes that the tensors made by `call()` hold at once, also where they have no data.
+
+    What the backward pass of `call` saves and makes counts too; workspaces inside of operators do not.
+    """
+    with _Live() as live:
+        call()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Mode that sums the storages which operators make and which are still referred to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and _memory(tensor) not in inputs | self.sizes.keys():
+                self._count(tensor.untyped_storage())
+        return outputs
+
+    def _count(self, storage: Any) -> None:
+        size = storage.nbytes()
+        self.sizes[storage._cdata] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, storage._cdata)
+
+    def _release(self, address: int) -> None:
+        self.now -= self.sizes.pop(address)

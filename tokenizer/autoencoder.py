@@ -43,7 +43,7 @@ from .layers import START, Block, State, is_first
 from .levels import Levels
 from .tiling import TiledModel, Tiling
 
-EXISTING_WIDTH = 192  # channels of a level's blocks on an existing autoencoder: its two levels take 22 M parameters each
+EXISTING_WIDTH = 192  # channels of a level's blocks on an existing autoencoder: a level takes some 12 M parameters
 
 
 class AutoencoderKLProMAG(Levels, TiledModel, SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
