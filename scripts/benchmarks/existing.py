@@ -91,7 +91,7 @@ def count_flops(call: Callable[[], Any]) -> dict[str, int]:
         call()
     # Without data attention is written out, as two batched products; linear layers are products of matrices.
     kinds = {"convolution": "convolution", "mm": "linear", "addmm": "linear", "bmm": "attention", "baddbmm": "attention"}
-    counts = dict.fromkeys(("convolution", "linear", "attention"), 0)
+    counts: dict[str, int] = dict.fromkeys(("convolution", "linear", "attention"), 0)
     for operator, flops in counter.get_flop_counts()["Global"].items():
         counts[kinds[str(operator).removeprefix("aten.").removesuffix("_backward")]] += flops
     return {**counts, "total": sum(counts.values())}
