@@ -133,9 +133,9 @@ class Comparison:
     Args:
         model: the tokenizer.
         ratios: temporal ratios to show.
-        pictures: the frames, uint8 (H, W, 3), taken as they are needed; sides are cropped to multiples of 8.
+        pictures: the frames, uint8 (H, W, 3), taken as they are needed; sides are cropped to multiples of the spatial ratio.
         count: number of the frames.
-        chunk: frames processed at a time, a multiple of every ratio.
+        chunk: frames processed at a time, a multiple of every ratio; a model that cannot stream processes all at once.
         enlarge: factor by which the pixels shown are enlarged.
         precision: see training/precision.py.
         on_progress: called after each chunk with the frames done.
@@ -157,7 +157,9 @@ class Comparison:
         self.model, self.ratios, self.pictures, self.count = model, ratios, iter(pictures), count
         self.enlarge, self.on_progress = enlarge, on_progress
         self.precision: Precision = precision
-        self.plan = chunk_plan(count + -(count - 1) % max(ratios), max(ratios), chunk)
+        step = max(ratios) * model.latent_step
+        padded = count + -(count - 1) % step
+        self.plan = chunk_plan(padded, step, chunk) if model.can_stream else [padded]
         self.seconds = dict.fromkeys(ratios, 0.0)
         self.frame_psnr: dict[int, list[float]] = {ratio: [] for ratio in ratios}
 
@@ -197,20 +199,23 @@ class Comparison:
         return enlarge(to_uint8(clip)[0].numpy(), self.enlarge)
 
     def _read(self, length: int) -> Tensor:
-        frames = [_cropped(picture) for picture in itertools.islice(self.pictures, length)]
+        frames = [_cropped(picture, self.model.spatial_ratio) for picture in itertools.islice(self.pictures, length)]
         frames += frames[-1:] * (length - len(frames))  # after the end, the last frame again
-        return pad_clip(from_uint8(torch.from_numpy(np.stack(frames))[None]), 1)[0]
+        return pad_clip(from_uint8(torch.from_numpy(np.stack(frames))[None]), 1, self.model.spatial_ratio)[0]
 
 
-def _cropped(picture: np.ndarray) -> np.ndarray:
-    height, width = (max(SPATIAL_RATIO, side // SPATIAL_RATIO * SPATIAL_RATIO) for side in picture.shape[:2])
+def _cropped(picture: np.ndarray, multiple: int) -> np.ndarray:
+    height, width = (max(multiple, side // multiple * multiple) for side in picture.shape[:2])
     return picture[:height, :width]
 
 
-def chunk_of(height: int, width: int, ratios: Sequence[int]) -> int:
-    """Return how many frames of a size are processed at a time: CHUNK, fewer of large ones, a multiple of every ratio."""
-    ratio = max(ratios)
-    return max(ratio, min(CHUNK, PIXELS // (height * width)) // ratio * ratio)
+def chunk_of(height: int, width: int, ratios: Sequence[int], latent_step: int = 1) -> int:
+    """Return how many frames of a size are processed at a time: CHUNK, fewer of large ones, a multiple of every ratio.
+
+    A base whose clips have 1 + k*latent_step latent frames needs as many times of it.
+    """
+    step = max(ratios) * latent_step
+    return max(step, min(CHUNK, PIXELS // (height * width)) // step * step)
 
 
 def largest_side(height: int, width: int, columns: int, limit: tuple[int, int] = USUAL) -> int:
@@ -225,12 +230,12 @@ def largest_side(height: int, width: int, columns: int, limit: tuple[int, int] =
     return side
 
 
-def fit_size(height: int, width: int, side: int, longest: int | None = None) -> tuple[int, int]:
-    """Return (height, width) in multiples of 8, with `side` as the shorter one unless the picture is smaller already.
+def fit_size(height: int, width: int, side: int, longest: int | None = None, multiple: int = SPATIAL_RATIO) -> tuple[int, int]:
+    """Return (height, width) in multiples of `multiple`, with `side` as the shorter one unless the picture is smaller already.
 
     With `longest` the longer side is at most so many pixels, and the shorter one less than `side` where that needs it.
     """
     scale = min(1.0, side / min(height, width), (longest or math.inf) / max(height, width))
-    fitted = (max(SPATIAL_RATIO, round(x * scale / SPATIAL_RATIO) * SPATIAL_RATIO) for x in (height, width))
+    fitted = (max(multiple, round(x * scale / multiple) * multiple) for x in (height, width))
     height, width = fitted
     return height, width

@@ -123,10 +123,10 @@ class AppBackend:
     def _compare(self, path: str, side: int, on_progress: Progress) -> str:
         ratios, name = self.tokenizer.temporal_ratios, Path(path).name
         facts = check_upload(path, self.limits, self.reader)
-        size = fit_size(facts.height, facts.width, side, LONGEST * side)
+        size = fit_size(facts.height, facts.width, side, LONGEST * side, self.tokenizer.spatial_ratio)
         scale = min(enlargement(size[1], TILE), enlargement(size[0], LONGEST * TILE))
         fps, numbers = at_constant_rate(facts.timestamps, facts.fps, self.limits.frames / self.limits.seconds)
-        count, chunk = len(numbers), chunk_of(*size, ratios)
+        count, chunk = len(numbers), chunk_of(*size, ratios, self.tokenizer.latent_step)
         pictures = self.reader.stream(stream_frames, path, numbers.tolist(), size)
         with self.lock, contextlib.closing(pictures), torch.no_grad():
             comparison = Comparison(

@@ -1,7 +1,8 @@
 """Write a video beside its reconstruction at each temporal ratio, and print PSNR.
 
-Any length works: the video is read, encoded, decoded and written in chunks. Sides are cropped to
-multiples of 8. A comparison that would be wider than players take is made of smaller pictures.
+Any length works: the video is read, encoded, decoded and written in chunks, or whole where an existing autoencoder cannot
+stream. Sides are cropped to multiples of the spatial ratio. A comparison that would be wider than players take is made of
+smaller pictures.
 """
 
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     frames = frames[: arguments.frames]
     count, size = len(frames), _size(arguments.video, facts, 1 + len(ratios), arguments.side)
     shown = size or (facts.height, facts.width)
-    chunk = chunk_of(*shown, ratios) if arguments.chunk is None else arguments.chunk
+    chunk = chunk_of(*shown, ratios, model.latent_step) if arguments.chunk is None else arguments.chunk
     pictures = READER.stream(stream_frames, arguments.video, frames.tolist(), size)
     try:
         for ratio in ratios:

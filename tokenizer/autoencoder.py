@@ -29,6 +29,7 @@ from .existing import (
     ExistingDecoder,
     ExistingEncoder,
     Features,
+    OnExisting,
     cached_features,
     describe,
     halves,
@@ -46,7 +47,7 @@ from .tiling import TiledModel, Tiling
 EXISTING_WIDTH = 192  # channels of a level's blocks on an existing autoencoder: a level takes some 12 M parameters
 
 
-class AutoencoderKLProMAG(Levels, TiledModel, SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A causal video autoencoder whose temporal ratio was grown: one checkpoint encodes and decodes at every level.
 
     Args:
@@ -171,16 +172,6 @@ class AutoencoderKLProMAG(Levels, TiledModel, SafetensorsOnly, ModelMixin, Autoe
             **dict.fromkeys(("scale_factor_spatial", "spatial_compression_ratio"), self.spatial_ratio),
         }
         return FrozenDict({**own, **stated, **ratios, "latent_channels": self.latent_channels})
-
-    @property
-    def latents_mean(self) -> Tensor:
-        """The mean of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
-        return self.encoder.model.latents_mean  # pyright: ignore
-
-    @property
-    def latents_std(self) -> Tensor:
-        """The deviation of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
-        return self.encoder.model.latents_std  # pyright: ignore
 
     def init_from_block_means(self) -> None:
         """Set the linear paths of an untrained base so that training starts from the colour means of blocks.

@@ -196,7 +196,7 @@ def halves(model: Any) -> tuple[Any, Any]:
         shell._modules = {
             name: child if child is None or (name in DECODING) == decoding else nn.Module() for name, child in children
         }
-        shell._buffers = dict(model._buffers)
+        shell._buffers = dict.fromkeys(model._buffers) if decoding else dict(model._buffers)  # a saved file holds them once
         shells.append(shell)
     return shells[0], shells[1]
 
@@ -319,9 +319,26 @@ def _stream_of(settings: Existing) -> Any:
     return STREAMS[settings.class_name]
 
 
-def can_stream(settings: Existing) -> bool:
-    """Tell whether an autoencoder of this class codes a clip in chunks."""
-    return settings.class_name in STREAMS
+class OnExisting:
+    """What an autoencoder answers for the base that it may have been grown on."""
+
+    existing: Existing | None
+    encoder: Any
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether clips can be coded in chunks."""
+        return self.existing is None or self.existing.class_name in STREAMS
+
+    @property
+    def latents_mean(self) -> Tensor:
+        """The mean of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
+        return self.encoder.model.latents_mean
+
+    @property
+    def latents_std(self) -> Tensor:
+        """The deviation of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
+        return self.encoder.model.latents_std
 
 
 class _WanStream:

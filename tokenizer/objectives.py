@@ -61,7 +61,8 @@ class StageObjective(Objective):
     def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
         """B C T H W in batch["video"], or the base's latents of every r-th frame in batch["latents r"] -> loss, its parts."""
         stage = self.stage
-        if latents := {int(key.split()[1]): value for key, value in batch.items() if key.startswith(LATENTS)}:
+        latents = {int(key.split()[1]): value for key, value in batch.items() if key.startswith(LATENTS)}
+        if latents and self.below is not None:
             posterior, target = self.model.encode_base_latents(latents, (stage.ratio, self.below))
             fit = latent_loss(self.model.lift(posterior.mode(), stage.ratio, self.below), target.mode())
             return {"loss": fit, "latent": fit}

@@ -68,7 +68,13 @@ def chunk_plan(frames: int, temporal_ratio: int, chunk: int) -> list[int]:
 
 @torch.no_grad()
 def reconstruct_stream(model: Any, chunks: Iterable[Tensor], temporal_ratio: int | None = None) -> Iterator[Tensor]:
-    """Yield the reconstruction of each chunk of a stream: 1 + r*N frames first, then multiples of r."""
+    """Yield the reconstruction of each chunk of a stream: 1 + r*N frames first, then multiples of r.
+
+    A model that cannot stream reconstructs the first chunk as a whole clip; a second one raises ValueError.
+    """
+    if not model.can_stream:
+        chunks = iter(chunks)
+        yield model(next(chunks), temporal_ratio).sample
     encoding, decoding = START, START
     for chunk in chunks:
         posterior, encoding = model.encode_chunk(chunk, encoding, temporal_ratio)

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from promag import AutoencoderKLProMAG
 from promag.data.video import decode_strictly, read_frames, write_video
 from promag.scripts import reconstruct
+from promag.tokenizer.growth import Growth
 from promag.tokenizer.layers import ResBlock
 from promag.training.config import UserError
 from tests.conftest import make_tokenizer
 from tests.data.test_video import drifting
+from tests.existing_models import small_existing
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +77,15 @@ def test_invalid_sizes_are_refused(checkpoint, video_folder, tmp_path, options, 
     with pytest.raises(UserError, match=message):
         reconstruct.main([checkpoint, str(video_folder / "v0.mp4"), "--out", str(tmp_path / "out.mp4"), *options])
     assert not (tmp_path / "out.mp4").exists()
+
+
+@pytest.mark.parametrize("name", ["Wan 2.2", "HunyuanVideo", "CogVideoX", "LTX"])
+def test_videos_are_reconstructed_by_any_grown_autoencoder(name, tmp_path):
+    model = AutoencoderKLProMAG.from_base(small_existing(name))
+    model.grow(Growth(width=16))
+    model.save_pretrained(tmp_path / "model")
+    frames = np.random.default_rng(0).integers(0, 256, (18, 70, 66, 3), dtype=np.uint8)
+    write_video(tmp_path / "in.mp4", frames, 10)
+    assert reconstruct.main([str(tmp_path / "model"), str(tmp_path / "in.mp4"), "--out", str(tmp_path / "out.mp4")]) == 0
+    written = decode_strictly(tmp_path / "out.mp4")
+    assert (written.frames, written.height) == (18, 64)
