@@ -100,8 +100,15 @@ def check_counts(**counts: Any) -> None:
 def check_finite(**numbers: Any) -> None:
     """Refuse what is no finite number: NaN, infinities, texts and truth values among them."""
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
             raise ValueError(f"{name} {value!r}: a finite number is needed")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # whole numbers beyond what a float holds
+        return False
 
 
 # of pipelines whose transformer states none

@@ -323,7 +323,7 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         check_size(*size, spatial * max(patch[1:]))
         token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch))
         check_amount(token_count, num_inference_steps, num_videos_per_prompt)
-        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._guidance_scale, self._attention_kwargs = float(guidance_scale), attention_kwargs
         self._current_timestep, self._interrupt = None, False
         device = self._execution_device
 

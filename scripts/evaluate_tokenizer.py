@@ -72,9 +72,8 @@ def main(argv: Sequence[str]) -> int:
         if (step := ratio // model.temporal_ratios[0]) > 1:
             control = evaluate_fully(Interpolated(model), videos(), ratio, lpips, features, precision)
             results[ratio]["interpolated"] = control
-            print(
-                f"      control: every {step} frames at {ratio // step}x, the others interpolated  psnr {control['psnr']:.4g}"
-            )
+            dropped = f"{ratio // step}x on one frame of {step}, the others interpolated"
+            print(f"      control: {dropped}  psnr {control['psnr']:.4g}")
     compared = {
         ratio: before_after.compare(before, model, videos, ratio, results[ratio], precision, arguments.rounds)
         for ratio in common

@@ -1,4 +1,4 @@
-"""Count what growth on published autoencoders costs, and what Wan 2.1 costs at 4x, 8x and 16x.
+"""Count what growth on published autoencoders costs, and Wan 2.1 at 4x, 8x and 16x.
 
 Nothing is measured and no weights are needed: models have their published configurations, FLOPs are counted on tensors without
 data, and memory is the most that tensors hold at once, counted operator by operator. Workspaces inside of operators, and what

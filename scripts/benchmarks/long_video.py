@@ -1,4 +1,4 @@
-"""Measure the peak memory of streaming by video length, tiles against the whole, and `promag reconstruct` of a large picture.
+"""Measure the peak memory of streaming by video length, of tiles, and of a large picture.
 
 promag benchmark long-video checkpoints/tiny --video video.mp4 --large 4096 8192 --record docs/results/soak.jsonl
 """

@@ -104,6 +104,8 @@ def test_texts_of_every_kind_are_sampled_and_what_is_cut_is_named_in_a_short_lin
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"guidance_scale": 10**30}, r"latents sampled with guidance_scale 1e\+30 at 8 fps: holds NaN or infinite values"),
+        ({"guidance_scale": 10**400}, "guidance_scale 1000*: a finite number is needed"),
         ({"guidance_scale": 1e308}, r"latents sampled with guidance_scale 1e\+308 at 8 fps: holds NaN or infinite values"),
         ({"num_frames": 1 + 16 * 10**8}, r"num_frames, num_videos_per_prompt: \d+ tokens; at most 16777216"),
         ({"num_inference_steps": 10**6}, "num_inference_steps 1000000: at most 100000"),
