@@ -68,7 +68,7 @@ def open_base_latents(
         )
         for rate in rates
     }
-    encode = _encoder(model, choose_precision(config.precision, processes().device))
+    encode = _encoder(model, choose_precision(config.precision, cast(Any, processes().device)))
     folders = write_latents(caches, data.latent_clips, clips, encode, workers=config.run.workers)
     return BaseLatents({rate: _unscaled(place) for rate, place in zip(rates, folders, strict=True)})
 

@@ -73,6 +73,9 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
     _supports_gradient_checkpointing = True
     _repeated_blocks = [block.__name__ for block in Block.__subclasses__()]  # noqa: RUF012
 
+    encoder: Any
+    decoder: Any
+
     @register_to_config
     def __init__(
         self,
@@ -127,7 +130,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         Raises ValueError where 1 + r*N frames do not become 1 + N latent frames, and UserError for a folder without one.
         """
         path = None if isinstance(base, nn.Module) else os.path.abspath(base)
-        base = load_existing(base) if path else base
+        base = base if path is None else load_existing(path)
         existing = describe(base, features)
         with torch.device("meta"):
             model = cls(existing=asdict(existing))

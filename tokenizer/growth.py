@@ -103,6 +103,9 @@ class CrossLevelAttention(Block):
 class LatentScale(nn.Module):
     """Mean and deviation of each latent channel, by which latents are normalised inside a level; 0 and 1 for our own base."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Tensor, std: Tensor):
         super().__init__()
         self.register_buffer("mean", mean.view(-1, 1, 1, 1), persistent=False)

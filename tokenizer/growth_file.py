@@ -74,6 +74,7 @@ def read_growth(cls: Any, folder: Path, base: Any) -> Any:
         raise UserError(f"{folder}: its base, an {name}, is not in {base}; name the folder where it is")
     if is_a != name:
         raise UserError(f"{folder}: was grown on an {name}; {place} is an {is_a}")
+    model: Any
     if name != cls.__name__:
         model = cls.from_base(base, features)
     else:

@@ -11,7 +11,7 @@ from .geometry import SPATIAL_RATIO, check_size
 def check_pixels(x: Any, channels: int, multiple: int = SPATIAL_RATIO) -> None:
     """Raise ValueError for anything but a floating-point tensor B C T H W, of sides that are multiples of `multiple`."""
     _check_tensor("input", x, f"B {channels} T H W", channels)
-    check_size(*x.shape[3:], multiple)
+    check_size(x.shape[3], x.shape[4], multiple)
 
 
 def check_latents(z: Any, channels: int) -> None:
