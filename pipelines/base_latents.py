@@ -21,6 +21,7 @@ from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, writ
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.config import StageConfig, TokenizerConfig
 from promag.tokenizer.objectives import LATENTS
+from promag.training.config import UserError
 from promag.training.precision import autocast, choose_precision
 from promag.training.processes import broadcast_from_main, processes
 
@@ -48,9 +49,11 @@ def open_base_latents(
 ) -> BaseLatents:
     """Cache what is missing of the latents that a stage is grown on, on all processes together, and open them.
 
-    Raises UserError where a folder holds the latents of another autoencoder or of other clips.
+    Raises UserError where a folder holds the latents of another autoencoder or of other clips, and for several buckets.
     """
-    data, bucket = config.data, config.buckets_of(stage)[0]
+    data, (bucket, *others) = config.data, config.buckets_of(stage)
+    if others:
+        raise UserError(f"latent_cache: stage {stage.ratio}x has {1 + len(others)} buckets; cached latents are of one shape")
     rates = [2**level for level in range(1 + model.level_of(stage.ratio))]
     tokenizer = broadcast_from_main(lambda: model.encoding_fingerprint(model.base_ratio))
     drawn = broadcast_from_main(lambda: _digest(config, stage))

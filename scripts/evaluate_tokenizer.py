@@ -125,8 +125,10 @@ def _before(arguments: argparse.Namespace, model: Any) -> tuple[Any, list[int]]:
     before: Any = load_tokenizer(arguments.against)
     common = [ratio for ratio in model.temporal_ratios if ratio in before.temporal_ratios]
     if not common:
-        ours, theirs = (", ".join(f"{r}x" for r in m.temporal_ratios) for m in (model, before))
-        raise UserError(f"--against {arguments.against}: has {theirs}, {arguments.checkpoint} has {ours}: no ratio in both")
+        ratios, other_ratios = (", ".join(f"{r}x" for r in m.temporal_ratios) for m in (model, before))
+        raise UserError(
+            f"--against {arguments.against}: has {other_ratios}, {arguments.checkpoint} has {ratios}: no ratio in both"
+        )
     _check_shape(arguments, before, common[-1])
     return before.to(best_device()), common
 

@@ -144,6 +144,8 @@ class TokenizerConfig:
         check_training_precision(self.precision)
         multiple = spatial_ratio(self.model.patch_size, self.model.strides) if self.model else SPATIAL_RATIOS[0]
         check_size(self.data.size, self.data.size, multiple)
+        if self.data.latent_cache and self.distill:
+            raise ValueError("latent_cache with distill: a student needs pixels; use null")
         if self.data.latent_cache and (self.base_features != "latents" or self.data.latent_clips < 1):
             raise ValueError(
                 f"latent_cache with base_features {self.base_features!r}, latent_clips {self.data.latent_clips}: "

@@ -29,8 +29,8 @@ class StageObjective(Objective):
 
     In the first `latent_pretrain_steps` of a grown level the loss is the error of the latent of the highest level that was
     there before: those steps run no decoder to pixels, which makes them several times cheaper, and from cached latents of an
-    existing autoencoder no encoder either. `added` are the ratios of the
-    levels that the stage adds; None for the stage's alone.
+    existing autoencoder no encoder either. `added` are the ratios of the levels that the stage adds; None for the stage's
+    alone.
     """
 
     def __init__(self, model: AutoencoderKLProMAG, stage: StageConfig, added: Sequence[int] | None = None):

@@ -6,9 +6,11 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from promag import AutoencoderKLProMAG, load_tokenizer
+from promag.data.buckets import Bucket
 from promag.data.stream import DrawnClips
 from promag.pipelines.base_latents import open_base_latents
 from promag.tokenizer.config import StageConfig, TokenizerConfig, TokenizerDataConfig
+from promag.tokenizer.distillation import Distillation
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.losses import latent_loss
 from promag.tokenizer.objectives import StageObjective
@@ -117,5 +119,12 @@ def test_latents_of_another_base_are_refused(grown, tmp_path):
     data = dataclasses.replace(own.data, latent_clips=0)
     with pytest.raises(ValueError, match="latent_clips 0"):
         config_for(tmp_path, data=data)
+    with pytest.raises(ValueError, match="latent_cache with distill: a student needs pixels"):
+        config_for(tmp_path, distill=Distillation(teacher="wan"))
+    two = (Bucket(9, 32, 32), Bucket(9, 32, 48))
+    stages = tuple(dataclasses.replace(stage, buckets=two) for stage in config_for(tmp_path).stages[:1])
+    bucketed = config_for(tmp_path, stages=stages, output_dir=str(tmp_path / "buckets"))
+    with pytest.raises(UserError, match="latent_cache: stage 8x has 2 buckets; cached latents are of one shape"):
+        train_tokenizer(bucketed, open_latents=open_base_latents)
     with pytest.raises(ValueError, match="base_features 'encoder'"):
         config_for(tmp_path, base_features="encoder")
