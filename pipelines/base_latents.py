@@ -83,7 +83,7 @@ def _digest(config: TokenizerConfig, stage: StageConfig) -> str:
     drawn = {
         "videos": {name: digest.videos for name, digest in sources.items()},
         "shares": [asdict(source) for source in data.extra_sources or ()],
-        "strides": data.temporal_strides,
+        "strides": stage.temporal_strides or data.temporal_strides,
         "buckets": [str(bucket) for bucket in config.buckets_of(stage)],
         "seed": config.seed,
     }

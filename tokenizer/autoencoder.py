@@ -219,7 +219,9 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         growth = growth or Growth()
         self._add_level(growth)
         newest: Any = self.encoder_growth[-1]
-        if not newest.adds_to_key_latent and self.existing:
+        if newest.join is not None:
+            pass  # begins with the head of the level below
+        elif not newest.adds_to_key_latent and self.existing:
             newest.head.start_at(slice(self.latent_channels, None), INITIAL_LOGVAR)
         elif not newest.adds_to_key_latent and self.config["linear_shortcuts"]:
             newest.head.load_state_dict(self.encoder.head.state_dict())
@@ -248,10 +250,37 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
             project = Projection(channels + self.existing.feature_channels, width, scale)
         elif below and below != width:
             project = Projection(below, width)
+        head = self._head_to_start_from(growth, width) if growth.sum_at == "features" else None
+        wide, conv_in = self._place_behind_conv_in(growth, width, upper) if growth.hand_over != "latent" else (None, None)
         self.level_channels.append(upper)
         self.level_widths.append(width)
-        self.encoder_growth.append(EncoderGrowth(width, channels, growth, project, scale))
-        self.decoder_growth.append(DecoderGrowth(width, upper, lower, growth, scale))
+        self.encoder_growth.append(EncoderGrowth(width, channels, growth, project, scale, head))
+        self.decoder_growth.append(DecoderGrowth(width, upper, lower, growth, scale, wide, conv_in))
+
+    def _head_to_start_from(self, growth: Growth, width: int) -> nn.Module:
+        """Return the head of the level below; raises ValueError where it cannot read what a level adds at feature width."""
+        encoders: list[Any] = [self.encoder, *self.encoder_growth]
+        if self.existing or width != self.level_widths[-1]:
+            raise ValueError(f"growth sum_at 'features' with width {width}: needs this project's own base and its width")
+        if len(encoders) > 1 and encoders[-1].join is None and growth.latent != "dual":
+            raise ValueError("growth sum_at 'features' on a level with sum_at 'moments': its head makes a residual alone")
+        return encoders[-1].head
+
+    def _place_behind_conv_in(self, growth: Growth, width: int, channels: int) -> tuple[int, nn.Module | None]:
+        """Return the channels behind the first convolution of the decoder below, and what a new one may begin with."""
+        lower: Any = self.decoder_growth[-1] if self.decoder_growth else self.decoder
+        if growth.hand_over == "wide":
+            if self.existing or width != self.level_widths[-1]:
+                raise ValueError(
+                    f"growth hand_over 'wide' with width {width}: needs this project's own base and its width; or both"
+                )
+            if self.decoder_growth and lower.hand_over != "wide":
+                raise ValueError(f"growth hand_over 'wide' on a level with {lower.hand_over!r}, which needs a latent; use both")
+        if self.existing and not self.decoder_growth:
+            return lower.wide_channels(), None
+        conv_in = lower.conv_in if self.decoder_growth else lower.body[0]
+        begin = conv_in if growth.hand_over == "wide" and conv_in.in_channels == channels else None
+        return conv_in.out_channels, begin
 
     def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
         """Give what encodes and what decodes a floating-point type each; inputs are converted, outputs are of that type."""
@@ -401,7 +430,17 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         if low > level:
             raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: the target must be the lower ratio")
         check_latents(z, self.level_channels[level])
-        return self._run(z, [self.decoder_growth[i - 1] for i in range(level, low, -1)], None)[0] if low < level else z
+        if low == level:
+            return z
+        if to_ratio not in self.lifts(temporal_ratio):
+            raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: these levels hand over features alone, no latent")
+        return self._run(z, [self.decoder_growth[i - 1] for i in range(level, low, -1)], None)[0]
+
+    def lifts(self, temporal_ratio: int) -> tuple[int, ...]:
+        """Return the lower ratios whose latent `lift` estimates from one of a ratio."""
+        levels: list[Any] = list(self.decoder_growth)
+        level = self.level_of(temporal_ratio)
+        return tuple(ratio for low, ratio in enumerate(self.temporal_ratios[:level]) if levels[low].hand_over != "wide")
 
     def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:
         return self._run(z, self.decoding_path(level), state)
@@ -410,10 +449,11 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         """Call the modules of a path one after the other on latents, part by part."""
 
         def run(part: Tensor, state: State) -> tuple[list[Tensor], State]:
-            states = list(state or (state,) * len(path))
+            states, handed = list(state or (state,) * len(path)), (part, None)
             for i, module in enumerate(path):
-                part, states[i] = module(self._as(module, part), states[i])
-            return [part], None if state is None else tuple(states)
+                handed = tuple(None if given is None else self._as(module, given) for given in handed)
+                handed, states[i] = module(handed, states[i])
+            return [handed[0]], None if state is None else tuple(states)
 
         (x,), state = self._in_parts(z, state, run, self.spatial_ratio)
         return x, state

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import CausalConv3d, Chain, Downsample, Head, ResBlock, State, Upsample
+from .layers import CausalConv3d, Chain, Downsample, Handed, Head, ResBlock, State, Upsample
 
 # of the mean square of features, added to all: features of natural clips are nearly collinear, and without it the solution
 # has large weights that cancel each other, until the first steps of training move the features apart
@@ -80,13 +80,14 @@ class BaseDecoder(nn.Module):
         self.body = Chain(blocks)
         self.head = Head(widths[0], out_channels * patch**2, shortcut=shortcuts)
 
-    def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """B c 1+N h w -> B C 1+r*N H W."""
+    def forward(self, handed: Handed, state: State = None) -> tuple[Handed, State]:
+        """B c 1+N h w, or features behind the first convolution, B D 1+N h w -> B C 1+r*N H W."""
+        z, features = (None if part is None else part.contiguous(memory_format=torch.channels_last_3d) for part in handed)
         s_body, s_head = state or (state, state)
-        h, s_body = self.body(z.contiguous(memory_format=torch.channels_last_3d), s_body)
+        h, s_body = self.body(z, s_body, features)
         h, s_head = self.head(h, s_head)
         x = rearrange(h, "b (c p q) t h w -> b c t (h p) (w q)", p=self.patch, q=self.patch)
-        return x, None if state is None else (s_body, s_head)
+        return (x, None), None if state is None else (s_body, s_head)
 
     def ends(self) -> list[nn.Module]:
         """Return the layers at latents and pixels."""

@@ -1,7 +1,9 @@
 """The settings of a tokenizer's training: the base, the clips, the stages and the run."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from promag.data.buckets import Bucket
 from promag.data.shards.stream import Sharding
@@ -16,7 +18,7 @@ from .discriminator import Adversarial
 from .distillation import Distillation
 from .existing import Features
 from .geometry import check_frames, check_size
-from .growth import Growth
+from .growth import Growth, named_growth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,14 @@ class StageConfig:
     buckets: tuple[Bucket, ...] | None = setting(
         None, "shapes of training clips, a batch of each by turns; null for `frames` at the data's size alone, as in validation"
     )
-    growth: Growth | None = setting(
-        None, "how the level, and any between it and the one below, is grown; null for one that needs no growing"
+    temporal_strides: tuple[int, ...] | None = setting(None, "frame steps at which its clips are read; null for the data's")
+    growth: Annotated[Growth | None, BeforeValidator(named_growth)] = setting(
+        None,
+        "how the level, and any between it and the one below, is grown; paper as the paper's figure draws it; null for one "
+        "that needs no growing",
+    )
+    by_turns: tuple[int, ...] | None = setting(
+        None, "ratios that are trained by turns, a batch each, where all levels are there; null for the stage's own alone"
     )
     trainable: Literal["new", "all", "decoder"] = setting(
         "new",
@@ -99,12 +107,28 @@ class StageConfig:
     )
     mse_weight: float = setting(6.0, "weight of the squared error beside L1, whose weight is 1")
     kl_weight: float = setting(1e-6, "weight of the KL term")
+    between_weight: float = setting(1.0, "weight of frames between key frames in the pixel losses, over that of key frames")
+    change_weight: float = setting(0.0, "weight of L1 between the changes from frame to frame")
+    consistency_weight: float = setting(0.0, "weight of the error of the reconstruction's latent against the clip's")
     perceptual: PerceptualConfig | None = setting(None, "LPIPS beside the pixel losses; null for none")
     adversarial: Adversarial | None = setting(None, "a discriminator, switched on late; null for none")
     optimization: OptimizationConfig = setting(OptimizationConfig(muon_learning_rate=0.004), "the optimisation")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""
+        if self.growth and self.growth.hand_over == "wide" and self.latent_pretrain_steps:
+            raise ValueError(
+                f"latent_pretrain_steps {self.latent_pretrain_steps} with growth hand_over 'wide': "
+                "there is no estimate of a latent to train; use 0, or hand_over latent or both"
+            )
+        if self.by_turns is not None and (self.growth or self.trainable == "new" or self.ratio not in self.by_turns):
+            raise ValueError(
+                f"by_turns {list(self.by_turns)} with ratio {self.ratio}, trainable {self.trainable!r}: needs a stage without "
+                "growth whose ratio is among them, and trainable all or decoder"
+            )
+        for name in ("between_weight", "change_weight", "consistency_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: 0 or more is needed")
         if self.latent_batch_size is not None and self.latent_batch_size < 1:
             raise ValueError(f"latent_batch_size {self.latent_batch_size}: at least 1 is needed")
         if self.inherited_lr_scale <= 0:
@@ -162,7 +186,9 @@ class TokenizerConfig:
                 raise ValueError(f"stage {stage.ratio}x: trainable decoder needs init, the tokenizer whose decoder is trained")
             if stage.latent_pretrain_steps and self.distill:
                 raise ValueError(f"stage {stage.ratio}x: latent_pretrain_steps with distill: give one of the two")
-            check_frames(stage.frames, stage.ratio)
+            if stage.by_turns and (self.init is None or self.distill):
+                raise ValueError(f"stage {stage.ratio}x: by_turns needs init, a tokenizer with all levels, and no distill")
+            check_frames(stage.frames, max(stage.by_turns or (stage.ratio,)))
             for bucket in self.buckets_of(stage):
                 check_frames(bucket.frames, stage.ratio)
                 check_size(bucket.height, bucket.width, multiple)

@@ -11,6 +11,7 @@ Streaming: AutoencoderKLWan and AutoencoderKLCogVideoX take the state of their c
 like every other state. The other classes have none and code whole clips alone.
 """
 
+import contextlib
 import copy
 import hashlib
 import os
@@ -28,7 +29,7 @@ from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import check_folder, read_mapping
 
 from .growth import LatentScale
-from .layers import State, is_first
+from .layers import Handed, State, is_first
 
 Features = Literal["latents", "encoder"]
 
@@ -242,6 +243,25 @@ class _Inputs:
         return torch.cat(self.parts, 2)
 
 
+class _Added:
+    """Context in which features are added to the outputs of a layer, call by call."""
+
+    def __init__(self, layer: nn.Module, features: Tensor):
+        self.layer, self.features, self.used = layer, features, 0
+
+    def __enter__(self) -> None:
+        self.handle = self.layer.register_forward_hook(self._add)
+
+    def __exit__(self, *error: Any) -> None:
+        self.handle.remove()
+
+    def _add(self, _layer: nn.Module, _inputs: Any, output: Any) -> Any:
+        y = output[0] if isinstance(output, tuple) else output  # with its cache, in AutoencoderKLCogVideoX
+        part = self.features[:, :, self.used : self.used + y.shape[2]]
+        self.used += y.shape[2]
+        return (y + part, *output[1:]) if isinstance(output, tuple) else y + part
+
+
 class ExistingEncoder(nn.Module):
     """Pixels to features and moments of an existing autoencoder; its features are the moments and, where asked for, more."""
 
@@ -275,11 +295,24 @@ class ExistingDecoder(nn.Module):
         super().__init__()
         self.model, self.settings = model, settings
 
-    def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """B c 1+N h w -> B C 1+r*N H W."""
-        if state is None:
-            return _pixels(self.model, z), None
-        return _stream_of(self.settings).decode(self.model, z, state)
+    def forward(self, handed: Handed, state: State = None) -> tuple[Handed, State]:
+        """B c 1+N h w, and features added behind the first convolution, B D 1+N h w -> B C 1+r*N H W."""
+        z, features = handed
+        with contextlib.nullcontext() if features is None else _Added(self.model.decoder.conv_in, features):
+            if state is None:
+                x = _pixels(self.model, z)
+            else:
+                x, state = _stream_of(self.settings).decode(self.model, z, state)
+        return (x, None), state
+
+    def wide_channels(self) -> int:
+        """Return the channels behind the first convolution; raises ValueError where the class has no such place to add to."""
+        conv_in = getattr(getattr(self.model, "decoder", None), "conv_in", None)
+        channels = getattr(getattr(conv_in, "conv", conv_in), "out_channels", None)
+        if channels is None or getattr(self.model, "use_framewise_decoding", False):
+            why = "has no decoder.conv_in" if channels is None else "blends overlapping stretches of frames"
+            raise ValueError(f"growth hand_over: {self.settings.class_name} {why}; use latent")
+        return channels
 
     def ends(self) -> list[nn.Module]:
         """Return the layers at latents and pixels."""

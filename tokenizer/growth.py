@@ -9,12 +9,18 @@ Shapes: B C T H W features, b c t h w latents. With 1+2N level-r latent frames o
     decoder          blocks -> temporal depth-to-space -> estimate of the level-r latent of x, 1+2N frames
 
 So at birth the 2r latent equals the level-r latent of the subsampled clip, exactly. A dual latent keeps that key-frame
-latent as it is, frozen, beside as many channels of residual. The paper's block counts are not known to us: those in the
-presets are our choice.
+latent as it is, frozen, beside as many channels of residual.
+
+`PAPER_GROWTH` is the growth that the method figure of the authors' project page draws: an affine map of the key-frame features
+scales the normalised features of the full path (AdaNorm), blocks and down-sampling follow, the key-frame features are added at
+feature width, and the decoder hands over features instead of a latent. The figure does not show how the key frames' grid, which
+has half the frames, meets the finer one: here each key frame scales the two frames that down-sampling joins with it. Block
+counts, widths and kernels are not in it either: those are our choice.
 """
 
+import copy
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +29,26 @@ from torch import Tensor, nn
 from promag.training.config import setting
 
 from .geometry import check_integer
-from .layers import Block, CausalConv3d, Chain, ChannelNorm, Downsample, Head, ResBlock, State, Upsample, checkpointed, is_first
+from .layers import (
+    Block,
+    CausalConv3d,
+    Chain,
+    ChannelNorm,
+    Downsample,
+    Handed,
+    Head,
+    ResBlock,
+    State,
+    Upsample,
+    checkpointed,
+    enter,
+    is_first,
+    zero_init,
+)
 
-Mixing = Literal["attention", "concat", "none"]
+Mixing = Literal["attention", "adanorm", "adanorm_late", "concat", "none"]
+SumAt = Literal["moments", "features"]
+HandOver = Literal["latent", "wide", "both"]
 Lower = Literal["frozen", "finetune"]
 Latent = Literal["mixed", "dual"]
 
@@ -36,7 +59,19 @@ RESIDUAL_LOGVAR = -6.0  # of the residual half of a dual latent at the start: li
 class Growth:
     """Settings of one growth stage; the autoencoder's config stores them per level."""
 
-    mixing: Mixing = setting("attention", "how key-frame features join those of all frames; none takes no key frames")
+    mixing: Mixing = setting(
+        "attention",
+        "how key-frame features join those of all frames: adanorm scales these before down-sampling, adanorm_late after it; "
+        "none takes no key frames",
+    )
+    sum_at: SumAt = setting(
+        "moments", "where the key frames' own path is added: to the moments of the latent, or to features before a new head"
+    )
+    hand_over: HandOver = setting(
+        "latent",
+        "what the decoder below gets: an estimate of its latent, wide features behind its first convolution, or both; "
+        "wide alone cannot be lifted",
+    )
     birth: bool = setting(True, "the new latent starts as the key frames' latent; false: as what the head says alone")
     latent: Latent = setting("mixed", "dual keeps the key frames' latent unchanged, beside as many channels of residual")
     encoder: Lower = setting("frozen", "finetune: the level trains its own copy of everything that encodes below it")
@@ -50,7 +85,15 @@ class Growth:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values outside what is legal."""
-        for name, legal in (("mixing", Mixing), ("latent", Latent), ("encoder", Lower), ("decoder", Lower)):
+        choices = {
+            "mixing": Mixing,
+            "sum_at": SumAt,
+            "hand_over": HandOver,
+            "latent": Latent,
+            "encoder": Lower,
+            "decoder": Lower,
+        }
+        for name, legal in choices.items():
             if (value := getattr(self, name)) not in get_args(legal):
                 raise ValueError(f"growth {name} {value!r}: use one of {', '.join(get_args(legal))}")
         for name in ("layers", "window", "heads"):
@@ -63,6 +106,20 @@ class Growth:
                 raise ValueError(f"growth width {self.width}: at least 1 is needed")
         if self.latent == "dual" and (self.mixing == "none" or not self.birth):
             raise ValueError(f"growth latent 'dual' with mixing {self.mixing!r}, birth {self.birth}: needs a key-frame latent")
+        if self.sum_at == "features" and (self.mixing == "none" or not self.birth):
+            raise ValueError(f"growth sum_at 'features' with mixing {self.mixing!r}, birth {self.birth}: needs key frames")
+
+
+PAPER_GROWTH = Growth(mixing="adanorm", sum_at="features", hand_over="wide")
+
+
+def named_growth(value: Any) -> Any:
+    """Return the settings that a name stands for, and anything but a name as it is; raises ValueError for unknown names."""
+    if not isinstance(value, str):
+        return value
+    if value != "paper":
+        raise ValueError(f"growth {value!r}: paper is the one that has a name; else give its settings")
+    return PAPER_GROWTH
 
 
 class CrossLevelAttention(Block):
@@ -98,6 +155,27 @@ class CrossLevelAttention(Block):
         attended = torch.stack([weights[:, i, :, None] * v[:, :, :, s] for i, s in enumerate(slots)]).sum(0)
         tail = None if state is None else past[:, :, past.shape[2] - before :].clone()
         return full + self.to_out(attended.flatten(1, 2))[0], tail
+
+
+class AdaNorm(nn.Module):
+    """Normalised features of the full path, scaled and shifted by an affine map of the key-frame features."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = ChannelNorm(channels, affine=False)
+        self.affine = CausalConv3d(channels, 2 * channels, 1)
+        zero_init(self.affine)
+
+    def forward(self, full: Tensor, key: Tensor) -> Tensor:
+        """B C T H W and the same -> the same."""
+        scale, shift = self.affine(key)[0].chunk(2, 1)
+        return self.norm(full) * (1 + scale) + shift
+
+
+def twice(x: Tensor, first: bool) -> Tensor:
+    """B C 1+N H W -> B C 1+2N H W: every frame but the clip's first stands twice, beside the two that were joined in it."""
+    doubled = x.repeat_interleave(2, 2)
+    return doubled[:, :, 1:] if first else doubled
 
 
 class LatentScale(nn.Module):
@@ -147,7 +225,8 @@ class Projection(nn.Module):
 class EncoderGrowth(nn.Module):
     """From level-r features at two frame rates to level-2r features and moments; `latent_channels` are the base's.
 
-    `project` maps features of another width than `channels`; `scale` is that of an existing autoencoder's latents.
+    `project` maps features of another width than `channels`; `scale` is that of an existing autoencoder's latents; `below` is
+    the head of the level below, with which a sum at features begins.
     """
 
     def __init__(
@@ -157,23 +236,32 @@ class EncoderGrowth(nn.Module):
         growth: Growth,
         project: nn.Module | None = None,
         scale: LatentScale | None = None,
+        below: nn.Module | None = None,
     ):
         super().__init__()
         self.mixing = growth.mixing
         self.project, self.scale = project, scale
-        self.blocks_full = Chain(ResBlock(channels) for _ in range(growth.layers))
+        before, after = (2 * growth.layers, 0) if growth.mixing == "adanorm" else (growth.layers, growth.layers)
+        self.blocks_full = Chain(ResBlock(channels) for _ in range(before))
         self.down = Downsample(channels, channels, time=2, space=1)
         guided = growth.mixing == "attention"
         if guided:
             self.mix = CrossLevelAttention(channels, growth.heads, growth.window)
         elif growth.mixing == "concat":
             self.mix = CausalConv3d(2 * channels, channels, 1)
-        self.blocks_mixed = nn.ModuleList(
-            ResBlock(channels, guide_channels=channels if guided else 0) for _ in range(growth.layers)
-        )
+        elif growth.mixing in ("adanorm", "adanorm_late"):
+            self.mix = AdaNorm(channels)
+        self.blocks_mixed = nn.ModuleList(ResBlock(channels, guide_channels=channels if guided else 0) for _ in range(after))
+        self.join = None
+        if growth.sum_at == "features":
+            self.join = CausalConv3d(channels, channels, 1)
+            zero_init(self.join)
         # Without a key-frame latent to start from, the head alone makes the latent, so it cannot start at zero.
-        self.adds_to_key_latent = growth.birth and growth.mixing != "none"
-        self.head = Head(channels, 2 * latent_channels, zero=self.adds_to_key_latent)
+        self.adds_to_key_latent = growth.birth and growth.mixing != "none" and (self.join is None or growth.latent == "dual")
+        if self.join is None or growth.latent == "dual":
+            self.head: nn.Module = Head(channels, 2 * latent_channels, zero=self.adds_to_key_latent)
+        else:
+            self.head = copy.deepcopy(below)  # pyright: ignore[reportAttributeAccessIssue]
         self.dual, self.latent_channels = growth.latent == "dual", latent_channels
         if self.dual:
             self.head.start_at(slice(latent_channels, None), RESIDUAL_LOGVAR)
@@ -187,6 +275,8 @@ class EncoderGrowth(nn.Module):
         """B C 1+2N H W and B C 1+N H W -> B C 1+N H W."""
         if self.project is not None:
             full, key = self.project(full), None if key is None else self.project(key)
+        if self.mixing == "adanorm":
+            full = self.mix(full, twice(key, is_first(state)))  # pyright: ignore[reportArgumentType]
         s_full, s_down, s_mix, *s_blocks = state or (state,) * (3 + len(self.blocks_mixed))
         h, s_full = self.blocks_full(full, s_full)
         h, s_down = self.down(h, s_down)
@@ -194,9 +284,13 @@ class EncoderGrowth(nn.Module):
             h, s_mix = self.mix(h, s_mix, key)
         elif self.mixing == "concat":
             h = h + self.mix(torch.cat([h, key], 1))[0]  # pyright: ignore
+        elif self.mixing == "adanorm_late":
+            h = self.mix(h, key)
         guide = key if self.mixing == "attention" else None
         for i, block in enumerate(self.blocks_mixed):
             h, s_blocks[i] = block(h, s_blocks[i], guide)
+        if self.join is not None:
+            h = key + self.join(h)[0]
         return h, None if state is None else (s_full, s_down, s_mix, *s_blocks)
 
     def moments(self, features: Tensor, key_moments: Tensor | None, state: State = None) -> tuple[Tensor, State]:
@@ -218,32 +312,55 @@ class EncoderGrowth(nn.Module):
 
 
 class DecoderGrowth(nn.Module):
-    """From a level-2r latent, 1+N frames, to an estimate of the level-r latent, 1+2N frames, of as many or fewer channels."""
+    """From a level-2r latent, 1+N frames, to what the decoder of level r takes, 1+2N frames.
+
+    That is an estimate of the level-r latent, of as many or fewer channels, or features of `wide_channels` that go behind its
+    first convolution, or both. `conv_in` is a convolution to begin with, where features are handed over alone.
+    """
 
     def __init__(
-        self, channels: int, latent_channels: int, lower_channels: int, growth: Growth, scale: LatentScale | None = None
+        self,
+        channels: int,
+        latent_channels: int,
+        lower_channels: int,
+        growth: Growth,
+        scale: LatentScale | None = None,
+        wide_channels: int | None = None,
+        conv_in: nn.Module | None = None,
     ):
         super().__init__()
-        self.lower_channels = lower_channels
+        self.lower_channels, self.hand_over = lower_channels, growth.hand_over
         self.scale_in, self.scale_out = (scale and scale.padded(c) for c in (latent_channels, lower_channels))
-        self.conv_in = CausalConv3d(latent_channels, channels)
+        self.conv_in = CausalConv3d(latent_channels, channels) if conv_in is None else copy.deepcopy(conv_in)
         self.blocks_in = Chain(ResBlock(channels) for _ in range(growth.layers))
         self.up = Upsample(channels, channels, time=2, space=1)
         self.blocks_out = Chain(ResBlock(channels) for _ in range(growth.layers))
-        self.head = Head(channels, lower_channels, zero=True)
+        self.head = None if growth.hand_over == "wide" else Head(channels, lower_channels, zero=True)
+        self.wide = Head(channels, wide_channels, zero=True) if growth.hand_over == "both" else None  # pyright: ignore
 
-    def forward(self, z: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """b c 1+N h w -> b c' 1+2N h w; at birth every latent frame but the first stands twice."""
-        s = list(state or (state,) * 5)
-        h, s[0] = self.conv_in(self.scale_in.normalise(z) if self.scale_in else z, s[0])
+    def forward(self, handed: Handed, state: State = None) -> tuple[Handed, State]:
+        """b c 1+N h w, or B C 1+N h w behind the first convolution -> b c' 1+2N h w and B C' 1+2N h w.
+
+        At birth every latent frame but the first stands twice.
+        """
+        z, features = handed
+        s = list(state or (state,) * 6)
+        normalised = self.scale_in.normalise(z) if self.scale_in and z is not None else z
+        h, s[0] = enter(self.conv_in, normalised, features, s[0])
         h, s[1] = self.blocks_in(h, s[1])
         h, s[2] = self.up(h, s[2])
         h, s[3] = self.blocks_out(h, s[3])
-        h, s[4] = self.head(h, s[4])
-        h = self.scale_out.enlarge(h) if self.scale_out else h
-        twice = z[:, : self.lower_channels].repeat_interleave(2, 2)
-        return (twice[:, :, 1:] if is_first(state) else twice) + h, None if state is None else tuple(s)
+        estimate = wide = None
+        if self.head is None:
+            wide = h
+        else:
+            residual, s[4] = self.head(h, s[4])
+            residual = self.scale_out.enlarge(residual) if self.scale_out else residual
+            estimate = twice(z[:, : self.lower_channels], is_first(state)) + residual  # pyright: ignore[reportOptionalSubscript]
+        if self.wide is not None:
+            wide, s[5] = self.wide(h, s[5])
+        return (estimate, wide), None if state is None else tuple(s)
 
     def ends(self) -> list[nn.Module]:
         """Return the layers at latents."""
-        return [self.conv_in, self.head]
+        return [self.conv_in, *(() if self.head is None else (self.head,))]

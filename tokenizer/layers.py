@@ -25,6 +25,9 @@ from .convolution import conv3d
 
 State = Any
 START: State = ()
+Handed = tuple[
+    Tensor | None, Tensor | None
+]  # what a decoder takes: a latent, features for behind its first convolution, or both
 
 
 def is_first(state: State) -> bool:
@@ -224,13 +227,23 @@ class Head(Block):
 class Chain(nn.ModuleList):
     """Layers called one after the other, their states in a tuple."""
 
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """B C T H W -> the last layer's output."""
-        states = []
-        for i, layer in enumerate(self):
-            x, s = layer(x, state[i] if state else state)
-            states.append(s)
-        return x, None if state is None else tuple(states)
+    def forward(self, x: Tensor | None, state: State = None, handed: Tensor | None = None) -> tuple[Tensor, State]:
+        """B C T H W -> the last layer's output; `handed` features are added behind the first layer, or stand for it."""
+        first, *rest = self
+        states = list(state or (state,) * len(self))
+        h, states[0] = enter(first, x, handed, states[0])
+        for i, layer in enumerate(rest, 1):
+            h, states[i] = layer(h, states[i])
+        return h, None if state is None else tuple(states)
+
+
+def enter(conv: nn.Module, z: Tensor | None, features: Tensor | None, state: State = None) -> tuple[Tensor, State]:
+    """Return what a decoder's first convolution makes of a latent, plus features handed over to that place; or either alone."""
+    if z is None:
+        assert features is not None
+        return features, state
+    h, state = conv(z, state)
+    return (h if features is None else h + features), state
 
 
 def zero_init(conv: nn.Conv3d) -> None:

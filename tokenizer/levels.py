@@ -88,8 +88,10 @@ class Levels:
         base = {key: value for key, value in existing.items() if value is not None}
         growth = [asdict(replace(Growth(**grown), encoder="frozen", decoder="frozen")) for grown in config["growth"][:level]]
         for grown in growth:
-            if grown["width"] is None:  # which earlier versions did not know
-                del grown["width"]
+            del grown["hand_over"]
+            for name in ("width", "sum_at"):  # which earlier versions did not know
+                if grown[name] == getattr(Growth, name):
+                    del grown[name]
         digest = hashlib.sha256(json.dumps([base, growth], sort_keys=True).encode())
         for place, module in enumerate(self.encoding_path(level)):
             for name, value in sorted(module.state_dict().items()):

@@ -10,18 +10,37 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 
-def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean absolute error over all pixel values."""
-    return (reconstruction.float() - target.float()).abs().mean()
+def reconstruction_loss(reconstruction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean absolute error over all pixel values; `weights` of frames, T, have the mean 1."""
+    return _mean((reconstruction.float() - target.float()).abs(), weights)
 
 
-def squared_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error over all pixel values.
+def squared_loss(reconstruction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean squared error over all pixel values; `weights` of frames, T, have the mean 1.
 
     Beside L1 it makes large errors count: L1 alone is content to paint a small, strongly coloured object in the colour of
     what surrounds it.
     """
-    return (reconstruction.float() - target.float()).square().mean()
+    return _mean((reconstruction.float() - target.float()).square(), weights)
+
+
+def change_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean absolute error of the changes from frame to frame; 0 for one frame."""
+    if target.shape[2] == 1:
+        return reconstruction.new_zeros(())
+    return reconstruction_loss(reconstruction.float().diff(dim=2), target.float().diff(dim=2))
+
+
+def frame_weights(frames: int, temporal_ratio: int, between: float) -> Tensor | None:
+    """Return the weight of each frame, with the mean 1: those between key frames over key frames as `between` to 1."""
+    if between == 1 or frames == 1:
+        return None
+    weights = torch.where(torch.arange(frames) % temporal_ratio == 0, 1.0, between)
+    return weights / weights.mean()
+
+
+def _mean(error: Tensor, weights: Tensor | None) -> Tensor:
+    return error.mean() if weights is None else (error * weights.to(error.device).view(-1, 1, 1)).mean()
 
 
 def kl_loss(posterior: DiagonalGaussianDistribution) -> Tensor:

@@ -225,12 +225,13 @@ def evaluate_fully(
 def evaluate_lift(
     model: Any, clips: Iterable[Tensor], temporal_ratio: int, precision: Precision = "auto"
 ) -> dict[str, dict[str, float]]:
-    """Lift latents of one ratio to estimates of every lower one, without pixels; return by ratio (as text) means over clips.
+    """Lift latents of one ratio to estimates of every lower one that it can, without pixels; return by ratio (as text) means.
 
     Keys: latent_error, the squared error of the estimate in units of the true latent's variance in each channel (1 is what
-    its mean alone would give); psnr, after that ratio's own decoder. Empty for a model's lowest ratio.
+    its mean alone would give); psnr, after that ratio's own decoder. Empty for a model's lowest ratio, and where features
+    are handed over alone.
     """
-    lower = [ratio for ratio in model.temporal_ratios if ratio < temporal_ratio]
+    lower = model.lifts(temporal_ratio)
     results: dict[int, list[tuple[float, float]]] = {ratio: [] for ratio in lower}
     for clip in clips if lower else ():
         clip = clip.to(model.device)

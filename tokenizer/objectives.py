@@ -17,7 +17,16 @@ from .base import fit_linear_paths
 from .config import StageConfig
 from .discriminator import AdversarialLoss
 from .distillation import CrossedAutoencoder
-from .losses import kl_loss, latent_loss, posterior_loss, reconstruction_loss, reparametrise, squared_loss
+from .losses import (
+    change_loss,
+    frame_weights,
+    kl_loss,
+    latent_loss,
+    posterior_loss,
+    reconstruction_loss,
+    reparametrise,
+    squared_loss,
+)
 from .metrics import evaluate, evaluate_latents
 from .perceptual import LPIPS
 
@@ -73,19 +82,28 @@ class StageObjective(Objective):
             fit = latent_loss(self.model.lift(z, stage.ratio, self.below), target.mode())
             kl = kl_loss(posterior)
             return {"loss": fit + stage.kl_weight * kl, "latent": fit, "kl": kl}
-        posterior = self.model.encode(x, stage.ratio).latent_dist  # pyright: ignore
-        output = self.model.decode(reparametrise(posterior, generators), stage.ratio).sample  # pyright: ignore
-        loss, parts = self.pixel_losses(output, x, generators, step)
+        ratio = stage.by_turns[step % len(stage.by_turns)] if stage.by_turns else stage.ratio
+        posterior = self.model.encode(x, ratio).latent_dist  # pyright: ignore
+        output = self.model.decode(reparametrise(posterior, generators), ratio).sample  # pyright: ignore
+        loss, parts = self.pixel_losses(output, x, generators, step, ratio)
+        if stage.consistency_weight:
+            again = self.model.encode(output, ratio).latent_dist  # pyright: ignore
+            parts["consistency"] = latent_loss(again.mean, posterior.mean)
+            loss = loss + stage.consistency_weight * parts["consistency"]
         parts["kl"] = kl_loss(posterior)
         return {"loss": loss + stage.kl_weight * parts["kl"], **parts}
 
     def pixel_losses(
-        self, output: Tensor, target: Tensor, generators: list[torch.Generator], step: int
+        self, output: Tensor, target: Tensor, generators: list[torch.Generator], step: int, ratio: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """B C T H W and the same -> the weighted sum of what compares pixels, and its parts."""
+        """B C T H W and the same, coded at a ratio -> the weighted sum of what compares pixels, and its parts."""
         stage = self.stage
-        parts = {"l1": reconstruction_loss(output, target), "squared": squared_loss(output, target)}
+        weights = frame_weights(target.shape[2], ratio, stage.between_weight)
+        parts = {"l1": reconstruction_loss(output, target, weights), "squared": squared_loss(output, target, weights)}
         loss = parts["l1"] + stage.mse_weight * parts["squared"]
+        if stage.change_weight:
+            parts["change"] = change_loss(output, target)
+            loss = loss + stage.change_weight * parts["change"]
         if self.lpips and stage.perceptual:
             orders = (torch.randperm(target.shape[2], generator=g, device=target.device) for g in generators)
             picked = torch.stack(list(orders))[:, : stage.perceptual.frames]
@@ -105,8 +123,10 @@ class StageObjective(Objective):
         return self.model
 
     def evaluate(self, clips: Sequence[Tensor], precision: Precision) -> Metrics:
-        """Reconstruct clips, each 1 C T H W, and return metrics."""
-        return evaluate(self.reconstructor, clips, self.stage.ratio, precision)
+        """Reconstruct clips, each 1 C T H W, and return metrics; of other ratios that are trained by turns the PSNR."""
+        others = [ratio for ratio in self.stage.by_turns or () if ratio != self.stage.ratio]
+        more = {f"psnr_{ratio}x": evaluate(self.reconstructor, clips, ratio, precision)["psnr"] for ratio in others}
+        return {**evaluate(self.reconstructor, clips, self.stage.ratio, precision), **more}
 
 
 class DistillationObjective(StageObjective):
@@ -143,7 +163,7 @@ class DistillationObjective(StageObjective):
             z = reparametrise(goal, generators)
             target = x if self.target == "clips" else teacher.decode(z, ratio).sample  # pyright: ignore
         output = self.model.decode(z, ratio).sample  # pyright: ignore
-        loss, parts = self.pixel_losses(output, target, generators, step)
+        loss, parts = self.pixel_losses(output, target, generators, step, ratio)
         parts["latent"] = posterior_loss(self.model.encode(x, ratio).latent_dist, goal)  # pyright: ignore
         return {"loss": loss + parts["latent"], **parts}
 

@@ -73,7 +73,7 @@ def leaves_unused(stage: StageConfig) -> bool:
     growth = stage.growth
     copies = growth and "finetune" in (growth.encoder, growth.decoder)
     # A stage may add several levels, and then nothing reads the heads of the lower ones.
-    idle_heads = growth and (growth.mixing == "none" or not growth.birth)
+    idle_heads = growth and (growth.mixing == "none" or not growth.birth or growth.sum_at == "features")
     return bool(stage.trainable == "all" or stage.adversarial or copies or idle_heads)
 
 
@@ -102,7 +102,7 @@ def train_stage(
         count=data.synthetic_clips,
         batch_size=stage.optimization.batch_size,
         batches_per_step=world * stage.optimization.accumulate,
-        temporal_strides=data.temporal_strides,
+        temporal_strides=stage.temporal_strides or data.temporal_strides,
         sharding=data.sharding,
         in_memory=data.in_memory,
     )

@@ -199,24 +199,25 @@ def score_variant(
     ]
     own = [_cost(config, variant, seed, stage) for stage in variant.stages]
     rows = []
-    for i, stage in enumerate(variant.stages):
+    for i, ratio in ((i, ratio) for i, part in enumerate(variant.stages) for ratio in trained_at(part)):
+        stage = variant.stages[i]
         spent = _total(inherited + own[: i + 1])
         row = {
             "what": WHAT,
             "variant": variant.name,
             "seed": seed,
-            "ratio": stage.ratio,
+            "ratio": ratio,
             "split": "eval",
             "frames": config.frames,
             "size": config.data.size,
-            "params": _used_parameters(model, stage.ratio),
+            "params": _used_parameters(model, ratio),
             **spent,
             # What of it went into this stage alone, and what into the variants that this one starts from.
             "stage": own[i],
             "inherited": _total(inherited),
-            **evaluate_fully(model, clips, stage.ratio, precision=config.precision),
-            "lift": evaluate_lift(model, clips, stage.ratio, config.precision),
-            "curve": _curve(config, variant, seed, stage, spent),
+            **evaluate_fully(model, clips, ratio, precision=config.precision),
+            "lift": evaluate_lift(model, clips, ratio, config.precision),
+            "curve": _curve(config, variant, seed, stage, spent) if ratio == stage.ratio else [],
             "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}",
         }
         rows.append(row)
@@ -231,6 +232,11 @@ def score_variant(
             append_result(config.record, _rounded(row))
     write_atomically(kept, json.dumps(rows))
     return rows
+
+
+def trained_at(stage: StageConfig) -> tuple[int, ...]:
+    """Return the ratios at which a stage's model is scored: its own, or those that it trains by turns."""
+    return stage.by_turns or (stage.ratio,)
 
 
 def _nth(step: int) -> str:
@@ -283,9 +289,10 @@ def _stage_flops(config: AblationConfig, variant: Variant, seed: int, stage: Sta
             first = {f"{LATENTS}{r}": model.encode(clip[:, :, ::r], lowest).latent_dist.mode() for r in rates}
     latent, pixels = _steps(stage)
     total = 0.0
+    turns = len(trained_at(stage))
     for batch, step, count in (
         (first, 0, latent * _latent_batch(config, stage)),
-        (video, stage.latent_pretrain_steps, pixels * stage.optimization.batch_size),
+        *((video, latent + turn, pixels * stage.optimization.batch_size / turns) for turn in range(turns)),
     ):
         if count:
             with FlopCounterMode(display=False) as counter, autocast("cpu", config.precision):

@@ -1,10 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from promag import AutoencoderKLProMAG
-from promag.tokenizer.growth import Growth
+from promag.tokenizer.growth import PAPER_GROWTH, Growth
 from promag.tokenizer.layers import START
 from promag.tokenizer.levels import parameter_count
 from tests.conftest import TINY, make_tokenizer
@@ -16,11 +18,12 @@ def moments(model, x, ratio):
     return model.encode(x, ratio).latent_dist.parameters
 
 
-@pytest.mark.parametrize("mixing", ["attention", "concat"])
-def test_birth_law_new_latent_is_the_lower_latent_of_every_second_frame(clip, mixing):
+@pytest.mark.parametrize("mixing", ["attention", "adanorm", "adanorm_late", "concat"])
+@pytest.mark.parametrize("sum_at", ["moments", "features"])
+def test_birth_law_new_latent_is_the_lower_latent_of_every_second_frame(clip, mixing, sum_at):
     model = make_tokenizer(levels=1, settle=0.05)
     for ratio in (8, 16):
-        model.grow(Growth(mixing=mixing))
+        model.grow(Growth(mixing=mixing, sum_at=sum_at))
         below = moments(model, clip[:, :, ::2], ratio // 2)
         assert torch.equal(moments(model, clip, ratio), below)
         with torch.no_grad():  # the next level's test must not need this one untrained
@@ -32,6 +35,53 @@ def test_birth_law_of_the_decoder_repeats_every_latent_frame_but_the_first():
     model = make_tokenizer(levels=2)
     z = torch.randn(1, 4, 3, 2, 2)
     assert torch.equal(model.lift(z, 8, 4), z[:, :, [0, 1, 1, 2, 2]])
+
+
+@torch.no_grad()
+def test_wide_features_beside_the_latent_start_at_zero_and_reach_the_decoder_below(clip):
+    model, plain = make_tokenizer(levels=1, settle=0.05), make_tokenizer(levels=1, settle=0.05)
+    torch.manual_seed(3)
+    plain.grow(Growth())
+    torch.manual_seed(3)
+    model.grow(Growth(hand_over="both"))
+    z = torch.randn(1, 4, 3, 2, 2)
+    assert torch.equal(model.decode(z, 8).sample, plain.decode(z, 8).sample)
+    assert torch.equal(model.lift(z, 8, 4), plain.lift(z, 8, 4))
+    growth, features = model.decoder_growth[0], torch.randn(1, 16, 5, 2, 2)
+    growth.wide.skip.bias.copy_(torch.arange(16) / 16)
+    estimate = model.lift(z, 8, 4)
+    given = torch.arange(16).view(1, 16, 1, 1, 1).expand_as(features) / 16
+    assert torch.equal(model.decode(z, 8).sample, model.decoder((estimate, given))[0][0])
+    assert model.lifts(8) == (4,)
+
+
+@torch.no_grad()
+def test_features_alone_go_behind_the_first_convolution_and_cannot_be_lifted():
+    model = make_tokenizer(levels=1, settle=0.05)
+    for _ in range(2):
+        model.grow(PAPER_GROWTH)
+    z = torch.randn(1, 4, 3, 2, 2)
+    behind = model.decoder.body[0](z)[0][:, :, [0, 1, 1, 1, 1, 2, 2, 2, 2]]  # at birth it repeats features instead of latents
+    assert torch.allclose(model.decode(z, 16).sample, model.decoder((None, behind))[0][0], atol=1e-6)
+    assert model.lifts(16) == model.lifts(8) == ()
+    with pytest.raises(ValueError, match="lift from 16x to 8x: these levels hand over features alone"):
+        model.lift(z, 16, 8)
+    assert torch.equal(model.lift(z, 16, 16), z)
+
+
+def test_sums_and_features_that_do_not_fit_the_level_below_are_named():
+    model = make_tokenizer(levels=2)
+    with pytest.raises(ValueError, match="sum_at 'features' on a level with sum_at 'moments'"):
+        model.grow(Growth(sum_at="features"))
+    with pytest.raises(ValueError, match="hand_over 'wide' on a level with 'latent', which needs a latent; use both"):
+        model.grow(Growth(hand_over="wide"))
+    for kind in ({"sum_at": "features"}, {"hand_over": "wide"}):
+        with pytest.raises(ValueError, match="with width 32: needs this project's own base and its width"):
+            make_tokenizer(levels=1).grow(Growth(**kind, width=32))
+    with pytest.raises(ValueError, match="sum_at 'features' with mixing 'none', birth True: needs key frames"):
+        Growth(mixing="none", sum_at="features")
+    model.grow(Growth(hand_over="both"))
+    assert model.lifts(16) == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +302,7 @@ def test_illegal_settings_are_named(change, message):
 
 
 def test_illegal_growth_is_named():
-    with pytest.raises(ValueError, match="mixing 'sum': use one of attention, concat, none"):
+    with pytest.raises(ValueError, match="mixing 'sum': use one of attention, adanorm, adanorm_late, concat, none"):
         Growth(mixing="sum")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="latent 'dual' with mixing 'none', birth True: needs a key-frame latent"):
         Growth(mixing="none", latent="dual")
@@ -314,7 +364,19 @@ def test_preset_sizes():
     assert sizes["base"] > 100
 
 
-@pytest.mark.parametrize("growth", [{"mixing": "concat"}, {"mixing": "none"}, {"latent": "dual"}, {"window": 1}, {"window": 5}])
+KINDS = (
+    {"mixing": "concat"},
+    {"mixing": "none"},
+    {"mixing": "adanorm_late", "hand_over": "both"},
+    dataclasses.asdict(PAPER_GROWTH),
+    {"latent": "dual"},
+    {"latent": "dual", "sum_at": "features", "hand_over": "wide"},
+    {"window": 1},
+    {"window": 5},
+)
+
+
+@pytest.mark.parametrize("growth", KINDS)
 @pytest.mark.parametrize("plan", [(1, 16, 16), (17, 16), (1, 32)])
 @torch.no_grad()
 def test_chunks_equal_the_whole_for_every_kind_of_growth(growth, plan):
@@ -363,7 +425,7 @@ def test_a_fingerprint_survives_saving(tokenizer, tmp_path):
 
 
 def test_idle_heads_are_those_without_gradient(clip):
-    for growth in ({}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}):
+    for growth in ({}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}, {"sum_at": "features"}):
         model = make_tokenizer(settle=0.05, **growth)
         for ratio in RATIOS:
             model.zero_grad()

@@ -2,7 +2,15 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from promag.tokenizer.losses import kl_loss, latent_loss, reconstruction_loss, reparametrise, squared_loss
+from promag.tokenizer.losses import (
+    change_loss,
+    frame_weights,
+    kl_loss,
+    latent_loss,
+    reconstruction_loss,
+    reparametrise,
+    squared_loss,
+)
 
 
 def test_pixel_losses_by_hand():
@@ -10,6 +18,21 @@ def test_pixel_losses_by_hand():
     a[..., 0] = 0.5  # half of the values are off by a half
     assert reconstruction_loss(a, b).item() == pytest.approx(0.25)
     assert squared_loss(a, b).item() == pytest.approx(0.125)
+
+
+def test_frames_between_key_frames_weigh_more_and_changes_are_compared_by_hand():
+    weights = frame_weights(5, 2, 2.0)
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([5 / 7, 10 / 7, 5 / 7, 10 / 7, 5 / 7])
+    assert frame_weights(5, 2, 1.0) is None
+    assert frame_weights(1, 2, 2.0) is None
+    a, b = torch.zeros(1, 3, 5, 2, 2), torch.zeros(1, 3, 5, 2, 2)
+    a[:, :, 1] = 0.5
+    assert reconstruction_loss(a, b, weights).item() == pytest.approx(0.5 * 2 / 7)
+    assert squared_loss(a, b, weights).item() == pytest.approx(0.25 * 2 / 7)
+    assert change_loss(a, b).item() == pytest.approx(2 * 0.5 / 4)  # it comes and goes: two of four changes
+    assert change_loss(a + 0.3, a).item() == pytest.approx(0, abs=1e-6)
+    assert change_loss(a[:, :, :1], b[:, :, :1]).item() == 0
 
 
 def test_kl_is_zero_at_the_standard_normal_and_known_elsewhere():

@@ -182,6 +182,9 @@ class Doubling(torch.nn.Module):
     def encode_levels(self, x, ratios):
         return [type("Posterior", (), {"mode": staticmethod(lambda r=r: x[:, :, ::r])}) for r in ratios]
 
+    def lifts(self, ratio):
+        return tuple(r for r in self.temporal_ratios if r < ratio)
+
     def lift(self, z, ratio, low):
         return z.repeat_interleave(ratio // low, 2)[:, :, ratio // low - 1 :]
 

@@ -19,10 +19,10 @@ from promag.data.sources import Source
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.discriminator import Adversarial
-from promag.tokenizer.growth import Growth
+from promag.tokenizer.growth import PAPER_GROWTH, Growth
 from promag.tokenizer.objectives import StageObjective
 from promag.tokenizer.train import leaves_unused, train_tokenizer
-from promag.training.config import UserError
+from promag.training.config import UserError, build
 from promag.training.optimizers import make_optimizers, weights_and_keys
 from promag.training.run import load_checkpoint
 from tests.conftest import TINY, make_tokenizer, optimization_config, run_config
@@ -173,7 +173,10 @@ def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path
 
 @pytest.mark.parametrize("trainable", ["new", "all"])
 @pytest.mark.parametrize("ratio", [8, 16])
-@pytest.mark.parametrize("growth", [{}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}, {"decoder": "finetune"}])
+@pytest.mark.parametrize(
+    "growth",
+    [{}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}, {"decoder": "finetune"}, {"sum_at": "features"}],
+)
 def test_weights_that_may_have_no_gradient_are_declared(trainable, ratio, growth):
     """Several processes wait for the gradient of every trained weight unless some are declared to have none."""
     model, frames = make_tokenizer(levels=1, settle=0.05), 1 + ratio
@@ -192,6 +195,62 @@ def test_weights_that_may_have_no_gradient_are_declared(trainable, ratio, growth
         assert leaves_unused(settings), unused
     elif growth in ({}, {"latent": "dual"}) and trainable == "new":
         assert not leaves_unused(settings)
+
+
+def test_all_levels_are_trained_by_turns_and_every_one_is_validated(trained, tmp_path):
+    together = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(4, 8, 16))
+    run = train_tokenizer(make_config(tmp_path, init=str(trained / "tokenizer"), model=None, stages=(together,)))
+    assert run is not None
+    before, after = (load_tokenizer(place).state_dict() for place in (trained / "tokenizer", run))
+    changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed == {"encoder", "decoder", "encoder_growth", "decoder_growth", "own_decoders"}
+    (last,) = [r for r in records(tmp_path, 16) if "psnr" in r]
+    assert {"psnr", "psnr_4x", "psnr_8x"} <= last.keys()
+
+    model = make_tokenizer(settle=0.05)
+    objective = StageObjective(model, together)
+    for step, ratio in ((0, 4), (1, 8), (2, 16), (3, 4)):
+        model.zero_grad()
+        objective({"video": torch.rand(1, 3, 17, 16, 16)}, [torch.Generator().manual_seed(0)], step)["loss"].backward()
+        used = [p.grad is not None for p in (next(grown.parameters()) for grown in model.decoder_growth)]
+        assert used == [ratio >= 8, ratio >= 16]
+
+
+def test_stages_by_turns_and_wide_features_that_cannot_be_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"by_turns \[4, 8\] with ratio 8, trainable 'new'"):
+        dataclasses.replace(stage(8, 9), by_turns=(4, 8))
+    with pytest.raises(ValueError, match="needs a stage without growth whose ratio is among them"):
+        dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(4, 8))
+    with pytest.raises(ValueError, match="by_turns needs init"):
+        make_config(tmp_path, stages=(dataclasses.replace(stage(4, 5, trainable="all"), by_turns=(4,)),))
+    with pytest.raises(ValueError, match="latent_pretrain_steps 2 with growth hand_over 'wide'"):
+        stage(8, 9, PAPER_GROWTH, 2)
+    with pytest.raises(ValueError, match="change_weight -1: 0 or more is needed"):
+        dataclasses.replace(stage(8, 9), change_weight=-1)
+    values = {"ratio": 8, "frames": 9}
+    assert build(StageConfig, {**values, "growth": "paper"}, "x").growth == PAPER_GROWTH
+    with pytest.raises(UserError, match="growth 'plain': paper is the one that has a name"):
+        build(StageConfig, {**values, "growth": "plain"}, "x")
+
+
+def test_each_weight_of_a_stage_adds_its_part_to_the_loss():
+    torch.manual_seed(0)
+    model, batch = make_tokenizer(settle=0.05), {"video": torch.rand(1, 3, 17, 16, 16) * 2 - 1}
+
+    def losses(**change):
+        objective = StageObjective(model, dataclasses.replace(stage(16, 17), **change))
+        return {name: v.item() for name, v in objective(batch, [torch.Generator().manual_seed(0)], 0).items()}
+
+    plain = losses()
+    assert plain.keys() == {"loss", "l1", "squared", "kl"}
+    changed = losses(change_weight=0.5)
+    assert changed["loss"] == pytest.approx(plain["loss"] + 0.5 * changed["change"])
+    kept = losses(consistency_weight=0.1)
+    assert kept["loss"] == pytest.approx(plain["loss"] + 0.1 * kept["consistency"])
+    assert kept["consistency"] > 0
+    between = losses(between_weight=3.0)
+    assert between["l1"] != pytest.approx(plain["l1"])
+    assert losses(between_weight=1.0) == plain
 
 
 def test_a_discriminator_switched_on_late_resumes_bit_for_bit(tmp_path):
