@@ -4,11 +4,13 @@ It resolves no host name: a page that requests anything from another machine log
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+PATIENCE = 60  # seconds, on busy machines
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = (
     "--headless=new",
@@ -45,3 +47,36 @@ def start_chromium(profile: Path) -> Any:
 def console_errors(browser: Any) -> list[str]:
     """Return the errors in the page's console since the last call."""
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def until(browser: Any, condition: str | Callable[[Any], Any], *arguments: Any) -> Any:
+    """Wait until a JavaScript expression of `arguments`, or a function of the browser, is true and return its value.
+
+    A page decodes, lays out, renders and reloads in its own time: nothing that depends on it is read without this.
+    Elements that are missing, covered, hidden or replaced meanwhile count as not yet; after PATIENCE the last one is named.
+    """
+    from selenium.common import exceptions
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    passing = (
+        exceptions.NoSuchElementException,
+        exceptions.StaleElementReferenceException,
+        exceptions.ElementNotInteractableException,
+        exceptions.ElementClickInterceptedException,
+        exceptions.JavascriptException,
+    )
+    last: Any = None
+
+    def holds(driver: Any) -> Any:
+        nonlocal last
+        try:
+            last = condition(driver) if callable(condition) else driver.execute_script(f"return {condition}", *arguments)
+        except passing as error:
+            last = error
+            return None
+        return last
+
+    try:
+        return WebDriverWait(browser, PATIENCE, 0.05).until(holds)
+    except exceptions.TimeoutException:
+        raise AssertionError(f"not true within {PATIENCE} s: {condition}; last: {last!r}") from None

@@ -2,7 +2,7 @@
 
 from selenium.webdriver.common.by import By
 
-from tests.browser import console_errors
+from tests.browser import console_errors, until
 
 
 def test_a_page_runs_scripts_and_requests_to_elsewhere_are_errors(browser, tmp_path):
@@ -14,5 +14,5 @@ def test_a_page_runs_scripts_and_requests_to_elsewhere_are_errors(browser, tmp_p
     page.write_text('<link rel="icon" href="data:,"><img src="http://example.org/a.png">')
     browser.get(page.as_uri())
     browser.find_element(By.TAG_NAME, "img")
-    (error,) = console_errors(browser)
+    (error,) = until(browser, console_errors)
     assert "example.org" in error

@@ -16,7 +16,7 @@ from promag.evaluation.budgets import ORIGINAL, compare_reconstructions, own_bud
 from promag.reports.budget_report import COLUMNS, BudgetReport, write_budget_page
 from promag.reports.side_by_side import GAP, enlargement
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
-from tests.browser import console_errors
+from tests.browser import console_errors, until
 from tests.conftest import TINY
 
 FRAMES, SIZE = 17, 32
@@ -92,12 +92,6 @@ def write_size(report, folder):
 # -- in a browser ----------------------------------------------------------------------------------------------------
 
 
-def until(browser, script, seconds=30):
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    return WebDriverWait(browser, seconds, 0.05).until(lambda driver: driver.execute_script(f"return {script}"))
-
-
 PICTURE = """[...document.querySelectorAll('canvas')[arguments[0]].getContext('2d').getImageData(0, 0, 32, 32).data]"""
 
 
@@ -120,14 +114,20 @@ def press(browser, name):
 
 
 def go_to(browser, frame):
-    browser.execute_script(f"{VIEWER}.seek({frame})")
-    until(browser, f"!{VIEWER}.film.seeking && {VIEWER}.film.paused")
+    """Seek, and wait until the player, whose listener precedes this one, has drawn the frame in every tile."""
+    browser.execute_script(f"""
+        window.drawn = false;
+        const film = {VIEWER}.film;
+        film.addEventListener("seeked", () => {{ window.drawn = !film.seeking; }});
+        {VIEWER}.seek({frame});
+    """)
+    until(browser, f"window.drawn && {VIEWER}.film.paused")
     until(browser, f"document.querySelector('.where').textContent.startsWith('frame {frame + 1} of')")
 
 
 def test_it_plays_and_pauses(opened):
     until(opened, f"{VIEWER}.film.currentTime > 0 && !{VIEWER}.film.paused")
-    assert opened.find_element("css selector", ".viewer .play").text == "Pause"
+    until(opened, "document.querySelector('.viewer .play').textContent === 'Pause'")
     press(opened, "play")
     until(opened, f"{VIEWER}.film.paused && document.querySelector('.play').textContent === 'Play'")
     assert console_errors(opened) == []
@@ -221,6 +221,7 @@ def test_a_phone_needs_no_sideways_scrolling_in_either_scheme(opened, scheme):
     size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
+        until(opened, f"document.documentElement.clientWidth === 390 && matchMedia('(prefers-color-scheme: {scheme})').matches")
         assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
         tops = opened.execute_script("return [...document.querySelectorAll('.tile')].map(t => t.getBoundingClientRect().top)")
         assert len(set(tops)) == 2  # four tiles in two rows

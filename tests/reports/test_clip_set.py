@@ -13,7 +13,7 @@ from promag.data.clip_index import Clip
 from promag.data.clips import Lengths, PreparedClips, Skipped, prepare
 from promag.data.cutting import cut_out
 from promag.reports.clip_set import EXTREMES, GAP, HEIGHT, SHOWN, ClipSet, Row, write_clip_page
-from tests.browser import console_errors
+from tests.browser import console_errors, until
 from tests.data.conftest import STEP, counting
 
 
@@ -102,9 +102,11 @@ def test_the_page_in_a_browser(page, browser, tmp_path):
     assert browser.title == "Clips of kites"
     assert not console_errors(browser)
     assert browser.execute_script("return document.images.length") == SHOWN + 2 * EXTREMES + 1
-    assert browser.execute_script("return document.images[0].naturalHeight") == HEIGHT
-    browser.set_window_size(420, 900)
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert until(browser, "document.images[0].naturalHeight") == HEIGHT
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    until(browser, "document.documentElement.clientWidth === 390")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
 
 
 def test_the_thumbnails_of_cut_clips_and_pictures(tmp_path):

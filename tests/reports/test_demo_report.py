@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from promag.data.video import read_frames
 from promag.reports.demo_report import BudgetRow, Progress, ReconstructionClip, Report, SampleClip, write_report
 from promag.reports.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, _log_ticks, _ticks, line_plot, marked_plot
-from tests.browser import console_errors
+from tests.browser import console_errors, until
 
 COLOURS = {"original": (200, 40, 40), 4: (40, 180, 40), 8: (40, 40, 200), 16: (220, 220, 60)}
 NASTY = "</title><script>alert(1)</script> {x} \"'&<img src=http://example.org/a onerror=alert(2)>"
@@ -309,19 +309,18 @@ def test_an_impossible_progress_is_refused(wrong):
 
 
 def test_a_running_page_reloads_itself_unless_its_videos_are_paused(browser, tmp_path):
-    from selenium.webdriver.support.ui import WebDriverWait
-
     clips = {"shipped": [sample()]}
     path = write_report(tmp_path, Report("A run", **clips), Progress("tokenizer", 0.1, reload_seconds=1))
     browser.get(path.as_uri())
     write_report(tmp_path, Report("A run", **clips), Progress("samples", 0.9, reload_seconds=1))
-    wait = WebDriverWait(browser, 30, 0.05)
-    wait.until(lambda driver: "samples" in driver.find_element("class name", "running").text)
-    wait.until(lambda driver: driver.execute_script("return [...document.querySelectorAll('video')].every(v => !v.paused)"))
-    browser.find_element("css selector", ".controls .play").click()
+    until(browser, "document.querySelector('.running').textContent.includes('samples')")
+    # In one script, so that no reload comes between the videos that play and the click.
+    playing = "const videos = [...document.querySelectorAll('video')], play = document.querySelector('.controls .play')"
+    pressed = "if (videos.length && videos.every(video => !video.paused)) { play.click(); return true }"
+    until(browser, f"(() => {{ {playing}; {pressed} }})()")
     assert browser.execute_script("return document.querySelector('video').paused && document.body.dataset.paused") == "yes"
     browser.execute_script("window.seconds = 0; setInterval(() => window.seconds++, 1000)")
-    wait.until(lambda driver: driver.execute_script("return window.seconds") == 3)  # a reloaded page has no such count
+    until(browser, "window.seconds >= 3")  # a reloaded page has no such count
     assert console_errors(browser) == []
 
 

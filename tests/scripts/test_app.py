@@ -12,12 +12,11 @@ from promag.reports.uploads import UploadLimits
 from promag.reports.web_app import AppBackend, build_app
 from promag.scripts import app
 from promag.training.config import UserError
-from tests.browser import console_errors
+from tests.browser import console_errors, until
 from tests.data.test_video import drifting
 from tests.tiny_pipeline import make_pipeline
 
 LIMITS = UploadLimits(megabytes=0.2, seconds=2.0, frames=40, side=100)
-PATIENCE = 60  # seconds, on busy machines
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +53,18 @@ def page(browser, asked_hosts):
 
 def wait(browser, selector, text=""):
     """Wait for the first element of a CSS selector that contains `text` and return it."""
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
+    parts = "[...document.querySelectorAll(arguments[0])]"
+    return until(browser, f"{parts}.find(part => part.textContent.includes(arguments[1]))", selector, text)
 
-    def hosts(driver):
-        parts = driver.find_elements(By.CSS_SELECTOR, selector)
-        return next((part for part in parts if text in driver.execute_script("return arguments[0].textContent", part)), None)
 
-    return WebDriverWait(browser, PATIENCE, 0.1).until(hosts)
+def text_of(browser, selector, text):
+    """Wait until the first element of a CSS selector that contains `text` shows it, and return its visible text."""
+    return until(browser, lambda driver: text in (shown := wait(driver, selector, text).text) and shown)
+
+
+def click(browser, selector, text=""):
+    """Wait until the first element of a CSS selector that contains `text` can be clicked, and click it."""
+    until(browser, lambda driver: wait(driver, selector, text).click() or True)
 
 
 def upload(browser, path):
@@ -70,29 +73,28 @@ def upload(browser, path):
 
     for clear in browser.find_elements(By.CSS_SELECTOR, "#file button[aria-label=Clear]"):
         browser.execute_script("arguments[0].click()", clear)  # works even if a message covers it
-    wait(browser, "#file input[type=file]").send_keys(str(path))
+    until(browser, lambda driver: wait(driver, "#file input[type=file]").send_keys(str(path)) or True)
 
 
 def upload_and_compare(browser, path):
     upload(browser, path)
     wait(browser, "#file", path.stem)
-    wait(browser, "#compare").click()
+    click(browser, "#compare")
 
 
 def test_a_prompt_becomes_a_video_at_the_chosen_budget(page, asked_hosts):
-    assert "expectations for this machine, from 2 steps at the start" in wait(page, "#costs", "Tokens").text
-    assert wait(page, "#costs .chosen").text.split()[:5] == ["16×", "3", "48", "3.0×", "fewer"]
-    wait(page, "#budget label", "4×").click()
+    assert "expectations for this machine, from 2 steps at the start" in text_of(page, "#costs", "Tokens")
+    assert text_of(page, "#costs .chosen", "16×").split()[:5] == ["16×", "3", "48", "3.0×", "fewer"]
+    click(page, "#budget label", "4×")
     wait(page, "#costs .chosen", "144")
-    wait(page, "#prompt textarea").send_keys("a red disc moves left")
-    wait(page, "#make").click()
-    facts = wait(page, "#video figure", "Measured")
-    assert "a red disc moves left" in facts.text
-    assert "4×, 144 tokens, 33 frames at 8 a second, seed 0." in facts.text
-    assert re.search(r"Measured: text [\d.]+ s, denoising [\d.]+ s, decoding [\d.]+ s, together [\d.]+ s", facts.text)
+    until(page, lambda driver: wait(driver, "#prompt textarea").send_keys("a red disc moves left") or True)
+    click(page, "#make")
+    facts = text_of(page, "#video figure", "Measured")
+    assert "a red disc moves left" in facts
+    assert "4×, 144 tokens, 33 frames at 8 a second, seed 0." in facts
+    assert re.search(r"Measured: text [\d.]+ s, denoising [\d.]+ s, decoding [\d.]+ s, together [\d.]+ s", facts)
     wait(page, "#costs", "the last video")
-    video = wait(page, "#video video")
-    assert page.execute_async_script(READY, video) == pytest.approx([33 / 8, 256, 256], abs=0.01)
+    assert until(page, film_of("#video video")) == pytest.approx([33 / 8, 256, 256], abs=0.01)
     assert console_errors(page) == []
     loaded = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert {name.split("/")[2] for name in loaded if not name.startswith(("data:", "blob:"))} == {
@@ -101,33 +103,30 @@ def test_a_prompt_becomes_a_video_at_the_chosen_budget(page, asked_hosts):
     assert asked_hosts <= {"127.0.0.1", "localhost"}
 
 
-READY = """
-const [video, done] = arguments, tell = () => done([video.duration, video.videoWidth, video.videoHeight]);
-video.readyState ? tell() : video.addEventListener("loadedmetadata", tell);
-"""
+def film_of(selector):
+    """Return an expression of the duration, width and height of a video whose header has been read."""
+    film = f"document.querySelector({selector!r})"
+    return f"{film}.readyState > 0 && [{film}.duration, {film}.videoWidth, {film}.videoHeight]"
 
 
 def test_an_uploaded_video_plays_beside_its_reconstructions(page, tmp_path):
-    from selenium.webdriver.support.ui import WebDriverWait
-
     write_video(tmp_path / "clip.mp4", drifting(17, 64, 64), 10)
-    wait(page, "button[role=tab]", "Reconstruct").click()
+    click(page, "button[role=tab]", "Reconstruct")
     upload_and_compare(page, tmp_path / "clip.mp4")
-    shown = wait(page, "#comparison .viewer", "dB this frame")
-    assert shown.text.startswith("clip.mp4\n17 frames of 64x64 at 10 a second, processed at 64x64\noriginal")
-    video = wait(page, "#comparison video")
-    assert page.execute_async_script(READY, video) == pytest.approx([1.7, 4 * 256 + 3 * 4, 256], abs=0.01)
+    shown = text_of(page, "#comparison .viewer", "dB this frame")
+    assert shown.startswith("clip.mp4\n17 frames of 64x64 at 10 a second, processed at 64x64\noriginal")
+    assert until(page, film_of("#comparison video")) == pytest.approx([1.7, 4 * 256 + 3 * 4, 256], abs=0.01)
     assert len(page.find_elements("css selector", "#comparison polyline")) == 3
     page.execute_script("document.querySelector('.viewer').viewer.seek(8)")
     wait(page, "#comparison .where", "frame 9 of 17, 0.80 s")
-    tile = wait(page, "#comparison .tile", "4×")
-    assert re.search(r"[\d.]+ frames/s\n[\d.]+ dB clip · [\d.]+ dB this frame$", tile.text)
+    tile = text_of(page, "#comparison .tile", "4×")
+    assert re.search(r"[\d.]+ frames/s\n[\d.]+ dB clip · [\d.]+ dB this frame$", tile)
     assert float(wait(page, "#comparison .head").get_attribute("x1")) == 500
     canvas = "document.querySelector('#comparison canvas')"
     page.execute_script("document.querySelector('.viewer').viewer.seek(12)")
-    drawn = f"return {canvas}.getContext('2d').getImageData(0, 0, 64, 64).data.some(value => value !== 0 && value !== 255)"
-    WebDriverWait(page, PATIENCE, 0.1).until(lambda driver: driver.execute_script(drawn))
-    wait(page, "#comparison .play", "Play").click()
+    drawn = f"{canvas}.getContext('2d').getImageData(0, 0, 64, 64).data.some(value => value !== 0 && value !== 255)"
+    until(page, drawn)
+    click(page, "#comparison .play", "Play")
     wait(page, "#comparison .play", "Pause")
     assert console_errors(page) == []
 
@@ -147,7 +146,7 @@ def test_files_beyond_the_limits_are_refused_with_what_is_legal(page, tmp_path):
         ("broken.mp4", "broken.mp4: cannot be read as a video"),
     ):
         upload_and_compare(page, tmp_path / name)
-        assert wait(page, "#comparison [role=alert]", name).text.startswith(message)
+        assert text_of(page, "#comparison [role=alert]", name).startswith(message)
     upload(page, tmp_path / "large.mp4")
     wait(page, ".toast-body", 'exceed the maximum allowed size of 204.8 Kb: "large.mp4"')
     (tmp_path / "notes.txt").write_text("no video")
@@ -160,8 +159,8 @@ def test_without_a_pipeline_the_page_says_how_to_make_one(browser, tokenizer):
     blocks, address = served(AppBackend(tokenizer, None, Pace(), LIMITS))
     browser.get(address)
     wait(browser, "#compare")
-    wait(browser, "button[role=tab]", "Text to video").click()
-    assert "--pipeline checkpoints/tiny-video" in wait(browser, ".promag.note pre").text
+    click(browser, "button[role=tab]", "Text to video")
+    assert text_of(browser, ".promag.note pre", "--pipeline checkpoints/tiny-video")
     assert errors_beside_refusals(browser) == []  # errors of the previous page may arrive late
     blocks.close()
 
