@@ -354,6 +354,36 @@ def test_a_class_without_a_name_of_its_own_here_is_taken_by_its_latents():
         AutoencoderKLProMAG.from_base(diffusers.AutoencoderKLWan(**other)).grow(Growth())
 
 
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "HunyuanVideo"])
+@torch.no_grad()
+def test_wide_features_go_behind_the_first_convolution_of_the_base(name):
+    _, plain = grown(name, levels=2, settle=0)
+    _, model = grown(name, levels=2, settle=0, hand_over="both")
+    ratio = 4 * model.base_ratio
+    z = torch.randn(1, model.latent_channels, 1 + 2 * model.latent_step, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.decode(z, ratio).sample, plain.decode(z, ratio).sample)  # at birth
+    settle_levels(model, 0.05)
+    (estimate, wide), _ = model.decoder_growth[0]((model.lift(z, ratio, ratio // 2), None))
+    assert wide is not None
+    constant = torch.linspace(-1, 1, wide.shape[1])
+    added = model.decoder((estimate, constant.view(-1, 1, 1, 1).expand_as(wide)))[0][0]
+    conv_in = model.decoder.model.decoder.conv_in
+    getattr(conv_in, "conv", conv_in).bias.add_(constant)  # a constant behind it is a bias
+    assert torch.allclose(added, model.decoder((estimate, None))[0][0], atol=1e-4)
+    if model.can_stream:
+        first, state = model.decode_chunk(z[:, :, : 1 + model.latent_step], START, ratio)
+        rest, _ = model.decode_chunk(z[:, :, 1 + model.latent_step :], state, ratio)
+        assert torch.allclose(torch.cat([first, rest], 2), model.decode(z, ratio).sample, atol=1e-5)
+
+
+def test_wide_features_and_sums_that_a_base_has_no_place_for_are_named():
+    with pytest.raises(ValueError, match="AutoencoderKLHunyuanVideo blends overlapping stretches of frames; use latent"):
+        grown("HunyuanVideo", hand_over="both")
+    for settings in ({"hand_over": "wide"}, {"sum_at": "features"}):
+        with pytest.raises(ValueError, match="needs this project's own base"):
+            grown("Wan 2.1", **settings)
+
+
 @torch.no_grad()
 def test_a_level_that_takes_no_key_frames_starts_with_little_noise():
     _, model = grown("Wan 2.2", "encoder", levels=1, settle=0.0, mixing="none", birth=False)
