@@ -20,7 +20,8 @@ from promag.reports.contact_sheet import write_contact_sheet
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
-from promag.tokenizer.metrics import PROTOCOL, Interpolated, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
+from promag.tokenizer.interpolation import KINDS, Interpolated
+from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
 from promag.tokenizer.perceptual import LPIPS, VideoFeatures
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
@@ -70,10 +71,11 @@ def main(argv: Sequence[str]) -> int:
         for low, lifted in results[ratio]["lift"].items():
             print(f"      lifted to {low}x  latent error {lifted['latent_error']:.4g}  psnr {lifted['psnr']:.4g}")
         if (step := ratio // model.temporal_ratios[0]) > 1:
-            control = evaluate_fully(Interpolated(model), videos(), ratio, lpips, features, precision)
-            results[ratio]["interpolated"] = control
-            dropped = f"{ratio // step}x on one frame of {step}, the others interpolated"
-            print(f"      control: {dropped}  psnr {control['psnr']:.4g}")
+            for kind in KINDS:
+                control = evaluate_fully(Interpolated(model, kind), videos(), ratio, lpips, features, precision)
+                results[ratio]["interpolated" if kind == "linear" else "interpolated_by_motion"] = control
+                how = "interpolated" if kind == "linear" else "interpolated along their motion"
+                print(f"      control: {ratio // step}x on one frame of {step}, the others {how}  psnr {control['psnr']:.4g}")
     compared = {
         ratio: before_after.compare(before, model, videos, ratio, results[ratio], precision, arguments.rounds)
         for ratio in common

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import DecoderOutput
 from einops import rearrange
 from torch import Tensor
 from torchmetrics.functional.image import (
@@ -259,35 +258,6 @@ def evaluate_latents(
             z, target = (m.encode(clip, temporal_ratio).latent_dist.mode() for m in (model, reference))
         errors.append(float(latent_loss(z, target)))
     return sum(errors) / len(errors)
-
-
-class Interpolated(torch.nn.Module):
-    """A tokenizer's lowest level on every k-th frame, the frames between interpolated linearly: a control for higher ratios.
-
-    It has as many latents as a level grown to k times the lowest ratio.
-    """
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-
-    @property
-    def device(self) -> Any:
-        """The device of the weights."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> Any:
-        """The type of the weights."""
-        return self.model.dtype
-
-    def forward(self, x: Tensor, temporal_ratio: int) -> DecoderOutput:
-        """B C 1+k*r*N H W -> the same."""
-        lowest = self.model.temporal_ratios[0]
-        coded = self.model(x[:, :, :: temporal_ratio // lowest], lowest).sample
-        flat = rearrange(coded.float(), "b c t h w -> b (c h w) t")
-        between = torch.nn.functional.interpolate(flat, x.shape[2], mode="linear", align_corners=True)
-        return DecoderOutput(sample=rearrange(between, "b (c h w) t -> b c t h w", c=x.shape[1], h=x.shape[3]))
 
 
 def _reconstructions(

@@ -84,7 +84,7 @@ def lines(config):
 
 
 def test_a_line_for_each_variant_seed_and_ratio(lines):
-    named = [(r["variant"], r["seed"], r["ratio"]) for r in lines if "subsampled" not in r]
+    named = [(r["variant"], r["seed"], r["ratio"]) for r in lines if not {"subsampled", "interpolated"} & r.keys()]
     assert named == [
         ("base", 0, 4), ("base", 1, 4), ("progressive", 0, 8), ("progressive", 0, 16), ("warm", 0, 16), ("plain", 0, 4),
         ("baseline", 0, 4),
@@ -92,6 +92,8 @@ def test_a_line_for_each_variant_seed_and_ratio(lines):
     seen = [(r["variant"], r["subsampled"], len(r["psnr_per_frame"])) for r in lines if "subsampled" in r and r["seed"] == 0]
     assert ("base, every 2nd frame", 2, 9) in seen
     assert ("base, every 4th frame", 4, 5) in seen
+    seen = [(r["variant"], r["ratio"]) for r in lines if "interpolated" in r and r["seed"] == 1]
+    assert seen == [(f"base, {kind} interpolation", ratio) for ratio in (8, 16) for kind in ("linear", "motion")]
     needed = {"psnr", "psnr_top_motion", "ssim", "flicker", "params", "steps", "clips_seen", "seconds", "commit", "machine"}
     assert all(needed <= line.keys() for line in lines)
 

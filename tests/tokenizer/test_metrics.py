@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from promag.tokenizer.metrics import (
-    Interpolated,
     evaluate,
     evaluate_fully,
     evaluate_lift,
@@ -203,14 +202,3 @@ def test_lift_is_compared_with_the_true_lower_latent():
     noise = torch.randn(1, 3, 17, 64, 64) * 0.2
     assert evaluate_lift(Doubling(), [noise, noise], 8)["4"]["latent_error"] == pytest.approx(2 * 2 / 5, rel=0.03)
     assert evaluate_lift(Doubling(), [still], 4) == {}
-
-
-@torch.no_grad()
-def test_the_control_codes_every_kth_frame_and_interpolates_the_others(tokenizer, clip):
-    output = Interpolated(tokenizer)(clip, 16).sample
-    coded = tokenizer(clip[:, :, ::4], 4).sample
-    assert output.shape == clip.shape
-    assert torch.allclose(output[:, :, ::4], coded, atol=1e-5)
-    assert torch.allclose(output[:, :, 1], 0.75 * coded[:, :, 0] + 0.25 * coded[:, :, 1], atol=1e-5)
-    figures = evaluate_fully(Interpolated(tokenizer), [clip], 16, precision="fp32")
-    assert figures["psnr_every_4th"] == pytest.approx(psnr_per_frame(coded, clip[:, :, ::4]).mean().item(), abs=1e-3)
