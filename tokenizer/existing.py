@@ -7,11 +7,10 @@ back.
 What growth sees of an autoencoder are its latents or, with `features="encoder"`, also what its encoder's last convolution
 sees. Latents can be cached, and then growth trains without pixels (see `train.py`).
 
-Streaming: AutoencoderKLWan and AutoencoderKLCogVideoX take the state of their convolutions as an argument; here it is a value
-like every other state. The other classes have none and code whole clips alone.
+Streaming, and gradient checkpointing by stretches: see `existing_streams.py`. The other classes code whole clips alone and
+checkpoint their blocks themselves.
 """
 
-import contextlib
 import copy
 import hashlib
 import os
@@ -22,14 +21,14 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 from torch import Tensor, nn
 
 from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import check_folder, read_mapping
 
+from .existing_streams import STREAMS, Added, Run, at_once
 from .growth import LatentScale
-from .layers import Handed, State, is_first
+from .layers import START, Handed, State
 
 Features = Literal["latents", "encoder"]
 
@@ -243,31 +242,32 @@ class _Inputs:
         return torch.cat(self.parts, 2)
 
 
-class _Added:
-    """Context in which features are added to the outputs of a layer, call by call."""
+class _Half(nn.Module):
+    """What encodes or decodes, of an existing autoencoder; gradient checkpointing is diffusers' switch."""
 
-    def __init__(self, layer: nn.Module, features: Tensor):
-        self.layer, self.features, self.used = layer, features, 0
-
-    def __enter__(self) -> None:
-        self.handle = self.layer.register_forward_hook(self._add)
-
-    def __exit__(self, *error: Any) -> None:
-        self.handle.remove()
-
-    def _add(self, _layer: nn.Module, _inputs: Any, output: Any) -> Any:
-        y = output[0] if isinstance(output, tuple) else output  # with its cache, in AutoencoderKLCogVideoX
-        part = self.features[:, :, self.used : self.used + y.shape[2]]
-        self.used += y.shape[2]
-        return (y + part, *output[1:]) if isinstance(output, tuple) else y + part
-
-
-class ExistingEncoder(nn.Module):
-    """Pixels to features and moments of an existing autoencoder; its features are the moments and, where asked for, more."""
+    gradient_checkpointing = False
 
     def __init__(self, model: Any, settings: Existing):
         super().__init__()
         self.model, self.settings = model, settings
+
+    def ends(self) -> list[nn.Module]:
+        """Return the layers at pixels and latents."""
+        return [module for name, module in self.model.named_modules() if name.split(".")[-1] in ENDS]
+
+    def _run(self, state: State) -> Run | None:
+        """Return what runs each stretch of a clip, or None where a clip is coded whole by its class."""
+        if state is not None:
+            return at_once
+        again = self.gradient_checkpointing and torch.is_grad_enabled() and self.settings.class_name in STREAMS
+        return self._gradient_checkpointing_func if again else None
+
+
+class ExistingEncoder(_Half):
+    """Pixels to features and moments of an existing autoencoder; its features are the moments and, where asked for, more."""
+
+    def __init__(self, model: Any, settings: Existing):
+        super().__init__(model, settings)
         self.head = MomentsOnly(2 * settings.latent_channels)
 
     def features(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
@@ -279,31 +279,27 @@ class ExistingEncoder(nn.Module):
         return torch.cat([moments, seen.joined().to(moments.dtype)], 1), state
 
     def _moments(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        if state is None:
+        run = self._run(state)
+        if run is None:
             return _moments(self.model, x), None
-        return _stream_of(self.settings).encode(self.model, x, state)
-
-    def ends(self) -> list[nn.Module]:
-        """Return the layers at pixels and latents."""
-        return _ends(self.model)
+        moments, after = _stream_of(self.settings).encode(self.model, x, START if state is None else state, run)
+        return moments, None if state is None else after
 
 
-class ExistingDecoder(nn.Module):
+class ExistingDecoder(_Half):
     """Latents of an existing autoencoder to pixels."""
-
-    def __init__(self, model: Any, settings: Existing):
-        super().__init__()
-        self.model, self.settings = model, settings
 
     def forward(self, handed: Handed, state: State = None) -> tuple[Handed, State]:
         """B c 1+N h w, and features added behind the first convolution, B D 1+N h w -> B C 1+r*N H W."""
         z, features = handed
-        with contextlib.nullcontext() if features is None else _Added(self.model.decoder.conv_in, features):
-            if state is None:
-                x = _pixels(self.model, z)
-            else:
-                x, state = _stream_of(self.settings).decode(self.model, z, state)
-        return (x, None), state
+        run = self._run(state)
+        if run is not None:
+            x, after = _stream_of(self.settings).decode(self.model, z, features, START if state is None else state, run)
+            return (x, None), None if state is None else after
+        if features is None:
+            return (_pixels(self.model, z), None), None
+        with Added(self.model.decoder.conv_in, features):
+            return (_pixels(self.model, z), None), None
 
     def wide_channels(self) -> int:
         """Return the channels behind the first convolution; raises ValueError where the class has no such place to add to."""
@@ -313,14 +309,6 @@ class ExistingDecoder(nn.Module):
             why = "has no decoder.conv_in" if channels is None else "blends overlapping stretches of frames"
             raise ValueError(f"growth hand_over: {self.settings.class_name} {why}; use latent")
         return channels
-
-    def ends(self) -> list[nn.Module]:
-        """Return the layers at latents and pixels."""
-        return _ends(self.model)
-
-
-def _ends(model: nn.Module) -> list[nn.Module]:
-    return [module for name, module in model.named_modules() if name.split(".")[-1] in ENDS]
 
 
 class MomentsOnly(nn.Module):
@@ -372,66 +360,3 @@ class OnExisting:
     def latents_std(self) -> Tensor:
         """The deviation of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
         return self.encoder.model.latents_std
-
-
-class _WanStream:
-    """AutoencoderKLWan codes the first frame, then four at a time; its state is what each convolution saw last."""
-
-    @staticmethod
-    def encode(model: Any, x: Tensor, state: State) -> tuple[Tensor, State]:
-        x = patchify(x, model.config.patch_size) if model.config.patch_size is not None else x
-        parts = [x[:, :, :1], *_in_fours(x[:, :, 1:])] if is_first(state) else _in_fours(x)
-        cache, outputs = _caches(model.encoder, state), []
-        for part in parts:
-            outputs.append(model.encoder(part, feat_cache=cache, feat_idx=[0]))
-        return model.quant_conv(torch.cat(outputs, 2)), tuple(cache)
-
-    @staticmethod
-    def decode(model: Any, z: Tensor, state: State) -> tuple[Tensor, State]:
-        z = model.post_quant_conv(z)
-        cache, outputs = _caches(model.decoder, state), []
-        for i in range(z.shape[2]):
-            first = is_first(state) and i == 0
-            outputs.append(model.decoder(z[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=first))
-        x = torch.cat(outputs, 2)
-        x = unpatchify(x, model.config.patch_size) if model.config.patch_size is not None else x
-        return x.clamp(-1, 1), tuple(cache)
-
-
-def _in_fours(x: Tensor) -> list[Tensor]:
-    return list(x.split(4, 2)) if x.shape[2] else []
-
-
-def _caches(part: nn.Module, state: State) -> list[Any]:
-    if not is_first(state):
-        return list(state)
-    return [None] * sum(isinstance(module, WanCausalConv3d) for module in part.modules())
-
-
-class _CogVideoXStream:
-    """AutoencoderKLCogVideoX codes 1 + 8 frames, then 8 at a time, normalised over each stretch; so chunks hold whole ones."""
-
-    @staticmethod
-    def encode(model: Any, x: Tensor, state: State) -> tuple[Tensor, State]:
-        coded, state = _in_stretches(model.encoder, x, model.num_sample_frames_batch_size, state)
-        return (coded if model.quant_conv is None else model.quant_conv(coded)), state
-
-    @staticmethod
-    def decode(model: Any, z: Tensor, state: State) -> tuple[Tensor, State]:
-        z = z if model.post_quant_conv is None else model.post_quant_conv(z)
-        return _in_stretches(model.decoder, z, model.num_latent_frames_batch_size, state)
-
-
-def _in_stretches(part: Any, x: Tensor, length: int, state: State) -> tuple[Tensor, State]:
-    first = x.shape[2] % length if is_first(state) else 0
-    if x.shape[2] % length != (1 if is_first(state) else 0):
-        raise ValueError(f"{x.shape[2]} frames in a chunk: AutoencoderKLCogVideoX needs {'1 + ' if first else ''}{length}k")
-    cache, outputs = (None if is_first(state) else dict(state)), []
-    stops = list(range(first + length, x.shape[2] + 1, length)) or [x.shape[2]]
-    for start, stop in zip([0, *stops], stops, strict=False):
-        coded, cache = part(x[:, :, start:stop], conv_cache=cache)
-        outputs.append(coded)
-    return torch.cat(outputs, 2), cache
-
-
-STREAMS = {"AutoencoderKLWan": _WanStream, "AutoencoderKLCogVideoX": _CogVideoXStream}
