@@ -11,6 +11,7 @@ from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
 
+from .ahead import check_lead
 from .caption_weights import CaptionWeight
 from .conditioning import Condition
 from .finetune import Lora
@@ -176,6 +177,11 @@ class DiffusionConfig:
         "shift of times towards noise: factor of t / (1 - t) at 256 tokens, grows with the root of the token count; for Wan "
         "the factor at any number of tokens",
     )
+    base_ahead: float = setting(
+        0.0,
+        "lead of the key frames' channels of dual latents in denoising, as a share of the time, below 1; 0 denoises all "
+        "channels together",
+    )
     condition: Condition = setting(Condition(), "first-frame conditioning, for image-to-video and continuation")
     text: TextConfig = setting(TextConfig(), "text encoders")
     model: TransformerConfig | None = setting(None, "transformer; null if `init` provides it")
@@ -214,6 +220,7 @@ class DiffusionConfig:
             )
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout {self.caption_dropout}: must be in [0, 1)")
+        check_lead(self.base_ahead)
         if self.shift <= 0:
             raise ValueError(f"shift {self.shift}: must be above 0")
 

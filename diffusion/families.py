@@ -268,6 +268,7 @@ def _checked(statistics: LatentStatistics | None, channels: int) -> LatentStatis
 
 
 NO_FRAMES = "condition: WanTransformer3DModel was made for text alone; leave condition.probability at 0"
+ONE_TIME = "base_ahead: WanTransformer3DModel takes one time for all channels; leave base_ahead at 0"
 PROMAG, WAN = ProMAGFamily(), WanFamily()
 FAMILIES: dict[str, Family] = {family.model.__name__: family for family in (PROMAG, WAN)}
 
@@ -311,6 +312,8 @@ def adopt(config: "DiffusionConfig") -> "DiffusionConfig":
         return config
     if config.condition.max_frames:
         raise UserError(NO_FRAMES)
+    if config.base_ahead:
+        raise UserError(ONE_TIME)
     index = Path(init) / "model_index.json"
     if index.is_file() and (read_mapping(index).get("transformer_2") or [None])[0]:
         raise UserError(

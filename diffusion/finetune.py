@@ -25,6 +25,7 @@ def adapt_to_latents(
     condition_frames: int,
     frozen: bool,
     statistics: LatentStatistics | None = None,
+    base_ahead: float = 0.0,
 ) -> None:
     """Reconcile a pretrained transformer with this training's caches, and their normalisation with it.
 
@@ -33,7 +34,7 @@ def adapt_to_latents(
     Transformers of diffusers get latents normalised by the autoencoder's own `statistics`.
 
     Raises UserError for mismatched channels or text widths, latents that its patches do not divide, missing statistics, and
-    with `frozen` for new ratios or more conditioning frames.
+    with `frozen` for new ratios or more conditioning frames, and for a `base_ahead` that it cannot be trained further with.
     """
     config, family = transformer.config, family_of(transformer)
     widths, pooled = family.text_widths(transformer)
@@ -50,6 +51,14 @@ def adapt_to_latents(
                 f"latents of {'x'.join(map(str, shape))} (frames x height x width): not divisible by the patches of init, "
                 f"{'x'.join(map(str, config['patch_size']))}"
             )
+    trained = config.get("base_ahead", 0.0)
+    if base_ahead != trained and (trained or frozen):
+        raise UserError(
+            f"base_ahead {base_ahead:g}: the transformer of init was trained with {trained:g}; give that"
+            + ("" if trained else ", or train all weights for a lead")
+        )
+    if base_ahead != trained:
+        transformer.set_base_ahead(base_ahead)
     family.normalise(transformer, latents, condition_frames, frozen, statistics)
 
 

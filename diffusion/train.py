@@ -32,13 +32,14 @@ from promag.training.state import hash_weights
 from promag.training.throughput import Work
 from promag.training.trackers import Log
 
+from . import ahead
 from .attention import choose_attention
 from .cache_store import Shards
 from .conditioning import draw_cond_mask, frame_times, mean_over_generated
 from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
 from .families import LatentStatistics, adopt, family_of, hidden_matrices, load_transformer
 from .finetune import adapt_to_latents, add_lora, narrow_frozen
-from .flow import interpolate, sample_times, velocity
+from .flow import sample_times, velocity
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
 from .text import CutTexts, Embedded, draw_dropped, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
 from .text_cache import CaptionEncoder, EmbeddingCache
@@ -74,6 +75,7 @@ class FlowObjective(Objective):
         super().__init__()
         self.transformer, self.text, self.family = transformer, text, family_of(transformer)
         self.caption_dropout, self.shift, self.condition = config.caption_dropout, config.shift, config.condition
+        self.base_ahead = config.base_ahead
         self.text_rate_factor = config.text.learning_rate / config.optimization.learning_rate
 
     def learning_rate_scales(self) -> list[tuple[torch.nn.Module, float]]:
@@ -113,11 +115,20 @@ class FlowObjective(Objective):
         fps: Tensor,
         ratio: int,
         cond_mask: Tensor | None = None,
+        half_weights: Sequence[float] | None = None,
     ) -> Tensor:
-        """Return the mean squared velocity error of each clip, (b,), over the frames outside cond_mask (b t)."""
+        """Return the mean squared velocity error of each clip, (b,), over the frames outside cond_mask (b t).
+
+        With `base_ahead` a half of the channels that rests counts 0, or the halves are weighted as given.
+        """
         times = times if cond_mask is None else frame_times(times, cond_mask)
-        predicted = self.family.predict(self.transformer, interpolate(x, noise, times), times, text, fps, ratio)
+        noisy = ahead.interpolate(x, noise, times, self.base_ahead)
+        predicted = self.family.predict(self.transformer, noisy, times, text, fps, ratio)
         errors = F.mse_loss(predicted.float(), velocity(x, noise), reduction="none")
+        if half_weights is None:
+            errors = ahead.moving_only(errors, times, self.base_ahead)
+        else:
+            errors = ahead.scale_halves(errors, half_weights)
         return errors.flatten(1).mean(1) if cond_mask is None else mean_over_generated(errors, cond_mask)
 
     def mu(self, x: Tensor) -> float:
@@ -226,6 +237,7 @@ def new_transformer(
         text_dim=text.widths,
         pooled_dim=text.pooled_width,
         temporal_ratios=config.ratios,
+        base_ahead=config.base_ahead,
         condition_frames=config.condition.max_frames,
         latents_mean={str(part.ratio): part.mean.flatten().tolist() for part in latents},
         latents_std={str(part.ratio): part.std.flatten().tolist() for part in latents},
@@ -276,7 +288,8 @@ def train_diffusion(
         raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
     if config.init:
         transformer = load_transformer(config.init)
-        adapt_to_latents(transformer, latents, text, config.condition.max_frames, config.lora is not None, statistics)
+        frozen = config.lora is not None
+        adapt_to_latents(transformer, latents, text, config.condition.max_frames, frozen, statistics, config.base_ahead)
     else:
         transformer = new_transformer(config, latents, text)
     broadcast_from_main(lambda: record_data(run, _models(config, transformer, text, statistics)))

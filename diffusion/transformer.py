@@ -5,6 +5,7 @@ Shapes: b c t h w latents, N = t*h*w / patch tokens, D width, L text tokens. Sou
 QK normalisation (arXiv 2302.05442, sec. 2.1), rotary positions (arXiv 2104.09864) over time, height and width.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from promag.training.safetensors_only import SafetensorsOnly
 
+from .ahead import check_lead, half_times
 from .inputs import (
     check_defaults,
     check_latents,
@@ -218,6 +220,8 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         condition_frames: maximum number of clean first latent frames in training; 0 for text-to-video only.
         local_convolution: whether each block begins with a depthwise convolution over neighbouring tokens (conditional
             positional encoding, arXiv 2102.10882). With few training clips the model then learns compact objects much sooner.
+        base_ahead: lead of the first half of the channels, the key frames' of a dual latent, in training (see ahead.py); 0 for
+            none.
         latents_mean: for each ratio, as a string, the mean of each channel over the training latents.
         latents_std: likewise the standard deviation. The model's input is (latent - mean) / std.
         sample_defaults: height, width, num_frames, temporal_ratio and fps of the videos that its pipeline samples by default.
@@ -244,6 +248,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         temporal_ratios: Sequence[int] = (4, 8, 16),
         condition_frames: int = 0,
         local_convolution: bool = False,
+        base_ahead: float = 0.0,
         latents_mean: Mapping[str, Sequence[float]] | None = None,
         latents_std: Mapping[str, Sequence[float]] | None = None,
         sample_defaults: Mapping[str, float] | None = None,
@@ -271,6 +276,8 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         for layer in (self.modulation[1], self.proj_out):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
+        self.residual_time_embed = None
+        self.set_base_ahead(base_ahead)
         self.gradient_checkpointing = False
 
     @property
@@ -278,6 +285,22 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         """Width of the text tokens of each text encoder."""
         width = self.config["text_dim"]
         return [width] if isinstance(width, int) else list(width)
+
+    def set_base_ahead(self, lead: float) -> None:
+        """Set the lead of the key frames' channels; from 0 it adds an embedding of the residual's time that starts at zero.
+
+        Raises ValueError for a lead outside [0, 1), for an odd number of channels, and for 0 after another lead.
+        """
+        check_lead(lead)
+        if lead and self.config["in_channels"] % 2:
+            raise ValueError(f"base_ahead {lead:g} with in_channels {self.config['in_channels']}: an even number is needed")
+        if not lead and self.residual_time_embed is not None:
+            raise ValueError(f"base_ahead 0: this model was trained with {self.config['base_ahead']:g}; keep a lead above 0")
+        if lead and self.residual_time_embed is None:
+            self.residual_time_embed = copy.deepcopy(self.time_embed)  # draws no random numbers, so all else starts the same
+            for parameter in self.residual_time_embed.linear_2.parameters():
+                nn.init.zeros_(parameter)
+        self.register_to_config(base_ahead=lead)
 
     def normalise(self, latents: Tensor, temporal_ratio: int) -> Tensor:
         """Normalise the tokenizer's latents, b c t h w, with the channel statistics of the ratio."""
@@ -314,7 +337,8 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
 
         Args:
             hidden_states: noisy, normalised latents, b c t h w.
-            timestep: time in [0, 1000], where 1000 is pure noise; (b,), or b t with one for each latent frame.
+            timestep: time in [0, 1000], where 1000 is pure noise; (b,), or b t with one for each latent frame. With
+                `base_ahead` it sets the times of both halves of the channels.
             encoder_hidden_states: text tokens, b L text_dim; with several text encoders a sequence, one for each.
             encoder_attention_mask: b L, nonzero at text tokens that are not padding; likewise a sequence.
             pooled_projections: pooled text vectors, b pooled_dim; None if `pooled_dim` is 0.
@@ -347,7 +371,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
 
         ratio = torch.as_tensor(temporal_ratio, device=x.device, dtype=torch.float32).expand(b)
         rate = torch.as_tensor(fps, device=x.device, dtype=torch.float32).expand(b)
-        embedding = self._embed(self.time_embed, timestep.flatten(), x).unflatten(0, timestep.shape)  # b G D
+        embedding = self._embed_time(timestep, x)  # b G D
         embedding = embedding + self._embed(self.ratio_embed, 100 * ratio.log2(), x)[:, None]
         embedding = embedding + self._embed(self.fps_embed, 100 * rate.log2(), x)[:, None]
         if self.pooled_embed is not None:
@@ -376,6 +400,14 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         check_text(tokens, masks, self.text_dims, batch)
         text = torch.cat([embed(part) for embed, part in zip(self.text_embeds, tokens, strict=True)], 1)
         return text, torch.cat([part.bool() for part in masks], 1)[:, None, None, :] if masks else None
+
+    def _embed_time(self, timestep: Tensor, reference: Tensor) -> Tensor:
+        """Embed times b G, or with `base_ahead` the two times that each of them sets: b G D."""
+        if self.residual_time_embed is None:
+            return self._embed(self.time_embed, timestep.flatten(), reference).unflatten(0, timestep.shape)
+        base, residual = (1000 * t.flatten() for t in half_times(timestep.float() / 1000, self.config["base_ahead"]))
+        embedding = self._embed(self.time_embed, base, reference) + self._embed(self.residual_time_embed, residual, reference)
+        return embedding.unflatten(0, timestep.shape)
 
     def _embed(self, layer: nn.Module, value: Tensor, reference: Tensor) -> Tensor:
         return layer(self.time_proj(value).to(reference.dtype))

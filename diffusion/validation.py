@@ -14,6 +14,7 @@ from promag.training.files import read_json_lines
 from promag.training.loop import Metrics, seeded
 from promag.training.processes import processes, sum_over_processes
 
+from .ahead import sampling_times
 from .latent_cache import LatentDataset
 
 if TYPE_CHECKING:
@@ -73,7 +74,12 @@ class ValidationSet:
         text = objective.text({**batch, "caption": [row["caption"] for row in rows]})
         cond_mask = torch.arange(self.frames, device=device).expand(len(x), -1) < 1 if first_given else None
         times = [torch.full((len(x),), t, device=device) for t in VALIDATION_TIMES]
-        return torch.stack([objective.errors(x, noise, t, text, fps, self.ratio, cond_mask) for t in times]).mean(0)
+        probes: list[tuple[Tensor, tuple[float, float] | None]] = [(t, None) for t in times]
+        if objective.base_ahead:  # each half of the channels at the same times of its own as without a lead
+            pairs = [sampling_times(t, objective.base_ahead) for t in times]
+            probes = [probe for base, residual in pairs for probe in ((base, (2.0, 0.0)), (residual, (0.0, 2.0)))]
+        errors = [objective.errors(x, noise, t, text, fps, self.ratio, cond_mask, halves) for t, halves in probes]
+        return torch.stack(errors).mean(0)
 
 
 def validation_losses(objective: "FlowObjective", parts: Sequence[ValidationSet], first_given: bool) -> Metrics:

@@ -118,6 +118,7 @@ def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, list[B
     """
     config = adopt(config)
     check_autoencoder(config.init, LatentStatistics.of(vae.config))
+    _check_dual(config, vae)
     latents = {split: cache_latents(config, split, vae) for split in ("train", "eval")}
     folders = {_name(config, split, bucket): caches[0] for split, parts in latents.items() for bucket, caches in parts}
     texts = cache_text(config, folders)
@@ -125,6 +126,17 @@ def cache(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> dict[str, list[B
         split: [BucketCache(bucket, caches, texts[_name(config, split, bucket)]) for bucket, caches in parts]
         for split, parts in latents.items()
     }
+
+
+def _check_dual(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> None:
+    """Raise UserError if `base_ahead` is set for budgets whose latents have no residual channels."""
+    known = [ratio for ratio in config.ratios if ratio in vae.temporal_ratios]
+    plain = [f"{ratio}x" for ratio in known if vae.level_channels[vae.level_of(ratio)] == vae.latent_channels]
+    if config.base_ahead and plain:
+        raise UserError(
+            f"base_ahead {config.base_ahead:g}: the {' and '.join(plain)} latents of tokenizer {config.tokenizer} have no "
+            "residual channels; grow these levels with latent: dual, or set base_ahead: 0"
+        )
 
 
 def _name(config: DiffusionConfig, split: str, bucket: Bucket, content: str = "") -> str:

@@ -16,7 +16,8 @@ from diffusers.utils.outputs import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
-from promag.diffusion.flow import StopSampling, guide, interpolate, sample_flow
+from promag.diffusion.ahead import interpolate, paced
+from promag.diffusion.flow import StopSampling, guide, sample_flow
 from promag.diffusion.text import NULL_CAPTION, Embedded, encode_prompts, side_by_side
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
@@ -318,7 +319,8 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         check_budget(ratio, self.vae, self.transformer)
         check_options(output_type, attention_kwargs)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        check_flow(self.scheduler)
+        base_ahead = self.transformer.config["base_ahead"]
+        check_flow(self.scheduler, base_ahead)
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
         check_size(*size, spatial * max(patch[1:]))
         token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch))
@@ -357,7 +359,7 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         x = first_noise(shape, generator, device) if start is None or denoise_strength < 1 else start
         if start is not None and denoise_strength < 1:
             start = self.transformer.normalise(start, ratio)
-            x = interpolate(start, x, times[:1]) if steps else start
+            x = interpolate(start, x, times[:1], base_ahead) if steps else start
         self._num_timesteps = steps
         calls = itertools.count()
 
@@ -384,7 +386,7 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
                 bar.update()
                 return x
 
-            step = SchedulerStep(self.scheduler, timesteps, generator)
+            step = paced(SchedulerStep(self.scheduler, timesteps, generator), base_ahead)
             x = sample_flow(predict, x, times, step=step, conditioning=given, callback=after_step)
         self._current_timestep = None
 

@@ -23,13 +23,19 @@ FLOW_WITH_SETTINGS = (
     "DEISMultistepScheduler",
     "SASolverScheduler",
 )
+LINEAR = FLOW[:2]  # whose steps are linear in the velocity, so that channels may move at different paces
 FLOW_SETTINGS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
-def check_flow(scheduler: Any) -> None:
-    """Raise ValueError for a scheduler that does not integrate a flow."""
+def check_flow(scheduler: Any, base_ahead: float = 0.0) -> None:
+    """Raise ValueError for a scheduler that does not integrate a flow, and with `base_ahead` for one with a single time."""
     kinds = {kind.__name__ for kind in type(scheduler).__mro__}
     config = getattr(scheduler, "config", {})
+    if base_ahead and (not kinds & {*LINEAR} or config.get("stochastic_sampling")):
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__}: the transformer was trained with base_ahead {base_ahead:g}, two times in "
+            f"each step; use {' or '.join(LINEAR)}, without stochastic_sampling"
+        )
     set_so = all(config.get(key) == value for key, value in FLOW_SETTINGS.items())
     if kinds & {*FLOW} or (set_so and kinds & {*FLOW_WITH_SETTINGS}):
         return

@@ -130,7 +130,7 @@ def test_the_time_shift_follows_the_tokens_of_each_bucket():
     values.learning_rate = 1.0
     for name in ("text", "optimization"):
         setattr(values, name, values)
-    values.caption_dropout, values.shift, values.condition = 0.0, 3.0, None
+    values.caption_dropout, values.shift, values.base_ahead, values.condition = 0.0, 3.0, 0.0, None
     objective = FlowObjective(transformer, torch.nn.Module(), values)  # pyright: ignore[reportArgumentType]
     for shape, tokens in (((1, 4, 2, 8, 8), 32), ((3, 4, 5, 8, 16), 160), ((1, 4, 1, 8, 8), 16)):
         assert objective.mu(torch.zeros(shape)) == token_shift(tokens, 3.0)

@@ -59,7 +59,8 @@ def objective(condition, seed=0):
         pooled_dim=16,
     )
     text = SimpleNamespace(learning_rate=1e-3)
-    config = SimpleNamespace(caption_dropout=0.0, shift=3.0, condition=condition, text=text, optimization=text)
+    flow = {"shift": 3.0, "base_ahead": 0.0}
+    config = SimpleNamespace(caption_dropout=0.0, **flow, condition=condition, text=text, optimization=text)
     return FlowObjective(transformer, CaptionEncoder([None], vocabulary, small_clip(vocabulary, 16, 1, 2)), config)
 
 

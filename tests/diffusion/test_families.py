@@ -278,6 +278,8 @@ def test_missing_statistics_are_named(cached, init, tmp_path):
 def test_settings_that_the_family_does_not_know_are_refused(init, tmp_path):
     with pytest.raises(UserError, match="condition: WanTransformer3DModel was made for text alone"):
         adopt(settings(tmp_path, init, condition={"probability": 0.5}))
+    with pytest.raises(UserError, match="base_ahead: WanTransformer3DModel takes one time for all channels"):
+        adopt(settings(tmp_path, init, base_ahead=0.15))
     for encoders in ([{"max_length": 8}], [{"model": "a"}, {"model": "b"}]):
         with pytest.raises(UserError, match=r"text encoders .*: WanTransformer3DModel takes one frozen T5 or UMT5"):
             adopt(settings(tmp_path, init, text={"encoders": encoders}))

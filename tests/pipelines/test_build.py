@@ -77,6 +77,36 @@ def test_clips_of_several_buckets_are_cached_apart_and_trained_together(config, 
         assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == whole
 
 
+def test_a_dual_latents_key_frames_are_denoised_ahead_in_training_and_sampling(config, tmp_path):
+    """2 + resume + 1 steps equal 3; the pipeline keeps the lead, and its video depends on it."""
+    with pytest.raises(UserError, match=r"base_ahead 0\.3: the 16x latents of tokenizer .* have no residual channels; grow"):
+        train_pipeline(dataclasses.replace(config, base_ahead=0.3))
+    make_tokenizer(settle=0.05, latent="dual").save_pretrained(tmp_path / "dual")
+    data = dataclasses.replace(config.data, cache=str(tmp_path / "dual-latents"), buckets=None)
+    text = dataclasses.replace(config.text, encoders=config.text.encoders[1:])
+    condition = dataclasses.replace(config.condition, probability=0.5)
+    leading = dataclasses.replace(
+        config, base_ahead=0.3, tokenizer=str(tmp_path / "dual"), data=data, text=text, condition=condition
+    )
+    folder = train_pipeline(leading)
+    for part in (2, None):
+        run = dataclasses.replace(leading.run, stop_after=part, save_every=1)
+        resumed = train_pipeline(dataclasses.replace(leading, run=run, output_dir=str(tmp_path / "parts")))
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (resumed / weights).read_bytes() == (folder / weights).read_bytes()
+    pipe = ProMAGPipeline.from_pretrained(folder)
+    assert pipe.transformer.config["base_ahead"] == 0.3
+    assert pipe.transformer.residual_time_embed.linear_2.weight.any()
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for given in ({}, {"image": image}):
+        call = {"num_inference_steps": 4, "output_type": "latent", **given}
+        latents = pipe("a red disc", generator=torch.Generator().manual_seed(0), **call).frames
+        assert latents.shape == (1, 8, 2, 4, 4)
+    with pytest.raises(UserError, match=r"started with other settings .base_ahead is 0\.3 there, 0\.2 now"):
+        train_pipeline(dataclasses.replace(leading, base_ahead=0.2))
+
+
 def test_a_run_with_complete_caches_loads_no_text_encoder(config, tmp_path):
     """The encoder's weights are garbage of the same size and time, which is not noticed until their time changes."""
     before = cache(config, make_tokenizer(settle=0.05))
