@@ -282,8 +282,9 @@ TRANSFORMER_PROTOCOL = (
     "configurations of diffusers without weights; one forward pass of one video without guidance, 512 text tokens; FLOPs: 2 "
     "for a multiply-add in products, attention and convolutions, on the meta device; inference: most that tensors beside bf16 "
     "weights hold at once, with attention that keeps no scores, on fake tensors of a CPU; latent: in bf16; training: most that "
-    "tensors of a forward and a backward pass hold at once, one video, float32 weights under bf16 autocast, blocks computed "
-    "again, gradients included; LoRA: rank 32 at the attention's four projections; weights, moments and averages come on top"
+    "tensors of a forward and a backward pass hold at once, one video, float32 weights under bf16 autocast, with gradients; "
+    "checkpointed: blocks computed again; LoRA: rank 32 at the attention's four projections; static memory: float32 weights, "
+    "gradients, AdamW's moments and averages of what is trained; frozen weights come on top"
 )
 
 
@@ -322,15 +323,17 @@ def transformer_rows(published: Published, trained: bool) -> list[dict[str, Any]
     for lora in (False, True) if trained else ():
         if lora:
             model.requires_grad_(False).add_adapter(LORA)
-        model.enable_gradient_checkpointing()
         copied = as_fake(model.train(), fake)
-        weights = sum(p.numel() for p in copied.parameters() if p.requires_grad)
+        trained = [p for p in copied.parameters() if p.requires_grad]
+        static = static_memory(trained, [])
+        kept = {"parameters": sum(p.numel() for p in trained), "static": {**asdict(static), "total": static.total}}
         for row in rows[: len(RATIOS)]:
-            with fake:
-                row["lora" if lora else "training"] = {
-                    "parameters": weights,
-                    "pass": _transformer_pass(copied, row["latent_shape"]),
-                }
+            peaks = {}
+            for key in ("pass", "pass_checkpointed"):
+                copied.enable_gradient_checkpointing() if key != "pass" else copied.disable_gradient_checkpointing()
+                with fake:
+                    peaks[key] = _transformer_pass(copied, row["latent_shape"])
+            row["lora" if lora else "training"] = {**kept, **peaks}
     return rows
 
 
@@ -345,12 +348,23 @@ def _transformer_pass(model: Any, shape: Sequence[int]) -> int:
 
 
 def _transformer_text(rows: Sequence[dict[str, Any]]) -> str:
-    columns = ("tokens", "linear TFLOP", "attention", "all", "latent MiB", "inference GiB", "training GiB", "LoRA GiB")
+    columns = (
+        "tokens",
+        "linear TFLOP",
+        "attention",
+        "all",
+        "latent MiB",
+        "inference GiB",
+        "training GiB",
+        "checkpointed",
+        "LoRA GiB",
+        "checkpointed",
+    )
     lines = ["  ".join(columns)]
     for row in rows:
         linear = (row["gflops"]["linear"] + row["gflops"]["convolution"]) / 1e3
         flops = [linear, *(row["gflops"][key] / 1e3 for key in ("attention", "total"))]
-        passes = [row[key]["pass"] / GIB for key in ("training", "lora") if key in row]
+        passes = [row[key][kind] / GIB for key in ("training", "lora") if key in row for kind in ("pass", "pass_checkpointed")]
         figures = [row["tokens"], *flops, row["latent_bytes"] / MIB, row["inference"] / GIB, *passes]
         lines.append(f"{row['name']} {row['size']} {row['ratio']}x: " + "  ".join(f"{value:.5g}" for value in figures))
     return "\n".join(lines)

@@ -56,6 +56,9 @@ def test_rows_of_a_transformer_count_tokens_flops_and_memory(monkeypatch):
         assert row["gflops"]["attention"] == pytest.approx(3 * 4 * d * (n * n + n * 512) / 1e9)
         assert row["training"]["parameters"] == row["parameters"]
         assert row["lora"]["parameters"] == 3 * 8 * 2 * 32 * d
+        for kind in ("training", "lora"):  # weights, gradients, two moments, averages; AdamW also counts steps
+            assert row[kind]["static"]["total"] == pytest.approx(4 * 5 * row[kind]["parameters"], rel=0.01)
+            assert row[kind]["pass"] > row[kind]["pass_checkpointed"] > 0
     assert rows[0]["inference"] > rows[1]["inference"] > 0
     assert rows[0]["training"]["pass"] > rows[0]["lora"]["pass"] > rows[0]["inference"]
 
