@@ -10,7 +10,6 @@ Source: Semantic-First Diffusion (arXiv 2512.04926, asynchronous denoising with 
 """
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from . import flow
 
 def check_lead(lead: Any) -> None:
     """Raise ValueError for a lead that is no number from 0 to below 1."""
-    if isinstance(lead, bool) or not isinstance(lead, Real) or not 0 <= lead < 1:
+    if isinstance(lead, bool) or not isinstance(lead, int | float) or not 0 <= lead < 1:
         raise ValueError(f"base_ahead {lead!r:.100}: a number from 0 to below 1 is needed")
 
 
