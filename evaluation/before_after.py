@@ -1,6 +1,6 @@
 """An autoencoder beside the one that it was trained from, on the same clips: reconstruction, seconds, memory and parameters."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 from promag.tokenizer.distillation import CrossedAutoencoder
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.metrics import evaluate_fully
+from promag.tokenizer.packaged_metrics import PerceptualMetrics
 from promag.training.precision import Precision, autocast
 
 from .cost import MIB, measure_in_turns, peak_bytes
 
-QUALITY = ("psnr", "ssim", "ms_ssim", "high_frequency", "flicker", "psnr_std")
+QUALITY = ("psnr", "ssim", "ms_ssim", "high_frequency", "flicker", "cvvdp", "vmaf", "frechet_frames", "psnr_std")
 COST = ("encode_seconds", "decode_seconds", "encode_peak_mib", "decode_peak_mib", "encoder_parameters", "decoder_parameters")
 BEFORE, AFTER, CROSSED = "before", "after", "after on latents of before"
 PROTOCOL = (
@@ -31,6 +32,8 @@ def compare(
     results: Mapping[str, Any],
     precision: Precision = "auto",
     rounds: int = 5,
+    perceptual: PerceptualMetrics | None = None,
+    fps: Sequence[float] = (),
 ) -> dict[str, dict[str, float]]:
     """Return figures of two autoencoders at a ratio that both have, by the names BEFORE, AFTER and CROSSED.
 
@@ -42,14 +45,15 @@ def compare(
         results: `evaluate_fully` of `after` on these clips.
         precision: precision in which models with float32 weights run.
         rounds: measurements of seconds; the median counts.
+        perceptual, fps: as `evaluate_fully` takes them.
 
     CROSSED, without figures of cost, is there where the two have different latents of equal shape.
     """
     pair = {BEFORE: before, AFTER: after}
-    quality = {BEFORE: evaluate_fully(before, clips(), temporal_ratio, precision=precision), AFTER: results}
+    quality = {BEFORE: evaluate_fully(before, clips(), temporal_ratio, perceptual, precision, fps), AFTER: results}
     if have_other_latents(before, after, temporal_ratio):
         crossed = CrossedAutoencoder(before, after)
-        quality[CROSSED] = evaluate_fully(crossed, clips(), temporal_ratio, precision=precision)
+        quality[CROSSED] = evaluate_fully(crossed, clips(), temporal_ratio, perceptual, precision, fps)
     rows = {name: {key: values[key] for key in QUALITY if key in values} for name, values in quality.items()}
     clip = next(iter(clips()))
     calls = {

@@ -17,6 +17,7 @@ from torch import Tensor
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_size, latent_frames, tokens
 from promag.tokenizer.metrics import evaluate_fully, from_uint8, psnr_per_frame, to_uint8
+from promag.tokenizer.packaged_metrics import PerceptualMetrics
 from promag.training.precision import Precision
 
 from .bitrate import RateMeter
@@ -148,8 +149,7 @@ def compare_reconstructions(
     budgets: Sequence[Budget],
     clips: Any,
     folder: Path,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-    features: Callable[[Tensor], Tensor] | None = None,
+    perceptual: PerceptualMetrics | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
     precision: Precision = "auto",
 ) -> tuple[dict[str, dict[str, Any]], list[ClipFacts]]:
@@ -161,8 +161,7 @@ def compare_reconstructions(
         budgets: the budgets to compare.
         clips: an open dataset; the first frames of each clip are taken, as `promag evaluate-tokenizer` does.
         folder: where the videos are written, one file for each clip and budget.
-        lpips: an `LPIPS`; see `evaluate_fully`.
-        features: a `VideoFeatures`; see `evaluate_fully`.
+        perceptual: metrics of trained models; see `evaluate_fully`.
         on_progress: called with a line after each budget.
         precision: precision in which models with float32 weights run.
     """
@@ -186,7 +185,7 @@ def compare_reconstructions(
 
         model = MeasuredModel(budget, keep)
         videos = (clips.fixed(i)["video"][None] for i in range(len(facts)))
-        quality = evaluate_fully(model, videos, budget.ratio, lpips, features, precision)
+        quality = evaluate_fully(model, videos, budget.ratio, perceptual, precision, [clip.fps for clip in facts])
         bits = model.rate.bits()
         figures[budget.name] = {**quality, "kl_bits_per_pixel": None if bits is None else bits / pixels}
         on_progress(f"{budget.name}: {len(facts)} clips, {quality['psnr']:.2f} dB")

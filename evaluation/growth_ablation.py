@@ -16,6 +16,9 @@ COLUMNS = (
     ("psnr_key", "key frames", 2),
     ("psnr_between", "in between", 2),
     ("ssim", "SSIM", 3),
+    ("cvvdp", "JOD", 2),
+    ("vmaf", "VMAF", 1),
+    ("frechet_frames", "Fréchet", 2),
     ("flicker", "flicker", 2),
     ("high_frequency", "high freq.", 2),
     ("params", "M params", 2),
@@ -30,19 +33,32 @@ WIDE = "_16_channels"  # ends the names of variants with a wider latent, which a
 WHAT = "growth ablation"
 RECORDED_AS = (WHAT, "claim")  # what lines of the experiment are called, now and in older ones
 # What is compared at 16x: metric, its unit.
-DIFFERENCES = (("psnr", "dB"), ("psnr_top_motion", "dB"), ("psnr_key", "dB"), ("psnr_between", "dB"), ("ssim", ""))
+DIFFERENCES = (
+    ("psnr", "dB"),
+    ("psnr_top_motion", "dB"),
+    ("psnr_key", "dB"),
+    ("psnr_between", "dB"),
+    ("ssim", ""),
+    ("cvvdp", "JOD"),
+    ("vmaf", ""),
+)
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return a Markdown table of means over seeds, one line for each variant, temporal ratio and size of the clips."""
+    """Return a Markdown table of means over seeds, one line for each variant, temporal ratio and size of the clips.
+
+    A figure that no line has gets no column.
+    """
     groups: dict[tuple[str, int, str], list[Row]] = {}
+    rows = list(rows)
+    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
     for row in rows:
         groups.setdefault((row["variant"], row["ratio"], clip_size(row)), []).append(row)
-    lines = ["| variant | ratio | clips | seeds | " + " | ".join(heading for _, heading, _ in COLUMNS) + " |"]
-    lines.append("| --- " * (4 + len(COLUMNS)) + "|")
+    lines = ["| variant | ratio | clips | seeds | " + " | ".join(heading for _, heading, _ in columns) + " |"]
+    lines.append("| --- " * (4 + len(columns)) + "|")
     for (variant, ratio, size), group in groups.items():
         seeds, cells = ", ".join(str(row["seed"]) for row in group), []
-        for name, _, digits in COLUMNS:
+        for name, _, digits in columns:
             values = [row[name] / UNITS.get(name, 1) for row in group if name in row]
             cells.append(f"{mean(values):.{digits}f}" if values else "-")
         lines.append(f"| {variant} | {ratio}x | {size} | {seeds} | " + " | ".join(cells) + " |")
@@ -77,27 +93,33 @@ def gains(rows: Sequence[Row], ours: str = OURS) -> str:
     """Return a Markdown table of a variant, growth, minus each other way to 16x, on the seeds and clips that both have.
 
     With several seeds each cell has the mean, and in brackets the difference of each. Growth with a wider latent is compared
-    with variants that have it too; the others with each other, and with growth that has it.
+    with variants that have it too; the others with each other, and with growth that has it. A metric that no line has gets no
+    column, one that a compared line lacks gets "-".
     """
     groups: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
         comparable = row["variant"].endswith(WIDE) == ours.endswith(WIDE) or row["variant"] == ours + WIDE
         if row["ratio"] == RATIO and comparable:
             groups.setdefault((row["variant"], clip_size(row)), {})[row["seed"]] = row
-    heads = [f"{name} {unit}".strip() for name, unit in DIFFERENCES]
+    compared = [(name, unit) for name, unit in DIFFERENCES if any(name in row for row in rows)]
+    heads = [f"{name} {unit}".strip() for name, unit in compared]
     lines = ["| " + " | ".join([f"{ours} minus", "clips", "seeds", *heads, "compute"]) + " |"]
     lines.append("| --- " * (4 + len(heads)) + "|")
     for (variant, size), others in groups.items():
         own = groups.get((ours, size), {})
         seeds = sorted(own.keys() & others.keys())
         if seeds and variant != ours:
-            cells = [_difference([own[s][name] - others[s][name] for s in seeds]) for name, _ in DIFFERENCES]
+            pairs = [(own[s], others[s]) for s in seeds]
+            cells = [_difference(pairs, name) for name, _ in compared]
             compute = mean(own[s]["flops"] / others[s]["flops"] for s in seeds)
             lines.append("| " + " | ".join([variant, size, ", ".join(map(str, seeds)), *cells, f"{compute:.2f}x"]) + " |")
     return "\n".join(lines)
 
 
-def _difference(values: Sequence[float]) -> str:
+def _difference(pairs: Sequence[tuple[Row, Row]], name: str) -> str:
+    if not all(name in row for pair in pairs for row in pair):
+        return "-"
+    values = [own[name] - other[name] for own, other in pairs]
     each = ", ".join(f"{value:+.2f}" for value in values)
     return f"{mean(values):+.3f}" + (f" ({each})" if len(values) > 1 else "")
 

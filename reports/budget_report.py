@@ -236,6 +236,9 @@ RECONSTRUCTION = (
     ("ms_ssim", "MS-SSIM", 4, 1),
     ("lpips", "LPIPS", 4, -1),
     ("fvd", "FVD", 1, -1),
+    ("cvvdp", "ColorVideoVDP (JOD, 10 is best)", 2, 1),
+    ("vmaf", "VMAF (0 to 100)", 1, 1),
+    ("frechet_frames", "Fréchet distance of frames", 2, -1),
     ("flicker", "Flicker (grey levels)", 2, -1),
     ("high_frequency", "Fine detail kept (1 is all)", 3, 0),
 )

@@ -20,6 +20,9 @@ COLUMNS = (
     ("psnr_top_motion", "most motion", 2),
     ("ssim", "SSIM", 3),
     ("ms_ssim", "MS-SSIM", 3),
+    ("cvvdp", "JOD", 2),
+    ("vmaf", "VMAF", 1),
+    ("frechet_frames", "Fréchet", 2),
     ("flicker", "flicker", 2),
     ("high_frequency", "high freq.", 2),
 )
@@ -48,6 +51,7 @@ def tokenizer_card(
     ratios = [f"{ratio}x" for ratio in shape["temporal_ratios"]]
     clips = sum(source["clips"] for source in sources)
     some = shape["temporal_ratios"][-1]
+    columns = [column for column in COLUMNS if any(column[0] in values for values in record["ratios"].values())]
     return "\n".join(
         [
             "---",
@@ -77,12 +81,13 @@ def tokenizer_card(
             f"{record['protocol']}. {record['ratios'][str(some)]['clips']} clips at {record['size']}x{record['size']} that it "
             f"was never trained on. Commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}.",
             "",
-            markdown_table(["ratio", *(heading for _, heading, _ in COLUMNS)], _figures(record["ratios"])),
+            markdown_table(["ratio", *(heading for _, heading, _ in columns)], _figures(record["ratios"], columns)),
             "",
             *_lifts(record["ratios"]),
             "",
             "PSNR in dB; key frames are frames 0, r, 2r, ...; least and most motion are thirds of the clips; high freq. is the "
-            "energy above half the Nyquist frequency against the original's (below 1 is blur). It is small and was trained "
+            "energy above half the Nyquist frequency against the original's (below 1 is blur)."
+            f"{_explain(columns)} It is small and was trained "
             "at a low resolution: expect blur, and more of it where much moves. LPIPS and FVD were not measured for want of "
             "weights.",
             "",
@@ -107,11 +112,24 @@ def tokenizer_card(
     )
 
 
-def _figures(ratios: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+Columns = Sequence[tuple[str, str, int]]
+MEANINGS = {
+    "cvvdp": "JOD is ColorVideoVDP's just-objectionable differences (10 is best)",
+    "vmaf": "VMAF goes to 100",
+    "frechet_frames": "Fréchet is the distance of frames under EfficientNet-Lite0 (0 is best)",
+}
+
+
+def _explain(columns: Columns) -> str:
+    meanings = [MEANINGS[key] for key, _, _ in columns if key in MEANINGS]
+    return f" {'; '.join(meanings)}." if meanings else ""
+
+
+def _figures(ratios: Mapping[str, Mapping[str, Any]], columns: Columns) -> list[list[str]]:
     def cell(values: Mapping[str, Any], key: str, digits: int) -> str:
         return f"{values[key]:.{digits}f}" if key in values else "-"  # few clips have no terciles, small ones no MS-SSIM
 
-    return [[f"{ratio}x", *(cell(values, key, digits) for key, _, digits in COLUMNS)] for ratio, values in ratios.items()]
+    return [[f"{ratio}x", *(cell(values, key, digits) for key, _, digits in columns)] for ratio, values in ratios.items()]
 
 
 def _lifts(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -24,6 +24,11 @@ SHARED: dict[str, dict[str, Any]] = {
     "--train-batch-size": {"type": int, "default": 4, "help": "clips in a training step that is measured"},
     "--rounds": {"type": int, "default": 5, "help": "measurements; the median counts"},
     "--precision": {"choices": PRECISIONS, "default": "auto", "help": HELP},
+    "--perceptual": {
+        "nargs": "*",
+        "metavar": "KEY",
+        "help": "metrics of the extra 'metrics': cvvdp, vmaf, frechet_frames; left out: those installed; empty: none",
+    },
     "--lpips": {"help": "folder with the weights of vgg16 (torchvision) and vgg.pth (lpips), for LPIPS"},
     "--fvd": {"help": "TorchScript file of an I3D, for FVD: a program, so take it from someone you trust"},
     "--clip": {

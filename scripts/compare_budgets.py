@@ -32,7 +32,7 @@ from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames
 from promag.tokenizer.metrics import PROTOCOL
-from promag.tokenizer.perceptual import LPIPS, VideoFeatures
+from promag.tokenizer.packaged_metrics import PerceptualMetrics, open_perceptual
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
@@ -46,13 +46,12 @@ def main(argv: Sequence[str]) -> int:
     budgets = _budgets(arguments)
     pipelines = _pipelines(arguments.pipelines)
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
-    lpips = LPIPS.load(arguments.lpips).to(best_device()) if arguments.lpips else None
-    features = VideoFeatures(arguments.fvd) if arguments.fvd else None
+    perceptual = open_perceptual(best_device(), arguments.perceptual, arguments.lpips, arguments.fvd)
     similarity = load_similarity(arguments.clip, arguments.clip_weights)
     shape = (arguments.frames, arguments.size, arguments.size)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        reconstructions, facts = compare_reconstructions(budgets, clips, Path(folder), lpips, features, _log, config.precision)
+        reconstructions, facts = compare_reconstructions(budgets, clips, Path(folder), perceptual, _log, config.precision)
         figures = {b.name: {**b.facts(*shape), "reconstruction": reconstructions[b.name]} for b in budgets}
         print(text_table(list(figures), {**token_lines(figures), **reconstruction_lines(figures)}))
         own = [budget for budget in budgets if budget.own]
@@ -62,10 +61,10 @@ def main(argv: Sequence[str]) -> int:
         costed = {name: {**row, "cost": costs.get(name)} for name, row in figures.items()}
         if costs:
             print(text_table(list(costed), cost_lines(costed)))
-        generation = _generate(pipelines, arguments, config.precision, similarity, features)
+        generation = _generate(pipelines, arguments, config.precision, similarity, perceptual)
         if generation:
             print(text_table(list(generation), generation_lines(generation)))
-        records = _records(arguments, config, len(clips), figures, adaptive, costs, lengths, generation)
+        records = _records(arguments, config, perceptual, len(clips), figures, adaptive, costs, lengths, generation)
         _write(arguments.out / "results.jsonl", records)
         report = BudgetReport(
             title=f"Token budgets of {Path(arguments.tokenizer).name} on {Path(arguments.videos).stem}",
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
             adaptive=adaptive,
             curves=_curves(lengths),
             generation=generation,
-            facts=_facts(records[0], arguments),
+            facts=_facts(records[0], arguments, perceptual),
         )
         shown = write_budget_page(arguments.out / "report.html", report)
     if arguments.record:
@@ -98,8 +97,8 @@ def _parser() -> Parser:
     parser.add_argument("--target", type=float, default=25.0, help="PSNR in dB that each clip should have, at its own level")
     parser.add_argument("--segment", type=int, default=17, help="frames of the segments that can have a level each")
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, default=True, help="measure the transformer's cost")
-    share(parser, "--train-batch-size", "--steps", "--guidance", "--prompts", "--lpips", "--fvd")
-    share(parser, "--clip", "--clip-weights", "--record", "--note")
+    share(parser, "--train-batch-size", "--steps", "--guidance", "--prompts")
+    share(parser, "--perceptual", "--lpips", "--fvd", "--clip", "--clip-weights", "--record", "--note")
     share(parser, "--rounds", default=3)
     parser.add_argument("--curve-seconds", type=float, default=120.0, help="for costs by length; the rest is extrapolated")
     return parser
@@ -108,6 +107,7 @@ def _parser() -> Parser:
 def _records(
     arguments: argparse.Namespace,
     config: DiffusionConfig,
+    perceptual: PerceptualMetrics,
     clips: int,
     figures: dict[str, dict[str, Any]],
     adaptive: dict[str, Any],
@@ -125,6 +125,7 @@ def _records(
         "size": arguments.size,
     }
     coded = f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}"
+    measured = coded + perceptual.protocol(arguments.size, arguments.size)
     alone = f"{coded}; segments of {arguments.segment} frames are coded alone"
     precision = choose_precision(config.precision, best_device())
     cost = (
@@ -135,7 +136,7 @@ def _records(
     )
     by_length = "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
     sampled = f"{precision}, {arguments.steps} steps, guidance {arguments.guidance:g}; Wilson 95 % intervals; decoding included"
-    lines = [("reconstruction", coded, {"budget": name, **row}) for name, row in figures.items()]
+    lines = [("reconstruction", measured, {"budget": name, **row}) for name, row in figures.items()]
     lines += [("adaptive budget", alone, adaptive)]
     lines += [("cost", cost, {"budget": name, **row}) for name, row in costs.items()]
     if lengths:
@@ -221,12 +222,19 @@ def _generate(
     arguments: argparse.Namespace,
     precision: Precision,
     similarity: ClipSimilarity | None,
-    features: VideoFeatures | None,
+    perceptual: PerceptualMetrics,
 ) -> dict[str, dict[str, Any]]:
     """Sample from every pipeline at each of its ratios; return figures by pipeline and ratio."""
     return {
         f"{name} at {ratio}x": generation_figures(
-            pipe, ratio, arguments.prompts, arguments.steps, arguments.guidance, similarity, features, precision
+            pipe,
+            ratio,
+            arguments.prompts,
+            arguments.steps,
+            arguments.guidance,
+            similarity,
+            perceptual.video_features,
+            precision,
         )
         for name, pipe in pipelines.items()
         for ratio in trained_ratios(pipe)
@@ -247,14 +255,14 @@ def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _facts(record: dict[str, Any], arguments: argparse.Namespace) -> dict[str, str]:
+def _facts(record: dict[str, Any], arguments: argparse.Namespace, perceptual: PerceptualMetrics) -> dict[str, str]:
     facts = provenance()
-    asked = ("lpips", "fvd", *(("clip",) if arguments.pipelines else ()))
-    absent = [name for name in asked if getattr(arguments, name) is None]
+    absent = perceptual.not_measured(arguments.size, arguments.size)
+    absent += ["clip: no model given, --clip takes it"] if arguments.pipelines and arguments.clip is None else []
     return {
         "Clips": f"{record['clips']} of {record['videos']}{' ' + record['split'] if record['split'] else ''}",
         "Protocol": record["protocol"],
-        "Not measured": f"no weights given: {', '.join(absent)}" if absent else "nothing that was asked for",
+        "Not measured": "; ".join(absent) or "nothing",
         "Machine": facts["machine"],
         "Commit": facts["commit"],
         "Versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),

@@ -22,7 +22,7 @@ from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.interpolation import KINDS, Interpolated
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
-from promag.tokenizer.perceptual import LPIPS, VideoFeatures
+from promag.tokenizer.packaged_metrics import frame_rates, open_perceptual
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.device import best_device
@@ -34,7 +34,8 @@ from promag.training.run import append_result
 def main(argv: Sequence[str]) -> int:
     """Print one line per ratio; with --out write them, with --record append them to a results file."""
     parser = Parser(__doc__)
-    share(parser, "checkpoint", "--videos", "--split", "--frames", "--size", "--count", "--precision", "--lpips", "--fvd")
+    share(parser, "checkpoint", "--videos", "--split", "--frames", "--size", "--count", "--precision")
+    share(parser, "--perceptual", "--lpips", "--fvd")
     parser.add_argument("--against", metavar="CHECKPOINT", help="compare with this tokenizer: before a training, or a teacher")
     share(parser, "--rounds")
     sheet = parser.add_argument_group("contact sheet")
@@ -54,8 +55,8 @@ def main(argv: Sequence[str]) -> int:
     before, common = _before(arguments, model) if arguments.against else (None, ())
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
     drawn = _check_sheet(arguments, len(clips)) if arguments.contact_sheet else []
-    lpips = LPIPS.load(arguments.lpips).to(best_device()) if arguments.lpips else None
-    features = VideoFeatures(arguments.fvd) if arguments.fvd else None
+    perceptual = open_perceptual(best_device(), arguments.perceptual, arguments.lpips, arguments.fvd)
+    fps = frame_rates(clips, perceptual)
 
     def videos() -> Iterator[torch.Tensor]:
         return (clips.fixed(i)["video"][None] for i in range(len(clips)))
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     results = {}
     for ratio in model.temporal_ratios:
         started = time.perf_counter()
-        results[ratio] = evaluate_fully(model, videos(), ratio, lpips, features, precision)
+        results[ratio] = evaluate_fully(model, videos(), ratio, perceptual, precision, fps)
         results[ratio]["lift"] = evaluate_lift(model, videos(), ratio, precision)
         figures = {key: value for key, value in results[ratio].items() if isinstance(value, int | float)}
         summary = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
@@ -72,12 +73,12 @@ def main(argv: Sequence[str]) -> int:
             print(f"      lifted to {low}x  latent error {lifted['latent_error']:.4g}  psnr {lifted['psnr']:.4g}")
         if (step := ratio // model.temporal_ratios[0]) > 1:
             for kind in KINDS:
-                control = evaluate_fully(Interpolated(model, kind), videos(), ratio, lpips, features, precision)
+                control = evaluate_fully(Interpolated(model, kind), videos(), ratio, perceptual, precision, fps)
                 results[ratio]["interpolated" if kind == "linear" else "interpolated_by_motion"] = control
                 how = "interpolated" if kind == "linear" else "interpolated along their motion"
                 print(f"      control: {ratio // step}x on one frame of {step}, the others {how}  psnr {control['psnr']:.4g}")
     compared = {
-        ratio: before_after.compare(before, model, videos, ratio, results[ratio], precision, arguments.rounds)
+        ratio: before_after.compare(before, model, videos, ratio, results[ratio], precision, arguments.rounds, perceptual, fps)
         for ratio in common
     }
     for ratio, rows in compared.items():
@@ -85,9 +86,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.contact_sheet:
         levels = [(f"{ratio}x", model, ratio) for ratio in model.temporal_ratios]
         _draw(arguments, clips, [*levels, *drawn])
-    absent = [name for name in ("lpips", "fvd") if getattr(arguments, name) is None]
-    if absent:
-        print(f"not measured for want of weights: {', '.join(absent)}")
+    shape = (arguments.size, arguments.size)
+    for line in perceptual.not_measured(*shape):
+        print(f"not measured: {line}")
     record = {
         "what": "reconstruction",
         "note": arguments.note,
@@ -97,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
         "frames": arguments.frames,
         "size": arguments.size,
         "precision": precision,
-        "protocol": f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}",
+        "protocol": f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}{perceptual.protocol(*shape)}",
         "ratios": {str(ratio): values for ratio, values in results.items()},
     }
     if arguments.against:

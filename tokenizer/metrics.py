@@ -3,7 +3,7 @@
 Shapes: B C T H W in [-1, 1]. Values are clamped to that range and rounded to 8 bits first: what a viewer would see.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torchmetrics.functional.image import (
 from promag.training.precision import Precision, autocast
 
 from .losses import latent_loss
+from .packaged_metrics import PerceptualMetrics
 from .perceptual import frechet_distance
 
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, five scales
@@ -157,9 +158,9 @@ def evaluate_fully(
     model: Any,
     clips: Iterable[Tensor],
     temporal_ratio: int,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-    features: Callable[[Tensor], Tensor] | None = None,
+    perceptual: PerceptualMetrics | None = None,
     precision: Precision = "auto",
+    fps: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Reconstruct as `evaluate` does and return every metric.
 
@@ -167,19 +168,27 @@ def evaluate_fully(
         model: encodes and decodes.
         clips: each 1 C T H W.
         temporal_ratio: one of the model's.
-        lpips: an `LPIPS`, for the key lpips, which is None without.
-        features: a `VideoFeatures`, for the key fvd, which is None without and with fewer than 2 clips.
+        perceptual: metrics of trained models, see below.
         precision: precision in which models with float32 weights run.
+        fps: frames per second of each clip; ColorVideoVDP needs them.
 
     Beside the keys of `evaluate`: ms_ssim; flicker; high_frequency; psnr_key and psnr_between (means of per-frame PSNR over
     frames 0, r, 2r, ... and over the others); psnr_every_2nd and psnr_every_4th (frames 0, 2, 4, ... and 0, 4, 8, ...,
     whatever the ratio); psnr_per_frame, a list; psnr_low_motion, psnr_mid_motion and psnr_top_motion (terciles of the clips
     by `motion`, from 3 clips on); and per_clip with those of each that are not over all clips, and its motion.
+
+    Of `perceptual`: lpips and fvd, None where it lacks them, or with fewer than 2 clips for fvd; cvvdp and vmaf, left out where
+    it lacks them or the clips are too small; frechet_frames, left out where it lacks it or with fewer than 2 frames.
     """
+    perceptual = perceptual or PerceptualMetrics()
     rows: list[dict[str, float]] = []
     frames: list[Tensor] = []
-    videos: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for clip, output in _reconstructions(model, clips, temporal_ratio, precision):
+    # Features of clips and of frames, by key: the originals' and the reconstructions'.
+    measured = {"fvd": perceptual.video_features, "frechet_frames": perceptual.frame_features}
+    networks = {key: network for key, network in measured.items() if network}
+    features: dict[str, tuple[list[Tensor], list[Tensor]]] = {key: ([], []) for key in networks}
+    for i, (clip, output) in enumerate(_reconstructions(model, clips, temporal_ratio, precision)):
+        shown = from_uint8(to_uint8(output))
         per_frame = psnr_per_frame(output, clip)[0]
         key = torch.arange(clip.shape[2]) % temporal_ratio == 0
         row = {
@@ -197,17 +206,22 @@ def evaluate_fully(
             row["ms_ssim"] = ms_ssim(output, clip)
         if not key.all():
             row["psnr_between"] = per_frame[~key].mean()
-        if lpips:
-            row["lpips"] = lpips(from_uint8(to_uint8(output)), clip)
-        if features:
-            for kept, video in zip(videos, (clip, output), strict=True):
-                kept.append(features(from_uint8(to_uint8(video))))
+        if perceptual.lpips:
+            row["lpips"] = perceptual.lpips(shown, clip)
+        if perceptual.cvvdp and i >= len(fps):
+            raise ValueError(f"fps of {len(fps)} clips: clip {i} has none, and ColorVideoVDP needs it")
+        for name, metric in perceptual.full_reference(*clip.shape[3:]).items():
+            row[name] = metric(shown, clip, fps[i] if fps else 0.0)
+        for name, network in networks.items():
+            for kept, video in zip(features[name], (from_uint8(to_uint8(clip)), shown), strict=True):
+                kept.append(network(video))
         rows.append({name: float(value) for name, value in row.items()})
         frames.append(per_frame.cpu())
     results: dict[str, Any] = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     results["lpips"] = results.get("lpips")
-    enough = features and len(rows) > 1
-    results["fvd"] = frechet_distance(torch.cat(videos[0]), torch.cat(videos[1])) if enough else None
+    sets = {name: (torch.cat(original), torch.cat(reconstructed)) for name, (original, reconstructed) in features.items()}
+    results["fvd"] = None
+    results |= {name: frechet_distance(*pair) for name, pair in sets.items() if len(pair[0]) > 1}
     values = [row["psnr"] for row in rows]
     results |= {"psnr_std": float(torch.tensor(values).std(correction=0)), "clips": len(rows)}
     order = sorted(range(len(rows)), key=lambda i: rows[i]["motion"])

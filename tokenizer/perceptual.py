@@ -114,10 +114,10 @@ def frechet_distance(one: Tensor, two: Tensor) -> float:
     if min(len(one), len(two)) < 2 or one.shape[1] != two.shape[1]:
         raise ValueError(f"features {tuple(one.shape)} and {tuple(two.shape)}: two sets of at least 2 of one width are needed")
     one, two = one.double(), two.double()
-    a, b = (torch.atleast_2d(x.T.cov()) for x in (one, two))
-    # trace of the root of a @ b: its eigenvalues are those of a symmetric, positive matrix
-    root = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()
-    return float((one.mean(0) - two.mean(0)).square().sum() + a.trace() + b.trace() - 2 * root)
+    # Roots p and q of the covariances, p.T @ p and q.T @ q: the trace of the root of their product is p @ q.T's nuclear norm.
+    p, q = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (one, two))
+    root = torch.linalg.svdvals(p @ q.T).sum()
+    return float((one.mean(0) - two.mean(0)).square().sum() + p.square().sum() + q.square().sum() - 2 * root)
 
 
 def _read_all(folder: Path) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from promag.tokenizer.interpolation import KINDS, Interpolated
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.objectives import LATENTS, StageObjective
+from promag.tokenizer.packaged_metrics import open_perceptual
 from promag.tokenizer.train import train_tokenizer
 from promag.training.command_line import Parser, parse_config, run_main
 from promag.training.config import required, setting
@@ -75,6 +76,9 @@ class AblationConfig:
     output_dir: str = required("folder of the variants' run directories")
     record: str | None = setting(None, "results file that gets a JSON line for each variant, seed and ratio; null for none")
     only_variants: tuple[str, ...] | None = setting(None, "names of variants to run, with those they start from; null runs all")
+    perceptual: tuple[str, ...] | None = setting(
+        None, "metrics from packages that scores have: cvvdp, vmaf, frechet_frames; null takes those installed"
+    )
     precision: Precision = setting("auto", "auto measures which of bf16 and fp32 is faster")
     gradient_checkpointing: bool = setting(
         False, "compute blocks again in the backward pass: less memory, a second forward pass"
@@ -192,7 +196,12 @@ def score_variant(
     model.to(best_device())
     source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
     count = len(source) if Path(config.data.validation).suffix.lower() == ".jsonl" else config.data.validation_clips
-    clips = [source.fixed(i)["video"][None] for i in range(count)]
+    items = [source.fixed(i) for i in range(count)]
+    clips, fps = [item["video"][None] for item in items], [float(item["fps"]) for item in items]
+    perceptual = open_perceptual(best_device(), config.perceptual)
+    shape = (config.data.size, config.data.size)
+    for line in perceptual.not_measured(*shape):
+        print(f"not measured: {line}", flush=True)
     inherited = [
         _cost(config, variants[name], seed, stage)
         for name in _lineage(variants, variant.name)[:-1]
@@ -216,22 +225,23 @@ def score_variant(
             # What of it went into this stage alone, and what into the variants that this one starts from.
             "stage": own[i],
             "inherited": _total(inherited),
-            **evaluate_fully(model, clips, ratio, precision=config.precision),
+            **evaluate_fully(model, clips, ratio, perceptual, config.precision, fps),
             "lift": evaluate_lift(model, clips, ratio, config.precision),
             "curve": _curve(config, variant, seed, stage, spent) if ratio == stage.ratio else [],
-            "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}",
+            "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}{perceptual.protocol(*shape)}",
         }
         rows.append(row)
         # The paper's observation: the lowest level on subsampled clips, scored on the frames that are left.
         for step in (2, 4) if variant.base is None and not variant.baseline and stage.ratio == 4 else ():
-            part = evaluate_fully(model, [clip[:, :, ::step] for clip in clips], stage.ratio, precision=config.precision)
+            fewer, rates = [clip[:, :, ::step] for clip in clips], [rate / step for rate in fps]
+            part = evaluate_fully(model, fewer, stage.ratio, perceptual, config.precision, rates)
             rows.append(
                 {**row, "variant": f"{variant.name}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []}
             )
             # The control: the other frames are interpolated, which makes as many latents as at a higher ratio.
             for kind in KINDS:
                 higher = step * stage.ratio
-                part = evaluate_fully(Interpolated(model, kind), clips, higher, precision=config.precision)
+                part = evaluate_fully(Interpolated(model, kind), clips, higher, perceptual, config.precision, fps)
                 name = f"{variant.name}, {kind} interpolation"
                 rows.append({**row, "variant": name, "ratio": higher, "interpolated": kind, **part, "curve": []})
     if config.record:

@@ -19,6 +19,7 @@ from promag.tokenizer.metrics import (
     ssim,
     to_uint8,
 )
+from promag.tokenizer.packaged_metrics import PerceptualMetrics
 from tests.conftest import make_tokenizer
 
 
@@ -168,7 +169,8 @@ def test_evaluate_fully_separates_phases_and_motion():
 def test_weights_by_path_add_their_metrics():
     torch.manual_seed(0)
     clips = [torch.rand(1, 3, 5, 16, 16) - 0.5 for _ in range(3)]
-    results = evaluate_fully(Rigged(), clips, 4, lambda a, b: (a - b).abs().mean((1, 2, 3, 4)), lambda x: x.mean((2, 3, 4)))
+    networks = PerceptualMetrics(lambda a, b: (a - b).abs().mean((1, 2, 3, 4)), lambda x: x.mean((2, 3, 4)))
+    results = evaluate_fully(Rigged(), clips, 4, networks)
     assert results["lpips"] == pytest.approx(0.04 * 3 / 5, rel=0.1)  # 0.02, 0.04, 0.06 in three of five frames
     assert results["fvd"] > 0
 
