@@ -44,8 +44,8 @@ def test_one_command_compares_levels_baselines_costs_and_pipelines(demo_run, bas
     alone = json.loads((tmp_path / "alone.json").read_text())["ratios"]
     for line in lines[:3]:
         figures = alone[str(line["ratio"])]
-        figures.pop("lift")
-        figures.pop("interpolated", None)
+        for control in ("lift", "interpolated", "interpolated_by_motion"):
+            figures.pop(control, None)
         assert {key: line["reconstruction"][key] for key in figures} == figures
     assert lines[3]["budget"] == "wan"
     assert len(lines[3]["reconstruction"]["per_clip"]) == 3
