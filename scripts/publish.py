@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = kinds.add_parser("tokenizer", help=summary, description=summary)
     tokenizer.set_defaults(run=_publish_tokenizer)
     tokenizer.add_argument("checkpoint", type=Path, help="RUN/tokenizer of a finished training")
-    share(tokenizer, "--videos", "--frames", "--size")
+    share(tokenizer, "--videos", "--frames", "--size", "--count")
     tokenizer.add_argument("--sources", type=Path, required=True, help="CSV: split, source_repo, source_commit, licence")
     tokenizer.add_argument("--split", default="train", help="rows of that CSV that were trained on")
     tokenizer.add_argument("--credits", type=Path, help="Markdown to put under the sources")
@@ -85,7 +85,8 @@ def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
     model: Any = load_tokenizer(arguments.checkpoint)
     model.to(torch.bfloat16)
     save_model(model, arguments.out)
-    line = _score("evaluate-tokenizer", arguments.out, {key: getattr(arguments, key) for key in ("videos", "frames", "size")})
+    asked = {key: getattr(arguments, key) for key in ("videos", "frames", "size", "count")}
+    line = _score("evaluate-tokenizer", arguments.out, asked)
     shape = {
         "parameters": parameter_count([model]),
         "latent_channels": model.config["latent_channels"],
@@ -125,8 +126,15 @@ def _loss(stage: dict[str, Any]) -> str:
     parts = ["L1", f"{stage['mse_weight']:g} squared", f"{stage['kl_weight']:g} KL"]
     if stage["latent_pretrain_steps"]:
         parts.insert(0, f"first {stage['latent_pretrain_steps']} steps the lower latent; then")
+    # Runs of earlier versions do not have all of the settings below.
+    parts += [f"{weight:g} {name}" for name in ("change", "consistency") if (weight := stage.get(f"{name}_weight"))]
     parts += [f"{stage[name]['weight']:g} {name}" for name in ("perceptual", "adversarial") if stage[name]]
-    return " + ".join(parts).replace("; then + ", "; then ")
+    notes = [" + ".join(parts).replace("; then + ", "; then ")]
+    if (weight := stage.get("between_weight", 1.0)) != 1:
+        notes.append(f"frames between key frames count {weight:g} times")
+    if turns := stage.get("by_turns"):
+        notes.append(f"{', '.join(f'{ratio}x' for ratio in turns)} by turns")
+    return "; ".join(notes)
 
 
 # -- pipelines -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
     )
     credits.write_text("Thanks to all.")
     tokenizer = demo_run / "tokenizer-run" / "tokenizer"
-    arguments = [str(tokenizer), "--out", str(out), "--videos", "synthetic", "--frames", "17", "--size", "32"]
+    arguments = [str(tokenizer), "--out", str(out), "--videos", "synthetic", "--frames", "17", "--size", "32", "--count", "3"]
     publish.main(["tokenizer", *arguments, "--sources", str(table), "--credits", str(credits), "--record", str(record)])
     weights, trained = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (out, tokenizer))
     assert weights.keys() == trained.keys()
@@ -55,5 +55,11 @@ def test_the_recipe_lists_extra_training_sources(demo_run, tmp_path):
     (row,) = _stages([stage])
     assert row[2] == "9 frames, 32x32; 40% of the steps generated clips"
     assert row[-1] == "not written down"
+    plain = stage["loss"]
+    for change in ({"between_weight": 2.0}, {"change_weight": 0.5}, {"by_turns": [4, 8]}):
+        config["stages"][1].update(change)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (stage,) = publish.list_stages(tmp_path)
+    assert stage["loss"] == f"{plain} + 0.5 change; frames between key frames count 2 times; 4x, 8x by turns"
     (tmp_path / "machines.txt").write_text("one GPU\na laptop\n")
     assert _stages(publish.list_stages(tmp_path))[0][-1] == "one GPU, then a laptop"
