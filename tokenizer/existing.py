@@ -246,6 +246,7 @@ class _Half(nn.Module):
     """What encodes or decodes, of an existing autoencoder; gradient checkpointing is diffusers' switch."""
 
     gradient_checkpointing = False
+    _gradient_checkpointing_func: Any  # set by ModelMixin
 
     def __init__(self, model: Any, settings: Existing):
         super().__init__()
@@ -292,6 +293,7 @@ class ExistingDecoder(_Half):
     def forward(self, handed: Handed, state: State = None) -> tuple[Handed, State]:
         """B c 1+N h w, and features added behind the first convolution, B D 1+N h w -> B C 1+r*N H W."""
         z, features = handed
+        assert z is not None, "features alone are handed over to this project's own decoders"
         run = self._run(state)
         if run is not None:
             x, after = _stream_of(self.settings).decode(self.model, z, features, START if state is None else state, run)

@@ -259,9 +259,9 @@ class EncoderGrowth(nn.Module):
         # Without a key-frame latent to start from, the head alone makes the latent, so it cannot start at zero.
         self.adds_to_key_latent = growth.birth and growth.mixing != "none" and (self.join is None or growth.latent == "dual")
         if self.join is None or growth.latent == "dual":
-            self.head: nn.Module = Head(channels, 2 * latent_channels, zero=self.adds_to_key_latent)
+            self.head: Any = Head(channels, 2 * latent_channels, zero=self.adds_to_key_latent)
         else:
-            self.head = copy.deepcopy(below)  # pyright: ignore[reportAttributeAccessIssue]
+            self.head = copy.deepcopy(below)
         self.dual, self.latent_channels = growth.latent == "dual", latent_channels
         if self.dual:
             self.head.start_at(slice(latent_channels, None), RESIDUAL_LOGVAR)

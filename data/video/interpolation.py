@@ -32,7 +32,7 @@ def interpolate_motion(frames: np.ndarray, factor: int) -> np.ndarray:
     if factor == 1 or count == 1:
         return frames.copy()
     graph, base = Graph(), Fraction(1, factor)
-    source = graph.add_buffer(width=width, height=height, format="yuv444p", time_base=base)
+    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("yuv444p"), time_base=base)
     filtered, sink = graph.add("minterpolate", f"fps={factor}:{SETTINGS}"), graph.add("buffersink")
     source.link_to(filtered)
     filtered.link_to(sink)
@@ -59,9 +59,10 @@ def _collect(graph: Graph, result: np.ndarray, factor: int) -> int:
     while True:
         try:
             frame = graph.pull()
-        except (av.error.BlockingIOError, av.error.EOFError):
+        except (BlockingIOError, EOFError):  # PyAV's own are kinds of these
             return count
-        place = round(frame.pts * frame.time_base * factor)
+        assert isinstance(frame, av.VideoFrame)
+        place = round((frame.time or 0.0) * factor)
         if place < len(result):
             result[place] = frame.to_ndarray(format="rgb24")
             count += 1

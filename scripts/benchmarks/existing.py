@@ -324,9 +324,9 @@ def transformer_rows(published: Published, trained: bool) -> list[dict[str, Any]
         if lora:
             model.requires_grad_(False).add_adapter(LORA)
         copied = as_fake(model.train(), fake)
-        trained = [p for p in copied.parameters() if p.requires_grad]
-        static = static_memory(trained, [])
-        kept = {"parameters": sum(p.numel() for p in trained), "static": {**asdict(static), "total": static.total}}
+        weights = [p for p in copied.parameters() if p.requires_grad]
+        static = static_memory(weights, [])
+        kept = {"parameters": sum(p.numel() for p in weights), "static": {**asdict(static), "total": static.total}}
         for row in rows[: len(RATIOS)]:
             peaks = {}
             for key in ("pass", "pass_checkpointed"):
