@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also in scripts that tests start: several
 
 import pytest
 import torch
+from hypothesis import settings
 
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.growth import Growth
@@ -15,6 +16,9 @@ from promag.training.optimizers import OptimizationConfig
 from tests.browser import start_chromium
 
 torch.set_num_threads(1)
+# A deadline in wall-clock time measures what else the machine does.
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")
 
 # The smallest autoencoder with every part: 4x8x8 base, one block a width.
 TINY = {

@@ -138,7 +138,7 @@ def degrade(video, rng):
 
 
 @given(st.sampled_from(SINGLE), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 def test_any_single_mistake_is_detected(scene, seed):
     video = render(scene, seed, 17)
     assert score(video, scene).all
@@ -163,7 +163,7 @@ REVERSED |= {b: a for a, b in REVERSED.items()}
 
 
 @given(st.sampled_from(ALL), st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 def test_time_reversed_and_frozen_clips(scene, seed):
     video = render(scene, seed, 17)
     assert read_scene(video[::-1]).motion == REVERSED.get(scene.motion, scene.motion)
@@ -178,7 +178,7 @@ def test_motion_is_read_from_the_whole_path_not_its_ends():
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 def test_a_missing_or_miscoloured_second_object_is_detected(seed):
     scene = Scene("disc", "red", "crosses", ("square", "blue"))
     video = render(scene, seed, 17)

@@ -208,7 +208,7 @@ def is_utf8(data: bytes) -> bool:
     return True
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     captions=st.lists(st.one_of(TEXTS, LATIN), min_size=1, max_size=4),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252"]),
@@ -229,7 +229,7 @@ def test_a_table_in_any_dialect_and_encoding_reads_back(tmp_path_factory, captio
         assert rows_of(read_table(path)) == [Row(f"{i}, {i}.mp4", caption.strip()) for i, caption in enumerate(captions, 1)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(["csv", "tsv", "jsonl", "json"]),
     content=st.one_of(

@@ -86,7 +86,7 @@ def test_a_cache_of_many_shards_is_read_through_few_open_files(tmp_path, monkeyp
 
 
 @given(st.integers(2, 9))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_latents_are_normalised_per_channel(tmp_path_factory, count):
     data = LatentDataset(make(tmp_path_factory.mktemp("cache"), count))
     x = torch.stack([data.fixed(i)["latents"] for i in range(count)])

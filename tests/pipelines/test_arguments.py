@@ -62,14 +62,14 @@ ODD = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.fixed_dictionaries({}, optional=LEGAL), st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_legal_arguments_of_every_kind_are_answered(arguments, prompt):
     case = Case("pipe", lambda: one_pipeline()(prompt, **{"num_inference_steps": 1, **arguments}).frames, ())
     assert outcome(case) == ANSWERED
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.dictionaries(st.sampled_from([*LEGAL, "latents", "image", "denoise_strength", "prompt"]), ODD, min_size=1, max_size=3)
 )

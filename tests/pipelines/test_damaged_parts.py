@@ -19,7 +19,7 @@ from promag.training.config import UserError
 from promag.training.safetensors_only import check_files
 from tests.tiny_pipeline import make_pipeline
 
-FAST = settings(max_examples=40, deadline=None)
+FAST = settings(max_examples=40)
 LOADS = ("answered", "refused")
 
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from promag import ProMAGPipeline, ProMAGTransformer3DModel
@@ -357,14 +357,12 @@ one_pipeline = functools.cache(make_pipeline)  # hypothesis takes no fixtures of
 
 
 @given(st.sampled_from(COUNTS), NO_COUNT)
-@settings(deadline=None)  # the first call builds the pipeline
 def test_counts_must_be_whole_numbers_above_zero(name, value):
     with pytest.raises(ValueError, match=f"{name} .*: a whole number of at least 1 is needed"):
         call(one_pipeline(), **{name: value})
 
 
 @given(st.sampled_from(["fps", "guidance_scale", "denoise_strength"]), NO_NUMBER)
-@settings(deadline=None)
 def test_a_number_that_is_not_finite_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} .*: a finite number is needed"):
         call(one_pipeline(), **{name: value})

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from promag.data.video import read_frames
@@ -372,7 +372,6 @@ def test_lines_are_drawn_to_scale():
     assert ticks == ["10", "12", "14", "16", "18", "20", "0", "200", "400", "600", "800", "1,000", "step", "dB"]
 
 
-@settings(deadline=None)
 @example(0.0, 0.3, 3)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(3, 5))
 def test_ticks_are_round_even_and_enclose(low, span, count):
@@ -397,7 +396,6 @@ def test_a_plot_distinguishes_measured_points_from_others():
     assert (xs[1] - xs[0]) / (xs[2] - xs[1]) == pytest.approx(math.log(33 / 17) / math.log(65 / 33), rel=0.01)
 
 
-@settings(deadline=None)
 @given(st.floats(1e-3, 1e4), st.floats(1.01, 1e6))
 def test_logarithmic_ticks_enclose_what_is_drawn(low, factor):
     ticks = _log_ticks(low, low * factor)

@@ -222,7 +222,7 @@ def test_chunks_equal_the_whole(tokenizer, ratio, plan):
 
 
 @given(st.sampled_from(RATIOS), st.integers(0, 3), st.integers(1, 3), st.integers(1, 3))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_every_legal_shape_is_reconstructed(tokenizer, ratio, more, h, w):
     x = torch.zeros(1, 3, 1 + ratio * more, 8 * h, 8 * w)
     with torch.no_grad():

@@ -297,7 +297,7 @@ ODD = st.one_of(st.integers(-40, 0), st.floats(), st.booleans(), st.text(max_siz
 
 
 @given(ODD)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_odd_ratios_chunks_and_tiles_are_refused_by_name(tokenizer, value):
     x, z = torch.zeros(1, 3, 17, 16, 16), torch.zeros(1, 4, 2, 2, 2)
     ratio_calls = [
