@@ -257,44 +257,12 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         self.encoder_growth.append(EncoderGrowth(width, channels, growth, project, scale, head))
         self.decoder_growth.append(DecoderGrowth(width, upper, lower, growth, scale, wide, conv_in))
 
-    def _head_to_start_from(self, growth: Growth, width: int) -> nn.Module:
-        """Return the head of the level below; raises ValueError where it cannot read what a level adds at feature width."""
-        encoders: list[Any] = [self.encoder, *self.encoder_growth]
-        if self.existing or width != self.level_widths[-1]:
-            raise ValueError(f"growth sum_at 'features' with width {width}: needs this project's own base and its width")
-        if len(encoders) > 1 and encoders[-1].join is None and growth.latent != "dual":
-            raise ValueError("growth sum_at 'features' on a level with sum_at 'moments': its head makes a residual alone")
-        return encoders[-1].head
-
-    def _place_behind_conv_in(self, growth: Growth, width: int, channels: int) -> tuple[int, nn.Module | None]:
-        """Return the channels behind the first convolution of the decoder below, and what a new one may begin with."""
-        lower: Any = self.decoder_growth[-1] if self.decoder_growth else self.decoder
-        if growth.hand_over == "wide":
-            if self.existing or width != self.level_widths[-1]:
-                raise ValueError(
-                    f"growth hand_over 'wide' with width {width}: needs this project's own base and its width; or both"
-                )
-            if self.decoder_growth and lower.hand_over != "wide":
-                raise ValueError(f"growth hand_over 'wide' on a level with {lower.hand_over!r}, which needs a latent; use both")
-        if self.existing and not self.decoder_growth:
-            return lower.wide_channels(), None
-        conv_in = lower.conv_in if self.decoder_growth else lower.body[0]
-        begin = conv_in if growth.hand_over == "wide" and conv_in.in_channels == channels else None
-        return conv_in.out_channels, begin
-
     def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
         """Give what encodes and what decodes a floating-point type each; inputs are converted, outputs are of that type."""
         for part in (self.encoder, self.encoder_growth, self.own_encoders):
             part.to(encode)
         for part in (self.decoder, self.decoder_growth, self.own_decoders):
             part.to(decode)
-
-    def level_of(self, temporal_ratio: int | None) -> int:
-        """Return the level (0 is the base) of a temporal ratio; None is the one that is served. Raises ValueError if absent."""
-        if temporal_ratio is None:
-            return len(self.encoder_growth) if self.served is None else self.temporal_ratios.index(self.served)
-        check_ratio(temporal_ratio, self.temporal_ratios)
-        return self.temporal_ratios.index(temporal_ratio)
 
     # -- encoding ----------------------------------------------------------------------------------------------------
 
@@ -435,12 +403,6 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         if to_ratio not in self.lifts(temporal_ratio):
             raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: these levels hand over features alone, no latent")
         return self._run(z, [self.decoder_growth[i - 1] for i in range(level, low, -1)], None)[0]
-
-    def lifts(self, temporal_ratio: int) -> tuple[int, ...]:
-        """Return the lower ratios whose latent `lift` estimates from one of a ratio."""
-        levels: list[Any] = list(self.decoder_growth)
-        level = self.level_of(temporal_ratio)
-        return tuple(ratio for low, ratio in enumerate(self.temporal_ratios[:level]) if levels[low].hand_over != "wide")
 
     def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:
         return self._run(z, self.decoding_path(level), state)

@@ -1,4 +1,4 @@
-"""What belongs to each level of an autoencoder: which weights a stage trains, and what decides a level's latents."""
+"""What belongs to each level of an autoencoder: its start, the weights that a stage trains, and what decides its latents."""
 
 import hashlib
 import itertools
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .geometry import check_ratio
 from .growth import Growth
 
 # The settings of the base that decide what its encoder computes.
@@ -24,22 +25,36 @@ BASE_SETTINGS = (
 
 
 class Levels:
-    """The part of an autoencoder that knows whose weights are whose."""
+    """The part of an autoencoder that knows whose weights are whose, and what a new level starts from."""
 
     existing: Any
     config: Any
     encoder: nn.Module
-    decoder: nn.Module
+    decoder: Any
     encoder_growth: nn.ModuleList
     decoder_growth: nn.ModuleList
     own_encoders: nn.ModuleDict
     own_decoders: nn.ModuleDict
     temporal_ratios: tuple[int, ...]
-    level_of: Any
+    level_widths: list[int | None]
+    served: int | None
     encoding_path: Any
     modules: Any
     parameters: Any
     requires_grad_: Any
+
+    def level_of(self, temporal_ratio: int | None) -> int:
+        """Return the level (0 is the base) of a temporal ratio; None is the one that is served. Raises ValueError if absent."""
+        if temporal_ratio is None:
+            return len(self.encoder_growth) if self.served is None else self.temporal_ratios.index(self.served)
+        check_ratio(temporal_ratio, self.temporal_ratios)
+        return self.temporal_ratios.index(temporal_ratio)
+
+    def lifts(self, temporal_ratio: int) -> tuple[int, ...]:
+        """Return the lower ratios whose latent `lift` estimates from one of a ratio."""
+        levels: list[Any] = list(self.decoder_growth)
+        level = self.level_of(temporal_ratio)
+        return tuple(ratio for low, ratio in enumerate(self.temporal_ratios[:level]) if levels[low].hand_over != "wide")
 
     def level_modules(self, temporal_ratio: int) -> list[nn.Module]:
         """Return the modules that belong to one level and to no level below: what its training stage trains."""
@@ -77,6 +92,31 @@ class Levels:
         while path and getattr(path[-1], "adds_to_key_latent", False):
             path.pop()
         return [encoder.head for encoder in path[:-1]]
+
+    def _head_to_start_from(self, growth: Growth, width: int) -> nn.Module:
+        """Return the head of the level below; raises ValueError where it cannot read what a level adds at feature width."""
+        encoders: list[Any] = [self.encoder, *self.encoder_growth]
+        if self.existing or width != self.level_widths[-1]:
+            raise ValueError(f"growth sum_at 'features' with width {width}: needs our own base and its width; use moments")
+        if len(encoders) > 1 and encoders[-1].join is None and growth.latent != "dual":
+            raise ValueError("growth sum_at 'features' on a level with sum_at 'moments': its head makes a residual alone")
+        return encoders[-1].head
+
+    def _place_behind_conv_in(self, growth: Growth, width: int, channels: int) -> tuple[int, nn.Module | None]:
+        """Return the channels behind the first convolution of the decoder below, and what a new one may begin with."""
+        lower: Any = self.decoder_growth[-1] if self.decoder_growth else self.decoder
+        if growth.hand_over == "wide":
+            if self.existing or width != self.level_widths[-1]:
+                raise ValueError(
+                    f"growth hand_over 'wide' with width {width}: needs our own base and its width; use both or latent"
+                )
+            if self.decoder_growth and lower.hand_over != "wide":
+                raise ValueError(f"growth hand_over 'wide' on a level with {lower.hand_over!r}, which needs a latent; use both")
+        if self.existing and not self.decoder_growth:
+            return lower.wide_channels(), None
+        conv_in = lower.conv_in if self.decoder_growth else lower.body[0]
+        begin = conv_in if growth.hand_over == "wide" and conv_in.in_channels == channels else None
+        return conv_in.out_channels, begin
 
     def encoding_fingerprint(self, temporal_ratio: int) -> str:
         """Return a SHA-256 of all that decides the latents of a ratio: the configuration and weights of what encodes there.

@@ -76,7 +76,7 @@ def test_sums_and_features_that_do_not_fit_the_level_below_are_named():
     with pytest.raises(ValueError, match="hand_over 'wide' on a level with 'latent', which needs a latent; use both"):
         model.grow(Growth(hand_over="wide"))
     for kind in ({"sum_at": "features"}, {"hand_over": "wide"}):
-        with pytest.raises(ValueError, match="with width 32: needs this project's own base and its width"):
+        with pytest.raises(ValueError, match="with width 32: needs our own base and its width"):
             make_tokenizer(levels=1).grow(Growth(**kind, width=32))
     with pytest.raises(ValueError, match="sum_at 'features' with mixing 'none', birth True: needs key frames"):
         Growth(mixing="none", sum_at="features")

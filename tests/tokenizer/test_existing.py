@@ -380,7 +380,7 @@ def test_wide_features_and_sums_that_a_base_has_no_place_for_are_named():
     with pytest.raises(ValueError, match="AutoencoderKLHunyuanVideo blends overlapping stretches of frames; use latent"):
         grown("HunyuanVideo", hand_over="both")
     for settings in ({"hand_over": "wide"}, {"sum_at": "features"}):
-        with pytest.raises(ValueError, match="needs this project's own base"):
+        with pytest.raises(ValueError, match="needs our own base"):
             grown("Wan 2.1", **settings)
 
 
