@@ -20,7 +20,7 @@ from promag.reports.contact_sheet import write_contact_sheet
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
-from promag.tokenizer.interpolation import KINDS, Interpolated
+from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
 from promag.tokenizer.packaged_metrics import frame_rates, open_perceptual
 from promag.training.command_line import Parser, run_main
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         for low, lifted in results[ratio]["lift"].items():
             print(f"      lifted to {low}x  latent error {lifted['latent_error']:.4g}  psnr {lifted['psnr']:.4g}")
         if (step := ratio // model.temporal_ratios[0]) > 1:
-            for kind in KINDS:
+            for kind in kinds_for(arguments.size, arguments.size):
                 control = evaluate_fully(Interpolated(model, kind), videos(), ratio, perceptual, precision, fps)
                 results[ratio]["interpolated" if kind == "linear" else "interpolated_by_motion"] = control
                 how = "interpolated" if kind == "linear" else "interpolated along their motion"

@@ -186,6 +186,10 @@ class TokenizerConfig:
                 raise ValueError(f"stage {stage.ratio}x: trainable decoder needs init, the tokenizer whose decoder is trained")
             if stage.latent_pretrain_steps and self.distill:
                 raise ValueError(f"stage {stage.ratio}x: latent_pretrain_steps with distill: give one of the two")
+            if stage.consistency_weight and self.distill:
+                raise ValueError(
+                    f"stage {stage.ratio}x: consistency_weight with distill, whose encoder has a loss of its own; use 0"
+                )
             if stage.by_turns and (self.init is None or self.distill):
                 raise ValueError(f"stage {stage.ratio}x: by_turns needs init, a tokenizer with all levels, and no distill")
             check_frames(stage.frames, max(stage.by_turns or (stage.ratio,)))

@@ -10,12 +10,17 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from einops import rearrange
 from torch import Tensor, nn
 
-from promag.data.video.interpolation import interpolate_motion
+from promag.data.video.interpolation import SMALLEST, interpolate_motion
 
 from .metrics import from_uint8, to_uint8
 
 Kind = Literal["linear", "motion"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def kinds_for(height: int, width: int) -> tuple[Kind, ...]:
+    """Return the kinds that take pictures of a size; motion is estimated from 32 pixels a side on."""
+    return KINDS if min(height, width) >= SMALLEST else ("linear",)
 
 
 class Interpolated(nn.Module):

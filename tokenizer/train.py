@@ -74,7 +74,8 @@ def leaves_unused(stage: StageConfig) -> bool:
     copies = growth and "finetune" in (growth.encoder, growth.decoder)
     # A stage may add several levels, and then nothing reads the heads of the lower ones.
     idle_heads = growth and (growth.mixing == "none" or not growth.birth or growth.sum_at == "features")
-    return bool(stage.trainable == "all" or stage.adversarial or copies or idle_heads)
+    wide = growth and growth.hand_over == "both" and stage.latent_pretrain_steps  # steps on latents hand over no features
+    return bool(stage.trainable == "all" or stage.by_turns or stage.adversarial or copies or idle_heads or wide)
 
 
 def train_stage(
@@ -280,6 +281,9 @@ def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:
         raise UserError(
             f"stage {stage.ratio}x without growth: only the highest level of {place} ({levels}) can be trained further"
         )
+    if absent := sorted({*(stage.by_turns or ())} - {*model.temporal_ratios}):
+        levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
+        raise UserError(f"stage {stage.ratio}x by_turns: {place} has {levels}, not {', '.join(f'{r}x' for r in absent)}")
     return model
 
 

@@ -22,7 +22,7 @@ from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.existing import Features, existing_class
-from promag.tokenizer.interpolation import KINDS, Interpolated
+from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.objectives import LATENTS, StageObjective
@@ -239,7 +239,7 @@ def score_variant(
                 {**row, "variant": f"{variant.name}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []}
             )
             # The control: the other frames are interpolated, which makes as many latents as at a higher ratio.
-            for kind in KINDS:
+            for kind in kinds_for(*shape):
                 higher = step * stage.ratio
                 part = evaluate_fully(Interpolated(model, kind), clips, higher, perceptual, config.precision, fps)
                 name = f"{variant.name}, {kind} interpolation"

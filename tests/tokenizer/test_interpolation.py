@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from promag.data.video.interpolation import interpolate_motion
-from promag.tokenizer.interpolation import Interpolated
+from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.metrics import evaluate_fully, psnr_per_frame
 
 
@@ -42,6 +42,8 @@ def test_motion_compensation_keeps_the_given_frames_and_estimates_moving_ones_be
     still = np.broadcast_to(video[:1], (3, 64, 64, 3))
     assert np.abs(interpolate_motion(still, 2).astype(int) - video[:1]).max() <= 2  # by the way to YUV and back
     assert (interpolate_motion(video[:1], 4) == video[:1]).all()
+    assert kinds_for(16, 64) == ("linear",)
+    assert kinds_for(32, 64) == ("linear", "motion")
     with pytest.raises(ValueError, match="of 16x64 by 2: needs sides of 32 or more"):
         interpolate_motion(video[:, :16], 2)
 

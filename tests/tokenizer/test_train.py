@@ -19,6 +19,7 @@ from promag.data.sources import Source
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.discriminator import Adversarial
+from promag.tokenizer.distillation import Distillation
 from promag.tokenizer.growth import PAPER_GROWTH, Growth
 from promag.tokenizer.objectives import StageObjective
 from promag.tokenizer.train import leaves_unused, train_tokenizer
@@ -175,7 +176,15 @@ def test_one_stage_grows_two_levels_and_may_train_every_weight(trained, tmp_path
 @pytest.mark.parametrize("ratio", [8, 16])
 @pytest.mark.parametrize(
     "growth",
-    [{}, {"mixing": "none"}, {"birth": False}, {"latent": "dual"}, {"decoder": "finetune"}, {"sum_at": "features"}],
+    [
+        {},
+        {"mixing": "none"},
+        {"birth": False},
+        {"latent": "dual"},
+        {"decoder": "finetune"},
+        {"sum_at": "features"},
+        {"hand_over": "both"},
+    ],
 )
 def test_weights_that_may_have_no_gradient_are_declared(trainable, ratio, growth):
     """Several processes wait for the gradient of every trained weight unless some are declared to have none."""
@@ -207,6 +216,11 @@ def test_all_levels_are_trained_by_turns_and_every_one_is_validated(trained, tmp
     (last,) = [r for r in records(tmp_path, 16) if "psnr" in r]
     assert {"psnr", "psnr_4x", "psnr_8x"} <= last.keys()
 
+    too_many = dataclasses.replace(together, by_turns=(4, 16, 32), frames=33)
+    config = make_config(tmp_path / "b", init=str(trained / "tokenizer"), model=None, stages=(too_many,))
+    with pytest.raises(UserError, match=r"by_turns: .* has 4x, 8x, 16x, not 32x"):
+        train_tokenizer(config)
+
     model = make_tokenizer(settle=0.05)
     objective = StageObjective(model, together)
     for step, ratio in ((0, 4), (1, 8), (2, 16), (3, 4)):
@@ -223,6 +237,10 @@ def test_stages_by_turns_and_wide_features_that_cannot_be_are_named(tmp_path):
         dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(4, 8))
     with pytest.raises(ValueError, match="by_turns needs init"):
         make_config(tmp_path, stages=(dataclasses.replace(stage(4, 5, trainable="all"), by_turns=(4,)),))
+    assert leaves_unused(dataclasses.replace(stage(8, 9, trainable="decoder"), by_turns=(4, 8)))
+    distilled = dataclasses.replace(stage(4, 5), consistency_weight=0.1)
+    with pytest.raises(ValueError, match="consistency_weight with distill"):
+        make_config(tmp_path, stages=(distilled,), distill=Distillation(teacher="teacher"))
     with pytest.raises(ValueError, match="latent_pretrain_steps 2 with growth hand_over 'wide'"):
         stage(8, 9, PAPER_GROWTH, 2)
     with pytest.raises(ValueError, match="change_weight -1: 0 or more is needed"):
