@@ -92,7 +92,7 @@ class StageConfig:
         "that needs no growing",
     )
     by_turns: tuple[int, ...] | None = setting(
-        None, "ratios that are trained by turns, a batch each, where all levels are there; null for the stage's own alone"
+        None, "ratios trained by turns, a batch for each entry, where all levels are there; null for the stage's own alone"
     )
     trainable: Literal["new", "all", "decoder"] = setting(
         "new",

@@ -124,7 +124,7 @@ class StageObjective(Objective):
 
     def evaluate(self, clips: Sequence[Tensor], precision: Precision) -> Metrics:
         """Reconstruct clips, each 1 C T H W, and return metrics; of other ratios that are trained by turns the PSNR."""
-        others = [ratio for ratio in self.stage.by_turns or () if ratio != self.stage.ratio]
+        others = sorted({*(self.stage.by_turns or ())} - {self.stage.ratio})
         more = {f"psnr_{ratio}x": evaluate(self.reconstructor, clips, ratio, precision)["psnr"] for ratio in others}
         return {**evaluate(self.reconstructor, clips, self.stage.ratio, precision), **more}
 

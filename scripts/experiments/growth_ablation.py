@@ -209,7 +209,7 @@ def score_variant(
     ]
     own = [_cost(config, variant, seed, stage) for stage in variant.stages]
     rows = []
-    for i, ratio in ((i, ratio) for i, part in enumerate(variant.stages) for ratio in trained_at(part)):
+    for i, ratio in ((i, ratio) for i, part in enumerate(variant.stages) for ratio in sorted({*turns_of(part)})):
         stage = variant.stages[i]
         spent = _total(inherited + own[: i + 1])
         row = {
@@ -251,8 +251,8 @@ def score_variant(
     return rows
 
 
-def trained_at(stage: StageConfig) -> tuple[int, ...]:
-    """Return the ratios at which a stage's model is scored: its own, or those that it trains by turns."""
+def turns_of(stage: StageConfig) -> tuple[int, ...]:
+    """Return the ratios of a stage's batches, one after the other: its own alone, or those that it trains by turns."""
     return stage.by_turns or (stage.ratio,)
 
 
@@ -306,7 +306,7 @@ def _stage_flops(config: AblationConfig, variant: Variant, seed: int, stage: Sta
             first = {f"{LATENTS}{r}": model.encode(clip[:, :, ::r], lowest).latent_dist.mode() for r in rates}
     latent, pixels = _steps(stage)
     total = 0.0
-    turns = len(trained_at(stage))
+    turns = len(turns_of(stage))
     for batch, step, count in (
         (first, 0, latent * _latent_batch(config, stage)),
         *((video, latent + turn, pixels * stage.optimization.batch_size / turns) for turn in range(turns)),
