@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from promag.data.datasets import open_dataset
+from promag.data.synthetic import Scene, render
 from promag.pipelines.sampling import sample_timed
-from promag.tokenizer.metrics import from_uint8
+from promag.tokenizer.metrics import from_uint8, high_frequency_energy, jitter
 from promag.tokenizer.perceptual import frechet_distance
 from promag.training.precision import Precision
 
@@ -58,9 +59,27 @@ def generation_figures(
     }
 
 
+def steadiness_and_sharpness(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Return jitter and high-frequency energy of sampled videos beside rendered clips of the same scenes; means over videos.
+
+    Keys: jitter, jitter_of_true_clips, high_frequency (over that of the rendered clip; below 1 is blur).
+    """
+    true = [render(scene, i, len(video), video.shape[1:3]) for i, (video, scene) in enumerate(zip(videos, scenes, strict=True))]
+    pairs = [(_clip(video), _clip(clip)) for video, clip in zip(videos, true, strict=True)]
+    return {
+        "jitter": fmean(float(jitter(video)) for video, _ in pairs),
+        "jitter_of_true_clips": fmean(float(jitter(clip)) for _, clip in pairs),
+        "high_frequency": fmean(float(high_frequency_energy(video, clip)) for video, clip in pairs),
+    }
+
+
+def _clip(video: np.ndarray) -> Tensor:
+    return from_uint8(torch.from_numpy(video[None]))
+
+
 def _fvd(videos: Sequence[np.ndarray], features: Callable[[Tensor], Tensor]) -> float:
     frames, height, width, _ = videos[0].shape
     real = open_dataset("synthetic", "eval", frames, (height, width), len(videos))
-    sampled = torch.cat([features(from_uint8(torch.from_numpy(video[None]))) for video in videos])
+    sampled = torch.cat([features(_clip(video)) for video in videos])
     true = torch.cat([features(real.fixed(i)["video"][None]) for i in range(len(videos))])
     return frechet_distance(true, sampled)

@@ -6,7 +6,7 @@ equal seconds are compared.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promag.data.synthetic import render
+from promag.evaluation.generation import steadiness_and_sharpness
 from promag.evaluation.prompt_accuracy import accuracies, format_accuracy, scenes_to_score
 from promag.pipelines.sampling import Draft, load_pipeline, sample_timed, trained_ratios
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.scripts._options import share
-from promag.tokenizer.metrics import from_uint8, high_frequency_energy, jitter, psnr
+from promag.tokenizer.metrics import from_uint8, psnr
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
@@ -46,8 +46,6 @@ def main(argv: Sequence[str]) -> int:
         if value not in legal:
             raise UserError(f"{option} {value}: the pipeline was trained at {', '.join(f'{r}x' for r in legal)}")
     scenes = scenes_to_score(arguments.prompts, seed=0)
-    clip_size = (pipe.config["num_frames"], (pipe.config["height"], pipe.config["width"]))
-    true = [_tensor(render(scene, i, *clip_size)) for i, scene in enumerate(scenes)]
 
     def sample(
         name: str, steps: int, sampled_ratio: int, draft: Draft | None = None
@@ -59,9 +57,7 @@ def main(argv: Sequence[str]) -> int:
             "way": name,
             "seconds": spent.total / len(videos),
             "accuracy": accuracies(videos, scenes),
-            "jitter": _mean(jitter, videos),
-            "jitter_of_true_clips": fmean(float(jitter(x)) for x in true),
-            "high_frequency": fmean(float(high_frequency_energy(_tensor(v), t)) for v, t in zip(videos, true, strict=True)),
+            **steadiness_and_sharpness(videos, scenes),
         }
 
     try:
@@ -111,10 +107,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _tensor(video: np.ndarray) -> Tensor:
     return from_uint8(torch.from_numpy(video[None]))
-
-
-def _mean(figure: Callable[[Tensor], Tensor], videos: Sequence[np.ndarray]) -> float:
-    return fmean(float(figure(_tensor(video))) for video in videos)
 
 
 def _psnr(videos: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:

@@ -113,21 +113,29 @@ def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["report"]:
         return report(argv[1:])
     config = parse_config(AblationConfig, argv, __doc__ or "")
-    variants = {variant.name: variant for variant in config.variants}
     runs = [run_folder(config, variant.name, seed) for variant in config.variants for seed in variant.seeds]
     config = replace(config, precision=choose_for_run(config.precision, best_device(), *runs))
-    wanted = {name for chosen in config.only_variants or variants for name in _lineage(variants, chosen)}
+    rows = run_variants(config, config.only_variants or tuple(variant.name for variant in config.variants))
+    if rows is None:
+        print("stopped early; the same command continues")
+    else:
+        print(table(rows))
+    return 0
+
+
+def run_variants(config: AblationConfig, names: Sequence[str], seeds: Sequence[int] | None = None) -> list[Any] | None:
+    """Train and score variants and those they start from, with `seeds` or all of theirs; None if stopped early."""
+    variants = {variant.name: variant for variant in config.variants}
+    wanted = {name for chosen in names for name in _lineage(variants, chosen)}
     rows: list[dict[str, Any]] = []
-    for variant in config.variants:
-        for seed in variant.seeds if variant.name in wanted else ():
+    for variant in (variant for variant in config.variants if variant.name in wanted):
+        for seed in variant.seeds if seeds is None else seeds:
             print(f"== {variant.name}, seed {seed}", flush=True)
             folder = train_variant(config, variant, seed)
             if folder is None:
-                print("stopped early; the same command continues")
-                return 0
+                return None
             rows += score_variant(config, variants, variant, seed, folder)
-    print(table(rows))
-    return 0
+    return rows
 
 
 def report(argv: Sequence[str]) -> int:
