@@ -227,12 +227,14 @@ def test_presets_are_legal_and_state_only_differences_from_the_defaults(path):
 def _class_of(path: Path):
     from promag.demo.config import DemoConfig
     from promag.diffusion.config import DiffusionConfig
+    from promag.scripts.experiments.generation import GenerationConfig
     from promag.scripts.experiments.growth_ablation import AblationConfig
 
     if path.stem == "demo":
         return DemoConfig
     kind = path.stem if path.parent.name == "paper" else path.parent.name
-    return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig, "growth_ablation": AblationConfig}[kind]
+    experiments = {"growth_ablation": AblationConfig, "generation": GenerationConfig}
+    return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig, **experiments}[kind]
 
 
 def _stated_defaults(cls, values, default=None, place=""):
