@@ -9,7 +9,7 @@ from promag.diffusion.conditioning import Condition
 from promag.diffusion.config import BudgetConfig, DiffusionConfig, DiffusionDataConfig, TextConfig, TransformerConfig
 from promag.diffusion.latent_cache import Scale
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
-from promag.tokenizer.geometry import latent_frames
+from promag.tokenizer.geometry import latent_frames, stage_name
 from promag.training.config import required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
@@ -64,14 +64,14 @@ def tokenizer_folder(config: DemoConfig) -> Path:
     return Path(config.output_dir) / "tokenizer-run"
 
 
-def stage_folder(config: DemoConfig, ratio: int) -> Path:
+def stage_folder(config: DemoConfig, stage: StageConfig) -> Path:
     """Return the folder of checkpoints and metrics of one of the tokenizer's stages."""
-    return tokenizer_folder(config) / f"{ratio}x"
+    return tokenizer_folder(config) / stage.name
 
 
 def video_folder(config: DemoConfig) -> Path:
     """Return the folder of checkpoints and metrics of the text-to-video training."""
-    return Path(config.output_dir) / "video" / "-".join(f"{ratio}x" for ratio in config.ratios)
+    return Path(config.output_dir) / "video" / stage_name(config.ratios)
 
 
 def tokenizer_config(config: DemoConfig, train: str, evaluation: str) -> TokenizerConfig:

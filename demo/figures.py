@@ -188,7 +188,7 @@ def summarise(config: DemoConfig, measured: Measured) -> list[str]:
 def curves(config: DemoConfig) -> dict[str, list[tuple[float, float]]]:
     """Return the curves logged so far: the validation PSNR of each stage and the training loss of text-to-video."""
     curves_by_name = {
-        f"Validation PSNR, dB/{stage.ratio}x": points(stage_folder(config, stage.ratio) / "metrics.jsonl", "psnr")
+        f"Validation PSNR, dB/{stage.name}": points(stage_folder(config, stage) / "metrics.jsonl", "psnr")
         for stage in config.stages
     }
     curves_by_name["Training loss of text-to-video/"] = points(video_folder(config) / "metrics.jsonl", "loss")
@@ -206,7 +206,7 @@ def facts(config: DemoConfig, clips: int, scored: int, started: float) -> dict[s
     known, diffusion = provenance(), config.diffusion
     optimizers = "AdamW" if diffusion.muon_learning_rate is None else "Muon with AdamW"
     trained = [
-        f"{s.ratio}x {s.optimization.steps} steps of {s.optimization.batch_size} clips of {s.frames} frames"
+        f"{s.name} {s.optimization.steps} steps of {s.optimization.batch_size} clips of {s.frames} frames"
         for s in config.stages
     ]
     pairs = {

@@ -16,6 +16,7 @@ from .figures import TITLE, curves, points
 REWRITE_SECONDS = 15.0
 # Seconds that two x86-64 cores take in float32: they decide how the bar is divided, not how long a run is expected to last.
 BASE_FRAME, GROWN_FRAME, LATENT_FRAME, CACHED_FRAME = 0.006, 0.0035, 0.0018, 0.0016  # of one clip, a step or once
+TURNS_FRAME = 0.01  # of one clip and a step that trains all levels by turns
 TOKEN = 1 / 6000  # of a training step of the transformer
 SCORED_VIDEO, FIGURES = 0.6, 30.0
 
@@ -35,10 +36,10 @@ def parts(config: DemoConfig) -> list[Part]:
     for stage in config.stages:
         steps, frames = stage.optimization.steps, stage.frames * stage.optimization.batch_size
         latent = min(stage.latent_pretrain_steps, steps)
-        cost = GROWN_FRAME if stage.growth else BASE_FRAME
+        cost = GROWN_FRAME if stage.growth else TURNS_FRAME if stage.by_turns else BASE_FRAME
         seconds = frames * (latent * LATENT_FRAME + (steps - latent) * cost)
-        folder = stage_folder(config, stage.ratio)
-        run_parts.append(Part(f"1/3 tokenizer, {stage.ratio}x", seconds, _trained(folder, steps)))
+        folder = stage_folder(config, stage)
+        run_parts.append(Part(f"1/3 tokenizer, {stage.name}", seconds, _trained(folder, steps)))
     cached = config.synthetic_clips * config.frames * CACHED_FRAME
     run_parts.append(Part("2/3 caching latents", cached, lambda: _cached(config)))
     sizes = (config.frames, config.size, config.size)

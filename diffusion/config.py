@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from promag.data.buckets import Bucket
-from promag.tokenizer.geometry import check_frames, check_size, latent_frames, tokens
+from promag.tokenizer.geometry import check_frames, check_size, latent_frames, stage_name, tokens
 from promag.training.config import required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
@@ -232,7 +232,7 @@ class DiffusionConfig:
     @property
     def stage(self) -> str:
         """The name of the training's folder in the run directory: 16x, or 4x-8x-16x."""
-        return "-".join(f"{ratio}x" for ratio in self.ratios)
+        return stage_name(self.ratios)
 
 
 # Keys that may differ when a run is resumed: they do not affect what the model learns.

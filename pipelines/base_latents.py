@@ -53,7 +53,7 @@ def open_base_latents(
     """
     data, (bucket, *others) = config.data, config.buckets_of(stage)
     if others:
-        raise UserError(f"latent_cache: stage {stage.ratio}x has {1 + len(others)} buckets; cached latents are of one shape")
+        raise UserError(f"latent_cache: stage {stage.name} has {1 + len(others)} buckets; cached latents are of one shape")
     rates = [2**level for level in range(1 + model.level_of(stage.ratio))]
     tokenizer = broadcast_from_main(lambda: model.encoding_fingerprint(model.base_ratio))
     drawn = broadcast_from_main(lambda: _digest(config, stage))

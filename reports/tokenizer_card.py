@@ -26,7 +26,7 @@ COLUMNS = (
     ("flicker", "flicker", 2),
     ("high_frequency", "high freq.", 2),
 )
-STAGE_HEADS = ("ratio", "lower encoder, decoder", "clips", "steps", "batch", "AdamW, Muon", "loss", "minutes", "on")
+STAGE_HEADS = ("stage", "lower encoder, decoder", "clips", "steps", "batch", "AdamW, Muon", "loss", "minutes", "on")
 
 
 def tokenizer_card(
@@ -43,7 +43,7 @@ def tokenizer_card(
         name: folder of the checkpoint, as users give it.
         shape: parameters, latent_channels, temporal_ratios, dtype.
         record: the line that `promag evaluate-tokenizer` records for the published weights.
-        recipe: one mapping per stage, with ratio, frames, size, steps, batch_size, learning_rate, muon_learning_rate, loss,
+        recipe: one mapping per stage, with name, frames, size, steps, batch_size, learning_rate, muon_learning_rate, loss,
             seconds, encoder, decoder, machines and extra_sources (share of the steps by source).
         sources: one mapping per source of training clips, with repository, commit, licence and clips.
         credits: Markdown, under the table of sources.
@@ -144,7 +144,7 @@ def _lifts(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [
         [
-            f"{stage['ratio']}x",
+            stage["name"],
             f"{stage['encoder']}, {stage['decoder']}",
             "; ".join([f"{stage['frames']} frames, {stage['size']}x{stage['size']}", *_others(stage["extra_sources"])]),
             str(stage["steps"]),

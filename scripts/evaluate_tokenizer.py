@@ -23,6 +23,7 @@ from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
 from promag.tokenizer.packaged_metrics import frame_rates, open_perceptual
+from promag.tokenizer.stages import finished_stages
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.device import best_device
@@ -183,10 +184,10 @@ def _draw(arguments: argparse.Namespace, clips: Any, tokenizers: Sequence[tuple[
 def trained_by(checkpoint: str) -> dict[str, Any] | None:
     """Return seed, and steps and seconds of each stage, of the training that the checkpoint lies in; None if in none."""
     run = Path(checkpoint).parent
-    if not (run / "config.yaml").exists():
+    config = load_yaml(str(run / "config.yaml")) if (run / "config.yaml").exists() else {}
+    if "stages" not in config:
         return None
-    stages = {done.parent.name: json.loads(done.read_text(encoding="utf-8")) for done in sorted(run.glob("*/done.json"))}
-    return {"seed": load_yaml(str(run / "config.yaml")).get("seed"), "stages": stages}
+    return {"seed": config.get("seed"), "stages": {name: done for name, _, done in finished_stages(run, config)}}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.levels import parameter_count
+from promag.tokenizer.stages import finished_stages
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.files import append_json, write_atomically
@@ -105,24 +106,26 @@ def list_stages(run: Path) -> list[dict[str, Any]]:
     config = _config_of(run, "tokenizer")
     before = list_stages(Path(config["init"]).parent) if config["init"] else []
     stages = []
-    for stage in config["stages"]:
-        done = run / f"{stage['ratio']}x" / "done.json"
-        if done.exists():
-            growth = stage["growth"] or {"encoder": "-", "decoder": "-"}
-            settings = {
-                key: stage["optimization"][key] for key in ("steps", "batch_size", "learning_rate", "muon_learning_rate")
-            }
-            lower = {key: growth[key] for key in ("encoder", "decoder")}
-            shape = {"ratio": stage["ratio"], "frames": stage["frames"], "size": config["data"]["size"]}
-            shape["extra_sources"] = {source["train"]: source["share"] for source in config["data"].get("extra_sources") or ()}
-            spent = {"seconds": json.loads(done.read_text(encoding="utf-8"))["seconds"], "machines": machines_of(run)}
-            stages.append({**shape, **settings, **lower, "loss": _loss(stage), **spent})
+    for name, stage, done in finished_stages(run, config):
+        settings = {key: stage["optimization"][key] for key in ("steps", "batch_size", "learning_rate", "muon_learning_rate")}
+        shape = {"name": name, "frames": stage["frames"], "size": config["data"]["size"]}
+        shape["extra_sources"] = {source["train"]: source["share"] for source in config["data"].get("extra_sources") or ()}
+        spent = {"seconds": done["seconds"], "machines": machines_of(run)}
+        stages.append({**shape, **settings, **_lower(stage), "loss": _loss(stage), **spent})
     if not stages:
         raise UserError(f"{run}: no stage of it is finished")
     return before + stages
 
 
-def _loss(stage: dict[str, Any]) -> str:
+def _lower(stage: Mapping[str, Any]) -> dict[str, str]:
+    """Return what became of the encoders and decoders of the levels below a stage's; a base has none."""
+    parts = {"all": ("trained", "trained"), "decoder": ("frozen", "trained")}.get(stage.get("trainable", "new"))
+    if parts and (stage["growth"] or stage.get("by_turns")):
+        return dict(zip(("encoder", "decoder"), parts, strict=True))
+    return {key: stage["growth"][key] if stage["growth"] else "-" for key in ("encoder", "decoder")}
+
+
+def _loss(stage: Mapping[str, Any]) -> str:
     parts = ["L1", f"{stage['mse_weight']:g} squared", f"{stage['kl_weight']:g} KL"]
     if stage["latent_pretrain_steps"]:
         parts.insert(0, f"first {stage['latent_pretrain_steps']} steps the lower latent; then")

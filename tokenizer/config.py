@@ -1,6 +1,7 @@
 """The settings of a tokenizer's training: the base, the clips, the stages and the run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -17,8 +18,9 @@ from .base import SPATIAL_RATIOS, spatial_ratio
 from .discriminator import Adversarial
 from .distillation import Distillation
 from .existing import Features
-from .geometry import check_frames, check_size
+from .geometry import check_frames, check_size, stage_name
 from .growth import Growth, named_growth
+from .stages import stage_folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,16 @@ class StageConfig:
         if self.trainable == "decoder" and self.growth is not None:
             raise ValueError("trainable decoder with growth: a grown level needs its encoder trained too; use new or all")
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The ratios of the stage's batches, one after the other: its own alone, or those that it trains by turns."""
+        return self.by_turns or (self.ratio,)
+
+    @property
+    def name(self) -> str:
+        """The name of the stage and of its folder in the run directory: 16x, or 4x-8x-16x where it trains these by turns."""
+        return stage_name(sorted({*self.turns}))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -183,21 +195,26 @@ class TokenizerConfig:
                 raise ValueError(f"stages {ratios}: each ratio must be 2, 4 or 8 times the one before")
         for stage in self.stages:
             if stage.trainable == "decoder" and self.init is None:
-                raise ValueError(f"stage {stage.ratio}x: trainable decoder needs init, the tokenizer whose decoder is trained")
+                raise ValueError(f"stage {stage.name}: trainable decoder needs init, the tokenizer whose decoder is trained")
             if stage.latent_pretrain_steps and self.distill:
-                raise ValueError(f"stage {stage.ratio}x: latent_pretrain_steps with distill: give one of the two")
+                raise ValueError(f"stage {stage.name}: latent_pretrain_steps with distill: give one of the two")
             if stage.consistency_weight and self.distill:
                 raise ValueError(
-                    f"stage {stage.ratio}x: consistency_weight with distill, whose encoder has a loss of its own; use 0"
+                    f"stage {stage.name}: consistency_weight with distill, whose encoder has a loss of its own; use 0"
                 )
             if stage.by_turns and (self.init is None or self.distill):
-                raise ValueError(f"stage {stage.ratio}x: by_turns needs init, a tokenizer with all levels, and no distill")
-            check_frames(stage.frames, max(stage.by_turns or (stage.ratio,)))
+                raise ValueError(f"stage {stage.name}: by_turns needs init, a tokenizer with all levels, and no distill")
+            check_frames(stage.frames, max(stage.turns))
             for bucket in self.buckets_of(stage):
                 check_frames(bucket.frames, stage.ratio)
                 check_size(bucket.height, bucket.width, multiple)
         if self.only_stage is not None and self.only_stage not in ratios:
             raise ValueError(f"only_stage {self.only_stage}: the stages are {', '.join(map(str, ratios))}")
+
+    def folder_of(self, stage: StageConfig) -> Path:
+        """Return the folder of a stage's checkpoints and metrics."""
+        folders = stage_folders(Path(self.output_dir), [each.turns for each in self.stages])
+        return folders[self.stages.index(stage)]
 
     def buckets_of(self, stage: StageConfig) -> tuple[Bucket, ...]:
         """Return the shapes that a stage trains on."""

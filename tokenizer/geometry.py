@@ -3,11 +3,16 @@
 Causal tokenizers code the first frame alone, so at temporal ratio r, 1 + r*N pixel frames <-> 1 + N latent frames.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
 SPATIAL_RATIO = 8
+
+
+def stage_name(ratios: Iterable[int]) -> str:
+    """Return the name of a training stage at these temporal ratios, which is its folder in a run: 16x, or 4x-8x-16x."""
+    return "-".join(f"{ratio}x" for ratio in ratios)
 
 
 def check_integer(name: str, value: Any) -> None:

@@ -82,7 +82,7 @@ class StageObjective(Objective):
             fit = latent_loss(self.model.lift(z, stage.ratio, self.below), target.mode())
             kl = kl_loss(posterior)
             return {"loss": fit + stage.kl_weight * kl, "latent": fit, "kl": kl}
-        ratio = stage.by_turns[step % len(stage.by_turns)] if stage.by_turns else stage.ratio
+        ratio = stage.turns[step % len(stage.turns)]
         posterior = self.model.encode(x, ratio).latent_dist  # pyright: ignore
         output = self.model.decode(reparametrise(posterior, generators), ratio).sample  # pyright: ignore
         loss, parts = self.pixel_losses(output, x, generators, step, ratio)
@@ -124,7 +124,7 @@ class StageObjective(Objective):
 
     def evaluate(self, clips: Sequence[Tensor], precision: Precision) -> Metrics:
         """Reconstruct clips, each 1 C T H W, and return metrics; of other ratios that are trained by turns the PSNR."""
-        others = sorted({*(self.stage.by_turns or ())} - {self.stage.ratio})
+        others = sorted({*self.stage.turns} - {self.stage.ratio})
         more = {f"psnr_{ratio}x": evaluate(self.reconstructor, clips, ratio, precision)["psnr"] for ratio in others}
         return {**evaluate(self.reconstructor, clips, self.stage.ratio, precision), **more}
 

@@ -87,11 +87,11 @@ def train_stage(
     open_latents: OpenLatents | None = None,
 ) -> Outcome:
     """Train one level on top of the levels below it, which the run directory or `config.init` holds."""
-    folder = run / f"{stage.ratio}x"
-    if _is_trained(run, stage):
+    folder = config.folder_of(stage)
+    if _is_trained(run, stage, folder):
         if accelerator.is_main_process:
             _record_end(folder)
-        accelerator.print(f"{stage.ratio}x: already trained in {folder}")
+        accelerator.print(f"{stage.name}: already trained in {folder}")
         return Outcome(stage.optimization.steps, 0.0, True, {})
     data = config.data
     extra_sources = data.extra_sources or ()
@@ -118,7 +118,7 @@ def train_stage(
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     trained = _train_only(model, stage, added)
     accelerator.print(
-        f"{stage.ratio}x: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
+        f"{stage.name}: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
         f"{parameter_count([model]) / 1e6:.2f} M\n{plan}"
     )
     if config.gradient_checkpointing:
@@ -143,7 +143,7 @@ def train_stage(
 
     def validate(log: Log, step: int) -> Metrics:
         if log.trackers:
-            log.picture(f"{stage.ratio}x/reconstruction", _sheet(objective.reconstructor, clips[:4], stage.ratio), step)
+            log.picture(f"{folder.name}/reconstruction", _sheet(objective.reconstructor, clips[:4], stage.ratio), step)
         return objective.evaluate(clips, config.precision)
 
     outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
@@ -156,24 +156,24 @@ def train_stage(
     return outcome
 
 
-def _is_trained(run: Path, stage: StageConfig) -> bool:
+def _is_trained(run: Path, stage: StageConfig, folder: Path) -> bool:
     """Tell whether the run's tokenizer holds a stage's level; raises UserError where its training did not get to the end.
 
     The tokenizer decides, not the record beside the checkpoints: a run may be killed between writing the two. A damaged one
     does not count where the stage's checkpoints can replace it, and is an error where they are gone.
     """
-    place, folder = run / "tokenizer", run / f"{stage.ratio}x"
+    place = run / "tokenizer"
     if not place.exists():
         return False
     if damage := find_damage(place):
         if newest_checkpoint(folder) is None:
-            raise UserError(f"stage {stage.ratio}x: {damage}, and {folder} has no checkpoints to restore it from")
+            raise UserError(f"stage {stage.name}: {damage}, and {folder} has no checkpoints to restore it from")
         return False
     if stage.growth is not None and stage.ratio not in saved_ratios(place):
         return False
     if not (folder / "done.json").exists() and (step := _newest_meta(folder)["step"]) < stage.optimization.steps:
         raise UserError(
-            f"stage {stage.ratio}x: {place} has that level, but its training in {folder} stands at step {step} of "
+            f"stage {stage.name}: {place} has that level, but its training in {folder} stands at step {step} of "
             f"{stage.optimization.steps}; move one of the two away, or use another --output_dir"
         )
     return True
@@ -200,13 +200,13 @@ def _model_for(
     if stage.growth is None:
         if config.init:
             model = _continued(Path(config.init), stage)
-            _record_start(run, stage, model)
+            _record_start(run, config.folder_of(stage), model)
             return model, (stage.ratio,)
         if build is None and config.model is None:
             raise UserError(f"model null: stage {stage.ratio}x starts from scratch and needs a model")
         model = build() if build else AutoencoderKLProMAG(**asdict(config.model))  # pyright: ignore
         if model.temporal_ratios[0] != stage.ratio:
-            raise UserError(f"stage {stage.ratio}x without growth: the base's strides make it {model.temporal_ratios[0]}x")
+            raise UserError(f"stage {stage.name} without growth: the base's strides make it {model.temporal_ratios[0]}x")
         if config.model and config.model.linear_shortcuts:
             model.init_from_block_means()
         return model, model.temporal_ratios
@@ -219,8 +219,8 @@ def _model_for(
     if stage.ratio not in (2 * highest, 4 * highest, 8 * highest):
         levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
         can = ", ".join(f"{highest * k}x" for k in (2, 4, 8))
-        raise UserError(f"stage {stage.ratio}x: the tokenizer in {place} has {levels}; one stage grows it to one of {can}")
-    _record_start(run, stage, model)
+        raise UserError(f"stage {stage.name}: the tokenizer in {place} has {levels}; one stage grows it to one of {can}")
+    _record_start(run, config.folder_of(stage), model)
     while model.temporal_ratios[-1] < stage.ratio:
         model.grow(stage.growth)
     return model, model.temporal_ratios[have:]
@@ -268,9 +268,9 @@ def _record_videos(run: Path, data: TokenizerDataConfig) -> None:
     record_data(run, {kind: {name: getattr(digest, kind) for name, digest in digests.items()} for kind in kinds})
 
 
-def _record_start(run: Path, stage: StageConfig, model: AutoencoderKLProMAG) -> None:
+def _record_start(run: Path, folder: Path, model: AutoencoderKLProMAG) -> None:
     """Record what a stage starts from: checkpoints hold only what it trains, so another one would mix with them."""
-    broadcast_from_main(lambda: record_data(run, {f"the tokenizer that {stage.ratio}x starts from": hash_weights([model])}))
+    broadcast_from_main(lambda: record_data(run, {f"the tokenizer that {folder.name} starts from": hash_weights([model])}))
 
 
 def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:
@@ -279,11 +279,11 @@ def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:
     if stage.ratio != model.temporal_ratios[-1]:
         levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
         raise UserError(
-            f"stage {stage.ratio}x without growth: only the highest level of {place} ({levels}) can be trained further"
+            f"stage {stage.name} without growth: only the highest level of {place} ({levels}) can be trained further"
         )
-    if absent := sorted({*(stage.by_turns or ())} - {*model.temporal_ratios}):
+    if absent := sorted({*stage.turns} - {*model.temporal_ratios}):
         levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
-        raise UserError(f"stage {stage.ratio}x by_turns: {place} has {levels}, not {', '.join(f'{r}x' for r in absent)}")
+        raise UserError(f"stage {stage.name} by_turns: {place} has {levels}, not {', '.join(f'{r}x' for r in absent)}")
     return model
 
 

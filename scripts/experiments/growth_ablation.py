@@ -27,6 +27,7 @@ from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.objectives import LATENTS, StageObjective
 from promag.tokenizer.packaged_metrics import open_perceptual
+from promag.tokenizer.stages import stage_folders
 from promag.tokenizer.train import train_tokenizer
 from promag.training.command_line import Parser, parse_config, run_main
 from promag.training.config import required, setting
@@ -217,7 +218,7 @@ def score_variant(
     ]
     own = [_cost(config, variant, seed, stage) for stage in variant.stages]
     rows = []
-    for i, ratio in ((i, ratio) for i, part in enumerate(variant.stages) for ratio in sorted({*turns_of(part)})):
+    for i, ratio in ((i, ratio) for i, part in enumerate(variant.stages) for ratio in sorted({*part.turns})):
         stage = variant.stages[i]
         spent = _total(inherited + own[: i + 1])
         row = {
@@ -259,11 +260,6 @@ def score_variant(
     return rows
 
 
-def turns_of(stage: StageConfig) -> tuple[int, ...]:
-    """Return the ratios of a stage's batches, one after the other: its own alone, or those that it trains by turns."""
-    return stage.by_turns or (stage.ratio,)
-
-
 def _nth(step: int) -> str:
     return {2: "2nd"}.get(step, f"{step}th")
 
@@ -280,7 +276,7 @@ def _cost(config: AblationConfig, variant: Variant, seed: int, stage: StageConfi
     latent, pixels = _steps(stage)
     per_step = stage.optimization.batch_size * stage.optimization.accumulate
     clips = pixels * per_step + latent * _latent_batch(config, stage) * stage.optimization.accumulate
-    done = run_folder(config, variant.name, seed) / f"{stage.ratio}x" / "done.json"
+    done = _stage_folder(config, variant, seed, stage) / "done.json"
     return {
         "steps": stage.optimization.steps,
         "clips_seen": clips,
@@ -288,6 +284,11 @@ def _cost(config: AblationConfig, variant: Variant, seed: int, stage: StageConfi
         "seconds": json.loads(done.read_text(encoding="utf-8"))["seconds"],
         "flops": _stage_flops(config, variant, seed, stage),
     }
+
+
+def _stage_folder(config: AblationConfig, variant: Variant, seed: int, stage: StageConfig) -> Path:
+    folders = stage_folders(run_folder(config, variant.name, seed), [each.turns for each in variant.stages])
+    return folders[variant.stages.index(stage)]
 
 
 def _total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -314,7 +315,7 @@ def _stage_flops(config: AblationConfig, variant: Variant, seed: int, stage: Sta
             first = {f"{LATENTS}{r}": model.encode(clip[:, :, ::r], lowest).latent_dist.mode() for r in rates}
     latent, pixels = _steps(stage)
     total = 0.0
-    turns = len(turns_of(stage))
+    turns = len(stage.turns)
     for batch, step, count in (
         (first, 0, latent * _latent_batch(config, stage)),
         *((video, latent + turn, pixels * stage.optimization.batch_size / turns) for turn in range(turns)),
@@ -349,7 +350,7 @@ def _curve(
     config: AblationConfig, variant: Variant, seed: int, stage: StageConfig, spent: Mapping[str, Any]
 ) -> list[list[float]]:
     """Return validation points of a stage: steps and seconds since the first variant began, PSNR."""
-    folder = run_folder(config, variant.name, seed) / f"{stage.ratio}x"
+    folder = _stage_folder(config, variant, seed, stage)
     points = read_json_lines(folder / "metrics.jsonl")
     before = spent["steps"] - stage.optimization.steps
     since = spent["seconds"] - json.loads((folder / "done.json").read_text(encoding="utf-8"))["seconds"]

@@ -61,5 +61,28 @@ def test_the_recipe_lists_extra_training_sources(demo_run, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (stage,) = publish.list_stages(tmp_path)
     assert stage["loss"] == f"{plain} + 0.5 change; frames between key frames count 2 times; 4x, 8x by turns"
+    assert stage["name"] == "4x-8x"  # an earlier version put it into 8x
     (tmp_path / "machines.txt").write_text("one GPU\na laptop\n")
     assert _stages(publish.list_stages(tmp_path))[0][-1] == "one GPU, then a laptop"
+
+
+def test_the_recipe_lists_a_stage_by_turns_beside_that_of_its_highest_ratio(demo_run, tmp_path):
+    run = demo_run / "tokenizer-run"
+    config = load_yaml(run / "config.yaml")
+    together = {**config["stages"][1], "growth": None, "by_turns": [8, 8, 4], "trainable": "all", "latent_pretrain_steps": 0}
+    grown_warm = {**config["stages"][2], "trainable": "all"}
+
+    def rows(*stages, **done):
+        run = tmp_path / "-".join(done)
+        for name, seconds in done.items():
+            (run / name).mkdir(parents=True)
+            (run / name / "done.json").write_text(json.dumps({"seconds": seconds, "steps": 2}))
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "stages": list(stages)}))
+        return [row[:2] + row[7:8] for row in _stages(publish.list_stages(run))]
+
+    both = rows(config["stages"][1], together, **{"8x": 60, "4x-8x": 120})
+    assert both == [["8x", "frozen, frozen", "1.0"], ["4x-8x", "trained, trained", "2.0"]]
+    assert rows(config["stages"][1], together, **{"8x": 180}) == [["8x", "frozen, frozen", "3.0"]]
+    decoders = {**together, "trainable": "decoder"}
+    assert rows(decoders, **{"8x": 60, "4x": 60}) == [["4x-8x", "frozen, trained", "1.0"]]
+    assert rows(grown_warm, **{"16x": 60}) == [["16x", "trained, trained", "1.0"]]

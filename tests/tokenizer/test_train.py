@@ -75,8 +75,9 @@ def trained(tmp_path_factory):
     return run
 
 
-def records(run, ratio):
-    return [json.loads(line) for line in (run / f"{ratio}x" / "metrics.jsonl").read_text().splitlines()]
+def records(run, stage):
+    name = stage if isinstance(stage, str) else f"{stage}x"
+    return [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_stages_follow_each_other_into_one_checkpoint(trained):
@@ -213,7 +214,7 @@ def test_all_levels_are_trained_by_turns_and_every_one_is_validated(trained, tmp
     before, after = (load_tokenizer(place).state_dict() for place in (trained / "tokenizer", run))
     changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
     assert changed == {"encoder", "decoder", "encoder_growth", "decoder_growth", "own_decoders"}
-    (last,) = [r for r in records(tmp_path, 16) if "psnr" in r]
+    (last,) = [r for r in records(tmp_path, "4x-8x-16x") if "psnr" in r]
     assert {"psnr", "psnr_4x", "psnr_8x"} <= last.keys()
 
     too_many = dataclasses.replace(together, by_turns=(4, 16, 32), frames=33)
@@ -228,6 +229,30 @@ def test_all_levels_are_trained_by_turns_and_every_one_is_validated(trained, tmp
         objective({"video": torch.rand(1, 3, 17, 16, 16)}, [torch.Generator().manual_seed(0)], step)["loss"].backward()
         used = [p.grad is not None for p in (next(grown.parameters()) for grown in model.decoder_growth)]
         assert used == [ratio >= 8, ratio >= 16]
+
+
+def test_a_stage_by_turns_of_an_earlier_version_keeps_its_folder(trained, tmp_path, capsys):
+    together = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(16, 4, 8, 16))
+    assert together.name == "4x-8x-16x"
+    assert stage(16, 17).name == "16x"
+
+    def go_on(name, stop_after=None):
+        run = dataclasses.replace(RUN, stop_after=stop_after)
+        return train_tokenizer(
+            make_config(tmp_path / name, init=str(trained / "tokenizer"), model=None, stages=(together,), run=run)
+        )
+
+    assert go_on("whole") is not None
+    assert go_on("half", 2) is None
+    (tmp_path / "half" / "4x-8x-16x").rename(tmp_path / "half" / "16x")
+    data = tmp_path / "half" / "data.json"
+    data.write_text(data.read_text().replace("that 4x-8x-16x starts", "that 16x starts"))
+    for output in ("16x: continues at step 2 of 4", "4x-8x-16x: already trained in "):
+        assert go_on("half") is not None
+        assert output in capsys.readouterr().out
+    assert not (tmp_path / "half" / "4x-8x-16x").exists()
+    whole, half = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("whole", "half"))
+    assert all(torch.equal(value, half[key]) for key, value in whole.items())
 
 
 def test_stages_by_turns_and_wide_features_that_cannot_be_are_named(tmp_path):
