@@ -30,7 +30,7 @@ from promag.tokenizer.packaged_metrics import open_perceptual
 from promag.tokenizer.stages import stage_folders
 from promag.tokenizer.train import train_tokenizer
 from promag.training.command_line import Parser, parse_config, run_main
-from promag.training.config import required, setting
+from promag.training.config import UserError, required, setting
 from promag.training.device import best_device
 from promag.training.files import read_json_lines, write_atomically
 from promag.training.loop import RunConfig, seeded
@@ -147,10 +147,16 @@ def report(argv: Sequence[str]) -> int:
     )
     parser.add_argument("results", type=Path, help="results file that the experiment recorded")
     parser.add_argument("--out", type=Path, help="folder for the plots; without it none are drawn")
+    parser.add_argument("--ours", nargs="+", help=f"variants that the others are subtracted from; default: {OURS}, wide or not")
+    parser.add_argument("--variants", nargs="+", help="variants to show; default: all")
     arguments = parser.parse_args(argv)
     rows = read(arguments.results)
+    known = dict.fromkeys(row["variant"] for row in rows)
+    if unknown := [name for name in (*(arguments.ours or ()), *(arguments.variants or ())) if name not in known]:
+        raise UserError(f"variants {', '.join(unknown)}: {arguments.results} has {', '.join(known)}")
+    rows = [row for row in rows if row["variant"] in (arguments.variants or known)]
     print(table(rows))
-    for ours in (OURS, OURS + WIDE):
+    for ours in arguments.ours or (OURS, OURS + WIDE):
         if any(row["variant"] == ours for row in rows):
             print("\n" + gains(rows, ours))
     if arguments.out:

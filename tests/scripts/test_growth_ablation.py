@@ -170,6 +170,19 @@ def test_the_report_draws_the_recorded_lines(lines, config, tmp_path, capsys):
     assert "progressive: " in (tmp_path / "growth-ablation-17x32x32-steps.svg").read_text()
 
 
+def test_the_report_shows_chosen_variants_minus_each_other(lines, config, capsys):
+    record = str(config.parent / "growth_ablation.jsonl")
+    growth_ablation.main(["report", record, "--variants", "progressive", "warm", "--ours", "warm"])
+    output = capsys.readouterr().out
+    progressive, warm = (
+        next(r for r in lines if r["variant"] == variant and r["ratio"] == 16) for variant in ("progressive", "warm")
+    )
+    assert f"| progressive | 17x32x32 | 0 | {warm['psnr'] - progressive['psnr']:+.3f} |" in output
+    assert "| base |" not in output
+    with pytest.raises(UserError, match="variants other: .* has base, base, every 2nd frame"):
+        growth_ablation.main(["report", record, "--ours", "other"])
+
+
 def test_mistakes_are_named(config):
     with pytest.raises(UserError, match="only_variants nothing: the variants are base, progressive"):
         growth_ablation.main(["--config", str(config), "--only-variants", "[nothing]"])
