@@ -179,7 +179,7 @@ def test_the_report_shows_chosen_variants_minus_each_other(lines, config, capsys
     )
     assert f"| progressive | 17x32x32 | 0 | {warm['psnr'] - progressive['psnr']:+.3f} |" in output
     assert "| base |" not in output
-    with pytest.raises(UserError, match="variants other: .* has base, base, every 2nd frame"):
+    with pytest.raises(UserError, match=r"variants other: .* has base, base, every 2nd frame"):
         growth_ablation.main(["report", record, "--ours", "other"])
 
 
