@@ -123,11 +123,15 @@ class StageConfig:
                 f"latent_pretrain_steps {self.latent_pretrain_steps} with growth hand_over 'wide': "
                 "there is no estimate of a latent to train; use 0, or hand_over latent or both"
             )
-        if self.by_turns is not None and (self.growth or self.trainable == "new" or self.ratio not in self.by_turns):
-            raise ValueError(
-                f"by_turns {list(self.by_turns)} with ratio {self.ratio}, trainable {self.trainable!r}: needs a stage without "
-                "growth whose ratio is among them, and trainable all or decoder"
-            )
+        if self.by_turns is not None:
+            given = f"by_turns {list(self.by_turns)} with ratio {self.ratio}"
+            if self.growth or self.latent_pretrain_steps or self.trainable == "new":
+                raise ValueError(
+                    f"{given}, trainable {self.trainable!r}, latent_pretrain_steps {self.latent_pretrain_steps}: needs a stage "
+                    "without growth and latent_pretrain_steps, and trainable all or decoder"
+                )
+            if len({*self.by_turns}) < 2 or min(self.by_turns) < 1 or self.ratio != max(self.by_turns):
+                raise ValueError(f"{given}: needs two or more ratios, and the highest of them as the stage's own")
         for name in ("between_weight", "change_weight", "consistency_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: 0 or more is needed")
@@ -166,7 +170,9 @@ class TokenizerConfig:
     base_features: Features = setting(
         "latents", "what levels grown on an autoencoder of diffusers see of it: latents, or encoder for its features too"
     )
-    only_stage: int | None = setting(None, "train this ratio's stage alone; null runs all")
+    only_stage: int | str | None = setting(
+        None, "train one stage alone: its ratio, or its name, such as 4x-8x-16x for one by turns; null runs all"
+    )
     distill: Distillation | None = setting(
         None, "an autoencoder whose latents the trained one learns; null for latents of its own"
     )
@@ -187,14 +193,9 @@ class TokenizerConfig:
                 f"latent_cache with base_features {self.base_features!r}, latent_clips {self.data.latent_clips}: "
                 "needs latents, and 1 clip or more"
             )
-        ratios = [stage.ratio for stage in self.stages]
-        if not ratios:
-            raise ValueError("stages: at least one is needed")
-        for stage, before in zip(self.stages[1:], ratios, strict=False):
-            if stage.ratio not in (2 * before, 4 * before, 8 * before):
-                raise ValueError(f"stages {ratios}: each ratio must be 2, 4 or 8 times the one before")
+        self._check_order()
         for stage in self.stages:
-            if stage.trainable == "decoder" and self.init is None:
+            if stage.trainable == "decoder" and self.init is None and stage == self.stages[0]:
                 raise ValueError(f"stage {stage.name}: trainable decoder needs init, the tokenizer whose decoder is trained")
             if stage.latent_pretrain_steps and self.distill:
                 raise ValueError(f"stage {stage.name}: latent_pretrain_steps with distill: give one of the two")
@@ -202,14 +203,56 @@ class TokenizerConfig:
                 raise ValueError(
                     f"stage {stage.name}: consistency_weight with distill, whose encoder has a loss of its own; use 0"
                 )
-            if stage.by_turns and (self.init is None or self.distill):
-                raise ValueError(f"stage {stage.name}: by_turns needs init, a tokenizer with all levels, and no distill")
-            check_frames(stage.frames, max(stage.turns))
+            if stage.by_turns and self.distill:
+                raise ValueError(f"stage {stage.name}: by_turns with distill: give one of the two")
+            for ratio in sorted({*stage.turns}):
+                check_frames(stage.frames, ratio)
+                for bucket in self.buckets_of(stage):
+                    check_frames(bucket.frames, ratio)
             for bucket in self.buckets_of(stage):
-                check_frames(bucket.frames, stage.ratio)
                 check_size(bucket.height, bucket.width, multiple)
-        if self.only_stage is not None and self.only_stage not in ratios:
-            raise ValueError(f"only_stage {self.only_stage}: the stages are {', '.join(map(str, ratios))}")
+        if not self.chosen_stages:
+            raise ValueError(f"only_stage {self.only_stage}: the stages are {', '.join(stage.name for stage in self.stages)}")
+
+    def _check_order(self) -> None:
+        """Raise ValueError where stages do not follow from each other: levels grow, then one stage may train them by turns."""
+        if not self.stages:
+            raise ValueError("stages: at least one is needed")
+        *growing, last = self.stages
+        ratios = [stage.ratio for stage in self.stages]
+        for stage, before in zip(self.stages[1:], ratios, strict=False):
+            if stage.by_turns is None and stage.ratio not in (2 * before, 4 * before, 8 * before):
+                raise ValueError(f"stages {ratios}: each ratio must be 2, 4 or 8 times the one before")
+            if stage.by_turns is None and stage.growth is None:
+                raise ValueError(f"stage {stage.name}: only the first stage, and a last one by turns, can be without growth")
+        for stage in growing:
+            if stage.by_turns:
+                raise ValueError(f"stage {stage.name}: by_turns is for the last stage, after those that grow the levels")
+        if last.by_turns is None:
+            return
+        if not growing and self.init is None:
+            raise ValueError(f"stage {last.name}: by_turns needs stages before it that grow its levels, or init")
+        if growing and last.ratio != ratios[-2]:
+            raise ValueError(f"stage {last.name}: by_turns after the {ratios[-2]}x stage needs that ratio, not {last.ratio}")
+        from_scratch = self.init is None and self.stages[0].growth is None
+        if from_scratch and (absent := sorted({*last.turns} - {*self.grown_ratios()})):
+            have, lacks = (", ".join(f"{ratio}x" for ratio in some) for some in (self.grown_ratios(), absent))
+            raise ValueError(f"stage {last.name}: by_turns: the stages grow {have}, not {lacks}")
+
+    def grown_ratios(self) -> list[int]:
+        """Return the ratios of the levels that the stages make, lowest first, those between two stages among them."""
+        ratios = [self.stages[0].ratio]
+        while ratios[-1] < self.stages[-1].ratio:
+            ratios.append(2 * ratios[-1])
+        return ratios
+
+    @property
+    def chosen_stages(self) -> tuple[StageConfig, ...]:
+        """The stages to run: all, or the one that `only_stage` names; a ratio means the stage that grows it, where one does."""
+        if self.only_stage is None:
+            return self.stages
+        named = [stage for stage in self.stages if self.only_stage == stage.name]
+        return tuple(named or [stage for stage in self.stages if self.only_stage == stage.ratio][:1])
 
     def folder_of(self, stage: StageConfig) -> Path:
         """Return the folder of a stage's checkpoints and metrics."""

@@ -1,4 +1,4 @@
-"""Training the tokenizer stage by stage: the base, then each grown level on top of what is frozen below it.
+"""Training the tokenizer stage by stage: the base, each grown level on what is frozen below it, then perhaps all by turns.
 
 A run directory holds one folder per stage (checkpoints, metrics) and `tokenizer/`, the model with all levels trained so far.
 """
@@ -58,14 +58,31 @@ def train_tokenizer(
     if accelerator.is_main_process:
         finish_replacing(run / "tokenizer")
     accelerator.wait_for_everyone()
-    for stage in config.stages:
-        if config.only_stage not in (None, stage.ratio):
-            continue
+    _check_levels(run, config, build)
+    for stage in config.chosen_stages:
         outcome = train_stage(accelerator, run, config, stage, build, open_latents)
         if not outcome.finished:
             return None
     close_trackers(accelerator)
     return run / "tokenizer"
+
+
+def _check_levels(run: Path, config: TokenizerConfig, build: Callable[[], Any] | None) -> None:
+    """Raise UserError, before anything is grown, where a last stage by turns names levels that there will not be."""
+    first, *_, last = (*config.stages, config.stages[-1])
+    if last.by_turns is None or first.growth is None or (run / "tokenizer").exists():
+        return
+    base = load_tokenizer(config.init) if config.init else build() if build else None
+    if base is not None:
+        levels = sorted({*base.temporal_ratios, *config.grown_ratios()})
+        _check_turns(last, levels, f"{config.init or 'the architecture'}, grown by the stages before,")
+
+
+def _check_turns(stage: StageConfig, levels: Sequence[int], place: str | Path) -> None:
+    """Raise UserError unless all ratios of a stage are among the levels."""
+    if absent := sorted({*stage.turns} - {*levels}):
+        have, lacks = (", ".join(f"{ratio}x" for ratio in ratios) for ratios in (levels, absent))
+        raise UserError(f"stage {stage.name} by_turns: {place} has {have}, not {lacks}")
 
 
 def leaves_unused(stage: StageConfig) -> bool:
@@ -86,9 +103,9 @@ def train_stage(
     build: Callable[[], Any] | None = None,
     open_latents: OpenLatents | None = None,
 ) -> Outcome:
-    """Train one level on top of the levels below it, which the run directory or `config.init` holds."""
+    """Train one stage on the levels that the run directory or `config.init` holds."""
     folder = config.folder_of(stage)
-    if _is_trained(run, stage, folder):
+    if _is_trained(run, config, stage, folder):
         if accelerator.is_main_process:
             _record_end(folder)
         accelerator.print(f"{stage.name}: already trained in {folder}")
@@ -116,7 +133,7 @@ def train_stage(
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-    trained = _train_only(model, stage, added)
+    trained = train_only(model, stage, added)
     accelerator.print(
         f"{stage.name}: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "
         f"{parameter_count([model]) / 1e6:.2f} M\n{plan}"
@@ -149,18 +166,20 @@ def train_stage(
     outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
         save_tokenizer(model, run / "tokenizer")
-        if model.existing and len(model.temporal_ratios) > 1:
+        # A stage that trains the base leaves what is there: growth.json names the base that was grown on, by its weights.
+        if model.existing and len(model.temporal_ratios) > 1 and stage.trainable == "new":
             model.save_growth(run / "growth")
         _record_end(folder)
     accelerator.wait_for_everyone()
     return outcome
 
 
-def _is_trained(run: Path, stage: StageConfig, folder: Path) -> bool:
-    """Tell whether the run's tokenizer holds a stage's level; raises UserError where its training did not get to the end.
+def _is_trained(run: Path, config: TokenizerConfig, stage: StageConfig, folder: Path) -> bool:
+    """Tell whether the run's tokenizer holds what a stage trained; raises UserError where its training did not end.
 
-    The tokenizer decides, not the record beside the checkpoints: a run may be killed between writing the two. A damaged one
-    does not count where the stage's checkpoints can replace it, and is an error where they are gone.
+    The tokenizer decides, not the record beside the checkpoints: a run may be killed between writing the two. A stage that
+    grows is in it if its level is; one by turns, which adds none, if it is no longer what that stage starts from. A damaged
+    tokenizer does not count where the stage's checkpoints can replace it, and is an error where they are gone.
     """
     place = run / "tokenizer"
     if not place.exists():
@@ -171,9 +190,15 @@ def _is_trained(run: Path, stage: StageConfig, folder: Path) -> bool:
         return False
     if stage.growth is not None and stage.ratio not in saved_ratios(place):
         return False
+    follows = stage.by_turns is not None and stage != config.stages[0]
+    if follows:
+        start = recorded_data(run).get(_start_of(folder))
+        if start in (None, hash_weights([load_tokenizer(place, config.base_features)])):
+            return False
     if not (folder / "done.json").exists() and (step := _newest_meta(folder)["step"]) < stage.optimization.steps:
+        state = "is no longer what it starts from" if follows else "has that level"
         raise UserError(
-            f"stage {stage.name}: {place} has that level, but its training in {folder} stands at step {step} of "
+            f"stage {stage.name}: {place} {state}, but its training in {folder} stands at step {step} of "
             f"{stage.optimization.steps}; move one of the two away, or use another --output_dir"
         )
     return True
@@ -197,7 +222,7 @@ def _model_for(
 ) -> tuple[AutoencoderKLProMAG, Sequence[int]]:
     """Return the model that a stage trains and the ratios that the stage adds to it."""
     model: Any
-    if stage.growth is None:
+    if stage.growth is None and stage == config.stages[0]:
         if config.init:
             model = _continued(Path(config.init), stage)
             _record_start(run, config.folder_of(stage), model)
@@ -211,11 +236,17 @@ def _model_for(
             model.init_from_block_means()
         return model, model.temporal_ratios
     place = Path(config.init) if config.init and find_damage(run / "tokenizer") else run / "tokenizer"
-    scratch = build if config.init is None and find_damage(place) else None
+    scratch = build if config.init is None and stage.growth and find_damage(place) else None
     model = scratch() if scratch else load_tokenizer(place, config.base_features)
     if model.existing and config.init:
         model.base_path = model.base_path or _base_path(Path(config.init))
     have, highest = len(model.temporal_ratios), model.temporal_ratios[-1]
+    if stage.growth is None:
+        _check_turns(stage, model.temporal_ratios, place)
+        if highest != stage.ratio:
+            raise UserError(f"stage {stage.name}: {place} has levels up to {highest}x; its own ratio must be the highest")
+        _record_start(run, config.folder_of(stage), model)
+        return model, (stage.ratio,)
     if stage.ratio not in (2 * highest, 4 * highest, 8 * highest):
         levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
         can = ", ".join(f"{highest * k}x" for k in (2, 4, 8))
@@ -226,10 +257,11 @@ def _model_for(
     return model, model.temporal_ratios[have:]
 
 
-def _train_only(model: AutoencoderKLProMAG, stage: StageConfig, added: Sequence[int]) -> list[nn.Parameter]:
+def train_only(model: AutoencoderKLProMAG, stage: StageConfig, added: Sequence[int]) -> list[nn.Parameter]:
     """Freeze what a stage does not train, and return the parameters that it does."""
     if stage.trainable != "decoder":
-        return model.train_only(*(added if stage.trainable == "new" else model.temporal_ratios))
+        upto = [ratio for ratio in model.temporal_ratios if ratio <= stage.ratio]  # all, but where costs are counted later
+        return model.train_only(*(added if stage.trainable == "new" else upto))
     model.requires_grad_(False)
     for module in model.decoding_path(model.level_of(stage.ratio)):
         module.requires_grad_(True)
@@ -270,7 +302,12 @@ def _record_videos(run: Path, data: TokenizerDataConfig) -> None:
 
 def _record_start(run: Path, folder: Path, model: AutoencoderKLProMAG) -> None:
     """Record what a stage starts from: checkpoints hold only what it trains, so another one would mix with them."""
-    broadcast_from_main(lambda: record_data(run, {f"the tokenizer that {folder.name} starts from": hash_weights([model])}))
+    broadcast_from_main(lambda: record_data(run, {_start_of(folder): hash_weights([model])}))
+
+
+def _start_of(folder: Path) -> str:
+    """Return the name in the run's record of the weights that a stage starts from."""
+    return f"the tokenizer that {folder.name} starts from"
 
 
 def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:
@@ -281,9 +318,7 @@ def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:
         raise UserError(
             f"stage {stage.name} without growth: only the highest level of {place} ({levels}) can be trained further"
         )
-    if absent := sorted({*stage.turns} - {*model.temporal_ratios}):
-        levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
-        raise UserError(f"stage {stage.name} by_turns: {place} has {levels}, not {', '.join(f'{r}x' for r in absent)}")
+    _check_turns(stage, model.temporal_ratios, place)
     return model
 
 

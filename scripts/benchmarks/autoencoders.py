@@ -27,6 +27,7 @@ from promag.tokenizer.existing import existing_class
 from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.objectives import StageObjective
+from promag.tokenizer.train import train_only
 from promag.training.command_line import Parser, run_main
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError, build, load_yaml
@@ -100,7 +101,7 @@ def _preset(path: str) -> Subject:
     name = stem if parent in ("tokenizer", "") else f"{parent}-{stem}"
     if config.model is None or config.stages[0].growth is not None:
         raise UserError(f"preset {path}: a configuration with a model of its own, and a first stage without growth, is needed")
-    ratios = tuple(stage.ratio for stage in config.stages)
+    ratios = tuple(dict.fromkeys(stage.ratio for stage in config.stages))  # a last stage by turns adds none
     with torch.device("meta"):
         levels = _grow(config, config.stages[-1])[0].temporal_ratios
     if levels[0] != ratios[0]:
@@ -116,7 +117,7 @@ def _grow(config: TokenizerConfig, last: StageConfig) -> tuple[Any, Sequence[int
         have = len(model.temporal_ratios)
         while model.temporal_ratios[-1] < stage.ratio:
             model.grow(stage.growth)
-        added = model.temporal_ratios[have:]
+        added = model.temporal_ratios[have:] or (stage.ratio,)  # one by turns grows none
     return model, added
 
 
@@ -259,11 +260,12 @@ def _measure_training(
     peak, bad = matmul_tflops(device, bf16=precision == "bf16"), 0
     for height, width in dict.fromkeys(size[1:] for size in sizes):
         rows = []
-        for stage in config.stages:
+        for stage, ratio in [(part, ratio) for part in config.stages for ratio in sorted({*part.turns})]:
             size = (stage.frames, height, width)
-            row = {"model": subject.name, "ratio": stage.ratio, **_facts(size), "batch": arguments.train_batch_size}
+            row = {"model": subject.name, "stage": stage.name, "ratio": ratio, **_facts(size)}
+            row |= {"batch": arguments.train_batch_size}
             row |= {"gradient_checkpointing": config.gradient_checkpointing, "out_of_memory": False}
-            row |= _training_row(config, stage, size, device, arguments, peak)
+            row |= _training_row(config, stage, ratio, size, device, arguments, peak)
             _free()
             _print_row(row, "training")
             rows.append(row)
@@ -285,12 +287,18 @@ def _measure_training(
 
 
 def _training_row(
-    config: TokenizerConfig, stage: StageConfig, size: Size, device: torch.device, arguments: argparse.Namespace, peak: float
+    config: TokenizerConfig,
+    stage: StageConfig,
+    ratio: int,
+    size: Size,
+    device: torch.device,
+    arguments: argparse.Namespace,
+    peak: float,
 ) -> dict[str, Any]:
-    batch, pixels = (
-        arguments.train_batch_size,
-        dataclasses.replace(stage, latent_pretrain_steps=0, perceptual=None, adversarial=None),
-    )
+    batch = arguments.train_batch_size
+    pixels = dataclasses.replace(stage, latent_pretrain_steps=0, perceptual=None, adversarial=None)
+    if stage.by_turns:
+        pixels = dataclasses.replace(pixels, ratio=ratio, by_turns=None)  # a batch of that ratio
     with torch.device("meta"):
         objective = _objective(config, stage, pixels)
         with FlopCounterMode(display=False) as counter:
@@ -315,7 +323,7 @@ def _objective(config: TokenizerConfig, stage: StageConfig, pixels: StageConfig)
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-    model.train_only(*(added if stage.trainable == "new" else model.temporal_ratios))
+    train_only(model, stage, added)
     return StageObjective(model, pixels, added)
 
 

@@ -28,7 +28,7 @@ from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.objectives import LATENTS, StageObjective
 from promag.tokenizer.packaged_metrics import open_perceptual
 from promag.tokenizer.stages import stage_folders
-from promag.tokenizer.train import train_tokenizer
+from promag.tokenizer.train import train_only, train_tokenizer
 from promag.training.command_line import Parser, parse_config, run_main
 from promag.training.config import UserError, required, setting
 from promag.training.device import best_device
@@ -224,7 +224,7 @@ def score_variant(
     ]
     own = [_cost(config, variant, seed, stage) for stage in variant.stages]
     rows = []
-    for i, ratio in ((i, ratio) for i, part in enumerate(variant.stages) for ratio in sorted({*part.turns})):
+    for ratio, i in last_trained(variant.stages).items():
         stage = variant.stages[i]
         spent = _total(inherited + own[: i + 1])
         row = {
@@ -242,20 +242,20 @@ def score_variant(
             "inherited": _total(inherited),
             **evaluate_fully(model, clips, ratio, perceptual, config.precision, fps),
             "lift": evaluate_lift(model, clips, ratio, config.precision),
-            "curve": _curve(config, variant, seed, stage, spent) if ratio == stage.ratio else [],
+            "curve": _curve(config, variant, seed, stage, ratio, spent),
             "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}{perceptual.protocol(*shape)}",
         }
         rows.append(row)
         # The paper's observation: the lowest level on subsampled clips, scored on the frames that are left.
-        for step in (2, 4) if variant.base is None and not variant.baseline and stage.ratio == 4 else ():
+        for step in (2, 4) if variant.base is None and not variant.baseline and ratio == 4 else ():
             fewer, rates = [clip[:, :, ::step] for clip in clips], [rate / step for rate in fps]
-            part = evaluate_fully(model, fewer, stage.ratio, perceptual, config.precision, rates)
+            part = evaluate_fully(model, fewer, ratio, perceptual, config.precision, rates)
             rows.append(
                 {**row, "variant": f"{variant.name}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []}
             )
             # The control: the other frames are interpolated, which makes as many latents as at a higher ratio.
             for kind in kinds_for(*shape):
-                higher = step * stage.ratio
+                higher = step * ratio
                 part = evaluate_fully(Interpolated(model, kind), clips, higher, perceptual, config.precision, fps)
                 name = f"{variant.name}, {kind} interpolation"
                 rows.append({**row, "variant": name, "ratio": higher, "interpolated": kind, **part, "curve": []})
@@ -264,6 +264,18 @@ def score_variant(
             append_result(config.record, _rounded(row))
     write_atomically(kept, json.dumps(rows))
     return rows
+
+
+def last_trained(stages: Sequence[StageConfig]) -> dict[int, int]:
+    """Return, for each ratio that stages train, which of them changed its level last: what it cost is spent up to there.
+
+    A stage changes the levels that it trains, and with `trainable` all or decoder those below its own, which share weights.
+    """
+    last: dict[int, int] = {}
+    for i, stage in enumerate(stages):
+        shared = [ratio for ratio in last if ratio < stage.ratio] if stage.trainable != "new" else []
+        last |= dict.fromkeys((*shared, *stage.turns), i)
+    return dict(sorted(last.items(), key=lambda item: (item[1], item[0])))
 
 
 def _nth(step: int) -> str:
@@ -309,7 +321,7 @@ def _stage_flops(config: AblationConfig, variant: Variant, seed: int, stage: Sta
     below = [s.ratio for s in variant.stages if s.ratio < stage.ratio]
     if stage.growth:
         added = [r for r in ratios if r > max(below, default=_base_highest(config, variant, seed, ratios[0]))]
-    model.train_only(*(added if stage.trainable == "new" else ratios))
+    train_only(model, stage, added)
     objective = StageObjective(model, stage, added)
     side, accumulate = config.data.size, stage.optimization.accumulate
     video: dict[str, Any] = {"video": torch.zeros(1, 3, stage.frames, side, side)}
@@ -353,14 +365,15 @@ def _base_highest(config: AblationConfig, variant: Variant, seed: int, lowest: i
 
 
 def _curve(
-    config: AblationConfig, variant: Variant, seed: int, stage: StageConfig, spent: Mapping[str, Any]
+    config: AblationConfig, variant: Variant, seed: int, stage: StageConfig, ratio: int, spent: Mapping[str, Any]
 ) -> list[list[float]]:
-    """Return validation points of a stage: steps and seconds since the first variant began, PSNR."""
+    """Return validation points of a stage at a ratio: steps and seconds since the first variant began, PSNR."""
     folder = _stage_folder(config, variant, seed, stage)
     points = read_json_lines(folder / "metrics.jsonl")
     before = spent["steps"] - stage.optimization.steps
     since = spent["seconds"] - json.loads((folder / "done.json").read_text(encoding="utf-8"))["seconds"]
-    return [[before + p["step"], since + p["train_seconds"], p["psnr"]] for p in points if "psnr" in p]
+    key = "psnr" if ratio == stage.ratio else f"psnr_{ratio}x"
+    return [[before + p["step"], since + p["train_seconds"], p[key]] for p in points if key in p]
 
 
 def _rounded(value: Any) -> Any:

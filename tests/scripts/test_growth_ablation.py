@@ -10,6 +10,8 @@ import yaml
 from promag import AutoencoderKLProMAG
 from promag.scripts.experiments import growth_ablation
 from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.config import StageConfig
+from promag.tokenizer.growth import Growth
 from promag.tokenizer.levels import parameter_count
 from promag.training.command_line import parse_config
 from promag.training.config import UserError
@@ -47,6 +49,7 @@ VARIANTS = [
     variant("warm", [stage(16, "none", trainable="all", optimization={**LOOP, "steps": 4})], base="base"),
     variant("plain", [stage(4, None)], model={**MODEL, "linear_shortcuts": False}),
     variant("baseline", [stage(4, None)], baseline={"name": "AutoencoderKLWan", "config": WAN}),
+    variant("joint", [stage(8), stage(8, None, trainable="all", by_turns=[8, 4, 8])], base="base"),
 ]
 
 
@@ -87,7 +90,7 @@ def test_a_line_for_each_variant_seed_and_ratio(lines):
     named = [(r["variant"], r["seed"], r["ratio"]) for r in lines if not {"subsampled", "interpolated"} & r.keys()]
     assert named == [
         ("base", 0, 4), ("base", 1, 4), ("progressive", 0, 8), ("progressive", 0, 16), ("warm", 0, 16), ("plain", 0, 4),
-        ("baseline", 0, 4),
+        ("baseline", 0, 4), ("joint", 0, 4), ("joint", 0, 8),
     ]  # fmt: skip
     seen = [(r["variant"], r["subsampled"], len(r["psnr_per_frame"])) for r in lines if "subsampled" in r and r["seed"] == 0]
     assert ("base, every 2nd frame", 2, 9) in seen
@@ -109,6 +112,39 @@ def test_spent_compute_includes_the_base(lines):
     assert by_variant["progressive", 16]["frames_seen"] == 2 * (5 + 9 + 17)
     assert by_variant["progressive", 16]["flops"] > by_variant["progressive", 8]["flops"] > by_variant["base", 4]["flops"] > 0
     assert [point[0] for point in by_variant["progressive", 16]["curve"]] == [6]
+
+
+def test_a_variant_that_ends_by_turns_is_scored_after_that_stage(lines, config):
+    base, four, eight = (
+        next(r for r in lines if (r["variant"], r["seed"], r["ratio"]) == key)
+        for key in (("base", 0, 4), ("joint", 0, 4), ("joint", 0, 8))
+    )
+    grown = next(r for r in lines if (r["variant"], r["ratio"]) == ("progressive", 8))
+    for row in (four, eight):
+        assert row["steps"] == 6
+        assert row["frames_seen"] == 2 * (5 + 9 + 9)
+        assert row["stage"]["steps"] == 2
+        assert row["inherited"] == base["inherited"] | {key: base[key] for key in growth_ablation.COSTS}
+        assert [point[0] for point in row["curve"]] == [6]
+    assert {key: four[key] for key in growth_ablation.COSTS} == {key: eight[key] for key in growth_ablation.COSTS}
+    assert four["flops"] > base["flops"] + grown["stage"]["flops"]
+    assert four["psnr"] != base["psnr"]
+    logged = (config.parent / "runs" / "joint-0" / "4x-8x" / "metrics.jsonl").read_text().splitlines()
+    (last,) = [values for values in map(json.loads, logged) if "psnr" in values]
+    assert [row["curve"][0][2] for row in (four, eight)] == pytest.approx([last["psnr_4x"], last["psnr"]], rel=1e-5)
+
+
+def test_a_level_counts_after_the_last_stage_that_changed_it():
+    def last_trained(*stages):
+        return growth_ablation.last_trained([StageConfig(ratio=ratio, frames=65, **change) for ratio, change in stages])
+
+    growth = {"growth": Growth()}
+    four, eight, sixteen = (4, {}), (8, growth), (16, growth)
+    together = (16, {"by_turns": (4, 16), "trainable": "all"})
+    assert last_trained(eight, sixteen) == {8: 0, 16: 1}
+    assert last_trained(four, eight, sixteen, together) == {4: 3, 8: 3, 16: 3}
+    assert last_trained(together) == {4: 0, 16: 0}
+    assert last_trained(four, eight, (16, {**growth, "trainable": "all"})) == {4: 2, 8: 2, 16: 2}
 
 
 def test_only_used_parameters_are_counted(lines, config):

@@ -151,7 +151,7 @@ def test_mistakes_are_named(trained, tmp_path):
         make_config(tmp_path, stages=(stage(4, 5), stage(12, 13, Growth())))
     with pytest.raises(ValueError, match="6 frames: 4x needs"):
         make_config(tmp_path, stages=(stage(4, 6),))
-    with pytest.raises(ValueError, match="only_stage 64: the stages are 4, 8, 16"):
+    with pytest.raises(ValueError, match="only_stage 64: the stages are 4x, 8x, 16x"):
         make_config(tmp_path, only_stage=64)
 
 
@@ -207,62 +207,7 @@ def test_weights_that_may_have_no_gradient_are_declared(trainable, ratio, growth
         assert not leaves_unused(settings)
 
 
-def test_all_levels_are_trained_by_turns_and_every_one_is_validated(trained, tmp_path):
-    together = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(4, 8, 16))
-    run = train_tokenizer(make_config(tmp_path, init=str(trained / "tokenizer"), model=None, stages=(together,)))
-    assert run is not None
-    before, after = (load_tokenizer(place).state_dict() for place in (trained / "tokenizer", run))
-    changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
-    assert changed == {"encoder", "decoder", "encoder_growth", "decoder_growth", "own_decoders"}
-    (last,) = [r for r in records(tmp_path, "4x-8x-16x") if "psnr" in r]
-    assert {"psnr", "psnr_4x", "psnr_8x"} <= last.keys()
-
-    too_many = dataclasses.replace(together, by_turns=(4, 16, 32), frames=33)
-    config = make_config(tmp_path / "b", init=str(trained / "tokenizer"), model=None, stages=(too_many,))
-    with pytest.raises(UserError, match=r"by_turns: .* has 4x, 8x, 16x, not 32x"):
-        train_tokenizer(config)
-
-    model = make_tokenizer(settle=0.05)
-    objective = StageObjective(model, together)
-    for step, ratio in ((0, 4), (1, 8), (2, 16), (3, 4)):
-        model.zero_grad()
-        objective({"video": torch.rand(1, 3, 17, 16, 16)}, [torch.Generator().manual_seed(0)], step)["loss"].backward()
-        used = [p.grad is not None for p in (next(grown.parameters()) for grown in model.decoder_growth)]
-        assert used == [ratio >= 8, ratio >= 16]
-
-
-def test_a_stage_by_turns_of_an_earlier_version_keeps_its_folder(trained, tmp_path, capsys):
-    together = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(16, 4, 8, 16))
-    assert together.name == "4x-8x-16x"
-    assert stage(16, 17).name == "16x"
-
-    def go_on(name, stop_after=None):
-        run = dataclasses.replace(RUN, stop_after=stop_after)
-        return train_tokenizer(
-            make_config(tmp_path / name, init=str(trained / "tokenizer"), model=None, stages=(together,), run=run)
-        )
-
-    assert go_on("whole") is not None
-    assert go_on("half", 2) is None
-    (tmp_path / "half" / "4x-8x-16x").rename(tmp_path / "half" / "16x")
-    data = tmp_path / "half" / "data.json"
-    data.write_text(data.read_text().replace("that 4x-8x-16x starts", "that 16x starts"))
-    for output in ("16x: continues at step 2 of 4", "4x-8x-16x: already trained in "):
-        assert go_on("half") is not None
-        assert output in capsys.readouterr().out
-    assert not (tmp_path / "half" / "4x-8x-16x").exists()
-    whole, half = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("whole", "half"))
-    assert all(torch.equal(value, half[key]) for key, value in whole.items())
-
-
-def test_stages_by_turns_and_wide_features_that_cannot_be_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"by_turns \[4, 8\] with ratio 8, trainable 'new'"):
-        dataclasses.replace(stage(8, 9), by_turns=(4, 8))
-    with pytest.raises(ValueError, match="needs a stage without growth whose ratio is among them"):
-        dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(4, 8))
-    with pytest.raises(ValueError, match="by_turns needs init"):
-        make_config(tmp_path, stages=(dataclasses.replace(stage(4, 5, trainable="all"), by_turns=(4,)),))
-    assert leaves_unused(dataclasses.replace(stage(8, 9, trainable="decoder"), by_turns=(4, 8)))
+def test_settings_of_a_stage_that_cannot_be_are_named(tmp_path):
     distilled = dataclasses.replace(stage(4, 5), consistency_weight=0.1)
     with pytest.raises(ValueError, match="consistency_weight with distill"):
         make_config(tmp_path, stages=(distilled,), distill=Distillation(teacher="teacher"))

@@ -1,0 +1,229 @@
+"""A stage that trains all levels of one tokenizer by turns: alone, and as the last one of the run that grew them."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from promag.tokenizer.checkpoint import load_tokenizer, save_model
+from promag.tokenizer.distillation import Distillation
+from promag.tokenizer.growth import Growth
+from promag.tokenizer.objectives import StageObjective
+from promag.tokenizer.train import leaves_unused, train_tokenizer
+from promag.training.config import UserError
+from promag.training.run import recorded_data
+from tests.conftest import make_tokenizer, run_config
+from tests.tokenizer.test_killed import equal, killer, weights  # noqa: F401
+from tests.tokenizer.test_train import RUN, make_config, records, stage, trained  # noqa: F401
+
+TURNS = dataclasses.replace(stage(8, 9, trainable="all"), by_turns=(8, 4, 8))
+BRIEF = dataclasses.replace(RUN, trackers=())
+
+
+def short(settings, steps=2):
+    return dataclasses.replace(settings, optimization=dataclasses.replace(settings.optimization, steps=steps))
+
+
+GROWING = (short(stage(4, 5)), short(stage(8, 9, Growth())))
+
+
+def with_turns(folder, last=TURNS, stop_after=None, stages=GROWING, **change):
+    config = make_config(folder, stages=(*stages, short(last)), run=dataclasses.replace(BRIEF, stop_after=stop_after), **change)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, validation_clips=1))
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    run = tmp_path_factory.mktemp("grown")
+    train_tokenizer(dataclasses.replace(with_turns(run), stages=GROWING))
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole")
+    assert train_tokenizer(with_turns(run)) == run / "tokenizer"
+    return run
+
+
+@pytest.mark.parametrize("trainable", ["all", "decoder"])
+def test_one_run_equals_a_run_that_grows_and_one_that_trains_by_turns(grown, whole, tmp_path, trainable):
+    last = dataclasses.replace(TURNS, trainable=trainable)
+    if trainable == "decoder":
+        whole = tmp_path / "whole"
+        train_tokenizer(with_turns(whole, last))
+    train_tokenizer(with_turns(tmp_path / "two", last, stages=(), init=str(grown / "tokenizer"), model=None))
+    assert equal(weights(whole), weights(tmp_path / "two"))
+    first, second = ([r["loss"] for r in records(run, "4x-8x") if "loss" in r] for run in (whole, tmp_path / "two"))
+    assert first == second
+    before, after = weights(grown), weights(whole)
+    changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+    decoding = {"decoder", "decoder_growth"}
+    assert changed == (decoding if trainable == "decoder" else {"encoder", "encoder_growth", *decoding})
+
+
+def test_a_run_with_a_stage_by_turns_continues_bit_for_bit(whole, tmp_path, capsys):
+    for _ in range(3):
+        assert train_tokenizer(with_turns(tmp_path, stop_after=1)) is None
+    assert train_tokenizer(with_turns(tmp_path, stop_after=1)) == tmp_path / "tokenizer"
+    assert equal(weights(tmp_path), weights(whole))
+    capsys.readouterr()
+    train_tokenizer(with_turns(tmp_path))
+    output = capsys.readouterr().out
+    assert all(f"{name}: already trained in {tmp_path / name}\n" in output for name in ("4x", "8x", "4x-8x"))
+    assert equal(weights(tmp_path), weights(whole))
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"4x", "8x", "4x-8x", "tokenizer"}
+
+
+def test_a_stage_by_turns_is_chosen_by_its_name_and_a_ratio_means_its_growth(whole, tmp_path, capsys):
+    chosen = [with_turns(tmp_path, only_stage=name).chosen_stages for name in (4, "4x", 8, "8x", "4x-8x", None)]
+    assert [[s.name for s in stages] for stages in chosen] == [["4x"], ["4x"], ["8x"], ["8x"], ["4x-8x"], ["4x", "8x", "4x-8x"]]
+    alone = with_turns(tmp_path, stages=(), init="tokenizer", only_stage=8)  # as in runs of earlier versions
+    assert [s.name for s in alone.chosen_stages] == ["4x-8x"]
+    for name in (4, "8x", "4x-8x"):
+        train_tokenizer(with_turns(tmp_path, only_stage=name))
+    assert equal(weights(tmp_path), weights(whole))
+    with pytest.raises(UserError, match=r"tokenizer .*: no config\.json there"):
+        train_tokenizer(with_turns(tmp_path / "none", only_stage="4x-8x"))
+
+
+def test_a_lost_or_damaged_tokenizer_is_built_again_with_its_stage_by_turns(whole, tmp_path):
+    run = tmp_path / "run"
+    for damage in ("lost", "cut"):
+        shutil.copytree(whole, run)
+        if damage == "lost":
+            shutil.rmtree(run / "tokenizer")
+        else:
+            file = run / "tokenizer" / "diffusion_pytorch_model.safetensors"
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        train_tokenizer(with_turns(run, only_stage=4 if damage == "lost" else None))
+        train_tokenizer(with_turns(run))
+        assert equal(weights(run), weights(whole))
+        shutil.rmtree(run)
+
+
+def test_a_lost_or_changed_start_of_a_stage_by_turns_is_named(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost" / "4x-8x")
+    message = "stage 4x-8x: .* is no longer what it starts from, but its training in .*4x-8x stands at step 0 of 2"
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(with_turns(tmp_path / "lost"))
+    shutil.rmtree(tmp_path / "lost" / "tokenizer")  # one of the two moved away, as the message says
+    train_tokenizer(with_turns(tmp_path / "lost"))
+    assert equal(weights(tmp_path / "lost"), weights(whole))
+
+    changed = tmp_path / "changed"
+    for _ in range(3):
+        assert train_tokenizer(with_turns(changed, stop_after=1)) is None
+    assert {"the tokenizer that 8x starts from", "the tokenizer that 4x-8x starts from"} <= recorded_data(changed).keys()
+    model = load_tokenizer(changed / "tokenizer")
+    with torch.no_grad():
+        next(model.decoder.parameters()).add_(1)
+    save_model(model, changed / "tokenizer")
+    with pytest.raises(UserError, match=message.replace("step 0", "step 1")):
+        train_tokenizer(with_turns(changed))
+
+
+def test_a_stage_by_turns_killed_before_any_change_of_a_file_continues_to_the_same_weights(killer, grown, whole, tmp_path):  # noqa: F811
+    run, begun = tmp_path / "run", tmp_path / "begun"
+    quiet = {"run": run_config(validate_every=50, save_every=50, keep_last=1, trackers=())}
+    expected, operations, ended = weights(whole), 0, False
+    for _ in range(3):
+        train_tokenizer(with_turns(begun, stop_after=1))
+    while not ended:
+        shutil.copytree(begun, run)
+        ended = killer.run(run, operations, lambda: train_tokenizer(dataclasses.replace(with_turns(run), **quiet)))
+        assert train_tokenizer(dataclasses.replace(with_turns(run), **quiet)) == run / "tokenizer"
+        assert equal(weights(run), expected), operations
+        assert (run / "4x-8x" / "done.json").exists()
+        shutil.rmtree(run)
+        operations += 1
+    assert 15 < operations < 199
+
+
+def test_stages_by_turns_that_cannot_be_are_named(trained, tmp_path):  # noqa: F811
+    needs = "needs a stage without growth and latent_pretrain_steps, and trainable all or decoder"
+    for change in ({"trainable": "new"}, {"growth": Growth()}, {"latent_pretrain_steps": 1}):
+        with pytest.raises(ValueError, match=rf"by_turns \[8, 4, 8\] with ratio 8, .*: {needs}"):
+            dataclasses.replace(TURNS, **change)
+    for turns, ratio in (((4, 8), 16), ((4, 8), 4), ((8, 8), 8), ((0, 8), 8)):
+        with pytest.raises(ValueError, match=f"with ratio {ratio}: needs two or more ratios, and the highest of them"):
+            dataclasses.replace(TURNS, by_turns=turns, ratio=ratio, frames=17)
+    assert leaves_unused(dataclasses.replace(TURNS, trainable="decoder"))
+
+    sixteen = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(8, 16))
+    three = dataclasses.replace(TURNS, by_turns=(3, 8), frames=25)
+    for stages, message in (
+        ((TURNS,), "stage 4x-8x: by_turns needs stages before it that grow its levels, or init"),
+        ((*GROWING, TURNS, stage(16, 17, Growth())), "stage 4x-8x: by_turns is for the last stage"),
+        ((*GROWING, TURNS, TURNS), "stage 4x-8x: by_turns is for the last stage"),
+        ((*GROWING, sixteen), "stage 8x-16x: by_turns after the 8x stage needs that ratio, not 16"),
+        ((*GROWING, stage(16, 17, Growth()), TURNS), "stage 4x-8x: by_turns after the 16x stage needs that ratio, not 8"),
+        ((*GROWING, three), "stage 3x-8x: by_turns: the stages grow 4x, 8x, not 3x"),
+        ((GROWING[0], stage(8, 9)), "stage 8x: only the first stage, and a last one by turns, can be without growth"),
+        ((*GROWING, stage(8, 9, trainable="decoder")), r"stages \[4, 8, 8\]: each ratio must be 2, 4 or 8 times"),
+        ((stage(4, 5, trainable="decoder"),), "stage 4x: trainable decoder needs init"),
+        ((*GROWING, dataclasses.replace(TURNS, frames=6)), "6 frames: 4x needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_config(tmp_path, stages=stages)
+    with pytest.raises(ValueError, match="stage 4x-8x: by_turns with distill"):
+        with_turns(tmp_path, distill=Distillation(teacher="teacher"))
+    with pytest.raises(ValueError, match="only_stage 4x-16x: the stages are 4x, 8x, 4x-8x"):
+        with_turns(tmp_path, only_stage="4x-16x")
+
+    # Named before anything is grown.
+    last = dataclasses.replace(stage(32, 33, trainable="all"), by_turns=(2, 4, 32))
+    growing = make_config(tmp_path, init=str(trained / "tokenizer"), model=None, stages=(stage(32, 33, Growth()), last))
+    with pytest.raises(UserError, match=r"stage 2x-4x-32x by_turns: .*, grown by .* has 4x, 8x, 16x, 32x, not 2x"):
+        train_tokenizer(growing)
+    assert not (tmp_path / "32x").exists()
+
+
+def test_all_levels_are_trained_by_turns_and_every_one_is_validated(trained, tmp_path):  # noqa: F811
+    together = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(4, 8, 16))
+    run = train_tokenizer(make_config(tmp_path, init=str(trained / "tokenizer"), model=None, stages=(together,)))
+    assert run is not None
+    before, after = (load_tokenizer(place).state_dict() for place in (trained / "tokenizer", run))
+    changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed == {"encoder", "decoder", "encoder_growth", "decoder_growth", "own_decoders"}
+    (last,) = [r for r in records(tmp_path, "4x-8x-16x") if "psnr" in r]
+    assert {"psnr", "psnr_4x", "psnr_8x"} <= last.keys()
+
+    unknown = dataclasses.replace(together, by_turns=(2, 4, 16))
+    config = make_config(tmp_path / "b", init=str(trained / "tokenizer"), model=None, stages=(unknown,))
+    with pytest.raises(UserError, match=r"by_turns: .* has 4x, 8x, 16x, not 2x"):
+        train_tokenizer(config)
+
+    model = make_tokenizer(settle=0.05)
+    objective = StageObjective(model, together)
+    for step, ratio in ((0, 4), (1, 8), (2, 16), (3, 4)):
+        model.zero_grad()
+        objective({"video": torch.rand(1, 3, 17, 16, 16)}, [torch.Generator().manual_seed(0)], step)["loss"].backward()
+        used = [p.grad is not None for p in (next(grown.parameters()) for grown in model.decoder_growth)]
+        assert used == [ratio >= 8, ratio >= 16]
+
+
+def test_a_stage_by_turns_of_an_earlier_version_keeps_its_folder(trained, tmp_path, capsys):  # noqa: F811
+    together = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(16, 4, 8, 16))
+    assert together.name == "4x-8x-16x"
+    assert stage(16, 17).name == "16x"
+
+    def go_on(name, stop_after=None):
+        run = dataclasses.replace(RUN, stop_after=stop_after)
+        return train_tokenizer(
+            make_config(tmp_path / name, init=str(trained / "tokenizer"), model=None, stages=(together,), run=run)
+        )
+
+    assert go_on("whole") is not None
+    assert go_on("half", 2) is None
+    (tmp_path / "half" / "4x-8x-16x").rename(tmp_path / "half" / "16x")
+    data = tmp_path / "half" / "data.json"
+    data.write_text(data.read_text().replace("that 4x-8x-16x starts", "that 16x starts"))
+    for output in ("16x: continues at step 2 of 4", "4x-8x-16x: already trained in "):
+        assert go_on("half") is not None
+        assert output in capsys.readouterr().out
+    assert not (tmp_path / "half" / "4x-8x-16x").exists()
+    whole, half = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("whole", "half"))
+    assert all(torch.equal(value, half[key]) for key, value in whole.items())
