@@ -6,6 +6,7 @@ runs some models and the tokenizers that they need.
 `promag experiment generation report RESULTS.jsonl` prints what was recorded.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from promag.tokenizer.geometry import tokens
 from promag.training.command_line import Parser, parse_config, run_main
 from promag.training.config import required, setting
 from promag.training.device import best_device
+from promag.training.files import write_atomically
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision, choose_for_run
@@ -31,6 +33,7 @@ from promag.training.run import append_result
 
 from .growth_ablation import AblationConfig, run_folder, run_variants
 
+SETTINGS = ("prompts", "sampling_steps", "guidance", "clips")  # of the scores
 PROTOCOL = (
     "same transformer, clips, batches and schedule for all models; one video for each prompt, noise seeded by its number; "
     "prompts of trained and of unseen combinations; jitter and high-frequency energy beside rendered clips of those captions; "
@@ -154,14 +157,19 @@ def diffusion_config(config: GenerationConfig, model: Model, seed: int) -> Diffu
 
 
 def score_model(config: GenerationConfig, model: Model, seed: int, folder: Path, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Sample and score a trained model, record the line and return it."""
+    """Sample and score a trained model, record the line and return it; with the same settings it is read back."""
+    kept, settings = folder.parent / "scores.json", {name: getattr(config, name) for name in SETTINGS}
+    if kept.exists():
+        row = json.loads(kept.read_text(encoding="utf-8"))
+        if {name: row[name] for name in SETTINGS} == settings:
+            return row
     pipe: Any = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     frames, size = config.tokenizers.frames, config.tokenizers.data.size
     clips = config.optimization.batch_size * config.optimization.accumulate
     length = tokens(frames, size, size, model.ratio, config.transformer.patch_size, pipe.vae.spatial_compression_ratio)
     text = [encoder.max_length for encoder in config.text.encoders]
-    row: dict[str, Any] = {
+    row = {
         "what": WHAT,
         "model": model.name,
         "variant": model.variant,
@@ -175,7 +183,7 @@ def score_model(config: GenerationConfig, model: Model, seed: int, folder: Path,
         "flops": model.steps * training_flops(pipe.transformer.config, length, text, clips),
         "training": training_figures(folder.parent, model.ratio),
         "tokenizer": {key: tokenizer[key] for key in ("psnr", "psnr_key", "steps", "flops")},
-        **{name: getattr(config, name) for name in ("prompts", "sampling_steps", "guidance", "clips")},
+        **settings,
     }
     videos, scenes = [], []
     for unseen in (False, True):
@@ -193,6 +201,7 @@ def score_model(config: GenerationConfig, model: Model, seed: int, folder: Path,
     row |= {"reconstructions": reconstructions(pipe, model.ratio, config.prompts, config.precision), "protocol": PROTOCOL}
     if config.record:
         append_result(config.record, row)
+    write_atomically(kept, json.dumps(row))
     return row
 
 

@@ -82,12 +82,17 @@ def test_a_line_for_each_model(lines):
         assert {"commit", "machine", "protocol", "reconstructions", "high_frequency"} <= line.keys()
 
 
-def test_a_second_call_trains_nothing_again_and_the_report_prints_the_lines(lines, config, capsys):
+def test_a_second_call_trains_and_scores_nothing_again_and_the_report_prints_the_lines(lines, config, capsys):
+    record = config.parent / "generation.jsonl"
+    before = record.read_text()
     assert generation.main(["--config", str(config), "--only-models", "[direct]"]) == 0
     output = capsys.readouterr().out
     assert "4x: already trained" in output
     assert "dual" not in output
-    record = config.parent / "generation.jsonl"
+    assert record.read_text() == before
+    assert generation.main(["--config", str(config), "--only-models", "[direct]", "--record", "null", "--prompts", "1"]) == 0
+    kept = config.parent / "runs" / "direct-0" / "scores.json"
+    assert json.loads(kept.read_text())["prompts"] == 1
     assert generation.main(["report", str(record)]) == 0
     output = capsys.readouterr().out
     assert "| ahead | 8x | 12 | 8 | 0 |" in output
