@@ -7,6 +7,7 @@ import time
 import pytest
 
 from promag.demo.config import DemoConfig, stage_folder, video_folder
+from promag.demo.figures import curves
 from promag.demo.page import LivePage, parts
 from promag.reports.demo_report import Report
 from promag.training.command_line import parse_config
@@ -86,6 +87,18 @@ def test_it_is_rewritten_until_the_run_is_over(config, tmp_path):
             time.sleep(0.02)
     assert json.loads((tmp_path / "report.json").read_text())["curves"] == {"Validation PSNR, dB/4x": [[20.0, 21.5]]}
     assert not page.thread.is_alive()
+
+
+def test_a_last_stage_by_turns_is_a_part_and_a_curve_of_its_own(config, tmp_path):
+    last = config.stages[-1]
+    turns = dataclasses.replace(last, growth=None, latent_pretrain_steps=0, trainable="all", by_turns=(4, 8, 16))
+    config = dataclasses.replace(config, stages=(*config.stages, turns))
+    part = parts(config)[3]
+    assert part.name == "1/3 tokenizer, 4x-8x-16x"
+    assert part.seconds == pytest.approx(last.frames * last.optimization.batch_size * last.optimization.steps * 0.01)
+    log(tmp_path / "tokenizer-run" / "4x-8x-16x", last.optimization.steps // 2, psnr=21.5)
+    assert part.done() == pytest.approx(0.5)
+    assert curves(config) == {"Validation PSNR, dB/4x-8x-16x": [(last.optimization.steps // 2, 21.5)]}
 
 
 def test_runs_without_a_scorer_or_growth_are_estimated_shorter(config):

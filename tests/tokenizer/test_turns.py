@@ -14,6 +14,7 @@ from promag.tokenizer.train import leaves_unused, train_tokenizer
 from promag.training.config import UserError
 from promag.training.run import recorded_data
 from tests.conftest import make_tokenizer, run_config
+from tests.existing_models import small_existing
 from tests.tokenizer.test_killed import equal, killer, weights  # noqa: F401
 from tests.tokenizer.test_train import RUN, make_config, records, stage, trained  # noqa: F401
 
@@ -140,6 +141,20 @@ def test_a_stage_by_turns_killed_before_any_change_of_a_file_continues_to_the_sa
         shutil.rmtree(run)
         operations += 1
     assert 15 < operations < 199
+
+
+def test_levels_on_an_autoencoder_of_diffusers_are_trained_by_turns_with_it(tmp_path):
+    small_existing("Wan 2.1").save_pretrained(tmp_path / "wan")
+    start = {"init": str(tmp_path / "wan"), "model": None}
+    for _ in range(3):
+        stages = (short(stage(8, 9, Growth(width=16))),)
+        run = train_tokenizer(with_turns(tmp_path / "run", stages=stages, stop_after=1, **start))
+    assert run == tmp_path / "run" / "tokenizer"
+    before, after = load_tokenizer(tmp_path / "run" / "growth").state_dict(), load_tokenizer(run).state_dict()
+    changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert {"encoder", "decoder", "encoder_growth", "decoder_growth"} <= changed
+    base = small_existing("Wan 2.1").state_dict()
+    assert torch.equal(before["encoder.model.encoder.conv_in.weight"], base["encoder.conv_in.weight"])
 
 
 def test_stages_by_turns_that_cannot_be_are_named(trained, tmp_path):  # noqa: F811
