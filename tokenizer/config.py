@@ -251,8 +251,9 @@ class TokenizerConfig:
         """The stages to run: all, or the one that `only_stage` names; a ratio means the stage that grows it, where one does."""
         if self.only_stage is None:
             return self.stages
-        named = [stage for stage in self.stages if self.only_stage == stage.name]
-        return tuple(named or [stage for stage in self.stages if self.only_stage == stage.ratio][:1])
+        chosen = str(self.only_stage)  # on a command line a ratio is text
+        named = [stage for stage in self.stages if chosen == stage.name]
+        return tuple(named or [stage for stage in self.stages if chosen == str(stage.ratio)][:1])
 
     def folder_of(self, stage: StageConfig) -> Path:
         """Return the folder of a stage's checkpoints and metrics."""

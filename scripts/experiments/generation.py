@@ -33,7 +33,7 @@ from promag.training.run import append_result
 
 from .growth_ablation import AblationConfig, run_folder, run_variants
 
-SETTINGS = ("prompts", "sampling_steps", "guidance", "clips")  # of the scores
+SETTINGS = ("prompts", "steps", "guidance", "clips")  # of the scores
 PROTOCOL = (
     "same transformer, clips, batches and schedule for all models; one video for each prompt, noise seeded by its number; "
     "prompts of trained and of unseen combinations; jitter and high-frequency energy beside rendered clips of those captions; "
@@ -69,7 +69,7 @@ class GenerationConfig:
     optimization: OptimizationConfig = setting(OptimizationConfig(muon_learning_rate=0.02), "optimisation of every model")
     run: RunConfig = setting(RunConfig(), "logging, validation, checkpoints of every model")
     prompts: int = setting(256, "prompts of trained and as many of unseen combinations")
-    sampling_steps: int = setting(16, "denoising steps")
+    steps: int = setting(16, "denoising steps")
     guidance: float = setting(4.0, "classifier-free guidance")
     models: tuple[Model, ...] = required("models to compare")
 
@@ -85,7 +85,7 @@ class GenerationConfig:
                 raise ValueError(f"model {model.name}: variant {model.variant} must be a tokenizer with seeds {model.seeds}")
         if unknown := sorted(set(self.only_models or ()) - set(names)):
             raise ValueError(f"only_models {', '.join(unknown)}: the models are {', '.join(names)}")
-        for name in ("prompts", "sampling_steps", "clips"):
+        for name in ("prompts", "steps", "clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
 
@@ -190,7 +190,7 @@ def score_model(config: GenerationConfig, model: Model, seed: int, folder: Path,
         part = scenes_to_score(config.prompts, seed=0, unseen=unseen)
         captions, name = [scene.caption() for scene in part], f"{model.name}, {'unseen' if unseen else 'trained'}"
         sampled, spent = sample_timed(
-            pipe, captions, config.sampling_steps, config.guidance, config.precision, name=name, temporal_ratio=model.ratio
+            pipe, captions, config.steps, config.guidance, config.precision, name=name, temporal_ratio=model.ratio
         )
         row["unseen" if unseen else "trained"] = {
             **accuracy_figures(sampled, part),

@@ -50,7 +50,7 @@ def config(tmp_path_factory):
         "optimization": STEPS,
         "run": LOOP,
         "prompts": 2,
-        "sampling_steps": 2,
+        "steps": 2,
         "models": MODELS,
     }
     path = folder / "generation.yaml"

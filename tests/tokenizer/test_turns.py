@@ -78,7 +78,7 @@ def test_a_run_with_a_stage_by_turns_continues_bit_for_bit(whole, tmp_path, caps
 
 
 def test_a_stage_by_turns_is_chosen_by_its_name_and_a_ratio_means_its_growth(whole, tmp_path, capsys):
-    chosen = [with_turns(tmp_path, only_stage=name).chosen_stages for name in (4, "4x", 8, "8x", "4x-8x", None)]
+    chosen = [with_turns(tmp_path, only_stage=name).chosen_stages for name in (4, "4x", "8", "8x", "4x-8x", None)]
     assert [[s.name for s in stages] for stages in chosen] == [["4x"], ["4x"], ["8x"], ["8x"], ["4x-8x"], ["4x", "8x", "4x-8x"]]
     alone = with_turns(tmp_path, stages=(), init="tokenizer", only_stage=8)  # as in runs of earlier versions
     assert [s.name for s in alone.chosen_stages] == ["4x-8x"]
