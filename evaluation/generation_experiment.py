@@ -74,12 +74,12 @@ def differences(rows: Iterable[Row], than: str) -> str:
     return "\n".join(lines)
 
 
-def difference_interval(ours: tuple[int, int], theirs: tuple[int, int]) -> tuple[float, float, float]:
+def difference_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float, float]:
     """Return the difference of two proportions, successes of n each, and its 95 % interval.
 
     Source: Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10.
     """
-    (p, low, high), (q, other_low, other_high) = ((k / n, *wilson_interval(k, n)) for k, n in (ours, theirs))
+    (p, low, high), (q, other_low, other_high) = ((k / n, *wilson_interval(k, n)) for k, n in (first, second))
     below, above = sqrt((p - low) ** 2 + (other_high - q) ** 2), sqrt((high - p) ** 2 + (q - other_low) ** 2)
     return p - q, p - q - below, p - q + above
 

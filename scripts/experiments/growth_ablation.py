@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_variants(config: AblationConfig, names: Sequence[str], seeds: Sequence[int] | None = None) -> list[Any] | None:
-    """Train and score variants and those they start from, with `seeds` or all of theirs; None if stopped early."""
+    """Train and score the named variants and their bases, with `seeds` or each variant's own; None if stopped early."""
     variants = {variant.name: variant for variant in config.variants}
     wanted = {name for chosen in names for name in _lineage(variants, chosen)}
     rows: list[dict[str, Any]] = []
