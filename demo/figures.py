@@ -11,8 +11,9 @@ import torch
 
 from promag.data.datasets import open_dataset
 from promag.evaluation import synthetic_scorer as scorer
-from promag.evaluation.cost import denoising, measure_in_turns, sampling, train_step
+from promag.evaluation.cost import denoising, sampling, train_step
 from promag.evaluation.prompt_accuracy import accuracies, accuracies_of_reconstructions, describe, scenes_to_score
+from promag.evaluation.speed.timing import measure_in_turns
 from promag.pipelines.sampling import load_pipeline, sample_videos
 from promag.reports.demo_report import BudgetRow, ReconstructionClip, Report, SampleClip
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens

@@ -12,7 +12,7 @@ from promag.tokenizer.metrics import evaluate_fully
 from promag.tokenizer.packaged_metrics import PerceptualMetrics
 from promag.training.precision import Precision, autocast
 
-from .cost import MIB, measure_in_turns, peak_bytes
+from .speed.timing import MIB, measure_in_turns, peak_bytes
 
 QUALITY = ("psnr", "ssim", "ms_ssim", "high_frequency", "flicker", "cvvdp", "vmaf", "frechet_frames", "psnr_std")
 COST = ("encode_seconds", "decode_seconds", "encode_peak_mib", "decode_peak_mib", "encoder_parameters", "decoder_parameters")

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
-from promag.evaluation.cost import measure_in_turns, peak_bytes
+from promag.evaluation.speed.timing import measure_in_turns, peak_bytes
 from promag.scripts._options import share
 from promag.tokenizer.config import StageConfig, TokenizerConfig
 from promag.tokenizer.existing import existing_class

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from promag.data.datasets import open_dataset
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
-from promag.evaluation.cost import measure_in_turns
+from promag.evaluation.speed.timing import measure_in_turns
 from promag.pipelines.build import encoder
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from promag.evaluation.cost import measure_in_turns
+from promag.evaluation.speed.timing import measure_in_turns
 from promag.scripts._options import share
 from promag.tokenizer import convolution
 from promag.tokenizer.checkpoint import load_tokenizer

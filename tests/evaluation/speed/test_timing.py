@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+import torch
+
+from promag.evaluation.speed.timing import measure_in_turns, peak_bytes
+
+
+def test_peak_memory_is_the_largest_that_was_alive_at_once():
+    def call():
+        a = torch.ones(1000, 1000)  # 4 MB
+        b = a + 1  # 8 MB
+        del a
+        return b * 2  # again 8 MB
+
+    if not torch.cuda.is_available():
+        assert peak_bytes(call) == pytest.approx(8e6, rel=0.01)
+
+
+def test_calls_are_timed_in_turns_after_a_warm_up_and_give_the_median():
+    now, order = [0.0], []
+
+    def call(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += next(seconds)
+
+        return run
+
+    calls = {"a": call("a", iter((9, 1, 5, 2))), "b": call("b", iter((9, 4, 4, 7)))}
+    assert measure_in_turns(calls, 3, lambda: now[0]) == {"a": 2, "b": 4}
+    assert order == ["a", "b"] * 4
+    calls = {"a": call("a", iter((9, 1, 5, 2)))}
+    assert measure_in_turns(calls, 3, lambda: np.array([now[0], 10 * now[0]]))["a"].tolist() == [2, 20]
