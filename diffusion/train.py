@@ -9,39 +9,32 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
 
 from promag.data.buckets import Bucket, Buckets, bucket_plan
 from promag.data.stream import Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
 from promag.training.files import write_atomically
-from promag.training.loop import Metrics, Objective, Outcome, close_trackers, make_accelerator, train
+from promag.training.loop import Metrics, Outcome, close_trackers, make_accelerator, train
 from promag.training.precision import DTYPES
 from promag.training.processes import broadcast_from_main, choose_precision_once, processes
 from promag.training.run import open_run, record_data
 from promag.training.state import hash_weights
-from promag.training.throughput import Work
 from promag.training.trackers import Log
 
-from . import ahead
 from .attention import choose_attention
 from .cache_store import Shards
-from .conditioning import draw_cond_mask, frame_times, mean_over_generated
 from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
-from .families import LatentStatistics, adopt, family_of, hidden_matrices, load_transformer
+from .families import LatentStatistics, adopt, family_of, load_transformer
 from .finetune import adapt_to_latents, add_lora, narrow_frozen
-from .flow import sample_times, velocity
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
-from .text import CutTexts, Embedded, draw_dropped, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
+from .objective import FlowObjective
+from .text import CutTexts, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
 from .text_cache import CaptionEncoder, EmbeddingCache
 from .transformer import ProMAGTransformer3DModel
 from .validation import ValidationSet, validation_losses
@@ -66,75 +59,6 @@ class TrainingResult:
     small_text: tuple[Any, Any] | None  # tokenizer and model
     fps: float  # median of the training clips
     outcome: Outcome | None = None  # None while it goes on
-
-
-class FlowObjective(Objective):
-    """Squared error of the velocity at logit-normal times, with caption dropout and first-frame conditioning."""
-
-    def __init__(self, transformer: Any, text: CaptionEncoder, config: DiffusionConfig):
-        super().__init__()
-        self.transformer, self.text, self.family = transformer, text, family_of(transformer)
-        self.caption_dropout, self.shift, self.condition = config.caption_dropout, config.shift, config.condition
-        self.base_ahead = config.base_ahead
-        self.text_rate_factor = config.text.learning_rate / config.optimization.learning_rate
-
-    def learning_rate_scales(self) -> list[tuple[torch.nn.Module, float]]:
-        """Give the text model its own learning rate: at the transformer's, all captions come out alike."""
-        return [(self.text, self.text_rate_factor)]
-
-    def matrices(self) -> list[torch.nn.Parameter]:
-        """Return the weights of the blocks' linear layers."""
-        return hidden_matrices(self.transformer)
-
-    def units(self) -> list[torch.nn.Module]:
-        """Return the transformer's blocks, the transformer, and the small text model."""
-        text = self.text.model
-        return [*self.family.blocks(self.transformer), self.transformer, *([] if text is None else [text])]
-
-    def work(self, batch: dict[str, Any]) -> Work:
-        """Return the transformer's tokens and FLOPs; those of the text model are left out."""
-        x, config = batch["latents"], self.transformer.config
-        count = prod(x.shape[2:]) // prod(config["patch_size"])
-        return Work(len(x) * count, 3 * self.family.forward_flops(config, count, self.text.lengths, len(x)))
-
-    def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
-        """Normalised latents b c t h w of one ratio, captions and frame rates in `batch` -> loss."""
-        x = batch["latents"]
-        text = self.text(batch, draw_dropped(self.caption_dropout, generators))
-        times = sample_times(self.mu(x), generators, x.device)
-        noise = randn_tensor(x.shape, generators, x.device)
-        cond_mask = draw_cond_mask(self.condition, x.shape[2], generators)
-        return {"loss": self.errors(x, noise, times, text, batch["fps"], int(batch["ratio"][0]), cond_mask).mean()}
-
-    def errors(
-        self,
-        x: Tensor,
-        noise: Tensor,
-        times: Tensor,
-        text: Embedded,
-        fps: Tensor,
-        ratio: int,
-        cond_mask: Tensor | None = None,
-        half_weights: Sequence[float] | None = None,
-    ) -> Tensor:
-        """Return the mean squared velocity error of each clip, (b,), over the frames outside cond_mask (b t).
-
-        With `base_ahead` a half of the channels that rests counts 0, or the halves are weighted as given.
-        """
-        times = times if cond_mask is None else frame_times(times, cond_mask)
-        noisy = ahead.interpolate(x, noise, times, self.base_ahead)
-        predicted = self.family.predict(self.transformer, noisy, times, text, fps, ratio)
-        errors = F.mse_loss(predicted.float(), velocity(x, noise), reduction="none")
-        if half_weights is None:
-            errors = ahead.moving_only(errors, times, self.base_ahead)
-        else:
-            errors = ahead.scale_halves(errors, half_weights)
-        return errors.flatten(1).mean(1) if cond_mask is None else mean_over_generated(errors, cond_mask)
-
-    def mu(self, x: Tensor) -> float:
-        """Return the time shift for latents of this size."""
-        pt, ph, pw = self.transformer.config["patch_size"]
-        return self.family.mu(x.shape[2] // pt * (x.shape[3] // ph) * (x.shape[4] // pw), self.shift)
 
 
 def _open_latents(config: DiffusionConfig, cached: Sequence[BucketCache]) -> list[list[LatentDataset]]:

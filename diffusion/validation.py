@@ -18,7 +18,7 @@ from .ahead import sampling_times
 from .latent_cache import LatentDataset
 
 if TYPE_CHECKING:
-    from .train import FlowObjective
+    from .objective import FlowObjective
 
 # Times at which the loss is measured, whatever the time shift: the midpoints of five equal parts of (0, 1).
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

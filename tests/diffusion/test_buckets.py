@@ -15,7 +15,8 @@ from promag.data.stream import TrainingStream
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.flow import token_shift
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, normalise_alike, write_latents
-from promag.diffusion.train import BucketCache, FlowObjective, mixed, train_diffusion
+from promag.diffusion.objective import FlowObjective
+from promag.diffusion.train import BucketCache, mixed, train_diffusion
 from promag.training.config import build, load_yaml
 from promag.training.run import checkpoints, load_checkpoint
 

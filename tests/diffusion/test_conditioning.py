@@ -9,9 +9,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from promag.diffusion.conditioning import Condition, draw_cond_mask, frame_times, mean_over_generated
 from promag.diffusion.flow import interpolate, sample_times
+from promag.diffusion.objective import FlowObjective
 from promag.diffusion.text import draw_dropped, learn_vocabulary, small_clip
 from promag.diffusion.text_cache import CaptionEncoder
-from promag.diffusion.train import FlowObjective
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.training.loop import seeded
 

@@ -16,9 +16,10 @@ from promag.diffusion.finetune import Lora, adapt_to_latents, add_lora, narrow_f
 from promag.diffusion.flops import wan_forward_flops
 from promag.diffusion.flow import sample_times
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
+from promag.diffusion.objective import FlowObjective
 from promag.diffusion.text import draw_dropped
 from promag.diffusion.text_cache import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
-from promag.diffusion.train import BucketCache, FlowObjective, train_diffusion
+from promag.diffusion.train import BucketCache, train_diffusion
 from promag.training.config import UserError
 from promag.training.loop import seeded
 from promag.training.run import checkpoints, load_checkpoint
