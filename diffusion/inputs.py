@@ -54,9 +54,9 @@ def check_statistics(mean: Any, std: Any, channels: int) -> None:
 
 
 def check_defaults(given: Any) -> None:
-    """Raise ValueError for anything but None and a mapping of texts to numbers."""
-    if given is not None and not (isinstance(given, Mapping) and all(_above(0, value) for value in given.values())):
-        raise ValueError(f"sample_defaults {given!r:.100}: a mapping of names to numbers above 0 is needed")
+    """Raise ValueError for anything but None and a mapping of texts to finite numbers."""
+    if given is not None and not (isinstance(given, Mapping) and all(_above(-math.inf, value) for value in given.values())):
+        raise ValueError(f"sample_defaults {given!r:.100}: a mapping of names to finite numbers is needed")
 
 
 def check_shape(patch_size: Any, **counts: Any) -> None:

@@ -224,7 +224,8 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
             none.
         latents_mean: for each ratio, as a string, the mean of each channel over the training latents.
         latents_std: likewise the standard deviation. The model's input is (latent - mean) / std.
-        sample_defaults: height, width, num_frames, temporal_ratio and fps of the videos that its pipeline samples by default.
+        sample_defaults: height, width, num_frames, temporal_ratio and fps of the videos that its pipeline samples by default,
+            num_inference_steps and guidance_scale.
 
     Raises ValueError for settings that do not fit together.
     """

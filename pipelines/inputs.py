@@ -113,6 +113,7 @@ def _is_finite(value: Any) -> bool:
 
 # of pipelines whose transformer states none
 DEFAULTS = {"height": 64, "width": 64, "num_frames": 65, "temporal_ratio": 16, "fps": 8.0}
+DEFAULTS |= {"num_inference_steps": 30, "guidance_scale": 4.0}
 
 
 class VideoShape(NamedTuple):
@@ -137,10 +138,17 @@ class VideoShape(NamedTuple):
         return cls(int(height), int(width), int(frames), int(ratio), float(fps))
 
 
-def check_numbers(steps: Any, videos: Any, guidance_scale: Any, lengths: Any) -> None:
-    """Refuse illegal steps, videos of each prompt and guidance, and lengths of text that are neither None nor counts."""
-    check_counts(num_inference_steps=steps, num_videos_per_prompt=videos)
+def steps_and_guidance(config: Mapping[str, Any], steps: Any, guidance_scale: Any) -> tuple[int, float]:
+    """Return the steps and the guidance of a call, the pipeline's defaults for those that are None; refuse illegal ones."""
+    steps, guidance_scale = with_defaults(config, num_inference_steps=steps, guidance_scale=guidance_scale)
+    check_counts(num_inference_steps=steps)
     check_finite(guidance_scale=guidance_scale)
+    return int(steps), float(guidance_scale)
+
+
+def check_numbers(videos: Any, lengths: Any) -> None:
+    """Refuse illegal videos of each prompt, and lengths of text that are neither None nor counts."""
+    check_counts(num_videos_per_prompt=videos)
     for length in lengths if isinstance(lengths, list | tuple) else [lengths]:
         if length is not None:
             check_counts(max_sequence_length=length)

@@ -50,7 +50,8 @@ def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
             f"# {name}",
             "",
             "Text to video in the latent space of a progressively grown tokenizer (ProMAG, arXiv 2501.05442).",
-            f"Trained on {size} at {config['fps']:g} frames per second; these are the defaults of a call.",
+            f"Trained on {size} at {config['fps']:g} frames per second; these are the defaults of a call, in "
+            f"{config['num_inference_steps']} steps {_guidance(config['guidance_scale'])}.",
             "",
             "```python",
             "import promag",
@@ -79,6 +80,10 @@ def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
             "",
         ]
     )
+
+
+def _guidance(scale: float) -> str:
+    return f"with guidance {scale:g}" if scale > 1 else "without guidance"
 
 
 def _budget(pipe: Any, ratio: int, frames: int, height: int, width: int) -> str:

@@ -21,7 +21,7 @@ from promag.training.device import best_device
 from promag.training.precision import PRECISIONS, Precision, autocast
 from promag.training.progress import ProgressBar
 
-from .inputs import NAMES, NEGATIVE_NAMES, check_counts, check_prompts, unpack, with_defaults
+from .inputs import NAMES, NEGATIVE_NAMES, check_counts, check_prompts, steps_and_guidance, unpack, with_defaults
 from .stock import StockPipeline, is_stock, load_stock
 from .text_to_video import ProMAGPipeline
 from .timesteps import check_flow, count_model_calls
@@ -137,9 +137,9 @@ def make_videos(
         raise ValueError(f"{', '.join(sorted(wrong))}: no argument that can be given here; legal are {', '.join(legal)}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r:.100}: use one of {', '.join(PRECISIONS)}")
-    steps = arguments.get("num_inference_steps", parameters["num_inference_steps"].default)
+    steps, _ = steps_and_guidance(pipe.config, *map(arguments.get, ("num_inference_steps", "guidance_scale")))
     (ratio,) = with_defaults(pipe.config, temporal_ratio=arguments.get("temporal_ratio"))
-    check_counts(batch=batch, num_inference_steps=steps, temporal_ratio=ratio)
+    check_counts(batch=batch, temporal_ratio=ratio)
     check_prompts([request.prompt for request in requests] or "", None, None, None)
     check_seeds([request.seed for request in requests])
     check_flow(pipe.scheduler)
@@ -237,8 +237,8 @@ def sample_videos(pipe: Any, prompts: Sequence[str], *arguments: Any, **options:
 def sample_timed(
     pipe: Any,
     prompts: Sequence[str],
-    steps: int,
-    guidance: float,
+    steps: int | None = None,
+    guidance: float | None = None,
     precision: Precision = "auto",
     first_seed: int = 0,
     name: str | None = "sampling",
@@ -246,8 +246,8 @@ def sample_timed(
 ) -> tuple[list[np.ndarray], Seconds]:
     """Sample one video per prompt; video i has noise of seed first_seed + i, whatever the number of prompts.
 
-    `name` labels the progress bar on stderr; None hides the bar. `options` are further arguments of `make_videos`. Returns the
-    videos and the seconds of all batches.
+    Steps and guidance that are None are the pipeline's defaults. `name` labels the progress bar on stderr; None hides the bar.
+    `options` are further arguments of `make_videos`. Returns the videos and the seconds of all batches.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts {prompts!r:.100}: a list of texts is needed")

@@ -25,7 +25,7 @@ from promag.training.config import UserError, one_line
 from promag.training.files import write_atomically
 from promag.training.safetensors_only import check_folder, read_mapping
 
-from .inputs import VideoShape
+from .inputs import VideoShape, steps_and_guidance
 from .saved_index import WAN_PARTS, check_index
 from .timesteps import FLOW, FLOW_WITH_SETTINGS, check_flow
 
@@ -41,6 +41,8 @@ class StockDefaults:
     num_frames: int = 81
     fps: float = 16.0
     temporal_ratios: Sequence[int] = ()  # () for all of the autoencoder's
+    num_inference_steps: int = 30
+    guidance_scale: float = 4.0
     max_sequence_length: int = TEXT_TOKENS
 
 
@@ -114,8 +116,8 @@ class StockPipeline:
         width: int | None = None,
         num_frames: int | None = None,
         temporal_ratio: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         fps: float | None = None,
         generator: Any = None,
         latents: Tensor | None = None,
@@ -133,6 +135,7 @@ class StockPipeline:
         Raises ValueError for a ratio, a number of frames and a size that the stock pipeline would round or cannot decode.
         """
         shape = VideoShape.of(self.config, height, width, num_frames, temporal_ratio, fps)
+        steps, guidance = steps_and_guidance(self.config, num_inference_steps, guidance_scale)
         vae, ratio = self.vae, shape.temporal_ratio
         check_ratio(ratio, self.temporal_ratios)
         check_frames(shape.num_frames, ratio)
@@ -147,8 +150,8 @@ class StockPipeline:
                 height=shape.height,
                 width=shape.width,
                 num_frames=shape.num_frames,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
                 generator=generator,
                 latents=latents,
                 prompt_embeds=self._without_padding(prompt_embeds, prompt_attention_mask),

@@ -49,6 +49,7 @@ from .inputs import (
     pack,
     read_conditioning_frames,
     repeat_for_videos,
+    steps_and_guidance,
     unpack,
 )
 from .lora import LoraLoader
@@ -77,12 +78,14 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         text_encoder_2: second text encoder.
         tokenizer_3: text tokenizer of a third text encoder.
         text_encoder_3: third text encoder.
-        height: default height in pixels, what the model was trained on; likewise the next four. None is what the transformer's
+        height: default height in pixels, what the model was trained on; likewise those below. None is what the transformer's
             configuration states, as it does after it was in a pipeline: `ProMAGPipeline(**pipe.components)` keeps them.
         width: default width in pixels.
         num_frames: default frames.
         fps: default frame rate of a video, an input of the transformer.
         temporal_ratio: default temporal ratio.
+        num_inference_steps: default denoising steps.
+        guidance_scale: default guidance.
 
     Raises UserError for a text encoder whose file lacks tensors, and ValueError for illegal defaults.
     """
@@ -108,6 +111,8 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         num_frames: int | None = None,
         fps: float | None = None,
         temporal_ratio: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ):
         super().__init__()
         encoders = (text_encoder, text_encoder_2, text_encoder_3)
@@ -124,6 +129,8 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         )
         trained = DEFAULTS if transformer is None else {**DEFAULTS, **(transformer.config["sample_defaults"] or {})}
         self.register_to_config(**VideoShape.of(trained, height, width, num_frames, temporal_ratio, fps)._asdict())
+        steps, guidance = steps_and_guidance(trained, num_inference_steps, guidance_scale)
+        self.register_to_config(num_inference_steps=steps, guidance_scale=guidance)
         self._state_defaults()
         self.video_processor = VideoProcessor(vae_scale_factor=vae.spatial_compression_ratio if vae else 8)
 
@@ -211,19 +218,10 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
             given = [given] * len(text.tokens[0]) if isinstance(given, str) else given
             negative = self._encode(given, max_sequence_length)
         device = device or self._execution_device
-        text = repeat_for_videos(text, num_videos_per_prompt, device)
-        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(text)
-        if negative is not None:
-            negative = repeat_for_videos(negative, num_videos_per_prompt, device)
-            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = unpack(negative)
-        return (
-            prompt_embeds,
-            prompt_attention_mask,
-            pooled_prompt_embeds,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-            negative_pooled_prompt_embeds,
-        )
+        encoded = unpack(repeat_for_videos(text, num_videos_per_prompt, device))
+        if negative is None:
+            return (*encoded, None, negative_prompt_attention_mask, negative_pooled_prompt_embeds)
+        return (*encoded, *unpack(repeat_for_videos(negative, num_videos_per_prompt, device)))
 
     def _encode(self, prompts: list[str], max_sequence_length: int | Sequence[int] | None) -> Embedded:
         pairs = [(getattr(self, f"tokenizer{n}"), getattr(self, f"text_encoder{n}")) for n in ("", "_2", "_3")]
@@ -247,8 +245,8 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 4.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         temporal_ratio: int | None = None,
         fps: float | None = None,
@@ -278,8 +276,8 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
             height: pixels, a multiple of 8 times the transformer's patch; None is the trained size.
             width: likewise.
             num_frames: 1 + temporal_ratio*k; None is the trained count.
-            num_inference_steps: denoising steps, at least 1.
-            guidance_scale: 1 and less turn guidance off.
+            num_inference_steps: denoising steps, at least 1; None is the pipeline's default, 30 unless it was distilled.
+            guidance_scale: 1 and less turn guidance off; None is the pipeline's default, 4 unless it was distilled.
             num_videos_per_prompt: videos of each prompt.
             temporal_ratio: token budget to sample at, one that the transformer was trained on.
             fps: frame rate of the video, an input of the transformer; above 0.
@@ -314,7 +312,8 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         video_shape = VideoShape.of(config, height, width, num_frames, temporal_ratio, fps)
         ratio, size = video_shape.temporal_ratio, (video_shape.height, video_shape.width)
         check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-        check_numbers(num_inference_steps, num_videos_per_prompt, guidance_scale, max_sequence_length)
+        num_inference_steps, guidance_scale = steps_and_guidance(config, num_inference_steps, guidance_scale)
+        check_numbers(num_videos_per_prompt, max_sequence_length)
         check_parts(transformer=self.transformer, vae=self.vae, scheduler=self.scheduler)
         check_budget(ratio, self.vae, self.transformer)
         check_options(output_type, attention_kwargs)
@@ -325,7 +324,7 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         check_size(*size, spatial * max(patch[1:]))
         token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch))
         check_amount(token_count, num_inference_steps, num_videos_per_prompt)
-        self._guidance_scale, self._attention_kwargs = float(guidance_scale), attention_kwargs
+        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._current_timestep, self._interrupt = None, False
         device = self._execution_device
 

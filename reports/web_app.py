@@ -28,7 +28,6 @@ from .uploads import KINDS, MEGABYTE, UploadLimits, check_upload, unreadable
 
 CRF, KEY_EVERY = 14, 8
 TILE = 256  # pixels: narrower videos are enlarged
-STEPS, GUIDANCE = 30, 4.0  # defaults
 SIDES = (64, 128, 256)  # pixels of the shorter side of a reconstruction
 LONGEST = 3  # times the shorter side: the longer one, at most
 WORK = 300.0  # seconds that one comparison may take
@@ -204,8 +203,8 @@ def _text_tab(gr: Any, backend: AppBackend) -> None:
             frames = gr.Dropdown(backend.lengths, value=trained["num_frames"], label="Frames")
             with gr.Accordion("More", open=False):
                 negative = gr.Textbox("", label="Negative prompt")
-                steps = gr.Slider(1, 100, value=STEPS, step=1, label="Denoising steps")
-                guidance = gr.Slider(1, 15, value=GUIDANCE, step=0.5, label="Guidance; 1 turns it off")
+                steps = gr.Slider(1, 100, value=trained["num_inference_steps"], step=1, label="Denoising steps")
+                guidance = gr.Slider(1, 15, value=trained["guidance_scale"], step=0.5, label="Guidance; 1 turns it off")
                 seed = gr.Number(0, label="Seed: the same one gives the same video", precision=0)
             button = gr.Button("Make the video", variant="primary", elem_id="make")
         with gr.Column():
@@ -219,7 +218,7 @@ def _text_tab(gr: Any, backend: AppBackend) -> None:
     inputs = [prompt, negative, ratio, frames, steps, guidance, seed]
     sampled = gr.on([button.click, prompt.submit], make, inputs, result, concurrency_limit=1, concurrency_id="model")
     sampled.then(backend.costs, settings, costs, show_progress="hidden")
-    costs.value = backend.costs(trained["temporal_ratio"], trained["num_frames"], STEPS, GUIDANCE)
+    costs.value = backend.costs(ratio.value, frames.value, steps.value, guidance.value)
 
 
 def _video_tab(gr: Any, backend: AppBackend) -> None:

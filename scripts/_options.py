@@ -41,6 +41,12 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
+def share_sampling(parser: Any) -> None:
+    """Add the steps and the guidance of a pipeline that is sampled as it states."""
+    share(parser, "--steps", default=None, help="denoising steps; left out: the pipeline's default")
+    share(parser, "--guidance", default=None, help="classifier-free guidance, 1 turns it off; left out: the pipeline's default")
+
+
 def share(parser: Any, *names: str, **changes: Any) -> None:
     """Add shared options to a parser or a group of it; `changes` are arguments of add_argument, for all of them."""
     for name in names:

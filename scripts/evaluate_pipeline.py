@@ -1,10 +1,11 @@
-"""Measure the prompt accuracy of pipelines at every token budget.
+"""Measure prompt accuracy, flicker and sharpness of pipelines at every token budget.
 
-It is measured on trained and on unseen combinations, and on the tokenizer's reconstructions, which no text-to-video model of
-its latents can exceed.
+They are measured on trained and on unseen combinations. Prompt accuracy is also measured on the
+tokenizer's reconstructions, which no text-to-video model of its latents can exceed.
 
-Prompts are captions of generated clips (`data.train: synthetic`): a scorer reads shape, colour and motion back. For a pipeline
-in the folder of its run, the steps, seconds and validation loss of its training are printed too.
+Prompts are captions of generated clips (`data.train: synthetic`): a scorer reads shape, colour and motion back; jitter and
+high-frequency energy are compared with clips rendered for the same captions. For a pipeline in the folder of its run, the
+steps, seconds and validation loss of its training are printed too.
 """
 
 import argparse
@@ -14,14 +15,16 @@ from typing import Any
 
 from promag.data.datasets import open_dataset
 from promag.diffusion.validation import training_figures
+from promag.evaluation.generation import steadiness_and_sharpness
 from promag.evaluation.prompt_accuracy import (
     accuracies_of_reconstructions,
     accuracy_figures,
     format_accuracy,
     scenes_to_score,
 )
+from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import open_pipeline, sample_timed, trained_ratios
-from promag.scripts._options import share
+from promag.scripts._options import share, share_sampling
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
@@ -47,7 +50,11 @@ def main(argv: Sequence[str]) -> int:
             for unseen in (False, True):
                 figures = _figures(pipe, ratio, unseen, arguments)
                 accuracy = format_accuracy(figures["accuracy"])
-                print(f"{name} {ratio}x, {'unseen' if unseen else 'trained'} combinations: {accuracy}")
+                quality = (
+                    f"jitter {figures['jitter']:.3f} (of the true clips {figures['jitter_of_true_clips']:.3f}), "
+                    f"high-frequency energy {figures['high_frequency']:.3f} of theirs"
+                )
+                print(f"{name} {ratio}x, {'unseen' if unseen else 'trained'} combinations: {accuracy}; {quality}")
                 motions = [f"{motion} {right} of {count}" for motion, (right, count) in figures["right_by_motion"].items()]
                 print(f"  all right by motion: {', '.join(motions)}")
                 if arguments.record:
@@ -68,27 +75,30 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, metavar="checkpoint", help="folder of a pipeline")
-    share(parser, "--ratios", "--prompts", "--steps", "--guidance", "--precision", "--record", "--note")
+    share(parser, "--ratios", "--prompts", "--precision", "--record", "--note")
+    share_sampling(parser)
     arguments = parser.parse_args(argv)
     for name in ("prompts", "steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: at least 1 is needed")
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1 is needed")
     return arguments
 
 
 def _figures(pipe: Any, ratio: int, unseen: bool, arguments: argparse.Namespace) -> dict[str, Any]:
     scenes = scenes_to_score(arguments.prompts, seed=0, unseen=unseen)
-    settings = {name: getattr(arguments, name) for name in ("prompts", "steps", "guidance", "precision")}
+    steps, guidance = steps_and_guidance(pipe.config, arguments.steps, arguments.guidance)
+    settings = {"prompts": arguments.prompts, "steps": steps, "guidance": guidance, "precision": arguments.precision}
     videos, seconds = sample_timed(
         pipe,
         [scene.caption() for scene in scenes],
-        arguments.steps,
-        arguments.guidance,
+        steps,
+        guidance,
         arguments.precision,
         name=f"{ratio}x",
         temporal_ratio=ratio,
     )
-    return {**settings, **accuracy_figures(videos, scenes), "sampling_seconds": seconds.total / len(videos)}
+    quality = steadiness_and_sharpness(videos, scenes)
+    return {**settings, **accuracy_figures(videos, scenes), **quality, "sampling_seconds": seconds.total / len(videos)}
 
 
 def reconstructions(pipe: Any, ratio: int, clips: int, precision: Precision = "auto") -> dict[str, tuple[float, float, float]]:

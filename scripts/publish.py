@@ -20,7 +20,7 @@ from promag.diffusion.validation import training_figures
 from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
-from promag.scripts._options import share
+from promag.scripts._options import share, share_sampling
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.stages import finished_stages
@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     pipeline.set_defaults(run=_publish_pipeline)
     pipeline.add_argument("checkpoint", type=Path, help="RUN/pipeline of a finished training on generated clips")
     pipeline.add_argument("--tokenizer", type=Path, required=True, help="published tokenizer that it was trained with")
-    share(pipeline, "--prompts", "--steps", "--guidance")
+    share(pipeline, "--prompts")
+    share_sampling(pipeline)
 
     for kind in (tokenizer, pipeline):
         kind.add_argument("--out", type=Path, required=True, help="folder to write; its path is the name on the card")
@@ -149,9 +150,9 @@ def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
     pipe: Any = load_pipeline(arguments.checkpoint)
     check_tokenizer(pipe.vae, arguments.tokenizer)
     save_published(pipe, arguments.tokenizer, arguments.out)
-    lines = _score(
-        "evaluate-pipeline", arguments.out, {key: getattr(arguments, key) for key in ("prompts", "steps", "guidance")}
-    )
+    options = {key: getattr(arguments, key) for key in ("prompts", "steps", "guidance")}
+    given = {key: value for key, value in options.items() if value is not None}
+    lines = _score("evaluate-pipeline", arguments.out, given)
     return lines, trained_card(pipe, str(arguments.out), [json.loads(line) for line in lines.splitlines()], recipe)
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -226,8 +228,8 @@ def test_a_local_convolution_is_a_part_of_each_block():
         ({"latents_mean": {"x": [1.0] * 4}, "latents_std": {"x": [1.0] * 4}}, "a mapping of temporal ratios is needed"),
         ({"patch_size": [1, 2]}, r"patch_size \[1, 2\]: three numbers"),
         ({"patch_size": [1, 2, 0]}, r"patch_size \[1, 2, 0\] 0: a whole number of at least 1"),
-        ({"sample_defaults": [8]}, r"sample_defaults \[8\]: a mapping of names to numbers above 0"),
-        ({"sample_defaults": {"fps": 0}}, r"sample_defaults \{'fps': 0\}"),
+        ({"sample_defaults": [8]}, r"sample_defaults \[8\]: a mapping of names to finite numbers"),
+        ({"sample_defaults": {"fps": math.nan}}, r"sample_defaults \{'fps': nan\}"),
         ({"condition_frames": -1}, "condition_frames -1: a whole number of at least 0"),
     ],
 )

@@ -10,10 +10,13 @@ import pytest
 
 from promag import ProMAGPipeline, ProMAGTransformer3DModel
 from promag.pipelines.inputs import DEFAULTS
+from promag.pipelines.sampling import sample_videos
 from tests.pipelines.conftest import call, like
-from tests.tiny_pipeline import SIZES, make_pipeline
+from tests.tiny_pipeline import PROMPTS, SIZES, make_pipeline
 
-OTHER = {**SIZES, "num_frames": 33, "fps": 12.5, "temporal_ratio": 4}
+USUAL = {**SIZES, "num_inference_steps": 30, "guidance_scale": 4.0}
+OTHER = {"num_frames": 33, "fps": 12.5, "temporal_ratio": 4, "num_inference_steps": 3, "guidance_scale": 0.0}
+OTHER = {**USUAL, **OTHER}
 
 
 def defaults(pipe):
@@ -34,9 +37,9 @@ def test_a_pipeline_made_of_anothers_components_samples_what_that_one_samples():
 def test_pipelines_that_share_a_transformer_keep_their_own_defaults():
     one = make_pipeline()
     two = ProMAGPipeline(**one.components, **{name: OTHER[name] for name in ("fps", "num_frames")})
-    assert defaults(ProMAGPipeline(**one.components)) == SIZES
-    assert defaults(ProMAGPipeline(**two.components)) == {**SIZES, "fps": 12.5, "num_frames": 33}
-    assert defaults(one) == SIZES
+    assert defaults(ProMAGPipeline(**one.components)) == USUAL
+    assert defaults(ProMAGPipeline(**two.components)) == {**USUAL, "fps": 12.5, "num_frames": 33}
+    assert defaults(one) == USUAL
 
 
 def test_a_saved_transformer_carries_the_defaults_and_an_old_folder_loads_as_before(tmp_path):
@@ -52,6 +55,27 @@ def test_a_saved_transformer_carries_the_defaults_and_an_old_folder_loads_as_bef
     assert defaults(old) == defaults(ProMAGPipeline(**old.components)) == OTHER
 
 
+def test_a_call_takes_the_pipelines_own_steps_and_guidance(tmp_path):
+    make_pipeline(num_inference_steps=3, guidance_scale=1.0).save_pretrained(tmp_path)
+    assert "in 3 steps without guidance." in (tmp_path / "README.md").read_text()
+    few = ProMAGPipeline.from_pretrained(tmp_path)
+    few.set_progress_bar_config(disable=True)
+    own = call(few, num_inference_steps=None)
+    assert np.array_equal(own, call(few, num_inference_steps=3, guidance_scale=1.0))
+    (video,) = sample_videos(few, PROMPTS[:1], precision="fp32", name=None)
+    assert np.array_equal((own[0] * 255).round().astype(np.uint8), video)
+    path = tmp_path / "model_index.json"
+    index = json.loads(path.read_text())
+    del index["num_inference_steps"], index["guidance_scale"]  # as earlier versions saved it
+    path.write_text(json.dumps(index))
+    config = tmp_path / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    for name in ("num_inference_steps", "guidance_scale"):
+        del values["sample_defaults"][name]
+    config.write_text(json.dumps(values))
+    assert defaults(ProMAGPipeline.from_pretrained(tmp_path)) == USUAL
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -59,6 +83,8 @@ def test_a_saved_transformer_carries_the_defaults_and_an_old_folder_loads_as_bef
         ("height", 16.5, "height 16.5: a whole"),
         ("fps", float("nan"), "fps nan: a finite number"),
         ("fps", 0, "fps 0: must be above 0"),
+        ("num_inference_steps", 0, "num_inference_steps 0: a whole number of at least 1"),
+        ("guidance_scale", float("inf"), "guidance_scale inf: a finite number"),
         ("scheduler", 5, "5 is no SchedulerMixin"),
         ("vae", "vae", "'vae' is no Module"),
     ],

@@ -54,6 +54,8 @@ def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
         expected = ", ".join(f"{motion} {right} of {clips}" for motion, (right, clips) in line["right_by_motion"].items())
         assert motions.pop(0) == f"  all right by motion: {expected}"
         assert line["sampling_seconds"] > 0
+        assert line["jitter"] > line["jitter_of_true_clips"] > 0  # of random weights
+        assert line["high_frequency"] > 0
         loss = 0.4 if line["ratio"] == 4 else 0.6
         curve = line["training"].pop("curve")
         assert line["training"] == {"steps": 10, "seconds": 5.0, "validation_loss": loss}
