@@ -51,6 +51,15 @@ def moving_only(errors: Tensor, times: Tensor, lead: float) -> Tensor:
     return scale_halves(errors, [(base > 0).view(shape), (residual < 1).view(shape)])
 
 
+def advance(x: Tensor, velocity: Tensor, times: Tensor, next_times: Tensor, lead: float) -> Tensor:
+    """Take an Euler step of b c t h w between sampling times (b,) or b t: each half of the channels by its own times."""
+    shape = (len(times), 1, -1, 1, 1)
+    if not lead:
+        return x + (next_times - times).view(shape) * velocity
+    pairs = zip(half_times(times, lead), half_times(next_times, lead), strict=True)
+    return x + scale_halves(velocity, [(after - before).view(shape) for before, after in pairs])
+
+
 def scale_halves(x: Tensor, factors: Sequence[Tensor | float]) -> Tensor:
     """Multiply the base and the residual of b c t h w by a factor each."""
     return torch.cat([half * factor for half, factor in zip(x.chunk(2, 1), factors, strict=True)], 1)

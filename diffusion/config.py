@@ -14,6 +14,7 @@ from promag.training.precision import Precision, check_training_precision
 from .ahead import check_lead
 from .caption_weights import CaptionWeight
 from .conditioning import Condition
+from .few_steps import FewSteps
 from .finetune import Lora
 from .latent_cache import Scale
 
@@ -138,12 +139,12 @@ class SamplesConfig:
 
     prompts: tuple[str, ...] = required("prompts, one video each")
     every: int = setting(5000, "steps between samplings, a multiple of validate_every; the last step samples too")
-    steps: int = setting(30, "denoising steps")
-    guidance: float = setting(4.0, "classifier-free guidance scale")
+    steps: int | None = setting(None, "denoising steps; null for the pipeline's default: 30, or those of few_steps")
+    guidance: float | None = setting(None, "classifier-free guidance; null for the pipeline's default: 4, or 1 with few_steps")
 
     def __post_init__(self) -> None:
         """Raise ValueError for invalid settings."""
-        if not self.prompts or self.every < 1 or self.steps < 1:
+        if not self.prompts or self.every < 1 or (self.steps is not None and self.steps < 1):
             raise ValueError(
                 f"samples: {len(self.prompts)} prompts, every {self.every}, steps {self.steps}: at least 1 of each is needed"
             )
@@ -171,7 +172,9 @@ class DiffusionConfig:
     budgets: tuple[BudgetConfig, ...] = setting(
         (BudgetConfig(ratio=16),), "temporal ratios that the model is trained at; pipelines sample at the first by default"
     )
-    caption_dropout: float = setting(0.1, "fraction of captions replaced by the null caption, for guidance")
+    caption_dropout: float = setting(
+        0.1, "fraction of captions replaced by the null caption, for guidance; none with few_steps"
+    )
     shift: float = setting(
         3.0,
         "shift of times towards noise: factor of t / (1 - t) at 256 tokens, grows with the root of the token count; for Wan "
@@ -181,6 +184,9 @@ class DiffusionConfig:
         0.0,
         "lead of the key frames' channels of dual latents in denoising, as a share of the time, below 1; 0 denoises all "
         "channels together",
+    )
+    few_steps: FewSteps | None = setting(
+        None, "distil `init` into a student that samples in few steps without guidance; null trains on clips"
     )
     condition: Condition = setting(Condition(), "first-frame conditioning, for image-to-video and continuation")
     text: TextConfig = setting(TextConfig(), "text encoders")
@@ -208,6 +214,8 @@ class DiffusionConfig:
             )
         if self.lora and self.init is None:
             raise ValueError("lora: adapters need a trained transformer; name one with init")
+        if self.few_steps and self.init is None:
+            raise ValueError("few_steps: the student needs a trained teacher; name one with init")
         if self.condition.probability and self.model and self.model.patch_size[0] > 1:
             raise ValueError(f"condition: needs patches of one latent frame; patch_size is {list(self.model.patch_size)}")
         lengths = {bucket.frames for bucket in self.data.training_buckets if bucket.frames > 1} or {1}

@@ -100,7 +100,7 @@ class Family(ABC):
     ) -> None:
         """Let latents be normalised as a pretrained transformer needs it; `statistics` are the autoencoder's.
 
-        Raises UserError for ratios and conditioning frames that it cannot be trained at, `frozen` under adapters or not.
+        Raises UserError for ratios and conditioning frames that it cannot be trained at, `frozen` or not.
         """
 
 
@@ -164,14 +164,15 @@ class ProMAGFamily(Family):
             elif frozen:
                 trained = ", ".join(f"{ratio}x" for ratio in mean)
                 raise UserError(
-                    f"budget {key}x with lora: the transformer was trained at {trained}; train all weights for another"
+                    f"budget {key}x: the transformer of init was trained at {trained}; another needs a training of all its "
+                    "weights, without lora and few_steps"
                 )
             else:
                 mean[key], std[key] = part.mean.flatten().tolist(), part.std.flatten().tolist()
         if frozen and condition_frames > config["condition_frames"]:
             raise UserError(
-                f"condition frames {condition_frames} with lora: the transformer was trained to be given "
-                f"{config['condition_frames']}; train all weights for more"
+                f"condition frames {condition_frames}: the transformer of init was trained to be given "
+                f"{config['condition_frames']}; more need a training of all its weights, without lora and few_steps"
             )
         transformer.register_to_config(
             latents_mean=mean,
@@ -269,6 +270,7 @@ def _checked(statistics: LatentStatistics | None, channels: int) -> LatentStatis
 
 NO_FRAMES = "condition: WanTransformer3DModel was made for text alone; leave condition.probability at 0"
 ONE_TIME = "base_ahead: WanTransformer3DModel takes one time for all channels; leave base_ahead at 0"
+OWN_TIMES = "few_steps: WanPipeline samples at times of its scheduler's own; leave few_steps null"
 PROMAG, WAN = ProMAGFamily(), WanFamily()
 FAMILIES: dict[str, Family] = {family.model.__name__: family for family in (PROMAG, WAN)}
 
@@ -314,6 +316,8 @@ def adopt(config: "DiffusionConfig") -> "DiffusionConfig":
         raise UserError(NO_FRAMES)
     if config.base_ahead:
         raise UserError(ONE_TIME)
+    if config.few_steps:
+        raise UserError(OWN_TIMES)
     index = Path(init) / "model_index.json"
     if index.is_file() and (read_mapping(index).get("transformer_2") or [None])[0]:
         raise UserError(

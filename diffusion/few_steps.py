@@ -2,21 +2,18 @@
 
 The student's sampler visits the times 1 = t_0 > t_1 > ... > t_steps = 0. From t_k to t_{k+1} the teacher, the transformer of
 `init`, follows its guided velocity in several Euler steps, at the times that its own sampling in `teacher_steps` steps visits.
-The student has to reach the same latents in one step without guidance. The loss is the squared distance between the two ends
-over the length of the window, which is the squared error of the mean velocity. Both start where the student's own sampling
-from noise arrives at t_k, so that the student learns at the latents that it will meet: a guided sampling leaves the noised
-clips, and each of its steps has to make up for the errors of those before it. Of the cached clips only captions, frame rates,
-shapes and conditioning frames are used.
+The student has to reach the same latents in one step without guidance. Both start from a clip noised to t_k. The loss is the
+squared distance between the two ends over the length of the window, which is the squared error of the mean velocity.
 
 Sources: progressive distillation (arXiv 2202.00512, algorithm 2), guidance in the student (arXiv 2210.03142, sec. 3.1),
-windows of the sampler's times (piecewise rectified flow, arXiv 2405.07510, sec. 3.2), the student's own latents as inputs
-(backward simulation, arXiv 2405.14867, sec. 4.5). Shapes: b c t h w latents; b t, True at conditioning frames.
+windows between the sampler's times (piecewise rectified flow, arXiv 2405.07510, sec. 3.2). Shapes: b c t h w latents, b t
+masks of conditioning frames.
 """
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +65,12 @@ class FewSteps:
         return flow_times(self.teacher_steps, mu).unfold(0, inside + 1, inside)
 
 
+def forget_other_ratios(transformer: Any, ratios: Sequence[int]) -> None:
+    """Leave a student the latent statistics of the ratios that it is distilled at: it does not sample at others."""
+    kept = {name: {key: transformer.config[name][key] for key in map(str, ratios)} for name in ("latents_mean", "latents_std")}
+    transformer.register_to_config(**kept, temporal_ratios=sorted(ratios))
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What both models are given beside latents and times."""
@@ -96,19 +99,18 @@ class FewStepsObjective(FlowObjective):
         self.teacher = (teacher,)  # a tuple: it is no part of what is trained, wrapped and saved
 
     def work(self, batch: dict[str, Any]) -> Work:
-        """Return the transformer's tokens and FLOPs, with those of the teacher and of the steps before the window."""
+        """Return the transformer's tokens and FLOPs, with those of the teacher."""
         work, few = super().work(batch), self.few_steps
-        calls = few.steps - 1 + few.teacher_steps // few.steps * (2 if few.guidance > 1 else 1)
+        calls = few.teacher_steps // few.steps * (2 if few.guidance > 1 else 1)
         return dataclasses.replace(work, flops=work.flops * (3 + calls) / 3)
 
     def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:
-        """Captions and frame rates in `batch`, latents b c t h w of one ratio for their shape and first frames -> loss."""
+        """Normalised latents b c t h w of one ratio, captions and frame rates in `batch` -> loss."""
         x = batch["latents"]
         draws = [torch.randint(self.few_steps.steps, (1,), generator=g, device=g.device) for g in generators]
         noise = randn_tensor(x.shape, generators, x.device)
         cond_mask = draw_cond_mask(self.condition, x.shape[2], generators)
-        errors = self.window_errors(x, noise, torch.cat(draws), batch, int(batch["ratio"][0]), cond_mask)
-        return {"loss": errors.mean()}
+        return {"loss": self.window_errors(x, noise, torch.cat(draws), batch, int(batch["ratio"][0]), cond_mask).mean()}
 
     def window_errors(
         self, x: Tensor, noise: Tensor, windows: Tensor, batch: dict[str, Any], ratio: int, cond_mask: Tensor | None = None
@@ -117,12 +119,9 @@ class FewStepsObjective(FlowObjective):
         times = self.few_steps.times(self.mu(x)).to(x.device)
         with torch.no_grad():
             inputs = self._inputs(batch, ratio, cond_mask)
-            start = self._start(x, noise, cond_mask)
-            for k in range(self.few_steps.steps - 1):  # as many calls on every rank, which a sharded model needs
-                after = self._student_step(start, windows.new_full(windows.shape, k), times, inputs)
-                start = torch.where((windows > k).view(-1, 1, 1, 1, 1), after, start)
+            start = self._noised(x, noise, times[windows, 0], cond_mask)
             goal = self._teacher_steps(start, windows, times, inputs)
-        torch.clear_autocast_cache()  # it holds the student's weights without their gradients
+        torch.clear_autocast_cache()  # it may hold weights of the student that were rounded without gradients
         end = self._student_step(start, windows, times, inputs)
         length = times[windows, 0] - times[windows, -1]
         errors = ((end - goal) / length.view(-1, 1, 1, 1, 1)).square()
@@ -135,7 +134,7 @@ class FewStepsObjective(FlowObjective):
         """Return the mean squared distance between the student's and the teacher's sample from the same noise, (b,)."""
         times = self.few_steps.times(self.mu(x)).to(x.device)
         inputs = self._inputs(batch, ratio, cond_mask)
-        student = teacher = self._start(x, noise, cond_mask)
+        student = teacher = self._noised(x, noise, times[:1, 0].expand(len(x)), cond_mask)
         for k in range(self.few_steps.steps):
             windows = torch.full((len(x),), k, device=x.device)
             student = self._student_step(student, windows, times, inputs)
@@ -147,9 +146,10 @@ class FewStepsObjective(FlowObjective):
         null = self.text(batch, [True] * len(batch["caption"]))
         return Inputs(self.text(batch), null, batch["fps"], ratio, cond_mask)
 
-    def _start(self, x: Tensor, noise: Tensor, cond_mask: Tensor | None) -> Tensor:
-        """Return noise with the clean conditioning frames of x."""
-        return noise if cond_mask is None else torch.where(cond_mask[:, None, :, None, None], x, noise)
+    def _noised(self, x: Tensor, noise: Tensor, times: Tensor, cond_mask: Tensor | None) -> Tensor:
+        """Return clips noised to times (b,), but for their conditioning frames."""
+        times = times if cond_mask is None else frame_times(times, cond_mask)
+        return ahead.interpolate(x, noise, times, self.base_ahead)
 
     def _student_step(self, x: Tensor, windows: Tensor, times: Tensor, inputs: Inputs) -> Tensor:
         def predict(x: Tensor, at: Tensor) -> Tensor:

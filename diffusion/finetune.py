@@ -3,12 +3,14 @@
 Source: LoRA (arXiv 2106.09685, sec. 4.1), by peft.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from promag.training.config import UserError, setting
@@ -30,7 +32,8 @@ def adapt_to_latents(
     """Reconcile a pretrained transformer with this training's caches, and their normalisation with it.
 
     Our transformer keeps the statistics of the ratios that it was trained at, so that its inputs keep their distribution.
-    Those of new ratios and further conditioning frames are added to its configuration, unless it is `frozen` under adapters.
+    Those of new ratios and further conditioning frames are added to its configuration, unless it is `frozen`, under adapters or
+    as a teacher.
     Transformers of diffusers get latents normalised by the autoencoder's own `statistics`.
 
     Raises UserError for mismatched channels or text widths, latents that its patches do not divide, missing statistics, and
@@ -95,6 +98,19 @@ def add_lora(transformer: Any, lora: Lora) -> None:
             raise UserError(f"lora target {target!r}: no linear layer ends so; the layers are {', '.join(ends)}")
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets)))  # pyright: ignore
+
+
+@contextlib.contextmanager
+def without_adapters(transformer: Any) -> Iterator[None]:
+    """Switch a transformer's trainable adapters off for a while: it is then what it was before they were added."""
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def narrow_frozen(transformer: Any) -> None:

@@ -25,6 +25,9 @@ from .text_cache import CaptionEncoder
 if TYPE_CHECKING:
     from .config import DiffusionConfig
 
+# Times at which the validation loss is measured, whatever the time shift: the midpoints of five equal parts of (0, 1).
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
 
 class FlowObjective(Objective):
     """Squared error of the velocity at logit-normal times, with caption dropout and first-frame conditioning."""
@@ -88,6 +91,19 @@ class FlowObjective(Objective):
         else:
             errors = ahead.scale_halves(errors, half_weights)
         return errors.flatten(1).mean(1) if cond_mask is None else mean_over_generated(errors, cond_mask)
+
+    def validation_errors(
+        self, x: Tensor, noise: Tensor, batch: dict[str, Any], ratio: int, cond_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean over VALIDATION_TIMES of each clip's error, (b,)."""
+        text, fps = self.text(batch), batch["fps"]
+        times = [torch.full((len(x),), t, device=x.device) for t in VALIDATION_TIMES]
+        probes: list[tuple[Tensor, tuple[float, float] | None]] = [(t, None) for t in times]
+        if self.base_ahead:  # each half of the channels at the same times of its own as without a lead
+            pairs = [ahead.sampling_times(t, self.base_ahead) for t in times]
+            probes = [probe for base, residual in pairs for probe in ((base, (2.0, 0.0)), (residual, (0.0, 2.0)))]
+        errors = [self.errors(x, noise, t, text, fps, ratio, cond_mask, halves) for t, halves in probes]
+        return torch.stack(errors).mean(0)
 
     def mu(self, x: Tensor) -> float:
         """Return the time shift for latents of this size."""

@@ -4,6 +4,7 @@ A run directory holds a folder (16x, or 4x-8x-16x) with checkpoints and metrics,
 small text model that is trained along. Assembling a pipeline from what was trained is pipelines/build.py's matter.
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -31,6 +32,7 @@ from .attention import choose_attention
 from .cache_store import Shards
 from .config import MAY_CHANGE, DiffusionConfig, SamplesConfig
 from .families import LatentStatistics, adopt, family_of, load_transformer
+from .few_steps import FewStepsObjective, forget_other_ratios
 from .finetune import adapt_to_latents, add_lora, narrow_frozen
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
 from .objective import FlowObjective
@@ -141,7 +143,7 @@ def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> Capt
         return CaptionEncoder(caches)
     if config.init:
         tokenizer, model = load_frozen(config.init, None, small.max_length, caches.index(None) + 1)
-        model.requires_grad_(config.lora is None)
+        model.requires_grad_(config.lora is None and config.few_steps is None)
         if processes().is_main_process and not (Path(config.output_dir) / config.stage).exists():  # of a new run
             _print_cut(tokenizer, latents)
     else:
@@ -180,6 +182,21 @@ def _models(
     return {name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in parts.items()}
 
 
+def make_objective(transformer: Any, text: CaptionEncoder, config: DiffusionConfig, device: torch.device) -> FlowObjective:
+    """Return what the training minimises; the teacher of few_steps is a frozen copy, or the transformer without adapters."""
+    teacher = None
+    if config.few_steps and not config.lora:
+        teacher = copy.deepcopy(transformer).requires_grad_(False).eval().to(device)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    for model in (transformer, teacher):
+        if config.compile and model is not None:
+            compile_blocks(model)
+    if config.few_steps:
+        return FewStepsObjective(transformer, text, config, teacher)
+    return FlowObjective(transformer, text, config)
+
+
 def train_diffusion(
     config: DiffusionConfig,
     cached: Sequence[BucketCache],
@@ -212,8 +229,10 @@ def train_diffusion(
         raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
     if config.init:
         transformer = load_transformer(config.init)
-        frozen = config.lora is not None
+        frozen = config.lora is not None or config.few_steps is not None
         adapt_to_latents(transformer, latents, text, config.condition.max_frames, frozen, statistics, config.base_ahead)
+        if config.few_steps:
+            forget_other_ratios(transformer, config.ratios)
     else:
         transformer = new_transformer(config, latents, text)
     broadcast_from_main(lambda: record_data(run, _models(config, transformer, text, statistics)))
@@ -224,11 +243,7 @@ def train_diffusion(
             narrow_frozen(transformer)
     attention = choose_attention(transformer, config.attention, accelerator.device, DTYPES[precision])
     accelerator.print(f"attention: {attention}")
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if config.compile:
-        compile_blocks(transformer)
-    objective = FlowObjective(transformer, text, config)
+    objective = make_objective(transformer, text, config, accelerator.device)
     count = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     source, plan = mixed(config, buckets, by_bucket)
     clips = f"latents of {sum(len(parts[0]) for parts in by_bucket)} clips" + (f"\n{plan}" if len(buckets) > 1 else "")

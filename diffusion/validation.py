@@ -1,4 +1,4 @@
-"""The validation loss: clips, times and noise are fixed, so two runs or two steps differ only in the model.
+"""The validation loss: clips and noise are fixed, so two runs or two steps differ only in the model.
 
 Shapes: b c t h w latents.
 """
@@ -14,14 +14,10 @@ from promag.training.files import read_json_lines
 from promag.training.loop import Metrics, seeded
 from promag.training.processes import processes, sum_over_processes
 
-from .ahead import sampling_times
 from .latent_cache import LatentDataset
 
 if TYPE_CHECKING:
     from .objective import FlowObjective
-
-# Times at which the loss is measured, whatever the time shift: the midpoints of five equal parts of (0, 1).
-VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class ValidationSet:
@@ -47,7 +43,7 @@ class ValidationSet:
         return len(self.clips)
 
     def loss(self, objective: "FlowObjective", first_given: bool = False) -> float:
-        """Return the mean loss over clips and times; with `first_given` the first latent frame is conditioning.
+        """Return the mean loss over clips; with `first_given` the first latent frame is conditioning.
 
         The processes divide the clips among them. A sharded model needs the same number of calls in every process, so a process
         without clips left scores one again and does not count it.
@@ -63,7 +59,7 @@ class ValidationSet:
         return float(sum_over_processes(errors).mean())
 
     def _errors(self, objective: "FlowObjective", clips: range, device: torch.device, first_given: bool) -> Tensor:
-        """Return the mean over times of each clip's error, (b,)."""
+        """Return each clip's error, (b,)."""
         rows = [self.clips.fixed(i) for i in clips]
         x = torch.stack([row["latents"] for row in rows]) * self.clips.std + self.clips.mean
         x = ((x - self.trained.mean) / self.trained.std).to(device)
@@ -71,15 +67,9 @@ class ValidationSet:
         fps = torch.tensor([row["fps"] for row in rows], device=device)
         keys = [key for key in self.text_keys if key in rows[0]]
         batch: dict[str, Any] = {key: torch.stack([row[key] for row in rows]).to(device) for key in keys}
-        text = objective.text({**batch, "caption": [row["caption"] for row in rows]})
+        batch |= {"caption": [row["caption"] for row in rows], "fps": fps}
         cond_mask = torch.arange(self.frames, device=device).expand(len(x), -1) < 1 if first_given else None
-        times = [torch.full((len(x),), t, device=device) for t in VALIDATION_TIMES]
-        probes: list[tuple[Tensor, tuple[float, float] | None]] = [(t, None) for t in times]
-        if objective.base_ahead:  # each half of the channels at the same times of its own as without a lead
-            pairs = [sampling_times(t, objective.base_ahead) for t in times]
-            probes = [probe for base, residual in pairs for probe in ((base, (2.0, 0.0)), (residual, (0.0, 2.0)))]
-        errors = [objective.errors(x, noise, t, text, fps, self.ratio, cond_mask, halves) for t, halves in probes]
-        return torch.stack(errors).mean(0)
+        return objective.validation_errors(x, noise, batch, self.ratio, cond_mask)
 
 
 def validation_losses(objective: "FlowObjective", parts: Sequence[ValidationSet], first_given: bool) -> Metrics:

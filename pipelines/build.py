@@ -29,6 +29,7 @@ from promag.training.config import UserError
 from promag.training.precision import Precision, autocast
 from promag.training.processes import broadcast_from_main, choose_precision_once, main_process_first, processes
 
+from .inputs import DEFAULTS
 from .sampling import sample_videos
 from .stock import StockPipeline, build_stock
 from .text_to_video import ProMAGPipeline
@@ -88,8 +89,8 @@ def assemble(
 ) -> ProMAGPipeline | StockPipeline:
     """Put a trained transformer, the tokenizer and, `with_text`, the text encoders into a pipeline of its family.
 
-    The pipeline's defaults are the shape, fps and first ratio of the training. Frozen text encoders are loaded here, because
-    training uses only their cached embeddings.
+    The pipeline's defaults are the shape, fps and first ratio of the training, and the steps of a student without guidance.
+    Frozen text encoders are loaded here, because training uses only their cached embeddings.
     """
     text: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
     for number, encoder in enumerate(config.text.encoders if with_text else (), 1):
@@ -98,6 +99,7 @@ def assemble(
         text |= dict(zip((f"tokenizer{suffix}", f"text_encoder{suffix}"), pair or (), strict=True))
     if family_of(trained.transformer).is_stock:
         return build_stock(config, trained.transformer, vae, trained.fps, text)
+    few = config.few_steps
     return ProMAGPipeline(
         **text,
         transformer=trained.transformer,
@@ -108,6 +110,9 @@ def assemble(
         num_frames=config.data.frames,
         fps=trained.fps,
         temporal_ratio=config.ratios[0],
+        # Stated in any case: the transformer of `init` carries those of its own pipeline.
+        num_inference_steps=few.steps if few else DEFAULTS["num_inference_steps"],
+        guidance_scale=1.0 if few else DEFAULTS["guidance_scale"],
     )
 
 

@@ -12,12 +12,12 @@ from promag.diffusion import ahead, flow
 from promag.diffusion.conditioning import frame_times, mean_over_generated
 from promag.diffusion.finetune import adapt_to_latents
 from promag.diffusion.latent_cache import LatentDataset
-from promag.diffusion.objective import FlowObjective
+from promag.diffusion.objective import VALIDATION_TIMES, FlowObjective
 from promag.diffusion.text import learn_vocabulary, small_clip
 from promag.diffusion.text_cache import CaptionEncoder
 from promag.diffusion.train import new_transformer
 from promag.diffusion.transformer import ProMAGTransformer3DModel
-from promag.diffusion.validation import VALIDATION_TIMES, ValidationSet
+from promag.diffusion.validation import ValidationSet
 from promag.pipelines.timesteps import SchedulerStep, set_flow_times
 from promag.training.config import UserError
 from promag.training.loop import seeded

@@ -281,6 +281,8 @@ def test_settings_that_the_family_does_not_know_are_refused(init, tmp_path):
         adopt(settings(tmp_path, init, condition={"probability": 0.5}))
     with pytest.raises(UserError, match="base_ahead: WanTransformer3DModel takes one time for all channels"):
         adopt(settings(tmp_path, init, base_ahead=0.15))
+    with pytest.raises(UserError, match="few_steps: WanPipeline samples at times of its scheduler's own"):
+        adopt(settings(tmp_path, init, few_steps={}))
     for encoders in ([{"max_length": 8}], [{"model": "a"}, {"model": "b"}]):
         with pytest.raises(UserError, match=r"text encoders .*: WanTransformer3DModel takes one frozen T5 or UMT5"):
             adopt(settings(tmp_path, init, text={"encoders": encoders}))

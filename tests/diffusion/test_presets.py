@@ -18,7 +18,7 @@ def transformer(path: Path) -> ProMAGTransformer3DModel:
         return ProMAGTransformer3DModel(**vars(config.model), **text)
 
 
-PRESETS = [path for path in sorted(Path("configs/diffusion").glob("*.yaml")) if path.stem != "wan"]
+PRESETS = [path for path in sorted(Path("configs/diffusion").glob("*.yaml")) if path.stem not in ("wan", "few-steps")]
 PRESETS.append(Path("configs/paper/diffusion.yaml"))
 
 

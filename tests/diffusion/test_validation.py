@@ -5,11 +5,11 @@ import torch
 
 from promag.diffusion.flow import velocity
 from promag.diffusion.latent_cache import LatentDataset
-from promag.diffusion.objective import FlowObjective
+from promag.diffusion.objective import VALIDATION_TIMES, FlowObjective
 from promag.diffusion.text import learn_vocabulary, small_clip
 from promag.diffusion.text_cache import CaptionEncoder
 from promag.diffusion.train import new_transformer
-from promag.diffusion.validation import VALIDATION_TIMES, ValidationSet
+from promag.diffusion.validation import ValidationSet
 from promag.training.loop import seeded
 from tests.diffusion.test_buckets import VIDEO, configuration, write
 

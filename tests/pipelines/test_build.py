@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from promag import ProMAGPipeline
 from promag.diffusion.config import DiffusionConfig
+from promag.diffusion.few_steps import FewSteps
 from promag.pipelines.build import cache, train_pipeline
 from promag.tokenizer.checkpoint import find_damage
 from promag.training.config import UserError, build, load_yaml
@@ -105,6 +106,33 @@ def test_a_dual_latents_key_frames_are_denoised_ahead_in_training_and_sampling(c
         assert latents.shape == (1, 8, 2, 4, 4)
     with pytest.raises(UserError, match=r"started with other settings .base_ahead is 0\.3 there, 0\.2 now"):
         train_pipeline(dataclasses.replace(leading, base_ahead=0.2))
+
+
+def test_a_distilled_pipeline_samples_as_its_student_learned_and_one_trained_further_does_not(config, tmp_path):
+    data = dataclasses.replace(config.data, buckets=None)
+    text = dataclasses.replace(config.text, encoders=config.text.encoders[1:])
+    samples = dataclasses.replace(config.samples, steps=None)
+    config = dataclasses.replace(config, data=data, text=text, samples=samples)
+    config = dataclasses.replace(config, budgets=tuple(dataclasses.replace(config.budgets[0], ratio=r) for r in (16, 8)))
+
+    def train(init, name, **change):
+        new = {"init": init and str(init), "output_dir": str(tmp_path / name), "model": None if init else config.model}
+        folder = train_pipeline(dataclasses.replace(config, **new, **change))
+        pipe = ProMAGPipeline.from_pretrained(folder)
+        return folder, [pipe.config[name] for name in ("num_inference_steps", "guidance_scale", "temporal_ratio")], pipe
+
+    whole, usual, _ = train(None, "whole")
+    few = FewSteps(steps=2, teacher_steps=4)
+    distilled, own, pipe = train(whole, "few", few_steps=few, budgets=config.budgets[1:])
+    _, again, _ = train(distilled, "again", budgets=config.budgets[1:])
+    assert (usual, own, again) == ([30, 4.0, 16], [2, 1.0, 8], [30, 4.0, 8])
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="temporal_ratio 16: the transformer was trained at 8x"):
+        pipe("a red disc", temporal_ratio=16)
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *inputs: calls.append(len(inputs[2]["hidden_states"])), with_kwargs=True)
+    pipe("a red disc")
+    assert calls == [1, 1]
 
 
 def test_a_run_with_complete_caches_loads_no_text_encoder(config, tmp_path):

@@ -145,8 +145,11 @@ def test_a_new_budget_is_added_and_cut_captions_are_counted(demo_run, base, tmp_
             {"lora": {"rank": 1, "alpha": 1, "targets": ["to_x"]}},
             "lora target 'to_x': no linear layer ends so; the layers are attn1.to_k",
         ),
-        ({"budgets": [{"ratio": 8, "share": 1}]}, "budget 8x with lora: the transformer was trained at 16x"),
-        ({"condition": {"probability": 1.0, "frames": 2}, "data": {"frames": 33}}, "condition frames 2 with lora"),
+        ({"budgets": [{"ratio": 8, "share": 1}]}, "budget 8x: the transformer of init was trained at 16x"),
+        (
+            {"condition": {"probability": 1.0, "frames": 2}, "data": {"frames": 33}},
+            "condition frames 2: the transformer",
+        ),
         ({"init": None}, "init None, model null: exactly one"),
         ({"init": "nowhere"}, "nowhere"),
     ],
