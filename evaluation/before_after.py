@@ -1,4 +1,4 @@
-"""An autoencoder beside the one that it was trained from, on the same clips: reconstruction, seconds, memory and parameters."""
+"""An autoencoder, or a decoder, beside the one that it was trained from, on the same clips: quality, seconds, memory, size."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,9 +17,11 @@ from .speed.timing import MIB, measure_in_turns, peak_bytes
 QUALITY = ("psnr", "ssim", "ms_ssim", "high_frequency", "flicker", "cvvdp", "vmaf", "frechet_frames", "psnr_std")
 COST = ("encode_seconds", "decode_seconds", "encode_peak_mib", "decode_peak_mib", "encoder_parameters", "decoder_parameters")
 BEFORE, AFTER, CROSSED = "before", "after", "after on latents of before"
+TOKENIZER, TINY = "tokenizer", "tiny decoder"
+SECONDS = "seconds: medians in turns, of one clip; memory: beyond weights"
 PROTOCOL = (
     f"'{CROSSED}': the encoder of the one before and the decoder of the one after, as a model that was trained on the former's "
-    "latents is decoded by the latter; seconds: medians in turns, of one clip; memory: beyond weights"
+    f"latents is decoded by the latter; {SECONDS}"
 )
 
 
@@ -71,6 +73,36 @@ def compare(
     return rows
 
 
+@torch.no_grad()
+def compare_tiny_decoder(
+    tokenizer: Any,
+    tiny: Any,
+    clips: Callable[[], Iterable[Tensor]],
+    temporal_ratio: int,
+    results: Mapping[str, Any],
+    precision: Precision = "auto",
+    rounds: int = 5,
+    perceptual: PerceptualMetrics | None = None,
+    fps: Sequence[float] = (),
+) -> dict[str, dict[str, float]]:
+    """Return figures of decoding a tokenizer's latents by itself and by a tiny decoder, by the names TOKENIZER and TINY.
+
+    Arguments as `compare` takes them, `results` of the tokenizer.
+    """
+    crossed = evaluate_fully(CrossedAutoencoder(tokenizer, tiny), clips(), temporal_ratio, perceptual, precision, fps)
+    rows = {name: {key: row[key] for key in QUALITY if key in row} for name, row in ((TOKENIZER, results), (TINY, crossed))}
+    clip = next(iter(clips())).to(tokenizer.device)
+    with autocast(clip.device, precision, enabled=tokenizer.dtype == torch.float32):
+        z = tokenizer.encode(clip, temporal_ratio).latent_dist.mode()
+    pair = {TOKENIZER: tokenizer, TINY: tiny}
+    calls = {name: _decoding(model, z, temporal_ratio, precision) for name, model in pair.items()}
+    for name, seconds in measure_in_turns(calls, rounds).items():
+        rows[name] |= {"decode_seconds": seconds, "decode_peak_mib": peak_bytes(calls[name]) / MIB}
+    rows[TOKENIZER]["decoder_parameters"] = parameter_count(tokenizer.decoding_path(tokenizer.level_of(temporal_ratio)))
+    rows[TINY]["decoder_parameters"] = parameter_count([tiny])
+    return rows
+
+
 def have_other_latents(before: Any, after: Any, temporal_ratio: int) -> bool:
     """Tell whether two autoencoders encode a clip to different latents of equal shape."""
     if before.encoding_fingerprint(temporal_ratio) == after.encoding_fingerprint(temporal_ratio):
@@ -97,10 +129,14 @@ def _calls(model: Any, clip: Tensor, temporal_ratio: int, precision: Precision) 
         with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
             return model.encode(clip, temporal_ratio).latent_dist.mode()
 
-    z = encode()
+    return {"encode": encode, "decode": _decoding(model, encode(), temporal_ratio, precision)}
+
+
+def _decoding(model: Any, z: Tensor, temporal_ratio: int, precision: Precision) -> Callable[[], Tensor]:
+    """Return what decodes a latent."""
 
     def decode() -> Tensor:
-        with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
+        with autocast(z.device, precision, enabled=model.dtype == torch.float32):
             return model.decode(z, temporal_ratio).sample
 
-    return {"encode": encode, "decode": decode}
+    return decode

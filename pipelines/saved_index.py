@@ -7,10 +7,10 @@ from promag.training.config import UserError
 
 # Whose classes a saved pipeline may name: to load a class is to import its library.
 LIBRARIES = ("promag", "diffusers", "transformers")
-OURS = {"transformer": ("ProMAGTransformer3DModel",), "vae": ("AutoencoderKLProMAG",)}
+OURS = {"transformer": ("ProMAGTransformer3DModel",), "vae": ("AutoencoderKLProMAG",), "tiny_decoder": ("TinyDecoder",)}
 WAN_PARTS = {"transformer": ("WanTransformer3DModel",), "vae": ("AutoencoderKLWan", "AutoencoderKLProMAG")}
 TEXT = tuple(f"{part}{number}" for part in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
-PARTS = (*TEXT, "transformer", "transformer_2", "vae", "scheduler")
+PARTS = (*TEXT, "transformer", "transformer_2", "vae", "tiny_decoder", "scheduler")
 
 
 def check_index(index: Mapping[str, Any], models: Mapping[str, tuple[str, ...]] = OURS) -> None:

@@ -22,8 +22,10 @@ from promag.diffusion.text import NULL_CAPTION, Embedded, encode_prompts, side_b
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.geometry import check_size, latent_frames, tokens
+from promag.tokenizer.tiny_decoder import TinyDecoder
 from promag.training.safetensors_only import SafetensorsOnly, check_complete
 
+from .decoding import Decoding
 from .inputs import (
     DEFAULTS,
     NAMES,
@@ -65,7 +67,7 @@ class ProMAGPipelineOutput(BaseOutput):
     frames: Any
 
 
-class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
+class ProMAGPipeline(Carded, Decoding, SafetensorsOnly, DiffusionPipeline, LoraLoader):
     """Text to video: text encoders, a transformer over latents of one or several temporal ratios, a grown tokenizer.
 
     Args:
@@ -86,13 +88,14 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         temporal_ratio: default temporal ratio.
         num_inference_steps: default denoising steps.
         guidance_scale: default guidance.
+        tiny_decoder: decodes in place of `vae` once `enable_tiny_decoder` is called.
 
     Raises UserError for a text encoder whose file lacks tensors, and ValueError for illegal defaults.
     """
 
     __module__ = "promag"
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
-    _optional_components = ["tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"]  # noqa: RUF012
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->tiny_decoder->vae"
+    _optional_components = ["tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3", "tiny_decoder"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", *NAMES, *NEGATIVE_NAMES]  # noqa: RUF012 (the name and kind diffusers looks for)
 
     def __init__(
@@ -113,10 +116,11 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         temporal_ratio: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        tiny_decoder: TinyDecoder | None = None,
     ):
         super().__init__()
         encoders = (text_encoder, text_encoder_2, text_encoder_3)
-        check_kinds(nn.Module, *encoders, transformer, vae)
+        check_kinds(nn.Module, *encoders, transformer, vae, tiny_decoder)
         check_kinds(SchedulerMixin, scheduler)
         for encoder in encoders:
             if folder := getattr(encoder, "name_or_path", None):  # transformers only warns of random weights
@@ -124,6 +128,7 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
         )
+        self.register_modules(tiny_decoder=tiny_decoder)
         self.register_modules(
             tokenizer_2=tokenizer_2, text_encoder_2=text_encoder_2, tokenizer_3=tokenizer_3, text_encoder_3=text_encoder_3
         )
@@ -416,12 +421,6 @@ class ProMAGPipeline(Carded, SafetensorsOnly, DiffusionPipeline, LoraLoader):
             return predicted
         without, with_text = predicted.chunk(2)
         return guide(with_text, without, self._guidance_scale)
-
-    def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:
-        """Decode latents b c t h w to videos of the wanted type."""
-        video = self.vae.decode(latents.to(self.vae.dtype), ratio, return_dict=False)[0]
-        check_result(video, "video decoded from finite latents")
-        return self.video_processor.postprocess_video(video.float(), output_type=output_type)
 
     def _conditioning_latents(
         self,

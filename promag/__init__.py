@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from promag.pipelines.text_to_video import ProMAGPipeline
     from promag.tokenizer.autoencoder import AutoencoderKLProMAG
     from promag.tokenizer.checkpoint import load_tokenizer
+    from promag.tokenizer.tiny_decoder import TinyDecoder
 
 __all__ = [
     "AutoencoderKLProMAG",
     "OpenCLIPTextModel",
     "ProMAGPipeline",
     "ProMAGTransformer3DModel",
+    "TinyDecoder",
     "load_pipeline",
     "load_tokenizer",
     "sample_flow",
@@ -46,6 +48,7 @@ _HOME = {
     "AutoencoderKLProMAG": ".tokenizer.autoencoder",
     "ProMAGPipeline": ".pipelines.text_to_video",
     "ProMAGTransformer3DModel": ".diffusion.transformer",
+    "TinyDecoder": ".tokenizer.tiny_decoder",
     "load_pipeline": ".pipelines.sampling",
     "load_tokenizer": ".tokenizer.checkpoint",
     "sample_flow": ".diffusion.flow",

@@ -1,7 +1,8 @@
 """Measure a tokenizer's reconstructions at every temporal ratio.
 
 With --against it is compared, at the ratios that both have, with the autoencoder that it was trained from, or with its
-teacher. With --contact-sheet the frames of some clips are drawn too, the original above its reconstructions.
+teacher; with --tiny-decoder its decoder is compared with a tiny one. With --contact-sheet the frames of some clips are drawn
+too, the original above its reconstructions.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
 from promag.tokenizer.packaged_metrics import frame_rates, open_perceptual
 from promag.tokenizer.stages import finished_stages
+from promag.tokenizer.tiny_decoder import TinyDecoder, load_tiny_decoder
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.device import best_device
@@ -38,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     share(parser, "checkpoint", "--videos", "--split", "--frames", "--size", "--count", "--precision")
     share(parser, "--perceptual", "--lpips", "--fvd")
     parser.add_argument("--against", metavar="CHECKPOINT", help="compare with this tokenizer: before a training, or a teacher")
+    parser.add_argument("--tiny-decoder", metavar="FOLDER", help="compare the tokenizer's decoder with this one")
     share(parser, "--rounds")
     sheet = parser.add_argument_group("contact sheet")
     share(sheet, "--contact-sheet")
@@ -54,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     precision = choose_precision(arguments.precision, best_device())
     _check_shape(arguments, model, model.temporal_ratios[-1])
     before, common = _before(arguments, model) if arguments.against else (None, ())
+    tiny = _tiny_decoder(arguments.tiny_decoder, model) if arguments.tiny_decoder else None
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
     drawn = _check_sheet(arguments, len(clips)) if arguments.contact_sheet else []
     perceptual = open_perceptual(best_device(), arguments.perceptual, arguments.lpips, arguments.fvd)
@@ -84,6 +88,14 @@ def main(argv: Sequence[str]) -> int:
     }
     for ratio, rows in compared.items():
         print(f"{ratio}x, before: {arguments.against}\n{before_after.table(rows)}")
+    decoded = {
+        ratio: before_after.compare_tiny_decoder(
+            model, tiny, videos, ratio, results[ratio], precision, arguments.rounds, perceptual, fps
+        )
+        for ratio in (model.temporal_ratios if tiny else ())
+    }
+    for ratio, rows in decoded.items():
+        print(f"{ratio}x, tiny decoder: {arguments.tiny_decoder}\n{before_after.table(rows)}")
     if arguments.contact_sheet:
         levels = [(f"{ratio}x", model, ratio) for ratio in model.temporal_ratios]
         _draw(arguments, clips, [*levels, *drawn])
@@ -108,11 +120,23 @@ def main(argv: Sequence[str]) -> int:
             "protocol": before_after.PROTOCOL,
             "ratios": {str(ratio): rows for ratio, rows in compared.items()},
         }
+    if tiny:
+        record["tiny_decoder"] = {"protocol": before_after.SECONDS, "ratios": {str(r): rows for r, rows in decoded.items()}}
     if arguments.out:
         write_atomically(arguments.out, json.dumps(record, indent=1))
     if arguments.record:
         append_result(arguments.record, record)
     return 0
+
+
+def _tiny_decoder(folder: str, model: Any) -> TinyDecoder:
+    """Load a tiny decoder of a tokenizer's latents; raises UserError where it is one of others."""
+    tiny: Any = load_tiny_decoder(folder)
+    try:
+        tiny.check_latents_of(model)
+    except ValueError as error:
+        raise UserError(f"--tiny-decoder {folder}: {error}") from None
+    return tiny.to(best_device(), model.dtype)
 
 
 def _check_shape(arguments: argparse.Namespace, model: Any, ratio: int) -> None:

@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
     _check_numbers(arguments)
     clip = load_similarity(arguments.clip, arguments.clip_weights)
     pipe: Any = open_pipeline(arguments.checkpoint)
+    if arguments.tiny_decoder is not None:
+        _enable_tiny_decoder(pipe, arguments.tiny_decoder)
     choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
     fps = arguments.fps or pipe.config["fps"]
     if fps > MOST_FPS and GIF in _kinds(arguments):
@@ -104,12 +106,28 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     share_sampling(parser)
     share(parser, "--batch-size", "--precision")
     add("--fps", type=float, help="frame rate of the video, an input of the model; left out: as trained")
+    add(
+        "--tiny-decoder",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="decode by a tiny decoder, faster and less sharp: that of a folder, or without one the pipeline's own",
+    )
     add("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")
     opening.add_argument("--video", type=Path, help="clip to continue from its last frames; scaled and cropped likewise")
     share(parser, "--clip", "--clip-weights")
     return parser.parse_args(argv)
+
+
+def _enable_tiny_decoder(pipe: Any, folder: str) -> None:
+    if not hasattr(pipe, "enable_tiny_decoder"):
+        raise UserError(f"--tiny-decoder: {type(pipe).__name__} has none; it is for pipelines of `promag train-diffusion`")
+    try:
+        pipe.enable_tiny_decoder(folder or None)
+    except ValueError as error:
+        raise UserError(f"--tiny-decoder {folder}".rstrip() + f": {error}") from None
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-from promag import ProMAGPipeline
+from promag import ProMAGPipeline, TinyDecoder
 from promag.cli import GROUPS, list_commands
 from promag.data.synthetic import clip as generate_clip
 from promag.data.video import write_video
@@ -157,6 +157,7 @@ def folder(pipe, tmp_path, monkeypatch):  # noqa: F811
         state = get_peft_model_state_dict(own.transformer)
         ProMAGPipeline.save_lora_weights(tmp_path / f"runs/{name}/lora", state)
     os.symlink(ROOT / "checkpoints", tmp_path / "checkpoints")
+    TinyDecoder(width=8, layers=1).save_pretrained(tmp_path / "runs/tiny-decoder/tiny_decoder")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -189,6 +190,7 @@ def test_the_blocks_of_the_tokenizers_page_run(folder):
     assert names["coarse"].shape[2] == 5
     whole = names["tokenizer"].encode(torch.cat(chunks, 2), temporal_ratio=16).latent_dist.mode()
     assert torch.allclose(names["posterior"].mode(), whole[:, :, 2:], atol=1e-4)
+    assert names["preview"].shape == clip.shape
 
 
 def test_the_blocks_about_conditioning_frames_and_adapters_run(folder, pipe):  # noqa: F811

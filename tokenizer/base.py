@@ -161,12 +161,12 @@ def fit_linear_paths(encoder: BaseEncoder, decoder: BaseDecoder, x: Tensor, z: T
     skips: Any = encoder.head.skip, decoder.head.skip
     pixels = rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=decoder.patch, q=decoder.patch)
     for skip, features, target in ((skips[0], encoder.features(x)[0], z), (skips[1], decoder.body(z)[0], pixels)):
-        weight, bias = _least_squares(features, target)
+        weight, bias = least_squares(features, target)
         skip.weight[: len(weight), :, 0, 0, 0] = weight
         skip.bias[: len(bias)] = bias
 
 
-def _least_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def least_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """B D T H W and B C T H W -> C x D weights and C biases with a small squared error and small weights (ridge regression)."""
     rows, wanted = (rearrange(part, "b c t h w -> (b t h w) c").double() for part in (features, target))
     rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)

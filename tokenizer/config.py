@@ -36,7 +36,7 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerDataConfig:
+class ClipsConfig:
     """Clips for training and for validation."""
 
     train: str = setting(
@@ -55,13 +55,19 @@ class TokenizerDataConfig:
         "for sets of clips that fit; shapes are generated as ever",
     )
     validation_clips: int = setting(16, "how many clips each validation reconstructs")
+    sharding: Sharding = setting(Sharding(), "how shards are read, where shards are trained on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerDataConfig(ClipsConfig):
+    """Clips, and cached latents of them, for training and for validation."""
+
     latent_cache: str | None = setting(
         None,
         "folder for latents of an existing autoencoder: levels grown on it take their first steps on these, without pixels; "
         "null encodes the clips of each step",
     )
     latent_clips: int = setting(4096, "how many clips, drawn as the training would draw them, are cached for each stage")
-    sharding: Sharding = setting(Sharding(), "how shards are read, where shards are trained on")
 
 
 @dataclass(frozen=True)

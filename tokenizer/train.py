@@ -13,8 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from promag.data.datasets import open_dataset
-from promag.data.sources import digest_sources, open_sources
 from promag.data.stream import Clips, DrawnClips, FirstThen, Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
@@ -27,7 +25,8 @@ from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG
 from .checkpoint import class_name, find_damage, load_tokenizer, save_tokenizer, saved_ratios
-from .config import MAY_CHANGE, StageConfig, TokenizerConfig, TokenizerDataConfig
+from .clips import open_training_clips, open_validation_clips, record_videos
+from .config import MAY_CHANGE, StageConfig, TokenizerConfig
 from .distillation import load_teacher, take_entries
 from .levels import parameter_count
 from .metrics import to_uint8
@@ -111,22 +110,11 @@ def train_stage(
         accelerator.print(f"{stage.name}: already trained in {folder}")
         return Outcome(stage.optimization.steps, 0.0, True, {})
     data = config.data
-    extra_sources = data.extra_sources or ()
     rank, world = accelerator.process_index, accelerator.num_processes
-    source, plan = open_sources(
-        data.train,
-        extra_sources,
-        config.buckets_of(stage),
-        count=data.synthetic_clips,
-        batch_size=stage.optimization.batch_size,
-        batches_per_step=world * stage.optimization.accumulate,
-        temporal_strides=stage.temporal_strides or data.temporal_strides,
-        sharding=data.sharding,
-        in_memory=data.in_memory,
-    )
-    broadcast_from_main(lambda: _record_videos(run, data))
-    fixed = open_dataset(data.validation, "eval", frames=stage.frames, size=data.size, count=data.validation_clips)
-    clips = [fixed.fixed(i)["video"][None] for i in range(min(data.validation_clips, len(fixed)))]
+    strides = stage.temporal_strides or data.temporal_strides
+    source, plan = open_training_clips(data, config.buckets_of(stage), stage.optimization, world, strides)
+    broadcast_from_main(lambda: record_videos(run, data))
+    clips = open_validation_clips(data, stage.frames)
 
     torch.manual_seed(config.seed * 1000 + stage.ratio)
     model, added = _model_for(run, config, stage, build)
@@ -289,15 +277,6 @@ def _base_path(init: Path) -> str | None:
     """Return the folder of the autoencoder of diffusers that a run starts from, None where it starts from a grown one."""
     grown = (init / "config.json").is_file() and class_name(init) == AutoencoderKLProMAG.__name__
     return None if grown else load_tokenizer(init).base_path
-
-
-def _record_videos(run: Path, data: TokenizerDataConfig) -> None:
-    """Record the videos that a run is trained on; it reads no captions, so these may be corrected."""
-    digests = digest_sources(data.train, data.extra_sources or (), data.synthetic_clips)
-    kinds = ["videos"]
-    if any(name.startswith("clips.") for name in recorded_data(run)):
-        kinds.append("clips")  # earlier versions recorded hashes with captions
-    record_data(run, {kind: {name: getattr(digest, kind) for name, digest in digests.items()} for kind in kinds})
 
 
 def _record_start(run: Path, folder: Path, model: AutoencoderKLProMAG) -> None:

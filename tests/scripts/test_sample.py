@@ -11,7 +11,9 @@ from PIL import Image
 
 from promag.data.video import decode_strictly, read_frames
 from promag.scripts import sample
+from promag.tokenizer.tiny_training import tiny_decoder_for
 from promag.training.config import UserError
+from tests.conftest import make_tokenizer
 from tests.diffusion.test_text import OPEN_CLIP, write_openclip
 from tests.tiny_pipeline import make_pipeline
 
@@ -57,6 +59,20 @@ def test_a_seeds_video_does_not_depend_on_other_videos(folder, tmp_path):
     among, single = (read_frames(tmp_path / name, range(17)).astype(int) for name in ("v-03.mp4", "alone.mp4"))
     assert np.abs(among - single).mean() < 0.2
     assert np.abs(read_frames(tmp_path / "v-02.mp4", range(17)).astype(int) - single).mean() > 2
+
+
+def test_a_tiny_decoder_decodes(folder, tmp_path):
+    call = [folder, "--prompt", "a red disc moves left", *FEW]
+    tiny = tmp_path / "tiny"
+    tiny_decoder_for(make_tokenizer(), width=8, layers=1).save_pretrained(tiny)
+    sample.main([*call, "--out", str(tmp_path / "whole.mp4")])
+    sample.main([*call, "--tiny-decoder", str(tiny), "--out", str(tmp_path / "tiny.mp4")])
+    whole, small = (read_frames(tmp_path / name, range(17)).astype(int) for name in ("whole.mp4", "tiny.mp4"))
+    assert whole.shape == small.shape
+    assert np.abs(whole - small).mean() > 2
+    with pytest.raises(UserError, match="--tiny-decoder: enable_tiny_decoder: this pipeline was made without one"):
+        sample.main([*call, "--out", str(tmp_path / "no.mp4"), "--tiny-decoder"])
+    assert not (tmp_path / "no.mp4").exists()
 
 
 def test_a_gif_at_another_budget_and_size(folder, tmp_path, capsys):
@@ -173,11 +189,11 @@ def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red disc\na blue square\n")
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("promag sample ")]
-    # Conditioning frames and CLIP are tested above; tests/test_docs.py parses these lines.
-    sampling = [words[2:] for words in commands if not {"--image", "--video", "--clip"} & set(words)]
+    # Conditioning frames, tiny decoders and CLIP are tested above; tests/test_docs.py parses these lines.
+    sampling = [words[2:] for words in commands if not {"--image", "--video", "--clip", "--tiny-decoder"} & set(words)]
     for words in sampling:
         sample.main([*words, "--steps", "1"])
-    assert (len(commands), len(sampling)) == (7, 4)
+    assert (len(commands), len(sampling)) == (8, 4)
     numbered = [f"videos/v-0{i}.mp4" for i in range(6)]
     assert sorted(str(path) for path in Path().rglob("*.*")) == sorted(
         ["disc.mp4", "plus.gif", "prompts.txt", "refined.mp4", "videos/grid.mp4", "videos/sheet.png", *numbered]

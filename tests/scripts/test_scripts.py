@@ -20,6 +20,8 @@ from promag.scripts import (
     train_tokenizer,
 )
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from promag.tokenizer.tiny_decoder import TinyDecoder
+from promag.tokenizer.tiny_training import tiny_decoder_for
 from promag.training.config import UserError
 from tests.conftest import TINY, make_tokenizer
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
@@ -139,6 +141,27 @@ def test_evaluate_tokenizer_compares_with_the_one_before(tmp_path, capsys):
     assert [line for line in capsys.readouterr().out.splitlines() if "before:" in line] == [f"4x, before: {tmp_path / 'small'}"]
     with pytest.raises(UserError, match=r"--against .*2x: has 2x, .*after has 4x, 8x: no ratio in both"):
         evaluate_tokenizer.main([after, *shape, "--against", str(tmp_path / "2x")])
+
+
+def test_evaluate_tokenizer_compares_with_a_tiny_decoder(tmp_path, capsys):
+    tokenizer = make_tokenizer(levels=2, settle=0.05)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tiny_decoder_for(tokenizer, width=8, layers=1).save_pretrained(tmp_path / "tiny")
+    shape = ["--videos", "synthetic", "--count", "2", "--frames", "9", "--size", "32", "--precision", "fp32", "--rounds", "1"]
+    call = [str(tmp_path / "tokenizer"), *shape, "--tiny-decoder"]
+    evaluate_tokenizer.main([*call, str(tmp_path / "tiny"), "--record", str(tmp_path / "results.jsonl")])
+    record = json.loads((tmp_path / "results.jsonl").read_text())
+    rows = record["tiny_decoder"]["ratios"]
+    assert rows.keys() == {"4", "8"}
+    for ratio, row in rows.items():
+        assert row.keys() == {"tokenizer", "tiny decoder"}
+        assert row["tokenizer"]["psnr"] == record["ratios"][ratio]["psnr"] != row["tiny decoder"]["psnr"]
+        assert row["tiny decoder"]["decoder_parameters"] < row["tokenizer"]["decoder_parameters"]
+        assert row["tiny decoder"]["decode_seconds"] > 0
+    assert f"4x, tiny decoder: {tmp_path / 'tiny'}" in capsys.readouterr().out.splitlines()
+    TinyDecoder((4, 8, 16), (4, 4, 4)).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"--tiny-decoder .*other: tiny decoder: its temporal ratios are \(4, 8, 16\)"):
+        evaluate_tokenizer.main([*call, str(tmp_path / "other")])
 
 
 def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, capsys):

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
-from promag.tokenizer.base import _least_squares
+from promag.tokenizer.base import least_squares
 from promag.tokenizer.checkpoint import load_tokenizer, saved_ratios
 from promag.tokenizer.config import AutoencoderConfig, TokenizerConfig
 from promag.tokenizer.distillation import CrossedAutoencoder, Distillation, load_teacher
@@ -134,7 +134,7 @@ def test_nearly_collinear_features_get_small_weights():
     """Large weights that cancel each other let the first steps of training blow up."""
     generator = torch.Generator().manual_seed(0)
     one, noise = (torch.randn(1, 1, 4, 8, 8, generator=generator) for _ in range(2))
-    weight, bias = _least_squares(torch.cat([one, one + 1e-3 * noise], 1), one + 0.1 * noise + 2)
+    weight, bias = least_squares(torch.cat([one, one + 1e-3 * noise], 1), one + 0.1 * noise + 2)
     assert weight.shape == (1, 2)
     torch.testing.assert_close(weight, torch.full((1, 2), 0.5), atol=0.05, rtol=0)  # not -99 and 100
     torch.testing.assert_close(bias, torch.tensor([2.0]), atol=0.05, rtol=0)

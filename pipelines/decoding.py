@@ -1,0 +1,51 @@
+"""How a pipeline turns latents into videos: by its tokenizer, or by a tiny decoder of the same latents."""
+
+import os
+from typing import Any, cast
+
+from torch import Tensor
+
+from promag.tokenizer.tiny_decoder import TinyDecoder, load_tiny_decoder
+
+from .inputs import check_result
+
+
+class Decoding:
+    """Mixin of a pipeline that decodes latents."""
+
+    _decodes_by_tiny = False
+
+    def enable_tiny_decoder(self, decoder: TinyDecoder | str | os.PathLike | None = None) -> None:
+        """Decode by a tiny decoder from now on: several times faster, and less sharp.
+
+        Args:
+            decoder: one of `promag train-tiny-decoder`, or its folder, which becomes the pipeline's part `tiny_decoder` and is
+                saved with it; None for the part that the pipeline has.
+
+        Raises ValueError for a pipeline without one, and for a decoder of other latents than the tokenizer's; UserError for
+        a folder that does not hold one.
+        """
+        pipe = cast(Any, self)
+        part: Any = pipe.tiny_decoder if decoder is None else decoder
+        if isinstance(part, str | os.PathLike):
+            part = load_tiny_decoder(part)
+        if not isinstance(part, TinyDecoder):
+            given = "this pipeline was made without one" if part is None else f"{part!r:.100} is none"
+            raise ValueError(f"enable_tiny_decoder: {given}; give a TinyDecoder, or its folder")
+        if pipe.vae is None:
+            raise ValueError("vae: this pipeline was made without one; a tiny decoder decodes its latents")
+        part.check_latents_of(pipe.vae)
+        pipe.register_modules(tiny_decoder=cast(Any, part.eval()).to(pipe.vae.device, pipe.vae.dtype))
+        self._decodes_by_tiny = True
+
+    def disable_tiny_decoder(self) -> None:
+        """Decode by the tokenizer from now on; the part `tiny_decoder` stays."""
+        self._decodes_by_tiny = False
+
+    def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:
+        """Decode latents b c t h w to videos of the wanted type."""
+        pipe = cast(Any, self)
+        decoder = pipe.tiny_decoder if self._decodes_by_tiny else pipe.vae
+        video = decoder.decode(latents.to(decoder.dtype), ratio, return_dict=False)[0]
+        check_result(video, "video decoded from finite latents")
+        return pipe.video_processor.postprocess_video(video.float(), output_type=output_type)

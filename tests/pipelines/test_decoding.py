@@ -1,0 +1,103 @@
+"""A pipeline that decodes by a tiny decoder."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from promag import ProMAGPipeline, TinyDecoder
+from promag.tokenizer.tiny_training import tiny_decoder_for
+from promag.training.config import UserError
+from tests.tiny_pipeline import PROMPTS, make_pipeline
+
+CALL = {"prompt": PROMPTS[0], "num_inference_steps": 2}
+
+
+def noise():
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def tiny(pipe, tmp_path_factory):
+    """Return the folder of a tiny decoder for the pipeline's latents."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_decoder_for(pipe.vae, width=8, layers=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _decoding_by_the_tokenizer(pipe):
+    yield
+    pipe.register_modules(tiny_decoder=None)
+    pipe.disable_tiny_decoder()
+
+
+def test_it_decodes_the_same_latents(pipe, tiny):
+    latents = pipe(**CALL, generator=noise(), output_type="latent").frames
+    by_tokenizer = pipe(**CALL, generator=noise(), output_type="pt").frames
+    pipe.enable_tiny_decoder(tiny)
+    by_tiny = pipe(**CALL, generator=noise(), output_type="pt").frames
+    with torch.no_grad():
+        expected = TinyDecoder.from_pretrained(tiny).decode(latents, 16).sample
+    assert torch.allclose(by_tiny[0], (expected[0].transpose(0, 1) / 2 + 0.5).clamp(0, 1), atol=1e-5)
+    assert not torch.allclose(by_tiny, by_tokenizer, atol=0.01)
+    pipe.disable_tiny_decoder()
+    assert torch.equal(pipe(**CALL, generator=noise(), output_type="pt").frames, by_tokenizer)
+
+
+def test_a_saved_pipeline_has_it_and_asks_before_it_decodes_by_it(pipe, tiny, tmp_path):
+    without = pipe(**CALL, generator=noise()).frames
+    pipe.enable_tiny_decoder(TinyDecoder.from_pretrained(tiny))
+    by_tiny = pipe(**CALL, generator=noise()).frames
+    pipe.save_pretrained(tmp_path)
+    for kind in (ProMAGPipeline, DiffusionPipeline):
+        loaded = kind.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert (loaded(**CALL, generator=noise()).frames == without).all()
+        loaded.enable_tiny_decoder()
+        assert (loaded(**CALL, generator=noise()).frames == by_tiny).all()
+    assert "| tiny_decoder | TinyDecoder |" in (tmp_path / "README.md").read_text()
+    again = ProMAGPipeline(**loaded.components)
+    again.enable_tiny_decoder()
+
+
+def test_it_follows_the_pipelines_type(pipe, tiny):
+    half = make_pipeline().to(torch.bfloat16)
+    half.enable_tiny_decoder(tiny)
+    assert half.tiny_decoder.dtype == torch.bfloat16
+    assert half(**CALL, generator=noise()).frames.shape == (1, 17, 16, 24, 3)
+
+
+def test_without_one_it_is_refused(pipe):
+    with pytest.raises(ValueError, match="enable_tiny_decoder: this pipeline was made without one; give a TinyDecoder"):
+        pipe.enable_tiny_decoder()
+
+
+def test_what_is_none_is_refused(pipe):
+    with pytest.raises(ValueError, match="enable_tiny_decoder: 5 is none; give a TinyDecoder, or its folder"):
+        pipe.enable_tiny_decoder(5)
+
+
+def test_one_of_other_latents_is_refused(pipe):
+    with pytest.raises(ValueError, match=r"latent channels are \(16, 16, 16\), the tokenizer's \(4, 4, 4\)"):
+        pipe.enable_tiny_decoder(TinyDecoder())
+    assert pipe.tiny_decoder is None
+
+
+def test_a_folder_without_one_is_refused(pipe, tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        pipe.enable_tiny_decoder(tmp_path)
+
+
+def test_a_saved_pipeline_may_not_name_another_class_for_it(pipe, tiny, tmp_path):
+    pipe.enable_tiny_decoder(tiny)
+    pipe.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace('"TinyDecoder"', '"AutoencoderKLProMAG"'))
+    with pytest.raises(UserError, match="tiny_decoder is AutoencoderKLProMAG: TinyDecoder is needed"):
+        ProMAGPipeline.from_pretrained(tmp_path)

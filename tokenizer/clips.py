@@ -1,0 +1,51 @@
+"""The clips that a tokenizer, or a decoder of its latents, is trained and validated on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from promag.data.buckets import Bucket
+from promag.data.datasets import open_dataset
+from promag.data.sources import digest_sources, open_sources
+from promag.training.optimizers import OptimizationConfig
+from promag.training.run import record_data, recorded_data
+
+from .config import ClipsConfig
+
+
+def open_training_clips(
+    data: ClipsConfig,
+    buckets: Sequence[Bucket],
+    optimization: OptimizationConfig,
+    processes: int,
+    temporal_strides: Sequence[int],
+) -> tuple[Any, str]:
+    """Return what training draws its clips from, and the plan of its buckets as lines for the log."""
+    return open_sources(
+        data.train,
+        data.extra_sources or (),
+        buckets,
+        count=data.synthetic_clips,
+        batch_size=optimization.batch_size,
+        batches_per_step=processes * optimization.accumulate,
+        temporal_strides=temporal_strides,
+        sharding=data.sharding,
+        in_memory=data.in_memory,
+    )
+
+
+def open_validation_clips(data: ClipsConfig, frames: int) -> list[Tensor]:
+    """Return the clips that validations reconstruct, each 1 C T H W."""
+    fixed = open_dataset(data.validation, "eval", frames=frames, size=data.size, count=data.validation_clips)
+    return [fixed.fixed(i)["video"][None] for i in range(min(data.validation_clips, len(fixed)))]
+
+
+def record_videos(run: Path, data: ClipsConfig) -> None:
+    """Record the videos that a run is trained on; it reads no captions, so these may be corrected."""
+    digests = digest_sources(data.train, data.extra_sources or (), data.synthetic_clips)
+    kinds = ["videos"]
+    if any(name.startswith("clips.") for name in recorded_data(run)):
+        kinds.append("clips")  # earlier versions recorded hashes with captions
+    record_data(run, {kind: {name: getattr(digest, kind) for name, digest in digests.items()} for kind in kinds})
