@@ -11,15 +11,16 @@ import torch
 
 from promag.data.datasets import open_dataset
 from promag.evaluation import synthetic_scorer as scorer
-from promag.evaluation.cost import denoising, sampling, train_step
+from promag.evaluation.cost import TransformerAlone, denoising, sampling, train_step
 from promag.evaluation.prompt_accuracy import accuracies, accuracies_of_reconstructions, describe, scenes_to_score
+from promag.evaluation.speed.step import WeightUpdate
 from promag.evaluation.speed.timing import measure_in_turns
 from promag.pipelines.sampling import load_pipeline, sample_videos
 from promag.reports.demo_report import BudgetRow, ReconstructionClip, Report, SampleClip
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
 from promag.training.files import read_json_lines
-from promag.training.precision import Precision, autocast
+from promag.training.precision import Precision, autocast, choose_precision
 from promag.training.run import provenance
 
 from .config import DemoConfig, stage_folder, video_folder
@@ -129,10 +130,12 @@ def measure_seconds(config: DemoConfig, pipe: Any, prompts: Sequence[str]) -> Se
     size: dict[str, Any] = {"frames": config.frames, "height": config.size, "width": config.size}
     batch, steps, count = config.diffusion.batch_size, config.steps, len(prompts)
     trained, transformer = copy.deepcopy(pipe.transformer), pipe.transformer
+    precision = choose_precision(config.precision, trained.device)
+    update = WeightUpdate(TransformerAlone(trained), config.diffusion, precision)
     training, denoised, sampled = {}, {}, {}
     for ratio in config.ratios:
         options = {**size, "ratio": ratio, "precision": config.precision}
-        training[ratio] = train_step(trained, **options, batch_size=batch, optimization=config.diffusion)
+        training[ratio] = train_step(trained, **options, batch_size=batch, update=update)
         denoised[ratio] = denoising(transformer, **options, steps=steps, videos=count)
         sampled[ratio] = sampling(pipe, list(prompts), steps, config.guidance, ratio, config.precision)
     return {

@@ -26,10 +26,11 @@ from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames
 from promag.training.compilation import compile_blocks
 from promag.training.device import best_device
 from promag.training.loop import Objective
-from promag.training.optimizers import OptimizationConfig, make_optimizers
-from promag.training.precision import DTYPES, Precision, autocast, choose_precision
+from promag.training.optimizers import OptimizationConfig, muon_flops
+from promag.training.precision import DTYPES, Chosen, Precision, autocast, choose_precision
 
 from .budgets import Budget
+from .speed.step import WeightUpdate
 from .speed.timing import MIB, free_bytes, measure_in_turns, peak_bytes
 
 TEXT_TOKENS = 24  # of the random text, from each text encoder
@@ -59,24 +60,21 @@ def train_step(
     width: int,
     ratio: int,
     batch_size: int,
-    optimization: OptimizationConfig | None,
+    update: WeightUpdate | None,
     spatial: int = SPATIAL_RATIO,
     precision: Precision = "auto",
 ) -> Callable[[], None]:
-    """Return a call that does one training step on random latents and text, with the optimisers of `optimization`.
+    """Return a call that does one training step on random latents and text, ending with `update` of the transformer.
 
-    With `optimization` None it ends with the gradients: forward and backward alone. The weights of `transformer` change:
-    pass a copy.
+    With `update` None it ends with the gradients: forward and backward alone.
     """
-    chosen = choose_precision(precision, transformer.device)
-    optimizers = make_optimizers(TransformerAlone(transformer), optimization, chosen) if optimization else []
     text_tokens = [TEXT_TOKENS] * len(transformer.text_dims)
     loss = random_loss(transformer, frames, height, width, ratio, batch_size, text_tokens, spatial, precision)
 
     def step() -> None:
         loss().backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        if update:
+            update()
         transformer.zero_grad()
 
     return step
@@ -200,15 +198,23 @@ class BudgetCosts:
     type. Raises ValueError for a configuration without a transformer of its own.
     """
 
-    def __init__(self, budgets: Sequence[Budget], config: DiffusionConfig, height: int, width: int):
+    def __init__(
+        self,
+        budgets: Sequence[Budget],
+        config: DiffusionConfig,
+        height: int,
+        width: int,
+        device: torch.device | None = None,
+    ):
         if config.model is None:
             raise ValueError("model null: a configuration with a transformer of its own is needed")
         self.optimization: OptimizationConfig = config.optimization
-        self.height, self.width, self.device = height, width, best_device()
-        self.precision: Precision = choose_precision(config.precision, self.device)
+        self.height, self.width, self.device = height, width, device or best_device()
+        self.precision: Chosen = choose_precision(config.precision, self.device)
         self.patch: tuple[int, int, int] = tuple(config.model.patch_size)  # pyright: ignore[reportAttributeAccessIssue]
         self.budgets = [b for b in budgets if b.tokens(LENGTHS[0], height, width, self.patch) is not None]
         self.attention, self._models = "", {}
+        self._updates: dict[int, WeightUpdate] = {}
         for channels in dict.fromkeys(budget.channels for budget in self.budgets):
             torch.manual_seed(config.seed)
             text: dict[str, Any] = {"text_dim": config.text.width, "pooled_dim": config.text.width}
@@ -221,6 +227,11 @@ class BudgetCosts:
     def parameters(self, budget: Budget) -> int:
         """Return the transformer's number of weights."""
         return sum(p.numel() for p in self._models[budget.channels].parameters())
+
+    def muon_gflops(self, budget: Budget) -> float:
+        """Return the arithmetic of Muon in a step; 0 where AdamW trains all."""
+        matrices = hidden_matrices(self._models[budget.channels]) if self.optimization.muon_learning_rate else []
+        return sum(muon_flops(*matrix.shape) for matrix in matrices) / 1e9
 
     def tokens(self, budget: Budget, frames: int) -> int:
         """Return the tokens of a clip."""
@@ -239,9 +250,16 @@ class BudgetCosts:
             self._models[budget.channels],
             **budget.size(frames, self.height, self.width),
             batch_size=batch,
-            optimization=self.optimization if optimize else None,
+            update=self._update(budget) if optimize else None,
             precision=self.precision,
         )
+
+    def _update(self, budget: Budget) -> WeightUpdate:
+        """Return the one update of a transformer, whose moments and averages all its budgets share."""
+        if budget.channels not in self._updates:
+            objective = TransformerAlone(self._models[budget.channels])
+            self._updates[budget.channels] = WeightUpdate(objective, self.optimization, self.precision)
+        return self._updates[budget.channels]
 
     def denoising(self, budget: Budget, frames: int, steps: int, videos: int = 1) -> Callable[[], None]:
         """Return a call that denoises videos with guidance."""

@@ -21,16 +21,6 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def resident(figure: str = "VmRSS") -> int:
-    """Return the bytes that this process holds; with "VmHWM" the most it has held. Linux alone has these figures.
-
-    getrusage's ru_maxrss is no such figure: a new process starts with its parent's there.
-    """
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{figure}:"))
-    return int(line.split()[1]) * 1024
-
-
 @dataclass
 class Memory:
     """Bytes that all processes of a tree hold: at first, and at most."""

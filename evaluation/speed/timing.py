@@ -2,15 +2,30 @@
 
 import itertools
 import os
+import resource
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from promag.training.device import best_device
+
 Key = TypeVar("Key")
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call over several rounds: median, the lower and the upper quartile; and the median of CPU seconds."""
+
+    median: float
+    quartiles: tuple[float, float]
+    cpu: float
+    rounds: int
 
 
 def measure_in_turns(
@@ -20,23 +35,45 @@ def measure_in_turns(
 
     `clock` may return an array, the times of several clocks: then the medians are arrays too.
     """
-    times: dict[Key, list[Any]] = {key: [] for key in calls}
     for call in calls.values():
         call()
+    medians = {key: np.median(times, axis=0) for key, times in times_in_turns(calls, rounds, clock).items()}
+    return {key: value if np.ndim(value) else float(value) for key, value in medians.items()}
+
+
+def timings_in_turns(calls: Mapping[Key, Callable[[], Any]], rounds: int, until: float | None = None) -> dict[Key, Timing]:
+    """Time calls that are warm already in turns, `rounds` times or, once `until` (perf_counter's) has passed, fewer."""
+    timings = {}
+    for key, times in times_in_turns(calls, rounds, _clocks, until).items():
+        wall, cpu = np.array(times).T
+        lower, median, upper = np.quantile(wall, (0.25, 0.5, 0.75)).tolist()
+        timings[key] = Timing(median, (lower, upper), float(np.median(cpu)), len(times))
+    return timings
+
+
+def times_in_turns(
+    calls: Mapping[Key, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], Any] = time.perf_counter,
+    until: float | None = None,
+) -> dict[Key, list[Any]]:
+    """Return what `clock` counts in each round of each call, without a warm-up; at least one round whatever `until`."""
+    times: dict[Key, list[Any]] = {key: [] for key in calls}
     _wait()  # else the first round would wait for the warm-up
-    for _ in range(rounds):
+    for done in range(rounds):
+        if done and until is not None and time.perf_counter() > until:
+            break
         for key, call in calls.items():
             started = clock()
             call()
             _wait()
             times[key].append(clock() - started)
-    medians = {key: np.median(values, axis=0) for key, values in times.items()}
-    return {key: value if np.ndim(value) else float(value) for key, value in medians.items()}
+    return times
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
+def peak_bytes(call: Callable[[], Any], device: torch.device | None = None) -> int:
     """Return the most memory that tensors take while `call` runs, beyond what was there before: call it once to warm up."""
-    if torch.cuda.is_available():
+    if (device or best_device()).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
@@ -57,6 +94,22 @@ def free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def resident(figure: str = "VmRSS") -> int:
+    """Return the bytes that this process holds; with "VmHWM" the most it has held. Linux alone has these figures.
+
+    getrusage's ru_maxrss is no such figure: a new process starts with its parent's there.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{figure}:"))
+    return int(line.split()[1]) * 1024
+
+
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _clocks() -> np.ndarray:
+    """Return the seconds of the clock, and of the CPU: this process's and its ended children's, to the microsecond."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return np.array([time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used)])

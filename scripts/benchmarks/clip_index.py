@@ -20,7 +20,8 @@ from promag.data.epochs import EpochPlan
 from promag.data.shards.index import ShardRow, open_shards
 from promag.data.shards.reader import ALLOW_PIPES
 from promag.data.shards.stream import ShardedClips, Sharding
-from promag.scripts._memory import in_new_process, resident
+from promag.evaluation.speed.timing import resident
+from promag.scripts._memory import in_new_process
 from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result

@@ -21,7 +21,8 @@ from promag.data.clip_index import load_clips
 from promag.data.scenes import check_scenes, scan
 from promag.data.video import frame_times, pick_by_time, read_frames, write_video
 from promag.data.video.container import open_container
-from promag.scripts._memory import in_new_process, resident, run_command
+from promag.evaluation.speed.timing import resident
+from promag.scripts._memory import in_new_process, run_command
 from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result

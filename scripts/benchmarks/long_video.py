@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from promag.data.video import frame_times, read_frames, write_video
-from promag.scripts._memory import in_new_process, resident, run_command
+from promag.evaluation.speed.timing import resident
+from promag.scripts._memory import in_new_process, run_command
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio

@@ -70,7 +70,7 @@ def test_definitions_in_other_subpackages_lead_to_real_files(places):
         for file, name, home in (
             ("scripts/evaluate_tokenizer.py", "check_frames", "tokenizer/geometry.py"),
             ("pipelines/sampling.py", "UserError", "training/config.py"),
-            ("scripts/benchmarks/transformer.py", "BudgetCosts", "evaluation/cost.py"),
+            ("scripts/compare_budgets.py", "BudgetCosts", "evaluation/cost.py"),
         ):
             assert server.definition(place.root / file, name) == [(place.root / home).as_uri()]
     finally:

@@ -1,17 +1,14 @@
-"""The benchmarks at their smallest size; that of autoencoders has its own file."""
+"""The benchmarks of memory and of long films at their smallest size."""
 
 import json
 
 import numpy as np
 import pytest
 
-from promag.scripts._memory import in_new_process, resident, run_command
+from promag.evaluation.speed.timing import resident
+from promag.scripts._memory import in_new_process, run_command
 from promag.scripts.benchmarks import films, long_video
-from promag.scripts.benchmarks import latent_cache as benchmark_cache
-from promag.scripts.benchmarks import transformer as benchmark
 from promag.training.config import UserError
-from tests.scripts.conftest import overrides
-from tests.scripts.test_scripts import diffusion_arguments
 
 
 def test_long_video_measures_memory_and_tiles(demo_run, video_folder, tmp_path):
@@ -61,43 +58,3 @@ def test_a_new_process_has_memory_of_its_own():
 def test_a_command_that_fails_is_named():
     with pytest.raises(UserError, match=r"promag prepare-clips missing\.mp4 --out x\.jsonl: .*missing\.mp4"):
         run_command("prepare-clips", "missing.mp4", "--out", "x.jsonl")
-
-
-def test_benchmark_records_ratios_against_4x(tmp_path, capsys):
-    out = tmp_path / "cost.jsonl"
-    values = overrides({"transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}})
-    benchmark.main(
-        [
-            "--config",
-            "configs/diffusion/tiny.yaml",
-            "--record",
-            str(out),
-            "--rounds",
-            "1",
-            "--train-batch-size",
-            "1",
-            "--frames",
-            "17",
-        ]
-        + [v.replace("transformer.", "model.") for v in values]
-    )
-    line = json.loads(out.read_text())
-    assert [row["tokens"] for row in line["rows"]] == [5 * 16, 3 * 16, 2 * 16]
-    assert line["rows"][0]["train_step_speedup"] == 1
-    assert all(row["train_step_seconds"] > 0 and row["denoising_seconds"] > 0 for row in line["rows"])
-    for row in line["rows"]:  # a step has the FLOPs of its gradients, but takes longer
-        ratio = row["gradient_mfu"] / row["train_step_mfu"]
-        assert ratio == pytest.approx(row["train_step_seconds"] / row["gradient_seconds"])
-        assert 0 < row["gradient_mfu"] < 1
-
-
-def test_benchmark_cache_records_its_parts(demo_run, tmp_path, capsys):
-    out, budgets = tmp_path / "training.jsonl", [{"ratio": 16, "share": 1}, {"ratio": 4, "share": 1}]
-    arguments = diffusion_arguments(tmp_path, demo_run / "tokenizer-run" / "tokenizer", budgets=budgets)
-    benchmark_cache.main([*arguments, "--count", "8", "--rounds", "1", "--record", str(out)])
-    line = json.loads(out.read_text())
-    for clock in ("second", "cpu_second"):
-        decode, encode, cache = (line[f"{part}_frames_per_{clock}"] for part in ("decode", "encode", "cache"))
-        assert min(decode, encode, cache) > 10
-        assert line[f"cache_against_both_in_turn_{clock}"] == pytest.approx(cache * (1 / decode + 1 / encode))
-    assert str(tmp_path) not in out.read_text()

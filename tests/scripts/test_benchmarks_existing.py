@@ -8,9 +8,9 @@ from diffusers import WanTransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from promag.diffusion.flops import wan_forward_flops
-from promag.evaluation.cost import peak_bytes
 from promag.evaluation.memory import peak_live_bytes
 from promag.evaluation.published import AUTOENCODERS, TRANSFORMERS, Published
+from promag.evaluation.speed.timing import peak_bytes
 from promag.scripts.benchmarks import existing as benchmark
 from promag.tokenizer.existing import describe
 

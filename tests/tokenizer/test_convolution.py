@@ -1,18 +1,14 @@
 """The convolution of one clip by oneDNN's kernel equals F.conv3d in values, gradients, FLOPs and shapes."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from promag.scripts.benchmarks import single_clip
 from promag.tokenizer import convolution
 from promag.tokenizer.convolution import conv3d
 from promag.tokenizer.layers import CausalConv3d
-from promag.training.config import UserError
 from tests.conftest import make_tokenizer
 
 OPERATOR = "promag::conv3d_of_one"
@@ -111,20 +107,3 @@ def test_it_compiles():
     own.sum().backward()
     assert layer.weight.grad is not None
     assert float(layer.weight.grad.abs().sum()) > 0
-
-
-def test_one_clip_is_measured_both_ways(tmp_path, monkeypatch):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # read by oneDNN long ago, but recorded
-    make_tokenizer(2).save_pretrained(tmp_path / "tokenizer")
-    record = tmp_path / "cost.jsonl"
-    arguments = [str(tmp_path / "tokenizer"), "--clip-sizes", "9x16x16", "--rounds", "1", "--record", str(record)]
-    assert single_clip.main(arguments) == 0
-    results = json.loads(record.read_text())
-    assert (results["what"], results["instructions"]) == ("one clip on a CPU", "AVX2")
-    assert [(row["clip"], row["ratio"]) for row in results["rows"]] == [("9x16x16", 4), ("9x16x16", 8)]
-    for row in results["rows"]:
-        before, after = (row[f"encode_seconds_{when}"] + row[f"decode_seconds_{when}"] for when in ("before", "after"))
-        assert row["speedup"] == pytest.approx(before / after)
-    with pytest.raises(UserError, match="--clip-sizes 9x16: give FRAMESxHEIGHTxWIDTH"):
-        single_clip.main([*arguments[:2], "9x16"])
-    assert convolution.AVAILABLE

@@ -1,0 +1,93 @@
+"""What a machine can do at most: products of matrices, 3D convolutions, copies in memory, decoding of video.
+
+Each is the best of a few rounds on sizes that suit the machine: a limit to measure attained speeds by, not an average.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from promag.data.video.container import open_container
+from promag.training.precision import DTYPES, Chosen
+from promag.training.throughput import matmul_tflops
+
+ROUNDS = 6  # of which the fastest counts
+# Clips of a convolution: batch, channels, frames, height, width. The best channel count of these is the ceiling.
+ON_CPU = ((2, 64, 8, 32, 32), (2, 128, 8, 32, 32), (2, 256, 8, 16, 16))
+ON_GPU = ((4, 128, 17, 128, 128), (4, 256, 17, 64, 64), (4, 512, 17, 32, 32))
+COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes, more than any cache holds
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The limits of a machine: TFLOP/s by precision, GB/s of reading and writing together, frames/s of one thread."""
+
+    product_tflops: dict[str, float]
+    convolution_tflops: dict[str, float]
+    copy_gb_per_second: float
+    decoder_frames_per_second: float | None = None  # of 256x456, a key frame every 12
+
+    def tflops(self, kind: str, precision: str) -> float:
+        """Return the limit of a kind of arithmetic, `product` or `convolution`."""
+        return asdict(self)[f"{kind}_tflops"][precision]
+
+
+def measure_ceilings(device: torch.device, precisions: Sequence[Chosen], video: Path | None = None) -> Ceilings:
+    """Measure the limits of a device, and of decoding the file `video` on one thread of the CPU."""
+    products = {name: matmul_tflops(device, bf16=name == "bf16") for name in precisions}
+    convolutions = {name: convolution_tflops(device, DTYPES[name]) for name in precisions}
+    frames = decoder_frames_per_second(video) if video else None
+    return Ceilings(products, convolutions, copy_gb_per_second(device), frames)
+
+
+@torch.no_grad()
+def convolution_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the highest TFLOP/s of 3x3x3 convolutions over a few channel counts, in channels-last-3d."""
+    best = 0.0
+    for batch, channels, *size in ON_GPU if device.type == "cuda" else ON_CPU:
+        options: dict[str, Any] = {"memory_format": torch.channels_last_3d}
+        x = torch.ones(batch, channels, *size, dtype=dtype, device=device).contiguous(**options)
+        kernel = torch.ones(channels, channels, 3, 3, 3, dtype=dtype, device=device).contiguous(**options)
+        seconds = fastest(lambda x=x, kernel=kernel: F.conv3d(x, kernel, padding=1))
+        best = max(best, 2 * 27 * channels * x.numel() / seconds / 1e12)
+    return best
+
+
+def copy_gb_per_second(device: torch.device) -> float:
+    """Return GB/s of copying a large tensor, bytes read and bytes written both counted."""
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / fastest(lambda: target.copy_(source)) / 1e9
+
+
+def decoder_frames_per_second(path: Path) -> float:
+    """Return the frames a second of decoding a whole file on one thread, without making pictures of the frames."""
+    count = 0
+
+    def decode() -> None:
+        nonlocal count
+        with open_container(path) as video:
+            count = sum(1 for _ in video.frames())
+
+    seconds = fastest(decode, rounds=2)
+    return count / seconds
+
+
+def fastest(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Return the fewest seconds of a call over some rounds, after a warm-up."""
+    best = float("inf")
+    for round_ in range(rounds + 1):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if round_:
+            best = min(best, time.perf_counter() - started)
+    return best
