@@ -215,7 +215,7 @@ def train_diffusion(
     precision = choose_precision_once(config.precision, config.output_dir)
     config = replace(adopt(config), precision=precision)
     accelerator = make_accelerator(Path(config.output_dir), precision, config.run.trackers)
-    run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
+    run = open_run(config.output_dir, config, MAY_CHANGE, accelerator.is_main_process, (VOCABULARY,))
     splits = {"train": cached, "eval": validation}
     broadcast_from_main(lambda: record_data(run, fingerprints(config, splits)))
     by_bucket, validation_sets = (_open_latents(config, split) for split in (cached, validation))

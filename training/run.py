@@ -32,11 +32,25 @@ MACHINES = "machines.txt"
 DATA = "data.json"
 
 
-def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (), write: bool = True) -> Path:
+def open_run(
+    path: str | os.PathLike,
+    config: Any,
+    may_change: Sequence[str] = (),
+    write: bool = True,
+    made_from_data: Sequence[str] = (),
+) -> Path:
     """Create the run directory, or reopen it if it was started with the same configuration, also by an earlier version.
 
-    `may_change` lists dotted keys (or their prefixes) that do not affect what the model learns. With `write` False the
-    directory is only checked. Raises UserError naming the keys that differ.
+    A run that has saved nothing it trained, such as one that ended at a mistake in its settings, takes other settings too.
+
+    Args:
+        path: the run directory.
+        config: the resolved configuration.
+        may_change: dotted keys (or their prefixes) that do not affect what the model learns.
+        write: False only checks the directory.
+        made_from_data: files of the run that other settings make anew, beside the record of the data.
+
+    Raises UserError naming the keys that differ.
     """
     path = Path(path)
     config_file = path / "config.yaml"
@@ -48,14 +62,23 @@ def open_run(path: str | os.PathLike, config: Any, may_change: Sequence[str] = (
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not any(key == k or key.startswith(k + ".") for k in may_change)
         ]
-        if differs:
+        if differs and _has_trained(path):
             raise UserError(f"run {path} was started with other settings ({'; '.join(differs[:4])}): use another --output-dir")
+        if differs and write:
+            for name in (DATA, *made_from_data):
+                (path / name).unlink(missing_ok=True)
+            save_yaml(config_file, config)
     elif write:
         path.mkdir(parents=True, exist_ok=True)
         save_yaml(config_file, config)
     if write and (machine := _machine()) not in (before := machines_of(path)):
         write_atomically(path / MACHINES, "".join(f"{name}\n" for name in (*before, machine)))
     return path
+
+
+def _has_trained(run: Path) -> bool:
+    """Tell whether a run directory holds a checkpoint of some stage, or a model."""
+    return any(any(run.glob(f"*/{name}")) for name in ("step-*", "done.json", "config.json", "model_index.json"))
 
 
 def record_data(run: Path, data: Mapping[str, Any]) -> None:

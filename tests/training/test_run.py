@@ -24,6 +24,8 @@ from promag.training.run import (
     load_checkpoint,
     newest_checkpoint,
     open_run,
+    record_data,
+    recorded_data,
     save_checkpoint,
     sweep,
     thin_out,
@@ -282,11 +284,29 @@ def test_metrics_after_the_resumed_checkpoint_are_removed(tmp_path):
 
 def test_a_run_keeps_its_settings(tmp_path):
     open_run(tmp_path / "r", SETTINGS)
+    (tmp_path / "r/4x/step-00000002").mkdir(parents=True)
     open_run(tmp_path / "r", SETTINGS)
     changed = dataclasses.replace(SETTINGS, steps=9, learning_rate=1.0)
     with pytest.raises(UserError, match=r"learning_rate is 0.05 there, 1.0 now; steps is 4 there, 9 now"):
         open_run(tmp_path / "r", changed)
     open_run(tmp_path / "r", changed, may_change=("steps", "learning_rate"))
+
+
+def test_a_run_that_has_trained_nothing_takes_other_settings_and_data(tmp_path):
+    run = open_run(tmp_path / "r", SETTINGS)
+    record_data(run, {"videos": "one"})
+    for name in ("vocabulary.json", "notes.txt"):
+        (run / name).write_text("kept?")
+    changed = dataclasses.replace(SETTINGS, steps=9)
+    open_run(run, changed, write=False)
+    assert recorded_data(run) == {"videos": "one"}
+    open_run(run, changed, made_from_data=("vocabulary.json",))
+    record_data(run, {"videos": "another"})
+    assert [name for name in ("vocabulary.json", "notes.txt") if (run / name).exists()] == ["notes.txt"]
+    (run / "4x").mkdir()
+    (run / "4x" / "done.json").write_text("{}")
+    with pytest.raises(UserError, match="steps is 9 there, 4 now"):
+        open_run(run, SETTINGS)
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_newer_settings(tmp_path):
@@ -296,6 +316,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_newer_settings
     older = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "muon_learning_rate"}
     file.write_text(yaml.safe_dump(older))
     open_run(tmp_path / "r", defaults)
+    (tmp_path / "r/4x/step-00000002").mkdir(parents=True)
     with pytest.raises(UserError, match=r"muon_learning_rate is None there, 0\.01 now"):
         open_run(tmp_path / "r", dataclasses.replace(SETTINGS, muon_learning_rate=0.01))
 
