@@ -133,9 +133,9 @@ class ProMAGPipeline(Carded, Decoding, SafetensorsOnly, DiffusionPipeline, LoraL
             tokenizer_2=tokenizer_2, text_encoder_2=text_encoder_2, tokenizer_3=tokenizer_3, text_encoder_3=text_encoder_3
         )
         trained = DEFAULTS if transformer is None else {**DEFAULTS, **(transformer.config["sample_defaults"] or {})}
-        self.register_to_config(**VideoShape.of(trained, height, width, num_frames, temporal_ratio, fps)._asdict())
+        shape = VideoShape.of(trained, height, width, num_frames, temporal_ratio, fps)
         steps, guidance = steps_and_guidance(trained, num_inference_steps, guidance_scale)
-        self.register_to_config(num_inference_steps=steps, guidance_scale=guidance)
+        self.register_to_config(**shape._asdict(), num_inference_steps=steps, guidance_scale=guidance)
         self._state_defaults()
         self.video_processor = VideoProcessor(vae_scale_factor=vae.spatial_compression_ratio if vae else 8)
 
@@ -222,11 +222,19 @@ class ProMAGPipeline(Carded, Decoding, SafetensorsOnly, DiffusionPipeline, LoraL
             given = NULL_CAPTION if negative_prompt is None else negative_prompt
             given = [given] * len(text.tokens[0]) if isinstance(given, str) else given
             negative = self._encode(given, max_sequence_length)
-        device = device or self._execution_device
-        encoded = unpack(repeat_for_videos(text, num_videos_per_prompt, device))
-        if negative is None:
-            return (*encoded, None, negative_prompt_attention_mask, negative_pooled_prompt_embeds)
-        return (*encoded, *unpack(repeat_for_videos(negative, num_videos_per_prompt, device)))
+        count, device = num_videos_per_prompt, device or self._execution_device
+        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(repeat_for_videos(text, count, device))
+        if negative is not None:
+            negative = repeat_for_videos(negative, count, device)
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = unpack(negative)
+        return (
+            prompt_embeds,
+            prompt_attention_mask,
+            pooled_prompt_embeds,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            negative_pooled_prompt_embeds,
+        )
 
     def _encode(self, prompts: list[str], max_sequence_length: int | Sequence[int] | None) -> Embedded:
         pairs = [(getattr(self, f"tokenizer{n}"), getattr(self, f"text_encoder{n}")) for n in ("", "_2", "_3")]
@@ -323,8 +331,7 @@ class ProMAGPipeline(Carded, Decoding, SafetensorsOnly, DiffusionPipeline, LoraL
         check_budget(ratio, self.vae, self.transformer)
         check_options(output_type, attention_kwargs)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        base_ahead = self.transformer.config["base_ahead"]
-        check_flow(self.scheduler, base_ahead)
+        check_flow(self.scheduler, base_ahead := self.transformer.config["base_ahead"])
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
         check_size(*size, spatial * max(patch[1:]))
         token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch))
@@ -357,14 +364,13 @@ class ProMAGPipeline(Carded, Decoding, SafetensorsOnly, DiffusionPipeline, LoraL
         check_generators(generator, len(prompts))
         given = self._conditioning_latents(image, video, size, shape, num_videos_per_prompt, ratio, device)
         times = set_flow_times(self.scheduler, num_inference_steps, token_count, device, denoise_strength)
-        steps = len(times) - 1
+        steps = self._num_timesteps = len(times) - 1
         timesteps = self.scheduler.timesteps[len(self.scheduler.timesteps) - steps :]
         start = None if latents is None else latents.to(device, torch.float32)
         x = first_noise(shape, generator, device) if start is None or denoise_strength < 1 else start
         if start is not None and denoise_strength < 1:
             start = self.transformer.normalise(start, ratio)
             x = interpolate(start, x, times[:1], base_ahead) if steps else start
-        self._num_timesteps = steps
         calls = itertools.count()
 
         def predict(x: Tensor, time: Tensor) -> Tensor:
@@ -372,9 +378,8 @@ class ProMAGPipeline(Carded, Decoding, SafetensorsOnly, DiffusionPipeline, LoraL
                 raise StopSampling
             call = next(calls)
             self._current_timestep = timesteps[call]
-            with self.transformer.cache_context(
-                "cond_uncond", step_index=call, sigma=times[call].item(), num_inference_steps=steps
-            ):
+            context = {"step_index": call, "sigma": times[call].item(), "num_inference_steps": steps}
+            with self.transformer.cache_context("cond_uncond", **context):
                 return self._predict(x, time, prompts, ratio, video_shape.fps)
 
         progress: Any = self.progress_bar  # its decorator hides its arguments from type checkers

@@ -64,15 +64,15 @@ def test_embeddings_lose_their_padding(folder):
     assert not torch.allclose(unmasked, latents[0], atol=1e-3)
 
 
-def test_a_folder_without_settings_has_the_defaults_of_the_published_models(folder, tmp_path):
+def test_a_folder_without_settings_has_the_shape_of_the_published_models_and_our_steps(folder, tmp_path):
     make_stock().save_pretrained(tmp_path)
     pipe = open_pipeline(tmp_path)
     assert pipe.config == {
         **{"height": 480, "width": 832, "num_frames": 81, "fps": 16.0, "temporal_ratios": (), "max_sequence_length": 512},
-        "temporal_ratio": 4,
+        **{"temporal_ratio": 4, "num_inference_steps": 30, "guidance_scale": 4.0},
     }
     values = json.loads((folder / SETTINGS).read_text())
-    assert values == {**SHAPE, "temporal_ratios": [4]}
+    assert values == {**SHAPE, "temporal_ratios": [4], "num_inference_steps": 30, "guidance_scale": 4.0}
 
 
 def test_prompt_accuracy_is_measured(folder):
