@@ -1,12 +1,22 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first; nothing but Python 3.11+ and make is needed.
+# `make demo` and `make test` set up .venv first; nothing but Python 3.11+ and make is needed.
+# `make gpu` measures on a machine that has PyTorch and no network: the other packages come as wheels, from `make wheels WHEELS=DIR`.
 PYTHON ?= python3
 VIDEOS ?=
 RECORD ?=
 RUN ?= runs/demo
+WHEELS ?=
+OUT ?= runs/gpu
+DEVICE ?= cuda
+COMMIT ?=
+# Minutes of the suites; with the tests before them the whole call takes eight at most.
+MINUTES ?= 6
+SUITES ?= train tokenizer transformer sampling data
+# What a CPU measures is the smallest there is, to see that the call works.
+SETTINGS ?= $(if $(filter cpu,$(DEVICE)),--quick --presets tiny --precision fp32,--compile --peers --precision bf16 --rounds 4)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint gpu wheels setup clean
 
 demo: setup
 	$(BIN)/promag demo --config demo --output-dir $(RUN) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(RECORD),--record "$(RECORD)")
@@ -19,6 +29,22 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/typing_stubs.py
 	$(BIN)/pyright
+
+# Each command goes on after the one before it failed; the status is that of all.
+gpu: export PYTHONPATH := $(CURDIR)/runs/packages:$(CURDIR):$(PYTHONPATH)
+gpu: export HF_HUB_OFFLINE := 1
+gpu:
+	mkdir -p "$(OUT)"
+	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target runs/packages "$(WHEELS)"/*.whl)
+	status=0; \
+	timeout 120 $(PYTHON) -m pytest tests/test_cuda.py > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
+	tail -n 3 "$(OUT)/tests.txt"; \
+	timeout $$(( $(MINUTES) * 60 + 50 )) $(PYTHON) -m promag benchmark speed $(SUITES) --device $(DEVICE) $(SETTINGS) \
+		--minutes $(MINUTES) $(if $(COMMIT),--commit $(COMMIT)) --record "$(OUT)/speed.jsonl" || status=$$?; \
+	exit $$status
+
+wheels: setup
+	$(BIN)/python .ci/wheels.py "$(WHEELS)"
 
 setup: $(VENV)/.installed
 
