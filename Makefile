@@ -35,7 +35,7 @@ gpu: export PYTHONPATH := $(CURDIR)/runs/packages:$(CURDIR):$(PYTHONPATH)
 gpu: export HF_HUB_OFFLINE := 1
 gpu:
 	mkdir -p "$(OUT)"
-	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target runs/packages "$(WHEELS)"/*.whl)
+	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target runs/packages "$(WHEELS)"/*.whl)
 	status=0; \
 	timeout 120 $(PYTHON) -m pytest tests/test_cuda.py > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
 	tail -n 3 "$(OUT)/tests.txt"; \

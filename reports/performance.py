@@ -258,13 +258,14 @@ def _sampling(cases: Sequence[Line]) -> str:
             case["settings"]["model"] + (", compiled" if case["settings"]["compiled"] else ""),
             case["settings"]["precision"],
             case["settings"]["steps"],
+            case["settings"].get("decoder"),
             f"{case['settings']['ratio']}x",
             case["seconds"] / case["count"],
             f"{case['speedup']:.2f}" if case.get("speedup") else None,
         )
         for case in cases
     ]
-    heads = ("pipeline", "precision", "steps", "ratio", "seconds a video", "times as fast as the first ratio")
+    heads = ("pipeline", "precision", "steps", "decoder", "ratio", "seconds a video", "times as fast as the first ratio")
     return _table(heads, rows)
 
 

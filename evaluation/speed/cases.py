@@ -69,6 +69,8 @@ class Options:
     batch_size: int | None = None
     peers: tuple[str, ...] = ()
     pipeline: str = "checkpoints/tiny-video"
+    tiny_decoder: str | None = None  # its folder, "" for the pipeline's own; None measures none
+    guidance: float = 4.0
     tokenizer: str = "checkpoints/tiny"
     steps: tuple[int, ...] = (24, 8, 4)
     count: int = 64

@@ -1,6 +1,7 @@
-"""Suite `sampling`: a whole call of a pipeline, from a prompt to pixels, by temporal ratio and number of steps."""
+"""Suite `sampling`: a whole call of a pipeline, from a prompt to pixels, by temporal ratio, number of steps and decoder."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from promag.evaluation.cost import sampling
 from promag.evaluation.sampling_cost import sampling_cost
@@ -12,39 +13,58 @@ from promag.training.precision import Chosen
 from .cases import Group, Job, Options
 
 PROMPT = "a red disc moves left"
-GUIDANCE = 4.0
+OWN, TINY = "tokenizer", "tiny"  # decoders
 
 
 def groups(options: Options) -> list[Group]:
-    """Return a group for each number of steps, precision and way to run; raises UserError for a pipeline that is not there."""
-    pipe = load_pipeline(options.pipeline)
-    ratios = [ratio for ratio in trained_ratios(pipe) if ratio in options.ratios]
-    if not ratios:
-        raise UserError(f"--ratios {list(options.ratios)}: {options.pipeline} was trained at {list(trained_ratios(pipe))}")
+    """Return a group for each number of steps, precision and way to run; raises UserError for what cannot sample."""
+    decoders = (OWN,) if options.tiny_decoder is None else (OWN, TINY)
+    ratios: list[int] = []
+    for decoder in decoders:
+        pipe = _load(decoder, options)
+        ratios = [ratio for ratio in trained_ratios(pipe) if ratio in options.ratios]
+        if not ratios:
+            trained = list(trained_ratios(pipe))
+            raise UserError(f"--ratios {list(options.ratios)}: {options.pipeline} was trained at {trained}")
+    cases = [(decoder, ratio) for decoder in decoders for ratio in ratios]
     return [
-        _group(ratios, steps, precision, compiled, options)
+        _group(cases, steps, precision, compiled, options)
         for precision in options.precisions
         for steps in options.steps
         for compiled in options.compiled
     ]
 
 
-def _group(ratios: Sequence[int], steps: int, precision: Chosen, compiled: bool, options: Options) -> Group:
+def _load(decoder: str, options: Options) -> Any:
+    """Return the pipeline, with the tiny decoder where that is asked for; raises UserError where it has none."""
+    pipe = load_pipeline(options.pipeline)
+    if decoder == TINY:
+        try:
+            pipe.enable_tiny_decoder(options.tiny_decoder or None)
+        except (ValueError, UserError) as error:
+            raise UserError(f"--tiny-decoder {options.tiny_decoder}".rstrip() + f": {error}") from None
+    return pipe.to(options.device)
+
+
+def _group(cases: Sequence[tuple[str, int]], steps: int, precision: Chosen, compiled: bool, options: Options) -> Group:
     videos = options.batch_size or 1
 
     def build() -> Sequence[Job]:
-        pipe = load_pipeline(options.pipeline).to(options.device)
+        pipes = {decoder: _load(decoder, options) for decoder in dict.fromkeys(decoder for decoder, _ in cases)}
         if compiled:
-            compile_blocks(pipe.transformer)
-        frames, jobs = pipe.config["num_frames"], []
-        for ratio in ratios:
-            cost = sampling_cost(pipe, ratio, frames, steps, GUIDANCE)
-            call = sampling(pipe, [PROMPT] * videos, steps, GUIDANCE, ratio, precision)
-            facts = {"tokens": cost.tokens, "denoising_gflop": videos * cost.flops / 1e9}
-            jobs.append(Job(call, videos, None, facts))
+            for pipe in pipes.values():
+                compile_blocks(pipe.transformer)
+        jobs = []
+        for decoder, ratio in cases:
+            pipe = pipes[decoder]
+            cost = sampling_cost(pipe, ratio, pipe.config["num_frames"], steps, options.guidance)
+            call = sampling(pipe, [PROMPT] * videos, steps, options.guidance, ratio, precision)
+            jobs.append(Job(call, videos, None, {"tokens": cost.tokens, "denoising_gflop": videos * cost.flops / 1e9}))
         return jobs
 
     name = "/".join(options.pipeline.rstrip("/").split("/")[-2:])
-    common = {"part": f"{steps} steps", "model": name, "steps": steps, "guidance": GUIDANCE, "videos": videos}
-    settings = [{**common, "ratio": ratio, "precision": precision, "compiled": compiled} for ratio in ratios]
+    common = {"part": f"{steps} steps", "model": name, "steps": steps, "guidance": options.guidance, "videos": videos}
+    settings = [
+        {**common, "ratio": ratio, "decoder": decoder, "precision": precision, "compiled": compiled} for decoder, ratio in cases
+    ]
     return Group("sampling", settings, build, None, 0 if steps == min(options.steps) else 1)

@@ -87,6 +87,14 @@ def _parser() -> Parser:
     share(parser, "--train-batch-size", default=None, help="clips in a training step; left out: by preset and device")
     share(parser, "--batch-size", default=None, help="videos denoised or sampled at once; left out: by preset and device")
     parser.add_argument("--pipeline", default="checkpoints/tiny-video", help="folder of the pipeline that samples")
+    parser.add_argument(
+        "--tiny-decoder",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="sample with a tiny decoder too: that of a folder, or without one the pipeline's own",
+    )
+    share(parser, "--guidance")
     parser.add_argument("--tokenizer", default="checkpoints/tiny", help="folder of the tokenizer whose latents are cached")
     share(parser, "--steps", nargs="+", default=[24, 8, 4], help="numbers of denoising steps")
     share(parser, "--count", help="clips that are loaded and cached")
@@ -122,6 +130,8 @@ def _options(arguments: argparse.Namespace) -> Options:
         batch_size=arguments.batch_size,
         peers=tuple(peers),
         pipeline=arguments.pipeline,
+        tiny_decoder=arguments.tiny_decoder,
+        guidance=arguments.guidance,
         tokenizer=arguments.tokenizer,
         steps=tuple(arguments.steps),
         count=arguments.count,

@@ -110,8 +110,8 @@ def test_limits_denoising_sampling_and_data_have_their_rows():
     ]
     denoising = line("transformer", 0.8, settings={"part": "denoising"}, count=16, speedup=3.0)
     assert rows(table("denoising", [denoising]))[2] == ["tiny, 65x64x64", "fp32", "4x", "8", "50", "3.00"]
-    sampled = line("sampling", 3.0, settings={"part": "4 steps", "steps": 4, "model": "p"}, count=1)
-    assert rows(table("sampling", [sampled]))[2] == ["p", "fp32", "4", "4x", "3"]
+    sampled = line("sampling", 3.0, settings={"part": "4 steps", "steps": 4, "model": "p", "decoder": "tiny"}, count=1)
+    assert rows(table("sampling", [sampled]))[2] == ["p", "fp32", "4", "tiny", "4x", "3"]
     loaded = line("data", 0.5, settings={"part": "loading", "reader": "loader", "workers": 2}, count=100, speedup=0.5)
     assert rows(table("data", [loaded]))[2] == ["loading, loader", "2", "200", "0.50"]
     level = line("train", 0.5, settings={"stage": "8x", "model": "tokenizer tiny"}, share_of_limit=0.4, peak_mib=9.0)

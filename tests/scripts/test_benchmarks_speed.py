@@ -15,6 +15,7 @@ from promag.diffusion.flops import training_flops
 from promag.evaluation.speed import ceilings
 from promag.evaluation.speed.subjects import PEERS, peer_subject
 from promag.scripts.benchmarks.speed import main
+from promag.tokenizer.tiny_decoder import TinyDecoder
 from promag.training import compilation
 from promag.training.config import UserError
 from tests.conftest import make_tokenizer
@@ -159,12 +160,19 @@ def test_gradients_and_denoising_are_measured_by_ratio(diffusion_preset, tmp_pat
         assert (training["count"], denoising["count"]) == (1, 8)
 
 
-def test_a_pipeline_samples_in_few_and_more_steps(tmp_path):
-    make_pipeline().save_pretrained(tmp_path / "pipe")
-    lines = run(tmp_path / "speed.jsonl", "sampling", "--pipeline", tmp_path / "pipe", "--steps", 2, 1)
-    assert settings(lines, "steps", "ratio") == [(1, 4), (1, 16), (2, 4), (2, 16)]
-    assert lines[2]["denoising_gflop"] == pytest.approx(2 * lines[0]["denoising_gflop"])
+def test_a_pipeline_samples_in_few_and_more_steps_by_both_decoders(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    TinyDecoder(pipe.vae.temporal_ratios, (4, 4, 4), width=8, layers=1).save_pretrained(tmp_path / "decoder")
+    words = ["--pipeline", tmp_path / "pipe", "--tiny-decoder", tmp_path / "decoder", "--steps", 2, 1]
+    lines = run(tmp_path / "speed.jsonl", "sampling", *words)
+    cases = [(decoder, ratio) for decoder in ("tokenizer", "tiny") for ratio in (4, 16)]
+    assert settings(lines, "steps", "decoder", "ratio") == [(steps, *case) for steps in (1, 2) for case in cases]
+    assert lines[4]["denoising_gflop"] == pytest.approx(2 * lines[0]["denoising_gflop"])
+    assert lines[3]["baseline"] == {"ratio": 4, "decoder": "tokenizer"}
     assert str(tmp_path.parent) not in (tmp_path / "speed.jsonl").read_text()
+    with pytest.raises(UserError, match="--tiny-decoder: enable_tiny_decoder: this pipeline was made without one"):
+        main(["sampling", "--pipeline", str(tmp_path / "pipe"), "--tiny-decoder", "--precision", "fp32"])
 
 
 def test_reading_loading_and_caching_stand_beside_the_decoder_alone(tmp_path):
