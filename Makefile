@@ -8,8 +8,8 @@ WHEELS ?=
 OUT ?= runs/gpu
 DEVICE ?= cuda
 COMMIT ?=
-# Minutes of the suites; with the tests before them the whole call takes eight at most.
-MINUTES ?= 6
+# Minutes of the suites; with the tests before them and the last group of cases the whole call takes eight at most.
+MINUTES ?= 5
 SUITES ?= train tokenizer transformer sampling data
 # What a CPU measures is the smallest there is, to see that the call works.
 SETTINGS ?= $(if $(filter cpu,$(DEVICE)),--quick --presets tiny --precision fp32,--compile --peers --precision bf16 --rounds 4)
@@ -37,7 +37,7 @@ gpu:
 	mkdir -p "$(OUT)"
 	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target runs/packages "$(WHEELS)"/*.whl)
 	status=0; \
-	timeout 120 $(PYTHON) -m pytest tests/test_cuda.py > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
+	timeout 90 $(PYTHON) -m pytest tests/test_cuda.py > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
 	tail -n 3 "$(OUT)/tests.txt"; \
 	timeout $$(( $(MINUTES) * 60 + 50 )) $(PYTHON) -m promag benchmark speed $(SUITES) --device $(DEVICE) $(SETTINGS) \
 		--minutes $(MINUTES) $(if $(COMMIT),--commit $(COMMIT)) --record "$(OUT)/speed.jsonl" || status=$$?; \
