@@ -35,7 +35,7 @@ LOADS = {
     "cpu": {"tiny": Load(64, 16, 8), "small": Load(128, 4, 1), "base": Load(128, 1, 1)},
     "cuda": {"tiny": Load(64, 256, 64), "small": Load(128, 64, 16), "base": Load(256, 4, 4)},
 }
-RANKS = {"cpu": {"tiny": 0, "base": 2}, "cuda": {"base": 0, "tiny": 2}}  # most telling first
+RANKS = {"cpu": {"tiny": 0, "base": 2}, "cuda": {"base": 0, "small": 0, "tiny": 2}}  # of whole steps; their parts follow
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _gradients(one: Measured, options: Options) -> Group:
         ]
 
     settings = [one.settings(options, "gradients", ratio, clips) for ratio in options.ratios]
-    return Group("transformer", settings, build, "product", one.rank)
+    return Group("transformer", settings, build, "product", one.rank + 1)
 
 
 def _denoising(one: Measured, options: Options) -> Group:
@@ -130,4 +130,4 @@ def _denoising(one: Measured, options: Options) -> Group:
         ]
 
     settings = [one.settings(options, "denoising", ratio, videos) | {"steps": DENOISING_STEPS} for ratio in options.ratios]
-    return Group("transformer", settings, build, "product", one.rank)
+    return Group("transformer", settings, build, "product", one.rank + 1)
