@@ -30,6 +30,9 @@ from .inputs import check_latents
 from .layers import START, Block, CausalConv3d, ChannelNorm, ResBlock, State, Upsample, is_first, zero_init
 
 
+EXPANSION = 4  # hidden channels of the last layer's perceptron, over those of the others
+
+
 class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
     """Decodes the latents of a tokenizer at each of its ratios, whole or chunk by chunk, in a fraction of its decoder's time.
 
@@ -55,7 +58,7 @@ class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
         spatial_ratio: int = 8,
         out_channels: int = 3,
         width: int = 64,
-        layers: int = 3,
+        layers: int = 2,
     ):
         super().__init__()
         _check_settings(temporal_ratios, latent_channels, min(spatial_ratio, out_channels, width, layers))
@@ -81,7 +84,7 @@ class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
 
     def hidden_kernels(self) -> list[nn.Parameter]:
         """Return the convolution kernels that map hidden features to hidden features, not those at pixels and latents."""
-        hidden = (self.doubling, self.blocks, self.to_pairs)
+        hidden = (self.doubling, self.blocks, self.to_pairs, self.unfold.expand)
         return [p for modules in hidden for p in modules.parameters() if p.ndim > 1]
 
     @torch.no_grad()
@@ -156,7 +159,7 @@ def load_tiny_decoder(folder: str | os.PathLike) -> TinyDecoder:
 
 
 class Unfold(Block):
-    """norm - SiLU - 1x1x1 convolution beside a linear one, whose channels become `time` frames of `space` x `space` pixels.
+    """A perceptron of each position beside a linear map, whose channels become `time` frames of `space` x `space` pixels.
 
     The first time - 1 frames are dropped, so the first frame stays alone.
     """
@@ -164,14 +167,16 @@ class Unfold(Block):
     def __init__(self, channels_in: int, channels_out: int, time: int, space: int):
         super().__init__()
         self.time, self.space = time, space
+        pixels, hidden = channels_out * time * space**2, EXPANSION * channels_in
         self.norm = ChannelNorm(channels_in)
-        self.conv = CausalConv3d(channels_in, channels_out * time * space**2, 1)
-        self.skip = CausalConv3d(channels_in, channels_out * time * space**2, 1)
+        self.expand = CausalConv3d(channels_in, hidden, 1)
+        self.conv = CausalConv3d(hidden, pixels, 1)
+        self.skip = CausalConv3d(channels_in, pixels, 1)
         zero_init(self.conv)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+N h w -> B C' 1+t*N H W."""
-        h = self.conv(F.silu(self.norm(x)))[0] + self.skip(x)[0]
+        h = self.conv(F.silu(self.expand(self.norm(x))[0]))[0] + self.skip(x)[0]
         h = rearrange(h, "b (c u p q) t h w -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
         return (h[:, :, self.time - 1 :] if is_first(state) else h), None if state is None else (None,)
 

@@ -44,7 +44,7 @@ class TinyDecoderConfig:
     seed: int = setting(0, "decides weights, data order and noise")
     precision: Precision = setting("auto", "auto measures which of bf16 and fp32 is faster")
     width: int = setting(64, "channels of all layers")
-    layers: int = setting(3, "residual blocks, which all ratios share")
+    layers: int = setting(2, "residual blocks, which all ratios share")
     target: Literal["clips", "tokenizer"] = setting(
         "clips", "what decoded latents must equal: the clips, or what the tokenizer's decoder makes, which then runs too"
     )
@@ -146,7 +146,7 @@ def train_tiny_decoder(config: TinyDecoderConfig) -> Path | None:
     return run / FOLDER if outcome.finished else None
 
 
-def tiny_decoder_for(tokenizer: Any, width: int = 64, layers: int = 3) -> TinyDecoder:
+def tiny_decoder_for(tokenizer: Any, width: int = 64, layers: int = 2) -> TinyDecoder:
     """Return an untrained tiny decoder for the latents of a tokenizer; raises UserError for latents that it cannot decode."""
     try:
         return TinyDecoder(
