@@ -29,7 +29,6 @@ from .geometry import check_ratio
 from .inputs import check_latents
 from .layers import START, Block, CausalConv3d, ChannelNorm, ResBlock, State, Upsample, is_first, zero_init
 
-
 EXPANSION = 4  # hidden channels of the last layer's perceptron, over those of the others
 
 
