@@ -11,6 +11,19 @@ from promag.pipelines.model_card import pipeline_card
 from .tables import markdown_table
 from .tokenizer_card import where
 
+RECIPE = (
+    "ratios",
+    "generated clips",
+    "drawn more often",
+    "steps",
+    "batch",
+    "AdamW, Muon",
+    "shift",
+    "distilled",
+    "minutes",
+    "on",
+)
+
 
 def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], recipe: Sequence[Mapping[str, Any]]) -> str:
     """Return the card of a pipeline trained on generated clips, with how it follows prompts and how it was trained.
@@ -20,7 +33,8 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
         name: folder, as users give it.
         records: the lines that `promag evaluate-pipeline` records for it.
         recipe: one mapping per training, with ratios, synthetic_clips, frames, size, caption_weights, steps, batch (samples a
-            step, of all processes), learning_rate, muon_learning_rate, ema_decay, shift, seconds and machines.
+            step, of all processes), learning_rate, muon_learning_rate, ema_decay, shift, few_steps (None but for a student),
+            seconds and machines. The first may be {"published": folder}: the pipeline that the others start from.
     """
     first = records[0]
     guessing = ", ".join(f"{part} {100 * value:.0f} %" for part, value in chance().items() if part != "all")
@@ -34,11 +48,14 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             str(t["batch"]),
             f"{t['learning_rate']:g}, " + (f"{t['muon_learning_rate']:g}" if t["muon_learning_rate"] else "-"),
             f"{t['shift']:g}",
+            _distilled(t.get("few_steps")),
             f"{t['seconds'] / 60:.1f}",
             where(t["machines"]),
         ]
         for t in recipe
+        if "published" not in t
     ]
+    origin = "".join(f"The first training starts from {t['published']}. " for t in recipe if "published" in t)
     sampled = [r for r in records if "right_by_motion" in r]
     motions = [
         [f"{r['ratio']}x", _kind(r), *(" of ".join(map(str, r["right_by_motion"].get(m, (0, 0)))) for m in MOTIONS)]
@@ -67,14 +84,33 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             "## Recipe",
             "",
             markdown_table(
-                ["ratios", "generated clips", "drawn more often", "steps", "batch", "AdamW, Muon", "shift", "minutes", "on"],
+                [
+                    "ratios",
+                    "generated clips",
+                    "drawn more often",
+                    "steps",
+                    "batch",
+                    "AdamW, Muon",
+                    "shift",
+                    "distilled",
+                    "minutes",
+                    "on",
+                ],
                 trainings,
             ),
             "",
-            "Every training starts from the one above it. Weights are moving averages. Minutes by the clock.",
+            f"{origin}Every training starts from the one above it. Weights are moving averages. Minutes by the clock.",
             "",
         ]
     )
+
+
+def _distilled(few_steps: Mapping[str, Any] | None) -> str:
+    """Return what a student took over from its teacher, in words."""
+    if not few_steps:
+        return "-"
+    guided = f"guidance {few_steps['guidance']:g}" if few_steps["guidance"] > 1 else "no guidance"
+    return f"{few_steps['teacher_steps']} steps, {guided}, to {few_steps['steps']}"
 
 
 def _kind(record: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     pipeline.set_defaults(run=_publish_pipeline)
     pipeline.add_argument("checkpoint", type=Path, help="RUN/pipeline of a finished training on generated clips")
     pipeline.add_argument("--tokenizer", type=Path, required=True, help="published tokenizer that it was trained with")
+    pipeline.add_argument("--tiny-decoder", type=Path, metavar="FOLDER", help="tiny decoder that becomes its part")
     share(pipeline, "--prompts")
     share_sampling(pipeline)
 
@@ -149,6 +150,8 @@ def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
     recipe = list_trainings(arguments.checkpoint.parent)
     pipe: Any = load_pipeline(arguments.checkpoint)
     check_tokenizer(pipe.vae, arguments.tokenizer)
+    if arguments.tiny_decoder:
+        pipe.enable_tiny_decoder(arguments.tiny_decoder)
     save_published(pipe, arguments.tokenizer, arguments.out)
     options = {key: getattr(arguments, key) for key in ("prompts", "steps", "guidance")}
     given = {key: value for key, value in options.items() if value is not None}
@@ -192,7 +195,7 @@ def list_trainings(run: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{run}: trained on {config['data']['train']}; only prompts of generated clips (synthetic) can be scored"
         )
-    before = list_trainings(Path(config["init"]).parent) if config["init"] else []
+    before = _trainings_before(config["init"])
     ratios = [budget["ratio"] for budget in config["budgets"]]
     figures = training_figures(run, ratios[0])
     if not figures:
@@ -202,7 +205,17 @@ def list_trainings(run: Path) -> list[dict[str, Any]]:
         "caption_weights": config["data"].get("caption_weights", ())
     }
     spent = {"steps": figures["steps"], "seconds": figures["seconds"], "machines": machines_of(run)}  # it may have ended early
-    return [*before, {"ratios": ratios, **data, **settings, "batch": samples_a_step(run), "shift": config["shift"], **spent}]
+    more = {"batch": samples_a_step(run), "shift": config["shift"], "few_steps": config.get("few_steps")}
+    return [*before, {"ratios": ratios, **data, **settings, **more, **spent}]
+
+
+def _trainings_before(init: str | None) -> list[dict[str, Any]]:
+    """Return the trainings of what a run started from; of a published pipeline, which has no run, its place alone."""
+    if init is None:
+        return []
+    if (Path(init) / "README.md").is_file() and not (Path(init).parent / "config.yaml").is_file():
+        return [{"published": init}]
+    return list_trainings(Path(init).parent)
 
 
 def samples_a_step(run: Path) -> int:

@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from promag.data.synthetic import MOTIONS
 from promag.pipelines.sampling import load_pipeline
 from promag.scripts import publish
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
+from promag.tokenizer.tiny_training import tiny_decoder_for
 from promag.training.config import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -47,6 +49,27 @@ def test_a_published_pipeline_has_its_tokenizer_and_a_card_with_its_figures(demo
         asked = {motion: "{} of {}".format(*line["right_by_motion"].get(motion, (0, 0))) for motion in MOTIONS}
         assert f"| 16x | {kind} | {' | '.join(asked.values())} |" in card
     assert "license: apache-2.0" in card
+
+
+def test_a_student_of_a_published_pipeline_is_published_with_a_tiny_decoder(demo_run, tokenizer, tmp_path):
+    source, first = demo_run / "video-16x" / "pipeline", tmp_path / "checkpoints" / "video"
+    few = ["--prompts", "1", "--steps", "1"]
+    publish.main(["pipeline", str(source), "--tokenizer", str(tokenizer), "--out", str(first), *few])
+    run = shutil.copytree(source.parent, tmp_path / "student")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config |= {"init": str(first), "few_steps": {"steps": 4, "guidance": 3.0, "teacher_steps": 12}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    tiny = tmp_path / "tiny"
+    tiny_decoder_for(load_tokenizer(tokenizer), width=8, layers=1).save_pretrained(tiny)
+    out, decoder = tmp_path / "checkpoints" / "fast", ["--tiny-decoder", str(tiny)]
+    publish.main(["pipeline", str(run / "pipeline"), "--tokenizer", str(tokenizer), "--out", str(out), *decoder, *few])
+    pipe = load_pipeline(out)
+    pipe.enable_tiny_decoder()
+    assert pipe("a red disc", num_inference_steps=1).frames.shape == (1, 17, 32, 32, 3)
+    card = (out / "README.md").read_text()
+    assert f"The first training starts from {first}. Every training" in card
+    assert "| 12 steps, guidance 3, to 4 |" in card
+    assert "pipe.enable_tiny_decoder()  # decodes faster" in card
 
 
 def test_publishing_again_keeps_the_tokenizer_beside_it(demo_run, tokenizer):
