@@ -45,7 +45,10 @@ class Decoding:
     def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:
         """Decode latents b c t h w to videos of the wanted type."""
         pipe = cast(Any, self)
-        decoder = pipe.tiny_decoder if self._decodes_by_tiny else pipe.vae
+        if self._decodes_by_tiny:
+            decoder, latents = pipe.tiny_decoder, latents.to(pipe.tiny_decoder.device)
+        else:
+            decoder = pipe.vae
         video = decoder.decode(latents.to(decoder.dtype), ratio, return_dict=False)[0]
         check_result(video, "video decoded from finite latents")
         return pipe.video_processor.postprocess_video(video.float(), output_type=output_type)

@@ -94,7 +94,7 @@ class ProMAGPipeline(Carded, Decoding, SafetensorsOnly, DiffusionPipeline, LoraL
     """
 
     __module__ = "promag"
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->tiny_decoder->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
     _optional_components = ["tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3", "tiny_decoder"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", *NAMES, *NEGATIVE_NAMES]  # noqa: RUF012 (the name and kind diffusers looks for)
 

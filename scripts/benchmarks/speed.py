@@ -1,4 +1,4 @@
-"""Measure how fast this machine encodes, trains, samples and loads, beside its own limits and published architectures.
+"""Measure how fast this machine trains, encodes, samples and loads, beside its limits.
 
 promag benchmark speed tokenizer train --peers --precision fp32 bf16 --record docs/results/speed.jsonl
 

@@ -63,7 +63,7 @@ def test_an_unknown_command_names_the_nearest(arguments, message):
 
 
 def test_benchmarks_and_experiments_are_groups_of_commands():
-    assert "  transformer " in promag("benchmark").stdout
+    assert "  speed " in promag("benchmark").stdout
     assert promag("experiment", "--help").stdout.startswith("usage: promag experiment COMMAND")
     assert promag("--version").stdout == "promag 0.1.0\n"
 

@@ -20,7 +20,7 @@ from promag.training.run import checkpoints, load_checkpoint
 from tests.existing_models import small_existing
 from tests.wan import make_autoencoder, make_grown, make_stock, make_transformer
 
-CALL = {"height": 32, "width": 32, "num_frames": 17, "num_inference_steps": 2}
+CALL = {"height": 32, "width": 32, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 4.0}
 
 
 @pytest.fixture(scope="module")

@@ -229,9 +229,11 @@ def _class_of(path: Path):
     from promag.diffusion.config import DiffusionConfig
     from promag.scripts.experiments.generation import GenerationConfig
     from promag.scripts.experiments.growth_ablation import AblationConfig
+    from promag.tokenizer.tiny_training import TinyDecoderConfig
 
-    if path.stem == "demo":
-        return DemoConfig
+    alone = {"demo": DemoConfig, "tiny-decoder": TinyDecoderConfig}
+    if path.stem in alone:
+        return alone[path.stem]
     kind = path.stem if path.parent.name == "paper" else path.parent.name
     experiments = {"growth_ablation": AblationConfig, "generation": GenerationConfig}
     return {"tokenizer": TokenizerConfig, "diffusion": DiffusionConfig, **experiments}[kind]
