@@ -13,14 +13,15 @@ from promag.evaluation.prompt_accuracy import PARTS, accuracies
 from promag.pipelines.sampling import load_pipeline, sample_videos, trained_ratios
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.metrics import psnr
+from promag.tokenizer.tiny_decoder import load_tiny_decoder
 
 FOLDER = Path("checkpoints")
-TINY, VIDEO = FOLDER / "tiny", FOLDER / "tiny-video"
+TINY, VIDEO, FAST = (FOLDER / name for name in ("tiny", "tiny-video", "tiny-video-fast"))
 
 
 def test_the_checkpoints_are_small_and_are_safetensors():
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
-    assert sum(map(len, {file.read_bytes() for file in files})) < 40e6  # git stores equal files once
+    assert sum(map(len, {file.read_bytes() for file in files})) < 60e6  # git stores equal files once
     assert {file.suffix for file in files} == {".safetensors", ".json", ".md"}
 
 
@@ -64,13 +65,39 @@ def test_the_tiny_pipeline_follows_its_prompts():
     assert accuracy["motion"][0] == 1
 
 
-def test_the_pipelines_card_quotes_the_recorded_figures():
+@torch.no_grad()
+def test_the_fast_pipeline_follows_its_prompts_in_its_own_steps_by_its_tiny_decoder():
+    pipe = load_pipeline(FAST)
+    pipe.set_progress_bar_config(disable=True)
+    assert (FAST / "vae/diffusion_pytorch_model.safetensors").read_bytes() == (
+        TINY / "diffusion_pytorch_model.safetensors"
+    ).read_bytes()
+    pipe.enable_tiny_decoder()
+    scenes = [parse_caption(text) for text in ("a red disc moves left", "a blue disc grows", "a green plus moves down")]
+    videos = sample_videos(pipe, [scene.caption() for scene in scenes], name=None)
+    assert (pipe.num_timesteps, pipe.guidance_scale) == (4, 1.0)
+    accuracy = accuracies(videos, scenes)
+    assert (accuracy["colour"][0], accuracy["motion"][0]) == (1, 1)
+
+
+@torch.no_grad()
+def test_the_tiny_decoder_reconstructs_unseen_clips_at_every_ratio():
+    tokenizer, tiny = load_tokenizer(TINY), load_tiny_decoder(FAST / "tiny_decoder")
+    video = SyntheticDataset("eval", 1, 33, 64).fixed(0)["video"][None]
+    blurred = torch.nn.functional.avg_pool3d(video, (1, 8, 8)).repeat_interleave(8, 3).repeat_interleave(8, 4)
+    for ratio in tokenizer.temporal_ratios:
+        z = tokenizer.encode(video, ratio).latent_dist.mode()
+        assert psnr(tiny.decode(z, ratio).sample, video) > psnr(blurred, video) + 3
+
+
+@pytest.mark.parametrize("folder", [VIDEO, FAST], ids=lambda folder: folder.name)
+def test_the_pipelines_card_quotes_the_recorded_figures(folder):
     lines = [json.loads(line) for line in Path("docs/results/training.jsonl").read_text().splitlines()]
-    ratios = trained_ratios(load_pipeline(VIDEO))
-    records = [line for line in lines if line.get("note") == f"published as {VIDEO}"][-3 * len(ratios) :]
+    ratios = trained_ratios(load_pipeline(folder))
+    records = [line for line in lines if line.get("note") == f"published as {folder}"][-3 * len(ratios) :]
     kinds = {False: "trained", True: "unseen", None: "reconstructions of unseen clips"}
     assert [(line["ratio"], line.get("unseen")) for line in records] == [(ratio, kind) for ratio in ratios for kind in kinds]
-    card = (VIDEO / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     for line in records:
         kind = kinds[line.get("unseen")]
         shares = ["{:.0f}% ({:.0f}%-{:.0f}%)".format(*(100 * x for x in line["accuracy"][part])) for part in PARTS]

@@ -193,7 +193,7 @@ def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch):
     sampling = [words[2:] for words in commands if not {"--image", "--video", "--clip", "--tiny-decoder"} & set(words)]
     for words in sampling:
         sample.main([*words, "--steps", "1"])
-    assert (len(commands), len(sampling)) == (8, 4)
+    assert (len(commands), len(sampling)) == (9, 4)
     numbered = [f"videos/v-0{i}.mp4" for i in range(6)]
     assert sorted(str(path) for path in Path().rglob("*.*")) == sorted(
         ["disc.mp4", "plus.gif", "prompts.txt", "refined.mp4", "videos/grid.mp4", "videos/sheet.png", *numbered]
