@@ -11,6 +11,7 @@ from promag.pipelines.model_card import pipeline_card
 from .tables import markdown_table
 from .tokenizer_card import where
 
+# the columns of the table of trainings
 RECIPE = (
     "ratios",
     "generated clips",
@@ -83,21 +84,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
             "",
             "## Recipe",
             "",
-            markdown_table(
-                [
-                    "ratios",
-                    "generated clips",
-                    "drawn more often",
-                    "steps",
-                    "batch",
-                    "AdamW, Muon",
-                    "shift",
-                    "distilled",
-                    "minutes",
-                    "on",
-                ],
-                trainings,
-            ),
+            markdown_table(RECIPE, trainings),
             "",
             f"{origin}Every training starts from the one above it. Weights are moving averages. Minutes by the clock.",
             "",

@@ -59,8 +59,8 @@ class TinyDecoderConfig:
         check_training_precision(self.precision)
         if self.mse_weight < 0 or min(self.width, self.layers) < 1:
             raise ValueError(
-                f"mse_weight {self.mse_weight}, width {self.width}, layers {self.layers}: a weight of 0 or more, and 1 or more "
-                "of the others, are needed"
+                f"mse_weight {self.mse_weight}, width {self.width}, layers {self.layers}: mse_weight must be 0 or "
+                "more, width and layers at least 1"
             )
 
 

@@ -39,7 +39,7 @@ class Group:
 
     Args:
         suite: the suite's name.
-        settings: of each case; they are known before anything is built.
+        settings: the settings of each case, which are known before anything is built.
         build: returns the job of each case.
         limit: the arithmetic whose ceiling counts; None where none does.
         rank: groups of lower rank are measured first.
