@@ -193,7 +193,9 @@ class Upsample(Block):
         h, state = self.conv(x, state)
         if self.repeats:
             h = h + x.repeat_interleave(self.repeats, 1)
-        h = rearrange(h, "b (c u p q) t h w -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
+        # Channels last, as convolutions and norms want it: any other layout would be copied once more, at the larger size.
+        spread = "b t h w (c u p q) -> b (t u) (h p) (w q) c"
+        h = rearrange(h.movedim(1, -1), spread, u=self.time, p=self.space, q=self.space).movedim(-1, 1)
         return (h[:, :, self.time - 1 :] if first else h), state
 
 
