@@ -134,6 +134,10 @@ def _share(case: Line | None) -> str | None:
     return None if case is None or "share_of_limit" not in case else f"{case['share_of_limit']:.0%}"
 
 
+def _in_convolutions(case: Line) -> str | None:
+    return f"{case['operator_shares']['convolutions']:.0%}" if case.get("operator_shares") else None
+
+
 def _size(case: Line) -> str:
     return "x".join(map(str, case["settings"]["shape"][2:]))
 
@@ -176,15 +180,17 @@ def _tokenizer(cases: Sequence[Line]) -> str:
                 encode["latent_shape"][2],
                 encode["count"] / encode["seconds"],
                 _share(encode),
+                _in_convolutions(encode),
                 decode["count"] / decode["seconds"],
                 _share(decode),
+                _in_convolutions(decode),
                 float(encode["gflop"] + decode["gflop"]),
                 float(max(encode.get("peak_mib", 0), decode.get("peak_mib", 0))),
                 f"{peers[0] / seconds[key]:.2f}" if peers else None,
             )
         )
-    heads = ("model", "ratio", "clip", "precision", "weights", "latent frames", "encode, frames/s", "of the limit")
-    heads += ("decode, frames/s", "of the limit", "GFLOP, both", "peak MiB", "times as fast as Wan 2.1")
+    heads = ("model", "ratio", "clip", "precision", "weights", "latent frames", "encode, frames/s", "of the limit", "in convolutions")
+    heads += ("decode, frames/s", "of the limit", "in convolutions", "GFLOP, both", "peak MiB", "times as fast as Wan 2.1")
     return _table(heads, sorted(rows, key=lambda row: (row[2], row[3])))
 
 

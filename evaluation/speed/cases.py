@@ -10,7 +10,7 @@ import torch
 from promag.training.precision import Chosen
 
 from .ceilings import Ceilings
-from .timing import MIB, Timing, peak_bytes, timings_in_turns
+from .timing import MIB, Timing, operator_shares, peak_bytes, timings_in_turns
 
 WHAT = "speed"
 Settings = Mapping[str, Any]  # what identifies a case in a record: model, ratio, part, shapes, precision ...
@@ -94,15 +94,17 @@ def measure(group: Group, device: torch.device, rounds: int, ceilings: Ceilings,
     good = {number: job for number, job in jobs.items() if number not in failed}
     timings: dict[int, Timing] = {}
     peaks: dict[int, int] = {}
+    shares: dict[int, dict[str, float]] = {}
     try:
         timings = timings_in_turns({number: job.call for number, job in good.items()}, rounds, until)
         peaks = {number: peak_bytes(job.call, device) for number, job in good.items()} if group.memory else {}
+        shares = {number: operator_shares(job.call, device) for number, job in good.items()} if group.limit else {}
     except Exception as error:
         failed |= dict.fromkeys(good, _message(error))
         timings = {}
     lines = [
         {"what": WHAT, "suite": group.suite, "device": device.type, "settings": dict(settings)}
-        | ({"error": failed[n]} if n in failed else figures(group, n, jobs, timings, peaks, ceilings))
+        | ({"error": failed[n]} if n in failed else figures(group, n, jobs, timings, peaks, shares, ceilings))
         for n, settings in enumerate(group.settings)
     ]
     jobs.clear()
@@ -117,6 +119,7 @@ def figures(
     jobs: Mapping[int, Job],
     timings: Mapping[int, Timing],
     peaks: Mapping[int, int],
+    shares: Mapping[int, Mapping[str, float]],
     ceilings: Ceilings,
 ) -> dict[str, Any]:
     """Return the figures of one case of a group."""
@@ -131,6 +134,8 @@ def figures(
     }
     if number in peaks:
         line["peak_mib"] = peaks[number] / MIB
+    if shares.get(number):
+        line["operator_shares"] = shares[number]
     if job.gflop is not None:
         line |= {"gflop": job.gflop, "tflops": job.gflop / timing.median / 1e3}
         if group.limit:

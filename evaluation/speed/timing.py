@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from promag.training.device import best_device
 
 Key = TypeVar("Key")
 MIB = 2**20
+# Kinds of operators by their names in PyTorch; what no pattern finds is "others".
+KINDS = {"convolutions": "conv", "products": "mm$|matmul|linear|attention", "copies": "copy_|pad|cat$"}
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,35 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | None = None) -> i
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each start and stop of the profiler is a line on stderr
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
+    profile = _profile(call, device or best_device(), profile_memory=True)
     assert profile.profiler is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
     taken = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))  # pyright: ignore
     return max(taken, default=0)
+
+
+def operator_shares(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Return the shares of a call's operator time that go into each of KINDS, and into others: call it once to warm up.
+
+    On a GPU the time of kernels counts, each under the operator that started it.
+    """
+    seconds: dict[str, float] = dict.fromkeys((*KINDS, "others"), 0.0)
+    for event in _profile(call, device).key_averages():
+        kind = next((name for name, pattern in KINDS.items() if re.search(pattern, event.key)), "others")
+        seconds[kind] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    total = sum(seconds.values())
+    return {kind: round(value / total, 4) for kind, value in seconds.items()} if total else {}
+
+
+def _profile(call: Callable[[], Any], device: torch.device, **options: Any) -> Any:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each start and stop of the profiler is a line on stderr
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, **options) as profile:
+        call()
+        _wait()
+    return profile
 
 
 def free_bytes() -> int:

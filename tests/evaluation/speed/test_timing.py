@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from promag.evaluation.speed.timing import measure_in_turns, peak_bytes
+from promag.evaluation.speed.timing import measure_in_turns, operator_shares, peak_bytes
 
 
 def test_peak_memory_is_the_largest_that_was_alive_at_once():
@@ -14,6 +14,23 @@ def test_peak_memory_is_the_largest_that_was_alive_at_once():
 
     if not torch.cuda.is_available():
         assert peak_bytes(call) == pytest.approx(8e6, rel=0.01)
+
+
+def test_operators_have_shares_of_the_time_by_kind():
+    x, kernel, matrix = torch.ones(1, 32, 8, 64, 64), torch.ones(32, 32, 3, 3, 3), torch.ones(64, 64)
+
+    def call():
+        torch.nn.functional.conv3d(x, kernel, padding=1)
+        return matrix @ matrix
+
+    call()
+    shares = operator_shares(call, torch.device("cpu"))
+    assert list(shares) == ["convolutions", "products", "copies", "others"]
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert shares["convolutions"] > 0.8
+    assert 0 < shares["products"] < 0.2
+    assert operator_shares(lambda: x.clone(), torch.device("cpu"))["copies"] > 0.5
+    assert operator_shares(lambda: None, torch.device("cpu")) == {}
 
 
 def test_calls_are_timed_in_turns_after_a_warm_up_and_give_the_median():
