@@ -189,8 +189,9 @@ def _tokenizer(cases: Sequence[Line]) -> str:
                 f"{peers[0] / seconds[key]:.2f}" if peers else None,
             )
         )
-    heads = ("model", "ratio", "clip", "precision", "weights", "latent frames", "encode, frames/s", "of the limit", "in convolutions")
-    heads += ("decode, frames/s", "of the limit", "in convolutions", "GFLOP, both", "peak MiB", "times as fast as Wan 2.1")
+    heads = ("model", "ratio", "clip", "precision", "weights", "latent frames")
+    heads += ("encode, frames/s", "of the limit", "in convolutions", "decode, frames/s", "of the limit", "in convolutions")
+    heads += ("GFLOP, both", "peak MiB", "times as fast as Wan 2.1")
     return _table(heads, sorted(rows, key=lambda row: (row[2], row[3])))
 
 
