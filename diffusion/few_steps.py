@@ -98,6 +98,11 @@ class FewStepsObjective(FlowObjective):
         self.few_steps = config.few_steps
         self.teacher = (teacher,)  # a tuple: it is no part of what is trained, wrapped and saved
 
+    def units(self) -> list[torch.nn.Module]:
+        """Return the student's units and, where the teacher is a transformer of its own, the teacher's."""
+        (teacher,) = self.teacher
+        return [*super().units(), *([] if teacher is None else [*self.family.blocks(teacher), teacher])]
+
     def work(self, batch: dict[str, Any]) -> Work:
         """Return the transformer's tokens and FLOPs, with those of the teacher."""
         work, few = super().work(batch), self.few_steps

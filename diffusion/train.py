@@ -186,7 +186,9 @@ def make_objective(transformer: Any, text: CaptionEncoder, config: DiffusionConf
     """Return what the training minimises; the teacher of few_steps is a frozen copy, or the transformer without adapters."""
     teacher = None
     if config.few_steps and not config.lora:
-        teacher = copy.deepcopy(transformer).requires_grad_(False).eval().to(device)
+        teacher = copy.deepcopy(transformer).requires_grad_(False).eval()
+        if config.run.distributed == "ddp":  # no part of the objective; fsdp2 moves shards of it
+            teacher.to(device)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     for model in (transformer, teacher):

@@ -26,13 +26,15 @@ def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device
     """Shard the units' weights over `world` processes, in place, and move all else to `device`.
 
     Args:
-        objective: the module that contains the units; every trained weight must lie in one of them.
-        units: modules whose weights are gathered together, inner ones before those around them.
+        objective: every weight of it that is trained must lie in a unit.
+        units: modules whose weights are gathered together, inner ones before those around them; frozen ones need not be parts
+            of the objective.
         device: device of this process.
         world: number of processes.
         bf16: gather the weights of inner units in bfloat16; gradients are summed in float32 all the same.
 
-    Returns a function that replaces the sharded modules, which can be neither copied nor saved, by plain ones on the CPU.
+    Returns a function that replaces the objective's sharded modules, which can be neither copied nor saved, by plain ones on
+    the CPU.
     Raises UserError for one process, for no units, and for trained weights outside of them.
     """
     if world < 2:
@@ -42,10 +44,10 @@ def shard(objective: nn.Module, units: Sequence[nn.Module], device: torch.device
     if outside:
         raise UserError(f"distributed fsdp2: {outside[0]} and {len(outside) - 1} more weights cannot be sharded here; use ddp")
     plain = {name: _without_data(objective.get_submodule(name)) for name in _outermost(objective, units)}
-    roots = {id(objective.get_submodule(name)) for name in plain}
+    inner = {id(module) for unit in units for module in unit.modules() if module is not unit}
     mesh = _mesh(device.type, world)
     for unit in units:
-        narrow = bf16 and id(unit) not in roots  # embeddings, modulation and the small text model stay in float32
+        narrow = bf16 and id(unit) in inner  # embeddings, modulation and the small text model stay in float32
         # Inputs stay as they are: times and rotary positions need float32, and autocast narrows the rest. Roots are let go of
         # after the forward pass too: else validation would leave gathered averages that the next step takes for weights.
         policy = MixedPrecisionPolicy(torch.bfloat16 if narrow else None, torch.float32, cast_forward_inputs=False)
