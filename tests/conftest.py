@@ -45,10 +45,10 @@ def run_config(**changes) -> RunConfig:
     return RunConfig(**{**values, **changes})
 
 
-def make_tokenizer(levels: int = 3, seed: int = 0, settle: float = 0.0, **growth) -> AutoencoderKLProMAG:
+def make_tokenizer(levels: int = 3, seed: int = 0, settle: float = 0.0, base=TINY, **growth) -> AutoencoderKLProMAG:
     """Return a tokenizer with `levels` levels; `settle` moves every weight at random, as training would."""
     torch.manual_seed(seed)
-    model = AutoencoderKLProMAG(**TINY)
+    model = AutoencoderKLProMAG(**base)
     for _ in range(levels - 1):
         model.grow(Growth(**growth))
     if settle:

@@ -59,6 +59,8 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         strides: (time, space) of each down-sampling between two widths.
         linear_shortcuts: averaging and duplicating shortcuts around resampling and linear skips around the heads; without
             them the base has MAGVIT-v2's blocks alone.
+        framewise: how many of the finest widths see one frame alone, kernels of 1x3x3: cheaper, and computed once for all the
+            frame rates at which growth sees a clip.
         growth: one `Growth` (as a dictionary) for each level above the base; usually left to `grow()`.
         existing: an `Existing` (as a dictionary): the base is an autoencoder of diffusers, and all settings above but `growth`
             are without effect; usually left to `from_base()`.
@@ -86,6 +88,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         layers_per_block: int = 2,
         strides: Sequence[Sequence[int]] = ((1, 2), (2, 2), (2, 2)),
         linear_shortcuts: bool = True,
+        framewise: int = 0,
         growth: Sequence[dict[str, Any]] = (),
         existing: dict[str, Any] | None = None,
         entries: dict[str, Any] | None = None,
@@ -95,7 +98,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         self.base_path: str | None = None  # the folder of an existing autoencoder
         self.served: int | None = None  # the ratio that None stands for; None: the highest
         if self.existing is None:
-            base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides, linear_shortcuts)
+            base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides, linear_shortcuts, framewise)
             self.encoder, self.decoder = build_base(in_channels, *base)
             self.base_ratio, self.spatial_ratio = prod(t for t, _ in strides), spatial_ratio(patch_size, strides)
             self.latent_step, self.latent_channels, width = 1, latent_channels, block_out_channels[-1]
@@ -361,7 +364,8 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
     def _features_at(self, level: int, top: int, rate: int, call: Encoding) -> Tensor:
         owner, encoder = self._encoder_at(level, top)
         if level == 0:
-            return call.once("features", (owner, 0, rate), lambda s: encoder.features(call.frames(rate), s))
+            make = lambda s: encoder.features(call.frames(rate, owner, encoder.stem), s)  # noqa: E731
+            return call.once("features", (owner, 0, rate), make)
         full = self._features_at(level - 1, top, rate, call)
         key = self._features_at(level - 1, top, 2 * rate, call) if encoder.uses_key_frames else None
         return call.once("features", (owner, level, rate), lambda s: encoder.features(full, key, s))

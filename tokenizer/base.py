@@ -11,7 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import CausalConv3d, Chain, Downsample, Handed, Head, ResBlock, State, Upsample
+from .geometry import check_integer
+from .layers import FRAMEWISE, CausalConv3d, Chain, Downsample, Handed, Head, Kernel, ResBlock, State, Upsample
 
 # of the mean square of features, added to all: features of natural clips are nearly collinear, and without it the solution
 # has large weights that cancel each other, until the first steps of training move the features apart
@@ -33,23 +34,33 @@ class BaseEncoder(nn.Module):
         layers: int,
         strides: Sequence[Sequence[int]],
         shortcuts: bool,
+        framewise: int,
     ):
         super().__init__()
         self.patch, self.space = patch, spatial_ratio(patch, strides)
-        blocks: list[nn.Module] = [CausalConv3d(in_channels * patch**2, widths[0])]
+        blocks: list[nn.Module] = [CausalConv3d(in_channels * patch**2, widths[0], _kernel(0, framewise))]
         for i, width in enumerate(widths):
-            blocks += [ResBlock(width, zero=shortcuts) for _ in range(layers)]
+            blocks += [ResBlock(width, zero=shortcuts, kernel=_kernel(i, framewise)) for _ in range(layers)]
             if i < len(strides):
                 time, space = strides[i]
-                blocks.append(Downsample(width, widths[i + 1], time, space, shortcuts))
+                blocks.append(Downsample(width, widths[i + 1], time, space, shortcuts, _kernel(i, framewise, time)))
         self.body = Chain(blocks)
+        # of the body's layers, those in front that see one frame alone
+        self.stem_layers = 1 + framewise * (layers + 1) - (strides[framewise - 1][0] > 1) if framewise else 0
         self.head = Head(widths[-1], 2 * latent_channels, shortcut=shortcuts)
         self.head.start_at(slice(latent_channels, None), INITIAL_LOGVAR)
 
-    def features(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """B C 1+r*N H W -> B D 1+N h w."""
+    def stem(self, x: Tensor) -> Tensor:
+        """B C T H W -> B C' T H' W': what is made of each frame alone, the same at every frame rate."""
         x = rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=self.patch, q=self.patch)
-        return self.body(x.contiguous(memory_format=torch.channels_last_3d), state)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        for layer in self.body[: self.stem_layers]:
+            x, _ = layer(x)
+        return x
+
+    def features(self, stem: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B C' 1+r*N H' W' -> B D 1+N h w."""
+        return self.body[self.stem_layers :](stem, state)
 
     def ends(self) -> list[nn.Module]:
         """Return the layers at pixels and latents."""
@@ -68,17 +79,18 @@ class BaseDecoder(nn.Module):
         layers: int,
         strides: Sequence[Sequence[int]],
         shortcuts: bool,
+        framewise: int,
     ):
         super().__init__()
         self.patch = patch
         blocks: list[nn.Module] = [CausalConv3d(latent_channels, widths[-1])]
         for i in reversed(range(len(widths))):
-            blocks += [ResBlock(widths[i], zero=shortcuts) for _ in range(layers)]
+            blocks += [ResBlock(widths[i], zero=shortcuts, kernel=_kernel(i, framewise)) for _ in range(layers)]
             if i > 0:
                 time, space = strides[i - 1]
-                blocks.append(Upsample(widths[i], widths[i - 1], time, space, shortcuts))
+                blocks.append(Upsample(widths[i], widths[i - 1], time, space, shortcuts, _kernel(i - 1, framewise, time)))
         self.body = Chain(blocks)
-        self.head = Head(widths[0], out_channels * patch**2, shortcut=shortcuts)
+        self.head = Head(widths[0], out_channels * patch**2, shortcut=shortcuts, kernel=_kernel(0, framewise))
 
     def forward(self, handed: Handed, state: State = None) -> tuple[Handed, State]:
         """B c 1+N h w, or features behind the first convolution, B D 1+N h w -> B C 1+r*N H W."""
@@ -94,6 +106,11 @@ class BaseDecoder(nn.Module):
         return [self.body[0], self.head]
 
 
+def _kernel(width: int, framewise: int, time: int = 1) -> Kernel:
+    """Return the kernel at a width, counted from the finest: the first `framewise` see one frame alone, unless time changes."""
+    return FRAMEWISE if width < framewise and time == 1 else 3
+
+
 def spatial_ratio(patch: int, strides: Sequence[Sequence[int]]) -> int:
     """Return the pixels per latent position of a base."""
     return patch * prod(space for _, space in strides)
@@ -107,6 +124,7 @@ def build_base(
     layers: int,
     strides: Sequence[Sequence[int]],
     shortcuts: bool,
+    framewise: int = 0,
 ) -> tuple[BaseEncoder, BaseDecoder]:
     """Return the encoder and the decoder of one base; raises ValueError for settings that do not fit together."""
     if len(strides) != len(widths) - 1:
@@ -114,7 +132,13 @@ def build_base(
     if (space := spatial_ratio(patch, strides)) not in SPATIAL_RATIOS:
         legal = ", ".join(map(str, SPATIAL_RATIOS))
         raise ValueError(f"patch_size times spatial strides is {space}: it must be one of {legal}")
-    shape = (in_channels, latent_channels, patch, widths, layers, strides, shortcuts)
+    check_integer("framewise", framewise)
+    if not 0 <= framewise <= len(strides) or any(time > 1 for time, _ in strides[: max(0, framewise - 1)]):
+        raise ValueError(
+            f"framewise {framewise} with strides {[list(stride) for stride in strides]}: a number of the finest widths from 0 to "
+            f"{len(strides)} is needed, without a stride of time between them"
+        )
+    shape = (in_channels, latent_channels, patch, widths, layers, strides, shortcuts, framewise)
     return BaseEncoder(*shape), BaseDecoder(*shape)
 
 
@@ -138,7 +162,7 @@ def init_from_block_means(encoder: BaseEncoder, decoder: BaseDecoder) -> None:
     width = out.out_channels
     out.weight[range(width), torch.arange(width) * latents // width, -1, 1, 1] = 1
     flat = torch.eye(colours).view(colours, colours, 1, 1, 1).expand(-1, -1, 1, encoder.space, encoder.space)
-    features = encoder.features(flat)[0].flatten(1).T  # D x colours
+    features = encoder.features(encoder.stem(flat))[0].flatten(1).T  # D x colours
     skips: Any = encoder.head.skip, decoder.head.skip
     skips[0].weight[:colours, :, 0, 0, 0] = torch.linalg.pinv(features)
     units = torch.eye(latents).view(latents, latents, 1, 1, 1)
@@ -160,7 +184,8 @@ def fit_linear_paths(encoder: BaseEncoder, decoder: BaseDecoder, x: Tensor, z: T
     init_from_block_means(encoder, decoder)
     skips: Any = encoder.head.skip, decoder.head.skip
     pixels = rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=decoder.patch, q=decoder.patch)
-    for skip, features, target in ((skips[0], encoder.features(x)[0], z), (skips[1], decoder.body(z)[0], pixels)):
+    encoded = encoder.features(encoder.stem(x))[0]
+    for skip, features, target in ((skips[0], encoded, z), (skips[1], decoder.body(z)[0], pixels)):
         weight, bias = least_squares(features, target)
         skip.weight[: len(weight), :, 0, 0, 0] = weight
         skip.bias[: len(bias)] = bias

@@ -33,6 +33,7 @@ class AutoencoderConfig:
     layers_per_block: int = setting(2, "residual blocks at each width")
     strides: tuple[tuple[int, int], ...] = setting(((1, 2), (2, 2), (2, 2)), "(time, space) of each down-sampling")
     linear_shortcuts: bool = setting(True, "averaging and duplicating shortcuts around resampling; false for plain blocks")
+    framewise: int = setting(0, "how many of the finest widths see one frame alone: cheaper, and shared by all frame rates")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,11 @@ class Encoding:
         features (0, 2, 1)   from features (0, 1, 1), the full path, and (0, 1, 2), the key frames
         features (0, 1, 1)   from features (0, 0, 1) and (0, 0, 2)
         features (0, 1, 2)   from features (0, 0, 2) and (0, 0, 4)
-        features (0, 0, r)   from pixels x[:, :, ::r], for r = 1, 2, 4
+        features (0, 0, r)   from every r-th frame of the stem (0, 0, 1), for r = 1, 2, 4
+        stem     (0, 0, 1)   what the base makes of each frame of the pixels alone
 
-    So the base runs at three frame rates and 8x at two, each once. Without pixels, results of the base are given.
+    So the base runs at three frame rates and 8x at two, each once, and its stem at one. Without pixels, results of the base are
+    given.
     """
 
     def __init__(self, x: Tensor | None, state: State):
@@ -32,11 +34,16 @@ class Encoding:
         self.results: dict[tuple[str, tuple[int, int, int]], Tensor] = {}
         self.state: State = None if state is None else {}
 
-    def frames(self, rate: int) -> Tensor:
-        """Return every rate-th frame: frame 0 opens a clip; a later chunk starts one frame after a multiple of the rate."""
-        if self.x is None:
+    def frames(self, rate: int, owner: int, stem: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what a base's stem makes of every rate-th frame.
+
+        Frame 0 opens a clip; a later chunk starts one frame after a multiple of the rate.
+        """
+        x = self.x
+        if x is None:
             raise ValueError(f"latents of every {rate}th frame: they are needed, too; cache them")
-        return self.x[:, :, (0 if is_first(self.before) else rate - 1) :: rate]
+        made = self.once("stem", (owner, 0, 1), lambda state: (stem(x), state))
+        return made[:, :, (0 if is_first(self.before) else rate - 1) :: rate]
 
     def once(self, kind: str, place: tuple[int, int, int], compute: Callable[[State], tuple[Tensor, State]]) -> Tensor:
         """Return the result of this kind, owner, level and frame rate; `compute` is called the first time."""

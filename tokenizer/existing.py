@@ -271,6 +271,10 @@ class ExistingEncoder(_Half):
         super().__init__(model, settings)
         self.head = MomentsOnly(2 * settings.latent_channels)
 
+    def stem(self, x: Tensor) -> Tensor:
+        """B C T H W -> the same: what is made of each frame alone."""
+        return x
+
     def features(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+r*N H W -> b 2c+D 1+N h w: moments, then D feature channels."""
         if self.settings.features == "latents":

@@ -25,6 +25,8 @@ from .convolution import conv3d
 
 State = Any
 START: State = ()
+Kernel = int | tuple[int, int, int]  # of time, height and width
+FRAMEWISE: Kernel = (1, 3, 3)  # sees one frame alone
 Handed = tuple[
     Tensor | None, Tensor | None
 ]  # what a decoder takes: a latent, features for behind its first convolution, or both
@@ -60,7 +62,7 @@ class CausalConv3d(nn.Conv3d):
     0, s, 2s, ..., so 1 + s*N frames become 1 + N.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, kernel: int | tuple[int, int, int] = 3, stride=(1, 1, 1)):
+    def __init__(self, channels_in: int, channels_out: int, kernel: Kernel = 3, stride=(1, 1, 1)):
         kt, kh, kw = (kernel,) * 3 if isinstance(kernel, int) else kernel
         super().__init__(channels_in, channels_out, (kt, kh, kw), stride, padding=(0, kh // 2, kw // 2))
         self.front = kt - 1  # frames repeated before the first one
@@ -106,12 +108,12 @@ class ResBlock(Block):
     With `guide_channels`, both normalisations are scaled and shifted by a guide of the same B T H W.
     """
 
-    def __init__(self, channels: int, guide_channels: int = 0, zero: bool = True):
+    def __init__(self, channels: int, guide_channels: int = 0, zero: bool = True, kernel: Kernel = 3):
         super().__init__()
         self.norm1 = ChannelNorm(channels, affine=not guide_channels)
-        self.conv1 = CausalConv3d(channels, channels)
+        self.conv1 = CausalConv3d(channels, channels, kernel)
         self.norm2 = ChannelNorm(channels, affine=not guide_channels)
-        self.conv2 = CausalConv3d(channels, channels)
+        self.conv2 = CausalConv3d(channels, channels, kernel)
         self.modulation = CausalConv3d(guide_channels, 4 * channels, 1) if guide_channels else None
         if zero:
             zero_init(self.conv2)
@@ -140,7 +142,7 @@ class Downsample(Block):
     convolution alone.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True):
+    def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True, kernel: Kernel = 3):
         super().__init__()
         if shortcut and channels_in * time * space**2 % channels_out:
             raise ValueError(
@@ -148,7 +150,7 @@ class Downsample(Block):
                 f"{channels_in * time * space**2} gathered channels are no multiple of {channels_out}"
             )
         self.time, self.space, self.channels_out, self.shortcut = time, space, channels_out, shortcut
-        self.conv = CausalConv3d(channels_in, channels_out, 3, (time, space, space))
+        self.conv = CausalConv3d(channels_in, channels_out, kernel, (time, space, space))
         if shortcut:
             zero_init(self.conv)
 
@@ -173,7 +175,7 @@ class Upsample(Block):
     `shortcut` there is the convolution alone.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True):
+    def __init__(self, channels_in: int, channels_out: int, time: int, space: int, shortcut: bool = True, kernel: Kernel = 3):
         super().__init__()
         if shortcut and channels_out * time * space**2 % channels_in:
             raise ValueError(
@@ -182,7 +184,7 @@ class Upsample(Block):
             )
         self.time, self.space = time, space
         self.repeats = channels_out * time * space**2 // channels_in if shortcut else 0
-        self.conv = CausalConv3d(channels_in, channels_out * time * space**2)
+        self.conv = CausalConv3d(channels_in, channels_out * time * space**2, kernel)
         if shortcut:
             zero_init(self.conv)
 
@@ -202,10 +204,10 @@ class Upsample(Block):
 class Head(Block):
     """norm - SiLU - conv, with a linear skip around it unless `shortcut` is False; all zero at first with `zero`."""
 
-    def __init__(self, channels_in: int, channels_out: int, zero: bool = False, shortcut: bool = True):
+    def __init__(self, channels_in: int, channels_out: int, zero: bool = False, shortcut: bool = True, kernel: Kernel = 3):
         super().__init__()
         self.norm = ChannelNorm(channels_in)
-        self.conv = CausalConv3d(channels_in, channels_out)
+        self.conv = CausalConv3d(channels_in, channels_out, kernel)
         self.skip = CausalConv3d(channels_in, channels_out, 1) if shortcut else None
         if shortcut or zero:
             zero_init(self.conv)

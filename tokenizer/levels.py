@@ -21,6 +21,7 @@ BASE_SETTINGS = (
     "layers_per_block",
     "strides",
     "linear_shortcuts",
+    "framewise",
 )
 
 
@@ -125,7 +126,7 @@ class Levels:
         """
         level, config = self.level_of(temporal_ratio), self.config
         existing = asdict(self.existing) if self.existing else {key: config[key] for key in BASE_SETTINGS}
-        base = {key: value for key, value in existing.items() if value is not None}
+        base = {key: value for key, value in existing.items() if value is not None and (key, value) != ("framewise", 0)}
         growth = [asdict(replace(Growth(**grown), encoder="frozen", decoder="frozen")) for grown in config["growth"][:level]]
         for grown in growth:
             del grown["hand_over"]
