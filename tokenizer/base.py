@@ -135,8 +135,8 @@ def build_base(
     check_integer("framewise", framewise)
     if not 0 <= framewise <= len(strides) or any(time > 1 for time, _ in strides[: max(0, framewise - 1)]):
         raise ValueError(
-            f"framewise {framewise} with strides {[list(stride) for stride in strides]}: a number of the finest widths from 0 to "
-            f"{len(strides)} is needed, without a stride of time between them"
+            f"framewise {framewise} with strides {[list(stride) for stride in strides]}: a number of the finest widths is "
+            f"needed, from 0 to {len(strides)}, without a stride of time between them"
         )
     shape = (in_channels, latent_channels, patch, widths, layers, strides, shortcuts, framewise)
     return BaseEncoder(*shape), BaseDecoder(*shape)
