@@ -78,9 +78,9 @@ def sample_shipped(config: DemoConfig) -> tuple[list[SampleClip], list[Reconstru
     pipe: Any = load_pipeline(config.shipped or "")
     pipe.set_progress_bar_config(disable=True)
     ratio, scenes = pipe.config["temporal_ratio"], scenes_to_score(config.prompts, config.seed)
-    options = {"steps": config.steps, "guidance": config.guidance, "precision": config.precision}
     prompts = [scene.caption() for scene in scenes]
-    videos = sample_videos(pipe, prompts, **options, name=f"{config.shipped} {ratio}x", temporal_ratio=ratio)
+    name = f"{config.shipped} {ratio}x"
+    videos = sample_videos(pipe, prompts, precision=config.precision, name=name, temporal_ratio=ratio)
     samples = [
         SampleClip(prompt, pipe.config["fps"], {ratio: video}, {ratio: describe(video, scene)})
         for prompt, video, scene in zip(prompts, videos, scenes, strict=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from promag.data.datasets import open_dataset
 from promag.data.synthetic import Scene, render
+from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import sample_timed
 from promag.tokenizer.metrics import from_uint8, high_frequency_energy, jitter
 from promag.tokenizer.perceptual import frechet_distance
@@ -27,22 +28,25 @@ def generation_figures(
     pipe: Any,
     ratio: int,
     prompts: int,
-    steps: int,
-    guidance: float,
+    steps: int | None = None,
+    guidance: float | None = None,
     similarity: Similarity | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
     precision: Precision = "auto",
 ) -> dict[str, Any]:
     """Sample a video for each of `prompts` captions at one temporal ratio and return the figures.
 
-    Keys: accuracy (value and 95 % interval by part), sampling_seconds (one video in a batch, decoding included),
-    clip_similarity (mean over videos) and fvd (against as many generated clips of the pipeline's frames and size).
+    Keys: steps and guidance of the sampling, accuracy (value and 95 % interval by part), sampling_seconds (one video in a
+    batch, decoding included), clip_similarity (mean over videos) and fvd (against as many generated clips of the pipeline's
+    frames and size).
 
     Args:
+        steps: denoising steps; None is the pipeline's own, as is guidance.
         similarity: a `ClipSimilarity`; without it clip_similarity is None.
         features: a `VideoFeatures`; without it, and for a single prompt, fvd is None.
     """
     pipe.set_progress_bar_config(disable=True)
+    steps, guidance = steps_and_guidance(pipe.config, steps, guidance)
     scenes = scenes_to_score(prompts, seed=0)
     captions = [scene.caption() for scene in scenes]
     name = f"{ratio}x prompts"

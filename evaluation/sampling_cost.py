@@ -57,11 +57,11 @@ class Pace:
 
 
 def measure_pace(pipe: Any, precision: Precision, on_progress: Callable[[str], None]) -> Pace:
-    """Sample a video of two denoising steps twice at every trained ratio; the second time counts."""
-    pace, frames = Pace(), pipe.config["num_frames"]
-    options = {"num_inference_steps": PROBE_STEPS, "guidance_scale": 2.0}
+    """Sample a video of two denoising steps, with the pipeline's guidance, twice at every trained ratio; the second counts."""
+    pace, frames, guidance = Pace(), pipe.config["num_frames"], pipe.config["guidance_scale"]
+    options: dict[str, Any] = {"num_inference_steps": PROBE_STEPS}
     for ratio in trained_ratios(pipe):
-        cost = sampling_cost(pipe, ratio, frames, PROBE_STEPS, 2.0)
+        cost = sampling_cost(pipe, ratio, frames, PROBE_STEPS, guidance)
         for _ in range(2):
             seconds = sum(
                 (s for _, s in make_videos(pipe, [SampleRequest("", 0)], 1, precision, temporal_ratio=ratio, **options)),

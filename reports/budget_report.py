@@ -295,10 +295,12 @@ def cost_lines(budgets: Mapping[str, Mapping[str, Any]]) -> Lines:
 
 
 def generation_lines(generation: Mapping[str, Mapping[str, Any]]) -> Lines:
-    """Return how well sampled videos follow their prompts, with 95 % intervals."""
+    """Return how videos were sampled, and how well they follow their prompts, with 95 % intervals."""
     rows = list(generation.values())
     parts = ("colour", "motion", "shape", "all")
-    lines = [share_line(f"Prompt accuracy: {part} (%)", [row["accuracy"][part] for row in rows]) for part in parts]
+    settings = {"steps": ("Denoising steps", 0), "guidance": ("Guidance; 1 is none", 1)}
+    lines = [Line(label, [row[key] for row in rows], digits, compared=False) for key, (label, digits) in settings.items()]
+    lines += [share_line(f"Prompt accuracy: {part} (%)", [row["accuracy"][part] for row in rows]) for part in parts]
     for key, label, digits in (("clip_similarity", "CLIP similarity", 4), ("fvd", "FVD", 1)):
         values = [row.get(key) for row in rows]
         lines.append(Line(label + _no_weights(key, values), values, digits))

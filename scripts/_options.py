@@ -18,8 +18,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--count": {"type": int, "default": 64, "help": "number of clips, where --videos is synthetic"},
     "--ratios": {"type": int, "nargs": "+", "help": "temporal ratios; left out: all that the checkpoint has"},
     "--prompts": {"type": int, "default": 64, "help": "number of prompts"},
-    "--steps": {"type": int, "default": 30, "help": "denoising steps"},
-    "--guidance": {"type": float, "default": 4.0, "help": "classifier-free guidance; 1 turns it off"},
+    "--steps": {"type": int, "help": "denoising steps; left out: the pipeline's own"},
+    "--guidance": {"type": float, "help": "classifier-free guidance, 1 turns it off; left out: the pipeline's own"},
     "--batch-size": {"type": int, "default": 1, "help": "videos sampled at once"},
     "--train-batch-size": {"type": int, "default": 4, "help": "clips in a training step that is measured"},
     "--rounds": {"type": int, "default": 5, "help": "measurements; the median counts"},
@@ -39,12 +39,6 @@ SHARED: dict[str, dict[str, Any]] = {
     "--record": {"type": Path, "help": RECORD},
     "--note": {"default": "", "help": "text that the recorded lines carry"},
 }
-
-
-def share_sampling(parser: Any) -> None:
-    """Add the steps and the guidance of a pipeline that is sampled as it states."""
-    share(parser, "--steps", default=None, help="denoising steps; left out: the pipeline's default")
-    share(parser, "--guidance", default=None, help="classifier-free guidance, 1 turns it off; left out: the pipeline's default")
 
 
 def share(parser: Any, *names: str, **changes: Any) -> None:

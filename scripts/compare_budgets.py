@@ -17,6 +17,7 @@ from promag.evaluation.budgets import Budget, baseline_budget, check_budgets, co
 from promag.evaluation.clip_similarity import ClipSimilarity, load_similarity
 from promag.evaluation.cost import LENGTHS, BudgetCosts, Effort, fit_errors
 from promag.evaluation.generation import generation_figures
+from promag.pipelines.inputs import DEFAULTS
 from promag.pipelines.sampling import open_pipeline, trained_ratios
 from promag.reports.budget_report import (
     BudgetReport,
@@ -38,6 +39,8 @@ from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.precision import Precision, choose_precision
 from promag.training.run import append_result, provenance
+
+COSTED_STEPS = DEFAULTS["num_inference_steps"]  # the transformer that is measured belongs to no pipeline
 
 
 def main(argv: Sequence[str]) -> int:
@@ -97,7 +100,8 @@ def _parser() -> Parser:
     parser.add_argument("--target", type=float, default=25.0, help="PSNR in dB that each clip should have, at its own level")
     parser.add_argument("--segment", type=int, default=17, help="frames of the segments that can have a level each")
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, default=True, help="measure the transformer's cost")
-    share(parser, "--train-batch-size", "--steps", "--guidance", "--prompts")
+    share(parser, "--steps", help=f"denoising steps; left out: each pipeline's own, and {COSTED_STEPS} for costs")
+    share(parser, "--train-batch-size", "--guidance", "--prompts")
     share(parser, "--perceptual", "--lpips", "--fvd", "--clip", "--clip-weights", "--record", "--note")
     share(parser, "--rounds", default=3)
     parser.add_argument("--curve-seconds", type=float, default=120.0, help="for costs by length; the rest is extrapolated")
@@ -130,12 +134,12 @@ def _records(
     precision = choose_precision(config.precision, best_device())
     cost = (
         f"preset {Path(arguments.config).stem}, {precision}, random latents and text; train step of "
-        f"{arguments.train_batch_size} clips with its optimisers, {arguments.steps} denoising steps of one video with "
-        f"guidance, decoding it; medians of {arguments.rounds} rounds in turns; peaks leave out what was allocated before; "
-        "FLOPs counted, of one clip"
+        f"{arguments.train_batch_size} clips with its optimisers, {arguments.steps or COSTED_STEPS} denoising steps of one "
+        f"video with guidance, decoding it; medians of {arguments.rounds} rounds in turns; peaks leave out what was allocated "
+        "before; FLOPs counted, of one clip"
     )
     by_length = "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
-    sampled = f"{precision}, {arguments.steps} steps, guidance {arguments.guidance:g}; Wilson 95 % intervals; decoding included"
+    sampled = f"{precision}; Wilson 95 % intervals; decoding included"
     lines = [("reconstruction", measured, {"budget": name, **row}) for name, row in figures.items()]
     lines += [("adaptive budget", alone, adaptive)]
     lines += [("cost", cost, {"budget": name, **row}) for name, row in costs.items()]
@@ -149,8 +153,8 @@ def _records(
 def _budgets(arguments: argparse.Namespace) -> list[Budget]:
     """Load the models that are compared and check the numbers, names, frames and sizes that were given."""
     for name in ("frames", "size", "count", "segment", "train_batch_size", "steps", "rounds", "prompts"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed")
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     model: Any = load_tokenizer(arguments.tokenizer)
     budgets = own_budgets(model)
     try:
@@ -177,11 +181,12 @@ def _measure_costs(
         costs = BudgetCosts(budgets, config, arguments.size, arguments.size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    effort = Effort(arguments.train_batch_size, arguments.steps, arguments.rounds, seconds=arguments.curve_seconds)
+    steps = arguments.steps or COSTED_STEPS
+    effort = Effort(arguments.train_batch_size, steps, arguments.rounds, seconds=arguments.curve_seconds)
     _log(f"measuring costs: {arguments.rounds} rounds at {arguments.frames} frames")
     rows = costs.measure_length(arguments.frames, effort)
     _log(f"measuring costs from {LENGTHS[0]} to {LENGTHS[-1]} frames, for about {arguments.curve_seconds:.0f} s")
-    settings = {"preset": Path(arguments.config).stem, "batch": arguments.train_batch_size, "steps": arguments.steps}
+    settings = {"preset": Path(arguments.config).stem, "batch": arguments.train_batch_size, "steps": steps}
     return {name: {**row, **settings} for name, row in rows.items()}, costs.measure_lengths(effort)
 
 

@@ -24,7 +24,7 @@ from promag.evaluation.prompt_accuracy import (
 )
 from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import open_pipeline, sample_timed, trained_ratios
-from promag.scripts._options import share, share_sampling
+from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
@@ -75,8 +75,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, metavar="checkpoint", help="folder of a pipeline")
-    share(parser, "--ratios", "--prompts", "--precision", "--record", "--note")
-    share_sampling(parser)
+    share(parser, "--ratios", "--prompts", "--steps", "--guidance", "--precision", "--record", "--note")
     arguments = parser.parse_args(argv)
     for name in ("prompts", "steps"):
         if (value := getattr(arguments, name)) is not None and value < 1:

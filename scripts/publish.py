@@ -20,7 +20,7 @@ from promag.diffusion.validation import training_figures
 from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
-from promag.scripts._options import share, share_sampling
+from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.stages import finished_stages
@@ -52,8 +52,7 @@ def main(argv: Sequence[str]) -> int:
     pipeline.add_argument("checkpoint", type=Path, help="RUN/pipeline of a finished training on generated clips")
     pipeline.add_argument("--tokenizer", type=Path, required=True, help="published tokenizer that it was trained with")
     pipeline.add_argument("--tiny-decoder", type=Path, metavar="FOLDER", help="tiny decoder that becomes its part")
-    share(pipeline, "--prompts")
-    share_sampling(pipeline)
+    share(pipeline, "--prompts", "--steps", "--guidance")
 
     for kind in (tokenizer, pipeline):
         kind.add_argument("--out", type=Path, required=True, help="folder to write; its path is the name on the card")

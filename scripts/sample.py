@@ -26,10 +26,11 @@ from promag.data.video import (
 )
 from promag.diffusion.attention import choose_attention
 from promag.evaluation.clip_similarity import load_similarity
+from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import Draft, SampleRequest, Seconds, make_videos, open_pipeline
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.side_by_side import grid
-from promag.scripts._options import share, share_sampling
+from promag.scripts._options import share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.files import write_atomically
@@ -76,7 +77,9 @@ def main(argv: Sequence[str]) -> int:
     _write_overviews(arguments, prompts, videos, fps)
     ratio = arguments.ratio or pipe.config["temporal_ratio"]
     drafted = f", drafted at {arguments.draft_ratio}x" if arguments.draft_ratio else ""
-    print(f"{_count(videos)} at {ratio}x{drafted}, {_steps(arguments, pipe)} steps on {pipe.device}: {spent}")
+    steps, guidance = steps_and_guidance(pipe.config, arguments.steps, arguments.guidance)
+    guided = f"with guidance {guidance:g}" if guidance > 1 else "without guidance"
+    print(f"{_count(videos)} at {ratio}x{drafted}, {steps} steps {guided} on {pipe.device}: {spent}")
     if similarities:
         print(f"mean CLIP similarity {np.mean(similarities):.4f} by {arguments.clip}")
     else:
@@ -103,8 +106,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--draft-ratio", type=int, help="sample at this higher ratio first, lift it to --ratio and refine it there")
     add("--draft-steps", type=int, help="denoising steps of the draft; left out: --steps")
     add("--denoise-strength", type=float, help="share of --steps that refine a draft, 0 to below 1; left out: 0.5")
-    share_sampling(parser)
-    share(parser, "--batch-size", "--precision")
+    share(parser, "--steps", "--guidance", "--batch-size", "--precision")
     add("--fps", type=float, help="frame rate of the video, an input of the model; left out: as trained")
     add(
         "--tiny-decoder",
@@ -190,10 +192,6 @@ def _sampled(
         yield from make_videos(pipe, requests, arguments.batch_size, arguments.precision, **options)
 
 
-def _steps(arguments: argparse.Namespace, pipe: Any) -> int:
-    return arguments.steps or pipe.config["num_inference_steps"]
-
-
 def _draft(arguments: argparse.Namespace, pipe: Any) -> Draft | None:
     steps, strength = arguments.draft_steps, arguments.denoise_strength
     if arguments.draft_ratio is None:
@@ -201,7 +199,8 @@ def _draft(arguments: argparse.Namespace, pipe: Any) -> Draft | None:
             if value is not None:
                 raise UserError(f"{option} {value:g}: name the ratio of the draft, --draft-ratio")
         return None
-    return Draft(arguments.draft_ratio, steps or _steps(arguments, pipe), 0.5 if strength is None else strength)
+    steps = steps or arguments.steps or pipe.config["num_inference_steps"]
+    return Draft(arguments.draft_ratio, steps, 0.5 if strength is None else strength)
 
 
 def _call(arguments: argparse.Namespace, pipe: Any, fps: float) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Options:
     peers: tuple[str, ...] = ()
     pipeline: str = "checkpoints/tiny-video"
     tiny_decoder: str | None = None  # its folder, "" for the pipeline's own; None measures none
-    guidance: float = 4.0
+    guidance: float | None = None  # None: the pipeline's own
     tokenizer: str = "checkpoints/tiny"
     steps: tuple[int, ...] = (24, 8, 4)
     count: int = 64

@@ -19,6 +19,7 @@ OWN, TINY = "tokenizer", "tiny"  # decoders
 def groups(options: Options) -> list[Group]:
     """Return a group for each number of steps, precision and way to run; raises UserError for what cannot sample."""
     decoders = (OWN,) if options.tiny_decoder is None else (OWN, TINY)
+    pipe: Any = None
     ratios: list[int] = []
     for decoder in decoders:
         pipe = _load(decoder, options)
@@ -27,8 +28,9 @@ def groups(options: Options) -> list[Group]:
             trained = list(trained_ratios(pipe))
             raise UserError(f"--ratios {list(options.ratios)}: {options.pipeline} was trained at {trained}")
     cases = [(decoder, ratio) for decoder in decoders for ratio in ratios]
+    guidance: float = pipe.config["guidance_scale"] if options.guidance is None else options.guidance
     return [
-        _group(cases, steps, precision, compiled, options)
+        _group(cases, steps, guidance, precision, compiled, options)
         for precision in options.precisions
         for steps in options.steps
         for compiled in options.compiled
@@ -46,7 +48,9 @@ def _load(decoder: str, options: Options) -> Any:
     return pipe.to(options.device)
 
 
-def _group(cases: Sequence[tuple[str, int]], steps: int, precision: Chosen, compiled: bool, options: Options) -> Group:
+def _group(
+    cases: Sequence[tuple[str, int]], steps: int, guidance: float, precision: Chosen, compiled: bool, options: Options
+) -> Group:
     videos = options.batch_size or 1
 
     def build() -> Sequence[Job]:
@@ -57,13 +61,13 @@ def _group(cases: Sequence[tuple[str, int]], steps: int, precision: Chosen, comp
         jobs = []
         for decoder, ratio in cases:
             pipe = pipes[decoder]
-            cost = sampling_cost(pipe, ratio, pipe.config["num_frames"], steps, options.guidance)
-            call = sampling(pipe, [PROMPT] * videos, steps, options.guidance, ratio, precision)
+            cost = sampling_cost(pipe, ratio, pipe.config["num_frames"], steps, guidance)
+            call = sampling(pipe, [PROMPT] * videos, steps, guidance, ratio, precision)
             jobs.append(Job(call, videos, None, {"tokens": cost.tokens, "denoising_gflop": videos * cost.flops / 1e9}))
         return jobs
 
     name = "/".join(options.pipeline.rstrip("/").split("/")[-2:])
-    common = {"part": f"{steps} steps", "model": name, "steps": steps, "guidance": options.guidance, "videos": videos}
+    common = {"part": f"{steps} steps", "model": name, "steps": steps, "guidance": guidance, "videos": videos}
     settings = [
         {**common, "ratio": ratio, "decoder": decoder, "precision": precision, "compiled": compiled} for decoder, ratio in cases
     ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from promag.evaluation.generation import steadiness_and_sharpness
 from promag.evaluation.prompt_accuracy import accuracies, format_accuracy, scenes_to_score
+from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import Draft, load_pipeline, sample_timed, trained_ratios
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.scripts._options import share
@@ -45,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     for option, value in (("--ratio", ratio), ("--draft-ratio", arguments.draft_ratio)):
         if value not in legal:
             raise UserError(f"{option} {value}: the pipeline was trained at {', '.join(f'{r}x' for r in legal)}")
+    steps, guidance = steps_and_guidance(pipe.config, arguments.steps, arguments.guidance)
+    draft_steps = arguments.draft_steps or steps
     scenes = scenes_to_score(arguments.prompts, seed=0)
 
     def sample(
@@ -52,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     ) -> tuple[list[np.ndarray], dict[str, Any]]:
         options = {"temporal_ratio": sampled_ratio, "draft": draft}
         prompts = [scene.caption() for scene in scenes]
-        videos, spent = sample_timed(pipe, prompts, steps, arguments.guidance, arguments.precision, name=name, **options)
+        videos, spent = sample_timed(pipe, prompts, steps, guidance, arguments.precision, name=name, **options)
         return videos, {
             "way": name,
             "seconds": spent.total / len(videos),
@@ -61,10 +64,10 @@ def main(argv: Sequence[str]) -> int:
         }
 
     try:
-        draft_videos, draft_row = sample(f"{arguments.draft_ratio}x alone", arguments.draft_steps, arguments.draft_ratio)
+        draft_videos, draft_row = sample(f"{arguments.draft_ratio}x alone", draft_steps, arguments.draft_ratio)
         direct = [sample(f"{ratio}x from noise, {n} steps", n, ratio) for n in arguments.from_noise_steps]
         refined = [
-            sample(f"refined from {s:g}", arguments.steps, ratio, Draft(arguments.draft_ratio, arguments.draft_steps, s))
+            sample(f"refined from {s:g}", steps, ratio, Draft(arguments.draft_ratio, draft_steps, s))
             for s in arguments.strengths
         ]
     except ValueError as error:
@@ -73,8 +76,8 @@ def main(argv: Sequence[str]) -> int:
         others, rival = min(direct, key=lambda pair: abs(pair[1]["seconds"] - row["seconds"]))
         row |= {"psnr_to_draft": _psnr(videos, draft_videos), "rival": rival["way"], "psnr_to_rival": _psnr(videos, others)}
     rows = [draft_row, *(row for _, row in direct), *(row for _, row in refined)]
-    names = ("ratio", "draft_ratio", "draft_steps", "steps", "prompts", "guidance", "note")
-    common = {name: getattr(arguments, name) for name in names} | {"protocol": PROTOCOL}
+    common = {name: getattr(arguments, name) for name in ("ratio", "draft_ratio", "prompts", "note")}
+    common |= {"draft_steps": draft_steps, "steps": steps, "guidance": guidance, "protocol": PROTOCOL}
     for row in rows:
         print(_format(row))
         if arguments.record:
@@ -92,16 +95,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("checkpoint", type=Path, help="folder of a pipeline that was trained at both ratios")
     add("--ratio", type=int, default=4, help="temporal ratio of the videos")
     add("--draft-ratio", type=int, default=16, help="temporal ratio of the drafts")
-    add("--draft-steps", type=int, default=30, help="denoising steps of a draft")
-    share(parser, "--steps", help="denoising steps at the low ratio, of which a strength takes its share")
+    add("--draft-steps", type=int, help="denoising steps of a draft; left out: --steps")
+    share(parser, "--steps", help="denoising steps at the low ratio, shared by strength; left out: the pipeline's own")
     add("--strengths", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="shares of the steps that refine the draft")
     add("--from-noise-steps", type=int, nargs="+", default=[12, 18, 24, 32], help="numbers of steps from noise")
     share(parser, "--prompts", "--guidance", "--precision", "--record", "--note")
     share(parser, "--contact-sheet")
     arguments = parser.parse_args(argv)
     for name in ("prompts", "steps", "draft_steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed")
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     return arguments
 
 

@@ -34,6 +34,22 @@ def test_figures_come_from_every_video_and_its_prompt():
     assert figures["fvd"] > 0
 
 
+def test_a_pipeline_is_sampled_as_it_states_and_the_figures_say_so():
+    videos = []
+
+    def keep(video, prompt):
+        videos.append(video)
+        return 0.0
+
+    pipe = make_pipeline(num_inference_steps=3, guidance_scale=1.0)
+    own = generation_figures(pipe, 16, prompts=1, similarity=keep, precision="fp32")
+    assert (own["steps"], own["guidance"]) == (3, 1.0)
+    assert generation_figures(pipe, 16, 1, 3, 1.0, keep, precision="fp32")["steps"] == 3
+    assert generation_figures(pipe, 16, 1, 2, 4.0, keep, precision="fp32")["guidance"] == 4.0
+    assert (videos[0] == videos[1]).all()
+    assert (videos[0] != videos[2]).any()
+
+
 def test_figures_that_need_models_are_none_without_them():
     figures = generation_figures(make_pipeline(), 16, prompts=1, steps=1, guidance=1.0, features=features)
     assert figures["clip_similarity"] is None

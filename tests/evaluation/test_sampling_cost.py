@@ -41,6 +41,12 @@ def test_expectations_follow_the_last_measurement():
     assert pace.expect(SamplingCost(4, 33, 9, 54, 300.0)) is None
 
 
+def test_the_pace_is_measured_with_the_guidance_of_the_pipeline():
+    pace = measure_pace(make_pipeline(guidance_scale=1.0), "fp32", lambda _: None)
+    counted = sampling_cost(make_pipeline(), 16, 17, 2, 1.0)
+    assert pace._last[16][0] == counted
+
+
 def test_every_trained_ratio_is_measured(pipe):
     lines = []
     pace = measure_pace(pipe, "fp32", lines.append)

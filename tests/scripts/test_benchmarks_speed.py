@@ -163,13 +163,14 @@ def test_gradients_and_denoising_are_measured_by_ratio(diffusion_preset, tmp_pat
 
 
 def test_a_pipeline_samples_in_few_and_more_steps_by_both_decoders(tmp_path):
-    pipe = make_pipeline()
+    pipe = make_pipeline(guidance_scale=1.0)
     pipe.save_pretrained(tmp_path / "pipe")
     TinyDecoder(pipe.vae.temporal_ratios, (4, 4, 4), width=8, layers=1).save_pretrained(tmp_path / "decoder")
     words = ["--pipeline", tmp_path / "pipe", "--tiny-decoder", tmp_path / "decoder", "--steps", 2, 1]
     lines = run(tmp_path / "speed.jsonl", "sampling", *words)
     cases = [(decoder, ratio) for decoder in ("tokenizer", "tiny") for ratio in (4, 16)]
     assert settings(lines, "steps", "decoder", "ratio") == [(steps, *case) for steps in (1, 2) for case in cases]
+    assert settings(lines, "guidance") == [(1.0,)] * 8  # the pipeline's own
     assert lines[4]["denoising_gflop"] == pytest.approx(2 * lines[0]["denoising_gflop"])
     assert lines[3]["baseline"] == {"ratio": 4, "decoder": "tokenizer"}
     assert str(tmp_path.parent) not in (tmp_path / "speed.jsonl").read_text()

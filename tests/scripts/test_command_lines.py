@@ -31,12 +31,6 @@ OTHER_WORDS = {
 MEANS_ANOTHER = {  # commands in which a shared word has its own default, with the reason
     ("promag.scripts.reconstruct", "--frames"): "the whole video",
     ("promag.scripts.sample", "--frames"): "the length that the pipeline was trained on",
-    ("promag.scripts.sample", "--steps"): "the pipeline's own",
-    ("promag.scripts.sample", "--guidance"): "the pipeline's own",
-    ("promag.scripts.evaluate_pipeline", "--steps"): "the pipeline's own",
-    ("promag.scripts.evaluate_pipeline", "--guidance"): "the pipeline's own",
-    ("promag.scripts.publish", "--steps"): "the pipeline's own",
-    ("promag.scripts.publish", "--guidance"): "the pipeline's own",
     ("promag.scripts.prepare_clips", "--frames"): "a clip for each video",
     ("promag.scripts.benchmarks.long_video", "--frames"): "whole pictures of the tiled video are held beside it",
     ("promag.scripts.publish", "--split"): "rows of the table of sources",

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_mistakes_are_named(demo_run, tmp_path, change, message):
 def test_a_stock_pipeline_with_a_grown_autoencoder_is_compared_at_all_its_ratios(tmp_path, capsys):
     grown = make_grown()
     grown.save_pretrained(tmp_path / "grown")
-    defaults = StockDefaults(32, 32, 17, 8.0, max_sequence_length=8)
+    defaults = StockDefaults(32, 32, 17, 8.0, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=8)
     StockPipeline(make_stock(vae=grown), defaults).save_pretrained(tmp_path / "wan")
     arguments = [
         "--tokenizer",
@@ -100,13 +101,14 @@ def test_a_stock_pipeline_with_a_grown_autoencoder_is_compared_at_all_its_ratios
         "--size",
         "32",
     ]
-    arguments += ["--pipelines", str(tmp_path / "wan"), "--no-costs", "--steps", "1", "--prompts", "1", "--precision", "fp32"]
+    arguments += ["--pipelines", str(tmp_path / "wan"), "--no-costs", "--prompts", "1", "--precision", "fp32"]
     assert main([*arguments, "--out", str(tmp_path / "report")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "report" / "results.jsonl").read_text().splitlines()]
     generated = [line for line in lines if line["what"] == "generation"]
     assert [(line["pipeline"], line["ratio"]) for line in generated] == [(f"wan at {ratio}x", ratio) for ratio in (4, 8, 16)]
     assert all(line["sampling_seconds"] > 0 for line in generated)
-    capsys.readouterr()
+    assert {(line["steps"], line["guidance"]) for line in generated} == {(2, 1.0)}  # the pipeline's own
+    assert re.search(r"^Denoising steps +2 +2 +2$", shown := capsys.readouterr().out, re.MULTILINE), shown
     evaluate_pipeline.main([str(tmp_path / "wan"), "--ratios", "16", "--prompts", "1", "--steps", "1", "--precision", "fp32"])
     printed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line[:2] != "  "]
     kinds = ("trained combinations", "unseen combinations", "reconstructions of as many unseen clips")

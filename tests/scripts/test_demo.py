@@ -2,9 +2,14 @@ import json
 
 import pytest
 
+from promag.demo.config import DemoConfig
+from promag.demo.figures import sample_shipped
+from promag.pipelines.sampling import load_pipeline, sample_videos
 from promag.scripts.demo import main
+from promag.training.command_line import parse_config
 from promag.training.config import UserError
 from tests.scripts.conftest import DEMO
+from tests.tiny_pipeline import make_pipeline
 
 
 def test_the_demo_writes_a_report_figures_and_videos(demo_run):
@@ -31,6 +36,16 @@ def test_the_demo_writes_a_report_figures_and_videos(demo_run):
     assert [clip["columns"] for clip in figures["shipped"]] == [["16×"], ["16×"]]  # noqa: RUF001
     assert all((demo_run / clip["video"]).stat().st_size > 0 for clip in figures["shipped"])
     assert [clip["columns"] for clip in figures["shipped_reconstructions"]] == [["original", "4×", "8×", "16×"]] * 2  # noqa: RUF001
+
+
+def test_the_shipped_pipeline_is_sampled_as_it_states(tmp_path):
+    make_pipeline(height=32, width=32, num_inference_steps=3, guidance_scale=1.0).save_pretrained(tmp_path)
+    config = parse_config(DemoConfig, [*DEMO, "--shipped", str(tmp_path), "--precision", "fp32"], "")
+    samples, _ = sample_shipped(config)
+    prompts = [sample.prompt for sample in samples]
+    pipe = load_pipeline(tmp_path)
+    for sample, video in zip(samples, sample_videos(pipe, prompts, 3, 1.0, "fp32", name=None), strict=True):
+        assert (sample.by_ratio[16] == video).all()
 
 
 def test_a_second_call_reuses_trained_models_and_logs_it(demo_run, capsys):

@@ -93,6 +93,20 @@ def test_drafting_is_compared_with_sampling_from_noise(run, tmp_path, capsys):
     assert sheet.exists()
 
 
+def test_drafts_have_the_steps_and_the_guidance_of_the_pipeline(tmp_path):
+    make_pipeline(height=32, width=32, num_inference_steps=2, guidance_scale=1.0).save_pretrained(tmp_path / "few")
+    ways = ["--strengths", "0.5", "--from-noise-steps", "2", "--prompts", "1", "--precision", "fp32"]
+    for given, (steps, guidance, draft_steps) in (
+        ([], (2, 1.0, 2)),
+        (["--steps", "4", "--guidance", "3"], (4, 3.0, 4)),
+        (["--draft-steps", "1"], (2, 1.0, 1)),
+    ):
+        record = tmp_path / f"{len(given)}.jsonl"
+        draft_and_refine.main([str(tmp_path / "few"), *ways, *given, "--record", str(record)])
+        for line in lines(record):
+            assert (line["steps"], line["guidance"], line["draft_steps"]) == (steps, guidance, draft_steps)
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [

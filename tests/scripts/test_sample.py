@@ -46,7 +46,9 @@ def test_every_prompt_at_every_seed_is_written_and_printed(folder, tmp_path, cap
     assert lines[5].startswith(f"{tmp_path}/new/sheet.png: frames of 4 videos")
     assert Image.open(tmp_path / "new" / "sheet.png").width > 8 * 32 * 3
     seconds = [float(x) for x in re.findall(r"([\d.]+) s\b", lines[6])]
-    assert re.match(r"4 videos of .* at 16x, 2 steps on cpu: text .* s, denoising .* s, decoding .* s, together", lines[6])
+    assert re.match(
+        r"4 videos of .* at 16x, 2 steps with guidance 4 on cpu: text .* s, denoising .* s, decoding .* s, together", lines[6]
+    )
     assert seconds[3] == pytest.approx(sum(seconds[:3]), abs=0.02)
     assert lines[7] == "not measured for want of weights: CLIP similarity (--clip)"
 
@@ -103,7 +105,7 @@ def test_a_draft_is_refined(folder, tmp_path, capsys):
     for strength in strengths:
         drafted = ["--draft-ratio", "16", "--draft-steps", "3", "--denoise-strength", strength]
         sample.main([*asked, *drafted, "--steps", "10", "--out", str(tmp_path / f"{strength}.mp4")])
-        assert "17 frames of 32x32 at 4x, drafted at 16x, 10 steps on cpu" in capsys.readouterr().out
+        assert "17 frames of 32x32 at 4x, drafted at 16x, 10 steps with guidance 4 on cpu" in capsys.readouterr().out
     draft, half, most = (read_frames(tmp_path / f"{s}.mp4", range(17)).astype(int) for s in strengths)
     assert 2 < np.abs(half - draft).mean() < np.abs(most - draft).mean()
     for option, value in (("--draft-steps", "3"), ("--denoise-strength", "0.5")):
