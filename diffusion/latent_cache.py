@@ -191,7 +191,11 @@ def _write_shards(
 ) -> None:
     """Write this process's shards, each into the caches that lack it; what several ratios share is computed once."""
     order: Any = batches  # of ranges, where lists are declared
-    read = iter(DataLoader(_Reading(clips), batch_sampler=order, num_workers=workers, collate_fn=list))
+    pin = (
+        torch.device(processes().device or "cpu").type == "cuda"
+    )  # else the copy to the device would wait for what the device does
+    # Batches are put together by the workers: here it would hold up the encoder.
+    read = iter(DataLoader(_Reading(clips), batch_sampler=order, num_workers=workers, pin_memory=pin))
     total = sum(len(clips_of(shard, batches.shard_size, batches.clips)) for shard in batches.shards)
     bar = ProgressBar(total=total, desc="caching latents", unit="clip", disable=not show)
     for shard in batches.shards:
@@ -200,16 +204,15 @@ def _write_shards(
         latents: dict[Path, list[Tensor]] = {folder: [] for folder in lacking}
         captions, rates = [], []
         for _ in batches.of(shard):
-            videos, texts, fps = zip(*next(read), strict=True)
-            encoded = encode(torch.stack(videos), ratios)
-            for (folder, fingerprint), z in zip(lacking.items(), encoded, strict=True):
-                latents[folder].append(z.to(DTYPES[fingerprint.dtype]).cpu())
+            videos, texts, fps = next(read)
+            for (folder, fingerprint), z in zip(lacking.items(), encode(videos, ratios), strict=True):
+                latents[folder].append(z.to(DTYPES[fingerprint.dtype]))
             captions += texts
-            rates += fps
+            rates.append(fps)
             bar.update(len(texts))
-        facts = {**pack_texts(captions), "fps": torch.tensor(rates, dtype=torch.float64)}
+        facts = {**pack_texts(captions), "fps": torch.cat(rates)}
         for folder, parts in latents.items():
-            z = torch.cat(parts)
+            z = torch.cat(parts).cpu()  # once a shard: a device encodes the next batch while this process waits for clips
             _check_finite(z, folder, clips_of(shard, batches.shard_size, batches.clips))
             write_shard(folder, shard, caches[folder][0], {"latents": z, **facts, **_sums(z)})
     bar.close()

@@ -232,7 +232,7 @@ def encoder(
     def encode(x: Tensor, ratios: Sequence[int]) -> list[Tensor]:
         model.to(device).eval()
         with autocast(device, precision):
-            return [posterior.mode().float() for posterior in model.encode_levels(x.to(device), ratios)]
+            return [posterior.mode().float() for posterior in model.encode_levels(x.to(device, non_blocking=True), ratios)]
 
     return encode
 

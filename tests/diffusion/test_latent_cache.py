@@ -58,6 +58,19 @@ def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_put_batches_together_so_that_the_encoder_waits_for_no_copies(tmp_path, workers):
+    seen = []
+
+    def watching(x, ratios):
+        seen.append((len(x), x.is_shared()))
+        return encode(x, ratios)
+
+    make(tmp_path / "watched", encode=watching, workers=workers)
+    assert seen == [(2, workers > 0), (1, workers > 0)] * 2 + [(1, workers > 0)]
+    assert files(tmp_path / "watched") == files(make(tmp_path / "alone"))
+
+
 def test_every_clip_is_cached_once_in_order(tmp_path):
     data = LatentDataset(make(tmp_path))
     assert len(data) == 7
