@@ -191,10 +191,8 @@ def _write_shards(
 ) -> None:
     """Write this process's shards, each into the caches that lack it; what several ratios share is computed once."""
     order: Any = batches  # of ranges, where lists are declared
-    pin = (
-        torch.device(processes().device or "cpu").type == "cuda"
-    )  # else the copy to the device would wait for what the device does
-    # Batches are put together by the workers: here it would hold up the encoder.
+    pin = torch.device(processes().device or "cpu").type == "cuda"
+    # Pinned, so that copying does not wait for the device; put together by the workers, because here it would hold it up.
     read = iter(DataLoader(_Reading(clips), batch_sampler=order, num_workers=workers, pin_memory=pin))
     total = sum(len(clips_of(shard, batches.shard_size, batches.clips)) for shard in batches.shards)
     bar = ProgressBar(total=total, desc="caching latents", unit="clip", disable=not show)

@@ -6,6 +6,7 @@ that they replace ("cost", "tokenizer speed") are read alike; of the same case o
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from promag.evaluation.speed.cases import WHAT
@@ -282,17 +283,19 @@ def _data(cases: Sequence[Line]) -> str:
         own = case["settings"]
         what = [str(own[key]) for key in ("part", "file", "reader", "order", "step") if key in own]
         workers = own.get("workers")
-        resident = case.get("resident_mib_after_each_round")
+        resident, idle = case.get("resident_mib_after_each_round"), case.get("encoder_idle_in_each_round")
         rows.append(
             (
                 ", ".join(what),
                 workers,
                 case["count"] / case["seconds"],
                 f"{case['speedup']:.2f}" if case.get("speedup") else None,
-                f"{resident[0]} to {resident[-1]}" if resident else None,
+                f"{median(idle):.0%}" if idle else None,
+                f"{resident[0]} to {resident[-1]} after {len(resident) * own['clips']:,}" if resident else None,
             )
         )
-    return _table(("case", "workers", "frames/s", "times the first of its part", "resident MiB, first to last round"), rows)
+    heads = ("case", "workers", "frames/s", "times the first of its part", "encoder idle", "resident MiB, by clips")
+    return _table(heads, rows)
 
 
 # -- on paper --------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ class Options:
     tiny_decoder: str | None = None  # its folder, "" for the pipeline's own; None measures none
     guidance: float | None = None  # None: the pipeline's own
     tokenizer: str = "checkpoints/tiny"
+    videos: str | None = None  # index of clips that are loaded and cached; None: generated files
     steps: tuple[int, ...] = (24, 8, 4)
     count: int = 64
     quick: bool = False

@@ -119,12 +119,12 @@ def free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def resident(figure: str = "VmRSS") -> int:
-    """Return the bytes that this process holds; with "VmHWM" the most it has held. Linux alone has these figures.
+def resident(figure: str = "VmRSS", process: int | str = "self") -> int:
+    """Return the bytes that a process holds; with "VmHWM" the most it has held. Linux alone has these figures.
 
     getrusage's ru_maxrss is no such figure: a new process starts with its parent's there.
     """
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith(f"{figure}:"))
     return int(line.split()[1]) * 1024
 

@@ -97,7 +97,8 @@ def _parser() -> Parser:
     share(parser, "--guidance")
     parser.add_argument("--tokenizer", default="checkpoints/tiny", help="folder of the tokenizer whose latents are cached")
     share(parser, "--steps", nargs="+", default=[24, 8, 4], help="numbers of denoising steps")
-    share(parser, "--count", help="clips that are loaded and cached")
+    share(parser, "--videos", required=False, help="clips.jsonl that is loaded and cached; left out: generated files")
+    share(parser, "--count", help="clips that are loaded and cached; more than there are come again")
     share(parser, "--rounds")
     parser.add_argument("--minutes", type=float, help="begin no group of cases after so long, and end rounds early")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, to see that everything works")
@@ -133,6 +134,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         tiny_decoder=arguments.tiny_decoder,
         guidance=arguments.guidance,
         tokenizer=arguments.tokenizer,
+        videos=arguments.videos,
         steps=tuple(arguments.steps),
         count=arguments.count,
         quick=arguments.quick,

@@ -116,6 +116,12 @@ def test_limits_denoising_sampling_and_data_have_their_rows():
     assert rows(table("sampling", [sampled]))[2] == ["p", "fp32", "4", "tiny", "4x", "3"]
     loaded = line("data", 0.5, settings={"part": "loading", "reader": "loader", "workers": 2}, count=100, speedup=0.5)
     assert rows(table("data", [loaded]))[2] == ["loading, loader", "2", "200", "0.50"]
+    cached = {"part": "caching", "file": "256p", "step": "cache", "workers": 2}
+    cached = line("data", 0.5, settings=cached, count=100, encoder_idle_in_each_round=[0.5, 0.01, 0.02])
+    assert rows(table("data", [cached]))[2] == ["caching, 256p, cache", "2", "200", "2%"]
+    held = {"part": "memory", "file": "64p", "step": "caching", "clips": 2000}
+    held = line("data", 0.5, settings=held, count=100, resident_mib_after_each_round=[300, 310, 305])
+    assert rows(table("data", [held]))[2][-1] == "300 to 305 after 6,000"
     level = line("train", 0.5, settings={"stage": "8x", "model": "tokenizer tiny"}, share_of_limit=0.4, peak_mib=9.0)
     assert rows(table("tokenizer training", [level]))[2] == [
         "tokenizer tiny", "4x", "65x64x64", "fp32", "8", "0.5", "16", "40%", "9"

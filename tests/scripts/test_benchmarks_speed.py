@@ -11,8 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
+from promag.data.clip_index import save_clips
+from promag.data.clips import prepare
+from promag.data.listing import list_videos
 from promag.diffusion.flops import training_flops
 from promag.evaluation.speed import ceilings
+from promag.evaluation.speed.data import WatchedEncoder, write_file
 from promag.evaluation.speed.subjects import PEERS, peer_subject
 from promag.scripts.benchmarks.speed import main
 from promag.tokenizer.tiny_decoder import TinyDecoder
@@ -197,10 +201,38 @@ def test_reading_loading_and_caching_stand_beside_the_decoder_alone(tmp_path):
     assert settings(by_part["caching"], "workers", "step") == [
         (workers, step) for workers in (0, 1, 2) for step in ("decode", "encode", "cache")
     ]
-    (memory,) = by_part["memory"]
-    first, *_, last = memory["resident_mib_after_each_round"]
-    assert 0.9 * first < last < 1.1 * first
+    assert settings(by_part["memory"], "step") == [("reader",), ("training stream",), ("caching",)]
+    held = [line["resident_mib_after_each_round"] for line in by_part["memory"]]
+    for first, *_, last in held:
+        assert 0.9 * first < last < 1.1 * first
+    assert min(held[1][0], held[2][0]) > 1.5 * held[0][0]  # two workers are counted
+    for line in by_part["caching"]:
+        idle = line.get("encoder_idle_in_each_round", [])
+        assert len(idle) == (line["settings"]["step"] == "cache") * (1 + line["rounds"])
+        assert all(0 <= share < 1 for share in idle)
     assert str(tmp_path.parent) not in (tmp_path / "speed.jsonl").read_text()
+
+
+def test_the_clips_of_an_index_are_loaded_in_place_of_generated_files(tmp_path):
+    make_tokenizer(2).save_pretrained(tmp_path / "tokenizer")
+    for name, frames in (("long", 40), ("longer", 60), ("short", 9)):
+        write_file(tmp_path / f"{name}.mp4", "64p", frames, 12)
+    save_clips(tmp_path / "mine.jsonl", prepare(list_videos(tmp_path), progress=False).clips)
+    few = ["--frames", 17, "--ratios", 4, "--tokenizer", tmp_path / "tokenizer", "--videos", tmp_path / "mine.jsonl"]
+    lines = [line for line in run(tmp_path / "speed.jsonl", "data", *few) if line["settings"]["part"] in ("loading", "caching")]
+    assert settings(lines, "file") == [("mine",)] * 13
+    assert lines[0]["count"] == 100  # all frames of the clips that are long enough
+    assert [line["count"] for line in lines[1:4]] == [8 * 17] * 3
+    assert str(tmp_path.parent) not in (tmp_path / "speed.jsonl").read_text()
+
+
+def test_an_idle_encoder_is_seen():
+    watched = WatchedEncoder(lambda x, ratios: [x], torch.device("cpu"))
+    watched.batches += [(1.0, 2.0), (3.0, 4.0), (4.0, 6.0)]
+    assert watched.idle() == pytest.approx(0.2)
+    assert watched(torch.ones(1), (16,)) == [torch.ones(1)]
+    assert len(watched.batches) == 1
+    assert watched.idle() == 0
 
 
 def test_cases_that_fail_are_recorded_and_the_run_continues(tokenizer_preset, small_wan, tmp_path, monkeypatch):
