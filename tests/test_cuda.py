@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from promag.data.datasets import SyntheticDataset
 from promag.diffusion.attention import choose_attention, probe
+from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
+from promag.pipelines.build import encoder
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.streaming import reconstruct_stream
 from promag.tokenizer.train import train_tokenizer
@@ -70,6 +73,19 @@ def test_training_continues_after_a_stop(tmp_path):
     assert len(losses) == 4
     assert all(loss > 0 for loss in losses)
     assert load_tokenizer(run / "tokenizer").temporal_ratios == (4, 8)
+
+
+@pytest.mark.usefixtures("exact")
+def test_cached_latents_are_those_that_the_gpu_encodes(on_gpu, tmp_path):
+    """The GPU works through batches of a shard while the process waits for the next clips."""
+    clips, encode = SyntheticDataset("train", 12, 17, 32), encoder(on_gpu, torch.device("cuda"), "fp32")
+    fingerprint = LatentFingerprint("any", "any", 16, 17, 32, 32, "float32", 8)
+    write_latents({tmp_path: fingerprint}, 12, clips, encode, batch_size=2, workers=2)
+    cached = LatentDataset(tmp_path)
+    for number in range(12):
+        (alone,) = encode(clips.fixed(number)["video"][None], (16,))
+        latents = cached.fixed(number)["latents"] * cached.std + cached.mean
+        torch.testing.assert_close(latents, alone[0].cpu(), atol=1e-4, rtol=1e-4)
 
 
 def test_native_attention_works_and_is_chosen_where_flash_is_absent():
