@@ -164,6 +164,9 @@ class DiffusionConfig:
         False, "recompute blocks in the backward pass: saves memory, costs a second forward pass"
     )
     compile: bool = setting(False, "compile the repeated blocks: takes minutes at the start, then steps are faster; for GPUs")
+    graphs: bool = setting(
+        False, "replay the transformer's forward and backward pass as CUDA graphs, one for each shape of batch; for GPUs"
+    )
     tokenizer: str = required("folder of a trained video tokenizer")
     init: str | None = setting(
         None, "a trained pipeline to fine-tune, ours with its small text encoder or a WanPipeline; null trains from scratch"
@@ -212,6 +215,8 @@ class DiffusionConfig:
             raise ValueError(
                 f"init {self.init}, model {'null' if self.model is None else 'given'}: exactly one of both is needed"
             )
+        if self.graphs and self.run.distributed == "fsdp2":
+            raise ValueError("graphs: fsdp2 gathers the weights of each block anew, which a graph cannot; use distributed ddp")
         if self.lora and self.init is None:
             raise ValueError("lora: adapters need a trained transformer; name one with init")
         if self.few_steps and self.init is None:
@@ -245,6 +250,6 @@ class DiffusionConfig:
 
 # Keys that may differ when a run is resumed: they do not affect what the model learns.
 MAY_CHANGE = (
-    *("output_dir", "run", "samples", "attention", "gradient_checkpointing", "compile"),
+    *("output_dir", "run", "samples", "attention", "gradient_checkpointing", "compile", "graphs"),
     *("tokenizer", "data.cache", "data.shard_size"),
 )

@@ -121,7 +121,7 @@ class FewStepsObjective(FlowObjective):
         self, x: Tensor, noise: Tensor, windows: Tensor, batch: dict[str, Any], ratio: int, cond_mask: Tensor | None = None
     ) -> Tensor:
         """Return the mean squared error of the mean velocity in a window of each clip, windows (b,) -> (b,)."""
-        times = self.few_steps.times(self.mu(x)).to(x.device)
+        times = self.few_steps.times(self.mu(x)).to(x.device, non_blocking=True)
         with torch.no_grad():
             inputs = self._inputs(batch, ratio, cond_mask)
             start = self._noised(x, noise, times[windows, 0], cond_mask)
@@ -137,7 +137,7 @@ class FewStepsObjective(FlowObjective):
         self, x: Tensor, noise: Tensor, batch: dict[str, Any], ratio: int, cond_mask: Tensor | None = None
     ) -> Tensor:
         """Return the mean squared distance between the student's and the teacher's sample from the same noise, (b,)."""
-        times = self.few_steps.times(self.mu(x)).to(x.device)
+        times = self.few_steps.times(self.mu(x)).to(x.device, non_blocking=True)
         inputs = self._inputs(batch, ratio, cond_mask)
         student = teacher = self._noised(x, noise, times[:1, 0].expand(len(x)), cond_mask)
         for k in range(self.few_steps.steps):

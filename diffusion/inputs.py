@@ -102,6 +102,13 @@ def check_ratio_and_rate(temporal_ratio: Any, fps: Any, batch: int) -> None:
             raise ValueError(f"{name} {value!r:.100}: a number above 0 and below 1e9 is needed")
 
 
+def per_clip(value: float | Tensor, batch: int, device: torch.device) -> Tensor:
+    """Return one number, or a tensor with one for all or one for each of the batch, as float32 (batch,) on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32).expand(batch)
+    return torch.full((batch,), float(value), device=device)  # filled there: a copy of a number would wait for the device
+
+
 def check_text(tokens: Sequence[Any], masks: Sequence[Any], widths: Sequence[int], batch: int) -> None:
     """Raise ValueError for text of other encoders than the model's, or of another batch, and for masks that do not fit it."""
     if len(tokens) != len(widths) or (masks and len(masks) != len(tokens)):

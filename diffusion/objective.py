@@ -32,6 +32,8 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 class FlowObjective(Objective):
     """Squared error of the velocity at logit-normal times, with caption dropout and first-frame conditioning."""
 
+    host_keys = ("ratio",)
+
     def __init__(self, transformer: Any, text: CaptionEncoder, config: "DiffusionConfig"):
         super().__init__()
         self.transformer, self.text, self.family = transformer, text, family_of(transformer)

@@ -287,7 +287,7 @@ def encode(encoder: Any, tokenized: dict[str, Tensor]) -> Embedded:
     Raises ValueError for more tokens than the encoder takes.
     """
     device = get_module_execution_device(encoder)
-    ids, mask = tokenized["input_ids"].to(device), tokenized["attention_mask"].to(device)
+    ids, mask = (tokenized[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask"))
     check_length(encoder, ids.shape[1])
     output = encoder(input_ids=ids, attention_mask=mask)
     return Embedded((output.last_hidden_state,), (mask,), getattr(output, "pooler_output", None))
@@ -327,6 +327,9 @@ def _warn_once(message: str) -> None:
 
 
 def draw_dropped(probability: float, generators: Sequence[torch.Generator]) -> list[bool]:
-    """Draw the captions of a batch that the null caption replaces, each with its own generator."""
-    draws = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).tolist()
-    return [draw < probability for draw in draws]
+    """Draw the captions of a batch that the null caption replaces, each with its own generator.
+
+    In place of a GPU's generator draws one of the CPU with the same seed: else the host would wait for the GPU.
+    """
+    hosts = (g if g.device.type == "cpu" else torch.Generator().manual_seed(g.initial_seed()) for g in generators)
+    return [torch.rand(1, generator=g).item() < probability for g in hosts]

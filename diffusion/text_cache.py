@@ -299,9 +299,9 @@ class CaptionEncoder(nn.Module):
 
 def _replace(text: Embedded, null: Embedded, dropped: Sequence[bool]) -> Embedded:
     device = text.tokens[0].device
-    which = torch.tensor(dropped, device=device)
+    which = torch.tensor(dropped).to(device, non_blocking=True)
 
     def replace(x: Tensor, by: Tensor) -> Tensor:
-        return torch.where(which.view(-1, *[1] * (x.ndim - 1)), by.to(device), x)
+        return torch.where(which.view(-1, *[1] * (x.ndim - 1)), by.to(device, non_blocking=True), x)
 
     return text.merge(null, replace)

@@ -21,6 +21,7 @@ from promag.data.stream import Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
 from promag.training.files import write_atomically
+from promag.training.graphs import check_graphs, disable_graphs, enable_graphs, recompute_block
 from promag.training.loop import Metrics, Outcome, close_trackers, make_accelerator, train
 from promag.training.precision import DTYPES
 from promag.training.processes import broadcast_from_main, choose_precision_once, processes
@@ -184,16 +185,20 @@ def _models(
 
 def make_objective(transformer: Any, text: CaptionEncoder, config: DiffusionConfig, device: torch.device) -> FlowObjective:
     """Return what the training minimises; the teacher of few_steps is a frozen copy, or the transformer without adapters."""
+    if config.graphs:
+        check_graphs(device)
     teacher = None
     if config.few_steps and not config.lora:
         teacher = copy.deepcopy(transformer).requires_grad_(False).eval()
         if config.run.distributed == "ddp":  # no part of the objective; fsdp2 moves shards of it
             teacher.to(device)
     if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(recompute_block)
     for model in (transformer, teacher):
         if config.compile and model is not None:
             compile_blocks(model)
+        if config.graphs and model is not None:
+            enable_graphs(model)
     if config.few_steps:
         return FewStepsObjective(transformer, text, config, teacher)
     return FlowObjective(transformer, text, config)
@@ -277,4 +282,5 @@ def train_diffusion(
         accelerator, run / config.stage, objective, open_stream, config.optimization, config.run, config.seed, validate
     )
     close_trackers(accelerator)
+    disable_graphs(objective.transformer)
     return TrainingResult(objective.transformer.cpu(), objective.text.cpu().learned, fps, outcome)

@@ -43,6 +43,7 @@ from .inputs import (
     check_statistics,
     check_text,
     check_time,
+    per_clip,
     scaled_adapters,
 )
 
@@ -370,8 +371,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         x = self.patch_embed(x) + self.place_embed(place_features(grid, step, x.device).to(x.dtype))
         text, mask = self._embed_text(encoder_hidden_states, encoder_attention_mask, b)
 
-        ratio = torch.as_tensor(temporal_ratio, device=x.device, dtype=torch.float32).expand(b)
-        rate = torch.as_tensor(fps, device=x.device, dtype=torch.float32).expand(b)
+        ratio, rate = (per_clip(value, b, x.device) for value in (temporal_ratio, fps))
         embedding = self._embed_time(timestep, x)  # b G D
         embedding = embedding + self._embed(self.ratio_embed, 100 * ratio.log2(), x)[:, None]
         embedding = embedding + self._embed(self.fps_embed, 100 * rate.log2(), x)[:, None]

@@ -25,6 +25,7 @@ from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames
 from promag.training.compilation import compile_blocks
 from promag.training.device import best_device
+from promag.training.graphs import enable_graphs
 from promag.training.loop import Objective
 from promag.training.optimizers import OptimizationConfig, muon_flops
 from promag.training.precision import DTYPES, Chosen, Precision, autocast, choose_precision
@@ -223,6 +224,8 @@ class BudgetCosts:
             self.attention = choose_attention(model, config.attention, self.device, DTYPES[self.precision])
             if config.compile:
                 compile_blocks(model)
+            if config.graphs:
+                enable_graphs(model)
 
     def parameters(self, budget: Budget) -> int:
         """Return the transformer's number of weights."""

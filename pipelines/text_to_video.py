@@ -26,6 +26,7 @@ from promag.tokenizer.tiny_decoder import TinyDecoder
 from promag.training.safetensors_only import SafetensorsOnly, check_complete
 
 from .decoding import Decoding
+from .graphs import Graphed
 from .inputs import (
     DEFAULTS,
     NAMES,
@@ -67,7 +68,7 @@ class ProMAGPipelineOutput(BaseOutput):
     frames: Any
 
 
-class ProMAGPipeline(Carded, Decoding, SafetensorsOnly, DiffusionPipeline, LoraLoader):
+class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeline, LoraLoader):
     """Text to video: text encoders, a transformer over latents of one or several temporal ratios, a grown tokenizer.
 
     Args:
@@ -357,7 +358,6 @@ class ProMAGPipeline(Carded, Decoding, SafetensorsOnly, DiffusionPipeline, LoraL
         negative = None if embedded[3] is None else pack(*embedded[3:], names=NEGATIVE_NAMES)
         prompts = Prompts(pack(*embedded[:3]), negative)
         prompts.check(self.transformer.text_dims, self.transformer.config["pooled_dim"])
-
         frames, channels = latent_frames(video_shape.num_frames, ratio), self.transformer.config["in_channels"]
         shape = (len(prompts), channels, frames, *(side // spatial for side in size))
         check_latents(latents, shape, denoise_strength)

@@ -143,6 +143,11 @@ def _size(case: Line) -> str:
     return "x".join(map(str, case["settings"]["shape"][2:]))
 
 
+def _way(settings: Line) -> str:
+    """Return how the transformer ran, where it did not run plainly."""
+    return "".join(f", {name}" for name in ("compiled", "graphs") if settings.get(name))
+
+
 def _limits(cases: Sequence[Line]) -> str:
     rows = {}
     for case in cases:
@@ -208,7 +213,7 @@ def _training(cases: Sequence[Line]) -> str:
         speedup = case.get("speedup")
         rows.append(
             (
-                f"{own['model']}, {own['shape'][-1]}x{own['shape'][-1]}{', compiled' if own['compiled'] else ''}",
+                f"{own['model']}, {own['shape'][-1]}x{own['shape'][-1]}{_way(own)}",
                 own["precision"],
                 f"{own['ratio']}x",
                 clips,
@@ -246,7 +251,7 @@ def _levels(cases: Sequence[Line]) -> str:
 def _denoising(cases: Sequence[Line]) -> str:
     rows = [
         (
-            f"{case['settings']['model']}, {_size(case)}{', compiled' if case['settings']['compiled'] else ''}",
+            f"{case['settings']['model']}, {_size(case)}{_way(case['settings'])}",
             case["settings"]["precision"],
             f"{case['settings']['ratio']}x",
             case["settings"]["shape"][0],
@@ -263,7 +268,7 @@ def _denoising(cases: Sequence[Line]) -> str:
 def _sampling(cases: Sequence[Line]) -> str:
     rows = [
         (
-            case["settings"]["model"] + (", compiled" if case["settings"]["compiled"] else ""),
+            case["settings"]["model"] + _way(case["settings"]),
             case["settings"]["precision"],
             case["settings"]["steps"],
             case["settings"].get("decoder"),
@@ -305,7 +310,8 @@ def measured_mfu(cases: Iterable[Line], ratio: int) -> tuple[float, float]:
     """Return the limit in TFLOP/s and the MFU of the base preset's compiled gradients on GPU; raises UserError without."""
     wanted = {"part": "gradients", "model": "base", "ratio": ratio, "precision": "bf16", "compiled": True}
     for case in cases:
-        if case["machine"] == GPU and all(case["settings"].get(key) == value for key, value in wanted.items()):
+        own = case["settings"]
+        if case["machine"] == GPU and not own.get("graphs") and all(own.get(key) == value for key, value in wanted.items()):
             return case["ceilings"]["product_tflops"]["bf16"], case["share_of_limit"]
     raise UserError(f"no line has the gradients of base at {ratio}x on {GPU}, compiled, in bf16")
 

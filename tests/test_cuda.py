@@ -5,18 +5,25 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 
 from promag.data.datasets import SyntheticDataset
 from promag.diffusion.attention import choose_attention, probe
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
+from promag.diffusion.train import train_diffusion
 from promag.pipelines.build import encoder
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.streaming import reconstruct_stream
 from promag.tokenizer.train import train_tokenizer
+from promag.training.compilation import compile_blocks
+from promag.training.graphs import NAME, enable_graphs, recompute_block
 from promag.training.throughput import matmul_tflops
+from tests.diffusion.test_few_steps import distilling
+from tests.diffusion.test_resumed_data import write
 from tests.pipelines.conftest import call
 from tests.tiny_pipeline import make_pipeline
 from tests.tokenizer.test_train import make_config, records
+from tests.training.test_graphs import SHAPES, arguments, gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RATIOS = (4, 8, 16)
@@ -110,3 +117,108 @@ def test_offloaded_pipelines_sample_the_same_videos(offload):
 
 def test_the_measured_peak_is_that_of_a_tensor_core():
     assert matmul_tflops("cuda", bf16=True) > 2 * matmul_tflops("cuda", bf16=False)
+
+
+# -- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+RUNS = {  # by name: what is done to the replayed model, whether under autocast, shapes of the steps, tolerance
+    "float32": (lambda model: None, False, (*SHAPES, SHAPES[0]), 1e-4),
+    "bfloat16": (lambda model: None, True, (*SHAPES, SHAPES[0]), 0.02),
+    "recomputed": (lambda model: model.enable_gradient_checkpointing(recompute_block), False, SHAPES, 1e-4),
+    "compiled": (compile_blocks, True, SHAPES[1:] * 2, 0.05),
+}
+
+
+def on_gpu_arguments(*shape, **changes):
+    given = arguments(*shape, **changes)
+
+    def move(x):
+        return x.detach().cuda().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+    return {key: tuple(map(move, value)) if isinstance(value, tuple) else move(value) for key, value in given.items()}
+
+
+def assert_near(one, other, tolerance):
+    """Assert that no value differs by more than a share of its tensor's largest."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert (value - other[name]).abs().max() <= tolerance * max(1e-3, value.abs().max()), name
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("run", RUNS)
+def test_replayed_training_steps_equal_plain_ones(run):
+    """Each step has two batches; gradients, weights and the gradients of the text agree."""
+    change, bf16, shapes, tolerance = RUNS[run]
+    plain = make_pipeline().transformer.cuda().train()
+    replayed = copy.deepcopy(plain)
+    change(replayed)
+    enable_graphs(replayed)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (plain, replayed)]
+    for step, shape in enumerate(shapes):
+        of_text = []
+        for model, optimizer in zip((plain, replayed), optimizers, strict=True):
+            optimizer.zero_grad()
+            given = [on_gpu_arguments(*shape, seed=2 * step + part, learned=True) for part in (0, 1)]
+            for one in given:
+                with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                    loss = (model(**one)[0].float() - one["hidden_states"]).square().mean()
+                loss.backward()
+            of_text.append({str(part): one["pooled_projections"].grad for part, one in enumerate(given)})
+        assert_near(gradients(plain), gradients(replayed), tolerance)
+        assert_near(*of_text, tolerance)
+        for model, optimizer in zip((plain, replayed), optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+    assert len(replayed._diffusers_hook.get_hook(NAME).recordings) == len({*shapes})
+    assert_near(*(dict(model.named_parameters()) for model in (plain, replayed)), tolerance)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_replayed_pipeline_samples_the_same_videos():
+    plain, replayed = (make_pipeline().to("cuda") for _ in range(2))
+    replayed.enable_graphs()
+    options = ({}, {"temporal_ratio": 4}, {"guidance_scale": 1.0}, {"fps": 24.0}, {"num_inference_steps": 5}, {})
+    for option in options:
+        np.testing.assert_allclose(call(replayed, **option), call(plain, **option), atol=1e-4)
+    assert len(replayed.transformer._diffusers_hook.get_hook(NAME).recordings) == 4
+    replayed.to("cpu").to("cuda")
+    np.testing.assert_allclose(call(replayed), call(plain), atol=1e-4)
+    replayed.disable_graphs()
+    np.testing.assert_allclose(call(replayed), call(plain), atol=1e-4)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_a_replayed_pipeline_that_is_offloaded_is_refused(offload):
+    pipe = make_pipeline()
+    if offload == "group":
+        OFFLOADS[offload](pipe)
+        with pytest.raises(ValueError, match="has hooks"):
+            pipe.enable_graphs()
+        return
+    pipe.enable_graphs()
+    OFFLOADS[offload](pipe)
+    with pytest.raises(ValueError, match=r"graphs: .* has hooks"):
+        call(pipe)
+
+
+def test_a_replayed_pipeline_refuses_a_cache_of_blocks():
+    pipe = make_pipeline().to("cuda")
+    pipe.enable_graphs()
+    call(pipe)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(ValueError, match=r"graphs: .* has hooks"):
+        call(pipe)
+
+
+def test_a_student_trained_through_graphs_equals_one_trained_without(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "init")
+    cached = write(tmp_path / "cache")
+    states = []
+    for graphs in (False, True):
+        config = distilling(tmp_path / f"graphs-{graphs}", tmp_path / "init", lora={"rank": 2}, graphs=graphs, precision="fp32")
+        trained = train_diffusion(config, cached, cached)
+        assert trained.outcome is not None
+        assert trained.outcome.step == 4
+        states.append(trained.transformer.state_dict())
+    assert_near(*states, 1e-3)

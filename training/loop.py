@@ -83,6 +83,8 @@ class Outcome:
 class Objective(nn.Module):
     """The loss to minimise: called with a batch and a generator per sample; returns scalars, `loss` among them."""
 
+    host_keys: Sequence[str] = ()  # what of a batch the host reads: it stays there, else the host would wait for the device
+
     def separately_clipped(self) -> list[nn.Module]:
         """Return modules whose gradients are clipped separately, each by its own norm."""
         return []
@@ -219,7 +221,7 @@ def train(
             for part in range(settings.accumulate):
                 batch: Any = next(batches)
                 generators = [seeded(seed, n, device=accelerator.device) for n in batch["sample"].tolist()]
-                batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                batch = send_to_device(batch, accelerator.device, True, [*objective.host_keys])
                 summing = part < settings.accumulate - 1  # DDP's gradients cross processes once a step, FSDP2's each time
                 with accelerator.no_sync(wrapped) if summing else contextlib.nullcontext():
                     with accelerator.autocast():

@@ -1,6 +1,7 @@
 """Measured cases, and the JSON line of each: seconds, spread, arithmetic, share of the machine's limit, ratio to a baseline."""
 
 import gc
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -43,7 +44,7 @@ class Group:
         build: returns the job of each case.
         limit: the arithmetic whose ceiling counts; None where none does.
         rank: groups of lower rank are measured first.
-        memory: whether to measure the peak memory of tensors.
+        memory: whether to measure the peak memory of tensors; what CUDA graphs hold between calls does not show in it.
     """
 
     suite: str
@@ -62,6 +63,7 @@ class Options:
     precisions: tuple[Chosen, ...]
     presets: tuple[str, ...]
     compiled: tuple[bool, ...] = (False,)
+    graphs: tuple[bool, ...] = (False,)  # of the transformer alone
     ratios: tuple[int, ...] = (4, 8, 16)
     frames: int = 65
     clip_sizes: tuple[str, ...] | None = None  # None: what suits the device
@@ -76,6 +78,16 @@ class Options:
     steps: tuple[int, ...] = (24, 8, 4)
     count: int = 64
     quick: bool = False
+
+    @property
+    def ways(self) -> list[tuple[bool, bool]]:
+        """The ways to run the transformer, compiled or not and as CUDA graphs or not, the one that should be fastest first."""
+        return sorted(itertools.product(self.compiled, self.graphs), reverse=True)
+
+
+def way(compiled: bool, graphs: bool) -> Settings:
+    """Return the settings that tell how the transformer runs; lines without graphs do not name them."""
+    return {"compiled": compiled, **({"graphs": True} if graphs else {})}
 
 
 def measure(group: Group, device: torch.device, rounds: int, ceilings: Ceilings, until: float | None = None) -> list[Any]:

@@ -10,7 +10,7 @@ from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
 from promag.training.precision import Chosen
 
-from .cases import Group, Job, Options
+from .cases import Group, Job, Options, way
 
 PROMPT = "a red disc moves left"
 OWN, TINY = "tokenizer", "tiny"  # decoders
@@ -30,10 +30,10 @@ def groups(options: Options) -> list[Group]:
     cases = [(decoder, ratio) for decoder in decoders for ratio in ratios]
     guidance: float = pipe.config["guidance_scale"] if options.guidance is None else options.guidance
     return [
-        _group(cases, steps, guidance, precision, compiled, options)
+        _group(cases, steps, guidance, precision, compiled, graphs, options)
         for precision in options.precisions
         for steps in options.steps
-        for compiled in options.compiled
+        for compiled, graphs in options.ways
     ]
 
 
@@ -49,15 +49,23 @@ def _load(decoder: str, options: Options) -> Any:
 
 
 def _group(
-    cases: Sequence[tuple[str, int]], steps: int, guidance: float, precision: Chosen, compiled: bool, options: Options
+    cases: Sequence[tuple[str, int]],
+    steps: int,
+    guidance: float,
+    precision: Chosen,
+    compiled: bool,
+    graphs: bool,
+    options: Options,
 ) -> Group:
     videos = options.batch_size or 1
 
     def build() -> Sequence[Job]:
         pipes = {decoder: _load(decoder, options) for decoder in dict.fromkeys(decoder for decoder, _ in cases)}
-        if compiled:
-            for pipe in pipes.values():
+        for pipe in pipes.values():
+            if compiled:
                 compile_blocks(pipe.transformer)
+            if graphs:
+                pipe.enable_graphs()
         jobs = []
         for decoder, ratio in cases:
             pipe = pipes[decoder]
@@ -69,6 +77,7 @@ def _group(
     name = "/".join(options.pipeline.rstrip("/").split("/")[-2:])
     common = {"part": f"{steps} steps", "model": name, "steps": steps, "guidance": guidance, "videos": videos}
     settings = [
-        {**common, "ratio": ratio, "decoder": decoder, "precision": precision, "compiled": compiled} for decoder, ratio in cases
+        {**common, "ratio": ratio, "decoder": decoder, "precision": precision, **way(compiled, graphs)}
+        for decoder, ratio in cases
     ]
-    return Group("sampling", settings, build, None, 0 if steps == min(options.steps) else 1)
+    return Group("sampling", settings, build, None, 0 if steps == min(options.steps) else 1, memory=not graphs)

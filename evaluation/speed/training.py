@@ -84,7 +84,7 @@ def _transformer(one: Measured, options: Options) -> Group:
         ]
 
     settings = [one.settings(options, PART, ratio, clips) for ratio, clips in batches]
-    return Group("train", settings, build, "product", one.rank)
+    return Group("train", settings, build, "product", one.rank, memory=not one.graphs)
 
 
 # -- the tokenizer ---------------------------------------------------------------------------------------------------

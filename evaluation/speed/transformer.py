@@ -15,7 +15,7 @@ from promag.tokenizer.geometry import SPATIAL_RATIO, tokens
 from promag.training.config import UserError
 from promag.training.precision import Chosen
 
-from .cases import Group, Job, Options
+from .cases import Group, Job, Options, way
 from .subjects import diffusion_preset, find_presets, preset_name
 
 CHANNELS = 8  # of the latents; they play no part but in the first and the last layer
@@ -47,13 +47,14 @@ class Measured:
     load: Load
     precision: Chosen
     compiled: bool
+    graphs: bool
     rank: int
 
     def settings(self, options: Options, part: str, ratio: int, batch: int) -> dict[str, Any]:
         """Return what identifies a case."""
         shape = [batch, 3, options.frames, self.load.size, self.load.size]
         case = {"part": part, "model": self.name, "ratio": ratio, "shape": shape}
-        return {**case, "precision": self.precision, "compiled": self.compiled}
+        return {**case, "precision": self.precision, **way(self.compiled, self.graphs)}
 
     def tokens(self, options: Options, ratio: int) -> int:
         """Return the tokens of a clip."""
@@ -64,7 +65,7 @@ class Measured:
     def costs(self, options: Options) -> BudgetCosts:
         """Return what builds the calls, with a new transformer."""
         budgets = [Budget(f"{r}x", None, r, SPATIAL_RATIO, CHANNELS, True) for r in options.ratios]
-        config = replace(self.config, compile=self.compiled, precision=self.precision)
+        config = replace(self.config, compile=self.compiled, graphs=self.graphs, precision=self.precision)
         return BudgetCosts(budgets, config, self.load.size, self.load.size, options.device)
 
 
@@ -77,9 +78,9 @@ def measured(options: Options) -> list[Measured]:
         load = replace(load, clips=options.train_batch_size or load.clips, videos=options.batch_size or load.videos)
         rank = RANKS[kind].get(name, 1)
         every += [
-            Measured(name, config, load, precision, compiled, rank)
+            Measured(name, config, load, precision, compiled, graphs, rank)
             for precision in options.precisions
-            for compiled in options.compiled
+            for compiled, graphs in options.ways
         ]
     for one in every:
         for ratio in options.ratios:
@@ -111,7 +112,7 @@ def _gradients(one: Measured, options: Options) -> Group:
         ]
 
     settings = [one.settings(options, "gradients", ratio, clips) for ratio in options.ratios]
-    return Group("transformer", settings, build, "product", one.rank + 1)
+    return Group("transformer", settings, build, "product", one.rank + 1, memory=not one.graphs)
 
 
 def _denoising(one: Measured, options: Options) -> Group:
@@ -130,4 +131,4 @@ def _denoising(one: Measured, options: Options) -> Group:
         ]
 
     settings = [one.settings(options, "denoising", ratio, videos) | {"steps": DENOISING_STEPS} for ratio in options.ratios]
-    return Group("transformer", settings, build, "product", one.rank + 1)
+    return Group("transformer", settings, build, "product", one.rank + 1, memory=not one.graphs)

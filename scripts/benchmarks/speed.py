@@ -27,6 +27,7 @@ from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.files import append_json, read_json_lines
+from promag.training.graphs import check_graphs
 from promag.training.precision import Chosen, choose_precision
 from promag.training.run import provenance
 
@@ -81,6 +82,7 @@ def _parser() -> Parser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="left out: the GPU if there is one")
     share(parser, "--precision", nargs="+", default=["auto"], choices=("auto", "bf16", "fp32"))
     parser.add_argument("--compile", action="store_true", help="measure ours again with repeated blocks compiled")
+    parser.add_argument("--graphs", action="store_true", help="measure the transformer again as CUDA graphs")
     share(parser, "--ratios", default=[4, 8, 16])
     share(parser, "--frames", help="frames of the transformer's clips")
     parser.add_argument("--clip-sizes", nargs="+", help="FRAMESxHEIGHTxWIDTH of the tokenizer's; left out: by device")
@@ -118,12 +120,15 @@ def _options(arguments: argparse.Namespace) -> Options:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU was found; use cpu")
     device = torch.device(arguments.device) if arguments.device else best_device()
+    if arguments.graphs:
+        check_graphs(device)
     peers = [] if arguments.peers is None else arguments.peers or list(PEERS)[:2]
     return Options(
         device=device,
         precisions=cast(tuple[Chosen, ...], tuple(dict.fromkeys(choose_precision(p, device) for p in arguments.precision))),
         presets=tuple(arguments.presets),
         compiled=(False, True) if arguments.compile else (False,),
+        graphs=(False, True) if arguments.graphs else (False,),
         ratios=tuple(dict.fromkeys(arguments.ratios)),
         frames=arguments.frames,
         clip_sizes=tuple(arguments.clip_sizes) if arguments.clip_sizes else None,

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promag.diffusion import ahead
+from promag.diffusion import ahead, train
 from promag.diffusion.conditioning import Condition
 from promag.diffusion.few_steps import FewSteps, FewStepsObjective
 from promag.diffusion.flow import euler_step, flow_times, interpolate, token_shift
@@ -21,10 +21,12 @@ from promag.diffusion.train import train_diffusion
 from promag.pipelines.timesteps import set_flow_times
 from promag.scripts.reliability.odd_arguments import make_transformer
 from promag.tokenizer.geometry import tokens
+from promag.training import graphs
 from promag.training.config import UserError
 from promag.training.loop import seeded
 from tests.diffusion.test_buckets import VIDEO, configuration
 from tests.diffusion.test_resumed_data import PRINT, write
+from tests.stand_in_recorder import StandInRecorder
 from tests.tiny_pipeline import make_pipeline
 
 WITH_TEXT, WITHOUT = -1.0, -0.4  # growth rates of the linear flows below
@@ -283,3 +285,27 @@ def test_what_the_teacher_was_not_trained_for_is_refused(init, tmp_path, change,
     cached = write(tmp_path / "cache", dataclasses.replace(PRINT, ratio=ratio))
     with pytest.raises(UserError, match=message):
         train_diffusion(distilling(tmp_path / "run", init, **change), cached, cached)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_student_trained_through_graphs_equals_one_trained_without(init, tmp_path, monkeypatch, lora):
+    recorders = []
+
+    def record():
+        recorders.append(StandInRecorder())
+        return recorders[-1]
+
+    monkeypatch.setattr(graphs, "CudaRecorder", record)
+    monkeypatch.setattr(train, "check_graphs", lambda device: None)
+    cached = write(tmp_path / "cache")
+    outcomes = []
+    for replayed in (False, True):
+        config = distilling(tmp_path / str(replayed), init, lora=lora, graphs=replayed, gradient_checkpointing=True)
+        loop = dataclasses.replace(config.optimization, accumulate=2)
+        outcomes.append(train_diffusion(dataclasses.replace(config, optimization=loop), cached, cached))
+    plain, through_graphs = (outcome.transformer.state_dict() for outcome in outcomes)
+    torch.testing.assert_close(plain, through_graphs, rtol=1e-4, atol=1e-5)
+    assert outcomes[0].outcome.metrics == pytest.approx(outcomes[1].outcome.metrics, rel=1e-4)
+    counts = [recorder.recorded for recorder in recorders]  # the student's two passes, its teacher's one, that in validation
+    assert counts == ([3] if lora else [2, 2])
+    assert graphs.NAME not in outcomes[1].transformer._diffusers_hook.hooks

@@ -31,4 +31,5 @@ def test_its_settings_are_those_of_the_benchmark():
         arguments = speed._parser().parse_args(words)
         assert (arguments.device, arguments.commit, str(arguments.record)) == (device, "abc", "folder/speed.jsonl")
         assert arguments.suites == list(speed.SUITES)
-        assert (arguments.quick, arguments.compile) == (device == "cpu", device == "cuda")
+        on_gpu = device == "cuda"
+        assert (arguments.quick, arguments.compile, arguments.graphs) == (not on_gpu, on_gpu, on_gpu)
