@@ -3,7 +3,6 @@
 Shapes: B C T H W pixels, b c t h w latents.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -371,14 +370,14 @@ class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeli
         if start is not None and denoise_strength < 1:
             start = self.transformer.normalise(start, ratio)
             x = interpolate(start, x, times[:1], base_ahead) if steps else start
-        calls = itertools.count()
+        calls = enumerate(times.tolist())  # asked once: in every step the host would wait for the device
 
         def predict(x: Tensor, time: Tensor) -> Tensor:
             if self._interrupt:
                 raise StopSampling
-            call = next(calls)
+            call, sigma = next(calls)
             self._current_timestep = timesteps[call]
-            context = {"step_index": call, "sigma": times[call].item(), "num_inference_steps": steps}
+            context = {"step_index": call, "sigma": sigma, "num_inference_steps": steps}
             with self.transformer.cache_context("cond_uncond", **context):
                 return self._predict(x, time, prompts, ratio, video_shape.fps)
 

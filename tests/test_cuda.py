@@ -23,7 +23,7 @@ from tests.diffusion.test_resumed_data import write
 from tests.pipelines.conftest import call
 from tests.tiny_pipeline import make_pipeline
 from tests.tokenizer.test_train import make_config, records
-from tests.training.test_graphs import SHAPES, arguments, gradients
+from tests.training.test_graphs import SHAPES, arguments, gradients, learn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RATIOS = (4, 8, 16)
@@ -172,6 +172,17 @@ def test_replayed_training_steps_equal_plain_ones(run):
             optimizer.step()
     assert len(replayed._diffusers_hook.get_hook(NAME).recordings) == len({*shapes})
     assert_near(*(dict(model.named_parameters()) for model in (plain, replayed)), tolerance)
+
+
+def test_the_host_never_waits_inside_the_transformer():
+    model = make_pipeline().transformer.cuda().train()
+    given = on_gpu_arguments(learned=True, fps=8.0)
+    learn(model, **given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        learn(model, **given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("exact")

@@ -221,7 +221,7 @@ def train(
             for part in range(settings.accumulate):
                 batch: Any = next(batches)
                 generators = [seeded(seed, n, device=accelerator.device) for n in batch["sample"].tolist()]
-                batch = send_to_device(batch, accelerator.device, True, [*objective.host_keys])
+                batch = send_to_device(batch, accelerator.device, non_blocking=True, skip_keys=[*objective.host_keys])
                 summing = part < settings.accumulate - 1  # DDP's gradients cross processes once a step, FSDP2's each time
                 with accelerator.no_sync(wrapped) if summing else contextlib.nullcontext():
                     with accelerator.autocast():
