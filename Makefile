@@ -37,7 +37,7 @@ gpu:
 	mkdir -p "$(OUT)"
 	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target runs/packages "$(WHEELS)"/*.whl)
 	status=0; \
-	timeout 90 $(PYTHON) -m pytest tests/test_cuda.py > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
+	timeout --signal=INT --kill-after=5 95 $(PYTHON) -m pytest tests/test_cuda.py > "$(OUT)/tests.txt" 2>&1 || status=$$?; \
 	tail -n 3 "$(OUT)/tests.txt"; \
 	timeout $$(( $(MINUTES) * 60 + 50 )) $(PYTHON) -m promag benchmark speed $(SUITES) --device $(DEVICE) $(SETTINGS) \
 		--minutes $(MINUTES) $(if $(COMMIT),--commit $(COMMIT)) --record "$(OUT)/speed.jsonl" || status=$$?; \

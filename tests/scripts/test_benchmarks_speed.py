@@ -18,13 +18,15 @@ from promag.diffusion.flops import training_flops
 from promag.evaluation.speed import ceilings
 from promag.evaluation.speed.data import WatchedEncoder, write_file
 from promag.evaluation.speed.subjects import PEERS, peer_subject
+from promag.scripts.benchmarks import speed
 from promag.scripts.benchmarks.speed import main
 from promag.tokenizer.tiny_decoder import TinyDecoder
-from promag.training import compilation
+from promag.training import compilation, graphs
 from promag.training.config import UserError
 from tests.conftest import make_tokenizer
 from tests.existing_models import SMALL
 from tests.scripts.conftest import LOOP, TINY_MODEL, preset
+from tests.stand_in_recorder import StandInRecorder
 from tests.tiny_pipeline import make_pipeline
 
 SIZE = (17, 32, 48)
@@ -164,6 +166,23 @@ def test_gradients_and_denoising_are_measured_by_ratio(diffusion_preset, tmp_pat
     for training, denoising in zip(lines[:3], lines[3:], strict=True):  # four steps of two videos, each predicted twice
         assert denoising["gflop"] == pytest.approx(16 * training["gflop"] / 3)
         assert (training["count"], denoising["count"]) == (1, 8)
+
+
+def test_the_transformer_is_measured_again_as_graphs(diffusion_preset, tmp_path, monkeypatch):
+    recorders = []
+
+    def record():
+        recorders.append(StandInRecorder())
+        return recorders[-1]
+
+    monkeypatch.setattr(graphs, "CudaRecorder", record)
+    monkeypatch.setattr(speed, "check_graphs", lambda device: None)
+    lines = run(tmp_path / "speed.jsonl", "train", "transformer", "--presets", diffusion_preset, "--ratios", 16, "--graphs")
+    parts = ["train step", "train step", "gradients", "denoising", "gradients", "denoising"]
+    replayed = [True, None, True, True, None, None]  # the faster way first
+    assert settings(lines, "part", "graphs") == list(zip(parts, replayed, strict=True))
+    assert ["peak_mib" in line for line in lines] == [way is None for way in replayed]
+    assert [recorder.recorded for recorder in recorders] == [2, 2, 1]  # forward and backward pass; denoising has none
 
 
 def test_a_pipeline_samples_in_few_and_more_steps_by_both_decoders(tmp_path):

@@ -9,11 +9,15 @@ from diffusers import FirstBlockCacheConfig
 from peft import LoraConfig
 from torch.nn.parallel import DistributedDataParallel
 
+from promag.diffusion.config import MAY_CHANGE
+from promag.pipelines.build import train_pipeline
+from promag.scripts.benchmarks.speed import main
 from promag.scripts.reliability.odd_arguments import make_transformer
 from promag.training import compilation, graphs
 from promag.training.compilation import compile_blocks
 from promag.training.config import UserError
 from promag.training.graphs import check_graphs, disable_graphs, enable_graphs, recompute_block
+from tests.diffusion.test_buckets import configuration
 from tests.stand_in_recorder import StandInRecorder
 from tests.wan import make_transformer as make_wan
 
@@ -342,3 +346,20 @@ def test_without_a_gpu_nothing_is_enabled():
     with pytest.raises(UserError, match="CUDA graphs need a GPU"):
         enable_graphs(model)
     assert predict(model, **arguments()).shape == (1, 4, 1, 2, 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_training_with_graphs_ends_before_anything_is_cached_or_written(tmp_path):
+    config = configuration(tmp_path / "run", graphs=True)
+    for start in (lambda: train_pipeline(config), lambda: main(["train", "--graphs", "--quick"])):
+        with pytest.raises(UserError, match="graphs: CUDA graphs need a GPU, and this runs on cpu; leave them off"):
+            start()
+    assert not list(tmp_path.iterdir())
+
+
+def test_graphs_belong_to_ddp_and_may_change_when_a_training_goes_on(tmp_path):
+    run = {"distributed": "fsdp2", "trackers": []}
+    with pytest.raises(UserError, match=r"graphs: fsdp2 gathers the weights of each block anew, .* use distributed ddp"):
+        configuration(tmp_path, graphs=True, run=run)
+    assert not configuration(tmp_path, run=run).graphs
+    assert "graphs" in MAY_CHANGE
