@@ -26,6 +26,7 @@ from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import find_damage, load_tokenizer, save_model
 from promag.tokenizer.geometry import check_ratio, check_size
 from promag.training.config import UserError
+from promag.training.device import best_device
 from promag.training.graphs import check_graphs
 from promag.training.precision import Precision, autocast
 from promag.training.processes import broadcast_from_main, choose_precision_once, main_process_first, processes
@@ -43,7 +44,7 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
     Raises UserError for unsuitable tokenizers, text encoders, clips, caches and run directories.
     """
     if config.graphs:
-        check_graphs(processes().device)
+        check_graphs(processes().device or best_device())
     config = adopt(config)
     config = dataclasses.replace(config, precision=choose_precision_once(config.precision, config.output_dir))
     folder = Path(config.output_dir) / ("lora" if config.lora else "pipeline")
