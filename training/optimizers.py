@@ -19,7 +19,7 @@ from .precision import DTYPES, Chosen
 if TYPE_CHECKING:
     from .loop import Objective
 
-BATCHED = 2**26  # numbers of the matrices that one product holds on a GPU: 0.1 GB in bfloat16, and some copies
+BATCHED = 2**26  # numbers of the matrices that one product holds: 0.1 GB in bfloat16, and some copies
 NEWTON_SCHULZ_STEPS = 4  # of Muon: one fewer than its authors', a fifth cheaper; singular values end a little less alike
 
 
@@ -170,8 +170,6 @@ class Muon(torch.optim.Muon):
                     f"weight of shape {tuple(weight.shape)}, strides {weight.stride()}: no matrix view of it exists"
                 )
         self.dtype = dtype
-        # A GPU waits for hundreds of small products to be started one by one; a CPU does not.
-        self.batched = any(view.is_cuda for view in views) or dtype != torch.bfloat16
         rest = iter(views)
         super().__init__([{**group, "params": [next(rest) for _ in group["params"]]} for group in groups], **options)
 
@@ -194,7 +192,7 @@ class Muon(torch.optim.Muon):
                 gradient = gradient._local_tensor if isinstance(gradient, DTensor) else _matrix(gradient, weight)
             view.grad = gradient
         if not spread:
-            return self._step_in_batches() if self.batched else super().step(closure)
+            return self._step_in_batches()
         for group in self.param_groups:
             views = [view for view in group["params"] if view.grad is not None]
             for first in range(0, len(views), get_world_size()):
@@ -203,7 +201,10 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def _step_in_batches(self) -> None:
-        """Do what torch.optim.Muon does matrix by matrix, with all matrices of a shape in one product."""
+        """Do what torch.optim.Muon does matrix by matrix, with all matrices of a shape in one product.
+
+        A GPU would wait for hundreds of small products to be started, and the cores of a CPU share one of them badly.
+        """
         for group in self.param_groups:
             views = [view for view in group["params"] if view.grad is not None]
             if not views:
@@ -274,14 +275,8 @@ def _orthogonal(updates: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 
 def _orthogonal_step(update: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
-    """Return the update of torch.optim.Muon at a learning rate of 1, by stepping a matrix of zeros without momentum."""
-    if dtype != torch.bfloat16:
-        return -_adjust_lr(1.0, group["adjust_lr_fn"], update.shape) * _orthogonal(update[None].to(dtype), group)[0].float()
-    matrix = nn.Parameter(torch.zeros_like(update))
-    matrix.grad = update
-    options = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
-    torch.optim.Muon([matrix], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **options).step()
-    return matrix.data
+    """Return the update of torch.optim.Muon at a learning rate of 1."""
+    return -_adjust_lr(1.0, group["adjust_lr_fn"], update.shape) * _orthogonal(update[None].to(dtype), group)[0].float()
 
 
 def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ TINY_MODEL = {
     "block_out_channels": [16, 16, 16],
     "layers_per_block": 1,
     "strides": [[2, 2], [2, 1]],
+    "framewise": 0,
 }
 
 

@@ -88,7 +88,6 @@ def test_batched_matrices_of_a_shape_move_as_single_ones(monkeypatch):
     weights = [torch.randn(shape, generator=generator) for shape in shapes]
     both = [[nn.Parameter(weight.clone()) for weight in weights] for _ in range(2)]
     ours, reference = Muon(both[0], **OPTIONS), torch.optim.Muon(both[1], **OPTIONS)
-    ours.batched = True
     for _ in range(3):
         gradients = [torch.randn(shape, generator=generator) for shape in shapes]
         for own, other, gradient in zip(*both, gradients, strict=True):
@@ -138,7 +137,6 @@ def test_trainings_in_float32_orthogonalise_in_float32():
 def test_momentum_is_allocated_once(monkeypatch):
     weights = [nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
     muon, made, zeros_like = Muon(weights), [], torch.zeros_like
-    muon.batched = True
     monkeypatch.setattr(torch, "zeros_like", lambda *arguments, **options: made.append(1) or zeros_like(*arguments, **options))
     for steps in (2, 2, 2):
         for weight in weights:
