@@ -309,16 +309,23 @@ def provenance() -> dict[str, Any]:
     """Return the provenance of a published result: commit, machine and package versions."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": commit(Path(__file__).resolve().parent),
         "machine": _machine(),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
     }
 
 
-def _git(*arguments: str) -> str:
-    folder = Path(__file__).resolve().parent
+def commit(folder: Path) -> str:
+    """Return the commit checked out around a folder, with +changes where files differ from it, records of results left out."""
+    if not (name := _git(folder, "rev-parse", "--short=12", "HEAD")):
+        return "unknown"
+    changed = _git(folder, "status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)docs/results")
+    return f"{name}+changes" if changed else name
+
+
+def _git(folder: Path, *arguments: str) -> str:
     result = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def _machine() -> str:

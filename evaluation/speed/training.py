@@ -37,7 +37,7 @@ class Load:
 
 
 LOADS = {
-    "cpu": {"tiny": Load(64, 4), "small": Load(64, 1), "base": Load(64, 1)},
+    "cpu": {"tiny": Load(64, 4), "small": Load(64, 4), "base": Load(64, 4)},
     "cuda": {"tiny": Load(64, 32), "small": Load(128, 8), "base": Load(128, 2)},
 }
 RANKS = {"tiny": 1, "small": 1, "base": 3}

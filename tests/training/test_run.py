@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from promag.training.config import UserError
 from promag.training.files import append_json, read_json_lines, save_tensors_atomically, write_atomically
 from promag.training.run import (
     checkpoints,
+    commit,
     cut_metrics,
     load_checkpoint,
     newest_checkpoint,
@@ -326,3 +328,24 @@ def test_write_atomically_leaves_nothing_else(tmp_path):
     write_atomically(tmp_path / "a.txt", "two")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "two"
+
+
+def test_a_result_names_the_commit_and_changes_but_those_of_records(tmp_path):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True).stdout
+
+    code, record = tmp_path / "code" / "a.py", tmp_path / "docs" / "results" / "a.jsonl"
+    for path in (code, record):
+        path.parent.mkdir(parents=True)
+        path.write_text("1\n", encoding="utf-8")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    plain = git("rev-parse", "--short=12", "HEAD").strip()
+    append_json(record, {"a": 1})
+    assert commit(code.parent) == plain
+    code.write_text("2\n", encoding="utf-8")
+    assert commit(code.parent) == f"{plain}+changes"
+    shutil.rmtree(tmp_path / ".git")
+    assert commit(code.parent) == "unknown"
