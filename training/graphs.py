@@ -6,7 +6,7 @@ recording holds beside its inputs is looked at in every call: where the weights 
 the call is recorded anew. Host code inside the model does not run in a replay.
 
 PyTorch's own make_graphed_callables is not enough here: it leaves the gradients of weights where the next backward pass writes,
-so that accumulated gradients are wrong (pytorch issue 181723); while it records, a data loader's thread that pins memory breaks
+so that accumulated gradients are wrong; while it records, a data loader's thread that pins memory breaks
 the recording; and it needs weights without hooks, which DDP's are not. Source: CUDA semantics, section CUDA graphs, of
 PyTorch's documentation.
 """
