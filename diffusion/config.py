@@ -165,7 +165,7 @@ class DiffusionConfig:
     )
     compile: bool = setting(False, "compile the repeated blocks: takes minutes at the start, then steps are faster; for GPUs")
     graphs: bool = setting(
-        False, "replay the transformer's forward and backward pass as CUDA graphs, one for each shape of batch; for GPUs"
+        False, "replay the passes over each shape of batch, and the weights' update, as CUDA graphs; for GPUs"
     )
     tokenizer: str = required("folder of a trained video tokenizer")
     init: str | None = setting(

@@ -278,9 +278,8 @@ def train_diffusion(
         options = config.optimization
         return TrainingStream(source, config.seed, options.batch_size, rank, world, first, options.accumulate)
 
-    outcome = train(
-        accelerator, run / config.stage, objective, open_stream, config.optimization, config.run, config.seed, validate
-    )
+    folder, settings = run / config.stage, config.optimization
+    outcome = train(accelerator, folder, objective, open_stream, settings, config.run, config.seed, validate, config.graphs)
     close_trackers(accelerator)
     disable_graphs(objective.transformer)
     return TrainingResult(objective.transformer.cpu(), objective.text.cpu().learned, fps, outcome)

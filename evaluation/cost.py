@@ -210,6 +210,7 @@ class BudgetCosts:
         if config.model is None:
             raise ValueError("model null: a configuration with a transformer of its own is needed")
         self.optimization: OptimizationConfig = config.optimization
+        self.graphs = config.graphs
         self.height, self.width, self.device = height, width, device or best_device()
         self.precision: Chosen = choose_precision(config.precision, self.device)
         self.patch: tuple[int, int, int] = tuple(config.model.patch_size)  # pyright: ignore[reportAttributeAccessIssue]
@@ -261,7 +262,7 @@ class BudgetCosts:
         """Return the one update of a transformer, whose moments and averages all its budgets share."""
         if budget.channels not in self._updates:
             objective = TransformerAlone(self._models[budget.channels])
-            self._updates[budget.channels] = WeightUpdate(objective, self.optimization, self.precision)
+            self._updates[budget.channels] = WeightUpdate(objective, self.optimization, self.precision, self.graphs)
         return self._updates[budget.channels]
 
     def denoising(self, budget: Budget, frames: int, steps: int, videos: int = 1) -> Callable[[], None]:

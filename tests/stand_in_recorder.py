@@ -9,12 +9,12 @@ from promag.training.graphs import Results
 
 
 class StandInRecorder:
-    """Counts what it records; its replays write nothing but the recorded tensors, as those of a graph."""
+    """Counts what it records, results and steps; its replays write nothing but the recorded tensors, as those of a graph."""
 
     device_type = "cpu"
 
     def __init__(self) -> None:
-        self.recorded = 0
+        self.recorded = self.steps = 0
 
     def warm_up(self, call: Callable[[], Any]) -> None:
         """Call it once."""
@@ -34,3 +34,8 @@ class StandInRecorder:
                         own.copy_(new)
 
         return results, replay
+
+    def record_step(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return the step itself."""
+        self.steps += 1
+        return step

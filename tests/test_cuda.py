@@ -16,7 +16,7 @@ from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.streaming import reconstruct_stream
 from promag.tokenizer.train import train_tokenizer
 from promag.training.compilation import compile_blocks
-from promag.training.graphs import NAME, enable_graphs, recompute_block
+from promag.training.graphs import NAME, CudaRecorder, enable_graphs, recompute_block
 from promag.training.throughput import matmul_tflops
 from tests.diffusion.test_few_steps import distilling
 from tests.diffusion.test_resumed_data import write
@@ -24,6 +24,7 @@ from tests.pipelines.conftest import call
 from tests.tiny_pipeline import make_pipeline
 from tests.tokenizer.test_train import make_config, records
 from tests.training.test_graphs import SHAPES, arguments, gradients, learn
+from tests.training.test_update import Layers, make, results, take_steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RATIOS = (4, 8, 16)
@@ -174,6 +175,15 @@ def assert_steps_equal(change, bf16, shapes, tolerance):
 @pytest.mark.parametrize("run", RUNS)
 def test_replayed_training_steps_equal_plain_ones(run):
     assert_steps_equal(*RUNS[run])
+
+
+@pytest.mark.usefixtures("exact")
+def test_replayed_updates_equal_plain_ones():
+    plain, replayed = (make(recorder, Layers().cuda()) for recorder in (None, CudaRecorder()))
+    for objective, update in (plain, replayed):
+        take_steps(objective, update, range(8))
+    torch.testing.assert_close(results(*replayed), results(*plain), rtol=1e-4, atol=1e-6)
+    assert [replay is not None for replay in replayed[1].replays.values()] == [True]
 
 
 def test_the_host_never_waits_inside_the_transformer():

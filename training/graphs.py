@@ -46,6 +46,10 @@ class Recorder(Protocol):
         """Return a call's results and what computes them again, into the same tensors."""
         ...
 
+    def record_step(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return what does again what `step` does to tensors in place; recording does not do it."""
+        ...
+
 
 class CudaRecorder:
     """Records calls on a GPU, in one pool of memory; raises UserError without a GPU."""
@@ -71,6 +75,15 @@ class CudaRecorder:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             results = call()
         return results, graph.replay
+
+    def record_step(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Record a step; other threads may use the GPU meanwhile."""
+        return self.record(lambda: step() or ())[1]
+
+
+def make_recorder(enabled: bool) -> Recorder | None:
+    """Return what records on the GPU, or None; raises UserError without a GPU."""
+    return CudaRecorder() if enabled else None
 
 
 def check_graphs(device: torch.device) -> None:

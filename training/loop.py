@@ -7,7 +7,6 @@ learns from the same global batch, but for the order in which floats are summed.
 
 import contextlib
 import hashlib
-import itertools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from .compilation import no_recompile
 from .config import setting
 from .files import append_json, naming
 from .fsdp import full, local_shard, shard
+from .graphs import make_recorder
 from .optimizers import OptimizationConfig, make_optimizers
 from .precision import Chosen
 from .processes import broadcast_from_main
@@ -34,6 +34,7 @@ from .run import StopSignal, cut_metrics, newest_checkpoint, save_checkpoint, st
 from .state import State
 from .throughput import Meter, Work
 from .trackers import Log, Tracker, check_trackers
+from .update import Update
 
 Metrics = Mapping[str, float]
 
@@ -151,6 +152,7 @@ def train(
     run: RunConfig,
     seed: int,
     validate: Callable[[Log, int], Metrics] | None = None,
+    graphs: bool = False,
 ) -> Outcome:
     """Train what is trainable in `objective` and leave its averaged weights in place.
 
@@ -164,6 +166,7 @@ def train(
         run: how often to log, validate and save.
         seed: all noise of sample n comes from (seed, n).
         validate: called with a Log for pictures and videos and the step, under the averaged weights; returns metrics.
+        graphs: replay the optimisers and the average as a CUDA graph too; the model's own graphs are the objective's matter.
 
     A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished, even in the
     last step. A step whose loss or gradients are not finite is named, counted and skipped. Raises FloatingPointError where
@@ -185,7 +188,7 @@ def train(
     first = step = state.step
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
-    prepared = [accelerator.prepare(optimizer) for optimizer in optimizers]
+    update = Update(optimizers, ema, parameters, make_recorder(graphs))
     log = _open_log(accelerator)
     metrics_file, metrics = folder / "metrics.jsonl", {}
     if accelerator.is_main_process:
@@ -214,7 +217,7 @@ def train(
         meter.start()
         saved, stopping = first, False
         while step < last and not stopping:
-            for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in prepared):
+            for group in update.groups:
                 group["lr"] = settings.learning_rate_at(step) * group["factor"]
             losses: dict[str, Any] = {}
             untouched = state.copy_of_buffers()
@@ -246,11 +249,9 @@ def train(
                     bar.write(f"{message}, skipped ({state.skipped} in all)", sys.stderr)
             else:
                 state.skipped_in_a_row = 0
-                for optimizer in prepared:
-                    optimizer.step()
-                ema.step(parameters)
+                update()
                 meter.add(losses)
-            for optimizer in prepared:
+            for optimizer in optimizers:
                 optimizer.zero_grad()
             step = state.step = step + 1
             bar.update()

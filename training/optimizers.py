@@ -216,8 +216,12 @@ class Muon(torch.optim.Muon):
             torch._foreach_mul_(views, 1 - group["lr"] * group["weight_decay"])
             for batch in _batches([tuple(view.shape) for view in views]):
                 rows, columns = views[batch[0]].shape
-                step = _orthogonal(torch.stack([updates[i].to(self.dtype) for i in batch]), group).float()
+                matrices = torch.empty(len(batch), rows, columns, dtype=self.dtype, device=views[batch[0]].device)
+                torch._foreach_copy_(list(matrices.unbind()), [updates[i] for i in batch])
+                step = _orthogonal(matrices, group).float()
                 rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], torch.Size((rows, columns)))
+                if isinstance(rate, Tensor):  # of a recorded step (update.py)
+                    step, rate = step.mul_(rate), 1.0
                 torch._foreach_add_([views[i] for i in batch], list(step.unbind()), alpha=-rate)
 
     @torch.no_grad()

@@ -4,9 +4,11 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from promag.training.graphs import make_recorder
 from promag.training.loop import Objective
 from promag.training.optimizers import OptimizationConfig, make_optimizers
 from promag.training.precision import Chosen
+from promag.training.update import Update
 
 
 class WeightUpdate:
@@ -16,20 +18,20 @@ class WeightUpdate:
         objective: what is trained; its weights must stay where they are.
         settings: how to optimise.
         precision: in which Muon orthogonalises.
+        graphs: replay optimisers and average as a CUDA graph.
     """
 
-    def __init__(self, objective: Objective, settings: OptimizationConfig, precision: Chosen):
+    def __init__(self, objective: Objective, settings: OptimizationConfig, precision: Chosen, graphs: bool = False):
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(objective, settings, precision)
-        self.average = EMAModel(self.parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        average = EMAModel(self.parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.update = Update(self.optimizers, average, self.parameters, make_recorder(graphs))
         self.clip_norm = settings.clip_norm
 
     def __call__(self) -> None:
         """Use the gradients that the weights hold now."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         if bool(torch.isfinite(norm)):  # the loop asks the device too, to skip a step that is not finite
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.average.step(self.parameters)
+            self.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad()

@@ -17,8 +17,9 @@ from promag.training.device import best_device
 
 Key = TypeVar("Key")
 MIB = 2**20
-# Kinds of operators by their names in PyTorch; what no pattern finds is "others".
+# Kinds of operators by their names in PyTorch, and of a GPU's kernels by theirs; what no pattern finds is "others".
 KINDS = {"convolutions": "conv", "products": "mm$|matmul|linear|attention", "copies": "copy_|pad|cat$"}
+KERNELS = {"convolutions": "conv|[dw]grad", "products": "gemm|nvjet|sdpa|flash", "copies": "copy|Memcpy|Memset|[cC]at[A-Z]"}
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,19 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | None = None) -> i
 def operator_shares(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Return the shares of a call's operator time that go into each of KINDS, and into others: call it once to warm up.
 
-    On a GPU the time of kernels counts, each under the operator that started it.
+    On a GPU the time of kernels counts, by their own names: compiled ones, which fuse several operators, are others.
     """
-    seconds: dict[str, float] = dict.fromkeys((*KINDS, "others"), 0.0)
-    for event in _profile(call, device).key_averages():
-        kind = next((name for name, pattern in KINDS.items() if re.search(pattern, event.key)), "others")
-        seconds[kind] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    profile, times, kinds = _profile(call, device), [], KINDS
+    if device.type == "cuda":
+        kinds = KERNELS
+        for event in profile.profiler.kineto_results.events():  # pyright: ignore
+            if event.device_type() == torch.autograd.DeviceType.CUDA and "#" not in event.name():  # "#": of a range of them
+                times.append((event.name(), event.duration_ns()))
+    else:
+        times = [(event.key, event.self_cpu_time_total) for event in profile.key_averages()]
+    seconds: dict[str, float] = dict.fromkeys((*kinds, "others"), 0.0)
+    for name, time_ in times:
+        seconds[next((kind for kind, pattern in kinds.items() if re.search(pattern, name)), "others")] += time_
     total = sum(seconds.values())
     return {kind: round(value / total, 4) for kind, value in seconds.items()} if total else {}
 

@@ -33,7 +33,7 @@ class Load:
 
 LOADS = {
     "cpu": {"tiny": Load(64, 16, 8), "small": Load(128, 4, 1), "base": Load(128, 1, 1)},
-    "cuda": {"tiny": Load(64, 256, 64), "small": Load(128, 64, 16), "base": Load(256, 4, 4)},
+    "cuda": {"tiny": Load(64, 256, 64), "small": Load(128, 64, 16), "base": Load(256, 8, 4)},
 }
 RANKS = {"cpu": {"tiny": 0, "base": 2}, "cuda": {"base": 0, "small": 0, "tiny": 2}}  # of whole steps; their parts follow
 
@@ -78,7 +78,7 @@ def measured(options: Options) -> list[Measured]:
         load = replace(load, clips=options.train_batch_size or load.clips, videos=options.batch_size or load.videos)
         rank = RANKS[kind].get(name, 1)
         every += [
-            Measured(name, config, load, precision, compiled, graphs, rank)
+            Measured(name, config, load, precision, compiled, graphs, rank + 2 * (compiled != options.compiled[-1]))
             for precision in options.precisions
             for compiled, graphs in options.ways
         ]

@@ -24,7 +24,7 @@ def test_a_measured_update_is_that_of_the_training_loop(tmp_path):
         batch = next(batches)
         measured(batch, [seeded(3, n) for n in batch["sample"].tolist()], step)["loss"].backward()
         update()
-    update.average.copy_to(update.parameters)
+    update.update.average.copy_to(update.parameters)
     for own, expected in zip(measured.parameters(), trained.parameters(), strict=True):
         assert torch.equal(own, expected)
 

@@ -1,0 +1,94 @@
+"""Recorded steps of optimisers and averages equal plain ones."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from promag.training.graphs import RECORDINGS
+from promag.training.loop import Objective
+from promag.training.optimizers import OptimizationConfig, make_optimizers
+from promag.training.update import Update
+from tests.stand_in_recorder import StandInRecorder
+
+SETTINGS = OptimizationConfig(steps=8, warmup=4, learning_rate=0.05, muon_learning_rate=0.1, ema_decay=0.9)
+
+
+class Layers(Objective):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2))
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def matrices(self):
+        return [self.layers[1].weight, self.layers[2].weight]
+
+    def learning_rate_scales(self):
+        return [(self.layers[3], 0.5)]
+
+
+def make(recorder, objective=None):
+    objective = copy.deepcopy(objective or Layers())
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    average = EMAModel(parameters, decay=SETTINGS.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    return objective, Update(make_optimizers(objective, SETTINGS, "fp32"), average, parameters, recorder)
+
+
+def take_steps(objective, update, steps, kept=True):
+    """Take steps; with `kept` gradients stay in the same memory, as those of a model with graphs."""
+    memory = {p: torch.empty_like(p) for p in update.parameters}
+    for step in steps:
+        for group in update.groups:
+            group["lr"] = SETTINGS.learning_rate_at(step) * group["factor"]
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).to(objective.unused.device)
+        objective.layers(x).square().mean().backward()
+        for p in update.parameters:
+            if p.grad is not None:
+                p.grad = (memory[p] if kept else torch.empty_like(p)).copy_(p.grad)
+        update()
+        if not kept:
+            memory |= {(step, p): p.grad for p in update.parameters}  # so that none is used again
+        for optimizer in update.optimizers:
+            optimizer.zero_grad()
+
+
+def results(objective, update):
+    moments = [state for optimizer in update.optimizers for state in optimizer.state.values()]
+    return [objective.state_dict(), update.average.shadow_params, moments]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_recorded_steps_equal_plain_ones(steps):
+    recorder = StandInRecorder()
+    plain, recorded = make(None), make(recorder)
+    for objective, update in (plain, recorded):
+        take_steps(objective, update, range(steps))
+    torch.testing.assert_close(results(*recorded), results(*plain), rtol=1e-5, atol=1e-7)
+    assert recorder.steps == (steps > 1)
+    one, other = (update.average for _, update in (plain, recorded))
+    assert (one.optimization_step, one.cur_decay_value) == (other.optimization_step, other.cur_decay_value)
+    for group in recorded[1].groups:
+        assert isinstance(group["lr"], float)
+        assert not group.get("capturable")
+
+
+def test_gradients_in_new_memory_are_not_recorded():
+    recorder = StandInRecorder()
+    plain, recorded = make(None), make(recorder)
+    for objective, update in (plain, recorded):
+        take_steps(objective, update, range(8), kept=False)
+    assert recorder.steps == 0
+    torch.testing.assert_close(results(*recorded), results(*plain))
+    assert len(recorded[1].replays) <= RECORDINGS
+
+
+def test_training_goes_on_with_the_state_that_a_recording_leaves():
+    plain, mixed = make(None), make(StandInRecorder())
+    take_steps(*plain, range(8))
+    take_steps(*mixed, range(4))
+    mixed[1].recorder = None
+    take_steps(*mixed, range(4, 8))
+    torch.testing.assert_close(results(*mixed), results(*plain), rtol=1e-5, atol=1e-7)
