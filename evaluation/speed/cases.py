@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -45,6 +46,7 @@ class Group:
         limit: the arithmetic whose ceiling counts; None where none does.
         rank: groups of lower rank are measured first.
         memory: whether to measure the peak memory of tensors; what CUDA graphs hold between calls does not show in it.
+        warm_up: calls of each job before it is timed.
     """
 
     suite: str
@@ -53,6 +55,7 @@ class Group:
     limit: Literal["product", "convolution"] | None = None
     rank: int = 1
     memory: bool = True
+    warm_up: int = 1
 
 
 @dataclass(frozen=True)
@@ -91,20 +94,28 @@ def way(compiled: bool, graphs: bool) -> Settings:
 
 
 def measure(group: Group, device: torch.device, rounds: int, ceilings: Ceilings, until: float | None = None) -> list[Any]:
-    """Measure a group and return a line for each case; a case that fails has its error in place of seconds."""
+    """Measure a group and return a line for each case; a case that fails has its error in place of seconds.
+
+    Once `until` (perf_counter's) has passed, cases that were not begun, such as those still to be compiled, are left out.
+    """
     failed: dict[int, str] = {}
     try:
         jobs = dict(enumerate(group.build()))
     except Exception as error:  # one group that fails must not end an unattended run
         jobs, failed = {}, dict.fromkeys(range(len(group.settings)), _message(error))
+    begun = {*failed}
     for number, job in jobs.items():
+        if begun and until is not None and time.perf_counter() > until:
+            break
+        begun.add(number)
         try:
-            job.call()
+            for _ in range(group.warm_up):
+                job.call()
         except Exception as error:
             failed[number] = _message(error)
     if failed:
         free()  # here, where no traceback holds tensors any more
-    good = {number: job for number, job in jobs.items() if number not in failed}
+    good = {number: jobs[number] for number in sorted(begun) if number not in failed}
     timings: dict[int, Timing] = {}
     peaks: dict[int, int] = {}
     shares: dict[int, dict[str, float]] = {}
@@ -119,6 +130,7 @@ def measure(group: Group, device: torch.device, rounds: int, ceilings: Ceilings,
         {"what": WHAT, "suite": group.suite, "device": device.type, "settings": dict(settings)}
         | ({"error": failed[n]} if n in failed else figures(group, n, jobs, timings, peaks, shares, ceilings))
         for n, settings in enumerate(group.settings)
+        if n in begun
     ]
     jobs.clear()
     good.clear()

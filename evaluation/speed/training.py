@@ -84,7 +84,8 @@ def _transformer(one: Measured, options: Options) -> Group:
         ]
 
     settings = [one.settings(options, PART, ratio, clips) for ratio, clips in batches]
-    return Group("train", settings, build, "product", one.rank, memory=not one.graphs)
+    # A recorded step runs as it is, then it is recorded, then replayed.
+    return Group("train", settings, build, "product", one.rank, memory=not one.graphs, warm_up=3 if one.graphs else 1)
 
 
 # -- the tokenizer ---------------------------------------------------------------------------------------------------

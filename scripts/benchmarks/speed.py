@@ -102,7 +102,7 @@ def _parser() -> Parser:
     share(parser, "--videos", required=False, help="clips.jsonl that is loaded and cached; left out: generated files")
     share(parser, "--count", help="clips that are loaded and cached; more than there are come again")
     share(parser, "--rounds")
-    parser.add_argument("--minutes", type=float, help="begin no group of cases after so long, and end rounds early")
+    parser.add_argument("--minutes", type=float, help="begin no case after so long, and end rounds early")
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, to see that everything works")
     parser.add_argument("--again", action="store_true", help="measure what the record has too")
     parser.add_argument("--commit", help="recorded as the commit, where the files are not in git")
@@ -157,7 +157,9 @@ def _run(groups: Sequence[Group], options: Options, arguments: argparse.Namespac
         if until is not None and time.perf_counter() > until:
             left += len(group.settings)
             continue
-        for line in measure(group, options.device, arguments.rounds, ceilings, until):
+        lines = measure(group, options.device, arguments.rounds, ceilings, until)
+        left += len(group.settings) - len(lines)
+        for line in lines:
             bad += "error" in line
             print(line_text(line), flush=True)
             if arguments.record:

@@ -53,9 +53,10 @@ def test_a_case_that_fails_leaves_the_others_as_they_are():
     assert [line["error"] for line in lines] == ["RuntimeError: no memory"] * 2
 
 
-def test_rounds_end_early_at_a_time_but_one_is_measured():
-    (line,) = measure(group([sleeping(0.001)], [{"part": "a"}]), CPU, 50, LIMITS, until=time.perf_counter() - 1)
-    assert line["rounds"] == 1
+def test_after_a_time_no_case_is_begun_and_rounds_end_early_but_one_is_measured():
+    jobs, settings = [sleeping(0.001), Job(pytest.fail)], [{"part": "a"}, {"part": "b"}]
+    (line,) = measure(group(jobs, settings), CPU, 50, LIMITS, until=time.perf_counter() - 1)
+    assert (line["rounds"], line["settings"]) == (1, {"part": "a"})
 
 
 def test_only_all_cases_of_the_same_commit_machine_and_device_are_recorded():
