@@ -19,7 +19,11 @@ Key = TypeVar("Key")
 MIB = 2**20
 # Kinds of operators by their names in PyTorch, and of a GPU's kernels by theirs; what no pattern finds is "others".
 KINDS = {"convolutions": "conv", "products": "mm$|matmul|linear|attention", "copies": "copy_|pad|cat$"}
-KERNELS = {"convolutions": "conv|[dw]grad", "products": "gemm|nvjet|sdpa|flash", "copies": "copy|Memcpy|Memset|[cC]at[A-Z]"}
+KERNELS = {
+    "convolutions": "conv|fprop|[dw]grad|implicit",
+    "products": "gemm|nvjet|sdpa|flash",
+    "copies": "copy|Memcpy|Memset|[cC]at[A-Z]",
+}
 
 
 @dataclass(frozen=True)
