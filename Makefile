@@ -1,10 +1,12 @@
 # `make demo` and `make test` set up .venv first; nothing but Python 3.11+ and make is needed.
-# `make gpu` measures on a machine that has PyTorch and no network: the other packages come as wheels, from `make wheels WHEELS=DIR`.
+# `make gpu` measures on a machine that has PyTorch and no network: the other packages come as wheels, from `make wheels WHEELS=DIR`,
+# with HAVE=FILE without those that FILE lists, what `pip list --format=freeze` prints there.
 PYTHON ?= python3
 VIDEOS ?=
 RECORD ?=
 RUN ?= runs/demo
 WHEELS ?=
+HAVE ?=
 OUT ?= runs/gpu
 DEVICE ?= cuda
 COMMIT ?=
@@ -44,7 +46,7 @@ gpu:
 	exit $$status
 
 wheels: setup
-	$(BIN)/python .ci/wheels.py "$(WHEELS)"
+	$(BIN)/python .ci/wheels.py "$(WHEELS)" $(if $(HAVE),--have "$(HAVE)")
 
 setup: $(VENV)/.installed
 

@@ -1,11 +1,13 @@
 """Download the wheels that a machine with PyTorch alone needs for `make gpu`: what this environment has, without PyTorch.
 
-python .ci/wheels.py FOLDER [PYTHON_VERSION]
+python .ci/wheels.py FOLDER [--python VERSION] [--have FILE]
 
 They are the core dependencies of pyproject.toml and pytest with all that these need, at the versions installed here, for Linux
-on x86-64. Packages that come with PyTorch are left out, numpy excepted. Needs a network.
+on x86-64. Packages that come with PyTorch are left out, numpy excepted, and those that FILE names, what `pip list
+--format=freeze` prints on that machine; check that their versions suit pyproject.toml. Needs a network.
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -34,13 +36,13 @@ def name_of(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=!~(;@]", name.strip())[0]).lower()
 
 
-def closure(names: list[str]) -> dict[str, str]:
-    """Return the installed version of each package, and of all that they require here."""
+def closure(names: list[str], have: set[str]) -> dict[str, str]:
+    """Return the installed version of each package that is not in `have`, and of all that they require here."""
     versions: dict[str, str] = {}
     todo = list(names)
     while todo:
         name = todo.pop()
-        if not name or name in LEFT_OUT or name in versions:
+        if not name or name in have or name in versions:
             continue
         try:
             versions[name] = version(name)
@@ -52,10 +54,16 @@ def closure(names: list[str]) -> dict[str, str]:
 
 def main() -> None:
     """Download the wheels, and print how large they are together."""
-    folder, python = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "3.12"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--python", default="3.12", help="version of Python there")
+    parser.add_argument("--have", type=Path, help="file with the names of packages that are there")
+    arguments = parser.parse_args()
+    folder, lines = arguments.folder, arguments.have.read_text(encoding="utf-8").splitlines() if arguments.have else []
+    have = LEFT_OUT | set(map(name_of, lines))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = closure([*map(name_of, project["dependencies"]), *TOOLS])
-    target = ["--dest", str(folder), "--no-deps", "--only-binary", ":all:", "--python-version", python]
+    wanted = closure([*map(name_of, project["dependencies"]), *TOOLS], have)
+    target = ["--dest", str(folder), "--no-deps", "--only-binary", ":all:", "--python-version", arguments.python]
     platforms = [f"--platform={name}" for name in ("manylinux2014_x86_64", "manylinux_2_28_x86_64", "linux_x86_64")]
     pins = [f"{name}=={number}" for name, number in sorted(wanted.items())]
     subprocess.run([sys.executable, "-m", "pip", "download", "-q", *target, *platforms, *pins], check=True)
