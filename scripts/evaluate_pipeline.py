@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers import FirstBlockCacheConfig
+
 from promag.data.datasets import open_dataset
 from promag.diffusion.validation import training_figures
 from promag.evaluation.generation import steadiness_and_sharpness
@@ -41,12 +43,16 @@ def main(argv: Sequence[str]) -> int:
     for folder in arguments.checkpoints:
         pipe: Any = open_pipeline(folder)
         pipe.set_progress_bar_config(disable=True)
+        settings = {"note": arguments.note}
+        if (threshold := arguments.first_block_cache) is not None:
+            pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+            settings["first_block_cache"] = threshold
         legal = trained_ratios(pipe)
         name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
         for ratio in arguments.ratios or legal:
             if ratio not in legal:
                 raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in legal)}")
-            trained, facts = training_figures(folder.parent, ratio), {"pipeline": name, "ratio": ratio, "note": arguments.note}
+            trained, facts = training_figures(folder.parent, ratio), {"pipeline": name, "ratio": ratio, **settings}
             for unseen in (False, True):
                 figures = _figures(pipe, ratio, unseen, arguments)
                 accuracy = format_accuracy(figures["accuracy"])
@@ -75,8 +81,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, metavar="checkpoint", help="folder of a pipeline")
+    add(
+        "--first-block-cache",
+        type=float,
+        metavar="THRESHOLD",
+        help="diffusers' cache: a step whose first block changes by a smaller share than this leaves the other blocks out",
+    )
     share(parser, "--ratios", "--prompts", "--steps", "--guidance", "--precision", "--record", "--note")
     arguments = parser.parse_args(argv)
+    if (threshold := arguments.first_block_cache) is not None and not threshold > 0:
+        raise UserError(f"--first-block-cache {threshold:g}: a number above 0 is needed")
     for name in ("prompts", "steps"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1 is needed")

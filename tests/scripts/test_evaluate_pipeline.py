@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from diffusers.models.attention import FeedForward
 
 from promag.diffusion.validation import training_figures
 from promag.evaluation.prompt_accuracy import PARTS
@@ -107,11 +108,28 @@ def test_drafts_have_the_steps_and_the_guidance_of_the_pipeline(tmp_path):
             assert (line["steps"], line["guidance"], line["draft_steps"]) == (steps, guidance, draft_steps)
 
 
+def test_a_first_block_cache_leaves_later_blocks_out(run, tmp_path, monkeypatch):
+    calls = []
+    forward = FeedForward.forward  # of each block
+    monkeypatch.setattr(FeedForward, "forward", lambda *given: calls.append(given[0]) or forward(*given))
+    counts, record = [], tmp_path / "results.jsonl"
+    for cache in ([], ["--first-block-cache", "1000"]):
+        calls.clear()
+        words = ["--ratios", "16", "--prompts", "1", "--steps", "4", "--precision", "fp32", "--guidance", "1"]
+        evaluate_pipeline.main([str(run / "pipeline"), *words, *cache, "--record", str(record)])
+        counts.append(len(calls))
+    blocks = len(make_pipeline().transformer.transformer_blocks)
+    assert blocks > 1
+    assert counts == [2 * 4 * blocks, 2 * (blocks + 3)]  # of two videos; the first step runs every block
+    assert [line.get("first_block_cache") for line in lines(record)] == [None] * 3 + [1000] * 3
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
         (evaluate_pipeline, ["--ratios", "8"], "--ratios 8: .* was trained at 4x, 16x"),
         (evaluate_pipeline, ["--prompts", "0"], "--prompts 0: at least 1"),
+        (evaluate_pipeline, ["--first-block-cache", "0"], "--first-block-cache 0: a number above 0"),
         (draft_and_refine, ["--ratio", "8"], "--ratio 8: the pipeline was trained at 4x, 16x"),
         (draft_and_refine, ["--ratio", "16", "--prompts", "1", "--steps", "1"], "draft at 16x .* a higher ratio"),
         (draft_and_refine, ["--prompts", "0"], "--prompts 0: at least 1"),
