@@ -17,7 +17,7 @@ from promag.training.device import best_device
 
 Key = TypeVar("Key")
 MIB = 2**20
-# Kinds of operators by their names in PyTorch, and of a GPU's kernels by theirs; what no pattern finds is "others".
+# Patterns that sort PyTorch's operators, and the kernels of a GPU, by name; a name that matches none counts as "others".
 KINDS = {"convolutions": "conv", "products": "mm$|matmul|linear|attention", "copies": "copy_|pad|cat$"}
 KERNELS = {
     "convolutions": "conv|fprop|[dw]grad|implicit",
@@ -96,13 +96,14 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | None = None) -> i
 def operator_shares(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Return the shares of a call's operator time that go into each of KINDS, and into others: call it once to warm up.
 
-    On a GPU the time of kernels counts, by their own names: compiled ones, which fuse several operators, are others.
+    On a GPU the time of the kernels counts, sorted by kernel name. Compiled kernels fuse several operators and count as others.
     """
     profile, times, kinds = _profile(call, device), [], KINDS
     if device.type == "cuda":
         kinds = KERNELS
         for event in profile.profiler.kineto_results.events():  # pyright: ignore
-            if event.device_type() == torch.autograd.DeviceType.CUDA and "#" not in event.name():  # "#": of a range of them
+            # A name with "#" is an annotation, which spans kernels that are listed too.
+            if event.device_type() == torch.autograd.DeviceType.CUDA and "#" not in event.name():
                 times.append((event.name(), event.duration_ns()))
     else:
         times = [(event.key, event.self_cpu_time_total) for event in profile.key_averages()]

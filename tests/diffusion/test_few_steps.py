@@ -287,8 +287,8 @@ def test_what_the_teacher_was_not_trained_for_is_refused(init, tmp_path, change,
         train_diffusion(distilling(tmp_path / "run", init, **change), cached, cached)
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2}])
-def test_a_student_trained_through_graphs_equals_one_trained_without(init, tmp_path, monkeypatch, lora):
+@pytest.mark.parametrize(("lora", "accumulate"), [(None, 2), ({"rank": 2}, 2), (None, 1)])
+def test_a_student_trained_through_graphs_equals_one_trained_without(init, tmp_path, monkeypatch, lora, accumulate):
     recorders = []
 
     def record():
@@ -301,12 +301,13 @@ def test_a_student_trained_through_graphs_equals_one_trained_without(init, tmp_p
     outcomes = []
     for replayed in (False, True):
         config = distilling(tmp_path / str(replayed), init, lora=lora, graphs=replayed, gradient_checkpointing=True)
-        loop = dataclasses.replace(config.optimization, accumulate=2)
+        loop = dataclasses.replace(config.optimization, accumulate=accumulate)
         outcomes.append(train_diffusion(dataclasses.replace(config, optimization=loop), cached, cached))
     plain, through_graphs = (outcome.transformer.state_dict() for outcome in outcomes)
     torch.testing.assert_close(plain, through_graphs, rtol=1e-4, atol=1e-5)
     assert outcomes[0].outcome.metrics == pytest.approx(outcomes[1].outcome.metrics, rel=1e-4)
     counts = [recorder.recorded for recorder in recorders]  # the student's two passes, its teacher's one, that in validation
     assert counts == ([3, 0] if lora else [2, 2, 0])
-    assert recorders[-1].steps <= 1  # of the update, where accumulated gradients came to lie in the same memory
+    if accumulate == 1:  # accumulated gradients may lie at new addresses in each step
+        assert recorders[-1].steps == 1
     assert graphs.NAME not in outcomes[1].transformer._diffusers_hook.hooks
