@@ -139,6 +139,11 @@ def _in_convolutions(case: Line) -> str | None:
     return f"{case['operator_shares']['convolutions']:.0%}" if case.get("operator_shares") else None
 
 
+def _kernels(case: Line) -> float | None:
+    """Return the seconds of a GPU's kernels in one call."""
+    return None if case.get("device") != "cuda" else case.get("operator_seconds")
+
+
 def _size(case: Line) -> str:
     return "x".join(map(str, case["settings"]["shape"][2:]))
 
@@ -221,12 +226,14 @@ def _training(cases: Sequence[Line]) -> str:
                 before and before["seconds"],
                 _share(before),
                 case["seconds"],
+                _kernels(case),
                 _share(case),
                 clips / case["seconds"],
                 f"{speedup:.2f}" if speedup else None,
             )
         )
-    heads = ("preset", "precision", "ratio", "clips", "tokens", "gradients, s", "MFU", "whole step, s", "MFU", "clips/s")
+    heads = ("preset", "precision", "ratio", "clips", "tokens", "gradients, s", "MFU", "whole step, s")
+    heads += ("of it kernels, s", "MFU", "clips/s")
     return _table((*heads, "times as fast as the first ratio"), rows)
 
 

@@ -183,7 +183,7 @@ def test_replayed_updates_equal_plain_ones():
     for objective, update in (plain, replayed):
         take_steps(objective, update, range(8))
     torch.testing.assert_close(results(*replayed), results(*plain), rtol=1e-4, atol=1e-6)
-    assert [replay is not None for replay in replayed[1].replays.values()] == [True]
+    assert [recorded is not None for recorded in replayed[1].recordings.values()] == [True]
 
 
 def test_the_host_never_waits_inside_the_transformer():

@@ -166,7 +166,7 @@ def train(
         run: how often to log, validate and save.
         seed: all noise of sample n comes from (seed, n).
         validate: called with a Log for pictures and videos and the step, under the averaged weights; returns metrics.
-        graphs: replay the optimisers and the average as a CUDA graph too; the model's own graphs are the objective's matter.
+        graphs: replay clipping, optimisers and average as CUDA graphs too; the model's own graphs are the objective's matter.
 
     A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished, even in the
     last step. A step whose loss or gradients are not finite is named, counted and skipped. Raises FloatingPointError where
@@ -188,7 +188,7 @@ def train(
     first = step = state.step
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
-    update = Update(optimizers, ema, parameters, make_recorder(graphs))
+    update = Update(optimizers, ema, parameters, (together, *separate), settings.clip_norm, make_recorder(graphs))
     log = _open_log(accelerator)
     metrics_file, metrics = folder / "metrics.jsonl", {}
     if accelerator.is_main_process:
@@ -233,8 +233,7 @@ def train(
                 for key, value in results.items():
                     losses[key] = losses.get(key, 0) + value.detach().float() / settings.accumulate
                 meter.count(len(batch["sample"]), objective.work(batch))
-            norms: list[Any] = [accelerator.clip_grad_norm_(group, settings.clip_norm) for group in (together, *separate)]
-            losses["gradient_norm"], *others = (full(norm) for norm in norms)
+            losses["gradient_norm"], *others = map(full, update.clip())
             bad = _not_finite({**losses, **{f"gradient norm {i + 2}": norm for i, norm in enumerate(others)}})
             skipping, stopping = _any_rank(accelerator, bool(bad), stop.received is not None)
             if skipping:

@@ -30,6 +30,12 @@ from .files import append_json, finish_replacing, read_json_lines, replaced_fold
 
 MACHINES = "machines.txt"
 DATA = "data.json"
+INSTRUCTIONS = {  # by flag in /proc/cpuinfo, the widest first
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 with bf16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
 
 
 def open_run(
@@ -332,8 +338,16 @@ def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return f"{os.cpu_count()} cores, {names[0] if names else 'unknown CPU'}"
+    return f"{os.cpu_count()} cores, {name_cpu(cpuinfo)}"
+
+
+def name_cpu(cpuinfo: str) -> str:
+    """Return a CPU's name, and the widest of the instructions that decide its speed, from the text of /proc/cpuinfo."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    values = {key.strip(): value.strip() for key, _, value in lines}
+    flags = values.get("flags", "").split()
+    widest = [label for flag, label in INSTRUCTIONS.items() if flag in flags][:1]
+    return ", ".join([values.get("model name", "unknown CPU"), *widest])
 
 
 def append_result(path: str | os.PathLike, record: Mapping[str, Any]) -> None:

@@ -5,15 +5,21 @@ fraction of a peak. The peak is either given or the best of a few large matrix p
 """
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SIDE = 2048  # side of the square matrices that are multiplied on a CPU
 LARGE_SIDE = 8192  # on other devices: smaller products would not keep them busy
+SMALL_SIDE = 512  # where products are so slow that larger ones would take minutes: bfloat16 on a CPU that emulates it
+SLOW = 0.05  # seconds of a small product, from which on larger ones are left out
+ROUNDS = 6  # of a measurement, of which the fastest counts
+ENOUGH = 2.0  # seconds after which no further round begins
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Meter:
         if self.flops:
             if self.peak is None:
                 with self.pause():
-                    self.peak = matmul_tflops(self.device, self.bf16)
+                    self.peak = _measured_peak(self.device, self.bf16)
             record["tokens_per_second"] = self.tokens * self.processes / seconds
             record["tflops"] = self.flops / seconds / 1e12
             record["mfu"] = record["tflops"] / self.peak
@@ -88,18 +94,40 @@ class Meter:
         return record
 
 
-def matmul_tflops(device: torch.device | str, bf16: bool, rounds: int = 5) -> float:
+@functools.cache
+def _measured_peak(device: torch.device | str, bf16: bool) -> float:
+    """Measure once in a process, which may train several stages."""
+    return matmul_tflops(device, bf16)
+
+
+def matmul_tflops(device: torch.device | str, bf16: bool) -> float:
     """Return the highest TFLOP/s over a few products of two square random matrices."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    side = SIDE if torch.device(device).type == "cpu" else LARGE_SIDE
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(rounds + 1):
-        if a.is_cuda:
-            torch.cuda.synchronize()
+    side, seconds = 0, 0.0
+    for side in (SMALL_SIDE, SIDE if torch.device(device).type == "cpu" else LARGE_SIDE):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        seconds = fastest(lambda a=a, b=b: torch.matmul(a, b))
+        if seconds > SLOW:
+            break
+    return 2 * side**3 / seconds / 1e12
+
+
+def fastest(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Return the fewest seconds of a call over some rounds after a first one, which counts where it took ENOUGH alone."""
+    best, began = float("inf"), time.perf_counter()
+    for done in range(rounds + 1):
+        _wait()
         started = time.perf_counter()
-        torch.matmul(a, b)
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best / 1e12
+        call()
+        _wait()
+        now = time.perf_counter()
+        if done or now - began > ENOUGH:
+            best = min(best, now - started)
+        if now - began > ENOUGH:
+            break
+    return best
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,6 +1,7 @@
-"""What follows the gradients of a training step: the optimisers and the average of the weights, plain or as a CUDA graph."""
+"""What follows the gradients of a training step: clipping, optimisers, the average of the weights; plain or as CUDA graphs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,20 +10,30 @@ from torch import Tensor, nn
 
 from .graphs import RECORDINGS, Recorder
 
-Replay = Callable[[], None]
+
+@dataclass(frozen=True)
+class Recorded:
+    """Both parts of an update on gradients that lie at certain addresses: `clip` writes the norms."""
+
+    clip: Callable[[], None]
+    norms: Sequence[Tensor]
+    step: Callable[[], None]
 
 
 class Update:
-    """Applies the gradients that the weights hold: the optimisers step, then the average of the weights is updated.
+    """Applies the gradients that the weights hold: `clip` limits their norms, then a call steps the optimisers and averages.
 
-    With a recorder the update is replayed whenever the gradients lie at addresses that were used before, as the gradients of a
-    model with graphs do (graphs.py). It runs eagerly the first time, and it is recorded the second time.
+    Between the two the caller may look at the norms and leave out the call. With a recorder both parts are replayed whenever
+    the gradients lie at addresses that were used before, as the gradients of a model with graphs do (graphs.py). They run
+    eagerly the first time, and they are recorded the second time.
 
     Args:
         optimizers: AdamW (fused) and Muon.
         average: exponential moving average of the weights.
         parameters: the averaged weights, in the order of `average`.
-        recorder: records the update; None runs every update eagerly.
+        clipped: groups of weights, each clipped by the norm of its own gradients.
+        clip_norm: the norm that a group's gradients have at most.
+        recorder: records both parts; None runs every update eagerly.
     """
 
     def __init__(
@@ -30,12 +41,15 @@ class Update:
         optimizers: Sequence[torch.optim.Optimizer],
         average: EMAModel,
         parameters: Sequence[nn.Parameter],
+        clipped: Sequence[Sequence[nn.Parameter]],
+        clip_norm: float,
         recorder: Recorder | None = None,
     ):
         self.optimizers, self.average, self.parameters, self.recorder = optimizers, average, parameters, recorder
-        self.replays: dict[
-            tuple[int, ...], Replay | None
-        ] = {}  # by the gradients' addresses, newest last; None: not recorded yet
+        self.clipped, self.clip_norm = clipped, clip_norm
+        # by the gradients' addresses, newest last; None: not recorded yet
+        self.recordings: dict[tuple[int, ...], Recorded | None] = {}
+        self.current: Recorded | None = None  # that of the gradients which were clipped last
         self.learning_rates: list[Tensor] = []  # one for each group; a recording reads them
         self.one_minus_decay = torch.tensor(0.0)  # of the average; a recording reads it
 
@@ -44,42 +58,61 @@ class Update:
         """The optimisers' groups of weights, each with its learning rate."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    def clip(self) -> Sequence[Tensor]:
+        """Clip the gradients; return the norm that each group had, which the next call may overwrite."""
+        self.current = None if self.recorder is None else self._find(self.recorder)
+        if self.current is None:
+            return self._clip()
+        self.current.clip()
+        return self.current.norms
+
     def __call__(self) -> None:
-        """Take one step at the learning rates that the optimisers' groups hold."""
-        if self.recorder is None:
-            return self._plain()
+        """Take one step with the clipped gradients, at the learning rates that the optimisers' groups hold."""
+        if self.current is None:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.average.step(self.parameters)
+        else:
+            self._replay(self.current)
+
+    def _clip(self) -> list[Tensor]:
+        return [nn.utils.clip_grad_norm_(group, self.clip_norm) for group in self.clipped]
+
+    def _find(self, recorder: Recorder) -> Recorded | None:
+        """Return the recording for the gradients' addresses; None where these are new, and recorded the next time."""
         addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
-        first, replay = addresses not in self.replays, self.replays.pop(addresses, None)
-        if not first and replay is None:
-            replay = self._record(self.recorder)
-        self.replays[addresses] = replay
-        if len(self.replays) > RECORDINGS:
-            del self.replays[next(iter(self.replays))]
-        return self._plain() if replay is None else self._replay(replay)
+        first, found = addresses not in self.recordings, self.recordings.pop(addresses, None)
+        if not first and found is None:
+            found = self._record(recorder)
+        self.recordings[addresses] = found
+        if len(self.recordings) > RECORDINGS:
+            del self.recordings[next(iter(self.recordings))]
+        return found
 
-    def _plain(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.average.step(self.parameters)
-
-    def _replay(self, replay: Replay) -> None:
+    def _replay(self, recorded: Recorded) -> None:
         for rate, group in zip(self.learning_rates, self.groups, strict=True):
             rate.fill_(group["lr"])
         self.average.optimization_step += 1
         decay = self.average.cur_decay_value = self.average.get_decay(self.average.optimization_step)
         self.one_minus_decay.fill_(1 - decay)
-        replay()
+        recorded.step()
 
-    def _record(self, recorder: Recorder) -> Replay:
+    def _record(self, recorder: Recorder) -> Recorded:
+        device = self.parameters[0].device
         if not self.learning_rates:
-            device = self.parameters[0].device
             self.learning_rates = [torch.tensor(group["lr"], device=device) for group in self.groups]
             self.one_minus_decay = self.one_minus_decay.to(device)
-        return recorder.record_step(self._recorded)
+        norms = [torch.zeros((), device=device) for _ in self.clipped]
+
+        def clip() -> None:
+            for own, norm in zip(norms, self._clip(), strict=True):
+                own.copy_(norm)
+
+        return Recorded(recorder.record_step(clip), norms, recorder.record_step(self._recorded_step))
 
     @torch.no_grad()
-    def _recorded(self) -> None:
-        """Do what `_plain` does, with learning rates and decay in tensors."""
+    def _recorded_step(self) -> None:
+        """Do what a plain call does, with learning rates and decay in tensors."""
         before = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in self.groups]
         for group, rate in zip(self.groups, self.learning_rates, strict=True):
             group |= {"lr": rate, **({"capturable": True} if "capturable" in group else {})}

@@ -12,7 +12,7 @@ import torch
 from promag.training.precision import Chosen
 
 from .ceilings import Ceilings
-from .timing import MIB, Timing, operator_shares, peak_bytes, timings_in_turns
+from .timing import MIB, Timing, operator_seconds, peak_bytes, timings_in_turns
 
 WHAT = "speed"
 Settings = Mapping[str, Any]  # what identifies a case in a record: model, ratio, part, shapes, precision ...
@@ -118,17 +118,17 @@ def measure(group: Group, device: torch.device, rounds: int, ceilings: Ceilings,
     good = {number: jobs[number] for number in sorted(begun) if number not in failed}
     timings: dict[int, Timing] = {}
     peaks: dict[int, int] = {}
-    shares: dict[int, dict[str, float]] = {}
+    operators: dict[int, dict[str, float]] = {}
     try:
         timings = timings_in_turns({number: job.call for number, job in good.items()}, rounds, until)
         peaks = {number: peak_bytes(job.call, device) for number, job in good.items()} if group.memory else {}
-        shares = {number: operator_shares(job.call, device) for number, job in good.items()} if group.limit else {}
+        operators = {number: operator_seconds(job.call, device) for number, job in good.items()} if group.limit else {}
     except Exception as error:
         failed |= dict.fromkeys(good, _message(error))
         timings = {}
     lines = [
         {"what": WHAT, "suite": group.suite, "device": device.type, "settings": dict(settings)}
-        | ({"error": failed[n]} if n in failed else figures(group, n, jobs, timings, peaks, shares, ceilings))
+        | ({"error": failed[n]} if n in failed else figures(group, n, jobs, timings, peaks, operators, ceilings))
         for n, settings in enumerate(group.settings)
         if n in begun
     ]
@@ -144,7 +144,7 @@ def figures(
     jobs: Mapping[int, Job],
     timings: Mapping[int, Timing],
     peaks: Mapping[int, int],
-    shares: Mapping[int, Mapping[str, float]],
+    operators: Mapping[int, Mapping[str, float]],
     ceilings: Ceilings,
 ) -> dict[str, Any]:
     """Return the figures of one case of a group."""
@@ -159,8 +159,9 @@ def figures(
     }
     if number in peaks:
         line["peak_mib"] = peaks[number] / MIB
-    if shares.get(number):
-        line["operator_shares"] = shares[number]
+    if total := sum(operators.get(number, {}).values()):
+        line["operator_shares"] = {kind: round(seconds / total, 4) for kind, seconds in operators[number].items()}
+        line["operator_seconds"] = total
     if job.gflop is not None:
         line |= {"gflop": job.gflop, "tflops": job.gflop / timing.median / 1e3}
         if group.limit:

@@ -3,8 +3,7 @@
 Each is the best of a few rounds on sizes that suit the machine: a limit to measure attained speeds by, not an average.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import torch.nn.functional as F
 
 from promag.data.video.container import open_container
 from promag.training.precision import DTYPES, Chosen
-from promag.training.throughput import matmul_tflops
+from promag.training.throughput import ENOUGH, fastest, matmul_tflops
 
-ROUNDS = 6  # of which the fastest counts
 # Clips of a convolution: batch, channels, frames, height, width. The best channel count of these is the ceiling.
 ON_CPU = ((2, 64, 8, 32, 32), (2, 128, 8, 32, 32), (2, 256, 8, 16, 16))
 ON_GPU = ((4, 128, 17, 128, 128), (4, 256, 17, 64, 64), (4, 512, 17, 32, 32))
@@ -55,6 +53,8 @@ def convolution_tflops(device: torch.device, dtype: torch.dtype) -> float:
         kernel = torch.ones(channels, channels, 3, 3, 3, dtype=dtype, device=device).contiguous(**options)
         seconds = fastest(lambda x=x, kernel=kernel: F.conv3d(x, kernel, padding=1))
         best = max(best, 2 * 27 * channels * x.numel() / seconds / 1e12)
+        if seconds > ENOUGH:  # emulated bfloat16: larger ones would take minutes
+            break
     return best
 
 
@@ -76,18 +76,3 @@ def decoder_frames_per_second(path: Path) -> float:
 
     seconds = fastest(decode, rounds=2)
     return count / seconds
-
-
-def fastest(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """Return the fewest seconds of a call over some rounds, after a warm-up."""
-    best = float("inf")
-    for round_ in range(rounds + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if round_:
-            best = min(best, time.perf_counter() - started)
-    return best

@@ -2,7 +2,6 @@
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import nn
 
 from promag.training.graphs import make_recorder
 from promag.training.loop import Objective
@@ -18,19 +17,20 @@ class WeightUpdate:
         objective: what is trained; its weights must stay where they are.
         settings: how to optimise.
         precision: in which Muon orthogonalises.
-        graphs: replay optimisers and average as a CUDA graph.
+        graphs: replay clipping, optimisers and average as CUDA graphs.
     """
 
     def __init__(self, objective: Objective, settings: OptimizationConfig, precision: Chosen, graphs: bool = False):
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(objective, settings, precision)
         average = EMAModel(self.parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-        self.update = Update(self.optimizers, average, self.parameters, make_recorder(graphs))
-        self.clip_norm = settings.clip_norm
+        self.update = Update(
+            self.optimizers, average, self.parameters, [self.parameters], settings.clip_norm, make_recorder(graphs)
+        )
 
     def __call__(self) -> None:
         """Use the gradients that the weights hold now."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        (norm,) = self.update.clip()
         if bool(torch.isfinite(norm)):  # the loop asks the device too, to skip a step that is not finite
             self.update()
         for optimizer in self.optimizers:

@@ -93,10 +93,11 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | None = None) -> i
     return max(taken, default=0)
 
 
-def operator_shares(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Return the shares of a call's operator time that go into each of KINDS, and into others: call it once to warm up.
+def operator_seconds(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Return the seconds of a call's operators of each of KINDS, and of others: call it once to warm up.
 
-    On a GPU the time of the kernels counts, sorted by kernel name. Compiled kernels fuse several operators and count as others.
+    On a GPU the kernels count, sorted by kernel name: together they are what the call would take if nothing waited for the
+    host. Compiled kernels fuse several operators and count as others.
     """
     profile, times, kinds = _profile(call, device), [], KINDS
     if device.type == "cuda":
@@ -104,14 +105,13 @@ def operator_shares(call: Callable[[], Any], device: torch.device) -> dict[str, 
         for event in profile.profiler.kineto_results.events():  # pyright: ignore
             # A name with "#" is an annotation, which spans kernels that are listed too.
             if event.device_type() == torch.autograd.DeviceType.CUDA and "#" not in event.name():
-                times.append((event.name(), event.duration_ns()))
+                times.append((event.name(), event.duration_ns() / 1e9))
     else:
-        times = [(event.key, event.self_cpu_time_total) for event in profile.key_averages()]
+        times = [(event.key, event.self_cpu_time_total / 1e6) for event in profile.key_averages()]
     seconds: dict[str, float] = dict.fromkeys((*kinds, "others"), 0.0)
     for name, time_ in times:
         seconds[next((kind for kind, pattern in kinds.items() if re.search(pattern, name)), "others")] += time_
-    total = sum(seconds.values())
-    return {kind: round(value / total, 4) for kind, value in seconds.items()} if total else {}
+    return seconds
 
 
 def _profile(call: Callable[[], Any], device: torch.device, **options: Any) -> Any:

@@ -85,6 +85,13 @@ def test_older_lines_of_the_transformer_are_read_and_replaced_by_newer_ones():
     }
 
 
+def test_a_step_on_a_gpu_has_the_seconds_of_its_kernels():
+    on_cpu, on_gpu = ({**line(), "device": device, "operator_seconds": 0.25} for device in ("cpu", "cuda"))
+    assert "of it kernels, s" not in rows(table("training", [on_cpu]))[0]
+    heads, _, cells = rows(table("training", [on_gpu]))
+    assert cells[heads.index("of it kernels, s")] == "0.25"
+
+
 def test_a_tokenizer_stands_beside_the_published_one_of_the_same_clip():
     facts = {"latent_shape": [1, 16, 5, 16, 16], "parameters": 10**6, "gflop": 100.0, "peak_mib": 50.0, "count": 17}
     cases = []

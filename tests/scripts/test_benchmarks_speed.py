@@ -109,6 +109,7 @@ def test_each_level_and_a_peer_are_coded(tokenizer_preset, small_wan, tmp_path, 
         assert line["quartiles"][0] <= line["seconds"] <= line["quartiles"][1]
         assert sum(line["operator_shares"].values()) == pytest.approx(1, abs=1e-3)
         assert line["operator_shares"]["convolutions"] > 0
+        assert line["operator_seconds"] > 0
     for i in range(3):
         assert lines[2 * i]["parameters"] == sum(p.numel() for p in make_tokenizer(levels=1 + i).parameters())
     assert "baseline" not in lines[0]

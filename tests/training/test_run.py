@@ -24,6 +24,7 @@ from promag.training.run import (
     commit,
     cut_metrics,
     load_checkpoint,
+    name_cpu,
     newest_checkpoint,
     open_run,
     record_data,
@@ -349,3 +350,22 @@ def test_a_result_names_the_commit_and_changes_but_those_of_records(tmp_path):
     assert commit(code.parent) == f"{plain}+changes"
     shutil.rmtree(tmp_path / ".git")
     assert commit(code.parent) == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("flags", "widest"),
+    [
+        ("fpu sse2 avx avx2", ", AVX2"),
+        ("fpu avx2 avx512f avx512bw", ", AVX-512"),
+        ("avx2 avx512f avx512_bf16", ", AVX-512 with bf16"),
+        ("avx2 avx512f avx512_bf16 amx_bf16 amx_tile", ", AMX"),
+        ("fpu", ""),
+    ],
+)
+def test_a_cpu_is_named_with_the_instructions_that_decide_its_speed(flags, widest):
+    processor = f"vendor_id\t: Any\nmodel name\t: Any: 7B12\nflags\t\t: {flags}\n"
+    assert name_cpu("\n".join([processor] * 2)) == f"Any: 7B12{widest}"
+
+
+def test_a_cpu_without_a_name_is_unknown():
+    assert name_cpu("") == "unknown CPU"

@@ -1,4 +1,4 @@
-"""Recorded steps of optimisers and averages equal plain ones."""
+"""Recorded clipping, steps of optimisers and averages equal plain ones."""
 
 import copy
 
@@ -13,14 +13,17 @@ from promag.training.optimizers import OptimizationConfig, make_optimizers
 from promag.training.update import Update
 from tests.stand_in_recorder import StandInRecorder
 
-SETTINGS = OptimizationConfig(steps=8, warmup=4, learning_rate=0.05, muon_learning_rate=0.1, ema_decay=0.9)
+SETTINGS = OptimizationConfig(steps=8, warmup=4, learning_rate=0.05, muon_learning_rate=0.1, ema_decay=0.9, clip_norm=0.02)
 
 
 class Layers(Objective):
+    # Orthogonal matrices, as many outputs and samples as rows: Muon blows up the rounding of nearly singular gradients.
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2))
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5))
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight)
         self.unused = nn.Parameter(torch.ones(3))
 
     def matrices(self):
@@ -34,7 +37,13 @@ def make(recorder, objective=None):
     objective = copy.deepcopy(objective or Layers())
     parameters = [p for p in objective.parameters() if p.requires_grad]
     average = EMAModel(parameters, decay=SETTINGS.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    return objective, Update(make_optimizers(objective, SETTINGS, "fp32"), average, parameters, recorder)
+    optimizers, separate = make_optimizers(objective, SETTINGS, "fp32"), [*objective.layers[0].parameters()]
+    together = [p for p in parameters if all(p is not other for other in separate)]
+    return objective, Update(optimizers, average, parameters, (together, separate), SETTINGS.clip_norm, recorder)
+
+
+def norm_of_gradients(weights):
+    return torch.cat([p.grad.flatten() for p in weights if p.grad is not None]).norm()
 
 
 def take_steps(objective, update, steps, kept=True):
@@ -43,11 +52,14 @@ def take_steps(objective, update, steps, kept=True):
     for step in steps:
         for group in update.groups:
             group["lr"] = SETTINGS.learning_rate_at(step) * group["factor"]
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).to(objective.unused.device)
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step)).to(objective.unused.device)
         objective.layers(x).square().mean().backward()
         for p in update.parameters:
             if p.grad is not None:
                 p.grad = (memory[p] if kept else torch.empty_like(p)).copy_(p.grad)
+        expected = [norm_of_gradients(group) for group in update.clipped]
+        torch.testing.assert_close(list(update.clip()), expected)
+        assert all(norm_of_gradients(group) < 1.001 * SETTINGS.clip_norm for group in update.clipped)
         update()
         if not kept:
             memory |= {(step, p): p.grad for p in update.parameters}  # so that none is used again
@@ -67,7 +79,7 @@ def test_recorded_steps_equal_plain_ones(steps):
     for objective, update in (plain, recorded):
         take_steps(objective, update, range(steps))
     torch.testing.assert_close(results(*recorded), results(*plain), rtol=1e-5, atol=1e-7)
-    assert recorder.steps == (steps > 1)
+    assert recorder.steps == 2 * (steps > 1)  # clipping and what follows
     one, other = (update.average for _, update in (plain, recorded))
     assert (one.optimization_step, one.cur_decay_value) == (other.optimization_step, other.cur_decay_value)
     for group in recorded[1].groups:
@@ -82,7 +94,7 @@ def test_gradients_in_new_memory_are_not_recorded():
         take_steps(objective, update, range(8), kept=False)
     assert recorder.steps == 0
     torch.testing.assert_close(results(*recorded), results(*plain))
-    assert len(recorded[1].replays) <= RECORDINGS
+    assert len(recorded[1].recordings) <= RECORDINGS
 
 
 def test_training_goes_on_with_the_state_that_a_recording_leaves():
