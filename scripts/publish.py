@@ -7,10 +7,8 @@ promag publish pipeline RUN/pipeline --out checkpoints/tiny-video --tokenizer ch
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from promag.diffusion.validation import training_figures
 from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
+from promag.scripts import evaluate_pipeline, evaluate_tokenizer
 from promag.scripts._options import share
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.levels import parameter_count
@@ -66,14 +65,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _score(command: str, folder: Path, options: dict[str, Any]) -> str:
-    """Return the lines that a command records of a published folder, in a process of its own, as a user would run it."""
+def _score(evaluate: Callable[[Sequence[str]], int], folder: Path, options: dict[str, Any]) -> str:
+    """Return the lines that a command records of a published folder."""
     with tempfile.TemporaryDirectory() as temporary:
         record = Path(temporary) / "record.jsonl"
-        words = [command, str(folder), "--record", str(record), "--note", f"published as {folder}"]
-        words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        if subprocess.run([sys.executable, "-m", "promag", *words], check=False).returncode:
-            raise UserError(f"{folder}: `promag {' '.join(words)}` failed")
+        words = [str(folder), "--record", str(record), "--note", f"published as {folder}"]
+        evaluate([*words, *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
         return record.read_text(encoding="utf-8")
 
 
@@ -88,7 +85,7 @@ def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
     model.to(torch.bfloat16)
     save_model(model, arguments.out)
     asked = {key: getattr(arguments, key) for key in ("videos", "frames", "size", "count")}
-    line = _score("evaluate-tokenizer", arguments.out, asked)
+    line = _score(evaluate_tokenizer.main, arguments.out, asked)
     shape = {
         "parameters": parameter_count([model]),
         "latent_channels": model.config["latent_channels"],
@@ -154,7 +151,7 @@ def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
     save_published(pipe, arguments.tokenizer, arguments.out)
     options = {key: getattr(arguments, key) for key in ("prompts", "steps", "guidance")}
     given = {key: value for key, value in options.items() if value is not None}
-    lines = _score("evaluate-pipeline", arguments.out, given)
+    lines = _score(evaluate_pipeline.main, arguments.out, given)
     return lines, trained_card(pipe, str(arguments.out), [json.loads(line) for line in lines.splitlines()], recipe)
 
 

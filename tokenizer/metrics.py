@@ -9,11 +9,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from promag.training.precision import Precision, autocast
 
@@ -24,6 +19,13 @@ from .perceptual import frechet_distance
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, five scales
 MS_SSIM_SIDES = (11, 22, 44, 99, 176)  # smallest picture for each scale: its windows of 11 pixels must fit
 PROTOCOL = "8-bit RGB; PSNR over all pixels of a clip, SSIM per frame (11x11 Gaussian); means over clips"
+
+
+def _torchmetrics() -> Any:
+    """Import torchmetrics on first use: with matplotlib it takes a tenth of the time in which a command starts."""
+    from torchmetrics.functional import image
+
+    return image
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -43,14 +45,16 @@ def _unit(x: Tensor) -> Tensor:
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Return the PSNR of each clip in dB, over all its pixels: shape (B,)."""
     _check_pair(reconstruction, target)
-    return peak_signal_noise_ratio(_unit(reconstruction), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3, 4))
+    return _torchmetrics().peak_signal_noise_ratio(
+        _unit(reconstruction), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3, 4)
+    )
 
 
 def psnr_per_frame(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Return the PSNR of each frame in dB: shape (B, T)."""
     _check_pair(reconstruction, target)
     a, b = (rearrange(_unit(x), "b c t h w -> (b t) c h w") for x in (reconstruction, target))
-    values = peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    values = _torchmetrics().peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
     return values.unflatten(0, (target.shape[0], target.shape[2]))
 
 
@@ -58,7 +62,7 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Return the SSIM of each clip, averaged over its frames: shape (B,)."""
     _check_pair(reconstruction, target)
     a, b = (rearrange(_unit(x), "b c t h w -> (b t) c h w") for x in (reconstruction, target))
-    values = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+    values = _torchmetrics().structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
     assert isinstance(values, Tensor)
     return values.unflatten(0, (target.shape[0], target.shape[2])).mean(1)
 
@@ -75,7 +79,7 @@ def ms_ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"ms_ssim of {target.shape[3]}x{target.shape[4]}: sides of at least {MS_SSIM_SIDES[0]} are needed")
     betas = MS_SSIM_BETAS[:scales]
     a, b = (rearrange(_unit(x), "b c t h w -> (b t) c h w") for x in (reconstruction, target))
-    values = multiscale_structural_similarity_index_measure(
+    values = _torchmetrics().multiscale_structural_similarity_index_measure(
         a, b, data_range=1.0, reduction="none", betas=tuple(beta / sum(betas) for beta in betas)
     )
     return values.unflatten(0, (target.shape[0], target.shape[2])).mean(1)

@@ -61,6 +61,7 @@ def config(tmp_path_factory):
         "record": str(folder / "growth_ablation.jsonl"),
         "only_variants": None,
         "precision": "fp32",
+        "perceptual": [],
         "gradient_checkpointing": False,
         "compile": False,
         "frames": 17,
@@ -282,6 +283,7 @@ def test_growth_on_an_existing_architecture_is_compared_with_training_it_directl
     data = {"train": "synthetic", "validation": "synthetic", "synthetic_clips": 4, "size": 32, "temporal_strides": [1]}
     values["data"] = {**data, "validation_clips": 1, "latent_cache": str(tmp_path / "latents"), "latent_clips": 3}
     values |= {"output_dir": str(tmp_path / "runs"), "record": str(tmp_path / "lines.jsonl"), "precision": "fp32", "frames": 65}
+    values |= {"perceptual": []}
     values["run"] = {"validate_every": 2, "log_every": 1, "workers": 0}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     assert growth_ablation.main(["--config", str(tmp_path / "config.yaml")]) == 0
