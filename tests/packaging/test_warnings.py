@@ -41,7 +41,7 @@ def test_our_models_warn_of_nothing(messages, tmp_path):
     AutoencoderKLProMAG.from_pretrained(tmp_path / "tokenizer", dtype=torch.bfloat16)
     pipe = ProMAGPipeline.from_pretrained("checkpoints/tiny-video")
     pipe.to(torch.float32).to(dtype=torch.bfloat16).to("cpu")
-    pipe("a red disc", num_inference_steps=1, num_frames=17)
+    pipe("a red disc", num_inference_steps=1, num_frames=17, height=32, width=32)
     pipe.save_pretrained(tmp_path / "pipeline")
     DiffusionPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.bfloat16)
     assert messages() == []

@@ -183,8 +183,8 @@ def test_the_transformer_is_measured_again_as_graphs(diffusion_preset, tmp_path,
     replayed = [True, None, True, True, None, None]  # the faster way first
     assert settings(lines, "part", "graphs") == list(zip(parts, replayed, strict=True))
     assert ["peak_mib" in line for line in lines] == [way is None for way in replayed]
-    # Of a step the forward and backward pass and then the update, of gradients the passes, of denoising the forward pass.
-    assert [(recorder.recorded, recorder.steps) for recorder in recorders] == [(2, 0), (0, 1), (2, 0), (1, 0)]
+    # Of a step both passes, then both parts of the update; of gradients both passes; of denoising the forward pass.
+    assert [(recorder.recorded, recorder.steps) for recorder in recorders] == [(2, 0), (0, 2), (2, 0), (1, 0)]
 
 
 def test_a_pipeline_samples_in_few_and_more_steps_by_both_decoders(tmp_path):
