@@ -175,8 +175,11 @@ class Unfold(Block):
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+N h w -> B C' 1+t*N H W."""
-        h = self.conv(F.silu(self.expand(self.norm(x))[0]))[0] + self.skip(x)[0]
-        h = rearrange(h, "b (c u p q) t h w -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
+        rows = x.movedim(1, -1)  # of a matrix: then both parts of the last layer are one product
+        h = F.linear(self.norm(x).movedim(1, -1), self.expand.weight.flatten(1), self.expand.bias)
+        weight, bias = torch.cat([self.conv.weight, self.skip.weight], 1), self.conv.bias + self.skip.bias  # pyright: ignore
+        h = F.linear(torch.cat([F.silu(h), rows], -1), weight.flatten(1), bias)
+        h = rearrange(h, "b t h w (c u p q) -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
         return (h[:, :, self.time - 1 :] if is_first(state) else h), None if state is None else (None,)
 
     def fit(self, x: Tensor, pixels: Tensor) -> None:
