@@ -1,5 +1,6 @@
 """The tiny decoder: shapes, streaming, its start, training on a frozen tokenizer, and what it refuses."""
 
+import copy
 import json
 import shutil
 
@@ -109,6 +110,18 @@ def test_none_is_the_highest_ratio(decoder):
     with torch.no_grad():
         assert torch.equal(decoder.decode(z, return_dict=False)[0], decoder.decode(z, 16).sample)
         assert torch.equal(decoder(z), decoder.decode(z, 16).sample)
+
+
+def test_weights_may_be_kept_in_a_narrower_type_between_calls(decoder):
+    """As diffusers' hooks do it, which act when a layer is called: those that move weights to a GPU for each call, too."""
+    z = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    narrow, rounded = copy.deepcopy(decoder), copy.deepcopy(decoder)
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.bfloat16().float()
+    narrow.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert narrow.unfold.conv.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow(z), rounded(z))
 
 
 @pytest.mark.parametrize("ratios", [(2,), (4, 8), (8, 16)])
