@@ -157,17 +157,6 @@ def load_tiny_decoder(folder: str | os.PathLike) -> TinyDecoder:
     return TinyDecoder.from_pretrained(folder).eval()
 
 
-class Pointwise(nn.Conv3d):
-    """A convolution of 1x1x1 as a product of matrices, which is faster; channels are the last axis."""
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__(channels_in, channels_out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """B T H W C -> B T H W C'."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
-
-
 class Unfold(Block):
     """A perceptron of each position beside a linear map, whose channels become `time` frames of `space` x `space` pixels.
 
@@ -179,15 +168,15 @@ class Unfold(Block):
         self.time, self.space = time, space
         pixels, hidden = channels_out * time * space**2, EXPANSION * channels_in
         self.norm = ChannelNorm(channels_in)
-        self.expand = Pointwise(channels_in, hidden)
-        self.conv = Pointwise(hidden, pixels)
-        self.skip = Pointwise(channels_in, pixels)
+        self.expand = CausalConv3d(channels_in, hidden, 1)
+        self.conv = CausalConv3d(hidden, pixels, 1)
+        self.skip = CausalConv3d(channels_in, pixels, 1)
         zero_init(self.conv)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """B C 1+N h w -> B C' 1+t*N H W."""
-        h = self.conv(F.silu(self.expand(self.norm(x).movedim(1, -1)))) + self.skip(x.movedim(1, -1))
-        h = rearrange(h, "b t h w (c u p q) -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
+        h = self.conv(F.silu(self.expand(self.norm(x))[0]))[0] + self.skip(x)[0]
+        h = rearrange(h, "b (c u p q) t h w -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
         return (h[:, :, self.time - 1 :] if is_first(state) else h), None if state is None else (None,)
 
     def fit(self, x: Tensor, pixels: Tensor) -> None:
