@@ -68,26 +68,34 @@ class Update:
 
     def __call__(self) -> None:
         """Take one step with the clipped gradients, at the learning rates that the optimisers' groups hold."""
-        if self.current is None:
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.average.step(self.parameters)
-        else:
-            self._replay(self.current)
+        if self.current is not None:
+            return self._replay(self.current)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.average.step(self.parameters)
+        if self.recorder is not None:
+            self._keep(self._addresses(), None)
+        return None
 
     def _clip(self) -> list[Tensor]:
         return [nn.utils.clip_grad_norm_(group, self.clip_norm) for group in self.clipped]
 
     def _find(self, recorder: Recorder) -> Recorded | None:
-        """Return the recording for the gradients' addresses; None where these are new, and recorded the next time."""
-        addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
-        first, found = addresses not in self.recordings, self.recordings.pop(addresses, None)
-        if not first and found is None:
-            found = self._record(recorder)
-        self.recordings[addresses] = found
+        """Return the recording for the gradients' addresses; None where no step was taken with these, which makes moments."""
+        addresses = self._addresses()
+        if addresses not in self.recordings:
+            return None
+        found = self.recordings.pop(addresses) or self._record(recorder)
+        self._keep(addresses, found)
+        return found
+
+    def _keep(self, addresses: tuple[int, ...], recorded: Recorded | None) -> None:
+        self.recordings[addresses] = recorded
         if len(self.recordings) > RECORDINGS:
             del self.recordings[next(iter(self.recordings))]
-        return found
+
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
 
     def _replay(self, recorded: Recorded) -> None:
         for rate, group in zip(self.learning_rates, self.groups, strict=True):

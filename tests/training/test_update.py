@@ -104,3 +104,20 @@ def test_training_goes_on_with_the_state_that_a_recording_leaves():
     mixed[1].recorder = None
     take_steps(*mixed, range(4, 8))
     torch.testing.assert_close(results(*mixed), results(*plain), rtol=1e-5, atol=1e-7)
+
+
+def test_a_skipped_step_is_not_the_one_before_a_recording():
+    """Its optimisers have no moments yet: a recording would make them anew in every replay."""
+    recorder = StandInRecorder()
+    plain, recorded = make(None), make(recorder)
+    for parameter in recorded[1].parameters:
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    for _ in range(2):
+        assert not all(torch.isfinite(norm) for norm in recorded[1].clip())
+    assert (recorder.steps, recorded[1].recordings) == (0, {})
+    for parameter in recorded[1].parameters:
+        parameter.grad = None
+    for objective, update in (plain, recorded):
+        take_steps(objective, update, range(2))
+    assert recorder.steps == 2
+    torch.testing.assert_close(results(*recorded), results(*plain), rtol=1e-5, atol=1e-7)
