@@ -30,7 +30,7 @@ from .distillation import CrossedAutoencoder
 from .geometry import check_frames, check_size
 from .losses import reconstruction_loss, reparametrise, squared_loss
 from .metrics import evaluate
-from .tiny_decoder import TinyDecoder
+from .tiny_decoder import TinyDecoder, load_tiny_decoder
 
 FOLDER = "tiny_decoder"
 
@@ -43,6 +43,7 @@ class TinyDecoderConfig:
     tokenizer: str = required("folder of the tokenizer, or autoencoder of diffusers, whose latents are decoded")
     seed: int = setting(0, "decides weights, data order and noise")
     precision: Precision = setting("auto", "auto measures which of bf16 and fp32 is faster")
+    init: str | None = setting(None, "folder of a tiny decoder to go on from; null begins with a linear map")
     width: int = setting(64, "channels of all layers")
     layers: int = setting(2, "residual blocks, which all ratios share")
     target: Literal["clips", "tokenizer"] = setting(
@@ -123,7 +124,9 @@ def train_tiny_decoder(config: TinyDecoderConfig) -> Path | None:
     clips = open_validation_clips(config.data, config.frames)
 
     torch.manual_seed(config.seed)
-    model = tiny_decoder_for(tokenizer, config.width, config.layers)
+    model = _model(config, tokenizer)
+    if config.init is not None:
+        broadcast_from_main(lambda: record_data(run, {"init": hash_weights([model])}))
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
@@ -133,7 +136,8 @@ def train_tiny_decoder(config: TinyDecoderConfig) -> Path | None:
     def open_stream(first: int) -> TrainingStream:
         return TrainingStream(source, config.seed, options.batch_size, rank, world, first, options.accumulate)
 
-    objective.fit_linear_path(next(iter(open_stream(0)))["video"])
+    if config.init is None:
+        objective.fit_linear_path(next(iter(open_stream(0)))["video"])
 
     def validate(log: Log, step: int) -> Metrics:
         return objective.evaluate(clips, config.precision)
@@ -154,6 +158,21 @@ def tiny_decoder_for(tokenizer: Any, width: int = 64, layers: int = 2) -> TinyDe
         )
     except ValueError as error:
         raise UserError(f"tiny decoder: {error}") from None
+
+
+def _model(config: TinyDecoderConfig, tokenizer: Any) -> TinyDecoder:
+    """Return the decoder to train; raises UserError for one of other latents or of another size than the configuration's."""
+    if config.init is None:
+        return tiny_decoder_for(tokenizer, config.width, config.layers)
+    model: Any = load_tiny_decoder(config.init)
+    try:
+        model.check_latents_of(tokenizer)
+    except ValueError as error:
+        raise UserError(f"init {config.init}: {error}") from None
+    for name in ("width", "layers"):
+        if (value := getattr(config, name)) != model.config[name]:
+            raise UserError(f"{name} {value}: the decoder in {config.init} has {model.config[name]}; state that")
+    return model
 
 
 def _bucket(config: TinyDecoderConfig, tokenizer: Any) -> Bucket:
