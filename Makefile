@@ -14,7 +14,7 @@ COMMIT ?=
 MINUTES ?= 5
 SUITES ?= train tokenizer transformer sampling data
 # What a CPU measures is the smallest there is, to see that the call works.
-SETTINGS ?= $(if $(filter cpu,$(DEVICE)),--quick --presets tiny --precision fp32,--compile --graphs --peers --precision bf16 --rounds 4 --ratios 4 16)
+SETTINGS ?= $(if $(filter cpu,$(DEVICE)),--quick --presets tiny --precision fp32,--compile --graphs --peers --overlap --precision bf16 --rounds 4 --ratios 4 16)
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -3,11 +3,13 @@
 import os
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
+from promag.tokenizer.geometry import check_ratio
 from promag.tokenizer.tiny_decoder import TinyDecoder, load_tiny_decoder
 
-from .inputs import check_result
+from .inputs import check_decodable, check_parts, check_result, with_defaults
 
 
 class Decoding:
@@ -41,6 +43,27 @@ class Decoding:
     def disable_tiny_decoder(self) -> None:
         """Decode by the tokenizer from now on; the part `tiny_decoder` stays."""
         self._decodes_by_tiny = False
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, temporal_ratio: int | None = None, output_type: str = "np") -> Any:
+        """Decode latents as output_type "latent" returns them.
+
+        Args:
+            latents: b c t h w.
+            temporal_ratio: theirs; None is the pipeline's default.
+            output_type: "np" and "pt" return videos b T H W C and b T C H W in [0, 1], "pil" lists of pictures.
+
+        Raises ValueError for latents that are not of this tokenizer or not finite, a ratio that it has not, another type, and
+        a pipeline without a tokenizer.
+        """
+        pipe = cast(Any, self)
+        check_parts(vae=pipe.vae)
+        check_decodable(latents, output_type)
+        (ratio,) = with_defaults(pipe.config, temporal_ratio=temporal_ratio)
+        check_ratio(ratio, pipe.vae.temporal_ratios)
+        videos = self._decode(latents.to(pipe._execution_device), ratio, output_type)
+        pipe.maybe_free_model_hooks()
+        return videos
 
     def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:
         """Decode latents b c t h w to videos of the wanted type."""

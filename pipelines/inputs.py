@@ -207,6 +207,16 @@ def check_options(output_type: Any, attention_kwargs: Any) -> None:
     check_attention_kwargs(attention_kwargs)
 
 
+def check_decodable(latents: Any, output_type: Any) -> None:
+    """Refuse what is no finite batch of latents, and a type of output that is none of videos."""
+    if not isinstance(latents, Tensor) or latents.ndim != 5 or not latents.is_floating_point():
+        raise ValueError(f"latents {_kind(latents)}: a floating-point tensor b c t h w is needed")
+    if not latents.isfinite().all():
+        raise ValueError("latents: all values must be finite; some are NaN or infinite")
+    if not isinstance(output_type, str) or output_type not in (legal := OUTPUT_TYPES[:-1]):
+        raise ValueError(f"output_type {_short(output_type)}: use one of {', '.join(legal)}")
+
+
 def check_amount(token_count: int, steps: int, videos: int) -> None:
     """Refuse more steps than make a difference, and more tokens than any memory holds."""
     if steps > MOST_STEPS:

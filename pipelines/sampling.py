@@ -6,13 +6,17 @@ Videos are uint8 (T, H, W, 3).
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from promag.diffusion.text import NULL_CAPTION, Embedded
 from promag.tokenizer.geometry import check_integer
@@ -21,6 +25,7 @@ from promag.training.device import best_device
 from promag.training.precision import PRECISIONS, Precision, autocast
 from promag.training.progress import ProgressBar
 
+from .aside import Aside
 from .inputs import NAMES, NEGATIVE_NAMES, check_counts, check_prompts, steps_and_guidance, unpack, with_defaults
 from .stock import StockPipeline, is_stock, load_stock
 from .text_to_video import ProMAGPipeline
@@ -51,7 +56,10 @@ class Draft:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of the parts of a pipeline call: encoding text (and first frames), denoising, decoding."""
+    """Seconds of the parts of a pipeline call: encoding text (and first frames), denoising, decoding.
+
+    Of decoding that overlaps with the next denoising only what was waited for counts, so that parts add up to what passed.
+    """
 
     text: float = 0.0
     denoising: float = 0.0
@@ -112,6 +120,7 @@ def make_videos(
     on_progress: Callable[[int, int], None] | None = None,
     encode: Callable[[Sequence[str]], Embedded] | None = None,
     draft: Draft | None = None,
+    overlap: bool = False,
     **arguments: Any,
 ) -> Iterator[tuple[list[np.ndarray], Seconds]]:
     """Sample the requested videos, `batch` at once, and yield the videos and the seconds of each batch.
@@ -126,11 +135,55 @@ def make_videos(
         on_progress: called after each denoising step with the steps done and the steps in total, over all batches.
         encode: encodes prompts, and the null caption, in place of the pipeline.
         draft: samples each video at a higher ratio first, lifts its latents to the video's ratio and refines them there.
+        overlap: decode each batch while the next one is denoised, which takes memory for both at once.
         arguments: further arguments of the pipeline.
 
-    Raises ValueError as the pipeline does, for arguments that are set here, for illegal seeds, and for a draft at a ratio that
-    is not higher or refined with all steps.
+    Raises ValueError as the pipeline does, for arguments that are set here, for illegal seeds, for a draft at a ratio that is
+    not higher or refined with all steps, and for overlap with a draft or a pipeline that moves its models between devices.
     """
+    ratio, calls = _check(pipe, requests, batch, precision, draft, overlap, arguments)
+    batches = range(0, len(requests), batch)
+
+    def decode(latents: Tensor) -> list[np.ndarray]:
+        with autocast(pipe.device, precision):
+            frames = pipe.decode_latents(latents, ratio)
+        return list((frames * 255).round().astype(np.uint8))
+
+    with Aside(pipe.device) if overlap else nullcontext() as aside:
+        begun: deque[tuple[Callable[[], list[np.ndarray]], Seconds]] = deque()
+        for number, first in enumerate(batches):
+            part = requests[first : first + batch]
+            watch = Stopwatch(pipe, on_progress, number * calls, len(batches) * calls)
+            call = {
+                **_text([request.prompt for request in part], encode),
+                "generator": [torch.Generator().manual_seed(request.seed) for request in part],
+                "callback_on_step_end": watch.step,
+                "output_type": "latent",
+                **arguments,
+            }
+            with watch, autocast(pipe.device, precision):
+                if draft is not None:
+                    higher = {"temporal_ratio": draft.ratio, "num_inference_steps": draft.steps}
+                    lifted = pipe.vae.lift(pipe(**{**call, **higher}).frames, draft.ratio, ratio)
+                    call |= {"latents": lifted, "denoise_strength": draft.strength}
+                decoding = partial(decode, pipe(**call).frames)
+            begun.append((aside.start(decoding) if aside else decoding, watch.seconds))
+            if len(begun) > int(overlap):
+                yield _finish(*begun.popleft())
+        while begun:
+            yield _finish(*begun.popleft())
+
+
+def _check(
+    pipe: Any,
+    requests: Sequence[SampleRequest],
+    batch: int,
+    precision: Precision,
+    draft: Draft | None,
+    overlap: bool,
+    arguments: Mapping[str, Any],
+) -> tuple[int, int]:
+    """Check what `make_videos` got; return the videos' temporal ratio and the model calls of a batch."""
     parameters = inspect.signature(pipe.__call__).parameters
     if wrong := arguments.keys() - parameters.keys() | arguments.keys() & SET_HERE:
         legal = sorted(parameters.keys() - SET_HERE)
@@ -143,36 +196,32 @@ def make_videos(
     check_prompts([request.prompt for request in requests] or "", None, None, None)
     check_seeds([request.seed for request in requests])
     check_flow(pipe.scheduler)
-    calls = count_model_calls(pipe.scheduler, steps)
-    if draft is not None:
-        if not isinstance(draft, Draft):
-            raise ValueError(f"draft {draft!r:.100}: a Draft is needed")
-        if isinstance(pipe, StockPipeline):
-            raise ValueError("draft: a WanPipeline starts from noise; leave drafts out")
-        check_counts(draft_ratio=draft.ratio, draft_steps=draft.steps)
-        if draft.ratio <= ratio or not 0 <= draft.strength < 1:
-            raise ValueError(
-                f"draft at {draft.ratio}x with denoise_strength {draft.strength:g} for a video at {ratio}x: a higher ratio and "
-                "a strength from 0 to below 1 are needed"
-            )
-        calls = count_model_calls(pipe.scheduler, draft.steps) + count_model_calls(pipe.scheduler, steps, draft.strength)
-    batches = range(0, len(requests), batch)
-    for number, first in enumerate(batches):
-        part = requests[first : first + batch]
-        watch = Stopwatch(pipe, on_progress, number * calls, len(batches) * calls)
-        call = {
-            **_text([request.prompt for request in part], encode),
-            "generator": [torch.Generator().manual_seed(request.seed) for request in part],
-            "callback_on_step_end": watch.step,
-            **arguments,
-        }
-        with watch, autocast(pipe.device, precision):
-            if draft is not None:
-                higher = {"temporal_ratio": draft.ratio, "num_inference_steps": draft.steps, "output_type": "latent"}
-                lifted = pipe.vae.lift(pipe(**{**call, **higher}).frames, draft.ratio, ratio)
-                call |= {"latents": lifted, "denoise_strength": draft.strength}
-            frames = pipe(**call).frames
-        yield list((frames * 255).round().astype(np.uint8)), watch.seconds
+    if not isinstance(overlap, bool):
+        raise ValueError(f"overlap {overlap!r:.100}: True or False is needed")
+    if overlap and getattr(pipe, "_all_hooks", None):
+        raise ValueError("overlap: this pipeline holds one model at a time on its device; overlap needs all of them there")
+    if overlap and draft is not None:
+        raise ValueError("overlap: the draft of one batch is lifted by what decodes the other; leave one of the two out")
+    if draft is None:
+        return ratio, count_model_calls(pipe.scheduler, steps)
+    if not isinstance(draft, Draft):
+        raise ValueError(f"draft {draft!r:.100}: a Draft is needed")
+    if isinstance(pipe, StockPipeline):
+        raise ValueError("draft: a WanPipeline starts from noise; leave drafts out")
+    check_counts(draft_ratio=draft.ratio, draft_steps=draft.steps)
+    if draft.ratio <= ratio or not 0 <= draft.strength < 1:
+        raise ValueError(
+            f"draft at {draft.ratio}x with denoise_strength {draft.strength:g} for a video at {ratio}x: a higher ratio and "
+            "a strength from 0 to below 1 are needed"
+        )
+    return ratio, count_model_calls(pipe.scheduler, draft.steps) + count_model_calls(pipe.scheduler, steps, draft.strength)
+
+
+def _finish(decoded: Callable[[], list[np.ndarray]], seconds: Seconds) -> tuple[list[np.ndarray], Seconds]:
+    """Return a batch's videos, and its seconds with those that its decoding takes from now on."""
+    began = time.perf_counter()
+    videos = decoded()
+    return videos, dataclasses.replace(seconds, decoding=time.perf_counter() - began)
 
 
 def _text(prompts: list[str], encode: Callable[[Sequence[str]], Embedded] | None) -> dict[str, Any]:
@@ -184,16 +233,15 @@ def _text(prompts: list[str], encode: Callable[[Sequence[str]], Embedded] | None
 
 
 class Stopwatch:
-    """Times the parts of one call of a pipeline that gets `step` as its callback.
+    """Times the parts of one call of a pipeline that returns latents and gets `step` as its callback.
 
-    Denoising lasts from the first call of the transformer to the end of the last step; text comes before it, decoding after it.
-    `on_progress` gets the steps done, including those `before` this call, and `total`.
+    Denoising lasts from the first call of the transformer to the end; text comes before it. `on_progress` gets the steps done,
+    including those `before` this call, and `total`.
     """
 
     def __init__(self, pipe: Any, on_progress: Callable[[int, int], None] | None = None, before: int = 0, total: int = 0):
         self.pipe, self.on_progress, self.done, self.total = pipe, on_progress, before, total
         self.first: float | None = None
-        self.last: float | None = None
 
     def __enter__(self) -> "Stopwatch":
         self.hook = self.pipe.transformer.register_forward_pre_hook(self._begin)
@@ -205,8 +253,7 @@ class Stopwatch:
         self.ended = self._now()
 
     def step(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Record the end of a denoising step; pass this as the pipeline's callback."""
-        self.last = self._now()
+        """Report the end of a denoising step; pass this as the pipeline's callback."""
         self.done += 1
         if self.on_progress:
             self.on_progress(self.done, self.total)
@@ -216,8 +263,7 @@ class Stopwatch:
     def seconds(self) -> Seconds:
         """Seconds of the parts; available after the call."""
         first = self.started if self.first is None else self.first
-        last = first if self.last is None else self.last
-        return Seconds(first - self.started, last - first, self.ended - last)
+        return Seconds(first - self.started, self.ended - first)
 
     def _begin(self, *_: Any) -> None:
         if self.first is None:
@@ -225,7 +271,7 @@ class Stopwatch:
 
     def _now(self) -> float:
         if self.pipe.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream(self.pipe.device).synchronize()  # not of what runs aside
         return time.perf_counter()
 
 

@@ -25,7 +25,7 @@ from promag.training.config import UserError, one_line
 from promag.training.files import write_atomically
 from promag.training.safetensors_only import check_folder, read_mapping
 
-from .inputs import VideoShape, steps_and_guidance
+from .inputs import VideoShape, check_decodable, steps_and_guidance, with_defaults
 from .saved_index import WAN_PARTS, check_index
 from .timesteps import FLOW, FLOW_WITH_SETTINGS, check_flow
 
@@ -163,6 +163,19 @@ class StockPipeline:
         finally:
             vae.serve(served)
             self.pipe.vae_scale_factor_temporal = vae.temporal_compression_ratio
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, temporal_ratio: int | None = None, output_type: str = "np") -> Any:
+        """Decode latents b c t h w as output_type "latent" returns them: normalised; see the other pipeline's."""
+        check_decodable(latents, output_type)
+        (ratio,) = with_defaults(self.config, temporal_ratio=temporal_ratio)
+        check_ratio(ratio, self.temporal_ratios)
+        vae = self.vae
+        latents = latents.to(self.pipe._execution_device, vae.dtype)
+        mean, std = (latents.new_tensor(vae.config[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
+        video = vae.decode(latents * std + mean, ratio, return_dict=False)[0]
+        self.pipe.maybe_free_model_hooks()
+        return self.pipe.video_processor.postprocess_video(video, output_type=output_type)
 
     def _without_padding(self, embeds: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Move embeddings to the device of the stock call, which does not, with zeros at the padding."""

@@ -278,15 +278,22 @@ def _sampling(cases: Sequence[Line]) -> str:
             case["settings"]["model"] + _way(case["settings"]),
             case["settings"]["precision"],
             case["settings"]["steps"],
-            case["settings"].get("decoder"),
+            _decoder(case["settings"]),
             f"{case['settings']['ratio']}x",
             case["seconds"] / case["count"],
             f"{case['speedup']:.2f}" if case.get("speedup") else None,
         )
         for case in cases
     ]
-    heads = ("pipeline", "precision", "steps", "decoder", "ratio", "seconds a video", "times as fast as the first ratio")
+    heads = ("pipeline", "precision", "steps", "decoder", "ratio", "seconds a video", "times as fast as its baseline")
     return _table(heads, rows)
+
+
+def _decoder(settings: Mapping[str, Any]) -> str | None:
+    """Return what decodes, and how videos in a row follow each other."""
+    if "overlap" not in settings:
+        return settings.get("decoder")
+    return f"{settings['decoder']}, in a row{', overlapped' if settings['overlap'] else ''}"
 
 
 def _data(cases: Sequence[Line]) -> str:

@@ -107,6 +107,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--draft-steps", type=int, help="denoising steps of the draft; left out: --steps")
     add("--denoise-strength", type=float, help="share of --steps that refine a draft, 0 to below 1; left out: 0.5")
     share(parser, "--steps", "--guidance", "--batch-size", "--precision")
+    add("--overlap", action="store_true", help="decode each batch while the next is denoised; takes memory for both at once")
     add("--fps", type=float, help="frame rate of the video, an input of the model; left out: as trained")
     add(
         "--tiny-decoder",
@@ -188,7 +189,8 @@ def _sampled(
             bar.total = total
             bar.update(done - bar.n)
 
-        options = {"on_progress": on_progress, "draft": _draft(arguments, pipe), **_call(arguments, pipe, fps)}
+        options = {"on_progress": on_progress, "draft": _draft(arguments, pipe), "overlap": arguments.overlap}
+        options |= _call(arguments, pipe, fps)
         yield from make_videos(pipe, requests, arguments.batch_size, arguments.precision, **options)
 
 

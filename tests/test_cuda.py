@@ -12,6 +12,7 @@ from promag.diffusion.attention import choose_attention, probe
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.diffusion.train import train_diffusion
 from promag.pipelines.build import encoder
+from promag.pipelines.sampling import SampleRequest, make_videos
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.streaming import reconstruct_stream
 from promag.tokenizer.train import train_tokenizer
@@ -209,6 +210,19 @@ def test_a_replayed_pipeline_samples_the_same_videos():
     np.testing.assert_allclose(call(replayed), call(plain), atol=1e-4)
     replayed.disable_graphs()
     np.testing.assert_allclose(call(replayed), call(plain), atol=1e-4)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_overlapped_videos_are_the_same(graphs):
+    pipe = make_pipeline().to("cuda")
+    if graphs:
+        pipe.enable_graphs()
+    requests = [SampleRequest("a red disc moves left", seed) for seed in range(5)]
+    plain, overlapped = (
+        [videos for videos, _ in make_videos(pipe, requests, 1, "fp32", num_inference_steps=3, overlap=overlap)]
+        for overlap in (False, True)
+    )
+    np.testing.assert_allclose(np.int16(overlapped), np.int16(plain), atol=1)
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)

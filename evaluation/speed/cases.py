@@ -75,6 +75,7 @@ class Options:
     peers: tuple[str, ...] = ()
     pipeline: str = "checkpoints/tiny-video"
     tiny_decoder: str | None = None  # its folder, "" for the pipeline's own; None measures none
+    overlap: bool = False  # sample videos in a row too, each decoded while the next is denoised
     guidance: float | None = None  # None: the pipeline's own
     tokenizer: str = "checkpoints/tiny"
     videos: str | None = None  # index of clips that are loaded and cached; None: generated files

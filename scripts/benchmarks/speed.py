@@ -96,6 +96,9 @@ def _parser() -> Parser:
         metavar="FOLDER",
         help="sample with a tiny decoder too: that of a folder, or without one the pipeline's own",
     )
+    parser.add_argument(
+        "--overlap", action="store_true", help="sample batches in a row too, each decoded while the next is denoised"
+    )
     share(parser, "--guidance")
     parser.add_argument("--tokenizer", default="checkpoints/tiny", help="folder of the tokenizer whose latents are cached")
     share(parser, "--steps", nargs="+", default=[24, 8, 4], help="numbers of denoising steps")
@@ -137,6 +140,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         peers=tuple(peers),
         pipeline=arguments.pipeline,
         tiny_decoder=arguments.tiny_decoder,
+        overlap=arguments.overlap,
         guidance=arguments.guidance,
         tokenizer=arguments.tokenizer,
         videos=arguments.videos,

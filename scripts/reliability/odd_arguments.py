@@ -289,6 +289,7 @@ def _samplers(pipe: Any) -> Iterator[Case]:
         "num_videos_per_prompt": (2, 0),
         "return_dict": (False,),
         "draft": (5, Draft(0, 1, 0.5), Draft(16, 1, math.nan), Draft(16, 1, 0.5), Draft(8, 0, 0.5), Draft(8, 1.5, 0.5)),  # pyright: ignore
+        "overlap": (1, "yes", None),
         "wrong_name": (1,),
     }
     for name, given in odd.items():

@@ -1,5 +1,6 @@
 """A pipeline that decodes by a tiny decoder."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -48,6 +49,35 @@ def test_it_decodes_the_same_latents(pipe, tiny):
     assert not torch.allclose(by_tiny, by_tokenizer, atol=0.01)
     pipe.disable_tiny_decoder()
     assert torch.equal(pipe(**CALL, generator=noise(), output_type="pt").frames, by_tokenizer)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_latents_are_decoded_as_in_the_call(pipe, tiny, output_type):
+    latents = pipe(**CALL, generator=noise(), output_type="latent").frames
+    for enable in (pipe.disable_tiny_decoder, lambda: pipe.enable_tiny_decoder(tiny)):
+        enable()
+        frames = pipe(**CALL, generator=noise(), output_type=output_type).frames
+        decoded = pipe.decode_latents(latents, output_type=output_type)
+        assert not getattr(decoded, "requires_grad", False)
+        assert type(decoded) is type(frames)
+        assert np.array_equal(np.stack([np.asarray(f) for f in decoded]), np.stack([np.asarray(f) for f in frames]))
+    assert pipe.decode_latents(latents, 4).shape == (1, 5, 16, 24, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": None}, "latents .*: a floating-point tensor b c t h w is needed"),
+        ({"latents": torch.zeros(4, 2, 2, 3)}, "latents .*: a floating-point tensor b c t h w is needed"),
+        ({"latents": torch.full((1, 4, 2, 2, 3), torch.nan)}, "latents: all values must be finite"),
+        ({"latents": torch.zeros(1, 5, 2, 2, 3)}, r"latent of shape \(1, 5, 2, 2, 3\): B 4 t h w is needed"),
+        ({"temporal_ratio": 32}, "temporal ratio 32: this tokenizer has 4x, 8x, 16x"),
+        ({"output_type": "latent"}, "output_type 'latent': use one of np, pil, pt"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(pipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.decode_latents(**{"latents": torch.zeros(1, 4, 2, 2, 3), **change})
 
 
 def test_a_saved_pipeline_has_it_and_asks_before_it_decodes_by_it(pipe, tiny, tmp_path):

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,67 @@ def test_invalid_drafts_are_refused(pipe, ratio, strength):
 def test_zero_is_refused_instead_of_meaning_the_default(pipe, arguments, named):
     with pytest.raises(ValueError, match=f"{named} 0: a whole number of at least 1"):
         list(make_videos(pipe, REQUESTS, **arguments))
+
+
+# -- overlap ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_overlapped_videos_are_the_same(pipe, batch):
+    plain = list(make_videos(pipe, REQUESTS, batch, **OPTIONS))
+    overlapped = list(make_videos(pipe, REQUESTS, batch, overlap=True, **OPTIONS))
+    assert [len(videos) for videos, _ in overlapped] == [len(videos) for videos, _ in plain]
+    for (one, _), (other, seconds) in zip(plain, overlapped, strict=True):
+        assert np.array_equal(one, other)
+        assert min(seconds.text, seconds.denoising, seconds.decoding) > 0
+
+
+def test_a_batch_is_decoded_while_the_next_one_is_denoised(pipe, monkeypatch):
+    """Each decoding but the last waits here for the first step of the denoising after it."""
+    begun, decoding = [threading.Event() for _ in REQUESTS], pipe.decode_latents
+    following = iter([*begun[1:], None])
+
+    def decode(*arguments):
+        event = next(following)
+        assert event is None or event.wait(60)
+        return decoding(*arguments)
+
+    monkeypatch.setattr(pipe, "decode_latents", decode)
+    on_progress = lambda done, _: begun[(done - 1) // 3].set()  # noqa: E731
+    assert len(list(make_videos(pipe, REQUESTS, 1, on_progress=on_progress, overlap=True, **OPTIONS))) == 3
+
+
+def test_what_fails_aside_is_raised_and_nothing_runs_on(pipe, monkeypatch):
+    def fail(*_):
+        raise ValueError("no video")
+
+    before = threading.active_count()
+    videos = make_videos(pipe, REQUESTS, 1, overlap=True, **OPTIONS)
+    next(videos)
+    videos.close()
+    monkeypatch.setattr(pipe, "decode_latents", fail)
+    with pytest.raises(ValueError, match="no video"):
+        next(make_videos(pipe, REQUESTS, 1, overlap=True, **OPTIONS))
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"overlap": 1}, "overlap 1: True or False is needed"),
+        ({"overlap": True, "draft": Draft(16, 2, 0.5), "temporal_ratio": 4}, "overlap: the draft of one batch is lifted"),
+    ],
+)
+def test_overlaps_that_cannot_be_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        next(make_videos(pipe, REQUESTS, **arguments, **OPTIONS))
+
+
+def test_overlap_with_one_model_at_a_time_is_refused():
+    pipe = make_pipeline()
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match="overlap: this pipeline holds one model at a time on its device"):
+        next(make_videos(pipe, REQUESTS, overlap=True, **OPTIONS))
 
 
 def test_seconds_add_up():

@@ -50,6 +50,20 @@ def test_videos_are_those_of_the_stock_call(folder):
         assert abs(video - expected * 255).max() <= 0.51
 
 
+def test_latents_are_decoded_as_in_the_stock_call(folder):
+    pipe = open_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red disc", "num_inference_steps": 2, "guidance_scale": 1.0}
+    latents = pipe(generator=seeded(1), output_type="latent", **call).frames
+    for output_type in ("np", "pt"):
+        frames = pipe(generator=seeded(1), output_type=output_type, **call).frames
+        decoded = pipe.decode_latents(latents, output_type=output_type)
+        assert type(decoded) is type(frames)
+        assert abs(decoded - frames).max() < 1e-5
+    with pytest.raises(ValueError, match="temporal ratio 8: this tokenizer has 4x"):
+        pipe.decode_latents(latents, 8)
+
+
 def test_embeddings_lose_their_padding(folder):
     pipe = open_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)

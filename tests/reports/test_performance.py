@@ -121,6 +121,9 @@ def test_limits_denoising_sampling_and_data_have_their_rows():
     assert rows(table("denoising", [denoising]))[2] == ["tiny, 65x64x64", "fp32", "4x", "8", "50", "3.00"]
     sampled = line("sampling", 3.0, settings={"part": "4 steps", "steps": 4, "model": "p", "decoder": "tiny"}, count=1)
     assert rows(table("sampling", [sampled]))[2] == ["p", "fp32", "4", "tiny", "4x", "3"]
+    for overlap, how in ((False, "tiny, in a row"), (True, "tiny, in a row, overlapped")):
+        row = {**sampled, "settings": {**sampled["settings"], "overlap": overlap}}
+        assert rows(table("sampling", [row]))[2][3] == how
     loaded = line("data", 0.5, settings={"part": "loading", "reader": "loader", "workers": 2}, count=100, speedup=0.5)
     assert rows(table("data", [loaded]))[2] == ["loading, loader", "2", "200", "0.50"]
     cached = {"part": "caching", "file": "256p", "step": "cache", "workers": 2}

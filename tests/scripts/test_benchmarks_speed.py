@@ -203,6 +203,17 @@ def test_a_pipeline_samples_in_few_and_more_steps_by_both_decoders(tmp_path):
         main(["sampling", "--pipeline", str(tmp_path / "pipe"), "--tiny-decoder", "--precision", "fp32"])
 
 
+def test_batches_in_a_row_are_sampled_with_and_without_overlap(tmp_path):
+    make_pipeline(guidance_scale=1.0).save_pretrained(tmp_path / "pipe")
+    words = ["--pipeline", tmp_path / "pipe", "--steps", 1, "--batch-size", 2, "--overlap"]
+    alone, *row = run(tmp_path / "speed.jsonl", "sampling", *words, "--ratios", 16)
+    assert "overlap" not in alone["settings"]
+    assert settings(row, "ratio", "decoder", "overlap") == [(16, "tokenizer", False), (16, "tokenizer", True)]
+    assert [line["count"] for line in row] == [12, 12]
+    assert row[1]["baseline"] == {"overlap": False}
+    assert row[1]["speedup"] == pytest.approx(row[0]["seconds"] / row[1]["seconds"])
+
+
 def test_reading_loading_and_caching_stand_beside_the_decoder_alone(tmp_path):
     make_tokenizer(2).save_pretrained(tmp_path / "tokenizer")
     few = ["--frames", 9, "--ratios", 4, 8, "--tokenizer", tmp_path / "tokenizer"]

@@ -218,6 +218,33 @@ def test_an_interrupted_training_continues_to_the_same_weights(teacher, trained,
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
+def test_training_goes_on_from_another_run(teacher, trained, tmp_path):
+    """A learning rate of nearly zero leaves that run's decoder as it is."""
+    slowly = optimization_config(learning_rate=1e-12, muon_learning_rate=1e-12)
+    run = train_tiny_decoder(config(tmp_path, teacher, init=str(trained / "tiny_decoder"), optimization=slowly))
+    before, after = (TinyDecoder.from_pretrained(folder).state_dict() for folder in (trained / "tiny_decoder", run))
+    assert all(torch.allclose(value, after[name], atol=1e-9) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 16}, "width 16: the decoder in .* has 8; state that"),
+        ({"layers": 2}, "layers 2: the decoder in .* has 1; state that"),
+        ({"init": "missing"}, "tiny decoder missing: no config.json there"),
+    ],
+)
+def test_starts_that_do_not_fit_are_refused(teacher, trained, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        train_tiny_decoder(config(tmp_path, teacher, **{"init": str(trained / "tiny_decoder"), **change}))
+
+
+def test_a_start_of_other_latents_is_refused(teacher, tmp_path):
+    TinyDecoder(width=8, layers=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"init .*other: tiny decoder: its latent channels are \(16, 16, 16\), the tokenizer's"):
+        train_tiny_decoder(config(tmp_path / "run", teacher, init=str(tmp_path / "other")))
+
+
 def test_a_run_does_not_go_on_with_another_tokenizer(teacher, trained, tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(trained, run)
