@@ -54,7 +54,7 @@ def test_every_prompt_at_every_seed_is_written_and_printed(folder, tmp_path, cap
 
 
 def test_a_seeds_video_does_not_depend_on_other_videos(folder, tmp_path):
-    others = ["--prompt", "a", "--prompt", "a red disc moves left", "--seed", "1", "2", "--batch-size", "4"]
+    others = ["--prompt", "a", "--prompt", "a red disc moves left", "--seed", "1", "2", "--batch-size", "2", "--overlap"]
     sample.main([folder, *others, *FEW, "--out", str(tmp_path / "v.mp4")])
     alone = ["--prompt", "a red disc moves left", "--seed", "2"]
     sample.main([folder, *alone, *FEW, "--out", str(tmp_path / "alone.mp4")])
