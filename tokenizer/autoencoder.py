@@ -37,11 +37,11 @@ from .existing import (
     load_existing,
 )
 from .geometry import check_chunk, check_frames, check_ratio
-from .growth import DecoderGrowth, EncoderGrowth, Growth, Projection
+from .growth import EncoderGrowth, Growth, Projection
 from .growth_file import read_growth, write_growth
 from .inputs import check_latents, check_pixels, check_ratios
 from .layers import START, Block, State, is_first
-from .levels import Levels
+from .levels import Levels, run_decoders
 from .tiling import TiledModel, Tiling
 
 EXISTING_WIDTH = 192  # channels of a level's blocks on an existing autoencoder: a level takes some 12 M parameters
@@ -254,11 +254,11 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         elif below and below != width:
             project = Projection(below, width)
         head = self._head_to_start_from(growth, width) if growth.sum_at == "features" else None
-        wide, conv_in = self._place_behind_conv_in(growth, width, upper) if growth.hand_over != "latent" else (None, None)
+        decoder = self._new_decoder(growth, width, upper, scale)
         self.level_channels.append(upper)
         self.level_widths.append(width)
         self.encoder_growth.append(EncoderGrowth(width, channels, growth, project, scale, head))
-        self.decoder_growth.append(DecoderGrowth(width, upper, lower, growth, scale, wide, conv_in))
+        self.decoder_growth.append(decoder)
 
     def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
         """Give what encodes and what decodes a floating-point type each; inputs are converted, outputs are of that type."""
@@ -405,7 +405,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         if low == level:
             return z
         if to_ratio not in self.lifts(temporal_ratio):
-            raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: these levels hand over features alone, no latent")
+            raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: these levels hand over no latent")
         return self._run(z, [self.decoder_growth[i - 1] for i in range(level, low, -1)], None)[0]
 
     def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:
@@ -415,11 +415,9 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         """Call the modules of a path one after the other on latents, part by part."""
 
         def run(part: Tensor, state: State) -> tuple[list[Tensor], State]:
-            states, handed = list(state or (state,) * len(path)), (part, None)
-            for i, module in enumerate(path):
-                handed = tuple(None if given is None else self._as(module, given) for given in handed)
-                handed, states[i] = module(handed, states[i])
-            return [handed[0]], None if state is None else tuple(states)
+            states = list(state or (state,) * len(path))
+            x: Any = run_decoders(path, (part, None), states, self._as)[0]
+            return [x], None if state is None else tuple(states)
 
         (x,), state = self._in_parts(z, state, run, self.spatial_ratio)
         return x, state

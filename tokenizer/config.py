@@ -125,9 +125,9 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that cannot be meant."""
-        if self.growth and self.growth.hand_over == "wide" and self.latent_pretrain_steps:
+        if self.growth and self.growth.hand_over in ("wide", "frames") and self.latent_pretrain_steps:
             raise ValueError(
-                f"latent_pretrain_steps {self.latent_pretrain_steps} with growth hand_over 'wide': "
+                f"latent_pretrain_steps {self.latent_pretrain_steps} with growth hand_over {self.growth.hand_over!r}: "
                 "there is no estimate of a latent to train; use 0, or hand_over latent or both"
             )
         if self.by_turns is not None:

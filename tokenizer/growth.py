@@ -7,9 +7,11 @@ Shapes: B C T H W features, b c t h w latents. With 1+2N level-r latent frames o
     mixing           queries from the first, keys and values from the second, then blocks modulated by the second
     head             moments of the 2r latent = level-r moments of x[:, :, ::2] + a residual that starts at zero
     decoder          blocks -> temporal depth-to-space -> estimate of the level-r latent of x, 1+2N frames
+      or, `frames`   what level r decodes from the 2r latent, with frames interpolated between, plus a difference from zero
 
 So at birth the 2r latent equals the level-r latent of the subsampled clip, exactly. A dual latent keeps that key-frame
-latent as it is, frozen, beside as many channels of residual.
+latent as it is, frozen, beside as many channels of residual. With `frames` the pixels start as those of the level below on the
+subsampled clip, interpolated, which decoders that begin with a latent need long to reach.
 
 `PAPER_GROWTH` is the growth that the method figure of the authors' project page draws: an affine map of the key-frame features
 scales the normalised features of the full path (AdaNorm), blocks and down-sampling follow, the key-frame features are added at
@@ -39,6 +41,7 @@ from .layers import (
     Head,
     ResBlock,
     State,
+    Unfold,
     Upsample,
     checkpointed,
     enter,
@@ -48,7 +51,7 @@ from .layers import (
 
 Mixing = Literal["attention", "adanorm", "adanorm_late", "concat", "none"]
 SumAt = Literal["moments", "features"]
-HandOver = Literal["latent", "wide", "both"]
+HandOver = Literal["latent", "wide", "both", "frames"]
 Lower = Literal["frozen", "finetune"]
 Latent = Literal["mixed", "dual"]
 
@@ -69,8 +72,8 @@ class Growth:
     )
     hand_over: HandOver = setting(
         "latent",
-        "what the decoder below gets: an estimate of its latent, wide features behind its first convolution, or both; "
-        "wide alone cannot be lifted",
+        "what the decoder below gets: an estimate of its latent, wide features behind its first convolution, or both; frames: "
+        "the key frames' latent, and those between are interpolated, plus a difference; wide and frames cannot be lifted",
     )
     birth: bool = setting(True, "the new latent starts as the key frames' latent; false: as what the head says alone")
     latent: Latent = setting("mixed", "dual keeps the key frames' latent unchanged, beside as many channels of residual")
@@ -106,6 +109,9 @@ class Growth:
                 raise ValueError(f"growth width {self.width}: at least 1 is needed")
         if self.latent == "dual" and (self.mixing == "none" or not self.birth):
             raise ValueError(f"growth latent 'dual' with mixing {self.mixing!r}, birth {self.birth}: needs a key-frame latent")
+        if self.hand_over == "frames" and (self.mixing == "none" or not self.birth or self.latent == "dual"):
+            given = f"mixing {self.mixing!r}, birth {self.birth}, latent {self.latent!r}"
+            raise ValueError(f"growth hand_over 'frames' with {given}: needs a mixed latent that starts as the key frames'")
         if self.sum_at == "features" and (self.mixing == "none" or not self.birth):
             raise ValueError(f"growth sum_at 'features' with mixing {self.mixing!r}, birth {self.birth}: needs key frames")
 
@@ -364,3 +370,57 @@ class DecoderGrowth(nn.Module):
     def ends(self) -> list[nn.Module]:
         """Return the layers at latents."""
         return [self.conv_in, *(() if self.head is None else (self.head,))]
+
+
+class FrameGrowth(nn.Module):
+    """From a level-2r latent, 1+N frames, and the frames that the level below makes of it, to twice as many frames.
+
+    Args:
+        channels: width of the blocks.
+        latent_channels: channels of the latent.
+        doublings: by how many the latent's frames are doubled to the grid of the base's latents.
+        pixels: channels of the pixels, and frames and pixels a side of a position of the base's latents.
+        growth: the level's settings.
+        scale: that of an existing autoencoder's latents.
+    """
+
+    hand_over = "frames"
+
+    def __init__(
+        self,
+        channels: int,
+        latent_channels: int,
+        doublings: int,
+        pixels: tuple[int, int, int],
+        growth: Growth,
+        scale: LatentScale | None = None,
+    ):
+        super().__init__()
+        self.scale = scale
+        self.conv_in = CausalConv3d(latent_channels, channels)
+        blocks: list[nn.Module] = [ResBlock(channels) for _ in range(growth.layers)]
+        for _ in range(doublings):
+            blocks += [Upsample(channels, channels, time=2, space=1), *(ResBlock(channels) for _ in range(growth.layers))]
+        self.blocks = Chain(blocks)
+        self.unfold = Unfold(channels, *pixels, zero=True)
+
+    def forward(self, z: Tensor, frames: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """b c 1+N h w and B C 1+rN H W -> B C 1+2rN H W; at birth the mean of two frames stands between them."""
+        last, *s = state or (state,) * 4
+        h = z if self.scale is None else self.scale.normalise(z)
+        h, s[0] = self.conv_in(h.contiguous(memory_format=torch.channels_last_3d), s[0])
+        h, s[1] = self.blocks(h, s[1])
+        difference, s[2] = self.unfold(h, s[2])
+        x = halfway(frames, None if is_first(state) else last) + difference
+        return x, None if state is None else (frames[:, :, -1:].clone(), *s)
+
+    def ends(self) -> list[nn.Module]:
+        """Return the layers at latents and pixels."""
+        return [self.conv_in, self.unfold.conv, self.unfold.skip]
+
+
+def halfway(x: Tensor, before: Tensor | None = None) -> Tensor:
+    """B C 1+N H W -> B C 1+2N H W: the mean of two frames between them; or B C N H W -> 2N with the frame before them."""
+    whole = x if before is None else torch.cat([before, x], 2)
+    pairs = torch.stack([(whole[:, :, 1:] + whole[:, :, :-1]) / 2, whole[:, :, 1:]], 3).flatten(2, 3)
+    return torch.cat([whole[:, :, :1], pairs], 2) if before is None else pairs

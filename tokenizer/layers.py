@@ -27,6 +27,7 @@ State = Any
 START: State = ()
 Kernel = int | tuple[int, int, int]  # of time, height and width
 FRAMEWISE: Kernel = (1, 3, 3)  # sees one frame alone
+EXPANSION = 4  # hidden channels of a perceptron, over those that it gets
 Handed = tuple[
     Tensor | None, Tensor | None
 ]  # what a decoder takes: a latent, features for behind its first convolution, or both
@@ -226,6 +227,32 @@ class Head(Block):
         """B C T H W -> B C' T H W."""
         h, state = self.conv(F.silu(self.norm(x)), state)
         return h if self.skip is None else h + self.skip(x)[0], state
+
+
+class Unfold(Block):
+    """A perceptron of each position beside a linear map, whose channels become `time` frames of `space` x `space` pixels.
+
+    The first time - 1 frames are dropped, so the first frame stays alone. All zero at first with `zero`.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, time: int, space: int, zero: bool = False):
+        super().__init__()
+        self.time, self.space = time, space
+        pixels, hidden = channels_out * time * space**2, EXPANSION * channels_in
+        self.norm = ChannelNorm(channels_in)
+        self.expand = CausalConv3d(channels_in, hidden, 1)
+        self.conv = CausalConv3d(hidden, pixels, 1)
+        self.skip = CausalConv3d(channels_in, pixels, 1)
+        zero_init(self.conv)
+        if zero:
+            zero_init(self.skip)
+
+    @checkpointed
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """B C 1+N h w -> B C' 1+t*N H W."""
+        h = self.conv(F.silu(self.expand(self.norm(x))[0]))[0] + self.skip(x)[0]
+        h = rearrange(h, "b (c u p q) t h w -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
+        return (h[:, :, self.time - 1 :] if is_first(state) else h), None if state is None else (None,)
 
 
 class Chain(nn.ModuleList):

@@ -3,14 +3,15 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .geometry import check_ratio
-from .growth import Growth
+from .growth import DecoderGrowth, FrameGrowth, Growth, LatentScale
+from .layers import Handed, State
 
 # The settings of the base that decide what its encoder computes.
 BASE_SETTINGS = (
@@ -37,7 +38,10 @@ class Levels:
     own_encoders: nn.ModuleDict
     own_decoders: nn.ModuleDict
     temporal_ratios: tuple[int, ...]
+    level_channels: list[int]
     level_widths: list[int | None]
+    base_ratio: int
+    spatial_ratio: int
     served: int | None
     encoding_path: Any
     modules: Any
@@ -55,7 +59,9 @@ class Levels:
         """Return the lower ratios whose latent `lift` estimates from one of a ratio."""
         levels: list[Any] = list(self.decoder_growth)
         level = self.level_of(temporal_ratio)
-        return tuple(ratio for low, ratio in enumerate(self.temporal_ratios[:level]) if levels[low].hand_over != "wide")
+        passed = [[own.hand_over for own in levels[low:level]] for low in range(level)]
+        kept = [low for low, kinds in enumerate(passed) if kinds[0] != "wide" and "frames" not in kinds]
+        return tuple(self.temporal_ratios[low] for low in kept)
 
     def level_modules(self, temporal_ratio: int) -> list[nn.Module]:
         """Return the modules that belong to one level and to no level below: what its training stage trains."""
@@ -103,9 +109,19 @@ class Levels:
             raise ValueError("growth sum_at 'features' on a level with sum_at 'moments': its head makes a residual alone")
         return encoders[-1].head
 
+    def _new_decoder(self, growth: Growth, width: int, channels: int, scale: LatentScale | None) -> nn.Module:
+        """Return what decodes a new level's latent of so many channels."""
+        if growth.hand_over == "frames":
+            pixels = (3 if self.existing else self.config["in_channels"], self.base_ratio, self.spatial_ratio)
+            return FrameGrowth(width, channels, 1 + len(self.decoder_growth), pixels, growth, scale)
+        place = (None, None) if growth.hand_over == "latent" else self._place_behind_conv_in(growth, width, channels)
+        return DecoderGrowth(width, channels, self.level_channels[-1], growth, scale, *place)
+
     def _place_behind_conv_in(self, growth: Growth, width: int, channels: int) -> tuple[int, nn.Module | None]:
         """Return the channels behind the first convolution of the decoder below, and what a new one may begin with."""
         lower: Any = self.decoder_growth[-1] if self.decoder_growth else self.decoder
+        if getattr(lower, "hand_over", None) == "frames":
+            raise ValueError(f"growth hand_over {growth.hand_over!r} on a level with 'frames', which needs a latent")
         if growth.hand_over == "wide":
             if self.existing or width != self.level_widths[-1]:
                 raise ValueError(
@@ -139,6 +155,25 @@ class Levels:
                 digest.update(f"{place}.{name}".encode())
                 digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def run_decoders(
+    path: Sequence[Any], handed: Handed, states: list[State], convert: Callable[[nn.Module, Tensor], Tensor]
+) -> Handed:
+    """Call the modules from a latent down to pixels, or to a lower latent, each with its state, which is replaced.
+
+    `convert` gives what a module takes the module's type.
+    """
+    for i, module in enumerate(path):
+        z, features = (None if part is None else convert(module, part) for part in handed)
+        if isinstance(module, FrameGrowth) and z is not None:
+            below = states[i + 1 :]
+            frames, _ = run_decoders(path[i + 1 :], (z, None), below, convert)
+            states[i + 1 :] = below
+            x, states[i] = module(z, frames, states[i])  # pyright: ignore[reportArgumentType]
+            return x, None
+        handed, states[i] = module((z, features), states[i])
+    return handed
 
 
 def parameter_count(modules: Iterable[nn.Module]) -> int:

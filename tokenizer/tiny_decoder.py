@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -27,9 +26,7 @@ from promag.training.safetensors_only import SafetensorsOnly
 from .base import least_squares
 from .geometry import check_ratio
 from .inputs import check_latents
-from .layers import START, Block, CausalConv3d, ChannelNorm, ResBlock, State, Upsample, is_first, zero_init
-
-EXPANSION = 4  # hidden channels of the last layer's perceptron, over those of the others
+from .layers import START, CausalConv3d, ResBlock, State, Unfold, Upsample
 
 
 class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
@@ -99,7 +96,7 @@ class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
             channels = min(conv.in_channels, conv.out_channels)
             conv.weight[range(channels), range(channels), -1, 1, 1] = 1
         features = [self._run(self._path(level)[:-1], z, None)[0] for level, z in enumerate(latents)]
-        self.unfold.fit(torch.cat(features), torch.cat([x] * len(features)))
+        _fit(self.unfold, torch.cat(features), torch.cat([x] * len(features)))
 
     def check_latents_of(self, tokenizer: Any) -> None:
         """Raise ValueError unless a tokenizer's latents have the ratios, channels and pixels per position of this decoder's."""
@@ -157,36 +154,15 @@ def load_tiny_decoder(folder: str | os.PathLike) -> TinyDecoder:
     return TinyDecoder.from_pretrained(folder).eval()
 
 
-class Unfold(Block):
-    """A perceptron of each position beside a linear map, whose channels become `time` frames of `space` x `space` pixels.
-
-    The first time - 1 frames are dropped, so the first frame stays alone.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int, time: int, space: int):
-        super().__init__()
-        self.time, self.space = time, space
-        pixels, hidden = channels_out * time * space**2, EXPANSION * channels_in
-        self.norm = ChannelNorm(channels_in)
-        self.expand = CausalConv3d(channels_in, hidden, 1)
-        self.conv = CausalConv3d(hidden, pixels, 1)
-        self.skip = CausalConv3d(channels_in, pixels, 1)
-        zero_init(self.conv)
-
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """B C 1+N h w -> B C' 1+t*N H W."""
-        h = self.conv(F.silu(self.expand(self.norm(x))[0]))[0] + self.skip(x)[0]
-        h = rearrange(h, "b (c u p q) t h w -> b c (t u) (h p) (w q)", u=self.time, p=self.space, q=self.space)
-        return (h[:, :, self.time - 1 :] if is_first(state) else h), None if state is None else (None,)
-
-    def fit(self, x: Tensor, pixels: Tensor) -> None:
-        """Set the linear convolution to the least-squares solution from features B C 1+N h w to B C' 1+t*N H W."""
-        front = pixels[:, :, :1].expand(-1, -1, self.time - 1, -1, -1)
-        target = torch.cat([front, pixels], 2)
-        target = rearrange(target, "b c (t u) (h p) (w q) -> b (c u p q) t h w", u=self.time, p=self.space, q=self.space)
-        weight, bias = least_squares(x.float(), target.float())
-        self.skip.weight.copy_(weight[:, :, None, None, None])
-        self.skip.bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
+@torch.no_grad()
+def _fit(unfold: Unfold, x: Tensor, pixels: Tensor) -> None:
+    """Set the linear map of an unfolding to the least-squares solution from features B C 1+N h w to B C' 1+t*N H W."""
+    front = pixels[:, :, :1].expand(-1, -1, unfold.time - 1, -1, -1)
+    target = torch.cat([front, pixels], 2)
+    target = rearrange(target, "b c (t u) (h p) (w q) -> b (c u p q) t h w", u=unfold.time, p=unfold.space, q=unfold.space)
+    weight, bias = least_squares(x.float(), target.float())
+    unfold.skip.weight.copy_(weight[:, :, None, None, None])
+    unfold.skip.bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _check_settings(temporal_ratios: Sequence[int], latent_channels: Sequence[int], least: int) -> None:

@@ -65,7 +65,7 @@ def test_features_alone_go_behind_the_first_convolution_and_cannot_be_lifted():
     behind = model.decoder.body[0](z)[0][:, :, [0, 1, 1, 1, 1, 2, 2, 2, 2]]  # at birth it repeats features instead of latents
     assert torch.allclose(model.decode(z, 16).sample, model.decoder((None, behind))[0][0], atol=1e-6)
     assert model.lifts(16) == model.lifts(8) == ()
-    with pytest.raises(ValueError, match="lift from 16x to 8x: these levels hand over features alone"):
+    with pytest.raises(ValueError, match="lift from 16x to 8x: these levels hand over no latent"):
         model.lift(z, 16, 8)
     assert torch.equal(model.lift(z, 16, 16), z)
 
@@ -442,8 +442,9 @@ def test_idle_heads_are_those_without_gradient(clip):
 
 
 def test_compiled_and_checkpointed_blocks_are_the_same():
-    assert set(AutoencoderKLProMAG._repeated_blocks) == {"ResBlock", "Downsample", "Upsample", "Head", "CrossLevelAttention"}
-    model = make_tokenizer()
+    blocks = {"ResBlock", "Downsample", "Upsample", "Head", "CrossLevelAttention", "Unfold"}
+    assert set(AutoencoderKLProMAG._repeated_blocks) == blocks
+    model = make_tokenizer(hand_over="frames")
     model.enable_gradient_checkpointing()
     on = {type(module).__name__ for module in model.modules() if getattr(module, "gradient_checkpointing", False)}
-    assert on - {"AutoencoderKLProMAG"} == set(AutoencoderKLProMAG._repeated_blocks)
+    assert on - {"AutoencoderKLProMAG"} == blocks
