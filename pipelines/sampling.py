@@ -198,7 +198,7 @@ def _check(
     check_flow(pipe.scheduler)
     if not isinstance(overlap, bool):
         raise ValueError(f"overlap {overlap!r:.100}: True or False is needed")
-    if overlap and getattr(pipe, "_all_hooks", None):
+    if overlap and getattr(getattr(pipe, "pipe", pipe), "_all_hooks", None):
         raise ValueError("overlap: this pipeline holds one model at a time on its device; overlap needs all of them there")
     if overlap and draft is not None:
         raise ValueError("overlap: the draft of one batch is lifted by what decodes the other; leave one of the two out")
@@ -214,6 +214,8 @@ def _check(
             f"draft at {draft.ratio}x with denoise_strength {draft.strength:g} for a video at {ratio}x: a higher ratio and "
             "a strength from 0 to below 1 are needed"
         )
+    if ratio not in pipe.vae.lifts(draft.ratio):
+        raise ValueError(f"draft at {draft.ratio}x: this tokenizer's latents cannot be lifted to {ratio}x; leave drafts out")
     return ratio, count_model_calls(pipe.scheduler, draft.steps) + count_model_calls(pipe.scheduler, steps, draft.strength)
 
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from promag import ProMAGPipeline
 from promag.pipelines.sampling import Draft, SampleRequest, Seconds, load_pipeline, make_videos, trained_ratios
 from promag.training.config import UserError
+from tests.conftest import make_tokenizer
 from tests.tiny_pipeline import make_pipeline
 
 REQUESTS = [
@@ -72,6 +74,13 @@ def test_a_draft_is_lifted_and_refined(pipe):
 def test_invalid_drafts_are_refused(pipe, ratio, strength):
     with pytest.raises(ValueError, match=f"draft at {ratio}x with denoise_strength {strength:g} for a video at 4x"):
         next(make_videos(pipe, REQUESTS, draft=Draft(ratio, 2, strength), temporal_ratio=4, **OPTIONS))
+
+
+def test_drafts_that_cannot_be_lifted_are_refused(pipe):
+    frames = make_tokenizer(hand_over="frames")
+    changed = ProMAGPipeline(**{**pipe.components, "vae": frames})
+    with pytest.raises(ValueError, match="draft at 16x: this tokenizer's latents cannot be lifted to 4x; leave drafts out"):
+        next(make_videos(changed, REQUESTS, draft=Draft(16, 2, 0.5), temporal_ratio=4, **OPTIONS))
 
 
 @pytest.mark.parametrize(
