@@ -107,7 +107,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--draft-steps", type=int, help="denoising steps of the draft; left out: --steps")
     add("--denoise-strength", type=float, help="share of --steps that refine a draft, 0 to below 1; left out: 0.5")
     share(parser, "--steps", "--guidance", "--batch-size", "--precision")
-    add("--overlap", action="store_true", help="decode each batch while the next is denoised; takes memory for both at once")
+    add("--overlap", action="store_true", help="on a GPU: decode each batch while the next is denoised; takes memory for both")
     add("--fps", type=float, help="frame rate of the video, an input of the model; left out: as trained")
     add(
         "--tiny-decoder",
