@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
 from promag.tokenizer.growth import Growth, halfway
@@ -102,6 +103,18 @@ def test_large_pictures_are_decoded_in_tiles_and_streams():
         chunk, state = model.decode_chunk(part, state, 16)
         chunks.append(chunk)
     assert torch.allclose(torch.cat(chunks, 2), tiled, atol=1e-5)
+
+
+def test_the_tiny_preset_decodes_16x_with_half_of_the_arithmetic():
+    flops = {}
+    for hand_over in ("latent", "frames"):
+        model = AutoencoderKLProMAG(patch_size=4, block_out_channels=(48, 96, 96), strides=((2, 2), (2, 1)), framewise=1)
+        for _ in range(2):
+            model.grow(Growth(hand_over=hand_over))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.decode(torch.zeros(1, 8, 5, 8, 8), 16)
+        flops[hand_over] = counter.get_total_flops()
+    assert 0.5 < flops["frames"] / flops["latent"] < 0.53
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "HunyuanVideo"])
