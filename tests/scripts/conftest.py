@@ -35,6 +35,7 @@ def overrides(values: dict, prefix: str = "") -> list[str]:
 
 
 LOOP = {"steps": 2, "batch_size": 1, "warmup": 1}
+LIFTED = {"hand_over": "latent"}
 SMALLEST = overrides(
     {
         "precision": "fp32",
@@ -53,8 +54,9 @@ SMALLEST = overrides(
         "diffusion": LOOP,
         "stages": {
             "0": {"frames": 5, "optimization": LOOP},
-            "1": {"frames": 9, "latent_pretrain_steps": 1, "optimization": LOOP},
-            "2": {"frames": 17, "latent_pretrain_steps": 1, "optimization": LOOP},
+            # latents that lift, which drafts need
+            "1": {"frames": 9, "growth": LIFTED, "latent_pretrain_steps": 1, "optimization": LOOP},
+            "2": {"frames": 17, "growth": LIFTED, "latent_pretrain_steps": 1, "optimization": LOOP},
         },
         "run": {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0},
     }

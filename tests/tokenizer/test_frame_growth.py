@@ -5,14 +5,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.growth import Growth, halfway
 from promag.tokenizer.layers import START
 from promag.tokenizer.objectives import StageObjective
-from tests.conftest import make_tokenizer
+from promag.tokenizer.train import train_tokenizer
+from tests.conftest import make_tokenizer, run_config
 from tests.existing_models import SMALL
 from tests.tokenizer.test_autoencoder import check_chunks_equal_the_whole, moments
 from tests.tokenizer.test_existing import clip_for, grown, settle_levels
-from tests.tokenizer.test_train import stage
+from tests.tokenizer.test_train import make_config, stage
 
 FRAMES = {"hand_over": "frames"}
 KINDS = [FRAMES, {**FRAMES, "sum_at": "features"}, {**FRAMES, "decoder": "finetune"}]
@@ -167,6 +169,17 @@ def test_training_beats_interpolation_on_one_clip_and_touches_the_new_level_alon
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.startswith(("encoder_growth.1.", "decoder_growth.1.")) for name in changed)
+
+
+def test_stages_train_it_and_an_interrupted_training_continues_to_the_same_weights(tmp_path):
+    stages = (stage(4, 5), stage(8, 9, Growth(**FRAMES)), stage(16, 17, Growth(**FRAMES)))
+    whole = train_tokenizer(make_config(tmp_path / "whole", stages=stages))
+    interrupted = make_config(tmp_path / "resumed", stages=stages, run=run_config(stop_after=3))
+    for _ in range(6):
+        resumed = train_tokenizer(interrupted)
+    one, other = (load_tokenizer(folder).state_dict() for folder in (whole, resumed))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert any(one[f"decoder_growth.{i}.unfold.skip.weight"].abs().max() > 0 for i in range(2))
 
 
 @pytest.mark.parametrize(
