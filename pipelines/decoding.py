@@ -50,7 +50,7 @@ class Decoding:
 
         Args:
             latents: b c t h w.
-            temporal_ratio: theirs; None is the pipeline's default.
+            temporal_ratio: temporal ratio of the latents; None for the pipeline's default.
             output_type: "np" and "pt" return videos b T H W C and b T C H W in [0, 1], "pil" lists of pictures.
 
         Raises ValueError for latents that are not of this tokenizer or not finite, a ratio that it has not, another type, and

@@ -25,7 +25,7 @@ from promag.training.device import best_device
 from promag.training.precision import PRECISIONS, Precision, autocast
 from promag.training.progress import ProgressBar
 
-from .aside import Aside
+from .background import Background
 from .inputs import NAMES, NEGATIVE_NAMES, check_counts, check_prompts, steps_and_guidance, unpack, with_defaults
 from .stock import StockPipeline, is_stock, load_stock
 from .text_to_video import ProMAGPipeline
@@ -58,7 +58,7 @@ class Draft:
 class Seconds:
     """Seconds of the parts of a pipeline call: encoding text (and first frames), denoising, decoding.
 
-    Of decoding that overlaps with the next denoising only what was waited for counts, so that parts add up to what passed.
+    Decoding that overlaps with the next denoising counts only while it is waited for: the parts add up to the time passed.
     """
 
     text: float = 0.0
@@ -149,8 +149,8 @@ def make_videos(
             frames = pipe.decode_latents(latents, ratio)
         return list((frames * 255).round().astype(np.uint8))
 
-    with Aside(pipe.device) if overlap else nullcontext() as aside:
-        begun: deque[tuple[Callable[[], list[np.ndarray]], Seconds]] = deque()
+    with Background(pipe.device) if overlap else nullcontext() as background:
+        pending: deque[tuple[Callable[[], list[np.ndarray]], Seconds]] = deque()
         for number, first in enumerate(batches):
             part = requests[first : first + batch]
             watch = Stopwatch(pipe, on_progress, number * calls, len(batches) * calls)
@@ -167,11 +167,11 @@ def make_videos(
                     lifted = pipe.vae.lift(pipe(**{**call, **higher}).frames, draft.ratio, ratio)
                     call |= {"latents": lifted, "denoise_strength": draft.strength}
                 decoding = partial(decode, pipe(**call).frames)
-            begun.append((aside.start(decoding) if aside else decoding, watch.seconds))
-            if len(begun) > int(overlap):
-                yield _finish(*begun.popleft())
-        while begun:
-            yield _finish(*begun.popleft())
+            pending.append((background.submit(decoding) if background else decoding, watch.seconds))
+            if len(pending) > int(overlap):  # with overlap the newest batch stays in the background
+                yield _finish(*pending.popleft())
+        while pending:
+            yield _finish(*pending.popleft())
 
 
 def _check(
@@ -219,10 +219,10 @@ def _check(
     return ratio, count_model_calls(pipe.scheduler, draft.steps) + count_model_calls(pipe.scheduler, steps, draft.strength)
 
 
-def _finish(decoded: Callable[[], list[np.ndarray]], seconds: Seconds) -> tuple[list[np.ndarray], Seconds]:
-    """Return a batch's videos, and its seconds with those that its decoding takes from now on."""
+def _finish(decode: Callable[[], list[np.ndarray]], seconds: Seconds) -> tuple[list[np.ndarray], Seconds]:
+    """Decode a batch, or wait until it is decoded; return its videos and its seconds, this call's included."""
     began = time.perf_counter()
-    videos = decoded()
+    videos = decode()
     return videos, dataclasses.replace(seconds, decoding=time.perf_counter() - began)
 
 
@@ -273,7 +273,7 @@ class Stopwatch:
 
     def _now(self) -> float:
         if self.pipe.device.type == "cuda":
-            torch.cuda.current_stream(self.pipe.device).synchronize()  # not of what runs aside
+            torch.cuda.current_stream(self.pipe.device).synchronize()  # the background has another
         return time.perf_counter()
 
 

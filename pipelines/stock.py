@@ -166,7 +166,7 @@ class StockPipeline:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, temporal_ratio: int | None = None, output_type: str = "np") -> Any:
-        """Decode latents b c t h w as output_type "latent" returns them: normalised; see the other pipeline's."""
+        """Decode latents b c t h w as output_type "latent" returns them, normalised; see ProMAGPipeline."""
         check_decodable(latents, output_type)
         (ratio,) = with_defaults(self.config, temporal_ratio=temporal_ratio)
         check_ratio(ratio, self.temporal_ratios)

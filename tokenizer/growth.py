@@ -11,7 +11,7 @@ Shapes: B C T H W features, b c t h w latents. With 1+2N level-r latent frames o
 
 So at birth the 2r latent equals the level-r latent of the subsampled clip, exactly. A dual latent keeps that key-frame
 latent as it is, frozen, beside as many channels of residual. With `frames` the pixels start as those of the level below on the
-subsampled clip, interpolated, which decoders that begin with a latent need long to reach.
+subsampled clip, interpolated.
 
 `PAPER_GROWTH` is the growth that the method figure of the authors' project page draws: an affine map of the key-frame features
 scales the normalised features of the full path (AdaNorm), blocks and down-sampling follow, the key-frame features are added at
@@ -73,7 +73,8 @@ class Growth:
     hand_over: HandOver = setting(
         "latent",
         "what the decoder below gets: an estimate of its latent, wide features behind its first convolution, or both; frames: "
-        "the key frames' latent, and those between are interpolated, plus a difference; wide and frames cannot be lifted",
+        "it decodes the new latent as key frames, the level interpolates between these and adds a residual; wide and frames "
+        "cannot be lifted",
     )
     birth: bool = setting(True, "the new latent starts as the key frames' latent; false: as what the head says alone")
     latent: Latent = setting("mixed", "dual keeps the key frames' latent unchanged, beside as many channels of residual")
@@ -378,10 +379,10 @@ class FrameGrowth(nn.Module):
     Args:
         channels: width of the blocks.
         latent_channels: channels of the latent.
-        doublings: by how many the latent's frames are doubled to the grid of the base's latents.
-        pixels: channels of the pixels, and frames and pixels a side of a position of the base's latents.
+        doublings: temporal up-samplings by 2 from this latent to the grid of the base's latents.
+        pixels: channels of the pixels; frames, and pixels a side, for each position of the base's latents.
         growth: the level's settings.
-        scale: that of an existing autoencoder's latents.
+        scale: scale of the latents of an existing autoencoder.
     """
 
     hand_over = "frames"

@@ -110,7 +110,7 @@ class Levels:
         return encoders[-1].head
 
     def _new_decoder(self, growth: Growth, width: int, channels: int, scale: LatentScale | None) -> nn.Module:
-        """Return what decodes a new level's latent of so many channels."""
+        """Return the decoder of a new level whose latent has so many channels."""
         if growth.hand_over == "frames":
             pixels = (3 if self.existing else self.config["in_channels"], self.base_ratio, self.spatial_ratio)
             return FrameGrowth(width, channels, 1 + len(self.decoder_growth), pixels, growth, scale)
@@ -162,7 +162,7 @@ def run_decoders(
 ) -> Handed:
     """Call the modules from a latent down to pixels, or to a lower latent, each with its state, which is replaced.
 
-    `convert` gives what a module takes the module's type.
+    `convert` casts the input of a module to the module's type.
     """
     for i, module in enumerate(path):
         z, features = (None if part is None else convert(module, part) for part in handed)

@@ -5,6 +5,7 @@ With overlap also batches in a row, one after the other and each decoded while t
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from promag.evaluation.cost import sampling
@@ -34,14 +35,54 @@ def groups(options: Options) -> list[Group]:
             raise UserError(f"--ratios {list(options.ratios)}: {options.pipeline} was trained at {trained}")
     cases = [(decoder, ratio) for decoder in decoders for ratio in ratios]
     guidance: float = pipe.config["guidance_scale"] if options.guidance is None else options.guidance
-    kinds = (_group, _row) if options.overlap else (_group,)
     return [
-        kind(cases, steps, guidance, precision, compiled, graphs, options)
+        make(Setup(cases, steps, guidance, precision, compiled, graphs, options))
         for precision in options.precisions
         for steps in options.steps
         for compiled, graphs in options.ways
-        for kind in kinds
+        for make in ((_calls, _rows) if options.overlap else (_calls,))
     ]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the cases of a group share; `cases` are pairs of decoder and ratio."""
+
+    cases: Sequence[tuple[str, int]]
+    steps: int
+    guidance: float
+    precision: Chosen
+    compiled: bool
+    graphs: bool
+    options: Options
+
+    @property
+    def videos(self) -> int:
+        """Videos sampled at once."""
+        return self.options.batch_size or 1
+
+    def settings(self, part: str, decoder: str, ratio: int, **more: Any) -> dict[str, Any]:
+        """Return what identifies a case."""
+        name = "/".join(self.options.pipeline.rstrip("/").split("/")[-2:])
+        common = {"part": part, "model": name, "steps": self.steps, "guidance": self.guidance, "videos": self.videos}
+        case = {"ratio": ratio, "decoder": decoder, **more, "precision": self.precision}
+        return {**common, **case, **way(self.compiled, self.graphs)}
+
+    def pipes(self) -> dict[str, Any]:
+        """Return the pipeline of each decoder, run as the setup says."""
+        pipes = {decoder: _load(decoder, self.options) for decoder in dict.fromkeys(decoder for decoder, _ in self.cases)}
+        for pipe in pipes.values():
+            pipe.set_progress_bar_config(disable=True)
+            if self.compiled:
+                compile_blocks(pipe.transformer)
+            if self.graphs:
+                pipe.enable_graphs()
+        return pipes
+
+    def group(self, settings: Sequence[dict[str, Any]], build: Callable[[], Sequence[Job]], memory: bool) -> Group:
+        """Return the group; the fewest steps are measured first."""
+        rank = 0 if self.steps == min(self.options.steps) else 1
+        return Group("sampling", settings, build, None, rank, memory=memory)
 
 
 def _load(decoder: str, options: Options) -> Any:
@@ -55,84 +96,40 @@ def _load(decoder: str, options: Options) -> Any:
     return pipe.to(options.device)
 
 
-def _group(
-    cases: Sequence[tuple[str, int]],
-    steps: int,
-    guidance: float,
-    precision: Chosen,
-    compiled: bool,
-    graphs: bool,
-    options: Options,
-) -> Group:
-    videos = options.batch_size or 1
+def _calls(setup: Setup) -> Group:
+    """Return the group of single calls."""
 
     def build() -> Sequence[Job]:
-        pipes = _pipes(cases, compiled, graphs, options)
-        jobs = []
-        for decoder, ratio in cases:
+        pipes, jobs = setup.pipes(), []
+        for decoder, ratio in setup.cases:
             pipe = pipes[decoder]
-            cost = sampling_cost(pipe, ratio, pipe.config["num_frames"], steps, guidance)
-            call = sampling(pipe, [PROMPT] * videos, steps, guidance, ratio, precision)
-            jobs.append(Job(call, videos, None, {"tokens": cost.tokens, "denoising_gflop": videos * cost.flops / 1e9}))
+            cost = sampling_cost(pipe, ratio, pipe.config["num_frames"], setup.steps, setup.guidance)
+            call = sampling(pipe, [PROMPT] * setup.videos, setup.steps, setup.guidance, ratio, setup.precision)
+            facts = {"tokens": cost.tokens, "denoising_gflop": setup.videos * cost.flops / 1e9}
+            jobs.append(Job(call, setup.videos, None, facts))
         return jobs
 
-    common = {"part": f"{steps} steps", **_common(steps, guidance, options)}
-    settings = [
-        {**common, "ratio": ratio, "decoder": decoder, "precision": precision, **way(compiled, graphs)}
-        for decoder, ratio in cases
-    ]
-    return Group("sampling", settings, build, None, 0 if steps == min(options.steps) else 1, memory=not graphs)
+    settings = [setup.settings(f"{setup.steps} steps", *case) for case in setup.cases]
+    return setup.group(settings, build, memory=not setup.graphs)
 
 
-def _row(
-    cases: Sequence[tuple[str, int]],
-    steps: int,
-    guidance: float,
-    precision: Chosen,
-    compiled: bool,
-    graphs: bool,
-    options: Options,
-) -> Group:
+def _rows(setup: Setup) -> Group:
     """Return the group of batches in a row, each case without and with overlap."""
-    videos = options.batch_size or 1
-    requests = [SampleRequest(PROMPT, seed) for seed in range(IN_A_ROW * videos)]
+    requests = [SampleRequest(PROMPT, seed) for seed in range(IN_A_ROW * setup.videos)]
+    cases = [(decoder, ratio, overlap) for decoder, ratio in setup.cases for overlap in (False, True)]
 
     def build() -> Sequence[Job]:
-        pipes = _pipes(cases, compiled, graphs, options)
-        given = {"num_inference_steps": steps, "guidance_scale": guidance}
+        pipes = setup.pipes()
+        given = {"num_inference_steps": setup.steps, "guidance_scale": setup.guidance}
 
         def call(decoder: str, ratio: int, overlap: bool) -> Callable[[], Any]:
             arguments = {**given, "temporal_ratio": ratio, "overlap": overlap}
-            return lambda: deque(make_videos(pipes[decoder], requests, videos, precision, **arguments), maxlen=0)
+            return lambda: deque(make_videos(pipes[decoder], requests, setup.videos, setup.precision, **arguments), maxlen=0)
 
-        return [Job(call(*case, overlap), len(requests)) for case in cases for overlap in (False, True)]
+        return [Job(call(*case), len(requests)) for case in cases]
 
     settings = [
-        {
-            "part": f"{steps} steps, {IN_A_ROW} in a row, {ratio}x, {decoder}",
-            **_common(steps, guidance, options),
-            **{"ratio": ratio, "decoder": decoder, "overlap": overlap, "precision": precision, **way(compiled, graphs)},
-        }
-        for decoder, ratio in cases
-        for overlap in (False, True)
+        setup.settings(f"{setup.steps} steps, {IN_A_ROW} in a row, {ratio}x, {decoder}", decoder, ratio, overlap=overlap)
+        for decoder, ratio, overlap in cases
     ]
-    # what the decoding thread holds does not show in the peak
-    return Group("sampling", settings, build, None, 0 if steps == min(options.steps) else 1, memory=False)
-
-
-def _common(steps: int, guidance: float, options: Options) -> dict[str, Any]:
-    """Return what identifies all cases of a number of steps."""
-    name = "/".join(options.pipeline.rstrip("/").split("/")[-2:])
-    return {"model": name, "steps": steps, "guidance": guidance, "videos": options.batch_size or 1}
-
-
-def _pipes(cases: Sequence[tuple[str, int]], compiled: bool, graphs: bool, options: Options) -> dict[str, Any]:
-    """Return the pipeline of each decoder, run in the given way."""
-    pipes = {decoder: _load(decoder, options) for decoder in dict.fromkeys(decoder for decoder, _ in cases)}
-    for pipe in pipes.values():
-        pipe.set_progress_bar_config(disable=True)
-        if compiled:
-            compile_blocks(pipe.transformer)
-        if graphs:
-            pipe.enable_graphs()
-    return pipes
+    return setup.group(settings, build, memory=False)  # the measured peak is the calling thread's alone

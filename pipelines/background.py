@@ -1,4 +1,4 @@
-"""Running calls beside what the host does meanwhile."""
+"""Running calls in the background while the host goes on."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,26 +9,26 @@ import torch
 Result = TypeVar("Result")
 
 
-class Aside:
-    """Runs calls one after the other in a thread of its own, on a GPU on a stream of its own; a context manager.
+class Background:
+    """Context manager that runs submitted calls one after the other in its own thread and, on a GPU, on its own stream.
 
-    A call runs with PyTorch's defaults: without the caller's autocast and mode of gradients.
+    A call does not inherit the caller's autocast and gradient mode.
     """
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1)
 
-    def __enter__(self) -> "Aside":
+    def __enter__(self) -> "Background":
         return self
 
     def __exit__(self, *failed: Any) -> None:
         self.thread.shutdown(cancel_futures=True)
 
-    def start(self, call: Callable[[], Result]) -> Callable[[], Result]:
-        """Start a call that comes after all that the GPU was told so far; return what waits for its result.
+    def submit(self, call: Callable[[], Result]) -> Callable[[], Result]:
+        """Run a call after the work that is queued on the current stream; return a function that waits for its result.
 
-        The call itself has to wait for the GPU, as copying its result to the host does.
+        The call itself must synchronise with its stream, as copying its result to the host does.
         """
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
