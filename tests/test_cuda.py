@@ -1,6 +1,7 @@
 """Tests on a GPU; skipped without one."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -18,13 +19,17 @@ from promag.tokenizer.streaming import reconstruct_stream
 from promag.tokenizer.train import train_tokenizer
 from promag.training.compilation import compile_blocks
 from promag.training.graphs import NAME, CudaRecorder, enable_graphs, recompute_block
+from promag.training.sending import Sender
 from promag.training.throughput import matmul_tflops
+from tests.conftest import run_config
 from tests.diffusion.test_few_steps import distilling
 from tests.diffusion.test_resumed_data import write
 from tests.pipelines.conftest import call
 from tests.tiny_pipeline import make_pipeline
 from tests.tokenizer.test_train import make_config, records
 from tests.training.test_graphs import SHAPES, arguments, gradients, learn
+from tests.training.test_loop import SETTINGS, Sick
+from tests.training.test_loop import run as run_training
 from tests.training.test_update import Layers, make, results, take_steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -182,7 +187,7 @@ def test_replayed_training_steps_equal_plain_ones(run):
 def test_replayed_updates_equal_plain_ones():
     plain, replayed = (make(recorder, Layers().cuda()) for recorder in (None, CudaRecorder()))
     for objective, update in (plain, replayed):
-        take_steps(objective, update, range(8))
+        take_steps(objective, update, range(8), skipped={0, 4})
     torch.testing.assert_close(results(*replayed), results(*plain), rtol=1e-4, atol=1e-6)
     assert [recorded is not None for recorded in replayed[1].recordings.values()] == [True]
 
@@ -196,6 +201,36 @@ def test_the_host_never_waits_inside_the_transformer():
         learn(model, **given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+STEPS = 8  # of the training that is watched
+
+
+class Watched(Sick):
+    """Raises where the host waits for the GPU between the third step and the last; figures are on the GPU."""
+
+    def forward(self, batch, generators, step):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= step < STEPS - 1 else "default")
+        return {"loss": super().forward(batch, generators, step)["loss"]}
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_the_host_never_waits_inside_a_training_step(tmp_path, capsys, muon):
+    settings = dataclasses.replace(SETTINGS, steps=STEPS, max_skipped=1, muon_learning_rate=muon)
+    rare = run_config(log_every=50, validate_every=50, save_every=50)
+    outcome, objective = run_training(tmp_path, rare, settings, Watched(4))
+    assert outcome.finished
+    assert "step 5: loss, gradient_norm not finite, skipped (1 in all)" in capsys.readouterr().err
+    assert all(p.isfinite().all() for p in objective.parameters())
+
+
+def test_batches_arrive_whole_while_a_step_computes():
+    send, busy = Sender(torch.device("cuda"), ("sample",)), torch.randn(4096, 4096, device="cuda")
+    for number in range(20):
+        batch = send({"x": torch.full((64, 1024), float(number)).pin_memory(), "sample": torch.tensor([number])})
+        busy = (busy @ busy).tanh()
+        assert batch["sample"].device.type == "cpu"
+        assert batch["x"].mean().item() == number
 
 
 @pytest.mark.usefixtures("exact")

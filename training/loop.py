@@ -6,6 +6,7 @@ learns from the same global batch, but for the order in which floats are summed.
 """
 
 import contextlib
+import functools
 import hashlib
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, send_to_device
+from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -31,6 +32,8 @@ from .precision import Chosen
 from .processes import broadcast_from_main
 from .progress import ProgressBar
 from .run import StopSignal, cut_metrics, newest_checkpoint, save_checkpoint, step_of, sweep, thin_out
+from .sending import Sender
+from .skipping import Skipping
 from .state import State
 from .throughput import Meter, Work
 from .trackers import Log, Tracker, check_trackers
@@ -169,8 +172,8 @@ def train(
         graphs: replay clipping, optimisers and average as CUDA graphs too; the model's own graphs are the objective's matter.
 
     A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished, even in the
-    last step. A step whose loss or gradients are not finite is named, counted and skipped. Raises FloatingPointError where
-    `max_skipped` such steps in a row are not enough.
+    last step. A step whose loss or gradients are not finite is skipped on the device; the host names and counts it while the
+    next one runs. Raises FloatingPointError where `max_skipped` such steps in a row are not enough.
     """
     name = folder.name
     wrapped, make_whole = _distribute(accelerator, objective, run.distributed)  # lays weights out anew: first of all
@@ -189,6 +192,7 @@ def train(
     if first:
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
     update = Update(optimizers, ema, parameters, (together, *separate), settings.clip_norm, make_recorder(graphs))
+    update.taken.fill_(first - state.skipped)
     log = _open_log(accelerator)
     metrics_file, metrics = folder / "metrics.jsonl", {}
     if accelerator.is_main_process:
@@ -203,6 +207,7 @@ def train(
         worker_init_fn=_leave_signals_to_the_parent,
     )
     batches = iter(loader) if first < last else iter(())
+    send = Sender(accelerator.device, objective.host_keys)
     bar = ProgressBar(
         initial=first,
         total=settings.steps,
@@ -212,7 +217,8 @@ def train(
     )
     bf16 = accelerator.mixed_precision == "bf16"
     meter = Meter(accelerator.num_processes, accelerator.device, bf16, run.peak_tflops)
-    with StopSignal() as stop, _shut_down_after(batches):
+    skipping = Skipping(accelerator, state, name, settings.max_skipped, functools.partial(bar.write, file=sys.stderr))
+    with StopSignal() as stop, _shut_down_after(batches), contextlib.closing(bar):
         objective.train()
         meter.start()
         saved, stopping = first, False
@@ -224,7 +230,7 @@ def train(
             for part in range(settings.accumulate):
                 batch: Any = next(batches)
                 generators = [seeded(seed, n, device=accelerator.device) for n in batch["sample"].tolist()]
-                batch = send_to_device(batch, accelerator.device, non_blocking=True, skip_keys=[*objective.host_keys])
+                batch = send(batch)
                 summing = part < settings.accumulate - 1  # DDP's gradients cross processes once a step, FSDP2's each time
                 with accelerator.no_sync(wrapped) if summing else contextlib.nullcontext():
                     with accelerator.autocast():
@@ -234,26 +240,17 @@ def train(
                     losses[key] = losses.get(key, 0) + value.detach().float() / settings.accumulate
                 meter.count(len(batch["sample"]), objective.work(batch))
             losses["gradient_norm"], *others = map(full, update.clip())
-            bad = _not_finite({**losses, **{f"gradient norm {i + 2}": norm for i, norm in enumerate(others)}})
-            skipping, stopping = _any_rank(accelerator, bool(bad), stop.received is not None)
-            if skipping:
-                state.skip(untouched)
-                message = f"{name} step {step + 1}: {', '.join(bad) or 'a figure on another rank'} not finite"
-                if state.skipped_in_a_row > settings.max_skipped:
-                    bar.close()
-                    raise FloatingPointError(
-                        f"{message}, {state.skipped_in_a_row} in a row; lower learning_rate or raise warmup"
-                    )
-                if accelerator.is_main_process:
-                    bar.write(f"{message}, skipped ({state.skipped} in all)", sys.stderr)
-            else:
-                state.skipped_in_a_row = 0
-                update()
-                meter.add(losses)
+            figures = {**losses, **{f"gradient norm {i + 2}": norm for i, norm in enumerate(others)}}
+            skip = skipping.decide(step + 1, figures, stop.received is not None)
+            update(skip)
+            state.restore_buffers(untouched, skip)
+            meter.add(losses, skip)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             step = state.step = step + 1
             bar.update()
+            due = step == last or not all(step % every for every in (run.log_every, run.validate_every, run.save_every))
+            stopping = skipping.read(everything=due)
 
             if step % run.log_every == 0 or step == last:
                 meter.sums = _mean_over_ranks(accelerator, meter.sums)
@@ -272,6 +269,7 @@ def train(
             if step % run.save_every == 0 and step < last:
                 _save(accelerator, folder, state, meter.seconds(), run, stop)
                 saved = step
+        skipping.read(everything=True)
         bar.close()
         seconds = meter.seconds()
         if step > saved:
@@ -280,7 +278,7 @@ def train(
         make_whole()
         objective.eval()
         stop.handled = True
-        (stopped,) = _any_rank(accelerator, stop.received is not None)
+        stopped = _any_rank(accelerator, stop.received is not None)
     if stop.received:
         accelerator.print(f"{name}: {stop.received} received, saved at step {step} of {settings.steps}")
     return Outcome(step, state.seconds + seconds, step >= settings.steps and not stopped, metrics)
@@ -351,12 +349,12 @@ def _open_log(accelerator: Accelerator) -> Log:
     return Log(accelerator.trackers if accelerator.is_main_process else ())
 
 
-def _any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Return for each flag whether it is set on any rank."""
+def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether a flag is set on any rank."""
     if accelerator.num_processes == 1:
-        return list(flags)
-    total: Any = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum")
-    return (total > 0).tolist()
+        return flag
+    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")
+    return bool(total > 0)
 
 
 def _mean_over_ranks(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -365,12 +363,6 @@ def _mean_over_ranks(accelerator: Accelerator, figures: dict[str, Tensor]) -> di
         return figures
     means: Any = accelerator.reduce(torch.stack([value.to(accelerator.device) for value in figures.values()]), "mean")
     return dict(zip(figures, means, strict=True))
-
-
-def _not_finite(figures: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of figures that are not finite, asking the device once."""
-    finite = torch.stack([torch.isfinite(value).all() for value in figures.values()]).tolist()
-    return [name for name, good in zip(figures, finite, strict=True) if not good]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -1,7 +1,7 @@
 """Optimisation of one stage: settings, learning rates, and the optimisers, AdamW alone or with Muon for the matrices."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -152,7 +152,12 @@ class Muon(torch.optim.Muon):
     `weights` are trained in place. The optimiser's own parameters are their matrix views, in the same order, and its state
     has the shape of those. Of weights that are spread over processes (fsdp.py), which must be matrices, they are the parts
     that this process holds; each process orthogonalises some of the matrices whole and gives the others their parts.
+
+    `found_inf` is what it is to torch's fused optimisers: a scalar on the weights' device, or None. Where it is 1, a step
+    leaves weights and momenta as they are, whatever the gradients, which it may overwrite.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -211,16 +216,17 @@ class Muon(torch.optim.Muon):
                 continue
             gradients: list[Any] = [view.grad for view in views]
             momenta = [self._momentum(view) for view in views]
+            lr = self._skip_if_bad(gradients, momenta, group["lr"])
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
-            torch._foreach_mul_(views, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(views, 1 - lr * group["weight_decay"])
             for batch in _batches([tuple(view.shape) for view in views]):
                 rows, columns = views[batch[0]].shape
                 matrices = torch.empty(len(batch), rows, columns, dtype=self.dtype, device=views[batch[0]].device)
                 torch._foreach_copy_(list(matrices.unbind()), [updates[i] for i in batch])
                 step = _orthogonal(matrices, group).float()
-                rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], torch.Size((rows, columns)))
-                if isinstance(rate, Tensor):  # of a recorded step (update.py)
+                rate = _adjust_lr(lr, group["adjust_lr_fn"], torch.Size((rows, columns)))
+                if isinstance(rate, Tensor):
                     step, rate = step.mul_(rate), 1.0
                 torch._foreach_add_([views[i] for i in batch], list(step.unbind()), alpha=-rate)
 
@@ -228,6 +234,8 @@ class Muon(torch.optim.Muon):
     def _step_of_parts(self, weights: Mapping[nn.Parameter, Any], group: Mapping[str, Any]) -> None:
         """Take a step of at most as many matrices as there are processes, given by the parts held here; one for each."""
         mine: Tensor | None = None
+        gradients: list[Any] = [view.grad for view in weights]
+        lr = self._skip_if_bad(gradients, [self._momentum(view) for view in weights], group["lr"])
         for owner, (view, weight) in enumerate(weights.items()):
             momentum: Any = self._momentum(view)
             momentum.lerp_(view.grad, 1 - group["momentum"])
@@ -239,7 +247,15 @@ class Muon(torch.optim.Muon):
         for owner, (view, weight) in enumerate(weights.items()):
             whole = step if owner == get_rank() and step is not None else torch.empty(weight.shape, device=view.device)
             part: Any = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=owner)
-            view.mul_(1 - group["lr"] * group["weight_decay"]).add_(part.to_local(), alpha=group["lr"])
+            view.mul_(1 - lr * group["weight_decay"]).add_(part.to_local() * lr)
+
+    def _skip_if_bad(self, gradients: Sequence[Tensor], momenta: Sequence[Tensor], lr: Any) -> Any:
+        """Where `found_inf` is 1, put the momenta in place of the gradients; return the learning rate, or then 0."""
+        if self.found_inf is None:
+            return lr
+        for gradient, momentum in zip(gradients, momenta, strict=True):
+            torch.where(self.found_inf.bool(), momentum, gradient, out=gradient)
+        return lr * (1 - self.found_inf)
 
     def _momentum(self, view: nn.Parameter) -> Any:
         """Return a matrix's momentum, made of zeros in its first step."""

@@ -45,12 +45,15 @@ class State:
         """Copy what a forward pass may change: moving averages, for example."""
         return {name: buffer.clone() for name, buffer in self.buffers.items() if buffer.is_floating_point()}
 
-    def skip(self, untouched: Mapping[str, Tensor]) -> None:
-        """Count a skipped step and restore the buffers."""
+    def restore_buffers(self, untouched: Mapping[str, Tensor], skipping: Tensor) -> None:
+        """Put buffers back to their copies where `skipping`, a scalar, is 1 instead of 0."""
         for name, value in untouched.items():
-            self.buffers[name].copy_(value)
-        self.skipped += 1
-        self.skipped_in_a_row += 1
+            torch.where(skipping.bool(), value, self.buffers[name], out=self.buffers[name])
+
+    def count(self, skipped: bool) -> None:
+        """Count a step that was taken or skipped."""
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def resume(self, path: Path) -> None:
         """Read a checkpoint, a tensor at a time; raises UserError where its steps had more or fewer samples."""
@@ -83,7 +86,6 @@ class State:
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         self.step, self.seconds = meta["step"], meta["seconds"]
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
-        self.ema.optimization_step = self.step - self.skipped
 
     def groups(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield the groups of tensors, full on rank 0; all ranks must call this together.

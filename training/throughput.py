@@ -43,7 +43,7 @@ class Meter:
     def __init__(self, processes: int, device: torch.device | str, bf16: bool, peak_tflops: float | None):
         self.processes, self.device, self.bf16, self.peak = processes, device, bf16, peak_tflops
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # steps per metric: some metrics exist only in some steps
+        self.counts: dict[str, Tensor] = {}  # steps per metric: some metrics exist only in some steps
         self.samples = self.tokens = 0
         self.flops = 0.0
         self.started = self.since = 0.0
@@ -71,15 +71,16 @@ class Meter:
             self.tokens += work.tokens
             self.flops += work.flops
 
-    def add(self, figures: Mapping[str, Tensor]) -> None:
-        """Add the metrics of an optimizer step."""
+    def add(self, figures: Mapping[str, Tensor], skipping: Tensor) -> None:
+        """Add the metrics of an optimizer step; nothing where `skipping`, a scalar, is 1 instead of 0."""
         for key, value in figures.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach().float()
-            self.counts[key] = self.counts.get(key, 0) + 1
+            self.sums[key] = self.sums.get(key, 0) + torch.where(skipping.bool(), 0, value.detach().float())
+            self.counts[key] = self.counts.get(key, 0) + (1 - skipping)
 
     def read(self) -> dict[str, float]:
         """Return each metric's mean over the steps that had it and the throughput since the last reading, then reset."""
-        record = {key: float(value) / self.counts[key] for key, value in self.sums.items()}  # waits for the device
+        steps = {key: float(count) for key, count in self.counts.items()}  # waits for the device
+        record = {key: float(value) / steps[key] for key, value in self.sums.items() if steps[key]}
         seconds = time.perf_counter() - self.since
         record["samples_per_second"] = self.samples * self.processes / seconds
         if self.flops:

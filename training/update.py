@@ -23,13 +23,13 @@ class Recorded:
 class Update:
     """Applies the gradients that the weights hold: `clip` limits their norms, then a call steps the optimisers and averages.
 
-    Between the two the caller may look at the norms and leave out the call. With a recorder both parts are replayed whenever
-    the gradients lie at addresses that were used before, as the gradients of a model with graphs do (graphs.py). They run
-    eagerly the first time, and they are recorded the second time.
+    Between the two the caller decides from the norms, on the device, whether the call changes anything. With a recorder both
+    parts are replayed whenever the gradients lie at addresses that were used before, as the gradients of a model with graphs
+    do (graphs.py). They run eagerly the first time, and they are recorded the second time.
 
     Args:
         optimizers: AdamW (fused) and Muon.
-        average: exponential moving average of the weights.
+        average: exponential moving average of the weights, whose decay grows with `taken`.
         parameters: the averaged weights, in the order of `average`.
         clipped: groups of weights, each clipped by the norm of its own gradients.
         clip_norm: the norm that a group's gradients have at most.
@@ -51,7 +51,11 @@ class Update:
         self.recordings: dict[tuple[int, ...], Recorded | None] = {}
         self.current: Recorded | None = None  # that of the gradients which were clipped last
         self.learning_rates: list[Tensor] = []  # one for each group; a recording reads them
-        self.one_minus_decay = torch.tensor(0.0)  # of the average; a recording reads it
+        # Both on the device: the host need not know whether a step was skipped.
+        self.skipping = torch.zeros((), device=parameters[0].device)  # 1 in a step that changes nothing, else 0
+        self.taken = torch.zeros((), device=parameters[0].device)  # steps that were not skipped
+        for optimizer in optimizers:
+            optimizer.found_inf = self.skipping  # pyright: ignore[reportAttributeAccessIssue] (as torch's GradScaler sets it)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -66,13 +70,17 @@ class Update:
         self.current.clip()
         return self.current.norms
 
-    def __call__(self) -> None:
-        """Take one step with the clipped gradients, at the learning rates that the optimisers' groups hold."""
+    def __call__(self, skipping: Tensor) -> None:
+        """Take one step with the clipped gradients, at the learning rates that the optimisers' groups hold.
+
+        Where `skipping`, a scalar, is 1 instead of 0, weights, moments and averages stay as they are, bit for bit.
+        """
+        self.skipping.copy_(skipping)
         if self.current is not None:
-            return self._replay(self.current)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.average.step(self.parameters)
+            for rate, group in zip(self.learning_rates, self.groups, strict=True):
+                rate.fill_(group["lr"])
+            return self.current.step()
+        self._step()
         if self.recorder is not None:
             self._keep(self._addresses(), None)
         return None
@@ -97,19 +105,10 @@ class Update:
     def _addresses(self) -> tuple[int, ...]:
         return tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters)
 
-    def _replay(self, recorded: Recorded) -> None:
-        for rate, group in zip(self.learning_rates, self.groups, strict=True):
-            rate.fill_(group["lr"])
-        self.average.optimization_step += 1
-        decay = self.average.cur_decay_value = self.average.get_decay(self.average.optimization_step)
-        self.one_minus_decay.fill_(1 - decay)
-        recorded.step()
-
     def _record(self, recorder: Recorder) -> Recorded:
         device = self.parameters[0].device
         if not self.learning_rates:
             self.learning_rates = [torch.tensor(group["lr"], device=device) for group in self.groups]
-            self.one_minus_decay = self.one_minus_decay.to(device)
         norms = [torch.zeros((), device=device) for _ in self.clipped]
 
         def clip() -> None:
@@ -118,18 +117,24 @@ class Update:
 
         return Recorded(recorder.record_step(clip), norms, recorder.record_step(self._recorded_step))
 
-    @torch.no_grad()
     def _recorded_step(self) -> None:
-        """Do what a plain call does, with learning rates and decay in tensors."""
+        """Do what a plain step does, with learning rates in tensors."""
         before = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in self.groups]
         for group, rate in zip(self.groups, self.learning_rates, strict=True):
             group |= {"lr": rate, **({"capturable": True} if "capturable" in group else {})}
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self._step()
         for group, values in zip(self.groups, before, strict=True):
             group |= values
-        # EMAModel.step takes its decay from Python: a recording would keep the first one.
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+        taking = 1 - self.skipping
+        self.taken += taking
+        # What EMAModel.step does with its warm-up, but for the count of steps, which it keeps on the host.
+        change = self.taken.clamp(min=1).pow(-self.average.power).clamp(min=1 - self.average.decay) * taking
         averages: Any = self.average.shadow_params
         changes: Any = torch._foreach_sub(list(self.parameters), averages)
-        torch._foreach_mul_(changes, self.one_minus_decay)
+        torch._foreach_mul_(changes, change)
         torch._foreach_add_(averages, changes)

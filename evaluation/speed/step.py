@@ -31,7 +31,6 @@ class WeightUpdate:
     def __call__(self) -> None:
         """Use the gradients that the weights hold now."""
         (norm,) = self.update.clip()
-        if bool(torch.isfinite(norm)):  # the loop asks the device too, to skip a step that is not finite
-            self.update()
+        self.update((~torch.isfinite(norm)).float())
         for optimizer in self.optimizers:
             optimizer.zero_grad()

@@ -45,8 +45,20 @@ def test_a_metric_is_averaged_over_the_steps_that_have_it():
     meter = Meter(1, "cpu", bf16=False, peak_tflops=1.0)
     meter.start()
     for step in range(4):
-        meter.add({"loss": torch.tensor(float(step)), **({"generator": torch.tensor(6.0 + step)} if step > 1 else {})})
+        figures = {"loss": torch.tensor(float(step)), **({"generator": torch.tensor(6.0 + step)} if step > 1 else {})}
+        meter.add(figures, torch.tensor(0.0))
     record = meter.read()
     assert (record["loss"], record["generator"]) == (1.5, 8.5)
-    meter.add({"loss": torch.tensor(3.0)})
+    meter.add({"loss": torch.tensor(3.0)}, torch.tensor(0.0))
     assert meter.read()["loss"] == 3.0
+
+
+def test_metrics_of_skipped_steps_are_left_out():
+    meter = Meter(1, "cpu", bf16=False, peak_tflops=1.0)
+    meter.start()
+    for step, value in enumerate((2.0, float("nan"), 4.0, float("inf"))):
+        loss = torch.tensor(value)
+        meter.add({"loss": loss, **({"generator": loss} if step % 2 else {})}, torch.tensor(step % 2.0))
+    record = meter.read()
+    assert record["loss"] == 3.0
+    assert "generator" not in record
