@@ -1,5 +1,7 @@
 """Growth by interpolated frames (hand_over frames): its start, its laws, its training, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -172,10 +174,11 @@ def test_training_beats_interpolation_on_one_clip_and_touches_the_new_level_alon
 
 
 def test_stages_train_it_and_an_interrupted_training_continues_to_the_same_weights(tmp_path):
-    stages = (stage(4, 5), stage(8, 9, Growth(**FRAMES)), stage(16, 17, Growth(**FRAMES)))
+    together = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(16, 8, 4))
+    stages = (stage(4, 5), stage(8, 9, Growth(**FRAMES)), stage(16, 17, Growth(**FRAMES)), together)
     whole = train_tokenizer(make_config(tmp_path / "whole", stages=stages))
     interrupted = make_config(tmp_path / "resumed", stages=stages, run=run_config(stop_after=3))
-    for _ in range(6):
+    for _ in range(8):
         resumed = train_tokenizer(interrupted)
     one, other = (load_tokenizer(folder).state_dict() for folder in (whole, resumed))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
