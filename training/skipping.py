@@ -54,11 +54,11 @@ class Skipping:
         self.unread: deque[Decision] = deque()
 
     def decide(self, step: int, figures: Mapping[str, Tensor], stop: bool) -> Tensor:
-        """Return a scalar on the device: 1 where one of a step's figures is not finite on any process, else 0.
+        """Return a scalar on the device: 1 where one of a step's figures, scalars too, is not finite on any process, else 0.
 
         `stop` is whether this process was told to stop.
         """
-        bad = torch.stack([~torch.isfinite(value).all() for value in figures.values()]).float()
+        bad = (~torch.isfinite(torch.stack(list(figures.values())))).float()
         shared = torch.stack([bad.amax(), torch.full_like(bad[0], stop)])
         if self.accelerator.num_processes > 1:
             total: Tensor = self.accelerator.reduce(shared, "sum")  # pyright: ignore[reportAssignmentType]

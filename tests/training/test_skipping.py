@@ -33,7 +33,7 @@ def test_the_host_names_a_bad_step_as_many_steps_later_as_the_lag(lag):
 def test_reading_everything_leaves_nothing():
     skipping, state, said = make(2, most=2)
     for step in (1, 2):
-        skipping.decide(step, {"loss": torch.tensor(float("inf")), "norm": torch.tensor([1.0, float("nan")])}, stop=step == 1)
+        skipping.decide(step, {"loss": torch.tensor(float("inf")), "norm": BAD}, stop=step == 1)
     assert skipping.read(everything=True)
     assert (state.skipped, state.skipped_in_a_row) == (2, 2)
     assert said[1] == "stage step 2: loss, norm not finite, skipped (2 in all)"
