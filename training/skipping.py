@@ -18,7 +18,7 @@ class Decision:
     Attributes:
         step: the step's number, from 1.
         names: the step's figures.
-        flags: on the host, as soon as `copied` has happened: skipped, stopped, then for each figure whether it is bad here.
+        flags: on the host once `copied` has happened: skipped, stopped, then for each figure whether it is bad on this process.
         copied: None where the device is the host.
     """
 
@@ -34,8 +34,8 @@ class Skipping:
     Args:
         accelerator: the process's Accelerator; a step that is bad on one process is skipped on all.
         state: where skipped steps are counted.
-        name: of the stage, for messages.
-        most: skipped steps in a row that are allowed.
+        stage: the stage's name, for messages.
+        max_skipped: skipped steps in a row that are allowed.
         warn: shows a message; called on the main process.
         lag: steps that the host lets the device be behind; None for 1 on a GPU, and 0 on a CPU, where nothing is waited for.
     """
@@ -44,17 +44,18 @@ class Skipping:
         self,
         accelerator: Accelerator,
         state: State,
-        name: str,
-        most: int,
+        stage: str,
+        max_skipped: int,
         warn: Callable[[str], None],
         lag: int | None = None,
     ):
-        self.accelerator, self.state, self.name, self.most, self.warn = accelerator, state, name, most, warn
+        self.accelerator, self.state, self.stage = accelerator, state, stage
+        self.max_skipped, self.warn = max_skipped, warn
         self.lag = int(accelerator.device.type == "cuda") if lag is None else lag
         self.unread: deque[Decision] = deque()
 
     def decide(self, step: int, figures: Mapping[str, Tensor], stop: bool) -> Tensor:
-        """Return a scalar on the device: 1 where one of a step's figures, scalars too, is not finite on any process, else 0.
+        """Return a scalar on the device: 1 where one of a step's figures, scalars, is not finite on any process, else 0.
 
         `stop` is whether this process was told to stop.
         """
@@ -86,13 +87,13 @@ class Skipping:
             stop |= stopped
             self.state.count(skipped)
             if skipped:
-                self._name(decision, [name for name, own in zip(decision.names, bad, strict=True) if own])
+                self._report(decision, [name for name, own in zip(decision.names, bad, strict=True) if own])
         return stop
 
-    def _name(self, decision: Decision, bad: Sequence[str]) -> None:
-        message = f"{self.name} step {decision.step}: {', '.join(bad) or 'a figure on another rank'} not finite"
+    def _report(self, decision: Decision, bad: Sequence[str]) -> None:
+        message = f"{self.stage} step {decision.step}: {', '.join(bad) or 'a figure on another rank'} not finite"
         in_a_row = self.state.skipped_in_a_row
-        if in_a_row > self.most:
+        if in_a_row > self.max_skipped:
             raise FloatingPointError(f"{message}, {in_a_row} in a row; lower learning_rate or raise warmup")
         if self.accelerator.is_main_process:
             self.warn(f"{message}, skipped ({self.state.skipped} in all)")
