@@ -1,6 +1,6 @@
 """Kill trainings, caching and publishing before every change of a file and at random moments, and compare what restarts leave.
 
-python -m promag.scripts.reliability.kills --minutes 20 --record docs/results/reliability.jsonl
+python -m promag.scripts.reliability.kills --rounds 400 --record docs/results/reliability.jsonl
 
 Work is forked from one process that has imported everything. A kill is SIGKILL: before the n-th change of a file, for every n,
 once with the file before it whole and once with half of it written; or after a random time, up to three times in a row. Then
@@ -41,7 +41,7 @@ IMPORTED = ("promag", "torch", "diffusers", "transformers", "accelerate", "safet
 def main(argv: Sequence[str]) -> int:
     """Print the figures; with --record append them as a JSON line. The exit status is 1 where a restart left other files."""
     parser = Parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=20, help="time to kill for; works and inputs are made before")
+    parser.add_argument("--rounds", type=int, default=400, help="how often work is killed, started again and compared")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="work to kill")
     parser.add_argument("--processes", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="numbers of processes")
     parser.add_argument("--seed", type=int, default=0, help="decides the order of kills and the random moments")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as place:
         killing = Killing(Path(place), random.Random(arguments.seed))
         killing.plan(arguments.targets, arguments.processes)
-        killing.carry_out(60 * arguments.minutes)
+        killing.carry_out(arguments.rounds)
         figures = killing.figures() | {"seconds": round(time.perf_counter() - started), "seed": arguments.seed}
     print(json.dumps(figures))
     if arguments.record:
@@ -67,13 +67,14 @@ def main(argv: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Kill:
-    """A kill of one process of `processes`: before its n-th change of a file, or at random moments where n is None."""
+    """A kill of one process of `processes`: before its n-th change of a file, or at moments, as shares of the work's time."""
 
     target: str
     processes: int
     rank: int
-    change: int | None
+    change: int | None = None
     torn: bool = False
+    moments: tuple[float, ...] = ()
 
 
 class Killing:
@@ -124,20 +125,21 @@ class Killing:
                 importlib.import_module(name)
         gc.freeze()
 
-    def carry_out(self, seconds: float) -> None:
-        """Kill for so long: three times before a change of a file, then at a random moment, and at last there alone."""
-        works, until = list(self.expected), time.perf_counter() + seconds
-        while time.perf_counter() < until:
+    def carry_out(self, rounds: int) -> None:
+        """Kill so often: in three of four rounds before a change of a file, else and at last at random moments."""
+        works = list(self.expected)
+        for _ in range(rounds):
             if self.kills and self.random.random() < 0.75:
                 self._kill(self.kills.pop())
             else:
                 target, number = self.random.choice(works)
-                self._kill(Kill(target, number, self.random.randrange(number), None))
+                moments = self.random.random(), self.random.random(), self.random.random()
+                self._kill(Kill(target, number, self.random.randrange(number), moments=moments))
 
     def _kill(self, kill: Kill) -> None:
         place, killed = self._new_folder(), 0
-        for _ in range(3 if kill.change is None else 1):
-            codes = self._start(kill.target, kill.processes, place, kill)
+        for moment in kill.moments or (None,):
+            codes = self._start(kill.target, kill.processes, place, kill, moment)
             if codes[kill.rank][0] != -signal.SIGKILL:
                 break  # it came to its end
             killed += 1
@@ -151,11 +153,11 @@ class Killing:
             differences = _differences(left, self.expected[work])
             print(f"{kill}: {differences}\n{self.log.read_text(encoding='utf-8')[-3000:]}", file=sys.stderr, flush=True)
 
-    def _start(self, target: str, number: int, place: Path, kill: Kill | None) -> list[tuple[int, Any]]:
+    def _start(
+        self, target: str, number: int, place: Path, kill: Kill | None, moment: float | None = None
+    ) -> list[tuple[int, Any]]:
         """Do the work on `number` processes until it ends or is killed; return their exit codes and changes of files."""
-        run, after = TARGETS[target].run, None
-        if kill and kill.change is None:
-            after = self.random.uniform(0, self.seconds[target, number])
+        run, after = TARGETS[target].run, None if moment is None else moment * self.seconds[target, number]
         self.log.write_text("", encoding="utf-8")
         children = []
         port = _free_port()
