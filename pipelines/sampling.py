@@ -51,7 +51,7 @@ class Draft:
 
     ratio: int  # higher than the video's
     steps: int  # denoising steps of the draft
-    strength: float  # share of the video's steps that refine the draft, below 1; 0 decodes the lifted draft as it is
+    strength: float  # share of the video's steps that refine the draft, below 1; 0 decodes the draft at the video's ratio
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def make_videos(
         precision: precision of the model calls.
         on_progress: called after each denoising step with the steps done and the steps in total, over all batches.
         encode: encodes prompts, and the null caption, in place of the pipeline.
-        draft: samples each video at a higher ratio first, lifts its latents to the video's ratio and refines them there.
+        draft: samples each video at a higher ratio first and refines it at the video's ratio. Its latents are lifted there
+            without pixels, or decoded and encoded again where a tokenizer's latents do not lift.
         overlap: decode each batch while the next one is denoised, which takes memory for both at once.
         arguments: further arguments of the pipeline.
 
@@ -164,8 +165,8 @@ def make_videos(
             with watch, autocast(pipe.device, precision):
                 if draft is not None:
                     higher = {"temporal_ratio": draft.ratio, "num_inference_steps": draft.steps}
-                    lifted = pipe.vae.lift(pipe(**{**call, **higher}).frames, draft.ratio, ratio)
-                    call |= {"latents": lifted, "denoise_strength": draft.strength}
+                    latents = _at_lower_ratio(pipe.vae, pipe(**{**call, **higher}).frames, draft.ratio, ratio)
+                    call |= {"latents": latents, "denoise_strength": draft.strength}
                 decoding = partial(decode, pipe(**call).frames)
             pending.append((background.submit(decoding) if background else decoding, watch.seconds))
             if len(pending) > int(overlap):  # with overlap the newest batch stays in the background
@@ -201,7 +202,7 @@ def _check(
     if overlap and getattr(getattr(pipe, "pipe", pipe), "_all_hooks", None):
         raise ValueError("overlap: this pipeline holds one model at a time on its device; overlap needs all of them there")
     if overlap and draft is not None:
-        raise ValueError("overlap: the draft of one batch is lifted by what decodes the other; leave one of the two out")
+        raise ValueError("overlap: a draft needs what decodes the batch before it; leave one of the two out")
     if draft is None:
         return ratio, count_model_calls(pipe.scheduler, steps)
     if not isinstance(draft, Draft):
@@ -214,9 +215,15 @@ def _check(
             f"draft at {draft.ratio}x with denoise_strength {draft.strength:g} for a video at {ratio}x: a higher ratio and "
             "a strength from 0 to below 1 are needed"
         )
-    if ratio not in pipe.vae.lifts(draft.ratio):
-        raise ValueError(f"draft at {draft.ratio}x: this tokenizer's latents cannot be lifted to {ratio}x; leave drafts out")
     return ratio, count_model_calls(pipe.scheduler, draft.steps) + count_model_calls(pipe.scheduler, steps, draft.strength)
+
+
+def _at_lower_ratio(vae: Any, latents: Tensor, ratio: int, lower: int) -> Tensor:
+    """Return latents of a lower ratio: lifted without pixels where they lift, else those of the decoded video."""
+    if lower in vae.lifts(ratio):
+        return vae.lift(latents, ratio, lower)
+    video = vae.decode(latents, ratio).sample.clamp(-1, 1)
+    return vae.encode(video, lower).latent_dist.mode()
 
 
 def _finish(decode: Callable[[], list[np.ndarray]], seconds: Seconds) -> tuple[list[np.ndarray], Seconds]:

@@ -103,7 +103,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--height", type=int, help="pixels; left out: what it was trained on")
     add("--width", type=int, help="pixels; left out: what it was trained on")
     add("--ratio", type=int, help="temporal ratio; left out: the first it was trained at")
-    add("--draft-ratio", type=int, help="sample at this higher ratio first, lift it to --ratio and refine it there")
+    add("--draft-ratio", type=int, help="sample at this higher ratio first and refine the result at --ratio")
     add("--draft-steps", type=int, help="denoising steps of the draft; left out: --steps")
     add("--denoise-strength", type=float, help="share of --steps that refine a draft, 0 to below 1; left out: 0.5")
     share(parser, "--steps", "--guidance", "--batch-size", "--precision")

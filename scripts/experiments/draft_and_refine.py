@@ -1,8 +1,8 @@
 """Measure what a draft at a high temporal ratio, refined at a low one, gains.
 
 The same prompts and seeds are sampled in several ways: from noise at the low ratio with several numbers of steps; the draft
-alone; the draft lifted to the low ratio without pixels, noised to several times and refined. Ways of about
-equal seconds are compared.
+alone; the draft taken to the low ratio, without pixels where the tokenizer's latents lift, noised to several times and refined.
+Ways of about equal seconds are compared.
 """
 
 import argparse
