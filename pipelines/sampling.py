@@ -202,7 +202,7 @@ def _check(
     if overlap and getattr(getattr(pipe, "pipe", pipe), "_all_hooks", None):
         raise ValueError("overlap: this pipeline holds one model at a time on its device; overlap needs all of them there")
     if overlap and draft is not None:
-        raise ValueError("overlap: a draft needs what decodes the batch before it; leave one of the two out")
+        raise ValueError("overlap: a draft needs the tokenizer, which decodes the batch before it; leave one of the two out")
     if draft is None:
         return ratio, count_model_calls(pipe.scheduler, steps)
     if not isinstance(draft, Draft):

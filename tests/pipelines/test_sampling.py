@@ -145,7 +145,7 @@ def test_what_fails_aside_is_raised_and_nothing_runs_on(pipe, monkeypatch):
     ("arguments", "message"),
     [
         ({"overlap": 1}, "overlap 1: True or False is needed"),
-        ({"overlap": True, "draft": Draft(16, 2, 0.5), "temporal_ratio": 4}, "overlap: a draft needs what decodes"),
+        ({"overlap": True, "draft": Draft(16, 2, 0.5), "temporal_ratio": 4}, "overlap: a draft needs the tokenizer"),
     ],
 )
 def test_overlaps_that_cannot_be_are_refused(pipe, arguments, message):
