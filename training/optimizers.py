@@ -104,10 +104,14 @@ def _groups(weights: Iterable[nn.Parameter], factors: dict[int, float], rate: fl
     return [{"params": group, "factor": factor} for factor, group in by_scale.items()]
 
 
-def muon_flops(rows: int, columns: int) -> float:
-    """Return the FLOPs of orthogonalising one matrix in a step of Muon: three products in each Newton-Schulz step."""
+def muon_flops(rows: int, columns: int, precision: Chosen = "bf16") -> float:
+    """Return the FLOPs of orthogonalising one matrix in a step of Muon, whose products are in `precision`.
+
+    A product of k Newton-Schulz steps takes a Gram matrix, 4 k - 3 products of such matrices, and one with the matrix.
+    """
     short, long = sorted((rows, columns))
-    return float(NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3))
+    at_once = _steps_at_once(NEWTON_SCHULZ_STEPS, short, long, DTYPES[precision])
+    return float(sum(4 * short**2 * long + 2 * (4 * steps - 3) * short**3 for steps in at_once))
 
 
 def weights_and_keys(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -284,14 +288,39 @@ def _batches(shapes: list[tuple[int, ...]]) -> list[list[int]]:
 
 
 def _orthogonal(updates: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Orthogonalise matrices B rows columns by Newton-Schulz steps in their type, as torch.optim.Muon does one."""
+    """Orthogonalise matrices B rows columns by Newton-Schulz steps in their type, as torch.optim.Muon does one.
+
+    A step multiplies the matrices by a I + b G + c G^2, G their Gram matrix. Such factors commute, and the step turns G into
+    factor^2 G, so those of several steps are multiplied first: Gram matrices are small where the matrices are long.
+    """
     a, b, c = group["ns_coefficients"]
     x = updates.mT if updates.shape[1] > updates.shape[2] else updates
     x = x / x.flatten(1).norm(dim=1).clamp(min=group["eps"])[:, None, None]
-    for _ in range(group["ns_steps"]):
+    for steps in _steps_at_once(group["ns_steps"], *x.shape[1:], x.dtype):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # the factor is a I + rest
+        if steps == 1:
+            x = torch.baddbmm(x, rest, x, beta=a)
+            continue
+        factors = rest.clone()
+        factors.diagonal(dim1=1, dim2=2).add_(a)
+        for _ in range(steps - 1):
+            for _ in range(2):
+                gram = torch.baddbmm(gram, rest, gram, beta=a)
+            rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factors = torch.baddbmm(factors, rest, factors, beta=a)
+        x = factors @ x
     return x.mT if updates.shape[1] > updates.shape[2] else x
+
+
+def _steps_at_once(steps: int, rows: int, columns: int, dtype: torch.dtype) -> list[int]:
+    """Divide the Newton-Schulz steps of matrices, not higher than wide, into those that one Gram matrix serves.
+
+    Several at once save little or nothing for matrices that are not long. In bfloat16 a third one would blow up the rounding
+    of the Gram matrix, whose smallest eigenvalues it makes negative.
+    """
+    most = 1 if columns < 4 * rows else 4 if dtype == torch.float32 else 2
+    return [min(most, steps - first) for first in range(0, steps, most)]
 
 
 def _orthogonal_step(update: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
