@@ -291,7 +291,8 @@ def _orthogonal(updates: Tensor, group: Mapping[str, Any]) -> Tensor:
     """Orthogonalise matrices B rows columns by Newton-Schulz steps in their type, as torch.optim.Muon does one.
 
     A step multiplies the matrices by a I + b G + c G^2, G their Gram matrix. Such factors commute, and the step turns G into
-    factor^2 G, so those of several steps are multiplied first: Gram matrices are small where the matrices are long.
+    factor^2 G, so those of several steps are multiplied first: Gram matrices are small where the matrices are long
+    (https://tridao.me/blog/2026/gram-newton-schulz).
     """
     a, b, c = group["ns_coefficients"]
     x = updates.mT if updates.shape[1] > updates.shape[2] else updates
