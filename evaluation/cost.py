@@ -235,7 +235,7 @@ class BudgetCosts:
     def muon_gflops(self, budget: Budget) -> float:
         """Return the arithmetic of Muon in a step; 0 where AdamW trains all."""
         matrices = hidden_matrices(self._models[budget.channels]) if self.optimization.muon_learning_rate else []
-        return sum(muon_flops(*matrix.shape, self.precision) for matrix in matrices) / 1e9
+        return sum(muon_flops(matrix.shape, self.precision) for matrix in matrices) / 1e9
 
     def tokens(self, budget: Budget, frames: int) -> int:
         """Return the tokens of a clip."""

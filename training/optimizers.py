@@ -104,12 +104,12 @@ def _groups(weights: Iterable[nn.Parameter], factors: dict[int, float], rate: fl
     return [{"params": group, "factor": factor} for factor, group in by_scale.items()]
 
 
-def muon_flops(rows: int, columns: int, precision: Chosen = "bf16") -> float:
-    """Return the FLOPs of orthogonalising one matrix in a step of Muon, whose products are in `precision`.
+def muon_flops(shape: Sequence[int], precision: Chosen = "bf16") -> float:
+    """Return the FLOPs of orthogonalising a matrix of that shape in a step of Muon, whose products are in `precision`.
 
     A product of k Newton-Schulz steps takes a Gram matrix, 4 k - 3 products of such matrices, and one with the matrix.
     """
-    short, long = sorted((rows, columns))
+    short, long = sorted(shape)
     at_once = _steps_at_once(NEWTON_SCHULZ_STEPS, short, long, DTYPES[precision])
     return float(sum(4 * short**2 * long + 2 * (4 * steps - 3) * short**3 for steps in at_once))
 
@@ -297,7 +297,7 @@ def _orthogonal(updates: Tensor, group: Mapping[str, Any]) -> Tensor:
     a, b, c = group["ns_coefficients"]
     x = updates.mT if updates.shape[1] > updates.shape[2] else updates
     x = x / x.flatten(1).norm(dim=1).clamp(min=group["eps"])[:, None, None]
-    for steps in _steps_at_once(group["ns_steps"], *x.shape[1:], x.dtype):
+    for steps in _steps_at_once(group["ns_steps"], x.shape[1], x.shape[2], x.dtype):
         gram = x @ x.mT
         rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # the factor is a I + rest
         if steps == 1:

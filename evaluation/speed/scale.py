@@ -170,7 +170,7 @@ def models_of(config: DiffusionConfig, runs: Sequence[tuple[int, int]], text_wid
             every - in_blocks,
             sum(matrix.numel() for matrix in matrices),
             len(matrices),
-            sum(muon_flops(*matrix.shape) for matrix in matrices),
+            sum(muon_flops(matrix.shape) for matrix in matrices),
             training_flops(transformer.config, tokens(frames, size, size, ratio, patch), lengths),
             clips,
             config.gradient_checkpointing,

@@ -69,13 +69,13 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     matrices = [] if config.optimization.muon_learning_rate is None else hidden_matrices(transformer)
     static = static_memory(trained, matrices)
     print(f"{name}: {sum(p.numel() for p in trained) / 1e6:.1f} M weights, {static.total / GIB:.2f} GiB: {static}")
-    print(f"  Muon: {sum(muon_flops(*p.shape) for p in matrices) / 1e9:.4g} GFLOP a step")
+    print(f"  Muon: {sum(muon_flops(p.shape) for p in matrices) / 1e9:.4g} GFLOP a step")
     row: dict[str, Any] = {
         "preset": name,
         "transformer_parameters": sum(p.numel() for p in transformer.parameters()),
         "text_parameters": sum(p.numel() for p in text),
         "muon_parameters": sum(p.numel() for p in matrices),
-        "muon_flops_per_step": sum(muon_flops(*p.shape) for p in matrices),
+        "muon_flops_per_step": sum(muon_flops(p.shape) for p in matrices),
         "bytes": {**asdict(static), "total": static.total},
         "clips": [],
     }
