@@ -1,12 +1,19 @@
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from promag import AutoencoderKLProMAG
+from promag.diffusion.config import DiffusionConfig
+from promag.diffusion.families import hidden_matrices
+from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.evaluation.cost import TransformerAlone
+from promag.tokenizer.config import TokenizerConfig
 from promag.training import optimizers
+from promag.training.config import build, load_yaml
 from promag.training.optimizers import NEWTON_SCHULZ_STEPS, Muon, from_saved, make_optimizers, muon_flops, to_saved
 from promag.training.precision import DTYPES
 from tests.conftest import optimization_config
@@ -61,6 +68,19 @@ def test_the_steps_of_long_matrices_share_gram_matrices():
     assert muon_flops((rows, columns), "fp32") == pytest.approx(0.36 * plain, rel=0.02)
     assert muon_flops((rows, columns), "bf16") == pytest.approx(0.58 * plain, rel=0.02)
     assert muon_flops((rows, rows), "fp32") == muon_flops((rows, rows), "bf16") == NEWTON_SCHULZ_STEPS * 6 * rows**3
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_shares_of_plain_steps_arithmetic_that_the_docs_quote(size):
+    with torch.device("meta"):
+        tokenizer = AutoencoderKLProMAG(**asdict(build(TokenizerConfig, load_yaml(f"tokenizer/{size}"), size).model))
+        model = build(DiffusionConfig, load_yaml(f"diffusion/{size}"), size).model
+        transformer = ProMAGTransformer3DModel(**asdict(model), text_dim=128, pooled_dim=128, in_channels=16)
+    kernels = [(p.shape[0], p[0].numel()) for p in tokenizer.hidden_kernels()]
+    for shapes, fp32, bf16 in ((kernels, 0.38, 0.59), ([p.shape for p in hidden_matrices(transformer)], 0.82, 0.88)):
+        plain = sum(NEWTON_SCHULZ_STEPS * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes)
+        for precision, share in (("fp32", fp32), ("bf16", bf16)):
+            assert sum(muon_flops(s, precision) for s in shapes) / plain == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
