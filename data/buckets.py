@@ -63,15 +63,12 @@ class Buckets:
             np.array([getattr(bucket, key) for bucket in self.buckets])[:, None] for key in ("frames", "height", "width")
         )
         fits = (lengths - 1) * self.stride + 1 <= frames  # buckets x clips, as all below
-        aspect_gap = np.abs(np.log(widths / heights) - np.log(width / height))
+        with np.errstate(invalid="ignore"):  # bad samples of shards have no frames, which leaves them out, and a size of 0 x 0
+            aspect_gap = np.abs(np.log(widths / heights) - np.log(width / height))
         enlarged = (heights > height) | (widths > width)
         area = np.where(enlarged, heights * widths, -heights * widths)
         order = np.lexsort((area, enlarged, aspect_gap, np.broadcast_to(-lengths, fits.shape), ~fits), axis=0)
         return np.where(fits.any(0), order[0], NONE).astype(np.int16)
-
-    def counts(self, assigned: np.ndarray) -> np.ndarray:
-        """Return how many clips each bucket has."""
-        return np.bincount(assigned[assigned != NONE], minlength=len(self.buckets))
 
     def batch_sizes(self, default: int) -> list[int]:
         """Return each bucket's batch size; `default` is that of buckets that state none."""

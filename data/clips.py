@@ -197,7 +197,9 @@ def _cut(
     before = len(prepared.clips)
     for stretch in video.scanned.stretches:
         start = float(times[stretch.first])
-        available = int((times[stretch.last] - start) * rate + TIE) + 1
+        interval = float(times[stretch.last] - times[max(stretch.last - 1, 0)])
+        # Readers refuse times more than half a frame of the video after its last one.
+        available = int((times[stretch.last] - start) * rate + min(TIE, rate * interval / 2)) + 1
         windows = [(0, 1)] if is_image(video.path) and not lengths.frames else lengths.windows(available, rate)
         if stretch.kind != "shot" or not windows:
             reason = "too short" if stretch.kind == "shot" else stretch.kind

@@ -14,7 +14,7 @@ import numpy as np
 from promag.training.progress import ProgressBar
 
 from .clip_index import Clip
-from .unchanged import digest_file, stamp
+from .unchanged import check_unchanged, digest_file, stamp
 from .video import (
     READER,
     UnreadableVideo,
@@ -33,7 +33,8 @@ CRF, KEY_EVERY = 16, 24  # errors far below those of tokenizers; reading from th
 def cut_out(clips: Sequence[Clip], folder: str | os.PathLike, workers: int = 2, progress: bool = True) -> list[Clip]:
     """Write each clip of a video as an mp4 into `folder`; return the clips of these files, in the same order.
 
-    Every video is decoded once. Images stay where they are. Odd sizes lose their last row or column, which H.264 cannot hold.
+    Every video is decoded once, copies of it under one name too. Images stay where they are. Odd sizes lose their last row or
+    column, which H.264 cannot hold.
     A name stands for one stretch of one video at one rate, so an interrupted call continues: whole files are kept.
 
     Args:
@@ -46,8 +47,8 @@ def cut_out(clips: Sequence[Clip], folder: str | os.PathLike, workers: int = 2, 
     """
     by_video: dict[str, list[Clip]] = {}
     for clip in clips:
-        if not is_image(clip.path):
-            by_video.setdefault(clip.path, []).append(clip)
+        if not is_image(clip.path):  # copies of a video share their files, which one thread alone may write
+            by_video.setdefault(_prefix(clip), []).append(clip)
     pool, cut = ThreadPoolExecutor(workers), {}
     try:
         written = pool.map(partial(_cut, folder), by_video.values())
@@ -60,6 +61,7 @@ def cut_out(clips: Sequence[Clip], folder: str | os.PathLike, workers: int = 2, 
 
 def _cut(folder: str | os.PathLike, clips: Sequence[Clip]) -> dict[str, dict[str, Any]]:
     """Cut the clips of one video; return by name what is new in them."""
+    check_unchanged(clips[0])
     files = {_name(clip): clip for clip in sorted(clips, key=lambda clip: clip.start)}  # a video may have several captions
     paths = [str(Path(os.path.abspath(folder), name)) for name in files]
     stretches = [(path, clip.start, clip.frames, clip.fps) for path, clip in zip(paths, files.values(), strict=True)]
@@ -72,8 +74,13 @@ def _cut(folder: str | os.PathLike, clips: Sequence[Clip]) -> dict[str, dict[str
 
 
 def _name(clip: Clip) -> str:
+    return f"{_prefix(clip)}-{round(clip.start * 1000):08d}ms-{clip.frames}x{clip.fps:.6g}.mp4"
+
+
+def _prefix(clip: Clip) -> str:
+    """Return how the names of all clips of a video begin."""
     stem = Path(clip.path).stem.encode("utf-8", "ignore")[:120].decode("utf-8", "ignore")
-    return f"{stem}-{clip.sha256[:12]}-{round(clip.start * 1000):08d}ms-{clip.frames}x{clip.fps:.6g}.mp4"
+    return f"{stem}-{clip.sha256[:12]}"
 
 
 def cut_video(source: str, stretches: Sequence[tuple[str, float, int, float]]) -> list[VideoFacts]:

@@ -174,11 +174,20 @@ def _walk(source: Path) -> tuple[list[_Folder], list[str]]:
         except OSError as error:
             unreadable.append(f"{path} ({error.strerror})")
             continue
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
-        pending += [entry.path for entry in shown if entry.is_dir(follow_symlinks=False)]
-        linked += [entry.path for entry in shown if entry.is_dir() and entry.is_symlink()]
-        # A broken link counts as a file, which is then named as missing; pipes and devices are none.
-        names = [entry.name for entry in shown if entry.is_file() or (entry.is_symlink() and not entry.is_dir())]
+        names = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_link, is_folder, is_file = entry.is_symlink(), entry.is_dir(), entry.is_file()
+            except OSError as error:  # a link to itself, or into a folder that may not be searched
+                unreadable.append(f"{entry.path} ({error.strerror})")
+                continue
+            if is_folder:
+                (linked if is_link else pending).append(entry.path)
+            elif is_file or is_link:
+                # A broken link counts as a file, which is then named as missing; pipes and devices are none.
+                names.append(entry.name)
         folders.append(_Folder(path, names))
     return folders, unreadable
 
@@ -238,5 +247,5 @@ def _describe_skipped(skipped: Counter[str], unreadable: Sequence[str]) -> str:
     if parts:
         parts[0] = f"{skipped.total()} files: {parts[0]}"
     if unreadable:
-        parts.append(f"{len(unreadable)} folders that cannot be read: {first_few(unreadable)}")
+        parts.append(f"{len(unreadable)} folders or links that cannot be read: {first_few(unreadable)}")
     return "; ".join(parts)

@@ -35,10 +35,6 @@ class Clips(Protocol):
 class BatchSource(Protocol):
     """A source of batches for a stream."""
 
-    def largest_batch(self, default: int) -> int:
-        """Return the most elements of a batch; `default` is the size of batches that state none."""
-        ...
-
     def items(self, seed: int, step: int, slot: int, batches_per_step: int, batch_size: int) -> list[dict[str, Any]]:
         """Return the elements of one batch of a step, each with `sample`, its number in the training."""
         ...
@@ -79,10 +75,6 @@ class Mixture:
                 raise ValueError(f"datasets of one order with (clips, batch size) {same}: they must be equal")
         self._planned: tuple[int, Interleaving, list[ClipOrder]] | None = None  # of a seed
 
-    def largest_batch(self, default: int) -> int:
-        """Return the largest batch size of the datasets; `default` is that of those that have none of their own."""
-        return max(size or default for size in self.batch_sizes)
-
     def choose(self, seed: int, step: int) -> int:
         """Return the number of the dataset that a step draws from."""
         return self._plan(seed)[0].source(step)
@@ -96,7 +88,7 @@ class Mixture:
         chosen = sources.source(step)
         size = self.batch_sizes[chosen] or batch_size
         before = sum(sources.earlier(k, step) for k in self._alike[chosen]) * batches_per_step * size
-        first = step * batches_per_step * self.largest_batch(batch_size)
+        first = step * batches_per_step * max(other or batch_size for other in self.batch_sizes)
         dataset, order = self.datasets[chosen], orders[self._alike[chosen][0]]
         return [
             {"sample": first + n, **dataset.item(order.clip(before + n), np.random.default_rng((seed, first + n)))}
@@ -112,15 +104,11 @@ class Mixture:
 
 @dataclass(frozen=True)
 class FirstThen:
-    """A source for the first steps of a training and another one for all later steps."""
+    """A source for the first steps of a training and another one for all later steps; each numbers its own samples."""
 
     first: BatchSource
     steps: int
     then: BatchSource
-
-    def largest_batch(self, default: int) -> int:
-        """Return the most elements of a batch of either source."""
-        return max(source.largest_batch(default) for source in (self.first, self.then))
 
     def items(self, seed: int, step: int, slot: int, batches_per_step: int, batch_size: int) -> list[dict[str, Any]]:
         """Return the elements of one batch of a step."""
@@ -146,7 +134,8 @@ class TrainingStream(IterableDataset):
     Samples are numbered through the whole training, step by step and in a step batch by batch: the first batches of all ranks,
     then the next of `accumulate`. So ranks and accumulation may be traded against each other, and against the batch size too
     except with shards, whose order is that of batches (epochs.py). Where buckets have batch sizes of their own, every step has
-    as many numbers as one of the largest.
+    as many numbers as one of the largest. FirstThen's sources each number all steps of the training that way, so where their
+    largest batches differ, numbers are left out or come twice.
 
     Read it through `DataLoader(stream, batch_size=None, num_workers=any)`: batches come in their order. A batch holds the keys
     of an item, collated (video B C T H W, caption a list, numbers as tensors), step, and sample: the numbers.

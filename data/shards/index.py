@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from promag.training.config import UserError
 
+from ..captions import path_of_url
 from ..clip_index import Clip
 from ..listing import first_few
 from .reader import Sample, is_local, opened
@@ -103,7 +104,9 @@ def is_shards(source: str | os.PathLike) -> bool:
 
 
 def find_shards(pattern: str | os.PathLike) -> list[str]:
-    """Return the shards that a pattern names: braces (`{000..041}`, `{a,b}`) anywhere, wildcards in paths.
+    """Return the shards that a pattern names: braces (`{000..041}`, `{a,b}`) anywhere, wildcards in paths and `file:` URLs.
+
+    A `file:` URL becomes its path.
 
     Raises UserError for a pattern that names none, or one twice.
     """
@@ -115,8 +118,9 @@ def find_shards(pattern: str | os.PathLike) -> list[str]:
         raise UserError(f"shards {pattern}: {error}") from None
     shards = []
     for name in named:
-        wild = is_local(name) and glob.has_magic(name)
-        shards += sorted(glob.glob(name)) if wild else [os.path.abspath(name) if is_local(name) else name]
+        wild = is_local(name) and glob.has_magic(name)  # in a URL, %XX stand for bytes of a name, not for wildcards
+        path = path_of_url(name) if name.startswith("file:") else name
+        shards += sorted(glob.glob(path)) if wild else [os.path.abspath(path) if is_local(name) else name]
     if not shards:
         raise UserError(f"shards {pattern}: no file matches")
     if len(set(shards)) < len(shards):

@@ -16,11 +16,12 @@ from typing import Any
 
 from promag.training.config import UserError
 
+from ..captions import path_of_url
 from ..listing import VIDEO_EXTENSIONS
 from ..tables import decode_text
 from ..video import IMAGE_EXTENSIONS, VideoBytes
 
-_MEDIA = tuple(ending[1:] for ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)
+MEDIA = tuple(ending[1:] for ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)
 ALLOW_PIPES = "PROMAG_ALLOW_PIPES"  # of the environment, which no configuration file can set
 _WHOLE = "has no more samples"
 _DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error)
@@ -63,7 +64,7 @@ def opened(url: str) -> Iterator[Any]:
 
 def _open(url: str) -> Any:
     if is_local(url):
-        return open(url.removeprefix("file://").removeprefix("file:"), "rb")
+        return open(path_of_url(url) if url.startswith("file:") else url, "rb")
     if url.lower().startswith("pipe:") and os.environ.get(ALLOW_PIPES) != "1":
         raise UserError(
             f"shards {url}: a pipe runs a shell command, so a configuration from someone else could run anything; if you trust "
@@ -210,7 +211,7 @@ class ShardReader:
 
 def _unpack(url: str, key: str, files: dict[str, bytes]) -> tuple[VideoBytes, str]:
     """Return a sample's video and caption; raises ValueError where one is missing."""
-    media = [ending for ending in files if ending in _MEDIA]
+    media = [ending for ending in files if ending in MEDIA]
     if len(media) != 1:
         names = ", ".join(f".{ending}" for ending in files)
         raise ValueError(f"{len(media) or 'no'} videos or images among its files {names}; one is needed")

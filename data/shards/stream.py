@@ -113,10 +113,6 @@ class ShardedClips:
         part._forget()
         return part
 
-    def largest_batch(self, default: int) -> int:
-        """Return the largest batch size of the buckets; `default` is that of buckets that state none."""
-        return max(self.buckets.batch_sizes(default))
-
     def items(self, seed: int, step: int, slot: int, batches_per_step: int, batch_size: int) -> list[dict[str, Any]]:
         """Return the elements of one batch of a step: slot 0 to `batches_per_step` - 1.
 

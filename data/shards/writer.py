@@ -24,7 +24,7 @@ from ..clip_index import Clip, ClipIndex, load_clips, path_text, row_of
 from ..listing import first_few
 from ..video import READER, UnreadableVideo, VideoFacts, decode_strictly
 from .index import COLUMNS, INDEX_NAME, ShardRow, find_shards, shard_name
-from .reader import BadSample, ShardReader, opened
+from .reader import MEDIA, BadSample, ShardReader, opened
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +62,13 @@ def write_shards(
         buckets: the buckets of the training.
         progress: show a bar.
 
-    Raises UserError for a video that changed since it was prepared, and for a folder with other shards.
+    Raises UserError for a video that is gone or changed since it was prepared, for one whose name has no ending of videos or
+    images, and for a folder with other shards.
     """
     if per_shard < 1 or seed < 0:
         raise UserError(f"per_shard {per_shard}, seed {seed}: at least 1 and 0 are needed")
     clips, folder = load_clips(index), Path(folder)
+    _check_endings(index, clips)
     plan, left_out = _plan(clips, per_shard, seed, buckets)
     part, rows = _begin(folder, index, per_shard, seed, buckets)
     digests = array("Q")
@@ -83,6 +85,19 @@ def write_shards(
     part.unlink()
     repeated = len(digests) - len(np.unique(np.array(digests, np.uint64)))
     return Written(len(rows), len(digests), sum(row.bytes for row in rows), repeated, left_out)
+
+
+def _check_endings(index: str | os.PathLike, clips: ClipIndex) -> None:
+    """Raise UserError where readers of shards would not know a clip's file as a video or an image."""
+    if strange := sorted({clip.path for clip in clips if _ending(clip) not in MEDIA}):
+        raise UserError(
+            f"{index}: {len(strange)} files have names without an ending of videos or images, by which shards know them: "
+            f"{first_few(strange)}; prepare the clips again by `promag prepare-clips --cut`, which writes .mp4 files"
+        )
+
+
+def _ending(clip: Clip) -> str:
+    return Path(clip.path).suffix[1:].lower()
 
 
 def _plan(clips: ClipIndex, per_shard: int, seed: int, buckets: Sequence[Bucket]) -> tuple[list[tuple[str, np.ndarray]], int]:
@@ -141,11 +156,14 @@ def _write_shard(path: Path, places: np.ndarray, clips: Sequence[Clip]) -> Shard
 
 
 def _sample(place: int, clip: Clip) -> dict[str, Any]:
-    data, video = Path(clip.path).read_bytes(), Path(clip.path)
+    try:
+        data = Path(clip.path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{clip.path}: {error.strerror or error}; put it back, or prepare the clips again") from None
     if hashlib.sha256(data).hexdigest() != clip.sha256:
         raise UserError(f"{clip.path}: has changed since it was prepared; prepare the clips again")
-    row = json.dumps(row_of(clip) | {"path": path_text(video.name)}, ensure_ascii=False).encode()
-    return {"__key__": f"{place:09d}", video.suffix[1:].lower(): data, "json": row}
+    row = json.dumps(row_of(clip) | {"path": path_text(Path(clip.path).name)}, ensure_ascii=False).encode()
+    return {"__key__": f"{place:09d}", _ending(clip): data, "json": row}
 
 
 class _Hashing:

@@ -27,7 +27,7 @@ _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 @dataclass(frozen=True)
 class Frame:
-    """A decoded frame: its number in the order shown, its time in ticks, and the picture in the decoder's format."""
+    """A decoded frame: its time in ticks, and the picture in the decoder's format."""
 
     time: int
     decoded: Any

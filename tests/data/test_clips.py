@@ -6,13 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from promag.data.clip_index import Clip
 from promag.data.clips import Lengths, Skipped, TooManyUnreadable, prepare
 from promag.data.datasets import ClipDataset
 from promag.data.listing import list_videos
-from promag.data.video import REENCODE
+from promag.data.video import REENCODE, write_video
 from promag.data.video.reader import has_decord
 from promag.training.config import UserError
 from tests.data.conftest import STEP, numbers
@@ -51,6 +52,13 @@ def test_another_rate_takes_the_nearest_frames(folder, fps, expected):
     assert [clip.frames for clip in prepared.clips] == [len(expected)]
     assert numbers(ClipDataset(prepared.clips, len(expected), 32).fixed(0)) == expected
     assert prepared.slower == []
+
+
+def test_clips_at_a_hundredth_of_a_videos_rate_end_with_the_video(tmp_path):
+    write_video(tmp_path / "fast.mp4", np.full((200, 32, 64, 3), 99, np.uint8), 100)
+    prepared = prepare([(str(tmp_path / "fast.mp4"), "")], fps=1.002, motion=True, progress=False)
+    assert [clip.frames for clip in prepared.clips] == [2]  # a third would be shown at 1.996 s, the last frame is at 1.99 s
+    assert ClipDataset(prepared.clips, 2, 32).fixed(0)["video"].shape == (3, 2, 32, 32)
 
 
 def test_a_rate_above_the_videos_own_is_named(folder):

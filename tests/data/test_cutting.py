@@ -1,18 +1,21 @@
 """Clips that are written as files show the frames of their stretch, and only missing ones are written again."""
 
+import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from promag.data import cutting
 from promag.data.clip_index import load_clips, save_clips
 from promag.data.clips import Lengths, prepare
 from promag.data.cutting import cut_out
 from promag.data.datasets import ClipDataset
 from promag.data.shards.writer import write_shards
-from promag.data.video import decode_strictly, read_frames, write_video
+from promag.data.video import UnreadableVideo, decode_strictly, read_frames, write_video
 from promag.data.video.reader import has_decord
 from tests.data.conftest import counting, numbers
 
@@ -92,3 +95,24 @@ def test_a_video_of_two_captions_is_written_once(tmp_path):
     assert [clip.caption for clip in cut] == ["a film", "a film", "the same", "the same"]
     assert [clip.path for clip in cut[:2]] == [clip.path for clip in cut[2:]]
     assert len(os.listdir(tmp_path / "cut")) == 2
+
+
+def test_copies_of_a_video_under_one_name_are_cut_once(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    films = [counting(tmp_path / "a" / "film.mp4", 8), str(tmp_path / "b" / "film.mp4")]
+    shutil.copy(*films)
+    clips = prepare([(films[0], "a film"), (films[1], "a copy")], progress=False).clips
+    together, cut = [], cutting._cut
+    monkeypatch.setattr(cutting, "_cut", lambda folder, clips: together.append([c.path for c in clips]) or cut(folder, clips))
+    first, second = cut_out(clips, tmp_path / "cut", progress=False)
+    assert together == [films]  # else two threads would write one file
+    assert first == dataclasses.replace(second, caption="a film")
+    assert os.listdir(tmp_path / "cut") == [Path(first.path).name]
+
+
+def test_a_video_that_changed_is_named(prepared, tmp_path):
+    counting(tmp_path / "film.mp4", 20)
+    with pytest.raises(UnreadableVideo, match=r"film\.mp4: is not the file that was prepared; prepare the clips again"):
+        cut_out(prepared, tmp_path / "cut", progress=False)
+    assert not list((tmp_path / "cut").glob("*"))

@@ -180,7 +180,15 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert list(listed(tmp_path)) == ["a.mp4"]
-    assert f"skipped 1 folders that cannot be read: {tmp_path}/closed (Permission denied)" in caplog.text
+    assert f"skipped 1 folders or links that cannot be read: {tmp_path}/closed (Permission denied)" in caplog.text
+
+
+def test_a_link_to_itself_is_named(tmp_path, caplog):
+    tree(tmp_path, {"a.mp4": b"", "more/b.mp4": b""})
+    for name in ("loop", "more/loop.mp4"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    assert sorted(listed(tmp_path)) == ["a.mp4", "more/b.mp4"]
+    assert f"skipped 2 folders or links that cannot be read: {tmp_path}/loop (Too many levels of" in caplog.text
 
 
 def test_pipes_and_links_to_nothing(tmp_path):

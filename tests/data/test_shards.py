@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from promag.data import clip_index
 from promag.data.buckets import Bucket
 from promag.data.clip_index import load_clips, row_of, save_clips
 from promag.data.shards.index import find_shards, index_url, is_shards, open_shards
@@ -140,6 +141,29 @@ def test_a_video_that_changed_is_named(clips, tmp_path):
     assert not list((tmp_path / "s").glob("*.tar*"))
 
 
+def test_a_video_that_is_gone_is_named(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_index, "SAVE_COLUMNS_FROM", 1)  # with columns beside an index its videos are not looked for again
+    shutil.copy(clips[2].path, tmp_path / "a.mp4")
+    save_clips(tmp_path / "clips.jsonl", [dataclasses.replace(clips[2], path=str(tmp_path / "a.mp4"))])
+    load_clips(tmp_path / "clips.jsonl")
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(UserError, match=r"a\.mp4: No such file or directory; put it back, or prepare the clips again"):
+        write_shards(tmp_path / "clips.jsonl", tmp_path / "s", 1, progress=False)
+    assert not list((tmp_path / "s").glob("*.tar*"))
+
+
+def test_videos_that_readers_would_not_know_are_refused(clips, tmp_path):
+    for name in ("a.mp4", "b", "c.mod"):
+        shutil.copy(clips[2].path, tmp_path / name)
+    again = [dataclasses.replace(clips[2], path=str(tmp_path / name)) for name in ("a.mp4", "c.mod", "b", "c.mod")]
+    save_clips(tmp_path / "clips.jsonl", again)
+    with pytest.raises(
+        UserError, match=r"2 files have names without an ending .*/b, .*/c\.mod; .*`promag prepare-clips --cut`"
+    ):
+        write_shards(tmp_path / "clips.jsonl", tmp_path / "s", 1, progress=False)
+    assert not (tmp_path / "s").exists()
+
+
 # -- opening ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +180,8 @@ def test_patterns(shards):
     files = [str(shards / f"shard-00000{k}.tar") for k in range(3)]
     assert find_shards(shards / "*.tar") == files
     assert find_shards(f"{shards}/shard-{{000000..000002}}.tar") == files
+    assert find_shards(f"file://{shards}/shard-{{000000..000002}}.tar") == find_shards(f"file://{shards}/*.tar") == files
+    assert find_shards("file:/d/my%20%2A.tar") == ["/d/my *.tar"]
     assert find_shards("https://host/a/x-{08..10}.tar?v=1") == [f"https://host/a/x-{k}.tar?v=1" for k in ("08", "09", "10")]
     assert find_shards("pipe:cat /d/{a,b}.tar") == ["pipe:cat /d/a.tar", "pipe:cat /d/b.tar"]
     for pattern, message in ((f"{shards}/x*.tar", "no file matches"), (f"{shards}/{{s,sh}}*.tar", "3 shards more than once")):
@@ -187,6 +213,8 @@ def test_a_subset_and_piped_shards_have_the_same_facts(shards):
     piped = open_shards(f"pipe:cat {shards}/shard-{{000000..000002}}.tar")
     assert piped.offsets.tolist() == whole.offsets.tolist() == [0, 3, 6, 7]
     assert piped.damaged() == {}
+    url = open_shards(f"file://{shards}/shard-{{000000..000002}}.tar")
+    assert (url.urls, url.damaged(), len(url)) == (whole.urls, {}, 7)
 
 
 def test_indices_that_do_not_fit_are_named(shards, tmp_path):
@@ -225,7 +253,7 @@ def numbered(tmp_path):
     return tar(tmp_path / "numbered.tar", *files)
 
 
-@pytest.mark.parametrize("template", ["{}", "pipe:cat {}", "file:{}"])
+@pytest.mark.parametrize("template", ["{}", "pipe:cat {}", "file:{}", "file://{}", "file:/%2E{}"])
 def test_samples_are_read_by_number_forwards_and_backwards(numbered, template):
     reader = ShardReader(template.format(numbered), 8)
     for numbers in ([0, 1], [2], [4, 6], [7], [3, 5], [0], [0, 7]):
