@@ -38,6 +38,8 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
         values = read_yaml(find_preset(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config {path}: is not UTF-8; save it in that encoding") from None
     except yaml.YAMLError as error:
         raise UserError(f"config {path}: not YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
@@ -185,7 +187,7 @@ def setting(default: Any, help: str) -> Any:
 
 NULLS = ("null", "~")
 _SCALARS = {  # the core schema of YAML 1.2: yes, no, on and off are text, 1e-3 is a number, 010 is ten
-    "null": ("~nN\0", r"~|null|Null|NULL|"),
+    "null": (("~", "n", "N", ""), r"~|null|Null|NULL|"),  # PyYAML looks an empty scalar up under ""
     "bool": ("tTfF", r"true|True|TRUE|false|False|FALSE"),
     "int": ("-+0123456789", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
     "float": ("-+.0123456789", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),

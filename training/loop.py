@@ -193,7 +193,7 @@ def train(
         accelerator.print(f"{name}: continues at step {first} of {settings.steps}")
     update = Update(optimizers, ema, parameters, (together, *separate), settings.clip_norm, make_recorder(graphs))
     update.taken.fill_(first - state.skipped)
-    log = _open_log(accelerator)
+    log = _open_log(accelerator, name)
     metrics_file, metrics = folder / "metrics.jsonl", {}
     if accelerator.is_main_process:
         cut_metrics(metrics_file, first)
@@ -256,13 +256,13 @@ def train(
                 meter.sums = _mean_over_ranks(accelerator, meter.sums)
                 record = meter.read()
                 record |= {"learning_rate": settings.learning_rate_at(step - 1), "skipped": state.skipped}
-                _write(accelerator, metrics_file, name, step, record)
+                _write(accelerator, metrics_file, log, step, record)
                 bar.set_postfix({k: f"{record[k]:.4g}" for k in losses if k in record})
             if validate and (step % run.validate_every == 0 or step == settings.steps):
                 seconds = state.seconds + meter.seconds()
                 with meter.pause():
                     metrics = _validate(validate, log, step, objective, ema, parameters)
-                    _write(accelerator, metrics_file, name, step, {**metrics, "train_seconds": seconds})
+                    _write(accelerator, metrics_file, log, step, {**metrics, "train_seconds": seconds})
                     if accelerator.is_main_process:
                         message = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                         bar.write(f"{name} step {step}: {message}", sys.stderr)
@@ -336,17 +336,17 @@ def _validate(validate, log: Log, step: int, objective: nn.Module, ema: EMAModel
     return metrics
 
 
-def _write(accelerator: Accelerator, file: Path, name: str, step: int, record: Metrics) -> None:
+def _write(accelerator: Accelerator, file: Path, log: Log, step: int, record: Metrics) -> None:
     if accelerator.is_main_process:
         append_json(file, {"step": step, **record})
         with naming(accelerator.logging_dir):
-            accelerator.log({f"{name}/{k}": v for k, v in record.items()}, step=step)
+            log.figures(record, step)
 
 
-def _open_log(accelerator: Accelerator) -> Log:
+def _open_log(accelerator: Accelerator, name: str) -> Log:
     if accelerator.log_with and not accelerator.trackers:
         accelerator.init_trackers("promag")
-    return Log(accelerator.trackers if accelerator.is_main_process else ())
+    return Log(accelerator.trackers if accelerator.is_main_process else (), name)
 
 
 def _any_rank(accelerator: Accelerator, flag: bool) -> bool:

@@ -36,7 +36,7 @@ class OptimizationConfig:
         "cosine", "after the warm-up: down to 5 % of the peak, or constant"
     )
     weight_decay: float = setting(0.01, "decoupled, as in AdamW")
-    clip_norm: float = setting(1.0, "largest gradient norm")
+    clip_norm: float = setting(1.0, "largest gradient norm; .inf clips nothing")
     ema_decay: float = setting(0.999, "highest decay of the averaged weights")
     max_skipped: int = setting(
         10, "steps in a row with a loss or gradient that is not finite before training ends; each is skipped"
@@ -50,11 +50,14 @@ class OptimizationConfig:
         for name in ("steps", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
-        if self.max_skipped < 0:
-            raise ValueError(f"max_skipped {self.max_skipped}: must not be negative")
+        for name in ("warmup", "weight_decay", "max_skipped"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} {value}: must be 0 or above, and finite")
         for name in ("learning_rate", "muon_learning_rate"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} {value}: must be above 0")
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} {value}: must be above 0, and finite")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm {self.clip_norm}: must be above 0; .inf clips nothing")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay {self.ema_decay}: must be in [0, 1)")
 

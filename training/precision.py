@@ -22,7 +22,8 @@ from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-import yaml
+
+from .config import load_yaml
 
 Chosen = Literal["bf16", "fp16", "fp32"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -75,10 +76,12 @@ def choose_for_run(precision: Precision, device: torch.device | str, *runs: str 
 
 
 def recorded_precision(run: str | Path) -> Chosen | None:
-    """Return the precision that a run directory was started with; None where none is recorded."""
+    """Return the precision that a run directory was started with; None where none is recorded.
+
+    Raises UserError for a configuration that cannot be read.
+    """
     file = Path(run) / "config.yaml"
-    values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
-    precision = values.get("precision") if isinstance(values, dict) else None
+    precision = load_yaml(file).get("precision") if file.exists() else None
     return cast(Chosen, precision) if precision in get_args(Chosen) else None
 
 

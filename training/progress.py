@@ -22,7 +22,7 @@ class ProgressBar(tqdm):
 
     def __init__(self, iterable: Any = None, *, desc: str, unit: str, **options: Any):
         self.plain = not sys.stderr.isatty()
-        self.line_at, self.lines = time.monotonic(), 0
+        self.line_at = time.monotonic()
         if self.plain:
             options["bar_format"] = LINE
         super().__init__(iterable, desc=desc, unit=unit, file=sys.stderr, mininterval=2, **options)

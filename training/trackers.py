@@ -1,11 +1,12 @@
-"""Logging of images and videos to TensorBoard and Weights & Biases.
+"""Logging of figures, images and videos to TensorBoard and Weights & Biases.
 
 Shapes: H W C and T H W C uint8. Videos are logged as animated GIFs: TensorBoard's own add_video silently writes nothing if
-moviepy is missing, but its image tab plays GIFs.
+moviepy is missing, but its image tab plays GIFs. Weights & Biases drops what is logged for a step below its newest one, and
+every stage counts from 1: there the step is a figure too, over which the stage's others are drawn.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -27,10 +28,19 @@ def check_trackers(names: Sequence[Tracker]) -> None:
 
 
 class Log:
-    """Logs images and videos to accelerate's trackers; does nothing on ranks without trackers."""
+    """Logs a stage's figures, images and videos to accelerate's trackers; does nothing on ranks without trackers."""
 
-    def __init__(self, trackers: Sequence[Any] = ()):
-        self.trackers = trackers
+    def __init__(self, trackers: Sequence[Any] = (), stage: str = ""):
+        self.trackers, self.stage = trackers, stage
+        for tracker in trackers:
+            if tracker.name == "wandb":
+                tracker.run.define_metric(f"{stage}/step")
+                tracker.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+
+    def figures(self, values: Mapping[str, float], step: int) -> None:
+        """Log figures by their names, to which the stage is added."""
+        for tracker in self.trackers:
+            self._log(tracker, {f"{self.stage}/{name}": value for name, value in values.items()}, step)
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Log an image, H W 3."""
@@ -54,4 +64,10 @@ class Log:
                 media = (
                     wandb.Video(io.BytesIO(data), format="gif") if kind == "gif" else wandb.Image(Image.open(io.BytesIO(data)))
                 )
-                tracker.log({name: media}, step=step)
+                self._log(tracker, {name: media}, step)
+
+    def _log(self, tracker: Any, values: dict[str, Any], step: int) -> None:
+        if tracker.name == "wandb":
+            tracker.log({**values, f"{self.stage}/step": step})
+        else:
+            tracker.log(values, step=step)

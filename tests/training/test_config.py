@@ -66,6 +66,17 @@ def test_any_value_survives_the_resolved_file(name, words, rate, size):
         assert build(Outer, load_yaml(Path(folder) / "config.yaml"), "test") == config
 
 
+def test_a_value_left_blank_is_null_and_an_empty_text_stays_one(tmp_path):
+    path = tmp_path / "blank.yaml"
+    path.write_text("name: ''\nsizes: [1]\nonly:\nrecord:\n")
+    blank = build(Outer, load_yaml(path), "test")
+    assert (blank.name, blank.only, blank.record) == ("", None, None)
+    for config, line in ((blank, "record: null\n"), (dataclasses.replace(blank, record=""), "record: ''\n")):
+        save_yaml(path, config)
+        assert line in path.read_text()
+        assert build(Outer, load_yaml(path), "test") == config
+
+
 def test_missing_keys_of_a_mapping_get_the_fields_default():
     config = build(Outer, {**VALUES, "inner": {"kind": "x"}, "stages": [{"rate": 2}], "more": {"rate": 3}}, "test")
     assert (config.inner, config.stages, config.more) == (Inner(0.1, "x"), (Inner(2.0),), Inner(3.0))
@@ -195,6 +206,9 @@ def test_missing_keys_and_files_are_named(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing but a comment\n")
     with pytest.raises(UserError, match=r"empty\.yaml: is empty; a mapping of keys is needed"):
         load_yaml(tmp_path / "empty.yaml")
+    (tmp_path / "windows.yaml").write_text("name: a", encoding="utf-16")
+    with pytest.raises(UserError, match=r"windows\.yaml: is not UTF-8; save it in that encoding"):
+        load_yaml(tmp_path / "windows.yaml")
 
 
 def test_help_lists_every_leaf(capsys):

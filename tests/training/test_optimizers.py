@@ -13,13 +13,53 @@ from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.evaluation.cost import TransformerAlone
 from promag.tokenizer.config import TokenizerConfig
 from promag.training import optimizers
+from promag.training.command_line import parse_config
 from promag.training.config import build, load_yaml
-from promag.training.optimizers import NEWTON_SCHULZ_STEPS, Muon, from_saved, make_optimizers, muon_flops, to_saved
+from promag.training.optimizers import (
+    NEWTON_SCHULZ_STEPS,
+    Muon,
+    OptimizationConfig,
+    from_saved,
+    make_optimizers,
+    muon_flops,
+    to_saved,
+)
 from promag.training.precision import DTYPES
+from promag.training.update import Update
 from tests.conftest import optimization_config
 from tests.tiny_pipeline import make_pipeline
 
 OPTIONS = {"lr": 0.1, "weight_decay": 0.1, "ns_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("clip_norm", (0.0, -1.0, math.nan), r"must be above 0; \.inf clips nothing"),
+        ("learning_rate", (0.0, math.nan, math.inf), "must be above 0, and finite"),
+        ("muon_learning_rate", (-0.02, math.nan, math.inf), "must be above 0, and finite"),
+        ("weight_decay", (-0.01, math.nan, math.inf), "must be 0 or above, and finite"),
+        ("warmup", (-1,), "must be 0 or above, and finite"),
+        ("ema_decay", (1.0, math.nan), r"must be in \[0, 1\)"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(name, values, message):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name} {value}: {message}"):
+            optimization_config(**{name: value})
+    assert optimization_config(warmup=0, weight_decay=0.0).learning_rate_at(0) == 1e-3
+
+
+def test_an_infinite_clip_norm_clips_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text("clip_norm: .inf")
+    (tmp_path / "b.yaml").write_text("clip_norm: 2.0")
+    for words in (["a.yaml"], ["b.yaml", "--clip-norm", ".inf"]):
+        settings = parse_config(OptimizationConfig, ["--config", str(tmp_path / words[0]), *words[1:]], "")
+        weight = nn.Parameter(torch.zeros(2))
+        weight.grad = torch.tensor([3e6, 4e6])
+        (norm,) = Update([], None, [weight], [[weight]], settings.clip_norm).clip()
+        assert norm == 5e6
+        assert weight.grad.tolist() == [3e6, 4e6]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])

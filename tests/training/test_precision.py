@@ -126,6 +126,20 @@ def test_the_first_recorded_precision_is_kept(measured, tmp_path):
     assert choose_for_run("bf16", "cpu", *runs) == "bf16"  # opening the run refuses it
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"run:\n\tworkers: 0\n", "not YAML: "),
+        ("precision: bf16\n".encode("utf-16"), "is not UTF-8"),
+        (b"- 1\n", "contains a list"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named(tmp_path, content, message):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"config\.yaml: {message}"):
+        choose_for_run("auto", "cpu", tmp_path)
+
+
 @pytest.mark.parametrize("word", ["no", "False", "half", "bfloat16", "32"])
 def test_other_precisions_are_refused_with_the_legal_ones(word, capsys):
     with pytest.raises(UserError, match=r"precision: input should be 'auto', 'bf16', 'fp16' or 'fp32' \(got "):

@@ -1,10 +1,13 @@
 """Videos are read back from TensorBoard's files, frame by frame."""
 
 import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate.tracking import WandBTracker
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -67,6 +70,52 @@ def test_tensorboard_shows_the_logged_videos(tmp_path):
         assert frames.shape == video.shape
         assert np.abs(frames.astype(int) - video).mean() < 4
         assert sum(durations) == pytest.approx(1125, abs=10)
+
+
+class WandbRun:
+    """A run of Weights & Biases: what is logged for a step below its newest one is dropped."""
+
+    def __init__(self):
+        self.step, self.lines, self.axes = 0, [], {}
+
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, values, step=None):
+        if step is None or step >= self.step:
+            self.step = self.step + 1 if step is None else step
+            self.lines.append(values)
+
+
+def test_wandb_keeps_what_later_stages_log(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=lambda picture: picture.size))
+    tracker = WandBTracker("promag")
+    tracker.run = run = WandbRun()
+    for stage, steps in (("4x", (1, 50)), ("8x", (1, 25))):
+        log = Log([tracker], stage)
+        for step in steps:
+            log.figures({"loss": step / 100}, step)
+        log.picture(f"{stage}/reconstruction", clip()[0], steps[-1])
+    assert run.lines == [
+        {"4x/loss": 0.01, "4x/step": 1},
+        {"4x/loss": 0.5, "4x/step": 50},
+        {"4x/reconstruction": (32, 24), "4x/step": 50},
+        {"8x/loss": 0.01, "8x/step": 1},
+        {"8x/loss": 0.25, "8x/step": 25},
+        {"8x/reconstruction": (32, 24), "8x/step": 25},
+    ]
+    assert run.axes == {"4x/step": None, "4x/*": "4x/step", "8x/step": None, "8x/*": "8x/step"}
+
+
+def test_tensorboard_keeps_each_stages_steps(tmp_path):
+    accelerator = make_accelerator(tmp_path, "fp32")
+    accelerator.init_trackers("promag")
+    for stage, step in (("4x", 50), ("8x", 25)):
+        Log(accelerator.trackers, stage).figures({"loss": 0.5}, step)
+    close_trackers(accelerator)
+    (events,) = {path.parent for path in tmp_path.rglob("events.out*")}
+    accumulator = EventAccumulator(str(events)).Reload()
+    assert [accumulator.Scalars(f"{stage}/loss")[0].step for stage in ("4x", "8x")] == [50, 25]
 
 
 def test_without_trackers_nothing_is_written(tmp_path):
