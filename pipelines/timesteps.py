@@ -16,13 +16,7 @@ from promag.training.config import one_line
 
 # The schedulers of diffusers that integrate a flow, and those that do with FLOW_SETTINGS.
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
-FLOW_WITH_SETTINGS = (
-    "UniPCMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler",
-    "SASolverScheduler",
-)
+FLOW_WITH_SETTINGS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
 LINEAR = FLOW[:2]  # whose steps are linear in the velocity, so that channels may move at different paces
 FLOW_SETTINGS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
@@ -65,18 +59,18 @@ def set_flow_times(scheduler: Any, steps: int, token_count: int, device: torch.d
     With `use_dynamic_shifting` in the scheduler's configuration, which `from_config` keeps, times are shifted for the number
     of tokens as in training. Otherwise the scheduler's constant shift applies.
 
-    Raises ValueError for settings of the scheduler with which times do not fall from at most 1 to at least 0.
+    Raises ValueError for settings of the scheduler with which times do not fall from at most 1 to 0.
     """
     try:
         _set_times(scheduler, steps, token_count, device)
     except Exception as error:  # whatever a scheduler raises for settings that it does not expect
         raise ValueError(f"scheduler {type(scheduler).__name__} with {_settings(scheduler)}: {one_line(error)}") from error
-    skipped = skipped_steps(steps, strength) * scheduler.order
+    skipped = min(skipped_steps(steps, strength) * scheduler.order, len(scheduler.timesteps))  # Heun's last step has one call
     times = scheduler.sigmas[skipped : len(scheduler.timesteps) + 1].to(torch.float32)
-    if not ((times >= 0) & (times <= 1)).all() or (times.diff() > 0).any():
+    if not ((times >= 0) & (times <= 1)).all() or (times.diff() > 0).any() or times[-1] != 0:
         raise ValueError(
-            f"scheduler {type(scheduler).__name__} with {_settings(scheduler)}: its times {str(times.tolist())[:100]} do not "
-            "fall from at most 1 to at least 0"
+            f"scheduler {type(scheduler).__name__} with {_settings(scheduler)}: its times {times[0]:g}, ..., {times[-1]:g} "
+            "do not fall from at most 1 to 0"
         )
     scheduler.set_begin_index(skipped)
     return times.to(device)

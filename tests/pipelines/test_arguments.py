@@ -12,6 +12,7 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,23 +122,27 @@ def test_what_would_end_in_a_black_video_or_out_of_memory_is_refused(pipe, argum
         call(pipe, **arguments)
 
 
-@pytest.mark.parametrize("made", [FlowMatchLCMScheduler(), DEISMultistepScheduler(**FLOW_SETTINGS)])
-def test_further_schedulers_sample(pipe, made):
-    assert np.isfinite(call(like(pipe, scheduler=made), num_inference_steps=3)).all()
+def test_a_further_scheduler_samples(pipe):
+    assert np.isfinite(call(like(pipe, scheduler=FlowMatchLCMScheduler()), num_inference_steps=3)).all()
 
 
-def test_multistep_schedulers_end_where_euler_does(pipe):
+def test_a_multistep_scheduler_ends_where_euler_does(pipe):
     options = {"output_type": "latent", "num_inference_steps": 40}
     exact = call(pipe, **{**options, "num_inference_steps": 300})
-    for kind in (DEISMultistepScheduler, DPMSolverSinglestepScheduler):
-        swapped = like(pipe, scheduler=kind.from_config(pipe.scheduler.config, **FLOW_SETTINGS))
-        assert float((call(swapped, **options) - exact).norm() / exact.norm()) < 0.03
+    swapped = like(pipe, scheduler=DPMSolverSinglestepScheduler.from_config(pipe.scheduler.config, **FLOW_SETTINGS))
+    assert float((call(swapped, **options) - exact).norm() / exact.norm()) < 0.03
 
 
 @pytest.mark.parametrize(
     ("made", "message"),
     [
         (DDIMScheduler(), r"scheduler DDIMScheduler: .* use FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, "),
+        # Both of these would leave noise in the video: diffusers ends their flow before time 0.
+        (DEISMultistepScheduler(**FLOW_SETTINGS), "scheduler DEISMultistepScheduler: the transformer predicts the velocity"),
+        (
+            UniPCMultistepScheduler(**FLOW_SETTINGS, final_sigmas_type="sigma_min"),
+            r"scheduler UniPC.*'final_sigmas_type': 'sigma_min'.*: its times .* do not fall from at most 1 to 0",
+        ),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), r"scheduler FlowMatchEuler.*'invert_sigmas': True.*do not fall"),
         (FlowMatchEulerDiscreteScheduler(shift=math.nan), r"scheduler FlowMatchEulerDiscreteScheduler with \{'shift': nan\}"),
     ],

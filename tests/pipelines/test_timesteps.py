@@ -58,6 +58,8 @@ def test_every_scheduler_refines_to_the_same_latents(pipe, name):
     swapped = like(pipe, scheduler=scheduler(name, pipe.scheduler.config))
     refined = call(swapped, num_inference_steps=40, **given)
     assert float((refined - exact).norm() / exact.norm()) < 0.03
+    unchanged = call(swapped, num_inference_steps=4, **{**given, "denoise_strength": 0.0})
+    assert torch.allclose(unchanged, given["latents"], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
