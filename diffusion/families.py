@@ -307,10 +307,12 @@ def load_transformer(init: str) -> Any:
 def adopt(config: "DiffusionConfig") -> "DiffusionConfig":
     """Return a training's configuration with what the family of `init` decides: its text encoder, where none was chosen.
 
-    Raises UserError for settings that the family does not know, and for pipelines of two transformers.
+    Raises UserError for settings that the family does not know, for pipelines of two transformers, and for a student with other
+    times than its teacher's.
     """
     family, init = family_of_init(config.init), config.init
     if not family.is_stock or init is None:
+        _check_shift(config)
         return config
     if config.condition.max_frames:
         raise UserError(NO_FRAMES)
@@ -332,6 +334,17 @@ def adopt(config: "DiffusionConfig") -> "DiffusionConfig":
         names = ", ".join(encoder.model for encoder in encoders)
         raise UserError(f"text encoders {names}: {family.model.__name__} takes one frozen T5 or UMT5; name it in text.encoders")
     return config
+
+
+def _check_shift(config: "DiffusionConfig") -> None:
+    """Refuse another shift for a student than the scheduler of its teacher has: it would learn other times than are sampled."""
+    if not config.few_steps or config.init is None:
+        return
+    scheduler = Path(config.init) / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file() and (shift := read_mapping(scheduler).get("shift", 1.0)) != config.shift:
+        raise UserError(
+            f"few_steps: shift {config.shift}: {scheduler} has {shift}, at whose times the teacher samples; use that"
+        )
 
 
 def check_autoencoder(init: str | None, statistics: LatentStatistics | None) -> None:

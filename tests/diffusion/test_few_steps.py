@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from promag.diffusion import ahead, train
 from promag.diffusion.conditioning import Condition
+from promag.diffusion.families import adopt
 from promag.diffusion.few_steps import FewSteps, FewStepsObjective
 from promag.diffusion.flow import euler_step, flow_times, interpolate, token_shift
 from promag.diffusion.text import Embedded
@@ -70,6 +71,14 @@ def test_the_pipeline_samples_at_the_times_of_the_training(ratio, steps):
 def test_illegal_settings_are_named(change, message):
     with pytest.raises(ValueError, match=f"few_steps: {message}"):
         FewSteps(**change)
+
+
+def test_another_shift_than_the_teachers_is_refused(init, tmp_path):
+    with pytest.raises(
+        UserError, match=r"few_steps: shift 3\.0: .*scheduler_config\.json has 1\.0, at whose times the teacher samples"
+    ):
+        adopt(distilling(tmp_path, init, shift=3.0))
+    assert adopt(distilling(tmp_path, init / "transformer", shift=3.0)).shift == 3.0  # a transformer alone states none
 
 
 def test_a_student_needs_a_teacher(tmp_path):
@@ -246,6 +255,7 @@ def distilling(folder, init, stop_after=None, **change):
     text = {"encoders": [{"model": "small", "weights": None, "max_length": 10}]}
     few = {"steps": 2, "teacher_steps": 4}
     base = {"init": str(init), "model": None, "few_steps": few, "budgets": [{"ratio": 16}], "condition": {"probability": 0.5}}
+    base |= {"shift": 1.0}  # the teacher's
     config = configuration(folder, **{**base, "text": text, **change})
     loop = dataclasses.replace(config.optimization, steps=4)
     run = dataclasses.replace(config.run, stop_after=stop_after, validate_every=2, save_every=2)
