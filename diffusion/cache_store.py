@@ -26,7 +26,7 @@ from promag.training.config import UserError, one_line
 from promag.training.files import save_tensors_atomically, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AGAIN = "delete it and index.json, and write the cache again with `promag cache-latents`"
+AGAIN = "delete it and index.json, and write the cache again by the command that wrote it"
 OPEN_FILES = 128  # maximum number of shards that one reader keeps mapped into memory
 
 
@@ -189,7 +189,7 @@ class Shards:
         ragged: Mapping[str, str] = MappingProxyType({"caption_ends": "captions"}),
     ):
         if not (folder / "index.json").exists():
-            raise UserError(f"cache {folder}: no index.json there; write it with `promag cache-latents`, or let it finish")
+            raise UserError(f"cache {folder}: no index.json there; write it with the command that fills it, or let that finish")
         self.folder, self.rows, self.ragged = folder, dict(rows), dict(ragged)
         self.index = read_record(folder / "index.json", kind)
         self.clips, self.size = self.index["clips"], self.index["shard_size"]

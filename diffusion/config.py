@@ -114,7 +114,10 @@ class DiffusionDataConfig:
         return next((bucket for bucket in self.buckets or () if str(bucket) == str(shape)), shape)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for buckets that lack the default shape or repeat a shape."""
+        """Raise ValueError for buckets that lack the default shape or repeat a shape, and for no clips at all."""
+        for name in ("synthetic_clips", "validation_clips", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} {getattr(self, name)}: at least 1 clip is needed")
         names = [str(bucket) for bucket in self.training_buckets]
         if str(self.default_bucket) not in names or len(set(names)) < len(names):
             raise ValueError(f"buckets {', '.join(names)}: each once, {self.default_bucket} (frames and size) among them")
@@ -209,8 +212,6 @@ class DiffusionConfig:
             check_frames(bucket.frames, ratio)
             if self.model:
                 tokens(bucket.frames, bucket.height, bucket.width, ratio, self.model.patch_size)
-        if self.data.shard_size < 1:
-            raise ValueError(f"shard_size {self.data.shard_size}: at least 1 clip is needed")
         if (self.model is None) != (self.init is not None):
             raise ValueError(
                 f"init {self.init}, model {'null' if self.model is None else 'given'}: exactly one of both is needed"

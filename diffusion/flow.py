@@ -35,11 +35,6 @@ def velocity(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def denoised(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tensor:
-    """Return the estimate of the clean latents from noisy ones and their velocity."""
-    return noisy - times.view(-1, *(1,) * (noisy.ndim - 1)) * velocity
-
-
 def token_shift(tokens: int, shift: float) -> float:
     """Return mu, the logarithm of the time-shift factor for a clip of `tokens` tokens; `shift` is the factor at 256 tokens.
 

@@ -285,7 +285,7 @@ class LatentDataset(Dataset):
         if not mean.shape == std.shape == channels or not np.isfinite([mean, std]).all() or (std <= 0).any():
             raise UserError(
                 f"latent cache {folder}: index.json needs a finite mean and a deviation above 0 for each of "
-                f"{self.index['shape'][0]} channels; delete index.json and let `promag cache-latents` write it again"
+                f"{self.index['shape'][0]} channels; delete index.json and run the command that wrote the cache again"
             )
         self.shards.rows |= {"latents": self.index["shape"], "fps": ()}
         self.normalise_by(self.index["mean"], self.index["std"], scale)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -187,7 +188,10 @@ def encoder_files(model: str, weights: str | None) -> list[list[Any]] | None:
     model = model.removeprefix(OPEN_CLIP)
     place = Path(weights or model.removeprefix("local-dir:"))
     if not place.exists() and weights is None:
-        config = try_to_load_from_cache(model.removeprefix("hf-hub:"), "config.json")
+        try:
+            config = try_to_load_from_cache(model.removeprefix("hf-hub:"), "config.json")
+        except HFValidationError:  # a path that does not exist is no name of a repository
+            return None
         place = Path(config).parent if isinstance(config, str) else place
     if not place.exists():
         return None

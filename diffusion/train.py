@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import CLIPTextModel
 
 from promag.data.buckets import Bucket, Buckets, bucket_plan
 from promag.data.stream import Mixture, TrainingStream
@@ -37,7 +38,7 @@ from .few_steps import FewStepsObjective, forget_other_ratios
 from .finetune import adapt_to_latents, add_lora, narrow_frozen
 from .latent_cache import LatentDataset, normalise_alike, weight_by_caption
 from .objective import FlowObjective
-from .text import CutTexts, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
+from .text import PAD, CutTexts, learn_vocabulary, load_frozen, read_vocabulary, small_clip, tokenizer_rules
 from .text_cache import CaptionEncoder, EmbeddingCache
 from .transformer import ProMAGTransformer3DModel
 from .validation import ValidationSet, validation_losses
@@ -144,6 +145,11 @@ def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> Capt
         return CaptionEncoder(caches)
     if config.init:
         tokenizer, model = load_frozen(config.init, None, small.max_length, caches.index(None) + 1)
+        if not isinstance(model, CLIPTextModel) or tokenizer.pad_token != PAD:
+            raise UserError(
+                f"init {config.init}: its text encoder {caches.index(None) + 1}, a {type(model).__name__}, was not trained "
+                "with the transformer, as the small one is; name it in text.encoders"
+            )
         model.requires_grad_(config.lora is None and config.few_steps is None)
         if processes().is_main_process and not (Path(config.output_dir) / config.stage).exists():  # of a new run
             _print_cut(tokenizer, latents)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_e
 from promag.diffusion.train import BucketCache, TrainingResult, train_diffusion
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import find_damage, load_tokenizer, save_model
-from promag.tokenizer.geometry import check_ratio, check_size
+from promag.tokenizer.geometry import check_ratio, tokens
 from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.graphs import check_graphs
@@ -165,8 +166,9 @@ def cache_latents(
     try:
         for ratio in ratios:
             check_ratio(ratio, vae.temporal_ratios)
-        for bucket in data.training_buckets:
-            check_size(bucket.height, bucket.width, vae.spatial_compression_ratio)
+        patch = config.model.patch_size if config.model else (1, 1, 1)
+        for bucket, ratio in itertools.product(data.training_buckets, ratios):
+            tokens(bucket.frames, bucket.height, bucket.width, ratio, patch, vae.spatial_compression_ratio)
     except ValueError as error:
         raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
     hashes = broadcast_from_main(lambda: {ratio: vae.encoding_fingerprint(ratio) for ratio in ratios})

@@ -12,6 +12,15 @@ from promag.tokenizer.tiny_decoder import TinyDecoder, load_tiny_decoder
 from .inputs import check_decodable, check_parts, check_result, with_defaults
 
 
+def offload_again(pipe: Any) -> None:
+    """Move models that were brought to the device back, where the pipeline offloads them.
+
+    Without offloading nothing is called: it would reset the transformer's cache, in which another thread may denoise.
+    """
+    if getattr(pipe, "_all_hooks", None):
+        pipe.maybe_free_model_hooks()
+
+
 class Decoding:
     """Mixin of a pipeline that decodes latents."""
 
@@ -62,7 +71,7 @@ class Decoding:
         (ratio,) = with_defaults(pipe.config, temporal_ratio=temporal_ratio)
         check_ratio(ratio, pipe.vae.temporal_ratios)
         videos = self._decode(latents.to(pipe._execution_device), ratio, output_type)
-        pipe.maybe_free_model_hooks()
+        offload_again(pipe)
         return videos
 
     def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:

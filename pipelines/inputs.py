@@ -19,11 +19,12 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
 
+from promag.diffusion.flow import MOST_STEPS
 from promag.diffusion.inputs import check_attention_kwargs
 from promag.diffusion.text import Embedded
 from promag.tokenizer.geometry import check_ratio
 
-MOST_STEPS, MOST_TOKENS = 100_000, 2**24
+MOST_TOKENS = 2**24
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 NAMES = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
 NEGATIVE_NAMES = tuple(f"negative_{name}" for name in NAMES)
@@ -275,6 +276,8 @@ def _tensors(given: Any, name: str, dimensions: int) -> tuple[Tensor, ...]:
     for part in parts:
         if not isinstance(part, Tensor) or part.ndim != dimensions or not len(part):
             raise ValueError(f"{name} {_kind(part)}: a tensor of {dimensions} dimensions, a row for each prompt, is needed")
+        if "mask" not in name and not part.is_floating_point():
+            raise ValueError(f"{name} {_kind(part)}: embeddings are floating point numbers")
     if not parts:
         raise ValueError(f"{name} {given!r}: at least one tensor is needed")
     return parts
@@ -336,12 +339,18 @@ class Prompts:
         if all(new[name] is value for name, value in old.items()):
             return self
         text, negative = ([new[name] for name in names] for names in (NAMES, NEGATIVE_NAMES))
-        return Prompts(pack(*text), None if negative[0] is None else pack(*negative, names=NEGATIVE_NAMES))
+        packed = pack(*text), None if negative[0] is None else pack(*negative, names=NEGATIVE_NAMES)
+        return Prompts(*(part and _cast(part, self.text.tokens[0].dtype) for part in packed))
 
 
-def repeat_for_videos(text: Embedded, times: int, device: torch.device) -> Embedded:
-    """Repeat each prompt for its videos and move all to where they are sampled."""
-    return text.map(lambda x: x.repeat_interleave(times, 0).to(device))
+def repeat_for_videos(text: Embedded, times: int, device: torch.device, dtype: torch.dtype | None) -> Embedded:
+    """Repeat each prompt for its videos, where they are sampled and in the transformer's type, without one in their own."""
+    return _cast(text.map(lambda x: x.repeat_interleave(times, 0).to(device)), dtype)
+
+
+def _cast(text: Embedded, dtype: torch.dtype | None) -> Embedded:
+    """Return embeddings in another type; masks stay as they are."""
+    return text.map(lambda x: x.to(dtype or x.dtype) if x.is_floating_point() else x)
 
 
 # -- first frames ----------------------------------------------------------------------------------------------------

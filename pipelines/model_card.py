@@ -90,7 +90,9 @@ def _guidance(scale: float) -> str:
 def _budget(pipe: Any, ratio: int, frames: int, height: int, width: int) -> str:
     if (frames - 1) % ratio:
         return f"| {ratio} | needs 1 + {ratio}k frames | |"
-    count = tokens(frames, height, width, ratio, tuple(pipe.transformer.config["patch_size"]))
+    count = tokens(
+        frames, height, width, ratio, tuple(pipe.transformer.config["patch_size"]), pipe.vae.spatial_compression_ratio
+    )
     return f"| {ratio} | {latent_frames(frames, ratio)} | {count:,} |"
 
 

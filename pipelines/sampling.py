@@ -218,6 +218,7 @@ def _check(
     return ratio, count_model_calls(pipe.scheduler, draft.steps) + count_model_calls(pipe.scheduler, steps, draft.strength)
 
 
+@torch.no_grad()
 def _at_lower_ratio(vae: Any, latents: Tensor, ratio: int, lower: int) -> Tensor:
     """Return latents of a lower ratio: lifted without pixels where they lift, else those of the decoded video."""
     if lower in vae.lifts(ratio):

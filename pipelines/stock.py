@@ -25,7 +25,8 @@ from promag.training.config import UserError, one_line
 from promag.training.files import write_atomically
 from promag.training.safetensors_only import check_folder, read_mapping
 
-from .inputs import VideoShape, check_decodable, steps_and_guidance, with_defaults
+from .decoding import offload_again
+from .inputs import VideoShape, check_decodable, check_result, steps_and_guidance, with_defaults
 from .saved_index import WAN_PARTS, check_index
 from .timesteps import FLOW, FLOW_WITH_SETTINGS, check_flow
 
@@ -174,7 +175,8 @@ class StockPipeline:
         latents = latents.to(self.pipe._execution_device, vae.dtype)
         mean, std = (latents.new_tensor(vae.config[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
         video = vae.decode(latents * std + mean, ratio, return_dict=False)[0]
-        self.pipe.maybe_free_model_hooks()
+        check_result(video, "video decoded from finite latents")
+        offload_again(self.pipe)
         return self.pipe.video_processor.postprocess_video(video, output_type=output_type)
 
     def _without_padding(self, embeds: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -222,10 +222,11 @@ class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeli
             given = NULL_CAPTION if negative_prompt is None else negative_prompt
             given = [given] * len(text.tokens[0]) if isinstance(given, str) else given
             negative = self._encode(given, max_sequence_length)
-        count, device = num_videos_per_prompt, device or self._execution_device
-        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(repeat_for_videos(text, count, device))
+        dtype = None if self.transformer is None else self.transformer.dtype
+        place = (num_videos_per_prompt, device or self._execution_device, dtype)
+        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = unpack(repeat_for_videos(text, *place))
         if negative is not None:
-            negative = repeat_for_videos(negative, count, device)
+            negative = repeat_for_videos(negative, *place)
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = unpack(negative)
         return (
             prompt_embeds,
@@ -245,10 +246,7 @@ class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeli
         lengths: list[int | None] = list(given) if isinstance(given, list | tuple) else [given] * len(pairs)
         if len(lengths) != len(pairs):
             raise ValueError(f"max_sequence_length {lengths}: give one number, or one for each of {len(pairs)} text encoders")
-        parts = [encode_prompts(*pair, prompts, length) for pair, length in zip(pairs, lengths, strict=True)]
-        text = side_by_side(parts)
-        dtype = text.tokens[0].dtype if self.transformer is None else self.transformer.dtype
-        return text.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        return side_by_side([encode_prompts(*pair, prompts, length) for pair, length in zip(pairs, lengths, strict=True)])
 
     @torch.no_grad()
     def __call__(
@@ -334,7 +332,7 @@ class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeli
         check_flow(self.scheduler, base_ahead := self.transformer.config["base_ahead"])
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
         check_size(*size, spatial * max(patch[1:]))
-        token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch))
+        token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch), spatial)
         check_amount(token_count, num_inference_steps, num_videos_per_prompt)
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._current_timestep, self._interrupt = None, False

@@ -166,6 +166,12 @@ def test_training_on_several_buckets_resumes_bit_for_bit_and_logs_the_loss_of_ea
     assert losses["validation_loss"] == pytest.approx(by_clip)
 
 
+@pytest.mark.parametrize("name", ["synthetic_clips", "validation_clips", "shard_size"])
+def test_no_clips_at_all_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"data.{name} 0: at least 1 clip is needed"):
+        dataclasses.replace(configuration(tmp_path).data, **{name: 0})
+
+
 @pytest.mark.parametrize(
     ("buckets", "message"),
     [

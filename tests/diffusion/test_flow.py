@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from promag.diffusion.flow import (
     StopSampling,
-    denoised,
     euler_step,
     flow_times,
     guide,
@@ -28,7 +27,7 @@ def test_the_velocity_gives_back_the_clean_latent(time):
     x, noise = torch.randn(2, 3, 4, 2, 2, generator=generator), torch.randn(2, 3, 4, 2, 2, generator=generator)
     times = torch.full((2,), time)
     noisy = interpolate(x, noise, times)
-    assert torch.allclose(denoised(noisy, velocity(x, noise), times), x, atol=1e-5)
+    assert torch.allclose(noisy - time * velocity(x, noise), x, atol=1e-5)
     assert torch.allclose(interpolate(x, noise, torch.zeros(2)), x)
     assert torch.allclose(interpolate(x, noise, torch.ones(2)), noise)
 

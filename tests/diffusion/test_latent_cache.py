@@ -346,7 +346,9 @@ def test_swapped_and_damaged_shards_are_refused_by_name(tmp_path, damage):
     else:
         second.unlink()
     data = LatentDataset(folder)
-    with pytest.raises(UserError, match=r"shard-00001\.safetensors: (is another shard|cannot be read).*cache-latents"):
+    with pytest.raises(
+        UserError, match=r"shard-00001\.safetensors: (is another shard|cannot be read).*again by the command that wrote it"
+    ):
         data.fixed(data.shards.size)
 
 

@@ -22,6 +22,7 @@ from promag import ProMAGTransformer3DModel
 from promag.diffusion.text import (
     draw_dropped,
     encode,
+    encoder_files,
     hash_text_encoder,
     learn_vocabulary,
     load_frozen,
@@ -210,6 +211,13 @@ def test_a_named_openclip_model_with_weights_in_a_file(folders, tmp_path):
         load_frozen("open_clip:tiny-for-tests", None, 10)
     with pytest.raises(UserError, match="not a known tag or valid file"):
         load_frozen("open_clip:tiny-for-tests", "nowhere", 10)
+
+
+@pytest.mark.parametrize("name", ["/no/such/t5", "models/t5/small", "open_clip:local-dir:/no/such"])
+def test_a_folder_that_does_not_exist_has_no_files_and_is_named_when_loaded(name):
+    assert encoder_files(name, None) is None
+    with pytest.raises(UserError, match=name.rpartition(":")[2]):
+        load_frozen(name, None, 10)
 
 
 def _named_config(folder):

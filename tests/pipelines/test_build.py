@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from promag import ProMAGPipeline
 from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.few_steps import FewSteps
+from promag.diffusion.train import open_text
 from promag.pipelines.build import cache, train_pipeline
 from promag.tokenizer.checkpoint import find_damage
 from promag.training.config import UserError, build, load_yaml
@@ -133,6 +135,20 @@ def test_a_distilled_pipeline_samples_as_its_student_learned_and_one_trained_fur
     pipe.transformer.register_forward_pre_hook(lambda *inputs: calls.append(len(inputs[2]["hidden_states"])), with_kwargs=True)
     pipe("a red disc")
     assert calls == [1, 1]
+
+
+def test_sizes_are_checked_at_the_tokenizers_spatial_ratio(config, monkeypatch):
+    vae = make_tokenizer()
+    monkeypatch.setattr(type(vae), "spatial_compression_ratio", 16)
+    with pytest.raises(UserError, match=r"tokenizer .*: latent of 2x2x3 .* not divisible by patch \(1, 2, 2\)"):
+        cache(config, vae)
+
+
+def test_a_frozen_text_encoder_of_init_is_not_trained_as_the_small_one(config, tmp_path):
+    small = dataclasses.replace(config.text, encoders=config.text.encoders[1:])
+    further = dataclasses.replace(config, init=str(tmp_path / "t5"), model=None, text=small)
+    with pytest.raises(UserError, match="its text encoder 1, a T5EncoderModel, was not trained with the transformer"):
+        open_text(further, [SimpleNamespace(texts=())])
 
 
 def test_a_run_with_complete_caches_loads_no_text_encoder(config, tmp_path):

@@ -127,6 +127,15 @@ def test_a_batch_is_decoded_while_the_next_one_is_denoised(pipe, monkeypatch):
     assert len(list(make_videos(pipe, REQUESTS, 1, on_progress=on_progress, overlap=True, **OPTIONS))) == 3
 
 
+def test_decoding_leaves_the_cache_in_which_another_thread_denoises(pipe, monkeypatch):
+    resets = []
+    monkeypatch.setattr(pipe.transformer, "_reset_stateful_cache", lambda *_: resets.append(1), raising=False)
+    pipe.decode_latents(torch.zeros(1, 4, 2, 2, 3), 16)
+    assert not resets
+    pipe.maybe_free_model_hooks()
+    assert resets
+
+
 def test_what_fails_aside_is_raised_and_nothing_runs_on(pipe, monkeypatch):
     def fail(*_):
         raise ValueError("no video")

@@ -62,6 +62,11 @@ def test_latents_are_decoded_as_in_the_stock_call(folder):
         assert abs(decoded - frames).max() < 1e-5
     with pytest.raises(ValueError, match="temporal ratio 8: this tokenizer has 4x"):
         pipe.decode_latents(latents, 8)
+    with torch.no_grad():
+        for parameter in pipe.vae.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(ValueError, match="video decoded from finite latents: holds NaN"):
+        pipe.decode_latents(latents)
 
 
 def test_embeddings_lose_their_padding(folder):

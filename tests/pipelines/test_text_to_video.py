@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from promag import ProMAGPipeline, ProMAGTransformer3DModel
 from promag.diffusion.text import learn_vocabulary
+from promag.pipelines import text_to_video
 from promag.pipelines.inputs import NAMES, NEGATIVE_NAMES, unpack
 from promag.pipelines.sampling import sample_videos
 from tests.pipelines.conftest import call, like, seed
@@ -83,9 +84,27 @@ def test_prompt_embeds_with_their_masks_replace_the_prompt(which, request):
     assert np.array_equal(call(pipe, None, **encoded, num_videos_per_prompt=2), expected)
     positive = {name: encoded[name] for name in NAMES}
     assert np.array_equal(call(pipe, None, **positive), call(pipe, PROMPTS))
+    tokens, pooled = positive["prompt_embeds"], positive["pooled_prompt_embeds"]
+    tokens = tokens.double() if isinstance(tokens, torch.Tensor) else [part.double() for part in tokens]
+    double = {"prompt_embeds": tokens, "pooled_prompt_embeds": None if pooled is None else pooled.double()}
+    assert np.array_equal(call(pipe, None, **{**positive, **double}), call(pipe, PROMPTS))  # cast to the transformer's type
     assert np.array_equal(call(pipe, None, **positive, negative_prompt="a"), call(pipe, PROMPTS, negative_prompt="a"))
     negative = {name: encoded[name] for name in NEGATIVE_NAMES}
     assert np.array_equal(call(pipe, PROMPTS, **negative), call(pipe, PROMPTS, negative_prompt=["a", "b"]))
+
+
+def test_times_are_shifted_for_the_tokens_of_the_tokenizers_spatial_ratio(pipe, monkeypatch):
+    counts, set_flow_times = [], text_to_video.set_flow_times
+
+    def spy(scheduler, steps, count, *rest):
+        counts.append(count)
+        return set_flow_times(scheduler, steps, count, *rest)
+
+    monkeypatch.setattr(text_to_video, "set_flow_times", spy)
+    monkeypatch.setattr(type(pipe.vae), "spatial_compression_ratio", 16)
+    latents = call(pipe, height=32, width=48, num_inference_steps=1, output_type="latent")
+    assert latents.shape[2:] == (2, 2, 3)
+    assert counts == [2 * 2 * 3]
 
 
 def test_return_names_of_encode_prompt_can_be_parsed():
@@ -122,6 +141,10 @@ def test_text_can_be_encoded_by_a_pipeline_of_text_encoders_alone(pipe):
         ({"negative_prompt_attention_mask": None}, "negative_prompt_embeds without negative_prompt_attention_mask"),
         ({"prompt_attention_mask": torch.ones(1, 7)}, r"of shapes \[\(1, 7\)\]: \[\(1, 10\)\] are needed"),
         ({"pooled_prompt_embeds": torch.ones(2, 16)}, "pooled_prompt_embeds of 2 prompts: prompt_embeds are of 1"),
+        (
+            {"prompt_embeds": torch.ones(1, 10, 16).long()},
+            r"prompt_embeds of shape \(1, 10, 16\), int64: embeddings are floating",
+        ),
         ({"prompt": "a disc"}, "prompt and prompt_embeds: exactly one"),
         ({"negative_prompt": "a disc"}, "negative_prompt and negative_prompt_embeds: at most one"),
     ],
