@@ -160,9 +160,10 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
 
     @classmethod
     def load_growth(cls, folder: str | os.PathLike, base: Any = None) -> "AutoencoderKLProMAG":
-        """Load what `save_growth` saved, on its base: an autoencoder or its folder, by default the folder it was grown from.
+        """Load what `save_growth` saved, on its base: an autoencoder or its folder.
 
-        Raises UserError for another base than it was trained on, by name, and for a damaged folder.
+        None is the folder that it was grown from, which is recorded where `from_base` loaded that. Raises UserError for a base
+        that is not recorded, for another one than it was trained on, by name, and for a damaged folder.
         """
         return read_growth(cls, Path(folder), base)
 
@@ -217,14 +218,15 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
 
         With a key-frame path (mixing is not "none") and `birth`, the new level's latent equals, until its first training
         step, the latent of the level below on every second frame; else its head starts as the base's, whose latent the
-        averaging shortcuts then blur in time. The levels below are not touched.
+        averaging shortcuts then blur in time, or at random with little noise where its width is another. The levels below are
+        not touched. Raises ValueError for a growth that does not fit them, and then leaves the model as it was.
         """
         growth = growth or Growth()
         self._add_level(growth)
         newest: Any = self.encoder_growth[-1]
         if newest.join is not None:
             pass  # begins with the head of the level below
-        elif not newest.adds_to_key_latent and self.existing:
+        elif not newest.adds_to_key_latent and self.level_widths[-1] != self.level_widths[0]:  # always on an existing base
             newest.head.start_at(slice(self.latent_channels, None), INITIAL_LOGVAR)
         elif not newest.adds_to_key_latent and self.config["linear_shortcuts"]:
             newest.head.load_state_dict(self.encoder.head.state_dict())
@@ -236,11 +238,6 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
 
     def _add_level(self, growth: Growth) -> None:
         level = len(self.encoder_growth) + 1
-        # Copies: the levels below keep what they have as it was.
-        if growth.encoder == "finetune":
-            self.own_encoders[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.encoding_path(level - 1))
-        if growth.decoder == "finetune":
-            self.own_decoders[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.decoding_path(level - 1))
         channels, lower = self.latent_channels, self.level_channels[-1]
         upper = channels * (2 if growth.latent == "dual" else 1)
         if upper < lower:
@@ -255,9 +252,15 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
             project = Projection(below, width)
         head = self._head_to_start_from(growth, width) if growth.sum_at == "features" else None
         decoder = self._new_decoder(growth, width, upper, scale)
+        encoder = EncoderGrowth(width, channels, growth, project, scale, head)
+        # Copies: the levels below keep what they have as it was.
+        if growth.encoder == "finetune":
+            self.own_encoders[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.encoding_path(level - 1))
+        if growth.decoder == "finetune":
+            self.own_decoders[str(level)] = nn.ModuleList(copy.deepcopy(m) for m in self.decoding_path(level - 1))
         self.level_channels.append(upper)
         self.level_widths.append(width)
-        self.encoder_growth.append(EncoderGrowth(width, channels, growth, project, scale, head))
+        self.encoder_growth.append(encoder)
         self.decoder_growth.append(decoder)
 
     def set_dtypes(self, encode: torch.dtype, decode: torch.dtype) -> None:
@@ -276,11 +279,11 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         """Encode clips or images.
 
         Args:
-            x: B C 1+r*N H W in [-1, 1]; H and W multiples of 8.
-            temporal_ratio: one of `temporal_ratios`; None is the highest.
+            x: B C 1+r*N H W in [-1, 1]; H and W multiples of s = `spatial_ratio`.
+            temporal_ratio: one of `temporal_ratios`; None is the one that `serve` set, else the highest.
 
         Returns:
-            `AutoencoderKLOutput` whose `latent_dist` is over b c 1+N H/8 W/8.
+            `AutoencoderKLOutput` whose `latent_dist` is over b c 1+N H/s W/s.
         Raises ValueError for an illegal shape or ratio, naming the nearest legal ones.
         """
         level = self.level_of(temporal_ratio)
@@ -312,7 +315,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         self._check_pixels(x)
         check = check_frames if is_first(state) else check_chunk
         check(x.shape[2], self.temporal_ratios[level], self.latent_step)
-        (moments,), state = self._moments(x, [level], state)
+        (moments,), state = self._moments(x, [level], state, f"encode_chunk at {self.temporal_ratios[level]}x")
         return DiagonalGaussianDistribution(moments), state
 
     def encode_base_latents(
@@ -324,12 +327,10 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
             latents: by frame rate r = 1, 2, 4, ... the base's latents of x[:, :, ::r], b c t h w.
             temporal_ratios: as in `encode_levels`.
 
-        The means are as from pixels, deviations are not. Raises ValueError where growth sees more of the base than its latents,
-        and for a missing frame rate.
+        The means are as from pixels, deviations are not. Raises ValueError where growth sees more of the base than its latents
+        or a level trained its own copy of the base, and for a missing frame rate.
         """
-        if self.existing is None or self.existing.features != "latents":
-            raise ValueError("encode_base_latents: the levels see more of the base than its latents; encode pixels")
-        check_ratios(temporal_ratios)
+        self.check_takes_base_latents(temporal_ratios)
         call = Encoding(None, None)
         for rate, features in cached_features(latents):
             for kind in ("features", "moments"):
@@ -340,14 +341,14 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
     def _check_pixels(self, x: Tensor) -> None:
         check_pixels(x, 3 if self.existing else self.config["in_channels"], self.spatial_ratio)
 
-    def _moments(self, x: Tensor, levels: Sequence[int], state: State) -> tuple[list[Tensor], State]:
+    def _moments(self, x: Tensor, levels: Sequence[int], state: State, kind: str = "") -> tuple[list[Tensor], State]:
         """Moments of `x` at each of `levels`; those and the features of each (level, frame rate) are computed once."""
 
         def encode(part: Tensor, state: State) -> tuple[list[Tensor], State]:
             call = Encoding(self._as(self.encoder, part), state)
             return [self._moments_at(level, level, 1, call) for level in levels], call.state
 
-        return self._in_parts(x, state, encode)
+        return self._in_parts(x, state, encode, kind=kind)
 
     def encoding_path(self, level: int) -> list[nn.Module]:
         """The modules from pixels up to a level's latent; a level that fine-tuned what is below it uses its copy."""
@@ -382,10 +383,10 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
 
     @apply_forward_hook
     def decode(self, z: Tensor, temporal_ratio: int | None = None, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Decode latents b c 1+N h w of one level to clips B C 1+r*N 8h 8w, about in [-1, 1]."""
+        """Decode latents b c 1+N h w of one level to clips B C 1+r*N s*h s*w, s = `spatial_ratio`, about in [-1, 1]."""
         level = self.level_of(temporal_ratio)
         check_latents(z, self.level_channels[level])
-        x, _ = self._decode(z, level, None)
+        x, _ = self._run(z, self.decoding_path(level), None)
         return DecoderOutput(sample=x) if return_dict else (x,)
 
     @apply_forward_hook
@@ -393,7 +394,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         """Decode the next latent frames of a stream (`state=START` first); the chunks together equal `decode`."""
         level = self.level_of(temporal_ratio)
         check_latents(z, self.level_channels[level])
-        return self._decode(z, level, state)
+        return self._run(z, self.decoding_path(level), state, f"decode_chunk at {self.temporal_ratios[level]}x")
 
     @apply_forward_hook
     def lift(self, z: Tensor, temporal_ratio: int, to_ratio: int) -> Tensor:
@@ -408,10 +409,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
             raise ValueError(f"lift from {temporal_ratio}x to {to_ratio}x: these levels hand over no latent")
         return self._run(z, [self.decoder_growth[i - 1] for i in range(level, low, -1)], None)[0]
 
-    def _decode(self, z: Tensor, level: int, state: State) -> tuple[Tensor, State]:
-        return self._run(z, self.decoding_path(level), state)
-
-    def _run(self, z: Tensor, path: Sequence[nn.Module], state: State) -> tuple[Tensor, State]:
+    def _run(self, z: Tensor, path: Sequence[nn.Module], state: State, kind: str = "") -> tuple[Tensor, State]:
         """Call the modules of a path one after the other on latents, part by part."""
 
         def run(part: Tensor, state: State) -> tuple[list[Tensor], State]:
@@ -419,7 +417,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
             x: Any = run_decoders(path, (part, None), states, self._as)[0]
             return [x], None if state is None else tuple(states)
 
-        (x,), state = self._in_parts(z, state, run, self.spatial_ratio)
+        (x,), state = self._in_parts(z, state, run, self.spatial_ratio, kind)
         return x, state
 
     def decoding_path(self, level: int) -> list[nn.Module]:

@@ -9,10 +9,12 @@ from torch import Tensor
 from promag.data.buckets import Bucket
 from promag.data.datasets import open_dataset
 from promag.data.sources import digest_sources, open_sources
+from promag.training.config import UserError
 from promag.training.optimizers import OptimizationConfig
 from promag.training.run import record_data, recorded_data
 
 from .config import ClipsConfig
+from .geometry import check_frames, check_size
 
 
 def open_training_clips(
@@ -34,6 +36,15 @@ def open_training_clips(
         sharding=data.sharding,
         in_memory=data.in_memory,
     )
+
+
+def check_clips(tokenizer: Any, ratio: int, frames: int, height: int, width: int, place: str = "") -> None:
+    """Raise UserError, which begins with `place`, where a tokenizer does not take clips of a shape at a ratio."""
+    try:
+        check_frames(frames, ratio, tokenizer.latent_step)
+        check_size(height, width, tokenizer.spatial_compression_ratio)
+    except ValueError as error:
+        raise UserError(f"{place}{error}") from None
 
 
 def open_validation_clips(data: ClipsConfig, frames: int) -> list[Tensor]:

@@ -58,6 +58,12 @@ class ClipsConfig:
     validation_clips: int = setting(16, "how many clips each validation reconstructs")
     sharding: Sharding = setting(Sharding(), "how shards are read, where shards are trained on")
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a count of clips below 1."""
+        for name in ("synthetic_clips", "validation_clips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerDataConfig(ClipsConfig):
@@ -200,6 +206,15 @@ class TokenizerConfig:
                 f"latent_cache with base_features {self.base_features!r}, latent_clips {self.data.latent_clips}: "
                 "needs latents, and 1 clip or more"
             )
+        copied = None
+        for stage in self.stages:
+            if stage.growth and stage.growth.encoder == "finetune":
+                copied = copied or stage.name
+            if self.data.latent_cache and stage.latent_pretrain_steps and copied:
+                raise ValueError(
+                    f"latent_cache with latent_pretrain_steps in stage {stage.name}: the encoders that stage {copied} trains "
+                    "(growth encoder 'finetune') need pixels; use null, or growth encoder frozen"
+                )
         self._check_order()
         for stage in self.stages:
             if stage.trainable == "decoder" and self.init is None and stage == self.stages[0]:
@@ -281,7 +296,6 @@ MAY_CHANGE = (
     "gradient_checkpointing",
     "compile",
     "data.in_memory",
-    "data.latent_cache",
     "data.validation_clips",
     "data.sharding.bad",
 )

@@ -108,7 +108,8 @@ class _CogVideoXStream:
 def _in_stretches(part: Any, x: Tensor, features: Tensor | None, length: int, state: State, run: Run) -> tuple[Tensor, State]:
     first = x.shape[2] % length if is_first(state) else 0
     if x.shape[2] % length != (1 if is_first(state) else 0):
-        raise ValueError(f"{x.shape[2]} frames in a chunk: AutoencoderKLCogVideoX needs {'1 + ' if first else ''}{length}k")
+        chunk, count = ("first", "1 + ") if is_first(state) else ("later", "")
+        raise ValueError(f"{x.shape[2]} frames in a {chunk} chunk: AutoencoderKLCogVideoX needs {count}{length}k")
     cache, outputs = (None if is_first(state) else state), []
     stops = list(range(first + length, x.shape[2] + 1, length)) or [x.shape[2]]
     for start, stop in zip([0, *stops], stops, strict=False):

@@ -65,7 +65,7 @@ def read_growth(cls: Any, folder: Path, base: Any) -> Any:
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / SETTINGS}: needs base, with class_name and fingerprint, and growth") from None
     if base is None and (base := path) is None:
-        raise UserError(f"{folder}: was grown on an {name} that lay in no folder; name its base")
+        raise UserError(f"{folder}: was grown on an {name} whose folder is not recorded; name its base")
     if isinstance(base, nn.Module):
         place, is_a = "the base given", type(base).__name__
     elif Path(base, "config.json").is_file():

@@ -67,7 +67,8 @@ class CausalConv3d(nn.Conv3d):
         kt, kh, kw = (kernel,) * 3 if isinstance(kernel, int) else kernel
         super().__init__(channels_in, channels_out, (kt, kh, kw), stride, padding=(0, kh // 2, kw // 2))
         self.front = kt - 1  # frames repeated before the first one
-        self.kept = kt - stride[0]  # frames that the next chunk's first output still sees
+        # frames that the next chunk's first output still sees; below 0 that output begins so many frames after the chunk
+        self.kept = kt - stride[0]
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:  # pyright: ignore
         """B C T H W -> B C' T' H' W'."""
@@ -75,6 +76,8 @@ class CausalConv3d(nn.Conv3d):
             x = F.pad(x, (0, 0, 0, 0, self.front, 0), mode="replicate") if self.front else x
         elif self.kept > 0:
             x = torch.cat([state, x], 2)
+        elif self.kept < 0:
+            x = x[:, :, -self.kept :]
         tail = None if state is None else x[:, :, x.shape[2] - self.kept :].clone() if self.kept > 0 else x[:, :, :0]
         y = conv3d(x, self.weight, self.bias, self.stride, self.padding)  # pyright: ignore[reportArgumentType]
         return y, tail

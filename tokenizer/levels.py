@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .geometry import check_ratio
 from .growth import DecoderGrowth, FrameGrowth, Growth, LatentScale
+from .inputs import check_ratios
 from .layers import Handed, State
 
 # The settings of the base that decide what its encoder computes.
@@ -44,6 +45,7 @@ class Levels:
     spatial_ratio: int
     served: int | None
     encoding_path: Any
+    _encoder_at: Any
     modules: Any
     parameters: Any
     requires_grad_: Any
@@ -99,6 +101,19 @@ class Levels:
         while path and getattr(path[-1], "adds_to_key_latent", False):
             path.pop()
         return [encoder.head for encoder in path[:-1]]
+
+    def check_takes_base_latents(self, temporal_ratios: Sequence[int]) -> None:
+        """Raise ValueError unless encoding at some ratios can start from the base's latents instead of pixels."""
+        if self.existing is None or self.existing.features != "latents":
+            raise ValueError("base latents: the levels see more of the base than its latents; encode pixels")
+        check_ratios(temporal_ratios)
+        for ratio in temporal_ratios:
+            owner, _ = self._encoder_at(0, self.level_of(ratio))
+            if owner:
+                raise ValueError(
+                    f"base latents: {ratio}x encodes with the copy of the base that {self.temporal_ratios[owner]}x has "
+                    "(growth encoder 'finetune'); encode pixels"
+                )
 
     def _head_to_start_from(self, growth: Growth, width: int) -> nn.Module:
         """Return the head of the level below; raises ValueError where it cannot read what a level adds at feature width."""

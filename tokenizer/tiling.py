@@ -55,26 +55,34 @@ Layout = tuple[tuple[int, ...], bool, Tiling | None]  # batch, height and width 
 
 @dataclass(frozen=True, eq=False)
 class PartStates:
-    """The states of a stream's parts, and the input and the tiles that they belong to."""
+    """The states of a stream's parts, and the input, the tiles and the kind of call that they belong to."""
 
     layout: Layout
     parts: tuple[State, ...]
+    kind: str = ""
 
 
 def in_parts(
-    x: Tensor, state: State, call: Call, slicing: bool = False, tiling: Tiling | None = None, pixels: int = 1
+    x: Tensor,
+    state: State,
+    call: Call,
+    slicing: bool = False,
+    tiling: Tiling | None = None,
+    pixels: int = 1,
+    kind: str = "",
 ) -> tuple[list[Tensor], State]:
     """Apply a function clip by clip with `slicing`, tile by tile with `tiling`, and put its outputs together.
 
     Args:
-        x: B C T H W, `pixels` pixels a side at each position: 1 for pixels, 8 for latents.
+        x: B C T H W, `pixels` pixels a side at each position: 1 for pixels, the spatial ratio for latents.
         state: as every layer takes it; a later chunk must be split like the first.
         call: (part of x, its state) -> (outputs of any spatial scale, the new state).
         slicing: call it for each clip of the batch.
         tiling: call it for each tile; None for whole pictures.
         pixels: see `x`.
+        kind: what `call` does, which every chunk of a stream must share, such as "encode_chunk at 16x".
 
-    Raises ValueError for a later chunk of another batch, size or tiling than the first.
+    Raises ValueError for a later chunk of another kind, batch, size or tiling than the first.
     """
     layout: Layout = ((len(x), *x.shape[3:]), slicing, tiling)
     clips = x.split(1) if slicing else (x,)
@@ -82,6 +90,10 @@ def in_parts(
     count = len(clips) * len(rows) * len(columns)
     if is_first(state):
         states = [state] * count
+    elif isinstance(state, PartStates) and state.kind != kind:
+        raise ValueError(
+            f"{kind}: the state is that of {state.kind}; give the state of the chunk before, or START for a first chunk"
+        )
     elif isinstance(state, PartStates) and state.layout == layout:
         states = list(state.parts)
     else:
@@ -96,7 +108,7 @@ def in_parts(
             whole = _blended(clip, states, first, call, rows, columns)
         outputs.append(whole)
     joined = [torch.cat(parts) if slicing else parts[0] for parts in zip(*outputs, strict=True)]
-    return joined, None if state is None else PartStates(layout, tuple(states))
+    return joined, None if state is None else PartStates(layout, tuple(states), kind)
 
 
 def _describe(layout: Layout) -> str:
@@ -183,5 +195,5 @@ class TiledModel:
         check_size(tiling.stride_height, tiling.stride_width, self.spatial_ratio)
         self.tiling, self.use_tiling = tiling, True
 
-    def _in_parts(self, x: Tensor, state: State, call: Call, pixels: int = 1) -> tuple[list[Tensor], State]:
-        return in_parts(x, state, call, self.use_slicing, self.tiling if self.use_tiling else None, pixels)
+    def _in_parts(self, x: Tensor, state: State, call: Call, pixels: int = 1, kind: str = "") -> tuple[list[Tensor], State]:
+        return in_parts(x, state, call, self.use_slicing, self.tiling if self.use_tiling else None, pixels, kind)

@@ -27,6 +27,7 @@ from .base import least_squares
 from .geometry import check_ratio
 from .inputs import check_latents
 from .layers import START, CausalConv3d, ResBlock, State, Unfold, Upsample
+from .tiling import in_parts
 
 
 class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
@@ -131,7 +132,13 @@ class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
         check_ratio(ratio, self.temporal_ratios)
         level = self.temporal_ratios.index(ratio)
         check_latents(z, self.level_channels[level])
-        return self._run(self._path(level), z, state)
+
+        def decode(part: Tensor, before: State) -> tuple[list[Tensor], State]:
+            x, after = self._run(self._path(level), part, before)
+            return [x], after
+
+        (x,), state = in_parts(z, state, decode, kind=f"decode_chunk at {ratio}x of a tiny decoder")
+        return x, state
 
     def _run(self, path: Sequence[nn.Module], z: Tensor, state: State) -> tuple[Tensor, State]:
         """Call layers one after the other."""

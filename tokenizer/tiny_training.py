@@ -24,10 +24,9 @@ from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
 from .checkpoint import load_tokenizer, save_model
-from .clips import open_training_clips, open_validation_clips, record_videos
+from .clips import check_clips, open_training_clips, open_validation_clips, record_videos
 from .config import MAY_CHANGE, ClipsConfig
 from .distillation import CrossedAutoencoder
-from .geometry import check_frames, check_size
 from .losses import reconstruction_loss, reparametrise, squared_loss
 from .metrics import evaluate
 from .tiny_decoder import TinyDecoder, load_tiny_decoder
@@ -116,7 +115,8 @@ def train_tiny_decoder(config: TinyDecoderConfig) -> Path | None:
     accelerator = make_accelerator(Path(config.output_dir), precision, config.run.trackers)
     run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
     tokenizer: Any = load_tokenizer(config.tokenizer).requires_grad_(False)
-    bucket = _bucket(config, tokenizer)
+    check_clips(tokenizer, tokenizer.temporal_ratios[-1], config.frames, config.data.size, config.data.size)
+    bucket = Bucket(config.frames, config.data.size, config.data.size)
     rank, world, options = accelerator.process_index, accelerator.num_processes, config.optimization
     source, plan = open_training_clips(config.data, [bucket], options, world, config.data.temporal_strides)
     broadcast_from_main(lambda: record_videos(run, config.data))
@@ -173,13 +173,3 @@ def _model(config: TinyDecoderConfig, tokenizer: Any) -> TinyDecoder:
         if (value := getattr(config, name)) != model.config[name]:
             raise UserError(f"{name} {value}: the decoder in {config.init} has {model.config[name]}; state that")
     return model
-
-
-def _bucket(config: TinyDecoderConfig, tokenizer: Any) -> Bucket:
-    """Return the shape of the clips; raises UserError where the tokenizer does not take them."""
-    try:
-        check_frames(config.frames, tokenizer.temporal_ratios[-1], tokenizer.latent_step)
-        check_size(config.data.size, config.data.size, tokenizer.spatial_compression_ratio)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return Bucket(config.frames, config.data.size, config.data.size)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from promag.data.stream import Clips, DrawnClips, FirstThen, Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
-from promag.training.config import UserError
+from promag.training.config import UserError, load_yaml
 from promag.training.files import finish_replacing, write_atomically
 from promag.training.loop import Metrics, Outcome, close_trackers, make_accelerator, train
 from promag.training.processes import broadcast_from_main, choose_precision_once
@@ -25,7 +25,7 @@ from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG
 from .checkpoint import class_name, find_damage, load_tokenizer, save_tokenizer, saved_ratios
-from .clips import open_training_clips, open_validation_clips, record_videos
+from .clips import check_clips, open_training_clips, open_validation_clips, record_videos
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig
 from .distillation import load_teacher, take_entries
 from .levels import parameter_count
@@ -53,9 +53,10 @@ def train_tokenizer(
         config.run.trackers,
         unused=any(leaves_unused(stage) for stage in config.stages),
     )
-    run = open_run(config.output_dir, config, MAY_CHANGE, write=accelerator.is_main_process)
+    run = open_run(config.output_dir, config, _may_change(config), write=accelerator.is_main_process)
     if accelerator.is_main_process:
-        finish_replacing(run / "tokenizer")
+        for name in ("tokenizer", "growth"):
+            finish_replacing(run / name)
     accelerator.wait_for_everyone()
     _check_levels(run, config, build)
     for stage in config.chosen_stages:
@@ -64,6 +65,14 @@ def train_tokenizer(
             return None
     close_trackers(accelerator)
     return run / "tokenizer"
+
+
+def _may_change(config: TokenizerConfig) -> tuple[str, ...]:
+    """Return the keys that may differ where a run continues: cached latents may move, but must be used again or still not."""
+    file = Path(config.output_dir) / "config.yaml"
+    before = load_yaml(file).get("data", {}).get("latent_cache") if file.exists() else None
+    moved = before is not None and config.data.latent_cache is not None
+    return (*MAY_CHANGE, "data.latent_cache") if moved else MAY_CHANGE
 
 
 def _check_levels(run: Path, config: TokenizerConfig, build: Callable[[], Any] | None) -> None:
@@ -90,8 +99,11 @@ def leaves_unused(stage: StageConfig) -> bool:
     copies = growth and "finetune" in (growth.encoder, growth.decoder)
     # A stage may add several levels, and then nothing reads the heads of the lower ones.
     idle_heads = growth and (growth.mixing == "none" or not growth.birth or growth.sum_at == "features")
-    wide = growth and growth.hand_over == "both" and stage.latent_pretrain_steps  # steps on latents hand over no features
-    return bool(stage.trainable == "all" or stage.by_turns or stage.adversarial or copies or idle_heads or wide)
+    # Nothing reads the first convolution of a lower level that gets features alone; steps on latents hand over no features.
+    wide = growth and (growth.hand_over == "wide" or (growth.hand_over == "both" and stage.latent_pretrain_steps))
+    # Levels of either kind may be what a stage without growth trains, and its settings do not show which these are.
+    trained_before = stage.trainable in ("all", "decoder")
+    return bool(trained_before or stage.by_turns or stage.adversarial or copies or idle_heads or wide)
 
 
 def train_stage(
@@ -118,6 +130,7 @@ def train_stage(
 
     torch.manual_seed(config.seed * 1000 + stage.ratio)
     model, added = _model_for(run, config, stage, build)
+    _check_shapes(config, stage, model, f"stage {stage.name}: ")
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
@@ -131,8 +144,7 @@ def train_stage(
     if config.compile:
         compile_blocks(model)
     if data.latent_cache and stage.growth and stage.latent_pretrain_steps and open_latents:
-        if model.existing is None:
-            raise UserError(f"latent_cache {data.latent_cache}: only an existing autoencoder's latents are cached; use null")
+        _check_cached(data.latent_cache, stage, model)
         latents = open_latents(config, stage, model, DrawnClips(source, config.seed))
         source = FirstThen(Mixture([latents], [1.0], [stage.latent_batch_size]), stage.latent_pretrain_steps, source)
 
@@ -153,10 +165,12 @@ def train_stage(
 
     outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
-        save_tokenizer(model, run / "tokenizer")
-        # A stage that trains the base leaves what is there: growth.json names the base that was grown on, by its weights.
-        if model.existing and len(model.temporal_ratios) > 1 and stage.trainable == "new":
+        # Before the tokenizer, which decides whether the stage is trained. The base must be as it was outside of the run:
+        # growth.json names it by its folder and its weights.
+        stages = config.stages[: config.stages.index(stage) + 1]
+        if model.existing and all(each.growth and each.trainable == "new" for each in stages):
             model.save_growth(run / "growth")
+        save_tokenizer(model, run / "tokenizer")
         _record_end(folder)
     accelerator.wait_for_everyone()
     return outcome
@@ -224,7 +238,7 @@ def _model_for(
             model.init_from_block_means()
         return model, model.temporal_ratios
     place = Path(config.init) if config.init and find_damage(run / "tokenizer") else run / "tokenizer"
-    scratch = build if config.init is None and stage.growth and find_damage(place) else None
+    scratch = build if config.init is None and stage == config.stages[0] and find_damage(place) else None
     model = scratch() if scratch else load_tokenizer(place, config.base_features)
     if model.existing and config.init:
         model.base_path = model.base_path or _base_path(Path(config.init))
@@ -235,14 +249,41 @@ def _model_for(
             raise UserError(f"stage {stage.name}: {place} has levels up to {highest}x; its own ratio must be the highest")
         _record_start(run, config.folder_of(stage), model)
         return model, (stage.ratio,)
-    if stage.ratio not in (2 * highest, 4 * highest, 8 * highest):
-        levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
+    levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
+    if before := config.stages[: config.stages.index(stage)]:
+        if before[-1].ratio != highest:
+            raise UserError(
+                f"stage {stage.name}: the tokenizer in {place} has {levels}; its highest must be {before[-1].ratio}x, as stage "
+                f"{before[-1].name} leaves it; run that stage first"
+            )
+    elif stage.ratio not in (2 * highest, 4 * highest, 8 * highest):
         can = ", ".join(f"{highest * k}x" for k in (2, 4, 8))
         raise UserError(f"stage {stage.name}: the tokenizer in {place} has {levels}; one stage grows it to one of {can}")
     _record_start(run, config.folder_of(stage), model)
-    while model.temporal_ratios[-1] < stage.ratio:
-        model.grow(stage.growth)
+    try:
+        while model.temporal_ratios[-1] < stage.ratio:
+            model.grow(stage.growth)
+    except ValueError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
     return model, model.temporal_ratios[have:]
+
+
+def _check_shapes(config: TokenizerConfig, stage: StageConfig, model: AutoencoderKLProMAG, place: str) -> None:
+    """Raise UserError, which begins with `place`, where an autoencoder does not take a stage's clips at all of its ratios."""
+    shapes = {(bucket.frames, bucket.height, bucket.width) for bucket in config.buckets_of(stage)}
+    for frames, height, width in sorted({*shapes, (stage.frames, config.data.size, config.data.size)}):
+        for ratio in sorted({*stage.turns}):
+            check_clips(model, ratio, frames, height, width, place)
+
+
+def _check_cached(cache: str, stage: StageConfig, model: AutoencoderKLProMAG) -> None:
+    """Raise UserError where the latents of a model's base cannot stand for pixels in the first steps of a stage."""
+    if model.existing is None:
+        raise UserError(f"latent_cache {cache}: only an existing autoencoder's latents are cached; use null")
+    try:
+        model.check_takes_base_latents([stage.ratio])
+    except ValueError as error:
+        raise UserError(f"stage {stage.name}, latent_cache {cache}: {error} (latent_cache null)") from None
 
 
 def train_only(model: AutoencoderKLProMAG, stage: StageConfig, added: Sequence[int]) -> list[nn.Parameter]:
@@ -251,8 +292,9 @@ def train_only(model: AutoencoderKLProMAG, stage: StageConfig, added: Sequence[i
         upto = [ratio for ratio in model.temporal_ratios if ratio <= stage.ratio]  # all, but where costs are counted later
         return model.train_only(*(added if stage.trainable == "new" else upto))
     model.requires_grad_(False)
-    for module in model.decoding_path(model.level_of(stage.ratio)):
-        module.requires_grad_(True)
+    for ratio in stage.turns:
+        for module in model.decoding_path(model.level_of(ratio)):
+            module.requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -269,6 +311,7 @@ def _objective(
         return StageObjective(model, stage, added)
     teacher = load_teacher(config.distill.teacher, model, stage.ratio)
     take_entries(model, teacher)
+    _check_shapes(config, stage, teacher, f"stage {stage.name}: distill.teacher {config.distill.teacher}: ")
     broadcast_from_main(lambda: record_data(run, {f"the teacher of {stage.ratio}x": hash_weights([teacher])}))
     return DistillationObjective(model, stage, teacher.to(device), config.distill.target, added)
 

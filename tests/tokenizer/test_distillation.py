@@ -276,6 +276,7 @@ def test_a_level_grows_on_an_autoencoder_that_was_trained_further(wan, tmp_path)
     stages = (stage(4, 5, trainable="decoder"), stage(8, 9, Growth(width=16)))
     folder = train_tokenizer(make_config(tmp_path, init=str(wan), model=None, stages=stages))
     assert load_tokenizer(folder).temporal_ratios == (4, 8)
+    assert not (tmp_path / "growth").exists()  # the autoencoder that the level was grown on is in no folder any more
     assert not torch.equal(*(load_tokenizer(place).decoder.model.decoder.conv_in.weight for place in (wan, folder)))
 
 

@@ -128,6 +128,16 @@ def test_chunks_equal_the_whole(name):
         assert torch.allclose(torch.cat([first, rest], 2), model.decode(z, ratio).sample, atol=1e-5)
 
 
+@torch.no_grad()
+def test_frames_that_a_chunk_of_cogvideox_cannot_have_are_named():
+    model = AutoencoderKLProMAG.from_base(small_existing("CogVideoX"))
+    with pytest.raises(ValueError, match=r"2 frames in a first chunk: AutoencoderKLCogVideoX needs 1 \+ 2k"):
+        model.decode_chunk(torch.zeros(1, 4, 2, 2, 2))
+    _, state = model.decode_chunk(torch.zeros(1, 4, 3, 2, 2))
+    with pytest.raises(ValueError, match="3 frames in a later chunk: AutoencoderKLCogVideoX needs 2k"):
+        model.decode_chunk(torch.zeros(1, 4, 3, 2, 2), state)
+
+
 @pytest.mark.parametrize("name", sorted(SMALL.keys() - set(STREAMING)))
 def test_a_base_that_cannot_stream_says_so(name):
     _, model = grown(name, levels=1)
@@ -147,6 +157,14 @@ def test_cached_latents_stand_for_pixels(name):
         assert torch.allclose(got.mean, wanted.mean, atol=1e-5)
     with pytest.raises(ValueError, match="latents of every 4th frame: they are needed"):
         model.encode_base_latents({rate: cached[rate] for rate in (1, 2)}, ratios)
+
+
+def test_cached_latents_cannot_stand_for_pixels_that_a_copy_of_the_base_encodes():
+    _, model = grown("Wan 2.1", levels=1, settle=0.0, encoder="finetune")
+    model.grow(Growth(width=16))
+    for ratio in (8, 16):
+        with pytest.raises(ValueError, match=f": {ratio}x encodes with the copy of the base that 8x has .*; encode pixels"):
+            model.encode_base_latents({}, (4, ratio))
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "HunyuanVideo"])
@@ -229,7 +247,7 @@ def test_another_base_is_refused_by_name(tmp_path):
         (other, "grown on an AutoencoderKLWan of fingerprint .*; the base given has other weights"),
         (small_existing("CogVideoX"), "grown on an AutoencoderKLWan; the base given is an AutoencoderKLCogVideoX"),
         (tmp_path / "nowhere", "its base, an AutoencoderKLWan, is not in .*nowhere"),
-        (None, "was grown on an AutoencoderKLWan that lay in no folder; name its base"),
+        (None, "was grown on an AutoencoderKLWan whose folder is not recorded; name its base"),
     ]
     for base, message in refused:
         with pytest.raises(UserError, match=message):

@@ -43,6 +43,19 @@ def test_birth_law_frames_are_interpolated_between_those_of_the_level_below(clip
         settle_levels(model, 0.05)
 
 
+@torch.no_grad()
+def test_a_refused_growth_leaves_the_model_as_it_was_and_a_head_of_another_width_starts_with_little_noise(clip):
+    model = on_trained_base(levels=1)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="growth heads 5: must divide"):
+        model.grow(Growth(encoder="finetune", decoder="finetune", heads=5))
+    assert list(model.state_dict()) == before
+    assert (model.temporal_ratios, model.level_channels, model.level_widths) == ((4,), [4], [16])
+    model.grow(Growth(mixing="none", width=32))
+    assert model.encode(clip, 8).latent_dist.logvar.unique().tolist() == [-6.0]
+    assert model.encoding_path(1) == [model.encoder, model.encoder_growth[0]]
+
+
 def test_frames_stand_halfway_in_a_clip_and_in_its_chunks():
     x = torch.arange(5.0).view(1, 1, 5, 1, 1) ** 2
     assert halfway(x).flatten().tolist() == [0, 0.5, 1, 2.5, 4, 6.5, 9, 12.5, 16]

@@ -12,7 +12,8 @@ from promag.tokenizer.growth import CrossLevelAttention, Growth
 from promag.tokenizer.layers import START, ResBlock
 from promag.tokenizer.streaming import Padding, chunk_plan, crop_clip, pad_clip, reconstruct, reconstruct_stream
 from promag.tokenizer.tiling import PartStates, Tiling, in_parts, tile_starts
-from tests.conftest import make_tokenizer
+from tests.conftest import TINY, make_tokenizer
+from tests.tokenizer.test_autoencoder import check_chunks_equal_the_whole
 
 RATIOS = (4, 8, 16)
 
@@ -58,6 +59,28 @@ def test_a_streams_result_does_not_depend_on_its_chunks(tokenizer):
         for plan in ([1, 16, 16], [1, 32], [17, 16], [33]):
             streamed = torch.cat(list(reconstruct_stream(tokenizer, x.split(plan, 2), ratio)), 2)
             assert (streamed - whole).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("plan", [(1, 16, 16), (17, 16)])
+@torch.no_grad()
+def test_chunks_equal_the_whole_where_one_stride_of_time_is_longer_than_its_kernel(plan):
+    base = {**TINY, "strides": ((4, 2), (1, 1))}
+    check_chunks_equal_the_whole(make_tokenizer(settle=0.05, base=base), plan)
+
+
+@torch.no_grad()
+def test_a_state_of_another_ratio_or_call_is_refused(tokenizer):
+    x = torch.zeros(1, 3, 17, 16, 16)
+    posterior, encoding = tokenizer.encode_chunk(x, START, 16)
+    _, decoding = tokenizer.decode_chunk(posterior.mode(), START, 16)
+    z = torch.zeros(1, 4, 2, 2, 2)
+    for ratio in (4, 8):
+        with pytest.raises(ValueError, match=f"^encode_chunk at {ratio}x: the state is that of encode_chunk at 16x; give the"):
+            tokenizer.encode_chunk(x[:, :, 1:], encoding, ratio)
+        with pytest.raises(ValueError, match=f"^decode_chunk at {ratio}x: the state is that of decode_chunk at 16x; give the"):
+            tokenizer.decode_chunk(z, decoding, ratio)
+    with pytest.raises(ValueError, match=r"^decode_chunk at 16x: the state is that of encode_chunk at 16x"):
+        tokenizer.decode_chunk(z, encoding, 16)
 
 
 def held(state):

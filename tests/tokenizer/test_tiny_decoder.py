@@ -89,6 +89,13 @@ def test_chunks_equal_the_whole(decoder, ratio, parts):
         assert torch.allclose(torch.cat(chunks, 2), decoder.decode(z, ratio).sample, atol=1e-5)
 
 
+def test_a_state_of_another_ratio_is_refused(decoder):
+    z = torch.zeros(1, 4, 2, 2, 2)
+    _, state = decoder.decode_chunk(z, START, 16)
+    with pytest.raises(ValueError, match=r"^decode_chunk at 8x of a tiny decoder: the state is that of decode_chunk at 16x of"):
+        decoder.decode_chunk(z, state, 8)
+
+
 def test_frames_see_no_later_latent(decoder):
     z = torch.randn(1, 4, 4, 2, 2)
     later = z.clone()

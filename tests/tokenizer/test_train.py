@@ -16,13 +16,13 @@ from promag.data.listing import list_videos
 from promag.data.shards.stream import Sharding
 from promag.data.shards.writer import write_shards
 from promag.data.sources import Source
-from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.checkpoint import load_tokenizer, save_tokenizer
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.distillation import Distillation
 from promag.tokenizer.growth import PAPER_GROWTH, Growth
 from promag.tokenizer.objectives import StageObjective
-from promag.tokenizer.train import leaves_unused, train_tokenizer
+from promag.tokenizer.train import leaves_unused, train_only, train_tokenizer
 from promag.training.config import UserError, build
 from promag.training.optimizers import make_optimizers, weights_and_keys
 from promag.training.run import load_checkpoint
@@ -207,7 +207,40 @@ def test_weights_that_may_have_no_gradient_are_declared(trainable, ratio, growth
         assert not leaves_unused(settings)
 
 
+@pytest.mark.parametrize("trainable", ["new", "decoder"])
+def test_first_convolutions_that_wide_levels_skip_are_declared(trainable):
+    model, wide = make_tokenizer(levels=1, settle=0.05), Growth(hand_over="wide")
+    added = [model.grow(wide) for _ in range(2)]
+    settings = stage(16, 17, wide if trainable == "new" else None, trainable=trainable)
+    train_only(model, settings, added)
+    objective = StageObjective(model, settings, added)
+    objective({"video": torch.rand(1, 3, 17, 16, 16)}, [torch.Generator().manual_seed(0)], 0)["loss"].backward()
+    unused = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and name.endswith("weight")}
+    assert unused == {"decoder_growth.0.conv_in.weight", *(() if trainable == "new" else ("decoder.body.0.weight",))}
+    assert leaves_unused(settings)
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_a_stage_alone_grows_on_the_level_of_the_stage_before_it(tmp_path, levels):
+    save_tokenizer(make_tokenizer(levels=levels), tmp_path / "tokenizer")
+    has = "4x" if levels == 1 else "4x, 8x, 16x"
+    stages = make_config(tmp_path).stages if levels == 1 else (stage(8, 9), stage(32, 33, Growth()))
+    needs = rf"stage \d+x: the tokenizer in .* has {has}; its highest must be 8x, as stage 8x leaves it; run that stage first"
+    with pytest.raises(UserError, match=needs):
+        train_tokenizer(make_config(tmp_path, stages=stages, only_stage=stages[-1].ratio))
+
+
 def test_settings_of_a_stage_that_cannot_be_are_named(tmp_path):
+    for name in ("validation_clips", "synthetic_clips"):
+        with pytest.raises(ValueError, match=f"{name} 0: at least 1 is needed"):
+            data_config(**{name: 0})
+    copied, frozen = stage(8, 9, Growth(encoder="finetune")), stage(16, 17, Growth(), 2)
+    for stages in ((copied, frozen), (dataclasses.replace(copied, latent_pretrain_steps=2),)):
+        with pytest.raises(ValueError, match=r"latent_cache with .* \d+x: the encoders that stage 8x trains .* need pixels"):
+            make_config(tmp_path, init="wan", model=None, data=data_config(latent_cache="latents"), stages=stages)
+    save_tokenizer(make_tokenizer(levels=1), tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="stage 8x: growth heads 5: must divide the level's width of 16"):
+        train_tokenizer(make_config(tmp_path, stages=(stage(4, 5), stage(8, 9, Growth(heads=5))), only_stage=8))
     distilled = dataclasses.replace(stage(4, 5), consistency_weight=0.1)
     with pytest.raises(ValueError, match="consistency_weight with distill"):
         make_config(tmp_path, stages=(distilled,), distill=Distillation(teacher="teacher"))

@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.distillation import Distillation
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.objectives import StageObjective
-from promag.tokenizer.train import leaves_unused, train_tokenizer
-from promag.training.config import UserError
+from promag.tokenizer.train import leaves_unused, train_only, train_tokenizer
+from promag.training.config import UserError, save_yaml
 from promag.training.run import recorded_data
 from tests.conftest import make_tokenizer, run_config
 from tests.existing_models import small_existing
@@ -218,6 +219,80 @@ def test_all_levels_are_trained_by_turns_and_every_one_is_validated(trained, tmp
         objective({"video": torch.rand(1, 3, 17, 16, 16)}, [torch.Generator().manual_seed(0)], step)["loss"].backward()
         used = [p.grad is not None for p in (next(grown.parameters()) for grown in model.decoder_growth)]
         assert used == [ratio >= 8, ratio >= 16]
+
+
+def test_a_stage_by_turns_trains_what_decodes_each_of_its_ratios():
+    model, last = make_tokenizer(levels=2, decoder="finetune"), dataclasses.replace(TURNS, trainable="decoder")
+    train_only(model, last, (8,))
+    parts = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert parts == {"decoder", "decoder_growth", "own_decoders"}
+    objective = StageObjective(model, last)
+    for step, used in ((0, {"decoder_growth.0", "own_decoders.1"}), (1, {"decoder.body", "decoder.head"})):  # at 8x, at 4x
+        model.zero_grad()
+        objective({"video": torch.rand(1, 3, 9, 16, 16)}, [torch.Generator().manual_seed(0)], step)["loss"].backward()
+        named = {".".join(name.split(".")[:2]) for name, p in model.named_parameters() if p.grad is not None}
+        assert named == used
+
+
+def test_growth_is_saved_before_the_tokenizer_which_ends_its_stage(tmp_path):
+    small_existing("Wan 2.1").save_pretrained(tmp_path / "wan")
+    run, stages = tmp_path / "run", (short(stage(8, 9, Growth(width=16))),)
+
+    def go_on(stop_after=None):
+        settings = dataclasses.replace(BRIEF, stop_after=stop_after)
+        return train_tokenizer(make_config(run, init=str(tmp_path / "wan"), model=None, stages=stages, run=settings))
+
+    assert go_on(1) is None
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "notes.txt").write_text("")  # a tokenizer cannot be saved there
+    with pytest.raises(UserError, match="tokenizer: holds other files than a model's"):
+        go_on()
+    assert load_tokenizer(run / "growth").temporal_ratios == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "frames", "message"),
+    [
+        ("Wan 2.2", 72, 9, "stage 8x: height 72: needs a multiple of 16; use 64 or 80"),
+        ("CogVideoX", 64, 25, r"stage 8x: 25 frames: 8x needs 1 \+ 16k; use 17 or 33"),
+    ],
+)
+def test_clips_that_a_loaded_autoencoder_does_not_take_are_named(tmp_path, name, size, frames, message):
+    small_existing(name).save_pretrained(tmp_path / "base")
+    stages = (stage(8, frames, Growth(width=16)),)
+    config = make_config(tmp_path / "run", init=str(tmp_path / "base"), model=None, stages=stages)
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(dataclasses.replace(config, data=dataclasses.replace(config.data, size=size)))
+
+
+def test_latents_are_not_cached_for_levels_that_cannot_use_them(tmp_path):
+    model = AutoencoderKLProMAG.from_base(small_existing("Wan 2.1"))
+    model.grow(Growth(width=16, encoder="finetune"))
+    save_model(model, tmp_path / "grown")
+    stages = (stage(16, 17, Growth(width=16), 2),)
+    config = make_config(tmp_path / "run", init=str(tmp_path / "grown"), model=None, stages=stages)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, latent_cache="latents"))
+    with pytest.raises(UserError, match=r"stage 16x, latent_cache latents: base latents: 16x encodes with the copy .* 8x has"):
+        train_tokenizer(config, open_latents=lambda *_: pytest.fail("latents were cached"))
+
+
+def test_cached_latents_may_move_but_neither_begin_nor_end_within_a_run(tmp_path):
+    run, stages = tmp_path / "run", (stage(8, 9, Growth(), 2),)
+    (run / "8x").mkdir(parents=True)
+    (run / "8x" / "done.json").write_text('{"seconds": 1.0, "steps": 4}')
+    save_model(make_tokenizer(levels=2), run / "tokenizer")
+
+    def config(cache):
+        whole = make_config(run, init="wan", model=None, stages=stages)
+        return dataclasses.replace(whole, data=dataclasses.replace(whole.data, latent_cache=cache))
+
+    for before, now, legal in (("a", "b", True), (None, None, True), ("a", None, False), (None, "a", False)):
+        save_yaml(run / "config.yaml", config(before))
+        if legal:
+            assert train_tokenizer(config(now)) == run / "tokenizer"
+        else:
+            with pytest.raises(UserError, match=rf"other settings \(data.latent_cache is {before!r} there, {now!r} now\)"):
+                train_tokenizer(config(now))
 
 
 def test_a_stage_by_turns_of_an_earlier_version_keeps_its_folder(trained, tmp_path, capsys):  # noqa: F811
