@@ -1,8 +1,9 @@
 """Figures of `promag experiment growth-ablation` from its recorded lines: the table, what growth gains, and the curves."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from promag.training.config import UserError
@@ -92,7 +93,8 @@ def read(path: Path) -> list[Row]:
 def gains(rows: Sequence[Row], ours: str = OURS) -> str:
     """Return a Markdown table of a variant, growth, minus each other way to 16x, on the seeds and clips that both have.
 
-    With several seeds each cell has the mean, and in brackets the difference of each. Growth with a wider latent is compared
+    A cell has the mean over seeds, where there are several the difference of each in brackets, and where lines hold the figures
+    of single clips the standard error of the mean over clips, which are paired. Growth with a wider latent is compared
     with variants that have it too; the others with each other, and with growth that has it. A metric that no line has gets no
     column, one that a compared line lacks gets "-".
     """
@@ -121,7 +123,22 @@ def _difference(pairs: Sequence[tuple[Row, Row]], name: str) -> str:
         return "-"
     values = [own[name] - other[name] for own, other in pairs]
     each = ", ".join(f"{value:+.2f}" for value in values)
-    return f"{mean(values):+.3f}" + (f" ({each})" if len(values) > 1 else "")
+    error = _standard_error(pairs, name)
+    return f"{mean(values):+.3f}" + (f" ± {error:.2f}" if error is not None else "") + (f" ({each})" if len(values) > 1 else "")
+
+
+def _standard_error(pairs: Sequence[tuple[Row, Row]], name: str) -> float | None:
+    """Return the standard error over clips of a metric's mean difference; None without figures of single clips."""
+    clips = [tuple(line.get("per_clip", ()) for line in pair) for pair in pairs]
+    chosen = list(range(len(clips[0][0])))
+    if name == "psnr_top_motion":
+        name = "psnr"
+        chosen = sorted(chosen, key=lambda i: clips[0][0][i]["motion"])[-(len(chosen) // 3) :]
+    parts = [part for pair in clips for part in pair]
+    if len({len(part) for part in parts}) > 1 or len(chosen) < 2 or any(name not in part[0] for part in parts):
+        return None
+    values = [mean(own[i][name] - other[i][name] for own, other in clips) for i in chosen]
+    return stdev(values) / math.sqrt(len(values))
 
 
 Lines = dict[str, list[tuple[float, float]]]
