@@ -18,6 +18,7 @@ from .perceptual import frechet_distance
 
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, five scales
 MS_SSIM_SIDES = (11, 22, 44, 99, 176)  # smallest picture for each scale: its windows of 11 pixels must fit
+MAX_PSNR = 120.0  # dB; where all pixels are equal it would be infinite, which neither JSON nor a mean or a plot takes
 PROTOCOL = "8-bit RGB; PSNR over all pixels of a clip, SSIM per frame (11x11 Gaussian); means over clips"
 
 
@@ -43,19 +44,21 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Return the PSNR of each clip in dB, over all its pixels: shape (B,)."""
+    """Return the PSNR of each clip in dB, over all its pixels and at most MAX_PSNR: shape (B,)."""
     _check_pair(reconstruction, target)
-    return _torchmetrics().peak_signal_noise_ratio(
-        _unit(reconstruction), _unit(target), data_range=1.0, reduction="none", dim=(1, 2, 3, 4)
-    )
+    return _bounded_psnr(_unit(reconstruction), _unit(target))
 
 
 def psnr_per_frame(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Return the PSNR of each frame in dB: shape (B, T)."""
+    """Return the PSNR of each frame in dB, at most MAX_PSNR: shape (B, T)."""
     _check_pair(reconstruction, target)
     a, b = (rearrange(_unit(x), "b c t h w -> (b t) c h w") for x in (reconstruction, target))
-    values = _torchmetrics().peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return values.unflatten(0, (target.shape[0], target.shape[2]))
+    return _bounded_psnr(a, b).unflatten(0, (target.shape[0], target.shape[2]))
+
+
+def _bounded_psnr(a: Tensor, b: Tensor) -> Tensor:
+    dim = tuple(range(1, a.ndim))
+    return _torchmetrics().peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=dim).clamp(max=MAX_PSNR)
 
 
 def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:

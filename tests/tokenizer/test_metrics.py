@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from promag.tokenizer.metrics import (
+    MAX_PSNR,
     evaluate,
     evaluate_fully,
     evaluate_lift,
@@ -30,6 +31,14 @@ def test_psnr_by_hand():
     values = psnr(y, x)
     assert values[0] > 80
     assert values[1].item() == pytest.approx(20 * math.log10(255 / 10), abs=0.05)
+
+
+def test_psnr_of_equal_pixels_is_the_largest():
+    x = torch.zeros(1, 3, 2, 16, 16)
+    y = x.clone()
+    y[:, :, 1] += 0.2
+    assert psnr(x, x).tolist() == [MAX_PSNR]
+    assert psnr_per_frame(y, x)[0].tolist() == [MAX_PSNR, pytest.approx(-20 * math.log10(25 / 255), abs=1e-3)]
 
 
 def test_psnr_per_frame_finds_the_bad_frame_and_averages_in_mse():
