@@ -5,7 +5,8 @@ python -m promag.scripts.reliability.kills --rounds 400 --record docs/results/re
 Work is forked from one process that has imported everything. A kill is SIGKILL: before the n-th change of a file, for every n,
 once with the file before it whole and once with half of it written; or after a random time, up to three times in a row. Then
 the work is started again and must leave the files of work that was not killed, byte for byte, and no others. Where
-several processes work, one is killed and the others are ended, as launchers do.
+several processes work, one is killed and the others are ended, as launchers do. Work that ends with another status than 0, or
+takes longer than LIMIT, counts as failed.
 """
 
 import contextlib
@@ -35,11 +36,16 @@ from promag.training.run import append_result
 from .kill_targets import TARGETS, result_of
 
 LIMIT = 120.0  # seconds that work may take, before it counts as hanging
+# Statuses of processes that were ended here, but for the intended kills.
+HUNG, ENDED = "hung", "ended after another"
 IMPORTED = ("promag", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "peft", "webdataset")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the figures; with --record append them as a JSON line. The exit status is 1 where a restart left other files."""
+    """Print the figures; with --record append them as a JSON line. The exit status is 1 where a round failed.
+
+    A round fails where a restart left other files, or work ended otherwise than by itself or by the intended kill.
+    """
     parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=400, help="how often work is killed, started again and compared")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="work to kill")
@@ -62,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     print(json.dumps(figures))
     if arguments.record:
         append_result(arguments.record, {"what": "kills", **figures, "note": arguments.note})
-    return 0 if figures["equal"] == figures["kills"] else 1
+    return 1 if figures["failed"] else 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Killing:
         self.changes: Counter[tuple[str, int]] = Counter()
         self.done: Counter[tuple[str, int, str]] = Counter()
         self.equal: Counter[tuple[str, int]] = Counter()
+        self.failed: Counter[tuple[str, int]] = Counter()
 
     def plan(self, targets: Sequence[str], processes: Sequence[int]) -> None:
         """Make the inputs, do each target's work once, and list the kills before every change of a file that it makes."""
@@ -137,26 +144,33 @@ class Killing:
                 self._kill(Kill(target, number, self.random.randrange(number), moments=moments))
 
     def _kill(self, kill: Kill) -> None:
-        place, killed = self._new_folder(), 0
+        work, killed = (kill.target, kill.processes), 0
+        place, failure = self._new_folder(), ""
         for moment in kill.moments or (None,):
-            codes = self._start(kill.target, kill.processes, place, kill, moment)
-            if codes[kill.rank][0] != -signal.SIGKILL:
-                break  # it came to its end
+            statuses = [status for status, _ in self._start(*work, place, kill, moment)]
+            if statuses[kill.rank] != -signal.SIGKILL:
+                # Statuses of 0: it came to its end before the kill.
+                failure = f"statuses {statuses} after {killed} kills" if any(statuses) else ""
+                break
             killed += 1
-        codes = self._start(kill.target, kill.processes, place, None)
-        left = result_of(place)
-        work = kill.target, kill.processes
+        if not failure:
+            statuses = [status for status, _ in self._start(*work, place, None)]
+            left = result_of(place)
+            if any(statuses):
+                failure = f"statuses {statuses} of the last restart"
+            elif left != self.expected[work]:
+                failure = _differences(left, self.expected[work])
         self.done[(*work, "random" if kill.change is None else "changes")] += killed
-        if not any(code for code, _ in codes) and left == self.expected[work]:
-            self.equal[work] += killed
+        if failure:
+            self.failed[work] += 1
+            print(f"{kill}: {failure}\n{self.log.read_text(encoding='utf-8')[-3000:]}", file=sys.stderr, flush=True)
         else:
-            differences = _differences(left, self.expected[work])
-            print(f"{kill}: {differences}\n{self.log.read_text(encoding='utf-8')[-3000:]}", file=sys.stderr, flush=True)
+            self.equal[work] += killed
 
     def _start(
         self, target: str, number: int, place: Path, kill: Kill | None, moment: float | None = None
-    ) -> list[tuple[int, Any]]:
-        """Do the work on `number` processes until it ends or is killed; return their exit codes and changes of files."""
+    ) -> list[tuple[int | str, Any]]:
+        """Do the work on `number` processes until it ends or is killed; return their statuses and changes of files."""
         run, after = TARGETS[target].run, None if moment is None else moment * self.seconds[target, number]
         self.log.write_text("", encoding="utf-8")
         children = []
@@ -187,7 +201,7 @@ class Killing:
         return place
 
     def figures(self) -> dict[str, Any]:
-        """Return how many kills there were, how many restarts left the same files, and both for each work."""
+        """Return how many kills there were, how many left the same files, and how many rounds failed, in all and by work."""
         works = [
             {
                 "target": target,
@@ -195,10 +209,12 @@ class Killing:
                 "kills": {kind: self.done[target, number, kind] for kind in ("changes", "random")},
                 "changes_to_kill_before": self.changes[target, number],
                 "equal": self.equal[target, number],
+                "failed": self.failed[target, number],
             }
             for target, number in self.expected
         ]
-        return {"kills": self.done.total(), "equal": self.equal.total(), "works": works}
+        totals = {"kills": self.done.total(), "equal": self.equal.total(), "failed": self.failed.total()}
+        return {**totals, "works": works}
 
 
 class Changes:
@@ -247,6 +263,7 @@ class Changes:
 
     def _change(self, path: str | None, size: int) -> None:
         if len(self.wrote) == self.kill_before:
+            self.kill_before = None  # the cut below is a change too
             if self.torn and self.written and os.path.exists(self.written[0]):
                 before, after = self.written[1], os.path.getsize(self.written[0])
                 os.truncate(self.written[0], before + max(0, after - before) // 2)
@@ -288,9 +305,13 @@ class _Child:
         return json.loads(text) if text else None
 
 
-def _wait(children: Sequence[_Child], kill: tuple[int, float] | None) -> list[tuple[int, Any]]:
-    """Wait for all; kill one after a time; once one died, end the others. Return exit codes and results."""
+def _wait(children: Sequence[_Child], kill: tuple[int, float] | None) -> list[tuple[int | str, Any]]:
+    """Wait for all; kill one after a time; once one died, end the others. Return statuses and results.
+
+    A status is the exit code, or HUNG or ENDED for a process that died after it was ended for that reason.
+    """
     now, before, ending, codes = 0.0, time.perf_counter(), 0.0, {}
+    ended: dict[int, str] = {}
     while len(codes) < len(children):
         for rank, child in enumerate(children):
             if rank not in codes:
@@ -306,12 +327,14 @@ def _wait(children: Sequence[_Child], kill: tuple[int, float] | None) -> list[tu
         if left and any(codes.values()) and not ending:
             ending = now
             for rank in left:
+                ended[rank] = ENDED
                 os.kill(children[rank].pid, signal.SIGTERM)
         if (ending and now > ending + 0.3) or now > LIMIT:
             for rank in left:
+                ended.setdefault(rank, HUNG)
                 os.kill(children[rank].pid, signal.SIGKILL)
         time.sleep(0.005)
-    return [(codes[rank], child.result()) for rank, child in enumerate(children)]
+    return [((codes[rank] and ended.get(rank)) or codes[rank], child.result()) for rank, child in enumerate(children)]
 
 
 def _imported() -> list[str]:
