@@ -8,8 +8,9 @@ from promag.data.shards.stream import IN_ORDER
 from promag.diffusion.conditioning import Condition
 from promag.diffusion.config import BudgetConfig, DiffusionConfig, DiffusionDataConfig, TextConfig, TransformerConfig
 from promag.diffusion.latent_cache import Scale
+from promag.tokenizer.base import spatial_ratio
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
-from promag.tokenizer.geometry import latent_frames, stage_name
+from promag.tokenizer.geometry import latent_frames, stage_name, tokens
 from promag.training.config import required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
@@ -57,6 +58,15 @@ class DemoConfig:
         if unknown or not self.ratios:
             raise ValueError(f"ratios {self.ratios}: choose among the stages' {', '.join(map(str, levels))}")
         latent_frames(self.frames, max(levels))
+
+    @property
+    def spatial_ratio(self) -> int:
+        """Pixels a side of a latent position."""
+        return spatial_ratio(self.tokenizer.patch_size, self.tokenizer.strides)
+
+    def tokens(self, ratio: int) -> int:
+        """Return the tokens of a clip at a temporal ratio; raises ValueError where patches do not divide the latent."""
+        return tokens(self.frames, self.size, self.size, ratio, self.transformer.patch_size, self.spatial_ratio)
 
 
 def tokenizer_folder(config: DemoConfig) -> Path:

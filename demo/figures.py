@@ -17,7 +17,7 @@ from promag.evaluation.speed.step import WeightUpdate
 from promag.evaluation.speed.timing import measure_in_turns
 from promag.pipelines.sampling import load_pipeline, sample_videos
 from promag.reports.demo_report import BudgetRow, ReconstructionClip, Report, SampleClip
-from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames, tokens
+from promag.tokenizer.geometry import latent_frames
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
 from promag.training.files import read_json_lines
 from promag.training.precision import Precision, autocast, choose_precision
@@ -134,7 +134,7 @@ def measure_seconds(config: DemoConfig, pipe: Any, prompts: Sequence[str]) -> Se
     update = WeightUpdate(TransformerAlone(trained), config.diffusion, precision)
     training, denoised, sampled = {}, {}, {}
     for ratio in config.ratios:
-        options = {**size, "ratio": ratio, "precision": config.precision}
+        options = {**size, "ratio": ratio, "spatial": config.spatial_ratio, "precision": config.precision}
         training[ratio] = train_step(trained, **options, batch_size=batch, update=update)
         denoised[ratio] = denoising(transformer, **options, steps=steps, videos=count)
         sampled[ratio] = sampling(pipe, list(prompts), steps, config.guidance, ratio, config.precision)
@@ -159,8 +159,8 @@ def budget_row(config: DemoConfig, ratio: int, measured: Measured) -> BudgetRow:
     return BudgetRow(
         ratio=ratio,
         latent_frames=latent_frames(config.frames, ratio),
-        tokens=tokens(config.frames, config.size, config.size, ratio, config.transformer.patch_size),
-        latent_values_per_pixel=channels / SPATIAL_RATIO**2 * latent_frames(config.frames, ratio) / config.frames,
+        tokens=config.tokens(ratio),
+        latent_values_per_pixel=channels / config.spatial_ratio**2 * latent_frames(config.frames, ratio) / config.frames,
         **{key: measured.quality[ratio][key] for key in ("psnr", "psnr_std", "psnr_first", "ssim")},
         **{key: seconds.get(ratio) for key, seconds in measured.seconds.items()},
         validation_loss=losses[-1][1] if losses else None,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from promag.reports.demo_report import Progress, Report, write_report
-from promag.tokenizer.geometry import tokens
 
 from .config import DemoConfig, stage_folder, video_folder
 from .figures import TITLE, curves, points
@@ -42,8 +41,7 @@ def parts(config: DemoConfig) -> list[Part]:
         run_parts.append(Part(f"1/3 tokenizer, {stage.name}", seconds, _trained(folder, steps)))
     cached = config.synthetic_clips * config.frames * CACHED_FRAME
     run_parts.append(Part("2/3 caching latents", cached, lambda: _cached(config)))
-    sizes = (config.frames, config.size, config.size)
-    mean = sum(tokens(*sizes, ratio, config.transformer.patch_size) for ratio in config.ratios) / len(config.ratios)
+    mean = sum(config.tokens(ratio) for ratio in config.ratios) / len(config.ratios)
     seconds = config.diffusion.steps * config.diffusion.batch_size * mean * TOKEN
     run_parts.append(Part("2/3 text-to-video", seconds, _trained(video_folder(config), config.diffusion.steps)))
     last = FIGURES + (0 if config.videos else len(config.ratios) * config.scored * SCORED_VIDEO)

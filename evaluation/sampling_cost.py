@@ -30,7 +30,7 @@ def sampling_cost(pipe: Any, ratio: int, frames: int, steps: int, guidance: floa
     """Count the cost of a video of the pipeline's size; raises ValueError for an illegal number of frames."""
     config, transformer = pipe.config, pipe.transformer.config
     patch = tuple(transformer["patch_size"])
-    count = tokens(frames, config["height"], config["width"], ratio, patch)
+    count = tokens(frames, config["height"], config["width"], ratio, patch, pipe.vae.spatial_compression_ratio)
     lengths = [part.model_max_length for part in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3) if part is not None]
     batch = 2 if guidance > 1 else 1  # as the pipeline: guidance of 1 and less is off
     step = forward_flops({**transformer, "text_dim": pipe.transformer.text_dims}, count, lengths, batch)

@@ -58,6 +58,11 @@ class BudgetReport:
         """Return the figures of one clip at a budget."""
         return self.budgets[budget]["reconstruction"]["per_clip"][clip]
 
+    @property
+    def patch(self) -> str:
+        """The patch size by which tokens are compared: 1x2x2 where it divides the latents of all budgets, else 1x1x1."""
+        return "1x2x2" if all(budget["tokens"]["1x2x2"] is not None for budget in self.budgets.values()) else "1x1x1"
+
 
 def write_budget_page(path: Path, report: BudgetReport) -> int:
     """Write the page; return how many clips it shows, the worst first: one, and more as long as it stays below LIMIT.
@@ -96,7 +101,7 @@ def _poster(clip: ClipFacts) -> str:
 def _page(report: BudgetReport, order: Sequence[int], films: Sequence[Film]) -> str:
     names, count = list(report.budgets), len(report.clips)
     colours = {name: colour(i) for i, name in enumerate(names)}
-    tokens = {name: b["tokens"]["1x2x2"] or b["tokens"]["1x1x1"] for name, b in report.budgets.items()}
+    tokens = {name: budget["tokens"][report.patch] for name, budget in report.budgets.items()}
     left_out = f" The {len(order)} worst of {count} clips are shown; figures are of all {count}."
     return render_page(
         "budgets.html",
@@ -132,11 +137,14 @@ def _page(report: BudgetReport, order: Sequence[int], films: Sequence[Film]) -> 
 def _summary(report: BudgetReport) -> str:
     frames, height, width, _ = np.load(report.clips[0].videos[ORIGINAL], mmap_mode="r").shape
     first, last = (report.budgets[name] for name in (report.levels[0], report.levels[-1]))
-    text = f"{len(report.clips)} clips, {frames} frames of {width} \N{MULTIPLICATION SIGN} {height} pixels each."
+    text = (
+        f"{len(report.clips)} clips, {frames} frames of {width} \N{MULTIPLICATION SIGN} {height} pixels each. "
+        f"Tokens are of patches of {report.patch}."
+    )
     if len(report.levels) == 1:
         return text
     lost = first["reconstruction"]["psnr"] - last["reconstruction"]["psnr"]
-    times = first["latent_values"] / last["latent_values"]
+    times = first["tokens"][report.patch] / last["tokens"][report.patch]
     return (
         f"{text} {report.levels[-1]} has {times:.1f} times fewer tokens than {report.levels[0]} and is {lost:.2f} dB below it."
     )
@@ -190,7 +198,7 @@ def _rate_plots(report: BudgetReport) -> dict[str, Markup]:
         return drawn
 
     axes: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {
-        "Tokens": ("tokens of a clip, patch 1x2x2", lambda b: b["tokens"]["1x2x2"]),
+        "Tokens": (f"tokens of a clip, patch {report.patch}", lambda b: b["tokens"][report.patch]),
         "Stored values": ("bits per pixel, 16 for each latent value", lambda b: b["stored_bits_per_pixel"]),
         "Information": ("bits per pixel, KL to a Gaussian per channel", lambda b: b["reconstruction"]["kl_bits_per_pixel"]),
     }

@@ -22,15 +22,17 @@ def write_contact_sheet(
     """Draw each clip as a title and one line of frames per labelled video; return the path.
 
     Args:
-        path: PNG to write.
+        path: PNG to write; a missing folder is made.
         clips: (title, {label: video}) in order; the videos of a clip have one shape.
-        frames: pictures per line, evenly over the clip, first and last among them.
-        scale: by how much pixels are enlarged.
+        frames: pictures per line, at least 1, evenly over the clip, first and last among them.
+        scale: by how much pixels are enlarged, at least 1.
 
-    Raises ValueError without clips, or where videos of one clip differ in shape.
+    Raises ValueError without clips, for numbers below 1, or where videos of one clip differ in shape.
     """
     if not clips:
         raise ValueError("no clips to draw: at least 1 is needed")
+    if min(frames, scale) < 1:
+        raise ValueError(f"{frames} frames, scale {scale}: at least 1 is needed")
     left = max(LABEL, *(int(_FONT.getlength(label)) + 10 for _, videos in clips for label in videos))
     blocks = [_block(title, videos, frames, scale, left) for title, videos in clips]
     sheet = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), PAPER)
@@ -38,6 +40,7 @@ def write_contact_sheet(
     for block in blocks:
         sheet.paste(block, (0, top))
         top += block.height
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
     return Path(path)
 

@@ -207,15 +207,22 @@ def _tokenizer(cases: Sequence[Line]) -> str:
 
 
 def _training(cases: Sequence[Line]) -> str:
-    """Return gradients and whole steps of the transformer by ratio, and how many times as fast as the first ratio."""
-    steps = [case for case in cases if case["settings"]["part"] == TRAIN_STEP and "stage" not in case["settings"]]
-    gradients = [case for case in cases if case["settings"]["part"] == "gradients"]
-    rows = []
-    for case in steps or gradients:
+    """Return gradients and whole steps of the transformer by ratio, and how many times as fast as the first ratio.
+
+    Cells of what was not measured are blank.
+    """
+    by_part: dict[str, dict[str, Line]] = {TRAIN_STEP: {}, "gradients": {}}
+    for case in cases:
         own = case["settings"]
-        same = [g for g in gradients if {**g["settings"], "part": 0} == {**own, "part": 0}]
-        clips, before = own["shape"][0], same[0] if same else None
-        speedup = case.get("speedup")
+        if own["part"] in by_part:
+            by_part[own["part"]].setdefault(repr(sorted({**own, "part": ""}.items())), case)
+    steps, gradients = by_part.values()
+    rows = []
+    for key in {**steps, **gradients}:
+        step, before = steps.get(key), gradients.get(key)
+        case: Any = step or before
+        own = case["settings"]
+        clips, speedup = own["shape"][0], step and step.get("speedup")
         rows.append(
             (
                 f"{own['model']}, {own['shape'][-1]}x{own['shape'][-1]}{_way(own)}",
@@ -225,10 +232,10 @@ def _training(cases: Sequence[Line]) -> str:
                 case.get("tokens"),
                 before and before["seconds"],
                 _share(before),
-                case["seconds"],
-                _kernels(case),
-                _share(case),
-                clips / case["seconds"],
+                step and step["seconds"],
+                step and _kernels(step),
+                _share(step),
+                step and clips / step["seconds"],
                 f"{speedup:.2f}" if speedup else None,
             )
         )

@@ -30,7 +30,6 @@ PIXELS = CHUNK * 512 * 512  # of the frames that are processed at a time, at mos
 # Pixels of the longer side, and in all, of H.264 videos: what players take with the help of hardware (level 5.2), and the
 # largest level (6.2).
 USUAL, LARGEST = (4096, 4096 * 2304), (8192, 8192 * 4352)
-MAX_PSNR = 120.0  # dB, of frames that are equal: a mean error of 1e-12
 
 
 def grid(videos: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -184,7 +183,7 @@ class Comparison:
                     clip = next(stream).float().cpu()
                 self.seconds[ratio] += time.perf_counter() - started
                 clip = crop_clip(clip, Padding(surplus, 0, 0))
-                self.frame_psnr[ratio] += psnr_per_frame(clip, original)[0].clamp(max=MAX_PSNR).tolist()
+                self.frame_psnr[ratio] += psnr_per_frame(clip, original)[0].tolist()
                 videos.append(self._shown(clip))
                 del clip
             yield grid(videos, len(videos))

@@ -1,11 +1,13 @@
 """The model card of a published tokenizer: what it does, how well, what it was trained on and how."""
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from promag.data.tables import load_text
 from promag.training.config import UserError
 
 from .tables import markdown_table
@@ -41,10 +43,11 @@ def tokenizer_card(
 
     Args:
         name: folder of the checkpoint, as users give it.
-        shape: parameters, latent_channels, temporal_ratios, dtype.
+        shape: parameters, latent_channels, temporal_ratios, spatial_ratio, dtype.
         record: the line that `promag evaluate-tokenizer` records for the published weights.
         recipe: one mapping per stage, with name, frames, size, steps, batch_size, learning_rate, muon_learning_rate, loss,
-            seconds, encoder, decoder, machines and extra_sources (share of the steps by source).
+            seconds, encoder, decoder, machines and extra_sources (share of the steps by source). The first may be
+            {"published": folder}: the autoencoder that the others start from.
         sources: one mapping per source of training clips, with repository, commit, licence and clips.
         credits: Markdown, under the table of sources.
     """
@@ -63,8 +66,8 @@ def tokenizer_card(
             f"# {name}",
             "",
             f"A causal video tokenizer with {shape['parameters'] / 1e6:.1f} M parameters in {shape['dtype']}: one checkpoint "
-            f"for {', '.join(ratios)} temporal compression, 8x in height and width, {shape['latent_channels']} latent "
-            "channels. Grown level by level after ProMAG (arXiv 2501.05442).",
+            f"for {', '.join(ratios)} temporal compression, {shape['spatial_ratio']}x in height and width, "
+            f"{shape['latent_channels']} latent channels. Grown level by level after ProMAG (arXiv 2501.05442).",
             "",
             "```python",
             "import promag",
@@ -95,7 +98,7 @@ def tokenizer_card(
             "",
             markdown_table(STAGE_HEADS, _stages(recipe)),
             "",
-            "Weights are moving averages. Minutes by the clock.",
+            f"{_origin(recipe)}Weights are moving averages. Minutes by the clock.",
             "",
             "## Training data",
             "",
@@ -155,7 +158,12 @@ def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             where(stage["machines"]),
         ]
         for stage in recipe
+        if "published" not in stage
     ]
+
+
+def _origin(recipe: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(f"The first stage starts from {stage['published']}. " for stage in recipe if "published" in stage)
 
 
 def where(machines: Sequence[str]) -> str:
@@ -172,10 +180,9 @@ def _others(extra_sources: Mapping[str, float]) -> list[str]:
 def count_sources(table: Path, split: str) -> list[dict[str, Any]]:
     """Count the clips of each source in a CSV with the columns split, source_repo, source_commit and licence.
 
-    Raises UserError where a column is missing or no row is of the split.
+    Raises UserError for a file that cannot be read, where a column is missing, and where no row is of the split.
     """
-    with open(table, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(io.StringIO(load_text(table), newline="")))
     needed = {"split", "source_repo", "source_commit", "licence"}
     if not rows or (missing := needed - rows[0].keys()):
         raise UserError(f"{table}: columns {', '.join(sorted(missing if rows else needed))} are missing")

@@ -4,6 +4,7 @@ Writes figures (results.jsonl) and one self-contained page (report.html) with th
 """
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from promag.evaluation.budgets import Budget, baseline_budget, check_budgets, co
 from promag.evaluation.clip_similarity import ClipSimilarity, load_similarity
 from promag.evaluation.cost import LENGTHS, BudgetCosts, Effort, fit_errors
 from promag.evaluation.generation import generation_figures
-from promag.pipelines.inputs import DEFAULTS
+from promag.pipelines.inputs import DEFAULTS, steps_and_guidance
 from promag.pipelines.sampling import open_pipeline, trained_ratios
 from promag.reports.budget_report import (
     BudgetReport,
@@ -46,29 +47,37 @@ COSTED_STEPS = DEFAULTS["num_inference_steps"]  # the transformer that is measur
 def main(argv: Sequence[str]) -> int:
     """Measure, print tables, write results and the page; with --record append the results to a results file."""
     arguments, config = _parser().parse_with_config(DiffusionConfig, argv, preset="diffusion/tiny")
+    if arguments.costs and config.model is None:
+        raise UserError(
+            f"--config {arguments.config}: model null: costs need a configuration with a transformer of its own, or --no-costs"
+        )
     budgets = _budgets(arguments)
-    pipelines = _pipelines(arguments.pipelines)
+    pipelines = _pipelines(arguments)
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
     perceptual = open_perceptual(best_device(), arguments.perceptual, arguments.lpips, arguments.fvd)
     similarity = load_similarity(arguments.clip, arguments.clip_weights)
     shape = (arguments.frames, arguments.size, arguments.size)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = _Results(arguments, config, perceptual, len(clips))
     with tempfile.TemporaryDirectory() as folder:
         reconstructions, facts = compare_reconstructions(budgets, clips, Path(folder), perceptual, _log, config.precision)
         figures = {b.name: {**b.facts(*shape), "reconstruction": reconstructions[b.name]} for b in budgets}
         print(text_table(list(figures), {**token_lines(figures), **reconstruction_lines(figures)}))
+        results.add("reconstruction", *({"budget": name, **row} for name, row in figures.items()))
         own = [budget for budget in budgets if budget.own]
         adaptive = adaptive_figures(own, reconstructions, clips, shape, arguments.segment, arguments.target, config.precision)
         print(_adaptive_text(adaptive))
+        results.add("adaptive budget", adaptive)
         costs, lengths = _measure_costs(budgets, config, arguments) if arguments.costs else ({}, {})
         costed = {name: {**row, "cost": costs.get(name)} for name, row in figures.items()}
         if costs:
             print(text_table(list(costed), cost_lines(costed)))
+            results.add("cost", *({"budget": name, **row} for name, row in costs.items()))
+        if lengths:
+            results.add("cost by length", {"points": lengths, "error_at_longest_from_shorter": fit_errors(lengths)})
         generation = _generate(pipelines, arguments, config.precision, similarity, perceptual)
         if generation:
             print(text_table(list(generation), generation_lines(generation)))
-        records = _records(arguments, config, perceptual, len(clips), figures, adaptive, costs, lengths, generation)
-        _write(arguments.out / "results.jsonl", records)
+            results.add("generation", *({"pipeline": name, **row} for name, row in generation.items()))
         report = BudgetReport(
             title=f"Token budgets of {Path(arguments.tokenizer).name} on {Path(arguments.videos).stem}",
             budgets=costed,
@@ -77,12 +86,9 @@ def main(argv: Sequence[str]) -> int:
             adaptive=adaptive,
             curves=_curves(lengths),
             generation=generation,
-            facts=_facts(records[0], arguments, perceptual),
+            facts=_facts(results, arguments, perceptual),
         )
         shown = write_budget_page(arguments.out / "report.html", report)
-    if arguments.record:
-        for record in records:
-            append_result(arguments.record, _without_clips(record))
     page = arguments.out / "report.html"
     print(f"{page}: {shown} of {len(clips)} clips, {page.stat().st_size / 1e6:.1f} MB")
     return 0
@@ -108,46 +114,52 @@ def _parser() -> Parser:
     return parser
 
 
-def _records(
-    arguments: argparse.Namespace,
-    config: DiffusionConfig,
-    perceptual: PerceptualMetrics,
-    clips: int,
-    figures: dict[str, dict[str, Any]],
-    adaptive: dict[str, Any],
-    costs: dict[str, dict[str, Any]],
-    lengths: dict[str, Any],
-    generation: dict[str, dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Return the lines of results.jsonl: one for each budget, kind of figure and pipeline, each with its protocol."""
-    common = {
-        "note": arguments.note,
-        "videos": Path(arguments.videos).name,
-        "split": arguments.split,
-        "clips": clips,
-        "frames": arguments.frames,
-        "size": arguments.size,
-    }
+class _Results:
+    """The lines of results.jsonl and of --record, which are written as soon as they are measured.
+
+    There is one for each budget, kind of figure and pipeline, each with its protocol.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, config: DiffusionConfig, perceptual: PerceptualMetrics, clips: int):
+        self.path, self.record = arguments.out / "results.jsonl", arguments.record
+        self.protocols = _protocols(arguments, config, perceptual)
+        self.common = {
+            "note": arguments.note,
+            "videos": Path(arguments.videos).name,
+            "split": arguments.split,
+            "clips": clips,
+            "frames": arguments.frames,
+            "size": arguments.size,
+        }
+        self.path.unlink(missing_ok=True)
+
+    def add(self, what: str, *rows: dict[str, Any]) -> None:
+        """Write a line for each row of figures."""
+        for row in rows:
+            line = {"what": what, **row, **self.common, "protocol": self.protocols[what]}
+            append_result(self.path, line)
+            if self.record:
+                append_result(self.record, _without_clips(line))
+
+
+def _protocols(arguments: argparse.Namespace, config: DiffusionConfig, perceptual: PerceptualMetrics) -> dict[str, str]:
+    """Return the protocol of each kind of figure."""
     coded = f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}"
-    measured = coded + perceptual.protocol(arguments.size, arguments.size)
-    alone = f"{coded}; segments of {arguments.segment} frames are coded alone"
     precision = choose_precision(config.precision, best_device())
-    cost = (
-        f"preset {Path(arguments.config).stem}, {precision}, random latents and text; train step of "
-        f"{arguments.train_batch_size} clips with its optimisers, {arguments.steps or COSTED_STEPS} denoising steps of one "
-        f"video with guidance, decoding it; medians of {arguments.rounds} rounds in turns; peaks leave out what was allocated "
-        "before; FLOPs counted, of one clip"
-    )
-    by_length = "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
-    sampled = f"{precision}; Wilson 95 % intervals; decoding included"
-    lines = [("reconstruction", measured, {"budget": name, **row}) for name, row in figures.items()]
-    lines += [("adaptive budget", alone, adaptive)]
-    lines += [("cost", cost, {"budget": name, **row}) for name, row in costs.items()]
-    if lengths:
-        errors = {"error_at_longest_from_shorter": fit_errors(lengths)}
-        lines += [("cost by length", by_length, {"points": lengths, **errors})]
-    lines += [("generation", sampled, {"pipeline": name, **row}) for name, row in generation.items()]
-    return [{"what": what, **figures, **common, "protocol": protocol} for what, protocol, figures in lines]
+    return {
+        "reconstruction": coded + perceptual.protocol(arguments.size, arguments.size),
+        "adaptive budget": f"{coded}; segments of {arguments.segment} frames are coded alone",
+        "cost": (
+            f"preset {Path(arguments.config).stem}, {precision}, random latents and text; train step of "
+            f"{arguments.train_batch_size} clips with its optimisers, {arguments.steps or COSTED_STEPS} denoising steps of one "
+            f"video with guidance, decoding it; medians of {arguments.rounds} rounds in turns; peaks leave out what was "
+            "allocated before; FLOPs counted, of one clip"
+        ),
+        "cost by length": (
+            "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
+        ),
+        "generation": f"{precision}; Wilson 95 % intervals; decoding included",
+    }
 
 
 def _budgets(arguments: argparse.Namespace) -> list[Budget]:
@@ -155,11 +167,17 @@ def _budgets(arguments: argparse.Namespace) -> list[Budget]:
     for name in ("frames", "size", "count", "segment", "train_batch_size", "steps", "rounds", "prompts"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    if not math.isfinite(arguments.target):
+        raise UserError(f"--target {arguments.target:g}: a finite number is needed")
     model: Any = load_tokenizer(arguments.tokenizer)
     budgets = own_budgets(model)
     try:
         check_frames(arguments.frames, model.temporal_ratios[-1])
         check_frames(arguments.segment, model.temporal_ratios[-1])
+        for name in ("frames", "segment"):
+            if getattr(arguments, name) == 1 and len(budgets) > 1:
+                more = 1 + model.temporal_ratios[-1]
+                raise UserError(f"--{name} 1: one frame has the same tokens at every level; use {more} or more")
         for text in arguments.also:
             name, equals, path = text.partition("=")
             if not (name and equals and path):
@@ -211,14 +229,18 @@ def _curves(lengths: dict[str, Any]) -> dict[str, dict[str, list[Mark]]]:
     }
 
 
-def _pipelines(folders: Sequence[str]) -> dict[str, Any]:
-    """Load the pipelines, by a name that tells them apart."""
+def _pipelines(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load the pipelines, by a name that tells them apart, and check the steps and guidance that they are given."""
     pipelines: dict[str, Any] = {}
-    for folder in map(Path, folders):
+    for folder in map(Path, arguments.pipelines):
         name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
         if name in pipelines:
             raise UserError(f"pipeline {folder}: another one is called {name} too; names of folders must differ")
         pipelines[name] = open_pipeline(folder)
+        try:
+            steps_and_guidance(pipelines[name].config, arguments.steps, arguments.guidance)
+        except ValueError as error:
+            raise UserError(f"pipeline {folder}: {error}") from None
     return pipelines
 
 
@@ -246,12 +268,6 @@ def _generate(
     }
 
 
-def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    path.unlink(missing_ok=True)
-    for record in records:
-        append_result(path, record)
-
-
 def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
     """Leave out the figures of single clips: the page and results.jsonl have them."""
     kept = {key: value for key, value in record.items() if key not in ("clip_psnr", "segment_psnr")}
@@ -260,13 +276,13 @@ def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _facts(record: dict[str, Any], arguments: argparse.Namespace, perceptual: PerceptualMetrics) -> dict[str, str]:
-    facts = provenance()
+def _facts(results: _Results, arguments: argparse.Namespace, perceptual: PerceptualMetrics) -> dict[str, str]:
+    facts, common = provenance(), results.common
     absent = perceptual.not_measured(arguments.size, arguments.size)
     absent += ["clip: no model given, --clip takes it"] if arguments.pipelines and arguments.clip is None else []
     return {
-        "Clips": f"{record['clips']} of {record['videos']}{' ' + record['split'] if record['split'] else ''}",
-        "Protocol": record["protocol"],
+        "Clips": f"{common['clips']} of {common['videos']}{' ' + common['split'] if common['split'] else ''}",
+        "Protocol": results.protocols["reconstruction"],
         "Not measured": "; ".join(absent) or "nothing",
         "Machine": facts["machine"],
         "Commit": facts["commit"],

@@ -9,9 +9,11 @@ What an earlier call trained is used again, and what it left unfinished continue
 import dataclasses
 import functools
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +31,11 @@ from promag.tokenizer.train import train_tokenizer
 from promag.training.command_line import parse_config, run_main
 from promag.training.config import UserError, to_plain
 from promag.training.device import best_device
+from promag.training.files import write_atomically
 from promag.training.precision import choose_for_run
 from promag.training.run import append_result
+
+SETTINGS = "settings.json"  # of the indices, beside them
 
 say = functools.partial(print, flush=True)  # at once, also where the output is a file
 
@@ -99,10 +104,16 @@ def by_name(videos: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def index_videos(config: DemoConfig) -> tuple[str, str]:
-    """Index a folder of videos, a part of them for evaluation, and return both indices; an index that is there is kept."""
+    """Index a folder of videos, a part of them for evaluation, and return both indices; those that are there are kept.
+
+    Raises UserError where these were made with other settings, and for too few videos.
+    """
     folder = Path(config.output_dir) / "clips"
     paths = folder / "train.jsonl", folder / "eval.jsonl"
+    settings = {key: getattr(config, key) for key in ("frames", "validation_fraction")}
+    settings["videos"] = os.path.abspath(config.videos or "")
     if all(path.exists() for path in paths):
+        _check_same_settings(folder, settings)
         say(f"clips: the indices in {folder} are used again")
         return str(paths[0]), str(paths[1])
     prepared = prepare(list_videos(config.videos or ""))
@@ -118,11 +129,29 @@ def index_videos(config: DemoConfig) -> tuple[str, str]:
             "one to train on and one to evaluate"
         )
     kept = max(1, round(config.validation_fraction * len(long)))
+    # Before the indices, so that there are none without their settings.
+    write_atomically(folder / SETTINGS, json.dumps(settings))
     # Ordered by content, so that names and dates do not decide what is trained on.
     for path, part in zip(paths, (long[kept:], long[:kept]), strict=True):
         save_clips(path, part)
     say(f"clips: {len(long) - kept} to train on, {kept} to evaluate on")
     return str(paths[0]), str(paths[1])
+
+
+def _check_same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UserError where the indices in a folder were made with other settings."""
+    file = folder / SETTINGS
+    made_with = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    differs = [
+        f"{key} is {made_with.get(key)!r} there, {value!r} now"
+        for key, value in settings.items()
+        if made_with.get(key) != value
+    ]
+    if differs:
+        raise UserError(
+            f"clips {folder}: were indexed with other settings ({'; '.join(differs)}), and models beside them may be trained "
+            f"on these; use another --output-dir, or delete {folder.parent}"
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ steps, seconds and validation loss of its training are printed too.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if (threshold := arguments.first_block_cache) is not None and not threshold > 0:
         raise UserError(f"--first-block-cache {threshold:g}: a number above 0 is needed")
+    check_numbers(arguments)
+    return arguments
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raise UserError for prompts or steps below 1, and for guidance that is not finite."""
     for name in ("prompts", "steps"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1 is needed")
-    return arguments
+    if (guidance := arguments.guidance) is not None and not math.isfinite(guidance):
+        raise UserError(f"--guidance {guidance:g}: a finite number is needed")
 
 
 def _figures(pipe: Any, ratio: int, unseen: bool, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -51,11 +51,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
+    for name in ("count", "rounds", "across", "scale"):
+        if (value := getattr(arguments, name)) < 1:
+            raise UserError(f"--{name} {value}: at least 1 is needed")
 
     model: Any = load_tokenizer(arguments.checkpoint)
     model.to(best_device())
     precision = choose_precision(arguments.precision, best_device())
-    _check_shape(arguments, model, model.temporal_ratios[-1])
+    check_shape(arguments, model, model.temporal_ratios[-1])
     before, common = _before(arguments, model) if arguments.against else (None, ())
     tiny = _tiny_decoder(arguments.tiny_decoder, model) if arguments.tiny_decoder else None
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
@@ -96,9 +99,6 @@ def main(argv: Sequence[str]) -> int:
     }
     for ratio, rows in decoded.items():
         print(f"{ratio}x, tiny decoder: {arguments.tiny_decoder}\n{before_after.table(rows)}")
-    if arguments.contact_sheet:
-        levels = [(f"{ratio}x", model, ratio) for ratio in model.temporal_ratios]
-        _draw(arguments, clips, [*levels, *drawn])
     shape = (arguments.size, arguments.size)
     for line in perceptual.not_measured(*shape):
         print(f"not measured: {line}")
@@ -126,6 +126,9 @@ def main(argv: Sequence[str]) -> int:
         write_atomically(arguments.out, json.dumps(record, indent=1))
     if arguments.record:
         append_result(arguments.record, record)
+    if arguments.contact_sheet:
+        levels = [(f"{ratio}x", model, ratio) for ratio in model.temporal_ratios]
+        _draw(arguments, clips, [*levels, *drawn])
     return 0
 
 
@@ -139,7 +142,7 @@ def _tiny_decoder(folder: str, model: Any) -> TinyDecoder:
     return tiny.to(best_device(), model.dtype)
 
 
-def _check_shape(arguments: argparse.Namespace, model: Any, ratio: int) -> None:
+def check_shape(arguments: argparse.Namespace, model: Any, ratio: int) -> None:
     """Raise UserError where a tokenizer does not take the clips at a ratio."""
     try:
         check_frames(arguments.frames, ratio, model.latent_step)
@@ -157,7 +160,7 @@ def _before(arguments: argparse.Namespace, model: Any) -> tuple[Any, list[int]]:
         raise UserError(
             f"--against {arguments.against}: has {other_ratios}, {arguments.checkpoint} has {ratios}: no ratio in both"
         )
-    _check_shape(arguments, before, common[-1])
+    check_shape(arguments, before, common[-1])
     return before.to(best_device()), common
 
 
@@ -168,11 +171,11 @@ def _check_sheet(arguments: argparse.Namespace, count: int) -> list[tuple[str, A
     for i in arguments.clips or ():
         if not 0 <= i < count:
             raise UserError(f"--clips {i}: there are 0 to {count - 1}")
-    return [_load(text, arguments.frames) for text in arguments.also]
+    return [_load(text, arguments) for text in arguments.also]
 
 
-def _load(text: str, frames: int) -> tuple[str, Any, int]:
-    """Return name, model and ratio of NAME=CHECKPOINT:RATIO."""
+def _load(text: str, arguments: argparse.Namespace) -> tuple[str, Any, int]:
+    """Return name, model and ratio of NAME=CHECKPOINT:RATIO; raises UserError where it does not take the clips."""
     name, equals, place = text.partition("=")
     checkpoint, colon, ratio = place.rpartition(":")
     if not (name and equals and checkpoint and colon and ratio.isdecimal()):
@@ -180,7 +183,7 @@ def _load(text: str, frames: int) -> tuple[str, Any, int]:
     model: Any = load_tokenizer(checkpoint)
     try:
         check_ratio(int(ratio), model.temporal_ratios)
-        check_frames(frames, int(ratio))
+        check_shape(arguments, model, int(ratio))
     except ValueError as error:
         raise UserError(f"--also {text}: {error}") from None
     return name, model.to(best_device()), int(ratio)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from promag.data.datasets import open_evaluation
+from promag.data.tables import load_text
 from promag.diffusion.validation import training_figures
 from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
@@ -81,7 +83,13 @@ def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
     """Write the weights; return the figures as a JSON line, and the card."""
     recipe = list_stages(arguments.checkpoint.parent)
     sources = count_sources(arguments.sources, arguments.split)
+    credits = load_text(arguments.credits) if arguments.credits else ""
     model: Any = load_tokenizer(arguments.checkpoint)
+    # An older folder is replaced below, so that mistakes must be known before.
+    evaluate_tokenizer.check_shape(arguments, model, model.temporal_ratios[-1])
+    if arguments.count < 1:
+        raise UserError(f"--count {arguments.count}: at least 1 is needed")
+    open_evaluation(arguments.videos, None, arguments.frames, arguments.size, arguments.count)
     model.to(torch.bfloat16)
     save_model(model, arguments.out)
     asked = {key: getattr(arguments, key) for key in ("videos", "frames", "size", "count")}
@@ -90,19 +98,21 @@ def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
         "parameters": parameter_count([model]),
         "latent_channels": model.config["latent_channels"],
         "temporal_ratios": model.temporal_ratios,
+        "spatial_ratio": model.spatial_ratio,
         "dtype": "bfloat16",
     }
-    credits = arguments.credits.read_text(encoding="utf-8") if arguments.credits else ""
     return line, tokenizer_card(str(arguments.out), shape, json.loads(line), recipe, sources, credits)
 
 
 def list_stages(run: Path) -> list[dict[str, Any]]:
     """Return how each level of a run's tokenizer was trained, those of the runs that it started from first.
 
+    The first is {"published": folder} where these started from a folder outside of a run.
+
     Raises UserError for a folder that is no run, and for a run that finished no stage.
     """
     config = _config_of(run, "tokenizer")
-    before = list_stages(Path(config["init"]).parent) if config["init"] else []
+    before = _stages_before(config["init"])
     stages = []
     for name, stage, done in finished_stages(run, config):
         settings = {key: stage["optimization"][key] for key in ("steps", "batch_size", "learning_rate", "muon_learning_rate")}
@@ -113,6 +123,14 @@ def list_stages(run: Path) -> list[dict[str, Any]]:
     if not stages:
         raise UserError(f"{run}: no stage of it is finished")
     return before + stages
+
+
+def _stages_before(init: str | None) -> list[dict[str, Any]]:
+    """Return the stages of the run that a tokenizer started from; the place alone where it lies in none."""
+    if not init:
+        return []
+    run = Path(init).parent
+    return list_stages(run) if (run / "config.yaml").is_file() else [{"published": init}]
 
 
 def _lower(stage: Mapping[str, Any]) -> dict[str, str]:
@@ -143,6 +161,7 @@ def _loss(stage: Mapping[str, Any]) -> str:
 
 def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
     """Write the pipeline, with a copy of its published tokenizer; return the figures as JSON lines, and the card."""
+    evaluate_pipeline.check_numbers(arguments)
     recipe = list_trainings(arguments.checkpoint.parent)
     pipe: Any = load_pipeline(arguments.checkpoint)
     check_tokenizer(pipe.vae, arguments.tokenizer)

@@ -39,11 +39,18 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.out.suffix.lower() != ".mp4":
         raise UserError(f"--out {arguments.out}: an .mp4 file is needed")
+    if not 1 <= arguments.crf <= 51:
+        raise UserError(f"--crf {arguments.crf}: 1 (best) to 51 are legal")
 
     model: Any = load_tokenizer(arguments.checkpoint)
     model.to(best_device())
     precision = choose_precision(arguments.precision, best_device())
     ratios = tuple(arguments.ratios or model.temporal_ratios)
+    try:
+        for ratio in ratios:
+            check_ratio(ratio, model.temporal_ratios)
+    except ValueError as error:
+        raise UserError(f"--ratios: {error}") from None
     if arguments.frames is not None and arguments.frames < 1:
         raise UserError(f"--frames {arguments.frames}: at least 1 is needed")
     facts = READER.call(decode_strictly, arguments.video)
@@ -54,11 +61,10 @@ def main(argv: Sequence[str]) -> int:
     chunk = chunk_of(*shown, ratios, model.latent_step) if arguments.chunk is None else arguments.chunk
     pictures = READER.stream(stream_frames, arguments.video, frames.tolist(), size)
     try:
-        for ratio in ratios:
-            check_ratio(ratio, model.temporal_ratios)
         comparison = Comparison(model, ratios, pictures, count, chunk, precision=precision)
         if arguments.tile is not None:
-            stride = max(8, arguments.tile * 3 // 4 // 8 * 8)
+            multiple = model.spatial_ratio
+            stride = max(multiple, arguments.tile * 3 // 4 // multiple * multiple)
             model.enable_tiling(arguments.tile, arguments.tile, stride, stride)
     except ValueError as error:
         raise UserError(str(error)) from None

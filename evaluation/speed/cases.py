@@ -186,9 +186,10 @@ def _difference(baseline: Settings, settings: Settings) -> dict[str, Any]:
 
 
 def is_recorded(group: Group, device: str, lines: Iterable[Mapping[str, Any]], where: Mapping[str, Any]) -> bool:
-    """Tell whether a record has all cases of a group, measured `where`: the same commit, machine and versions.
+    """Tell whether a record has figures of all cases of a group, measured `where`: the same commit, machine and versions.
 
-    No line of a checkout with changes, or of an unknown commit, counts: nobody knows what it measured.
+    No line of a checkout with changes, or of an unknown commit, counts: nobody knows what it measured. Nor does a line with
+    an error, which may have been of the moment.
     """
     if where["commit"] == "unknown" or where["commit"].endswith("+changes"):
         return False
@@ -196,6 +197,7 @@ def is_recorded(group: Group, device: str, lines: Iterable[Mapping[str, Any]], w
         line["settings"]
         for line in lines
         if line.get("what") == WHAT
+        and "error" not in line
         and (line["suite"], line["device"]) == (group.suite, device)
         and all(line.get(key) == value for key, value in where.items())
     ]

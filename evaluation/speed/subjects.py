@@ -14,7 +14,7 @@ from promag.diffusion.config import DiffusionConfig
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.config import StageConfig, TokenizerConfig
 from promag.tokenizer.existing import existing_class
-from promag.tokenizer.geometry import SPATIAL_RATIO, check_frames, check_size
+from promag.tokenizer.geometry import check_frames, check_size
 from promag.tokenizer.levels import parameter_count
 from promag.training.config import UserError, build, load_yaml
 
@@ -48,11 +48,15 @@ def tokenizer_subject(preset: str) -> Subject:
             f"preset {preset}: a configuration with a model of its own, and a first stage without growth, is needed"
         )
     ratios = tuple(dict.fromkeys(stage.ratio for stage in config.stages))  # a last stage by turns adds none
+
+    def make() -> Any:
+        return grow(config, config.stages[-1])[0]
+
     with torch.device("meta"):
-        levels = grow(config, config.stages[-1])[0].temporal_ratios
-    if levels[0] != ratios[0]:
-        raise UserError(f"preset {preset}: stage {ratios[0]}x without growth: the base's strides make it {levels[0]}x")
-    return Subject(preset_name(preset), lambda: grow(config, config.stages[-1])[0], ratios, ratios[-1], SPATIAL_RATIO, config)
+        model = make()
+    if (base := model.temporal_ratios[0]) != ratios[0]:
+        raise UserError(f"preset {preset}: stage {ratios[0]}x without growth: the base's strides make it {base}x")
+    return Subject(preset_name(preset), make, ratios, ratios[-1], model.spatial_ratio, config)
 
 
 def peer_subject(name: str) -> Subject:

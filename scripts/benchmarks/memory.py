@@ -7,19 +7,18 @@ of the backward pass, and what allocators and libraries take beside tensors are 
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.families import hidden_matrices
 from promag.diffusion.flops import training_flops
 from promag.evaluation.memory import activation_bytes, sharded_memory, small_text, static_memory, text_shape, transformer_alone
+from promag.evaluation.speed.subjects import diffusion_preset, preset_name
 from promag.scripts._options import share
 from promag.tokenizer.geometry import tokens
 from promag.training.command_line import Parser, run_main
-from promag.training.config import UserError, build, load_yaml
+from promag.training.config import UserError
 from promag.training.optimizers import muon_flops
 from promag.training.run import append_result
 
@@ -34,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="heights and widths beside the preset's own")
     parser.add_argument("--text-width", type=int, default=4096, help="width of frozen text encoders; 4096 is T5-XXL's")
     parser.add_argument(
-        "--real", nargs="*", default=[], help="names of presets that are measured on the CPU, at their own size"
+        "--real", nargs="*", default=[], help="those of the presets that are measured on the CPU, at their own size"
     )
     parser.add_argument(
         "--processes", type=int, nargs="*", default=[], help="numbers of processes that FSDP2 shards weights over"
@@ -42,6 +41,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--no-clips", action="store_true", help="leave out activations, which take the most time to count")
     share(parser, "--record")
     arguments = parser.parse_args(argv)
+    names = [preset_name(preset) for preset in arguments.presets]
+    if unknown := [preset for preset in arguments.real if preset_name(preset) not in names]:
+        raise UserError(f"--real {', '.join(unknown)}: use one of the presets {', '.join(arguments.presets)}")
     rows = [_row(preset, arguments) for preset in arguments.presets]
     if arguments.record:
         protocol = (
@@ -56,11 +58,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    config = build(DiffusionConfig, load_yaml(preset), preset)
-    if config.model is None:
-        raise UserError(f"preset {preset}: model null: a configuration with a transformer of its own is needed")
-    path, width = Path(preset), arguments.text_width
-    name = path.stem if path.parent.name == "diffusion" else f"{path.parent.name}-{path.stem}"
+    config, name, width = diffusion_preset(preset), preset_name(preset), arguments.text_width
+    assert config.model is not None
+    real = name in map(preset_name, arguments.real)
     widths, pooled, lengths = text_shape(config, width)
     with torch.device("meta"):
         transformer = transformer_alone(config.model, widths, pooled)
@@ -88,7 +88,7 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return row
     for size in sorted({config.data.size, *arguments.sizes}):
         for ratio in RATIOS:
-            measured = name in arguments.real and size == config.data.size
+            measured = real and size == config.data.size
             activations = activation_bytes(config, width, ratio, size, fake=not measured)
             count = tokens(config.data.frames, size, size, ratio, config.model.patch_size)
             clip = {"frames": config.data.frames, "size": size, "ratio": ratio, "tokens": count, "measured": measured}

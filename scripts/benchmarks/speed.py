@@ -5,7 +5,8 @@ promag benchmark speed tokenizer train --peers --precision fp32 bf16 --record do
 Suites: `train` whole training steps, `tokenizer` encoding and decoding, `transformer` gradients and denoising, `sampling` a
 pipeline's call, `data` reading, loading and caching. Each case is a JSON line with median, quartiles, share of the machine's
 limit in the same run and ratio to a baseline. The most telling cases come first. A record is continued: cases that it has
-from this commit and machine are not measured again. A case that fails is recorded with its error, and the others go on.
+from this commit and machine are not measured again. A case that fails is recorded with its error, and the others go on; the
+same command measures its group again.
 """
 
 import argparse
@@ -170,7 +171,8 @@ def _run(groups: Sequence[Group], options: Options, arguments: argparse.Namespac
                 note = {"note": arguments.note} if arguments.note else {}
                 append_json(arguments.record, {**line, **note, **where})
     if left:
-        print(f"{left} cases were left out after {arguments.minutes:g} minutes; the same command continues")
+        more = "the same command continues" if arguments.record else "with --record the same command would continue"
+        print(f"{left} cases were left out after {arguments.minutes:g} minutes; {more}")
     return int(bad + left > 0)
 
 

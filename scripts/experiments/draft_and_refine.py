@@ -105,6 +105,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("prompts", "steps", "draft_steps"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    if (sheet := arguments.contact_sheet) and sheet.suffix.lower() != ".png":
+        raise UserError(f"--contact-sheet {sheet}: a .png file is needed")
     return arguments
 
 

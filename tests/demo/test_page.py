@@ -7,7 +7,7 @@ import time
 import pytest
 
 from promag.demo.config import DemoConfig, stage_folder, video_folder
-from promag.demo.figures import curves
+from promag.demo.figures import Measured, budget_row, curves
 from promag.demo.page import LivePage, parts
 from promag.reports.demo_report import Report
 from promag.training.command_line import parse_config
@@ -108,3 +108,12 @@ def test_runs_without_a_scorer_or_growth_are_estimated_shorter(config):
     assert load_yaml("configs/demo.yaml")["stages"][0].get("growth") is None
     base, grown = parts(config)[0].seconds, parts(config)[1].seconds
     assert base > grown
+
+
+def test_tokens_follow_the_spatial_ratio_of_the_tokenizer(config):
+    coarse = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, patch_size=8))
+    quality = dict.fromkeys(("psnr", "psnr_std", "psnr_first", "ssim"), 1.0)
+    row, coarse_row = (budget_row(c, 4, Measured({4: quality}, {}, {}, {})) for c in (config, coarse))
+    assert (row.tokens, coarse_row.tokens) == (17 * 4 * 4, 17 * 2 * 2)
+    assert (row.latent_values_per_pixel, coarse_row.latent_values_per_pixel) == (16 * 17 / 65 / 64, 16 * 17 / 65 / 256)
+    assert parts(config)[4].seconds == 4 * parts(coarse)[4].seconds

@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from promag.evaluation.sampling_cost import Pace, SamplingCost, measure_pace, sampling_cost
 from promag.pipelines.inputs import NAMES, NEGATIVE_NAMES
 from promag.pipelines.sampling import Seconds, trained_ratios
+from tests.conftest import TINY, make_tokenizer
 from tests.tiny_pipeline import make_pipeline
 
 
@@ -23,6 +24,12 @@ def test_tokens_and_flops_are_those_of_a_sampling(pipe, ratio, latents, guidance
     with counter, torch.no_grad():
         pipe(num_frames=33, temporal_ratio=ratio, num_inference_steps=3, guidance_scale=guidance, **options)
     assert cost.flops == counter.get_total_flops()
+
+
+def test_tokens_follow_the_spatial_ratio_of_the_tokenizer():
+    coarse = make_pipeline(height=32, width=48)
+    coarse.register_modules(vae=make_tokenizer(base={**TINY, "patch_size": 8}))
+    assert sampling_cost(coarse, 4, 33, 3, 2.0).tokens == 9 * 2 * 3  # 16 pixels a side
 
 
 def test_frames_that_a_ratio_does_not_allow_are_refused(pipe):

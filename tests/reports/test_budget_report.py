@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -82,6 +83,20 @@ def test_fewer_clips_are_shown_where_the_page_would_grow_too_large(report, tmp_p
     text = (tmp_path / "small.html").read_text()
     assert "The 2 worst of 3 clips are shown" in text
     assert len(text.encode()) < size - 1000
+
+
+def test_tokens_are_compared_at_one_patch_size(report, tmp_path):
+    """Here a latent at 16x has as many values as one at 8x, as two latents a position give."""
+    budgets = {name: {**budget, "latent_values": 1} for name, budget in report.budgets.items()}
+    path = tmp_path / "page.html"
+    write_budget_page(path, replace(report, budgets=budgets))
+    assert "Tokens are of patches of 1x2x2. 16x has 2.5 times fewer tokens than 4x" in path.read_text()
+    budgets["8x"] |= {"tokens": {"1x1x1": 48, "1x2x2": None}}
+    write_budget_page(path, replace(report, budgets=budgets))
+    text = path.read_text()
+    assert "Tokens are of patches of 1x1x1. 16x has 2.5 times fewer" in text
+    for label in ("4x \u00b7 80 tokens", "8x \u00b7 48 tokens", "16x \u00b7 32 tokens", "tokens of a clip, patch 1x1x1"):
+        assert label in text
 
 
 def write_size(report, folder):

@@ -30,3 +30,5 @@ def test_mistakes_are_named(tmp_path):
     videos = {"a": np.zeros((2, 4, 4, 3), np.uint8), "b": np.zeros((3, 4, 4, 3), np.uint8)}
     with pytest.raises(ValueError, match="videos of 'x' have shapes"):
         write_contact_sheet(tmp_path / "a.png", [("x", videos)])
+    with pytest.raises(ValueError, match="0 frames, scale 2: at least 1 is needed"):
+        write_contact_sheet(tmp_path / "a.png", [("x", {"a": videos["a"]})], frames=0, scale=2)

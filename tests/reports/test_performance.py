@@ -92,6 +92,16 @@ def test_a_step_on_a_gpu_has_the_seconds_of_its_kernels():
     assert cells[heads.index("of it kernels, s")] == "0.25"
 
 
+def test_gradients_and_whole_steps_have_their_own_columns():
+    gradients = [line("transformer", 0.5, settings={"part": "gradients", "model": name}) for name in ("tiny", "small")]
+    heads, _, whole, alone = rows(table("training", [*gradients, line(seconds=2.0, speedup=3.0)]))
+    first, faster = heads.index("gradients, s"), heads.index("times as fast as the first ratio")
+    assert heads[first : first + 3] == ["gradients, s", "whole step, s", "clips/s"]
+    assert (whole[0], *whole[first : first + 3], whole[faster]) == ("tiny, 64x64", "0.5", "2", "4", "3.00")
+    assert (alone[0], *alone[first : first + 3], alone[faster]) == ("small, 64x64", "0.5", "", "", "")
+    assert "whole step, s" not in rows(table("training", gradients))[0]
+
+
 def test_a_tokenizer_stands_beside_the_published_one_of_the_same_clip():
     facts = {"latent_shape": [1, 16, 5, 16, 16], "parameters": 10**6, "gflop": 100.0, "peak_mib": 50.0, "count": 17}
     cases = []

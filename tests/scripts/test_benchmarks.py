@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from promag.evaluation.speed.timing import resident
 from promag.scripts._memory import in_new_process, run_command
-from promag.scripts.benchmarks import films, long_video
+from promag.scripts.benchmarks import films, long_video, memory
 from promag.training.config import UserError
+from tests.scripts.conftest import preset
 
 
 def test_long_video_measures_memory_and_tiles(demo_run, video_folder, tmp_path):
@@ -58,3 +60,24 @@ def test_a_new_process_has_memory_of_its_own():
 def test_a_command_that_fails_is_named():
     with pytest.raises(UserError, match=r"promag prepare-clips missing\.mp4 --out x\.jsonl: .*missing\.mp4"):
         run_command("prepare-clips", "missing.mp4", "--out", "x.jsonl")
+
+
+@pytest.mark.parametrize("name", ["tiny", "diffusion/tiny"])
+def test_presets_are_measured_under_either_spelling(name, tmp_path):
+    values = preset("diffusion/tiny")
+    values["model"] |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    values["data"] |= {"size": 16, "frames": 17}
+    (tmp_path / "diffusion").mkdir()
+    (tmp_path / "diffusion" / "tiny.yaml").write_text(yaml.safe_dump(values))
+    record = tmp_path / "memory.jsonl"
+    memory.main([str(tmp_path / "diffusion" / "tiny.yaml"), "--text-width", "16", "--real", name, "--record", str(record)])
+    (row,) = json.loads(record.read_text())["rows"]
+    assert row["preset"] == "tiny"
+    assert [clip["measured"] for clip in row["clips"]] == [True, True]
+
+
+def test_presets_to_measure_are_among_those_given():
+    with pytest.raises(UserError, match="--real smal, base: use one of the presets diffusion/tiny, diffusion/small"):
+        memory.main(["diffusion/tiny", "diffusion/small", "--real", "tiny", "smal", "base"])
+    with pytest.raises(UserError, match="preset diffusion/wan: model null: a configuration with a transformer of its own"):
+        memory.main(["diffusion/wan"])

@@ -300,6 +300,8 @@ def test_a_record_is_continued_and_again_repeats_it(tokenizer_preset, tmp_path, 
     capsys.readouterr()
     assert len(run(out, *words, "--ratios", 4, "--clip-sizes", "17x16x16", "--minutes", 0, status=1)) == 30
     assert "2 cases were left out after 0 minutes; the same command continues" in capsys.readouterr().out
+    assert main([*words, "--ratios", "4", "--clip-sizes", "17x16x16", "--quick", "--precision", "fp32", "--minutes", "0"]) == 1
+    assert "after 0 minutes; with --record the same command would continue" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

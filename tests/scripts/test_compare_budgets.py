@@ -8,6 +8,7 @@ from promag.pipelines.stock import StockDefaults, StockPipeline
 from promag.scripts import evaluate_pipeline
 from promag.scripts.compare_budgets import main
 from promag.scripts.evaluate_tokenizer import main as evaluate
+from promag.training.config import UserError
 from tests.evaluation.test_clip_similarity import write_clip
 from tests.existing_models import small_existing
 from tests.wan import make_grown, make_stock
@@ -72,6 +73,10 @@ def test_one_command_compares_levels_baselines_costs_and_pipelines(demo_run, bas
         (["--also", "wan"], "--also wan: NAME=PATH is needed"),
         (["--frames", "18"], "18 frames: 16x needs 1 + 16k; use 17 or 33"),
         (["--segment", "16"], "16 frames: 16x needs 1 + 16k"),
+        (["--segment", "1"], "--segment 1: one frame has the same tokens at every level; use 17 or more"),
+        (["--frames", "1"], "--frames 1: one frame has the same tokens at every level; use 17 or more"),
+        (["--target", "nan"], "--target nan: a finite number is needed"),
+        (["--config", "diffusion/wan"], "--config diffusion/wan: model null: costs need a configuration with a transformer"),
         (["--model.layers", "3"], "unknown key model.layers"),
         (["--rounds", "0"], "--rounds 0: at least 1 is needed"),
         (["--clip", "nowhere"], "clip nowhere: no config.json there"),
@@ -82,6 +87,26 @@ def test_mistakes_are_named(demo_run, tmp_path, change, message):
     tokenizer = next(demo_run.glob("**/vae")).parent
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         main(["--tokenizer", str(tokenizer), "--videos", "synthetic", "--out", str(tmp_path), *change])
+
+
+def test_steps_and_guidance_are_checked_before_anything_is_measured(demo_run, tmp_path):
+    tokenizer, pipeline = next(demo_run.glob("**/vae")).parent, demo_run / "video-16x" / "pipeline"
+    arguments = ["--tokenizer", str(tokenizer), "--videos", "synthetic", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=f"pipeline {pipeline}: guidance_scale nan: a finite number"):
+        main([*arguments, "--pipelines", str(pipeline), "--guidance", "nan"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_measured_before_a_mistake_shows_is_kept(demo_run, tmp_path):
+    tokenizer, record = next(demo_run.glob("**/vae")).parent, tmp_path / "record.jsonl"
+    arguments = ["--videos", "synthetic", "--count", "1", "--frames", "17", "--size", "32", "--perceptual"]
+    with pytest.raises(UserError, match="flash does not work on cpu"):
+        main(
+            ["--tokenizer", str(tokenizer), *arguments, "--attention", "flash", "--out", str(tmp_path), "--record", str(record)]
+        )
+    for path in (tmp_path / "results.jsonl", record):
+        kinds = [json.loads(line)["what"] for line in path.read_text().splitlines()]
+        assert kinds == ["reconstruction"] * 3 + ["adaptive budget"]
 
 
 def test_a_stock_pipeline_with_a_grown_autoencoder_is_compared_at_all_its_ratios(tmp_path, capsys):

@@ -1,11 +1,12 @@
 import json
+import os
 
 import pytest
 
 from promag.demo.config import DemoConfig
 from promag.demo.figures import sample_shipped
 from promag.pipelines.sampling import load_pipeline, sample_videos
-from promag.scripts.demo import main
+from promag.scripts.demo import index_videos, main
 from promag.training.command_line import parse_config
 from promag.training.config import UserError
 from tests.scripts.conftest import DEMO
@@ -69,6 +70,29 @@ def test_real_videos_train_without_a_scorer(video_folder, tmp_path):
     trained = (tmp_path / "clips" / "train.jsonl").read_text().splitlines()
     assert (len(held), len(trained)) == (1, 3)
     assert not {json.loads(x)["sha256"] for x in held} & {json.loads(x)["sha256"] for x in trained}
+
+
+def test_indices_of_other_settings_are_refused(video_folder, tmp_path):
+    def index(videos, *change):
+        return index_videos(
+            parse_config(DemoConfig, [*DEMO, "--output-dir", str(tmp_path), "--videos", str(videos), *change], "")
+        )
+
+    first = index(video_folder)
+    assert (
+        index(os.path.relpath(video_folder))
+        == first
+        == (str(tmp_path / "clips/train.jsonl"), str(tmp_path / "clips/eval.jsonl"))
+    )
+    message = rf"videos is '{video_folder}' there, '{tmp_path}' now\), .* use another --output-dir, or delete {tmp_path}$"
+    with pytest.raises(UserError, match=message):
+        index(tmp_path)
+    for option, value, there in (("frames", "33", 17), ("validation_fraction", "0.5", 0.1)):
+        with pytest.raises(UserError, match=rf"\({option} is {there} there, {value} now\)"):
+            index(video_folder, f"--{option}", value)
+    (tmp_path / "clips" / "settings.json").unlink()  # as an earlier version left them
+    with pytest.raises(UserError, match="frames is None there, 17 now"):
+        index(video_folder)
 
 
 def test_mistakes_are_named(video_folder, tmp_path):

@@ -132,7 +132,9 @@ def test_a_first_block_cache_leaves_later_blocks_out(run, tmp_path, monkeypatch)
         (evaluate_pipeline, ["--first-block-cache", "0"], "--first-block-cache 0: a number above 0"),
         (draft_and_refine, ["--ratio", "8"], "--ratio 8: the pipeline was trained at 4x, 16x"),
         (draft_and_refine, ["--ratio", "16", "--prompts", "1", "--steps", "1"], "draft at 16x .* a higher ratio"),
+        (evaluate_pipeline, ["--guidance", "nan"], "--guidance nan: a finite number is needed"),
         (draft_and_refine, ["--prompts", "0"], "--prompts 0: at least 1"),
+        (draft_and_refine, ["--contact-sheet", "sheet.jpg"], r"--contact-sheet sheet\.jpg: a \.png file is needed"),
     ],
 )
 def test_mistakes_are_named(run, script, arguments, message):

@@ -104,6 +104,17 @@ def test_mistakes_are_named(demo_run, tokenizer, tmp_path):
     with pytest.raises(UserError, match="1 weights are not the pipeline's own"):
         publish.main(["pipeline", str(source), "--tokenizer", str(tmp_path / "other"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("a card")
+    for option, value, message in (
+        ("--prompts", "0", "--prompts 0: at least 1 is needed"),
+        ("--guidance", "nan", "--guidance nan: a finite number is needed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            publish.main(
+                ["pipeline", str(source), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"), option, value]
+            )
+        assert (tmp_path / "out" / "README.md").read_text() == "a card"
     shutil.copytree(source, tmp_path / "pipeline")
     with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/pipeline"):
         publish.main(["pipeline", str(tmp_path / "pipeline"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out")])

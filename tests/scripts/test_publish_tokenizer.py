@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from promag.reports.tokenizer_card import _stages
+from promag.reports.tokenizer_card import _stages, tokenizer_card
 from promag.scripts import publish
 from promag.training.config import UserError, load_yaml
 
@@ -36,9 +36,16 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
     for change, message in (
         (["--split", "test"], "no row has the split test"),
         (["--sources", str(credits)], "columns licence, source_commit, source_repo, split are missing"),
+        (["--sources", "typo.csv"], r"typo\.csv: cannot be read: No such file"),
+        (["--credits", "typo.md"], r"typo\.md: cannot be read: No such file"),
+        (["--frames", "64"], r"64 frames: 16x needs 1 \+ 16k; use 49 or 65"),
+        (["--size", "30"], "height 30: needs a multiple of 8"),
+        (["--count", "0"], "--count 0: at least 1 is needed"),
+        (["--videos", "typo"], "typo: no such file or folder"),
     ):
         with pytest.raises(UserError, match=message):
             publish.main(["tokenizer", *arguments, "--sources", str(table), *change])
+        assert (out / "README.md").read_text() == card
     with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/tokenizer"):
         publish.main(["tokenizer", str(out), *arguments[1:], "--sources", str(table)])
 
@@ -64,6 +71,28 @@ def test_the_recipe_lists_extra_training_sources(demo_run, tmp_path):
     assert stage["name"] == "4x-8x"  # an earlier version put it into 8x
     (tmp_path / "machines.txt").write_text("one GPU\na laptop\n")
     assert _stages(publish.list_stages(tmp_path))[0][-1] == "one GPU, then a laptop"
+
+
+def test_the_recipe_names_an_autoencoder_that_training_started_from(demo_run, tmp_path):
+    run = demo_run / "tokenizer-run"
+    config = load_yaml(run / "config.yaml")
+
+    def stages(init):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "init": init}))
+        (tmp_path / "8x").mkdir(exist_ok=True)
+        (tmp_path / "8x" / "done.json").write_text((run / "8x" / "done.json").read_text())
+        return publish.list_stages(tmp_path)
+
+    published, stage = stages("Wan2.1-T2V-1.3B-Diffusers")
+    assert (published, stage["name"]) == ({"published": "Wan2.1-T2V-1.3B-Diffusers"}, "8x")
+    assert [stage["name"] for stage in stages(str(run / "tokenizer"))] == ["4x", "8x", "16x", "8x"]
+    ratio = {"clips": 1, "lift": {}, "psnr": 20.0}
+    record = {"protocol": "", "ratios": {"8": ratio}, "size": 32, "commit": "", "machine": "", "versions": {"torch": ""}}
+    shape = {"parameters": 1e6, "latent_channels": 4, "temporal_ratios": (8,), "spatial_ratio": 16, "dtype": "bfloat16"}
+    card = tokenizer_card("name", shape, record, [published, stage], [], "")
+    assert "8x temporal compression, 16x in height and width, 4 latent channels" in card
+    assert "The first stage starts from Wan2.1-T2V-1.3B-Diffusers. Weights are moving averages." in card
+    assert len([row for row in card.splitlines() if row.startswith("| 8x | frozen")]) == 1
 
 
 def test_the_recipe_lists_a_stage_by_turns_beside_that_of_its_highest_ratio(demo_run, tmp_path):

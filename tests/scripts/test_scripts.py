@@ -166,7 +166,7 @@ def test_evaluate_tokenizer_compares_with_a_tiny_decoder(tmp_path, capsys):
 
 
 def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, capsys):
-    tokenizer, out = demo_run / "tokenizer-run" / "tokenizer", tmp_path / "sheet.png"
+    tokenizer, out = demo_run / "tokenizer-run" / "tokenizer", tmp_path / "new" / "sheet.png"
     arguments = [str(tokenizer), "--videos", "synthetic", "--count", "8", "--frames", "17", "--size", "32"]
     arguments += ["--contact-sheet", str(out), "--perceptual"]  # none
     evaluate_tokenizer.main([*arguments, "--also", f"again={tokenizer}:16"])
@@ -182,14 +182,22 @@ def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, 
     with Image.open(out) as image:
         assert image.width < whole[0]
         assert image.height < whole[1] / 3
+    make_tokenizer(levels=1, base={**TINY, "patch_size": 16}).save_pretrained(tmp_path / "coarse")
     for change, message in (
         (["--also", f"a={tokenizer}"], "NAME=CHECKPOINT:RATIO is needed"),
         (["--also", f"a={tokenizer}:12"], "temporal ratio 12: this tokenizer has 4x, 8x, 16x"),
         (["--clips", "8"], "--clips 8: there are 0 to 7"),
         (["--contact-sheet", "sheet.jpg"], r"sheet\.jpg: a \.png file is needed"),
+        (["--also", f"a={tmp_path / 'coarse'}:4", "--size", "48"], "--also a=.*:4: height 48: needs a multiple of 32"),
+        *(([f"--{name}", "0"], f"--{name} 0: at least 1 is needed") for name in ("across", "scale", "rounds", "count")),
     ):
         with pytest.raises(UserError, match=message):
             evaluate_tokenizer.main([*arguments, *change])
+    (tmp_path / "file").touch()
+    unwritable = ["--count", "1", "--contact-sheet", str(tmp_path / "file" / "a.png")]
+    with pytest.raises(FileExistsError):
+        evaluate_tokenizer.main([*arguments, *unwritable, "--out", str(tmp_path / "a.json")])
+    assert json.loads((tmp_path / "a.json").read_text())["ratios"].keys() == {"4", "8", "16"}
 
 
 def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder, tmp_path, capsys):

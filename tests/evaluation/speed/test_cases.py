@@ -67,6 +67,9 @@ def test_only_all_cases_of_the_same_commit_machine_and_device_are_recorded():
     assert is_recorded(wanted, "cpu", [*lines, {"what": "cost", "rows": []}], where)
     assert not is_recorded(wanted, "cuda", lines, where)
     assert not is_recorded(wanted, "cpu", lines[:1], where)
+    failed = {**lines[1], "error": "OutOfMemoryError: no memory"}
+    assert not is_recorded(wanted, "cpu", [lines[0], failed], where)
+    assert is_recorded(wanted, "cpu", [lines[0], failed, lines[1]], where)
     assert not is_recorded(wanted, "cpu", lines, {**where, "commit": "abd"})
     for commit in ("unknown", "abc+changes"):
         same = [{**line, "commit": commit} for line in lines]
