@@ -21,13 +21,34 @@ def offload_again(pipe: Any) -> None:
         pipe.maybe_free_model_hooks()
 
 
+def device_of_calls(model: Any) -> torch.device:
+    """Return the device on which a model computes: the one to which its hooks bring its weights, else that of its weights."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return model.device
+
+
 class Decoding:
     """Mixin of a pipeline that decodes latents."""
 
     _decodes_by_tiny = False
 
+    @property
+    def model_cpu_offload_seq(self) -> str:
+        """The parts in the order of their calls; model offloading brings one to the device and frees the one before it.
+
+        The decoder in use follows the transformer, so that both are never on the device at once.
+        """
+        decoders = "tiny_decoder->vae" if self._decodes_by_tiny else "vae"
+        return f"text_encoder->text_encoder_2->text_encoder_3->transformer->{decoders}"
+
     def enable_tiny_decoder(self, decoder: TinyDecoder | str | os.PathLike | None = None) -> None:
         """Decode by a tiny decoder from now on: several times faster, and less sharp.
+
+        It decodes in the slices and tiles that are set on `vae`. Model offloading moves it like the other parts; enabled after
+        sequential or group offloading, it stays on the device.
 
         Args:
             decoder: one of `promag train-tiny-decoder`, or its folder, which becomes the pipeline's part `tiny_decoder` and is
@@ -46,12 +67,17 @@ class Decoding:
         if pipe.vae is None:
             raise ValueError("vae: this pipeline was made without one; a tiny decoder decodes its latents")
         part.check_latents_of(pipe.vae)
-        pipe.register_modules(tiny_decoder=cast(Any, part.eval()).to(pipe.vae.device, pipe.vae.dtype))
+        part = part.eval().to(pipe.vae.dtype)
+        if device_of_calls(part) != (device := device_of_calls(pipe.vae)):
+            part.to(device)
+        pipe.register_modules(tiny_decoder=part)
         self._decodes_by_tiny = True
+        offload_again(pipe)
 
     def disable_tiny_decoder(self) -> None:
         """Decode by the tokenizer from now on; the part `tiny_decoder` stays."""
         self._decodes_by_tiny = False
+        offload_again(self)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, temporal_ratio: int | None = None, output_type: str = "np") -> Any:
@@ -70,17 +96,18 @@ class Decoding:
         check_decodable(latents, output_type)
         (ratio,) = with_defaults(pipe.config, temporal_ratio=temporal_ratio)
         check_ratio(ratio, pipe.vae.temporal_ratios)
-        videos = self._decode(latents.to(pipe._execution_device), ratio, output_type)
+        videos = self._decode(latents, ratio, output_type)
         offload_again(pipe)
         return videos
 
     def _decode(self, latents: Tensor, ratio: int, output_type: str) -> Any:
         """Decode latents b c t h w to videos of the wanted type."""
         pipe = cast(Any, self)
+        decoder = vae = pipe.vae
         if self._decodes_by_tiny:
-            decoder, latents = pipe.tiny_decoder, latents.to(pipe.tiny_decoder.device)
-        else:
-            decoder = pipe.vae
-        video = decoder.decode(latents.to(decoder.dtype), ratio, return_dict=False)[0]
+            decoder = pipe.tiny_decoder
+            decoder.use_slicing, decoder.use_tiling, decoder.tiling = vae.use_slicing, vae.use_tiling, vae.tiling
+        latents = latents.to(device_of_calls(decoder), decoder.dtype)
+        video = decoder.decode(latents, ratio, return_dict=False)[0]
         check_result(video, "video decoded from finite latents")
         return pipe.video_processor.postprocess_video(video.float(), output_type=output_type)

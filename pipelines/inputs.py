@@ -423,10 +423,12 @@ def _clips(given: Any) -> list[Any]:
     return list(given) if given.ndim == 5 else [given[None] if given.ndim == 3 else given]
 
 
-def last_frames(pixels: Tensor, ratio: int, most: int) -> Tensor:
-    """Return the last 1 + ratio*k frames of B C T H W, as many as there are but at most `most` latent frames of them."""
-    latents = min(most, 1 + (pixels.shape[2] - 1) // ratio)
-    return pixels[:, :, pixels.shape[2] - (1 + ratio * (latents - 1)) :]
+def count_opening(count: int, ratio: int, limit: int, frames: int) -> int:
+    """Return the number of a clip's `count` frames, 1 + ratio*k, that open a video of `frames` latent frames.
+
+    They are at most `limit` latent frames, and one latent frame is left to make.
+    """
+    return 1 + ratio * (min(limit, frames - 1, 1 + (count - 1) // ratio) - 1)
 
 
 def check_conditioning(name: str, count: int, prompts: int, most: int, frames: int, ratio: int) -> None:

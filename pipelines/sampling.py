@@ -19,14 +19,24 @@ import torch
 from torch import Tensor
 
 from promag.diffusion.text import NULL_CAPTION, Embedded
-from promag.tokenizer.geometry import check_integer
+from promag.tokenizer.geometry import check_integer, latent_frames
 from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.precision import PRECISIONS, Precision, autocast
 from promag.training.progress import ProgressBar
 
 from .background import Background
-from .inputs import NAMES, NEGATIVE_NAMES, check_counts, check_prompts, steps_and_guidance, unpack, with_defaults
+from .inputs import (
+    NAMES,
+    NEGATIVE_NAMES,
+    check_counts,
+    check_prompts,
+    count_opening,
+    read_conditioning_frames,
+    steps_and_guidance,
+    unpack,
+    with_defaults,
+)
 from .stock import StockPipeline, is_stock, load_stock
 from .text_to_video import ProMAGPipeline
 from .timesteps import check_flow, count_model_calls
@@ -135,7 +145,8 @@ def make_videos(
         on_progress: called after each denoising step with the steps done and the steps in total, over all batches.
         encode: encodes prompts, and the null caption, in place of the pipeline.
         draft: samples each video at a higher ratio first and refines it at the video's ratio. Its latents are lifted there
-            without pixels, or decoded and encoded again where a tokenizer's latents do not lift.
+            without pixels, or decoded and encoded again where a tokenizer's latents do not lift. The refined video opens with
+            the first of the frames of `video` that the draft opens with.
         overlap: decode each batch while the next one is denoised, which takes memory for both at once.
         arguments: further arguments of the pipeline.
 
@@ -167,6 +178,8 @@ def make_videos(
                     higher = {"temporal_ratio": draft.ratio, "num_inference_steps": draft.steps}
                     latents = _at_lower_ratio(pipe.vae, pipe(**{**call, **higher}).frames, draft.ratio, ratio)
                     call |= {"latents": latents, "denoise_strength": draft.strength}
+                    if arguments.get("video") is not None:
+                        call["video"] = _opening_of_draft(pipe, arguments, draft.ratio, ratio)
                 decoding = partial(decode, pipe(**call).frames)
             pending.append((background.submit(decoding) if background else decoding, watch.seconds))
             if len(pending) > int(overlap):  # with overlap the newest batch stays in the background
@@ -225,6 +238,20 @@ def _at_lower_ratio(vae: Any, latents: Tensor, ratio: int, lower: int) -> Tensor
         return vae.lift(latents, ratio, lower)
     video = vae.decode(latents, ratio).sample.clamp(-1, 1)
     return vae.encode(video, lower).latent_dist.mode()
+
+
+def _opening_of_draft(pipe: Any, arguments: Mapping[str, Any], ratio: int, lower: int) -> Tensor:
+    """Return the frames of `video` that open the refinement of a draft, B T C H W in [0, 1].
+
+    They are the first of those that the draft opened with: a call by itself takes a clip's last frames, fewer at a lower ratio.
+    """
+    names = ("height", "width", "num_frames")
+    *size, frames = with_defaults(pipe.config, **{name: arguments.get(name) for name in names})
+    pixels: Any = read_conditioning_frames(None, arguments["video"], tuple(size), pipe.video_processor)
+    limit = pipe.transformer.config["condition_frames"]
+    drafted = count_opening(pixels.shape[2], ratio, limit, latent_frames(frames, ratio))
+    kept = count_opening(drafted, lower, limit, latent_frames(frames, lower))
+    return (pixels[:, :, -drafted:][:, :, :kept] / 2 + 0.5).movedim(1, 2)
 
 
 def _finish(decode: Callable[[], list[np.ndarray]], seconds: Seconds) -> tuple[list[np.ndarray], Seconds]:

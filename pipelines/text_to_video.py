@@ -46,8 +46,8 @@ from .inputs import (
     check_parts,
     check_prompts,
     check_result,
+    count_opening,
     first_noise,
-    last_frames,
     pack,
     read_conditioning_frames,
     repeat_for_videos,
@@ -94,7 +94,6 @@ class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeli
     """
 
     __module__ = "promag"
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
     _optional_components = ["tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3", "tiny_decoder"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", *NAMES, *NEGATIVE_NAMES]  # noqa: RUF012 (the name and kind diffusers looks for)
 
@@ -441,7 +440,8 @@ class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeli
         name, most = "image" if video is None else "video", self.transformer.config["condition_frames"]
         prompts = shape[0] // times
         check_conditioning(name, len(pixels), prompts, most, shape[2], ratio)
-        pixels = last_frames(pixels, ratio, min(most, shape[2] - 1)).to(device, self.vae.dtype)
+        opening = count_opening(pixels.shape[2], ratio, most, shape[2])
+        pixels = pixels[:, :, -opening:].to(device, self.vae.dtype)
         latents = self.vae.encode(pixels, ratio).latent_dist.mode().float()  # pyright: ignore
         latents = self.transformer.normalise(latents, ratio)
         return latents.expand(prompts, *latents.shape[1:]).repeat_interleave(times, 0)

@@ -16,6 +16,7 @@ from promag.pipelines.build import encoder
 from promag.pipelines.sampling import SampleRequest, make_videos
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.streaming import reconstruct_stream
+from promag.tokenizer.tiny_training import tiny_decoder_for
 from promag.tokenizer.train import train_tokenizer
 from promag.training.compilation import compile_blocks
 from promag.training.graphs import NAME, CudaRecorder, enable_graphs, recompute_block
@@ -120,6 +121,21 @@ def test_offloaded_pipelines_sample_the_same_videos(offload):
     offloaded = make_pipeline()
     OFFLOADS[offload](offloaded)
     np.testing.assert_allclose(call(offloaded), call(make_pipeline().to("cuda")), atol=2e-2)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("decoder_first", [True, False])
+def test_offloaded_pipelines_decode_by_a_tiny_decoder(offload, decoder_first):
+    plain, offloaded = make_pipeline().to("cuda"), make_pipeline()
+    decoder = tiny_decoder_for(plain.vae, width=8, layers=1)
+    plain.enable_tiny_decoder(copy.deepcopy(decoder))
+    steps = [lambda: offloaded.enable_tiny_decoder(decoder), lambda: OFFLOADS[offload](offloaded)]
+    for step in steps if decoder_first else steps[::-1]:
+        step()
+    for _ in range(2):
+        np.testing.assert_allclose(call(offloaded), call(plain), atol=2e-2)
+    if offload == "model":
+        assert {part.device.type for part in (offloaded.transformer, offloaded.vae, decoder)} == {"cpu"}
 
 
 def test_the_measured_peak_is_that_of_a_tensor_core():

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
@@ -27,10 +27,10 @@ from .base import least_squares
 from .geometry import check_ratio
 from .inputs import check_latents
 from .layers import START, CausalConv3d, ResBlock, State, Unfold, Upsample
-from .tiling import in_parts
+from .tiling import TiledModel, Tiling
 
 
-class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
+class TinyDecoder(TiledModel, SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
     """Decodes the latents of a tokenizer at each of its ratios, whole or chunk by chunk, in a fraction of its decoder's time.
 
     Args:
@@ -62,6 +62,8 @@ class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
         self.temporal_ratios = tuple(temporal_ratios)
         self.level_channels = tuple(latent_channels)
         self.spatial_ratio = spatial_ratio
+        self.use_slicing = self.use_tiling = False
+        self.tiling = Tiling()
         self.entries = nn.ModuleList(CausalConv3d(channels, width) for channels in latent_channels)
         # from each level above the lowest to the one below it
         self.doubling = nn.ModuleList(Upsample(width, width, 2, 1) for _ in temporal_ratios[1:])
@@ -137,7 +139,8 @@ class TinyDecoder(SafetensorsOnly, ModelMixin, ConfigMixin):
             x, after = self._run(self._path(level), part, before)
             return [x], after
 
-        (x,), state = in_parts(z, state, decode, kind=f"decode_chunk at {ratio}x of a tiny decoder")
+        kind = f"decode_chunk at {ratio}x of a tiny decoder"
+        (x,), state = self._in_parts(z, state, decode, self.spatial_ratio, kind)
         return x, state
 
     def _run(self, path: Sequence[nn.Module], z: Tensor, state: State) -> tuple[Tensor, State]:

@@ -1,5 +1,6 @@
 """A pipeline that decodes by a tiny decoder."""
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import DiffusionPipeline
 from promag import ProMAGPipeline, TinyDecoder
 from promag.tokenizer.tiny_training import tiny_decoder_for
 from promag.training.config import UserError
+from tests.pipelines.conftest import like
 from tests.tiny_pipeline import PROMPTS, make_pipeline
 
 CALL = {"prompt": PROMPTS[0], "num_inference_steps": 2}
@@ -131,3 +133,81 @@ def test_a_saved_pipeline_may_not_name_another_class_for_it(pipe, tiny, tmp_path
     index.write_text(index.read_text().replace('"TinyDecoder"', '"AutoencoderKLProMAG"'))
     with pytest.raises(UserError, match="tiny_decoder is AutoencoderKLProMAG: TinyDecoder is needed"):
         ProMAGPipeline.from_pretrained(tmp_path)
+
+
+def test_it_decodes_in_the_slices_and_tiles_of_the_tokenizer(pipe, tiny):
+    own = like(pipe)
+    own.enable_tiny_decoder(tiny)
+    shapes = []
+    own.tiny_decoder.entries[2].register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    latents = torch.randn(2, 4, 2, 2, 3, generator=noise())
+    whole = own.decode_latents(latents, output_type="pt")
+    own.vae.enable_slicing()
+    assert torch.allclose(own.decode_latents(latents, output_type="pt"), whole, atol=1e-5)
+    own.vae.enable_tiling(16, 16, 8, 8)
+    own.decode_latents(latents)
+    own.vae.disable_tiling()
+    own.vae.disable_slicing()
+    own.decode_latents(latents)
+    assert shapes == [(2, 4, 2, 2, 3), *[(1, 4, 2, 2, 3)] * 2, *[(1, 4, 2, 2, 2)] * 4, (2, 4, 2, 2, 3)]
+
+
+# -- offloading (here to "cpu") --------------------------------------------------------------------------------------
+
+
+def offload_sequentially(pipe):
+    """Do what enable_sequential_cpu_offload does, which names the device cpu:0, from which accelerate cannot move back."""
+    for part in (pipe.text_encoder, pipe.transformer, pipe.vae, pipe.tiny_decoder):
+        if part is not None:
+            accelerate.cpu_offload(part, torch.device("cpu"), offload_buffers=bool(part._parameters))
+
+
+OFFLOADS = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential": offload_sequentially,
+    "group": lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+}
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("order", ["decoder first", "offloading first", "decoder again"])
+def test_an_offloaded_pipeline_decodes_by_it(pipe, tiny, offload, order):
+    latents = torch.randn(1, 4, 2, 2, 3, generator=noise())
+    with torch.no_grad():
+        expected = (TinyDecoder.from_pretrained(tiny).decode(latents, 16).sample.movedim(1, 2) / 2 + 0.5).clamp(0, 1)
+    own = like(pipe)
+    steps = [lambda: own.enable_tiny_decoder(tiny), lambda: OFFLOADS[offload](own)]
+    for step in steps[::-1] if order == "offloading first" else steps:
+        step()
+    if order == "decoder again":
+        own.disable_tiny_decoder()
+        own.enable_tiny_decoder()
+    for _ in range(2):
+        assert torch.allclose(own.decode_latents(latents, output_type="pt"), expected, atol=1e-5)
+
+
+def test_model_offload_frees_the_transformer_before_the_decoder_in_use(pipe, tiny):
+    own = like(pipe)
+    own.enable_model_cpu_offload(device="cpu")
+    for change, order in (
+        (lambda: own.enable_tiny_decoder(tiny), (own.text_encoder, own.transformer, "tiny_decoder", own.vae)),
+        (own.disable_tiny_decoder, (own.text_encoder, own.transformer, own.vae, "tiny_decoder")),
+        (own.enable_tiny_decoder, (own.text_encoder, own.transformer, "tiny_decoder", own.vae)),
+    ):
+        change()
+        parts = [own.tiny_decoder if part == "tiny_decoder" else part for part in order]
+        assert [hook.model for hook in own._all_hooks] == parts
+        assert parts[2]._hf_hook.prev_module_hook.model is own.transformer
+
+
+def test_latents_go_to_the_device_to_which_offloading_brings_it(pipe, tiny):
+    own = like(pipe)
+    own.enable_tiny_decoder(tiny)
+    accelerate.cpu_offload_with_hook(own.tiny_decoder, torch.device("meta"))  # stands for a GPU, and computes no values
+    devices = []
+    own.tiny_decoder.entries[2].register_forward_pre_hook(
+        lambda module, given: devices.append((module.weight.device.type, given[0].device.type))
+    )
+    with pytest.raises(RuntimeError, match="meta"):
+        own.decode_latents(torch.zeros(1, 4, 2, 2, 3), 16)
+    assert devices == [("meta", "meta")]

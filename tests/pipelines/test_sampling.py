@@ -3,6 +3,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from promag import ProMAGPipeline
 from promag.pipelines.sampling import Draft, SampleRequest, Seconds, load_pipeline, make_videos, trained_ratios
@@ -68,6 +69,29 @@ def test_a_draft_is_lifted_and_refined(pipe):
     [(plain, _)] = make_videos(pipe, [request], 1, "fp32", draft=Draft(16, 2, 0.0), **options)
     decoded = pipe.vae.decode(lifted, 4).sample[0].movedim(0, -1) / 2 + 0.5
     assert np.abs(plain[0].astype(int) - decoded.clamp(0, 1).mul(255).round().int().numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "drafted", "refined"),
+    [(40, range(23, 40), range(23, 28)), (9, [8], [8]), (17, range(17), range(5)), (18, range(1, 18), range(1, 6))],
+)
+@pytest.mark.parametrize("as_pictures", [False, True])
+def test_a_draft_that_continues_a_clip_and_its_refinement_open_with_the_same_moments(
+    pipe, monkeypatch, given, drafted, refined, as_pictures
+):
+    """Each frame of the clip has a colour of its own, by which the encoded frames are known."""
+    video = np.broadcast_to(np.arange(given)[:, None, None, None] / 51, (given, 16, 24, 3)).astype(np.float32)
+    pictures = [Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video]
+    encoded, encode = [], pipe.vae.encode
+
+    def record(pixels, ratio):
+        encoded.append((ratio, ((pixels[0, 0, :, 0, 0] / 2 + 0.5) * 51).round().int().tolist()))
+        return encode(pixels, ratio)
+
+    monkeypatch.setattr(pipe.vae, "encode", record)
+    options = {"temporal_ratio": 4, "num_frames": 33, "num_inference_steps": 2, "video": pictures if as_pictures else video}
+    list(make_videos(pipe, REQUESTS[:1], 1, "fp32", draft=Draft(16, 1, 0.5), **options))
+    assert encoded == [(16, [*drafted]), (4, [*refined])]
 
 
 @pytest.mark.parametrize(("ratio", "strength"), [(4, 0.5), (16, 1.0), (16, -0.1)])

@@ -1,9 +1,12 @@
 """Tests of widths that see one frame alone."""
 
+import inspect
+
 import pytest
 import torch
 
 from promag import AutoencoderKLProMAG
+from promag.tokenizer.levels import BASE_SETTINGS
 from tests.conftest import TINY, make_tokenizer
 from tests.tokenizer.test_autoencoder import check_chunks_equal_the_whole, moments
 
@@ -67,3 +70,17 @@ def test_framewise_widths_enter_the_fingerprint_only_where_there_are_some():
     before = fingerprint(plain)
     assert before == fingerprint(make_tokenizer(1))
     assert before != fingerprint(framewise)
+
+
+OTHER_SETTINGS = {
+    "growth": "each level of it enters the fingerprint beside the base",
+    "existing": "enters the fingerprint in place of the base's settings",
+    "entries": "only pipelines of another family read it; nothing is computed by it",
+}
+
+
+def test_every_setting_of_the_base_enters_the_fingerprint():
+    """One that is left out lets a cache of another variant's latents be reused where the weights are equal."""
+    settings = inspect.signature(AutoencoderKLProMAG.__init__).parameters.keys() - {"self"}
+    assert settings == {*BASE_SETTINGS, *OTHER_SETTINGS}
+    assert not {*BASE_SETTINGS} & {*OTHER_SETTINGS}

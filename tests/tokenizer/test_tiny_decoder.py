@@ -89,6 +89,33 @@ def test_chunks_equal_the_whole(decoder, ratio, parts):
         assert torch.allclose(torch.cat(chunks, 2), decoder.decode(z, ratio).sample, atol=1e-5)
 
 
+@torch.no_grad()
+def test_tiles_and_slices_are_a_switch_and_streams_keep_to_them(decoder):
+    """The decoder sees about as far as its tiles overlap, so the tiles differ little from the whole."""
+    model, shapes = copy.deepcopy(decoder), set()
+    z = torch.randn(2, 4, 3, 14, 16, generator=torch.Generator().manual_seed(1))
+    whole = model.decode(z, 4).sample
+    model.entries[0].register_forward_pre_hook(lambda _, given: shapes.add((len(given[0]), *given[0].shape[3:])))
+    model.enable_slicing()
+    assert torch.allclose(model.decode(z, 4).sample, whole, atol=1e-5)
+    model.enable_tiling(96, 104, 32, 40)
+    tiled = model.decode(z, 4).sample
+    assert shapes == {(1, 14, 16), (1, 12, 13)}
+    assert 0 < (tiled - whole).abs().mean() < 0.1 * whole.std()
+    state, chunks = START, []
+    for part in z.split([1, 2], 2):
+        chunk, state = model.decode_chunk(part, state, 4)
+        chunks.append(chunk)
+    assert torch.allclose(torch.cat(chunks, 2), tiled, atol=1e-5)
+    model.disable_tiling()
+    with pytest.raises(ValueError, match="without tiles, sliced: the state is that of 2 x 14x16 in tiles of 96x104"):
+        model.decode_chunk(z, state, 4)
+    model.disable_slicing()
+    assert torch.equal(model.decode(z, 4).sample, whole)
+    with pytest.raises(ValueError, match="height 20: needs a multiple of 8"):
+        model.enable_tiling(20)
+
+
 def test_a_state_of_another_ratio_is_refused(decoder):
     z = torch.zeros(1, 4, 2, 2, 2)
     _, state = decoder.decode_chunk(z, START, 16)
