@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import TypedDict
 
 from promag.training.config import UserError
-from promag.training.processes import broadcast_from_main, processes
+from promag.training.processes import broadcast_from_main, processes, wait_for_everyone
 from promag.training.progress import ProgressBar
 
 from .cache_store import (
@@ -143,14 +143,14 @@ def write_latents(
     holders = {folder: (caches[folder], frozenset(missing)) for folder, (missing, _) in unfinished.items()}
     if numbers:
         _write_shards(holders, mine, clips, encode, workers, state.is_main_process)
-    state.wait_for_everyone()
+    wait_for_everyone()
     if state.is_main_process:
         for folder in unfinished:
             finish(folder, caches[folder], count, shard_size, **_statistics(folder, shards))
         frames = next(iter(caches.values())).frames * sum(len(clips_of(n, shard_size, count)) for n in numbers)
         if numbers:
             _print_speed(frames, time.perf_counter() - started, state.num_processes)
-    state.wait_for_everyone()
+    wait_for_everyone()
     return list(caches)
 
 

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from promag.training.config import UserError, one_line
 from promag.training.files import save_tensors_atomically, write_atomically
-from promag.training.processes import broadcast_from_main, processes
+from promag.training.processes import broadcast_from_main, processes, wait_for_everyone
 from promag.training.progress import ProgressBar
 
 from .cache_store import (
@@ -141,10 +141,10 @@ def write_embeddings(
             width, pooled = text_widths(encoder)
             facts = {"width": width, "pooled": pooled}
         encoder.cpu()
-    state.wait_for_everyone()
+    wait_for_everyone()
     if state.is_main_process:
         finish(folder, fingerprint, captions.clips, size, **facts)
-    state.wait_for_everyone()
+    wait_for_everyone()
     return folder
 
 

@@ -18,7 +18,7 @@ from promag.training.config import UserError, required, setting
 from promag.training.loop import Metrics, Objective, RunConfig, close_trackers, make_accelerator, train
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
-from promag.training.processes import broadcast_from_main, choose_precision_once
+from promag.training.processes import broadcast_from_main, choose_precision_once, wait_for_everyone
 from promag.training.run import open_run, record_data
 from promag.training.state import hash_weights
 from promag.training.trackers import Log
@@ -145,7 +145,7 @@ def train_tiny_decoder(config: TinyDecoderConfig) -> Path | None:
     outcome = train(accelerator, run / "tiny", objective, open_stream, options, config.run, config.seed, validate)
     if outcome.finished and accelerator.is_main_process:
         save_model(model, run / FOLDER)
-    accelerator.wait_for_everyone()
+    wait_for_everyone()
     close_trackers(accelerator)
     return run / FOLDER if outcome.finished else None
 

@@ -18,7 +18,7 @@ from promag.training.compilation import compile_blocks
 from promag.training.config import UserError, load_yaml
 from promag.training.files import finish_replacing, write_atomically
 from promag.training.loop import Metrics, Outcome, close_trackers, make_accelerator, train
-from promag.training.processes import broadcast_from_main, choose_precision_once
+from promag.training.processes import broadcast_from_main, choose_precision_once, wait_for_everyone
 from promag.training.run import load_checkpoint, newest_checkpoint, open_run, record_data, recorded_data
 from promag.training.state import hash_weights
 from promag.training.trackers import Log
@@ -57,7 +57,7 @@ def train_tokenizer(
     if accelerator.is_main_process:
         for name in ("tokenizer", "growth"):
             finish_replacing(run / name)
-    accelerator.wait_for_everyone()
+    wait_for_everyone()
     _check_levels(run, config, build)
     for stage in config.chosen_stages:
         outcome = train_stage(accelerator, run, config, stage, build, open_latents)
@@ -172,7 +172,7 @@ def train_stage(
             model.save_growth(run / "growth")
         save_tokenizer(model, run / "tokenizer")
         _record_end(folder)
-    accelerator.wait_for_everyone()
+    wait_for_everyone()
     return outcome
 
 

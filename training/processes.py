@@ -1,17 +1,20 @@
 """The processes that are started together: their ranks, waiting for each other, broadcasts and sums."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
-from torch import Tensor
+from torch import Tensor, distributed
 
 from .precision import Chosen, Precision, choose_for_run
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)
 
 
 def processes() -> PartialState:
@@ -20,12 +23,31 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+@functools.cache
+def patient_group() -> Any:
+    """Return a group of all processes that waits for days; it lasts until `leave_process_group`."""
+    return distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def wait_for_everyone() -> None:
+    """Wait until all processes are here.
+
+    Ranks that cache shards, or wait for what rank 0 alone does, may be hours apart. NCCL would end all of them after ten
+    minutes.
+    """
+    if processes().num_processes > 1:
+        distributed.barrier(group=patient_group())
+
+
 @contextlib.contextmanager
 def main_process_first() -> Iterator[bool]:
     """Let the main process do the block while the others wait, then let them do it; yields whether this is the main one."""
-    state = processes()
-    with state.main_process_first():
-        yield state.is_main_process
+    is_main = processes().is_main_process
+    if not is_main:
+        wait_for_everyone()
+    yield is_main
+    if is_main:
+        wait_for_everyone()
 
 
 def broadcast_from_main(compute: Callable[[], T]) -> T:
@@ -37,6 +59,7 @@ def broadcast_from_main(compute: Callable[[], T]) -> T:
             outcome[0] = compute()
         except Exception as error:
             outcome[1] = error
+    wait_for_everyone()
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
