@@ -279,6 +279,7 @@ def train(
         objective.eval()
         stop.handled = True
         stopped = _any_rank(accelerator, stop.received is not None)
+    accelerator.free_memory()  # it would keep the models of all stages
     if stop.received:
         accelerator.print(f"{name}: {stop.received} received, saved at step {step} of {settings.steps}")
     return Outcome(step, state.seconds + seconds, step >= settings.steps and not stopped, metrics)

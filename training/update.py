@@ -86,7 +86,8 @@ class Update:
         return None
 
     def _clip(self) -> list[Tensor]:
-        return [nn.utils.clip_grad_norm_(group, self.clip_norm) for group in self.clipped]
+        device = self.parameters[0].device  # where no weight of a group has a gradient yet, the norm is a zero on the CPU
+        return [nn.utils.clip_grad_norm_(group, self.clip_norm).to(device) for group in self.clipped]
 
     def _find(self, recorder: Recorder) -> Recorded | None:
         """Return the recording for the gradients' addresses; None where no step was taken with these, which makes moments."""

@@ -278,6 +278,14 @@ def test_run_main_returns_the_exit_status_and_shows_a_mistake_in_one_line(capsys
     assert capsys.readouterr().err == "error: no such clip\n"
 
 
+def test_ctrl_c_is_one_line_and_the_status_of_shells(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert run_main(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 class Unreadable(IterableDataset):
     def __iter__(self):
         raise UnreadableVideo("a.mp4", "holds no frames")

@@ -1,8 +1,10 @@
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -57,9 +59,9 @@ class Noisy(Objective):
         return [self.layer.weight, self.conv.weight]
 
 
-def run(folder, run=RUN, settings=SETTINGS, objective=None, validate=None, workers=0):
+def run(folder, run=RUN, settings=SETTINGS, objective=None, validate=None, workers=0, accelerator=None):
     objective = objective or Noisy()
-    accelerator = make_accelerator(folder, "fp32")
+    accelerator = accelerator or make_accelerator(folder, "fp32")
 
     def open_stream(first):
         return TrainingStream(Numbers(), 3, settings.batch_size, 0, 1, first, settings.accumulate)
@@ -111,6 +113,13 @@ def test_the_averaged_weights_are_left_in_the_model_and_validated(tmp_path):
     assert torch.equal(objective.layer.weight, saved["ema/layer.weight"])
     assert torch.equal(seen[-1][1], saved["ema/layer.weight"])
     assert not torch.equal(saved["ema/layer.weight"], saved["weights/layer.weight"])
+
+
+def test_the_model_of_a_stage_can_be_freed_when_it_ends(tmp_path):
+    accelerator = make_accelerator(tmp_path, "fp32")
+    objective = weakref.ref(run(tmp_path, accelerator=accelerator)[1])
+    gc.collect()
+    assert objective() is None
 
 
 def test_only_trained_weights_change_and_are_saved(tmp_path):

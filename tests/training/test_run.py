@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from promag.training import files
-from promag.training.command_line import run_main
+from promag.training.command_line import continues, run_main
 from promag.training.config import UserError
 from promag.training.files import append_json, read_json_lines, save_tensors_atomically, write_atomically
 from promag.training.run import (
@@ -172,10 +172,35 @@ def test_a_full_disk_is_named_and_keeps_existing_files(tmp_path):
 
 def test_a_full_disk_is_one_line_of_a_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["promag"])
+
+    def main(arguments):
+        write_atomically(tmp_path / "a.txt", "x" * 3000)
+
+    error = f"error: {tmp_path / 'a.txt'}: File too large"
     with small_files(2000):
-        assert run_main(lambda arguments: write_atomically(tmp_path / "a.txt", "x" * 3000)) == 1
-    error = f"error: {tmp_path / 'a.txt'}: File too large; the same command continues once this is mended\n"
-    assert capsys.readouterr().err == error
+        assert run_main(main) == 1
+        assert capsys.readouterr().err == f"{error}\n"
+        assert run_main(continues(main)) == 1
+    assert capsys.readouterr().err == f"{error}; the same command continues once this is mended\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "named", "reason"),
+    [
+        ("folder", "folder", "Is a directory"),
+        ("file/a.txt", "file", "File exists"),
+        ("file/b/a.txt", "file/b", "Not a directory"),
+        ("a" * 300, "a" * 300, "File name too long"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_one_line_of_a_command(tmp_path, capsys, monkeypatch, path, named, reason):
+    monkeypatch.setattr(sys, "argv", ["promag"])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert run_main(lambda arguments: append_json(tmp_path / path, {"step": 1})) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / named}: {reason}\n"
+    assert run_main(lambda arguments: (tmp_path / "absent").read_text()) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'absent'}: No such file or directory\n"
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "state", "no state"])

@@ -42,6 +42,12 @@ def make(recorder, objective=None):
     return objective, Update(optimizers, average, parameters, (together, separate), SETTINGS.clip_norm, recorder)
 
 
+def test_the_norm_of_a_group_without_gradients_is_on_the_device_of_the_weights():
+    weight = nn.Parameter(torch.ones(2, device="meta"))
+    (norm,) = Update([], None, [weight], [[weight]], 1.0).clip()
+    assert norm.device == weight.device
+
+
 def norm_of_gradients(weights):
     return torch.cat([p.grad.flatten() for p in weights if p.grad is not None]).norm()
 
