@@ -150,6 +150,7 @@ def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> Capt
                 f"init {config.init}: its text encoder {caches.index(None) + 1}, a {type(model).__name__}, was not trained "
                 "with the transformer, as the small one is; name it in text.encoders"
             )
+        model.float()  # published pipelines are in bfloat16, in which it would hardly learn
         model.requires_grad_(config.lora is None and config.few_steps is None)
         if processes().is_main_process and not (Path(config.output_dir) / config.stage).exists():  # of a new run
             _print_cut(tokenizer, latents)

@@ -57,9 +57,10 @@ def open_base_latents(
     rates = [2**level for level in range(1 + model.level_of(stage.ratio))]
     tokenizer = broadcast_from_main(lambda: model.encoding_fingerprint(model.base_ratio))
     drawn = broadcast_from_main(lambda: _digest(config, stage))
+    strides = "".join(f"-stride-{stride}" for stride in stage.temporal_strides or ())  # else those of all stages
     folder = Path(data.latent_cache or "")
     caches = {
-        folder / f"{bucket}-every-{rate}": LatentFingerprint(
+        folder / f"{bucket}{strides}-every-{rate}": LatentFingerprint(
             tokenizer=tokenizer,
             clips=drawn,
             ratio=rate * model.base_ratio,

@@ -244,7 +244,9 @@ def encoder(
 
 
 class SampleText:
-    """Encodes a fixed set of prompts: with the trained text model at each call, with frozen ones only once.
+    """Encodes a fixed set of prompts: with the trained text model at each call, with frozen ones only once, on rank 0.
+
+    All processes call it together.
 
     Args:
         text: the text encoders of a training.
@@ -270,7 +272,10 @@ class SampleText:
         return side_by_side(parts)
 
     def _frozen(self, encoder: TextEncoderConfig) -> Embedded:
-        if encoder not in self._kept:
+        def encode() -> Embedded:
             tokenizer, model = load_frozen(encoder.model, encoder.weights, encoder.max_length)
-            self._kept[encoder] = encode_prompts(tokenizer, model, [*map(self.clean, self.prompts)]).map(torch.Tensor.cpu)
+            return encode_prompts(tokenizer, model, [*map(self.clean, self.prompts)]).map(torch.Tensor.cpu)
+
+        if encoder not in self._kept:
+            self._kept[encoder] = broadcast_from_main(encode)  # a machine may not hold one for each of its processes
         return self._kept[encoder]

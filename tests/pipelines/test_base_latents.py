@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLWan
 from promag import AutoencoderKLProMAG, load_tokenizer
 from promag.data.buckets import Bucket
 from promag.data.stream import DrawnClips
+from promag.pipelines import base_latents
 from promag.pipelines.base_latents import open_base_latents
 from promag.tokenizer.config import StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.distillation import Distillation
@@ -91,6 +92,23 @@ def test_the_cache_holds_the_bases_latents_of_the_clips_that_training_draws(grow
     # at birth the estimate of the base's latents repeats those of every second frame
     twice = batch["latents 2"].repeat_interleave(2, 2)[:, :, 1:]
     assert loss.item() == pytest.approx(latent_loss(twice, batch["latents 1"]).item(), rel=1e-5)
+
+
+def test_stages_of_other_strides_have_caches_of_their_own(grown, monkeypatch):
+    class StoppedError(Exception):
+        pass
+
+    def stop(caches, *_, **__):
+        raise StoppedError([folder.name for folder in caches])
+
+    monkeypatch.setattr(base_latents, "write_latents", stop)
+    config, model = config_for(grown), AutoencoderKLProMAG.from_base(AutoencoderKLWan.from_pretrained(grown / "wan"))
+    model.grow(Growth(width=16))
+    for strides, names in ((None, ["9x32x32-every-1", "9x32x32-every-2"]), ((1, 2), ["9x32x32-stride-1-stride-2-every-1"])):
+        stage = dataclasses.replace(config.stages[0], temporal_strides=strides)
+        with pytest.raises(StoppedError) as stopped:
+            open_base_latents(config, stage, model, DrawnClips(None, 0))
+        assert stopped.value.args[0][: len(names)] == names
 
 
 def test_a_run_on_cached_latents_resumes_to_the_bit(grown, tmp_path):

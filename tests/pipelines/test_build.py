@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 
 from promag import ProMAGPipeline
-from promag.diffusion.config import DiffusionConfig
+from promag.diffusion.config import DiffusionConfig, TextEncoderConfig
 from promag.diffusion.few_steps import FewSteps
+from promag.diffusion.text import learn_vocabulary, small_clip
 from promag.diffusion.train import open_text
 from promag.pipelines.build import cache, train_pipeline
 from promag.tokenizer.checkpoint import find_damage
@@ -135,6 +136,16 @@ def test_a_distilled_pipeline_samples_as_its_student_learned_and_one_trained_fur
     pipe.transformer.register_forward_pre_hook(lambda *inputs: calls.append(len(inputs[2]["hidden_states"])), with_kwargs=True)
     pipe("a red disc")
     assert calls == [1, 1]
+
+
+def test_a_published_small_text_encoder_is_trained_in_float32(config, tmp_path):
+    vocabulary = learn_vocabulary(["a red disc"], 300, 10)
+    small_clip(vocabulary, 16, 1, 2).bfloat16().save_pretrained(tmp_path / "init" / "text_encoder")
+    vocabulary.save_pretrained(tmp_path / "init" / "tokenizer")
+    small = dataclasses.replace(config.text, encoders=(TextEncoderConfig(max_length=10),))
+    further = dataclasses.replace(config, init=str(tmp_path / "init"), model=None, text=small)
+    text = open_text(further, [SimpleNamespace(texts=(), captions=lambda: iter(["a red disc"]))])
+    assert {parameter.dtype for parameter in text.parameters()} == {torch.float32}
 
 
 def test_sizes_are_checked_at_the_tokenizers_spatial_ratio(config, monkeypatch):
