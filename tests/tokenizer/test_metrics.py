@@ -124,6 +124,15 @@ def test_high_frequency_energy_of_blur_noise_and_itself():
     assert high_frequency_energy(x[:, :, :1] * 0.1 + smooth, x[:, :, :1]).item() == pytest.approx(0.01, rel=0.1)
 
 
+@pytest.mark.parametrize("size", [(24, 32), (25, 32), (24, 33)])
+def test_high_frequency_energy_treats_both_axes_alike(size):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 1, 3, 2, *size, generator=generator)
+    x = x + torch.arange(size[0]).remainder(2)[:, None] * 0.2  # rows that alternate: horizontal frequency 0
+    turned = high_frequency_energy(x.mT, y.mT).item()
+    assert high_frequency_energy(x, y).item() == pytest.approx(turned, rel=1e-5)
+
+
 def test_ms_ssim_by_size():
     torch.manual_seed(0)
     x = torch.rand(1, 3, 2, 48, 48) * 2 - 1
