@@ -244,14 +244,15 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
             raise ValueError("growth latent 'mixed' on a dual level: its channels would not hold the level below")
         below = self.level_widths[-1]
         width = growth.width or below or EXISTING_WIDTH
-        scale = self.existing.scale() if self.existing else None
+        # One each, of the type of the half that has it.
+        scale, decoder_scale = (self.existing.scale() if self.existing else None for _ in range(2))
         project = None
         if below is None and self.existing and scale:
             project = Projection(channels + self.existing.feature_channels, width, scale)
         elif below and below != width:
             project = Projection(below, width)
         head = self._head_to_start_from(growth, width) if growth.sum_at == "features" else None
-        decoder = self._new_decoder(growth, width, upper, scale)
+        decoder = self._new_decoder(growth, width, upper, decoder_scale)
         encoder = EncoderGrowth(width, channels, growth, project, scale, head)
         # Copies: the levels below keep what they have as it was.
         if growth.encoder == "finetune":

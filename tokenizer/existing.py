@@ -27,6 +27,7 @@ from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import check_folder, read_mapping
 
 from .existing_streams import STREAMS, Added, Run, at_once
+from .geometry import nearest_frames
 from .growth import LatentScale
 from .layers import START, Handed, State
 
@@ -298,6 +299,9 @@ class ExistingDecoder(_Half):
         """B c 1+N h w, and features added behind the first convolution, B D 1+N h w -> B C 1+r*N H W."""
         z, features = handed
         assert z is not None, "features alone are handed over to this project's own decoders"
+        if state is None and (legal := nearest_frames(count := z.shape[2], step := self.settings.latent_step)) != (count,):
+            use = " or ".join(map(str, legal))
+            raise ValueError(f"{count} latent frames: {self.settings.class_name} decodes 1 + {step}k; use {use}")
         run = self._run(state)
         if run is not None:
             x, after = _stream_of(self.settings).decode(self.model, z, features, START if state is None else state, run)

@@ -206,11 +206,12 @@ class LatentScale(nn.Module):
 
     def normalise(self, z: Tensor) -> Tensor:
         """B c t h w -> the same, in units of the deviation."""
-        return ((z - self.mean) / self.std).to(z.dtype)
+        mean, std = (part.to(z.device) for part in (self.mean, self.std))  # group offloading moves buffers for `forward` alone
+        return ((z - mean) / std).to(z.dtype)
 
     def enlarge(self, residual: Tensor) -> Tensor:
         """Turn a residual in units of the deviation into one of the latent."""
-        return (residual * self.std).to(residual.dtype)
+        return (residual * self.std.to(residual.device)).to(residual.dtype)
 
 
 class Projection(nn.Module):

@@ -85,7 +85,7 @@ class LPIPS(nn.Module):
 
 
 def _normalised(x: Tensor) -> Tensor:
-    return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+    return x / (x.square().sum(1, keepdim=True) + 1e-10).sqrt()  # a root of 0 has no gradient
 
 
 class VideoFeatures:

@@ -4,15 +4,19 @@ Shapes: B C T H W pixels or latents; tiles are cut from the last two dimensions.
 has a state of its own, so memory holds the activations of one part and, between two chunks, every part's state.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .geometry import check_size
 from .layers import State, is_first
+
+logger = logging.getLogger(__name__)
 
 Call = Callable[[Tensor, State], tuple[list[Tensor], State]]
 
@@ -194,6 +198,23 @@ class TiledModel:
         check_size(tiling.height, tiling.width, self.spatial_ratio)
         check_size(tiling.stride_height, tiling.stride_width, self.spatial_ratio)
         self.tiling, self.use_tiling = tiling, True
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        offload_device: torch.device = torch.device("cpu"),  # noqa: B008 (the signature of diffusers)
+        offload_type: str = "block_level",
+        **options: Any,
+    ) -> None:
+        """Keep weights on `offload_device` and bring them to `onload_device` layer by layer, as diffusers' models do.
+
+        "block_level" is taken as "leaf_level", which a warning states: blocks are brought by calls of `forward`, and `encode`
+        and `decode` are none.
+        """
+        if offload_type == "block_level":
+            logger.warning("%s is offloaded by leaf_level: encode and decode call no whole blocks", type(self).__name__)
+        models: Any = super()
+        models.enable_group_offload(onload_device, offload_device, "leaf_level", **options)
 
     def _in_parts(self, x: Tensor, state: State, call: Call, pixels: int = 1, kind: str = "") -> tuple[list[Tensor], State]:
         return in_parts(x, state, call, self.use_slicing, self.tiling if self.use_tiling else None, pixels, kind)

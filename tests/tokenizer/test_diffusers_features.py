@@ -34,6 +34,14 @@ def test_group_offload_changes_nothing_though_encode_is_not_forward(model, clip,
     assert all(torch.equal(a, b) for a, b in zip(both_ways(model, clip), expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offload_is_by_leaves(model, kind, caplog):
+    model.enable_group_offload(CPU, CPU, offload_type=kind, num_blocks_per_group=1)
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv3d)]
+    assert all(module._diffusers_hook.get_hook("group_offloading") for module in convolutions)
+    assert ("AutoencoderKLProMAG is offloaded by leaf_level" in caplog.text) == (kind == "block_level")
+
+
 def test_layerwise_casting_stores_kernels_in_eight_bits(model, clip):
     expected = both_ways(model, clip)
     model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)

@@ -136,6 +136,20 @@ def test_frames_that_a_chunk_of_cogvideox_cannot_have_are_named():
     _, state = model.decode_chunk(torch.zeros(1, 4, 3, 2, 2))
     with pytest.raises(ValueError, match="3 frames in a later chunk: AutoencoderKLCogVideoX needs 2k"):
         model.decode_chunk(torch.zeros(1, 4, 3, 2, 2), state)
+    with pytest.raises(ValueError, match=r"4 latent frames: AutoencoderKLCogVideoX decodes 1 \+ 2k; use 3 or 5"):
+        model.decode(torch.zeros(1, 4, 4, 2, 2))
+    assert model.decode(torch.zeros(1, 4, 5, 2, 2)).sample.shape[2] == 17
+
+
+@torch.no_grad()
+def test_each_half_has_the_scale_of_latents_in_its_own_type():
+    model = AutoencoderKLProMAG.from_base(small_existing("Wan 2.1"))
+    model.grow(Growth(width=16))
+    encoder, decoder = model.encoder_growth[0].scale, model.decoder_growth[0].scale_in
+    exact = encoder.std.clone()
+    model.set_dtypes(encode=torch.float32, decode=torch.bfloat16)
+    assert torch.equal(encoder.std, exact)
+    assert decoder.std.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", sorted(SMALL.keys() - set(STREAMING)))

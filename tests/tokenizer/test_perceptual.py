@@ -59,6 +59,15 @@ def test_gradients_reach_the_picture_and_not_the_weights():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_gradients_are_finite_where_all_features_are_zero():
+    x = clips().requires_grad_()
+    model = LPIPS()
+    for convolution in model.convs:
+        torch.nn.init.constant_(convolution.bias, -1e3)
+    model(x, clips(1)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no \.pth or \.safetensors file there"):
         LPIPS.load(tmp_path)
