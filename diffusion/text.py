@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 OPEN_CLIP = "open_clip:"  # prefix of the names of OpenCLIP models
 NULL_CAPTION = ""  # replaces dropped captions in training; the default negative prompt in sampling
 MOST_TOKENS = 2**16  # of a text; tokenizers of T5 that state no length state 10^30
+NO_SETTINGS = ("architectures", "dtype", "torch_dtype", "transformers_version")  # of a configuration: they change no output
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 FROZEN = {"clip_text_model": CLIPTextModel, "clip": CLIPTextModel, "t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 
@@ -196,16 +197,17 @@ def encoder_files(model: str, weights: str | None) -> list[list[Any]] | None:
     if not place.exists():
         return None
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    versions = [["transformers", version("transformers"), ""]]
+    versions = [["transformers", version("transformers"), ""], ["hash with settings", "", ""]]
     stats = [(str(path.resolve()), path.stat()) for path in files]
     return versions + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def hash_text_encoder(tokenizer: Any, encoder: Any) -> str:
-    """Return a hash of a text encoder's weights and of its tokenizer's rules."""
-    return hashlib.sha256(
-        (hash_weights([encoder]) + json.dumps(tokenizer_rules(tokenizer), sort_keys=True)).encode()
-    ).hexdigest()
+    """Return a hash of a text encoder's weights, of the settings that these do not show, and of its tokenizer's rules."""
+    config = encoder.config.to_diff_dict() if hasattr(encoder.config, "to_diff_dict") else dict(encoder.config)
+    settings = {key: value for key, value in config.items() if key not in NO_SETTINGS and not key.startswith("_")}
+    parts = [hash_weights([encoder]), settings, tokenizer_rules(tokenizer)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def text_widths(encoder: Any) -> tuple[int, int]:

@@ -239,6 +239,17 @@ def test_a_hash_distinguishes_encoders_and_tokenizers_and_survives_calls(folders
     assert hash_text_encoder(vocabulary, model) != hashes[0]
 
 
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_a_hash_distinguishes_settings_that_weights_do_not_show(folders, kind):
+    vocabulary, model = load_frozen(folders[kind], None, 10)
+    before = hash_text_encoder(vocabulary, model)
+    if kind == "clip":
+        model.config.hidden_act = "relu"
+    else:
+        model.register_to_config(quick_gelu=True)
+    assert hash_text_encoder(vocabulary, model) != before
+
+
 def test_unsuitable_encoders_are_named(folders, tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_frozen(str(tmp_path / "nothing"), None, 10)
