@@ -16,6 +16,8 @@ from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
 
+SHIPPED = "checkpoints/tiny-video"  # in a checkout; a wheel does not hold it
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
@@ -32,7 +34,7 @@ class DemoConfig:
     validation_fraction: float = setting(0.1, "part of real videos kept for evaluation, at least one")
     evaluation_clips: int = setting(24, "clips reconstructed for the report's figures")
     shipped: str | None = setting(
-        "checkpoints/tiny-video", "trained pipeline whose samples come first, where clips are generated; null for none"
+        SHIPPED, "trained pipeline whose samples come first, where clips are generated; null for none"
     )
     ratios: tuple[int, ...] = setting((4, 16), "temporal ratios at which one text-to-video model is trained, by turns")
     prompts: int = setting(8, "prompts whose samples are shown")

@@ -23,9 +23,10 @@ from promag.training.files import read_json_lines
 from promag.training.precision import Precision, autocast, choose_precision
 from promag.training.run import provenance
 
-from .config import DemoConfig, stage_folder, video_folder
+from .config import SHIPPED, DemoConfig, stage_folder, video_folder
 
 TITLE = "ProMAG demo: one tokenizer, three token budgets"
+LEFT_OUT = "Samples of the trained pipeline"  # name of the fact that they are left out
 SHOWN = 4  # clips whose reconstructions the page shows
 # What text-to-video learns in the demo's minutes. Shapes need a token for each latent position and an hour or more: the
 # samples of checkpoints/tiny-video, first on the page, had both.
@@ -71,6 +72,15 @@ def reconstruct(
             )
         )
     return shown
+
+
+def shipped_absent(config: DemoConfig) -> str:
+    """Return why there are no samples of the pipeline that comes with the project, where its folder is absent; else nothing.
+
+    Another folder than the default, which a user named, must be there.
+    """
+    absent = config.shipped == SHIPPED and not config.videos and not Path(SHIPPED).exists()
+    return f"{SHIPPED} is not in this folder; a checkout of the project has it, and --shipped FOLDER names another" * absent
 
 
 def sample_shipped(config: DemoConfig) -> tuple[list[SampleClip], list[ReconstructionClip]]:

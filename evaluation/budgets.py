@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from promag.tokenizer.checkpoint import load_tokenizer
-from promag.tokenizer.geometry import check_size, latent_frames, tokens
+from promag.tokenizer.geometry import check_ratio, check_size, latent_frames, tokens
 from promag.tokenizer.metrics import evaluate_fully, from_uint8, psnr_per_frame, to_uint8
 from promag.tokenizer.packaged_metrics import PerceptualMetrics
 from promag.training.precision import Precision
@@ -83,9 +83,20 @@ def own_budgets(model: Any) -> list[Budget]:
     return [Budget(f"{ratio}x", model, ratio, space, channels, True, ratio * step) for ratio, channels in levels]
 
 
-def baseline_budget(name: str, folder: str | Path) -> Budget:
-    """Return the budget of another autoencoder of diffusers at its lowest ratio; raises UserError as `load_tokenizer` does."""
-    return replace(own_budgets(load_tokenizer(folder))[0], name=name, own=False)
+def baseline_budget(name: str, folder: str | Path, ratio: int | None = None) -> Budget:
+    """Return the budget of another autoencoder of diffusers, or of another tokenizer, at a temporal ratio.
+
+    `ratio` may be None where there is one alone. Raises UserError as `load_tokenizer` does, and ValueError for a ratio that
+    the model does not have, and for None where it has several.
+    """
+    budgets = {budget.ratio: budget for budget in own_budgets(load_tokenizer(folder))}
+    if ratio is None and len(budgets) > 1:
+        raise ValueError(
+            f"{folder} has {', '.join(f'{r}x' for r in budgets)}; name one of them, {name}={folder}:{max(budgets)}"
+        )
+    chosen = next(iter(budgets)) if ratio is None else ratio
+    check_ratio(chosen, tuple(budgets))
+    return replace(budgets[chosen], name=name, own=False)
 
 
 def check_budgets(budgets: Sequence[Budget], height: int, width: int) -> None:

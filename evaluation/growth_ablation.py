@@ -124,7 +124,7 @@ def _difference(pairs: Sequence[tuple[Row, Row]], name: str) -> str:
     values = [own[name] - other[name] for own, other in pairs]
     each = ", ".join(f"{value:+.2f}" for value in values)
     error = _standard_error(pairs, name)
-    return f"{mean(values):+.3f}" + (f" ± {error:.2f}" if error is not None else "") + (f" ({each})" if len(values) > 1 else "")
+    return f"{mean(values):+.3f}" + (f" ± {error:.2g}" if error is not None else "") + (f" ({each})" if len(values) > 1 else "")
 
 
 def _standard_error(pairs: Sequence[tuple[Row, Row]], name: str) -> float | None:

@@ -47,8 +47,12 @@ def _run(package: str, program: str, arguments: Sequence[str], summary: str) -> 
         nearest = f"did you mean {close[0]}? " if close else ""
         print(f"error: no command {arguments[0]!r}; {nearest}`{program} --help` lists all", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"{package}.{commands[name].stem}")
-    from promag.training.command_line import run_main
+    try:
+        module = importlib.import_module(f"{package}.{commands[name].stem}")
+        from promag.training.command_line import run_main
+    except KeyboardInterrupt:  # `run_main` has no part in the seconds that imports take
+        print("interrupted", file=sys.stderr)
+        return 130
 
     sys.argv = [f"{program} {name}", *arguments[1:]]  # argparse takes the program's name from here
     return run_main(module.main)

@@ -165,7 +165,7 @@ def _clip_data(report: BudgetReport, i: int) -> dict[str, Any]:
 def _clip_heads(report: BudgetReport) -> list[dict[str, Any]]:
     names, last = list(report.budgets), report.levels[-1]
     figures = ["motion", *(f"{name} dB" for name in names), "SSIM", "flicker"]
-    figures += [f"lost by {last}"] if len(report.levels) > 1 else []
+    figures += [f"lost by {last} (dB)"] if len(report.levels) > 1 else []
     heads = [{"text": "clip", "number": False}, *({"text": text, "number": True} for text in figures)]
     heads += [{"text": "smallest", "number": False}] if report.adaptive else []
     return [{**head, "sorted": head["text"] == f"{last} dB"} for head in heads]
@@ -176,7 +176,7 @@ def _clip_row(report: BudgetReport, i: int) -> dict[str, Any]:
     last, first = report.per_clip(report.levels[-1], i), report.per_clip(report.levels[0], i)
     figures = [(last["motion"], 2), *((report.per_clip(name, i)["psnr"], 2) for name in names)]
     figures += [(last["ssim"], 3), (last["flicker"], 2)]
-    figures += [(last["psnr"] - first["psnr"], 2)] if len(report.levels) > 1 else []
+    figures += [(first["psnr"] - last["psnr"], 2)] if len(report.levels) > 1 else []
     written = [(value, number(value, digits)) for value, digits in figures]
     return {"clip": report.clips[i], "place": i, "poster": _poster(report.clips[i]), "figures": written}
 

@@ -129,7 +129,8 @@ def _stroke(line: int) -> str:
 
 def _last(points: Sequence[Point]) -> str:
     x, y = points[-1]
-    return f"{y:.2f} at {x:,.0f}" if abs(x) >= 100 else f"{y:.2f} at {x:.3g}"
+    value = f"{y:.2f}" if abs(y) >= 1 or y == 0 else f"{y:.3g}"
+    return f"{value} at {x:,.0f}" if abs(x) >= 100 else f"{value} at {x:.3g}"
 
 
 def _axes(

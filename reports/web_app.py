@@ -159,18 +159,23 @@ class AppBackend:
                 raise UserError(f"{name}: not compared within {self.work:g} s, the limit of this page; {advice}")
 
 
-def build_app(backend: AppBackend) -> tuple[Any, dict[str, Any]]:
-    """Return Gradio's blocks and their launch options: no analytics, nothing loaded from elsewhere, nothing shared.
-
-    Raises UserError where Gradio cannot be imported.
-    """
+def import_gradio() -> Any:
+    """Import Gradio without its analytics; raises UserError where it cannot be imported."""
     # Gradio reads this when it is imported; without it, it asks its makers for news and a hub for models.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio as gr
     except ImportError as error:
         raise UserError(f"the page needs gradio, which cannot be imported: {error}; extra app") from None
+    return gr
 
+
+def build_app(backend: AppBackend) -> tuple[Any, dict[str, Any]]:
+    """Return Gradio's blocks and their launch options: no analytics, nothing loaded from elsewhere, nothing shared.
+
+    Raises UserError where Gradio cannot be imported.
+    """
+    gr = import_gradio()
     with gr.Blocks(title="ProMAG", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         gr.Markdown("# ProMAG\nOne video tokenizer, three token budgets, and text-to-video in its latent space.")
         with gr.Tabs(selected="text" if backend.pipe is not None else "video"):

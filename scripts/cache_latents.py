@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import cache
 from promag.tokenizer.checkpoint import load_tokenizer
-from promag.training.command_line import parse_config, run_main
+from promag.training.command_line import continues, parse_config, run_main
 from promag.training.processes import processes
 
 
+@continues
 def main(argv: Sequence[str]) -> int:
     """Write the caches of both splits and print where they lie."""
     config = parse_config(DiffusionConfig, argv, __doc__ or "")

@@ -30,7 +30,8 @@ from promag.reports.budget_report import (
 )
 from promag.reports.plots import Mark
 from promag.reports.tables import text_table
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, name_of, share
+from promag.scripts.evaluate_pipeline import pipeline_name
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames
 from promag.tokenizer.metrics import PROTOCOL
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"--config {arguments.config}: model null: costs need a configuration with a transformer of its own, or --no-costs"
         )
+    _check_arguments(arguments)
     budgets = _budgets(arguments)
     pipelines = _pipelines(arguments)
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
             print(text_table(list(generation), generation_lines(generation)))
             results.add("generation", *({"pipeline": name, **row} for name, row in generation.items()))
         report = BudgetReport(
-            title=f"Token budgets of {Path(arguments.tokenizer).name} on {Path(arguments.videos).stem}",
+            title=f"Token budgets of {name_of(arguments.tokenizer)} on {Path(name_of(arguments.videos)).stem}",
             budgets=costed,
             levels=[budget.name for budget in own],
             clips=facts,
@@ -98,7 +100,13 @@ def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer, or of a pipeline")
     parser.add_argument("--out", type=Path, required=True, help="folder to write results.jsonl and report.html to")
-    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=PATH", help="other autoencoders of diffusers")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH[:RATIO]",
+        help="other autoencoders of diffusers, and other tokenizers; of one with several levels the temporal ratio is needed",
+    )
     parser.add_argument(
         "--pipelines", nargs="+", default=[], metavar="DIR", help="trained pipelines to sample from, ours or WanPipelines"
     )
@@ -125,7 +133,7 @@ class _Results:
         self.protocols = _protocols(arguments, config, perceptual)
         self.common = {
             "note": arguments.note,
-            "videos": Path(arguments.videos).name,
+            "videos": name_of(arguments.videos),
             "split": arguments.split,
             "clips": clips,
             "frames": arguments.frames,
@@ -162,13 +170,21 @@ def _protocols(arguments: argparse.Namespace, config: DiffusionConfig, perceptua
     }
 
 
-def _budgets(arguments: argparse.Namespace) -> list[Budget]:
-    """Load the models that are compared and check the numbers, names, frames and sizes that were given."""
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse illegal numbers, and files that cannot be written, before a model is loaded."""
     for name in ("frames", "size", "count", "segment", "train_batch_size", "steps", "rounds", "prompts"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if not math.isfinite(arguments.target):
         raise UserError(f"--target {arguments.target:g}: a finite number is needed")
+    results = [arguments.out / name for name in ("results.jsonl", "report.html")]
+    for path in results:
+        check_writable("--out", path, [arguments.videos])
+    check_writable("--record", arguments.record, [arguments.videos, *results], appended=True)
+
+
+def _budgets(arguments: argparse.Namespace) -> list[Budget]:
+    """Load the models that are compared and check the names, frames and sizes that were given."""
     model: Any = load_tokenizer(arguments.tokenizer)
     budgets = own_budgets(model)
     try:
@@ -178,17 +194,28 @@ def _budgets(arguments: argparse.Namespace) -> list[Budget]:
             if getattr(arguments, name) == 1 and len(budgets) > 1:
                 more = 1 + model.temporal_ratios[-1]
                 raise UserError(f"--{name} 1: one frame has the same tokens at every level; use {more} or more")
-        for text in arguments.also:
-            name, equals, path = text.partition("=")
-            if not (name and equals and path):
-                raise UserError(f"--also {text}: NAME=PATH is needed, for example wan=models/Wan2.1/vae")
-            budgets.append(baseline_budget(name, path))
+        budgets += [_other_budget(text) for text in arguments.also]
         check_budgets(budgets, arguments.size, arguments.size)
     except ValueError as error:
         raise UserError(str(error)) from None
     for budget in budgets:
         budget.model.to(best_device())
     return budgets
+
+
+def _other_budget(text: str) -> Budget:
+    """Load the model of NAME=PATH[:RATIO]; raises UserError where it lacks the ratio, or has several and none is named."""
+    name, equals, place = text.partition("=")
+    path, _, ratio = place.rpartition(":") if place.rpartition(":")[2].isdecimal() else (place, "", "")
+    if not (name and equals and path):
+        raise UserError(
+            f"--also {text}: NAME=PATH or NAME=PATH:RATIO is needed, for example wan=models/Wan2.1/vae or "
+            "ours=runs/tokenizer-tiny/tokenizer:16"
+        )
+    try:
+        return baseline_budget(name, path, int(ratio) if ratio else None)
+    except ValueError as error:
+        raise UserError(f"--also {text}: {error}") from None
 
 
 def _measure_costs(
@@ -233,7 +260,7 @@ def _pipelines(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load the pipelines, by a name that tells them apart, and check the steps and guidance that they are given."""
     pipelines: dict[str, Any] = {}
     for folder in map(Path, arguments.pipelines):
-        name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
+        name = pipeline_name(folder)
         if name in pipelines:
             raise UserError(f"pipeline {folder}: another one is called {name} too; names of folders must differ")
         pipelines[name] = open_pipeline(folder)
@@ -252,20 +279,15 @@ def _generate(
     perceptual: PerceptualMetrics,
 ) -> dict[str, dict[str, Any]]:
     """Sample from every pipeline at each of its ratios; return figures by pipeline and ratio."""
-    return {
-        f"{name} at {ratio}x": generation_figures(
-            pipe,
-            ratio,
-            arguments.prompts,
-            arguments.steps,
-            arguments.guidance,
-            similarity,
-            perceptual.video_features,
-            precision,
-        )
-        for name, pipe in pipelines.items()
-        for ratio in trained_ratios(pipe)
-    }
+    asked = (arguments.prompts, arguments.steps, arguments.guidance, similarity, perceptual.video_features, precision)
+    figures = {}
+    for name, pipe in pipelines.items():
+        for ratio in trained_ratios(pipe):
+            try:
+                figures[f"{name} at {ratio}x"] = generation_figures(pipe, ratio, *asked)
+            except ValueError as error:
+                raise UserError(f"pipeline {name}: {error}") from None
+    return figures
 
 
 def _without_clips(record: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from promag.reports.plots import plot_file
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.files import write_atomically
@@ -68,6 +68,7 @@ def largest_difference(a: Curve, b: Curve) -> float:
 def _plot(arguments: argparse.Namespace) -> None:
     if arguments.mean_over < 1:
         raise UserError(f"--mean-over {arguments.mean_over}: at least 1 is needed")
+    check_writable("--out", arguments.out)
     lines: dict[str, Curve] = {}
     for key, curves in read_curves(arguments.stages, arguments.keys).items():
         for name, points in curves.items():
@@ -78,6 +79,7 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> None:
+    check_writable("--record", arguments.record, appended=True)
     curves = read_curves(arguments.stages, arguments.keys)
     differences = {key: largest_difference(*pair.values()) for key, pair in curves.items()}
     for key, value in differences.items():

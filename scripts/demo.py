@@ -21,14 +21,15 @@ from promag.data.clip_index import save_clips
 from promag.data.clips import prepare
 from promag.data.listing import list_videos
 from promag.demo.config import DemoConfig, diffusion_config, tokenizer_config, tokenizer_folder
-from promag.demo.figures import SHOWN, load_clips, make_report, reconstruct, sample_shipped
+from promag.demo.figures import LEFT_OUT, SHOWN, load_clips, make_report, reconstruct, sample_shipped, shipped_absent
 from promag.demo.page import LivePage
 from promag.pipelines.build import train_pipeline
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.demo_report import Report, write_report
+from promag.scripts._options import check_writable
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.train import train_tokenizer
-from promag.training.command_line import parse_config, run_main
+from promag.training.command_line import continues, parse_config, run_main
 from promag.training.config import UserError, to_plain
 from promag.training.device import best_device
 from promag.training.files import write_atomically
@@ -40,9 +41,11 @@ SETTINGS = "settings.json"  # of the indices, beside them
 say = functools.partial(print, flush=True)  # at once, also where the output is a file
 
 
+@continues
 def main(argv: Sequence[str]) -> int:
     """Train, sample, compare, and print where the report and the videos lie."""
     config = parse_config(DemoConfig, argv, __doc__ or "")
+    check_writable("--record", config.record, appended=True)
     precision = choose_for_run(config.precision, best_device(), tokenizer_folder(config))
     config = dataclasses.replace(config, precision=precision)
     started = time.perf_counter()
@@ -65,7 +68,10 @@ def main(argv: Sequence[str]) -> int:
 
 def train_and_measure(config: DemoConfig, page: LivePage, train: str, evaluation: str, started: float) -> Report | None:
     """Train what is not trained yet and return the finished report; None if stopped early. `page` shows what there is."""
-    if config.shipped and not config.videos:
+    if absent := shipped_absent(config):
+        say(f"first samples are left out: {absent}")
+        page.report = dataclasses.replace(page.report, facts={LEFT_OUT: absent})
+    elif config.shipped and not config.videos:
         say(f"first: samples of {config.shipped}, which was trained before")
         samples, reconstructions = sample_shipped(config)
         page.report = dataclasses.replace(page.report, shipped=samples, shipped_reconstructions=reconstructions)
@@ -87,7 +93,12 @@ def train_and_measure(config: DemoConfig, page: LivePage, train: str, evaluation
     say("3/3 samples, scores and timings")
     report = make_report(config, model, pipeline, evaluation, started)
     early = page.report
-    return dataclasses.replace(report, shipped=early.shipped, shipped_reconstructions=early.shipped_reconstructions)
+    return dataclasses.replace(
+        report,
+        facts={**report.facts, **early.facts},
+        shipped=early.shipped,
+        shipped_reconstructions=early.shipped_reconstructions,
+    )
 
 
 def record_report(config: DemoConfig, run: Path, seconds: int) -> None:

@@ -27,7 +27,8 @@ from promag.evaluation.prompt_accuracy import (
 )
 from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import open_pipeline, sample_timed, trained_ratios
-from promag.scripts._options import share
+from promag.scripts._options import check_different, check_writable, name_of, share
+from promag.scripts._parts import load_lora
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
@@ -41,21 +42,25 @@ def main(argv: Sequence[str]) -> int:
     """Sample, score, print a line for each pipeline, ratio and kind of prompts, and append them to --record."""
     arguments = _parse(argv)
     arguments.precision = choose_precision(arguments.precision, best_device())
+    pipe: Any = None
+    for folder in arguments.checkpoints:  # a mistake in the last one shows before the first is sampled
+        pipe = _open(folder, arguments)
+    settings = {"note": arguments.note}
+    if arguments.first_block_cache is not None:
+        settings["first_block_cache"] = arguments.first_block_cache
+    if arguments.lora is not None:
+        settings["lora"] = str(arguments.lora)
     for folder in arguments.checkpoints:
-        pipe: Any = open_pipeline(folder)
-        pipe.set_progress_bar_config(disable=True)
-        settings = {"note": arguments.note}
-        if (threshold := arguments.first_block_cache) is not None:
-            pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
-            settings["first_block_cache"] = threshold
-        legal = trained_ratios(pipe)
-        name = folder.resolve().parent.name if folder.name == "pipeline" else folder.name
-        for ratio in arguments.ratios or legal:
-            if ratio not in legal:
-                raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in legal)}")
-            trained, facts = training_figures(folder.parent, ratio), {"pipeline": name, "ratio": ratio, **settings}
+        if len(arguments.checkpoints) > 1:  # one at a time is in memory
+            pipe = _open(folder, arguments)
+        name = pipeline_name(folder)
+        for ratio in arguments.ratios or trained_ratios(pipe):
+            trained, facts = training_figures(folder.resolve().parent, ratio), {"pipeline": name, "ratio": ratio, **settings}
             for unseen in (False, True):
-                figures = _figures(pipe, ratio, unseen, arguments)
+                try:
+                    figures = _figures(pipe, ratio, unseen, arguments)
+                except ValueError as error:
+                    raise UserError(f"pipeline {folder}: {error}") from None
                 accuracy = format_accuracy(figures["accuracy"])
                 quality = (
                     f"jitter {figures['jitter']:.3f} (of the true clips {figures['jitter_of_true_clips']:.3f}), "
@@ -78,6 +83,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def pipeline_name(folder: Path) -> str:
+    """Return the name of a pipeline's folder; where that is called pipeline, the name of its run."""
+    name = name_of(folder)
+    return folder.resolve().parent.name if name == "pipeline" else name
+
+
+def _open(folder: Path, arguments: argparse.Namespace) -> Any:
+    """Load a pipeline as it is measured; raises UserError for ratios that it was not trained at."""
+    pipe: Any = open_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    legal = trained_ratios(pipe)
+    for ratio in arguments.ratios or ():
+        if ratio not in legal:
+            raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in legal)}")
+    if arguments.lora is not None:
+        load_lora(pipe, arguments.lora)
+    if (threshold := arguments.first_block_cache) is not None:
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    return pipe
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -88,11 +114,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="THRESHOLD",
         help="diffusers' cache: a step whose first block changes by a smaller share than this leaves the other blocks out",
     )
-    share(parser, "--ratios", "--prompts", "--steps", "--guidance", "--precision", "--record", "--note")
+    share(parser, "--ratios", "--prompts", "--steps", "--guidance", "--precision", "--lora", "--record", "--note")
     arguments = parser.parse_args(argv)
     if (threshold := arguments.first_block_cache) is not None and not threshold > 0:
         raise UserError(f"--first-block-cache {threshold:g}: a number above 0 is needed")
     check_numbers(arguments)
+    check_different("--ratios", arguments.ratios)
+    check_writable("--record", arguments.record, appended=True)
     return arguments
 
 

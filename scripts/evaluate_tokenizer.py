@@ -18,7 +18,7 @@ import torch
 from promag.data.datasets import open_evaluation
 from promag.evaluation import before_after
 from promag.reports.contact_sheet import write_contact_sheet
-from promag.scripts._options import share
+from promag.scripts._options import SHARED, check_different, check_writable, name_of, share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.interpolation import Interpolated, kinds_for
@@ -33,44 +33,44 @@ from promag.training.files import write_atomically
 from promag.training.precision import choose_precision
 from promag.training.run import append_result
 
+ROUNDS, ACROSS = SHARED["--rounds"]["default"], 9
+
 
 def main(argv: Sequence[str]) -> int:
     """Print one line per ratio; with --out write them, with --record append them to a results file."""
     parser = Parser(__doc__)
-    share(parser, "checkpoint", "--videos", "--split", "--frames", "--size", "--count", "--precision")
+    share(parser, "checkpoint", "--videos", "--split", "--frames", "--size", "--count", "--ratios", "--precision")
     share(parser, "--perceptual", "--lpips", "--fvd")
     parser.add_argument("--against", metavar="CHECKPOINT", help="compare with this tokenizer: before a training, or a teacher")
     parser.add_argument("--tiny-decoder", metavar="FOLDER", help="compare the tokenizer's decoder with this one")
-    share(parser, "--rounds")
+    share(parser, "--rounds", default=None, help=f"measurements of a comparison, whose median counts; left out: {ROUNDS}")
     sheet = parser.add_argument_group("contact sheet")
     share(sheet, "--contact-sheet")
-    sheet.add_argument("--also", nargs="+", default=[], metavar="NAME=CHECKPOINT:RATIO", help="draw these tokenizers' too")
+    sheet.add_argument("--also", nargs="+", metavar="NAME=CHECKPOINT:RATIO", help="draw these tokenizers' too")
     sheet.add_argument("--clips", type=int, nargs="+", help="numbers of clips, from 0; left out: the three with most motion")
-    sheet.add_argument("--across", type=int, default=9, help="pictures per line, evenly over the clip")
-    sheet.add_argument("--scale", type=int, default=1, help="enlargement of the pictures")
+    sheet.add_argument("--across", type=int, help=f"pictures per line, evenly over the clip; left out: {ACROSS}")
+    sheet.add_argument("--scale", type=int, help="enlargement of the pictures; left out: 1")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
-    for name in ("count", "rounds", "across", "scale"):
-        if (value := getattr(arguments, name)) < 1:
-            raise UserError(f"--{name} {value}: at least 1 is needed")
+    _check_arguments(arguments)
 
     model: Any = load_tokenizer(arguments.checkpoint)
     model.to(best_device())
     precision = choose_precision(arguments.precision, best_device())
-    check_shape(arguments, model, model.temporal_ratios[-1])
-    before, common = _before(arguments, model) if arguments.against else (None, ())
+    ratios = _ratios(arguments, model)
+    before, common = _before(arguments, ratios) if arguments.against else (None, ())
     tiny = _tiny_decoder(arguments.tiny_decoder, model) if arguments.tiny_decoder else None
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
-    drawn = _check_sheet(arguments, len(clips)) if arguments.contact_sheet else []
+    drawn = _check_sheet(arguments, len(clips), ratios) if arguments.contact_sheet else []
     perceptual = open_perceptual(best_device(), arguments.perceptual, arguments.lpips, arguments.fvd)
     fps = frame_rates(clips, perceptual)
 
     def videos() -> Iterator[torch.Tensor]:
         return (clips.fixed(i)["video"][None] for i in range(len(clips)))
 
-    results = {}
-    for ratio in model.temporal_ratios:
+    results, rounds = {}, arguments.rounds or ROUNDS
+    for ratio in ratios:
         started = time.perf_counter()
         results[ratio] = evaluate_fully(model, videos(), ratio, perceptual, precision, fps)
         results[ratio]["lift"] = evaluate_lift(model, videos(), ratio, precision)
@@ -86,16 +86,14 @@ def main(argv: Sequence[str]) -> int:
                 how = "interpolated" if kind == "linear" else "interpolated along their motion"
                 print(f"      control: {ratio // step}x on one frame of {step}, the others {how}  psnr {control['psnr']:.4g}")
     compared = {
-        ratio: before_after.compare(before, model, videos, ratio, results[ratio], precision, arguments.rounds, perceptual, fps)
+        ratio: before_after.compare(before, model, videos, ratio, results[ratio], precision, rounds, perceptual, fps)
         for ratio in common
     }
     for ratio, rows in compared.items():
         print(f"{ratio}x, before: {arguments.against}\n{before_after.table(rows)}")
     decoded = {
-        ratio: before_after.compare_tiny_decoder(
-            model, tiny, videos, ratio, results[ratio], precision, arguments.rounds, perceptual, fps
-        )
-        for ratio in (model.temporal_ratios if tiny else ())
+        ratio: before_after.compare_tiny_decoder(model, tiny, videos, ratio, results[ratio], precision, rounds, perceptual, fps)
+        for ratio in (ratios if tiny else ())
     }
     for ratio, rows in decoded.items():
         print(f"{ratio}x, tiny decoder: {arguments.tiny_decoder}\n{before_after.table(rows)}")
@@ -106,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         "what": "reconstruction",
         "note": arguments.note,
         "training": trained_by(arguments.checkpoint),
-        "videos": Path(arguments.videos).name,
+        "videos": name_of(arguments.videos),
         "split": arguments.split,
         "frames": arguments.frames,
         "size": arguments.size,
@@ -127,9 +125,41 @@ def main(argv: Sequence[str]) -> int:
     if arguments.record:
         append_result(arguments.record, record)
     if arguments.contact_sheet:
-        levels = [(f"{ratio}x", model, ratio) for ratio in model.temporal_ratios]
+        levels = [(f"{ratio}x", model, ratio) for ratio in ratios]
         _draw(arguments, clips, [*levels, *drawn])
     return 0
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse illegal numbers, options without effect and files that cannot be written, before a model is loaded."""
+    for name in ("count", "rounds", "across", "scale"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1 is needed")
+    for name in ("also", "clips", "across", "scale"):
+        if getattr(arguments, name) is not None and not arguments.contact_sheet:
+            raise UserError(f"--{name}: is of the contact sheet; give --contact-sheet FILE.png, or leave it out")
+    if arguments.rounds is not None and not (arguments.against or arguments.tiny_decoder):
+        raise UserError(f"--rounds {arguments.rounds}: nothing is timed without --against or --tiny-decoder; leave it out")
+    for name in ("ratios", "clips"):
+        check_different(f"--{name}", getattr(arguments, name))
+    if (sheet := arguments.contact_sheet) and sheet.suffix.lower() != ".png":
+        raise UserError(f"--contact-sheet {sheet}: a .png file is needed")
+    others = [arguments.videos, arguments.lpips, arguments.fvd]
+    check_writable("--out", arguments.out, others)
+    check_writable("--contact-sheet", arguments.contact_sheet, [*others, arguments.out])
+    check_writable("--record", arguments.record, [*others, arguments.out, arguments.contact_sheet], appended=True)
+
+
+def _ratios(arguments: argparse.Namespace, model: Any) -> tuple[int, ...]:
+    """Return the ratios that are measured; raises UserError where the tokenizer lacks one or does not take the clips at it."""
+    ratios = tuple(arguments.ratios or model.temporal_ratios)
+    for ratio in sorted(ratios, reverse=True):  # lengths that suit the highest suit all
+        try:
+            check_ratio(ratio, model.temporal_ratios)
+        except ValueError as error:
+            raise UserError(f"--ratios: {error}") from None
+        check_shape(arguments, model, ratio)
+    return ratios
 
 
 def _tiny_decoder(folder: str, model: Any) -> TinyDecoder:
@@ -151,27 +181,28 @@ def check_shape(arguments: argparse.Namespace, model: Any, ratio: int) -> None:
         raise UserError(str(error)) from None
 
 
-def _before(arguments: argparse.Namespace, model: Any) -> tuple[Any, list[int]]:
-    """Return the tokenizer to compare with and the ratios that both have; raises UserError where there is none."""
+def _before(arguments: argparse.Namespace, ratios: Sequence[int]) -> tuple[Any, list[int]]:
+    """Return the tokenizer to compare with and those of the ratios that it has; raises UserError where it has none."""
     before: Any = load_tokenizer(arguments.against)
-    common = [ratio for ratio in model.temporal_ratios if ratio in before.temporal_ratios]
+    common = [ratio for ratio in ratios if ratio in before.temporal_ratios]
     if not common:
-        ratios, other_ratios = (", ".join(f"{r}x" for r in m.temporal_ratios) for m in (model, before))
-        raise UserError(
-            f"--against {arguments.against}: has {other_ratios}, {arguments.checkpoint} has {ratios}: no ratio in both"
-        )
-    check_shape(arguments, before, common[-1])
+        own, other = (", ".join(f"{r}x" for r in some) for some in (ratios, before.temporal_ratios))
+        kind = "is measured at" if arguments.ratios else "has"
+        raise UserError(f"--against {arguments.against}: has {other}, {arguments.checkpoint} {kind} {own}: no ratio in both")
+    check_shape(arguments, before, max(common))
     return before.to(best_device()), common
 
 
-def _check_sheet(arguments: argparse.Namespace, count: int) -> list[tuple[str, Any, int]]:
+def _check_sheet(arguments: argparse.Namespace, count: int, ratios: Sequence[int]) -> list[tuple[str, Any, int]]:
     """Return name, model and ratio of the tokenizers that are drawn too; raises UserError for mistakes."""
-    if arguments.contact_sheet.suffix.lower() != ".png":
-        raise UserError(f"--contact-sheet {arguments.contact_sheet}: a .png file is needed")
     for i in arguments.clips or ():
         if not 0 <= i < count:
             raise UserError(f"--clips {i}: there are 0 to {count - 1}")
-    return [_load(text, arguments) for text in arguments.also]
+    names = [text.partition("=")[0] for text in arguments.also or ()]
+    check_different("--also", names)
+    if taken := {f"{ratio}x" for ratio in ratios}.intersection(names):
+        raise UserError(f"--also {min(taken)}: names a level of {arguments.checkpoint} already; choose another name")
+    return [_load(text, arguments) for text in arguments.also or ()]
 
 
 def _load(text: str, arguments: argparse.Namespace) -> tuple[str, Any, int]:
@@ -205,12 +236,12 @@ def _draw(arguments: argparse.Namespace, clips: Any, tokenizers: Sequence[tuple[
             lines[f"{name}, {value:.1f} dB"] = to_uint8(output)[0].numpy()
             print(f"clip {i}  {name}  {value:.2f} dB")
         sheet.append((f"{i}: {caption}", lines))
-    print(write_contact_sheet(arguments.contact_sheet, sheet, arguments.across, arguments.scale))
+    print(write_contact_sheet(arguments.contact_sheet, sheet, arguments.across or ACROSS, arguments.scale or 1))
 
 
 def trained_by(checkpoint: str) -> dict[str, Any] | None:
     """Return seed, and steps and seconds of each stage, of the training that the checkpoint lies in; None if in none."""
-    run = Path(checkpoint).parent
+    run = Path(checkpoint).resolve().parent
     config = load_yaml(str(run / "config.yaml")) if (run / "config.yaml").exists() else {}
     if "stages" not in config:
         return None

@@ -21,7 +21,8 @@ from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.scripts import evaluate_pipeline, evaluate_tokenizer
-from promag.scripts._options import share
+from promag.scripts._options import check_apart, check_writable, share
+from promag.scripts._parts import enable_tiny_decoder
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.stages import finished_stages
@@ -59,6 +60,11 @@ def main(argv: Sequence[str]) -> int:
         kind.add_argument("--out", type=Path, required=True, help="folder to write; its path is the name on the card")
         share(kind, "--record")
     arguments = parser.parse_args(argv)
+    # An older folder is replaced whole, so that nothing that is read may lie in it.
+    inputs = ("checkpoint", "tokenizer", "tiny_decoder", "sources", "credits", "videos")
+    check_apart("--out", arguments.out, [getattr(arguments, name, None) for name in inputs])
+    check_writable("--out", arguments.out / "README.md")
+    check_writable("--record", arguments.record, appended=True)
     lines, card = arguments.run(arguments)
     write_atomically(arguments.out / "README.md", card)
     if arguments.record:
@@ -81,7 +87,7 @@ def _score(evaluate: Callable[[Sequence[str]], int], folder: Path, options: dict
 
 def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
     """Write the weights; return the figures as a JSON line, and the card."""
-    recipe = list_stages(arguments.checkpoint.parent)
+    recipe = list_stages(arguments.checkpoint.resolve().parent)
     sources = count_sources(arguments.sources, arguments.split)
     credits = load_text(arguments.credits) if arguments.credits else ""
     model: Any = load_tokenizer(arguments.checkpoint)
@@ -162,11 +168,11 @@ def _loss(stage: Mapping[str, Any]) -> str:
 def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
     """Write the pipeline, with a copy of its published tokenizer; return the figures as JSON lines, and the card."""
     evaluate_pipeline.check_numbers(arguments)
-    recipe = list_trainings(arguments.checkpoint.parent)
+    recipe = list_trainings(arguments.checkpoint.resolve().parent)
     pipe: Any = load_pipeline(arguments.checkpoint)
     check_tokenizer(pipe.vae, arguments.tokenizer)
     if arguments.tiny_decoder:
-        pipe.enable_tiny_decoder(arguments.tiny_decoder)
+        enable_tiny_decoder(pipe, str(arguments.tiny_decoder))
     save_published(pipe, arguments.tokenizer, arguments.out)
     options = {key: getattr(arguments, key) for key in ("prompts", "steps", "guidance")}
     given = {key: value for key, value in options.items() if value is not None}

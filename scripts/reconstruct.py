@@ -11,7 +11,7 @@ from typing import Any
 
 from promag.data.video import READER, VideoFacts, at_constant_rate, decode_strictly, stream_frames, write_video
 from promag.reports.side_by_side import LARGEST, USUAL, Comparison, chunk_of, fit_size, largest_side
-from promag.scripts._options import share
+from promag.scripts._options import check_different, check_writable, share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio
 from promag.training.command_line import Parser, run_main
@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.out.suffix.lower() != ".mp4":
         raise UserError(f"--out {arguments.out}: an .mp4 file is needed")
+    check_writable("--out", arguments.out, [arguments.video])
+    check_different("--ratios", arguments.ratios)
     if not 1 <= arguments.crf <= 51:
         raise UserError(f"--crf {arguments.crf}: 1 (best) to 51 are legal")
 

@@ -30,7 +30,8 @@ from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import Draft, SampleRequest, Seconds, make_videos, open_pipeline
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.side_by_side import grid
-from promag.scripts._options import share
+from promag.scripts._options import check_different, check_writable, share
+from promag.scripts._parts import TINY_DECODER, enable_tiny_decoder, load_lora
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.files import write_atomically
@@ -46,27 +47,31 @@ def main(argv: Sequence[str]) -> int:
     """Sample, write each video as soon as it is made, and say where all lies and what took how long."""
     arguments = _parse(argv)
     prompts = _prompts(arguments)
-    _check_files(arguments)
     _check_numbers(arguments)
+    _check_files(arguments, len(prompts) * len(arguments.seed))
     clip = load_similarity(arguments.clip, arguments.clip_weights)
     pipe: Any = open_pipeline(arguments.checkpoint)
+    if arguments.lora is not None:
+        load_lora(pipe, arguments.lora)
     if arguments.tiny_decoder is not None:
-        _enable_tiny_decoder(pipe, arguments.tiny_decoder)
+        enable_tiny_decoder(pipe, arguments.tiny_decoder)
     choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
     fps = arguments.fps or pipe.config["fps"]
     if fps > MOST_FPS and GIF in _kinds(arguments):
         raise UserError(f"{fps:g} fps: a GIF has at most {MOST_FPS}; write an {MP4}")
 
     requests = [SampleRequest(prompt, seed) for prompt in prompts for seed in arguments.seed]
-    videos: list[np.ndarray] = []
+    shown: list[np.ndarray] = []  # of the overviews
     similarities: list[float] = []
-    spent = Seconds()
+    spent, done, shape = Seconds(), 0, (0, 0, 0, 0)
     try:
         for batch, seconds in _sampled(arguments, pipe, requests, fps):
             spent += seconds
             for video in batch:
-                order, place = requests[len(videos)], _numbered(arguments.out, len(videos), len(requests))
-                videos.append(video)
+                order, place = requests[done], _numbered(arguments.out, done, len(requests))
+                done, shape = done + 1, video.shape
+                if arguments.grid or arguments.contact_sheet:
+                    shown.append(video)
                 summary = write(place, video, fps, arguments.crf)
                 if clip:
                     similarities.append(clip(video, order.prompt))
@@ -74,12 +79,13 @@ def main(argv: Sequence[str]) -> int:
                 print(f"{place}: {order.prompt!r}, seed {order.seed}, {summary}", flush=True)
     except ValueError as error:
         raise UserError(str(error)) from None
-    _write_overviews(arguments, prompts, videos, fps)
+    videos = _count(done, shape)
+    _write_overviews(arguments, prompts, shown, videos, fps)
     ratio = arguments.ratio or pipe.config["temporal_ratio"]
     drafted = f", drafted at {arguments.draft_ratio}x" if arguments.draft_ratio else ""
     steps, guidance = steps_and_guidance(pipe.config, arguments.steps, arguments.guidance)
     guided = f"with guidance {guidance:g}" if guidance > 1 else "without guidance"
-    print(f"{_count(videos)} at {ratio}x{drafted}, {steps} steps {guided} on {pipe.device}: {spent}")
+    print(f"{videos} at {ratio}x{drafted}, {steps} steps {guided} on {pipe.device}: {spent}")
     if similarities:
         print(f"mean CLIP similarity {np.mean(similarities):.4f} by {arguments.clip}")
     else:
@@ -109,28 +115,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     share(parser, "--steps", "--guidance", "--batch-size", "--precision")
     add("--overlap", action="store_true", help="on a GPU: decode each batch while the next is denoised; takes memory for both")
     add("--fps", type=float, help="frame rate of the video, an input of the model; left out: as trained")
-    add(
-        "--tiny-decoder",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-        help="decode by a tiny decoder, faster and less sharp: that of a folder, or without one the pipeline's own",
-    )
+    add("--tiny-decoder", **TINY_DECODER)
+    share(parser, "--lora")
     add("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")
     opening.add_argument("--video", type=Path, help="clip to continue from its last frames; scaled and cropped likewise")
     share(parser, "--clip", "--clip-weights")
     return parser.parse_args(argv)
-
-
-def _enable_tiny_decoder(pipe: Any, folder: str) -> None:
-    if not hasattr(pipe, "enable_tiny_decoder"):
-        raise UserError(f"--tiny-decoder: {type(pipe).__name__} has none; it is for pipelines of `promag train-diffusion`")
-    try:
-        pipe.enable_tiny_decoder(folder or None)
-    except ValueError as error:
-        raise UserError(f"--tiny-decoder {folder}".rstrip() + f": {error}") from None
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -150,18 +142,19 @@ def _kinds(arguments: argparse.Namespace) -> list[str]:
     return [path.suffix.lower() for path in (arguments.out, arguments.grid) if path]
 
 
-def _check_files(arguments: argparse.Namespace) -> None:
-    """Refuse what could not be written before anything is computed."""
+def _check_files(arguments: argparse.Namespace, count: int) -> None:
+    """Refuse what could not be written, and what would overwrite an input, before anything is computed."""
+    others: list[Path | None] = [arguments.image, arguments.video, arguments.prompt_file]
     for name, kinds in (("out", (MP4, GIF)), ("grid", (MP4, GIF)), ("contact_sheet", (".png",))):
         path, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
         if path is None:
             continue
         if path.suffix.lower() not in kinds:
             raise UserError(f"{option} {path}: a file that ends in {' or '.join(kinds)} is needed")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from None
+        paths = [_numbered(path, number, count) for number in range(count)] if name == "out" else [path]
+        for place in paths:
+            check_writable(option, place, others)
+        others += paths
     if arguments.crf is not None and MP4 not in _kinds(arguments):
         raise UserError(f"--crf {arguments.crf}: a GIF has no such quality; leave it out")
 
@@ -176,6 +169,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     for seed in arguments.seed:
         if not 0 <= seed < 2**63:
             raise UserError(f"--seed {seed}: 0 to 2^63 - 1 are legal")
+    check_different("--seed", arguments.seed)
 
 
 def _sampled(
@@ -245,13 +239,15 @@ def _numbered(path: Path, number: int, count: int) -> Path:
     return path if count == 1 else path.with_stem(f"{path.stem}-{number:0{max(2, len(str(count - 1)))}d}")
 
 
-def _write_overviews(arguments: argparse.Namespace, prompts: Sequence[str], videos: Sequence[np.ndarray], fps: float) -> None:
+def _write_overviews(
+    arguments: argparse.Namespace, prompts: Sequence[str], videos: Sequence[np.ndarray], count: str, fps: float
+) -> None:
     """Write the grid and the contact sheet where they are asked for."""
     seeds = arguments.seed
     if arguments.grid:
         columns = len(seeds) if len(seeds) > 1 else math.ceil(math.sqrt(len(prompts)))
         summary = write(arguments.grid, grid(videos, columns), fps, arguments.crf)
-        print(f"{arguments.grid}: {_count(videos)}, {columns} in a row, {summary}")
+        print(f"{arguments.grid}: {count}, {columns} in a row, {summary}")
     if arguments.contact_sheet:
         rows = [videos[i : i + len(seeds)] for i in range(0, len(videos), len(seeds))]
         clips = [
@@ -259,12 +255,12 @@ def _write_overviews(arguments: argparse.Namespace, prompts: Sequence[str], vide
             for prompt, row in zip(prompts, rows, strict=True)
         ]
         scale = max(1, SHEET_WIDTH // videos[0].shape[2])
-        print(f"{write_contact_sheet(arguments.contact_sheet, clips, scale=scale)}: frames of {_count(videos)}")
+        print(f"{write_contact_sheet(arguments.contact_sheet, clips, scale=scale)}: frames of {count}")
 
 
-def _count(videos: Sequence[np.ndarray]) -> str:
-    frames, height, width, _ = videos[0].shape
-    return f"{len(videos)} video{'s' if len(videos) > 1 else ''} of {frames} frames of {width}x{height}"
+def _count(videos: int, shape: tuple[int, ...]) -> str:
+    frames, height, width, _ = shape
+    return f"{videos} video{'s' if videos > 1 else ''} of {frames} frames of {width}x{height}"
 
 
 def write(path: Path, video: np.ndarray, fps: float, crf: int | None) -> str:

@@ -13,6 +13,7 @@ import yaml
 
 from promag.data.buckets import Bucket
 from promag.data.shards.writer import index_shards, write_shards
+from promag.scripts._options import check_writable
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, read_yaml
 
@@ -68,6 +69,7 @@ def _write(arguments: argparse.Namespace) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
+    check_writable("--out", arguments.out)
     started = time.perf_counter()
     samples, bad = index_shards(arguments.shards, arguments.out, arguments.max_bad, arguments.workers)
     print("\n  ".join([f"bad samples, which are never drawn: {len(bad)}", *bad]))

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from promag.diffusion.config import DiffusionConfig
 from promag.pipelines.build import train_pipeline
-from promag.training.command_line import parse_config, run_main
+from promag.training.command_line import continues, parse_config, run_main
 
 
+@continues
 def main(argv: Sequence[str]) -> int:
     """Train as the configuration says and print where the pipeline lies."""
     config = parse_config(DiffusionConfig, argv, __doc__ or "")

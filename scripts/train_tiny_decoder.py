@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from promag.tokenizer.tiny_training import TinyDecoderConfig, train_tiny_decoder
-from promag.training.command_line import parse_config, run_main
+from promag.training.command_line import continues, parse_config, run_main
 
 
+@continues
 def main(argv: Sequence[str]) -> int:
     """Train as the configuration says and print where the decoder lies."""
     folder = train_tiny_decoder(parse_config(TinyDecoderConfig, argv, __doc__ or ""))

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from promag.pipelines.base_latents import open_base_latents
 from promag.tokenizer.config import TokenizerConfig
 from promag.tokenizer.train import train_tokenizer
-from promag.training.command_line import parse_config, run_main
+from promag.training.command_line import continues, parse_config, run_main
 
 
+@continues
 def main(argv: Sequence[str]) -> int:
     """Train as the configuration says and print where the tokenizer lies."""
     folder = train_tokenizer(parse_config(TokenizerConfig, argv, __doc__ or ""), open_latents=open_base_latents)

@@ -23,12 +23,21 @@ from .config import NULLS, UserError, build, complete, dataclass_in, dump_yaml, 
 from .files import DISK_ERRORS
 
 Config = TypeVar("Config")
+Main = Callable[[Sequence[str]], int]
+INTERRUPTED = 130  # exit status of a command that SIGINT ended, as shells report it
 
 
-def run_main(main: Callable[[Sequence[str]], int]) -> int:
+def continues(main: Main) -> Main:
+    """Mark the main function of a command that, called again, continues what an earlier call left unfinished."""
+    main.continues = True  # pyright: ignore[reportFunctionMemberAccess]
+    return main
+
+
+def run_main(main: Main) -> int:
     """Run `main(argv)` and return its exit status; a UserError becomes one line on stderr and status 2.
 
-    So does, with status 1, an error of a disk, such as a full one. argparse's own errors already exit with status 2.
+    So does, with status 1, an error of a disk, such as a full one; Ctrl-C ends a command with status 130. argparse's own errors
+    already exit with status 2.
     A distributed process leaves its process group unless `main` raised. Names that the terminal's encoding lacks (those of
     files may be no UTF-8) are printed with escapes.
     """
@@ -53,8 +62,12 @@ def run_main(main: Callable[[Sequence[str]], int]) -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS or error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; the same command continues once this is mended", file=sys.stderr)
+        more = "; the same command continues once this is mended" if getattr(main, "continues", False) else ""
+        print(f"error: {error.filename}: {error.strerror}{more}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _one_line(error: UserError) -> str:

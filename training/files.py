@@ -21,10 +21,13 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     from torch import Tensor  # reading videos imports this module, and needs no torch
 
-# Errors of a disk or its permissions: `run_main` shows them as one line.
+# Errors of a disk, its permissions or a path: `run_main` shows them as one line.
 DISK_ERRORS = frozenset(
     getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ESTALE")
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "ESTALE"),
+        *("ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG"),
+    )
     if hasattr(errno, name)
 )
 

@@ -220,8 +220,9 @@ function startViewer(root) {
   };
   function onKey(event) {
     if (!root.isConnected) return document.removeEventListener("keydown", onKey);
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
-    if (event.key === " " && event.target.closest("button")) return;
+    if (!root.checkVisibility()) return;  // another tab of the app is shown
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea, video")) return;
+    if (event.key === " " && event.target.closest("button, summary")) return;
     const action = KEYS[event.key];
     if (action) { event.preventDefault(); action(); }
   }
@@ -295,7 +296,9 @@ function startClips(table) {
       const text = row.cells[column].dataset.value ?? row.cells[column].textContent;
       return isNaN(Number(text)) ? text : Number(text);
     };
-    const rows = [...body.rows].sort((a, b) => (value(a) > value(b) ? 1 : value(a) < value(b) ? -1 : 0) * (up ? 1 : -1));
+    const order = (a, b) => typeof a === "string" || typeof b === "string"
+      ? String(a).localeCompare(String(b), undefined, {numeric: true}) : a - b;
+    const rows = [...body.rows].sort((a, b) => order(value(a), value(b)) * (up ? 1 : -1));
     body.append(...rows);
   }));
   body.addEventListener("click", event => {

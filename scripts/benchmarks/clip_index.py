@@ -22,7 +22,7 @@ from promag.data.shards.reader import ALLOW_PIPES
 from promag.data.shards.stream import ShardedClips, Sharding
 from promag.evaluation.speed.timing import resident
 from promag.scripts._memory import in_new_process
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--read", type=int, default=10_000, help="rows to read at random afterwards")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
 
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder, "clips.jsonl")

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from promag import AutoencoderKLProMAG
 from promag.evaluation.memory import peak_live_bytes, static_memory
 from promag.evaluation.published import AUTOENCODERS, TRANSFORMERS, Published
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.tokenizer.autoencoder import EXISTING_WIDTH
 from promag.tokenizer.existing import describe
 from promag.tokenizer.geometry import latent_frames, tokens
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     )
     share(parser, "--record")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     for name in arguments.autoencoders:
         line = autoencoder_line(AUTOENCODERS[name], arguments.widths)
         print(_autoencoder_text(line))

@@ -23,7 +23,7 @@ from promag.data.video import frame_times, pick_by_time, read_frames, write_vide
 from promag.data.video.container import open_container
 from promag.evaluation.speed.timing import resident
 from promag.scripts._memory import in_new_process, run_command
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=20, help="clips that are read for each median")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     check_scenes()
     with tempfile.TemporaryDirectory() as folder:
         film = Path(folder, "film.mp4")

@@ -16,7 +16,7 @@ from torch import Tensor
 from promag.data.video import frame_times, read_frames, write_video
 from promag.evaluation.speed.timing import resident
 from promag.scripts._memory import in_new_process, run_command
-from promag.scripts._options import share
+from promag.scripts._options import check_different, check_writable, share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio
 from promag.tokenizer.metrics import from_uint8, psnr
@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--tile", type=int, default=128, help="side of a tile in pixels; tiles overlap by half of it")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
+    check_different("--ratios", arguments.ratios)
 
     model: Any = load_tokenizer(arguments.checkpoint)
     ratios = tuple(arguments.ratios or model.temporal_ratios)

@@ -15,7 +15,7 @@ from promag.diffusion.families import hidden_matrices
 from promag.diffusion.flops import training_flops
 from promag.evaluation.memory import activation_bytes, sharded_memory, small_text, static_memory, text_shape, transformer_alone
 from promag.evaluation.speed.subjects import diffusion_preset, preset_name
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.tokenizer.geometry import tokens
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--no-clips", action="store_true", help="leave out activations, which take the most time to count")
     share(parser, "--record")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     names = [preset_name(preset) for preset in arguments.presets]
     if unknown := [preset for preset in arguments.real if preset_name(preset) not in names]:
         raise UserError(f"--real {', '.join(unknown)}: use one of the presets {', '.join(arguments.presets)}")

@@ -23,7 +23,7 @@ from promag.evaluation.speed import data, sampling, tokenizer, training, transfo
 from promag.evaluation.speed.cases import Group, Options, is_recorded, measure
 from promag.evaluation.speed.ceilings import Ceilings, measure_ceilings
 from promag.evaluation.speed.subjects import PEERS
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
@@ -121,6 +121,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     for name in ("rounds", "train_batch_size", "batch_size", "count"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    check_writable("--record", arguments.record, appended=True)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU was found; use cpu")
     device = torch.device(arguments.device) if arguments.device else best_device()

@@ -20,7 +20,7 @@ from promag.evaluation.prompt_accuracy import accuracies, format_accuracy, scene
 from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import Draft, load_pipeline, sample_timed, trained_ratios
 from promag.reports.contact_sheet import write_contact_sheet
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.tokenizer.metrics import from_uint8, psnr
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
@@ -107,6 +107,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if (sheet := arguments.contact_sheet) and sheet.suffix.lower() != ".png":
         raise UserError(f"--contact-sheet {sheet}: a .png file is needed")
+    check_writable("--record", arguments.record, appended=True)
+    check_writable("--contact-sheet", arguments.contact_sheet, [arguments.record])
     return arguments
 
 

@@ -22,7 +22,7 @@ from promag.pipelines.build import train_pipeline
 from promag.pipelines.sampling import load_pipeline, sample_timed
 from promag.scripts.evaluate_pipeline import reconstructions
 from promag.tokenizer.geometry import tokens
-from promag.training.command_line import Parser, parse_config, run_main
+from promag.training.command_line import Parser, continues, parse_config, run_main
 from promag.training.config import required, setting
 from promag.training.device import best_device
 from promag.training.files import write_atomically
@@ -90,6 +90,7 @@ class GenerationConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
 
 
+@continues
 def main(argv: Sequence[str]) -> int:
     """Train and score the models that are not finished, then print a table; `report` prints results."""
     if argv[:1] == ["report"]:

@@ -18,7 +18,7 @@ import torch
 
 from promag.reports.uploads import UploadLimits, check_upload
 from promag.scripts import prepare_clips, reconstruct
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.scripts.sample import last_pictures
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.command_line import Parser, run_main
@@ -120,6 +120,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="ask for no more files after this time")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     folder = arguments.folder.resolve()
     cases = [case for case in load_corpus(folder) if arguments.only in case.file]
     random.Random(0).shuffle(cases)  # what --minutes leaves is a sample of all kinds

@@ -17,7 +17,7 @@ import diffusers
 import torch
 import transformers
 
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=600, help="stop after so many seconds")
     share(parser, "--record")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     logging.disable(logging.CRITICAL)
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.run import append_result
 
@@ -109,6 +109,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where to keep the files that are not read rightly")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     ffmpeg = find_ffmpeg(arguments.ffmpeg)
     cases = {case.file: case for case in load_corpus(arguments.folder) if case.file in [f"codecs/{name}" for name in SOURCES]}
     files = {file: (arguments.folder / file).read_bytes() for file in cases}

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.fsdp import leave_process_group
 from promag.training.run import append_result
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides the order of kills and the random moments")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     os.environ |= {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",

@@ -27,7 +27,7 @@ from PIL import Image
 
 from promag.data.video import write_video
 from promag.scripts._memory import Memory, watched
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.run import append_result
@@ -277,6 +277,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of their order")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "given").mkdir()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.run import append_result
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--pytest", nargs="*", default=["-n", "2"], metavar="OPTION", help="options of pytest")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     if not (Path("pyproject.toml").is_file() and Path("tests").is_dir()):
         raise UserError("start this in the root of a checkout, where pyproject.toml and tests lie")
     if shutil.which("uv") is None:

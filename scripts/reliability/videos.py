@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from promag.data.video import REENCODE, UnreadableVideo, decode_strictly, frame_times, read_frames
-from promag.scripts._options import share
+from promag.scripts._options import check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.run import append_result
@@ -255,6 +255,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--all", action="store_true", help="print the outcome of every file")
     share(parser, "--record", "--note")
     arguments = parser.parse_args(argv)
+    check_writable("--record", arguments.record, appended=True)
     folder, ffmpeg = arguments.folder.resolve(), find_ffmpeg(arguments.ffmpeg)
     cases = [case for case in load_corpus(folder) if arguments.only in case.file]
     import_decoders()

@@ -215,6 +215,23 @@ def test_a_heading_sorts(opened):
     assert opened.execute_script(f"return {read}") == sorted(motion, reverse=True)
 
 
+def test_clips_sort_by_number_and_losses_are_positive(opened):
+    names = "[...document.querySelectorAll('.clips tbody tr')].map(row => row.cells[0].textContent.trim())"
+    opened.execute_script(
+        "document.querySelectorAll('.clips tbody tr').forEach((row, i) => {"
+        "row.cells[0].textContent = row.cells[0].dataset.value = ['10 b', '2 a', '0 c'][i]; })"
+    )
+    opened.find_element("css selector", ".clips thead th button").click()
+    assert opened.execute_script(f"return {names}") == ["0 c", "2 a", "10 b"]
+    lost = opened.execute_script(
+        "const heads = [...document.querySelectorAll('.clips thead th')].map(head => head.textContent.trim());"
+        "const column = heads.findIndex(text => text.startsWith('lost by 16x (dB)'));"
+        "return [...document.querySelectorAll('.clips tbody tr')].map(row => Number(row.cells[column].dataset.value))"
+    )
+    assert len(lost) == 3
+    assert min(lost) > 0
+
+
 @pytest.mark.parametrize("by", ["clip", "segment"])
 def test_the_slider_shows_the_computed_figures(opened, report, by):
     opened.execute_script(f"document.querySelector('[name=by][value={by}]').click()")

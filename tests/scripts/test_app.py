@@ -11,6 +11,7 @@ from promag.evaluation.sampling_cost import Pace, measure_pace
 from promag.reports.uploads import UploadLimits
 from promag.reports.web_app import AppBackend, build_app
 from promag.scripts import app
+from promag.tokenizer.tiny_decoder import TinyDecoder
 from promag.training.config import UserError
 from tests.browser import console_errors, until
 from tests.data.test_video import drifting
@@ -170,6 +171,7 @@ def test_without_a_pipeline_the_page_says_how_to_make_one(browser, tokenizer):
     [
         ([], "nothing to show: give --tokenizer FOLDER, --pipeline FOLDER or both"),
         (["--tokenizer", "nowhere"], r"tokenizer nowhere: no config\.json there"),
+        (["--tokenizer", "nowhere", "--tiny-decoder"], "--tiny-decoder: decodes sampled videos; give --pipeline FOLDER"),
         (["--pipeline", "nowhere"], r"pipeline nowhere: no model_index\.json there"),
     ],
 )
@@ -178,12 +180,24 @@ def test_mistakes_are_named(arguments, message):
         app.main(arguments)
 
 
-def test_a_port_in_use_is_one_line(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
+def test_a_tiny_decoder_of_other_latents_is_refused_before_anything_is_timed(tmp_path, capsys):
+    make_pipeline(height=32, width=32).save_pretrained(tmp_path / "pipeline")
+    TinyDecoder().save_pretrained(tmp_path / "tiny")
+    call = ["--pipeline", str(tmp_path / "pipeline"), "--tiny-decoder"]
+    with pytest.raises(UserError, match="--tiny-decoder: enable_tiny_decoder: this pipeline was made without one"):
+        app.main(call)
+    with pytest.raises(UserError, match=r"--tiny-decoder .*tiny: tiny decoder: "):
+        app.main([*call, str(tmp_path / "tiny")])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_port_in_use_is_one_line_before_a_model_is_loaded():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: cannot be served there") as error:
-            app.main(["--tokenizer", str(tmp_path), "--port", str(port)])
+            app.main(["--tokenizer", "nowhere", "--port", str(port)])
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="--port 70000: 0 to 65535 are legal"):
+        app.main(["--tokenizer", "nowhere", "--port", "70000"])

@@ -40,6 +40,7 @@ MEANS_ANOTHER = {  # commands in which a shared word has its own default, with t
     ("promag.scripts.benchmarks.speed", "--train-batch-size"): "it depends on preset and device",
     ("promag.scripts.benchmarks.speed", "--steps"): "several may be measured in one run",
     ("promag.scripts.compare_budgets", "--rounds"): "long measurements",
+    ("promag.scripts.evaluate_tokenizer", "--rounds"): "it is refused where nothing is timed",
 }
 
 

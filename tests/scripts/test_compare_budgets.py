@@ -11,6 +11,7 @@ from promag.scripts.evaluate_tokenizer import main as evaluate
 from promag.training.config import UserError
 from tests.evaluation.test_clip_similarity import write_clip
 from tests.existing_models import small_existing
+from tests.tiny_pipeline import make_pipeline
 from tests.wan import make_grown, make_stock
 
 
@@ -70,7 +71,9 @@ def test_one_command_compares_levels_baselines_costs_and_pipelines(demo_run, bas
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--also", "wan"], "--also wan: NAME=PATH is needed"),
+        (["--also", "wan"], "--also wan: NAME=PATH or NAME=PATH:RATIO is needed"),
+        (["--also", "wan=:4"], "--also wan=:4: NAME=PATH or NAME=PATH:RATIO is needed"),
+        (["--also", "wan=nowhere:4"], "--also wan=nowhere:4: tokenizer nowhere: no config.json there"),
         (["--frames", "18"], "18 frames: 16x needs 1 + 16k; use 17 or 33"),
         (["--segment", "16"], "16 frames: 16x needs 1 + 16k"),
         (["--segment", "1"], "--segment 1: one frame has the same tokens at every level; use 17 or more"),
@@ -87,6 +90,31 @@ def test_mistakes_are_named(demo_run, tmp_path, change, message):
     tokenizer = next(demo_run.glob("**/vae")).parent
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         main(["--tokenizer", str(tokenizer), "--videos", "synthetic", "--out", str(tmp_path), *change])
+
+
+def test_another_tokenizer_is_compared_at_the_ratio_that_is_named(demo_run, tmp_path):
+    tokenizer = next(demo_run.glob("**/vae")).parent
+    call = ["--tokenizer", str(tokenizer), "--videos", "synthetic", "--count", "1", "--frames", "17", "--size", "32"]
+    call += ["--perceptual", "--no-costs", "--precision", "fp32", "--out", str(tmp_path / "report")]
+    for ratio, message in (
+        ("", f"--also b={tokenizer}: {tokenizer} has 4x, 8x, 16x; name one of them, b={tokenizer}:16"),
+        (":32", f"--also b={tokenizer}:32: temporal ratio 32: this tokenizer has 4x, 8x, 16x"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            main([*call, "--also", f"b={tokenizer}{ratio}"])
+    main([*call, "--also", f"b={tokenizer}:16"])
+    lines = [json.loads(line) for line in (tmp_path / "report" / "results.jsonl").read_text().splitlines()]
+    rows = {line["budget"]: line for line in lines if line["what"] == "reconstruction"}
+    assert list(rows) == ["4x", "8x", "16x", "b"]
+    assert rows["b"]["reconstruction"] == rows["16x"]["reconstruction"] != rows["4x"]["reconstruction"]
+
+
+def test_what_a_pipeline_refuses_is_named(demo_run, tmp_path):
+    make_pipeline(height=32, width=32, num_frames=18).save_pretrained(tmp_path / "odd")
+    call = ["--tokenizer", str(tmp_path / "odd"), "--videos", "synthetic", "--count", "1", "--frames", "17", "--size", "32"]
+    call += ["--perceptual", "--no-costs", "--precision", "fp32", "--prompts", "1", "--pipelines", str(tmp_path / "odd")]
+    with pytest.raises(UserError, match=r"pipeline odd: 18 frames: 4x needs 1 \+ 4k"):
+        main([*call, "--out", str(tmp_path / "report")])
 
 
 def test_steps_and_guidance_are_checked_before_anything_is_measured(demo_run, tmp_path):

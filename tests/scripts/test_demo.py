@@ -9,7 +9,7 @@ from promag.pipelines.sampling import load_pipeline, sample_videos
 from promag.scripts.demo import index_videos, main
 from promag.training.command_line import parse_config
 from promag.training.config import UserError
-from tests.scripts.conftest import DEMO
+from tests.scripts.conftest import DEMO, SMALLEST
 from tests.tiny_pipeline import make_pipeline
 
 
@@ -47,6 +47,30 @@ def test_the_shipped_pipeline_is_sampled_as_it_states(tmp_path):
     pipe = load_pipeline(tmp_path)
     for sample, video in zip(samples, sample_videos(pipe, prompts, 3, 1.0, "fp32", name=None), strict=True):
         assert (sample.by_ratio[16] == video).all()
+
+
+def test_where_the_shipped_pipeline_is_absent_the_log_and_the_page_state_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--config",
+        "demo",
+        *SMALLEST,
+        "--output-dir",
+        "run",
+        "--shipped",
+        "checkpoints/tiny-video",
+        "--run.stop-after",
+        "1",
+    ]
+    assert main(words) == 0
+    absent = (
+        "checkpoints/tiny-video is not in this folder; a checkout of the project has it, and --shipped FOLDER names another"
+    )
+    assert f"first samples are left out: {absent}\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["facts"] == {"Samples of the trained pipeline": absent}
+    assert absent in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(UserError, match=r"pipeline nowhere: no model_index\.json there"):
+        main(["--config", "demo", *SMALLEST, "--output-dir", "other", "--shipped", "nowhere"])
 
 
 def test_a_second_call_reuses_trained_models_and_logs_it(demo_run, capsys):

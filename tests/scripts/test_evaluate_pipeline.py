@@ -1,6 +1,7 @@
 """Prompt accuracy of a pipeline, and drafts against sampling from noise, by their scripts with random weights."""
 
 import json
+from pathlib import Path
 
 import pytest
 from diffusers.models.attention import FeedForward
@@ -124,11 +125,48 @@ def test_a_first_block_cache_leaves_later_blocks_out(run, tmp_path, monkeypatch)
     assert [line.get("first_block_cache") for line in lines(record)] == [None] * 3 + [1000] * 3
 
 
+def test_names_do_not_depend_on_the_working_directory(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run / "pipeline")
+    assert evaluate_pipeline.pipeline_name(Path(".")) == "mine"
+    (tmp_path / "best").symlink_to(run / "pipeline")
+    assert evaluate_pipeline.pipeline_name(tmp_path / "best") == "best"
+    record = tmp_path / "results.jsonl"
+    evaluate_pipeline.main([".", "--ratios", "4", "--prompts", "1", "--steps", "1", "--record", str(record)])
+    assert [(line["pipeline"], line.get("training", {}).get("steps")) for line in lines(record)] == [
+        *[("mine", 10)] * 2,
+        ("mine", None),
+    ]
+
+
+def test_every_pipeline_is_checked_before_the_first_is_sampled(run, tmp_path, capsys):
+    make_pipeline(height=32, width=32).save_pretrained(tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "transformer" / "config.json").read_text())
+    for key in ("latents_mean", "latents_std"):
+        config[key] = {"16": config[key]["16"]}
+    (tmp_path / "other" / "transformer" / "config.json").write_text(json.dumps(config))
+    both = [str(run / "pipeline"), str(tmp_path / "other"), *FEW]
+    with pytest.raises(UserError, match=r"--ratios 4: .*other was trained at 16x"):
+        evaluate_pipeline.main([*both, "--ratios", "4"])
+    with pytest.raises(UserError, match=r"pipeline .*nowhere: no model_index\.json there"):
+        evaluate_pipeline.main([both[0], str(tmp_path / "nowhere"), *FEW])
+    with pytest.raises(UserError, match=r"--lora .*nowhere: no adapters there"):
+        evaluate_pipeline.main([*both, "--lora", str(tmp_path / "nowhere")])
+    assert capsys.readouterr().out == ""
+
+
+def test_what_the_pipeline_refuses_is_named(tmp_path):
+    pipe = make_pipeline(height=32, width=32, num_frames=18)
+    pipe.save_pretrained(tmp_path / "odd")
+    with pytest.raises(UserError, match=r"pipeline .*odd: 18 frames: 16x needs 1 \+ 16k"):
+        evaluate_pipeline.main([str(tmp_path / "odd"), *FEW, "--ratios", "16"])
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
         (evaluate_pipeline, ["--ratios", "8"], "--ratios 8: .* was trained at 4x, 16x"),
         (evaluate_pipeline, ["--prompts", "0"], "--prompts 0: at least 1"),
+        (evaluate_pipeline, ["--ratios", "4", "4"], "--ratios 4 4: 4 is given twice; give every value once"),
         (evaluate_pipeline, ["--first-block-cache", "0"], "--first-block-cache 0: a number above 0"),
         (draft_and_refine, ["--ratio", "8"], "--ratio 8: the pipeline was trained at 4x, 16x"),
         (draft_and_refine, ["--ratio", "16", "--prompts", "1", "--steps", "1"], "draft at 16x .* a higher ratio"),

@@ -95,7 +95,7 @@ def test_the_cards_batch_is_that_of_all_processes(tmp_path):
     assert publish.samples_a_step(tmp_path) == 24
 
 
-def test_mistakes_are_named(demo_run, tokenizer, tmp_path):
+def test_mistakes_are_named(demo_run, tokenizer, tmp_path, monkeypatch):
     source = demo_run / "video-16x" / "pipeline"
     other = load_tokenizer(tokenizer)
     with torch.no_grad():
@@ -115,6 +115,11 @@ def test_mistakes_are_named(demo_run, tokenizer, tmp_path):
                 ["pipeline", str(source), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"), option, value]
             )
         assert (tmp_path / "out" / "README.md").read_text() == "a card"
+    monkeypatch.chdir(source)  # whose run is known there too
+    with pytest.raises(UserError, match="1 weights are not the pipeline's own"):
+        publish.main(["pipeline", ".", "--tokenizer", str(tmp_path / "other"), "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"--out .*: would overwrite \., which this command uses too; give another name"):
+        publish.main(["pipeline", ".", "--tokenizer", str(tokenizer), "--out", str(source.parent)])
     shutil.copytree(source, tmp_path / "pipeline")
     with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/pipeline"):
         publish.main(["pipeline", str(tmp_path / "pipeline"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out")])

@@ -46,8 +46,11 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
         with pytest.raises(UserError, match=message):
             publish.main(["tokenizer", *arguments, "--sources", str(table), *change])
         assert (out / "README.md").read_text() == card
+    published = ["tokenizer", str(out), *arguments[1:], "--sources", str(table)]
+    with pytest.raises(UserError, match=r"--out .*tiny: would overwrite .*tiny, which this command uses too"):
+        publish.main(published)
     with pytest.raises(UserError, match=r"no config\.yaml there; give RUN/tokenizer"):
-        publish.main(["tokenizer", str(out), *arguments[1:], "--sources", str(table)])
+        publish.main([*published, "--out", str(tmp_path / "other")])
 
 
 def test_the_recipe_lists_extra_training_sources(demo_run, tmp_path):

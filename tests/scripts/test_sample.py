@@ -3,13 +3,17 @@
 import json
 import re
 import shlex
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig
 from PIL import Image
 
 from promag.data.video import decode_strictly, read_frames
+from promag.pipelines.build import SavedLora
 from promag.scripts import sample
 from promag.tokenizer.tiny_training import tiny_decoder_for
 from promag.training.config import UserError
@@ -75,6 +79,35 @@ def test_a_tiny_decoder_decodes(folder, tmp_path):
     with pytest.raises(UserError, match="--tiny-decoder: enable_tiny_decoder: this pipeline was made without one"):
         sample.main([*call, "--out", str(tmp_path / "no.mp4"), "--tiny-decoder"])
     assert not (tmp_path / "no.mp4").exists()
+
+
+def test_without_an_overview_no_video_is_kept(folder, tmp_path, monkeypatch):
+    alive, made, write = [], [], sample.write
+
+    def watched(path, video, *arguments):
+        alive.append(sum(earlier() is not None for earlier in made))
+        made.append(weakref.ref(video))
+        return write(path, video, *arguments)
+
+    monkeypatch.setattr(sample, "write", watched)
+    seeds = ["--seed", "0", "1", "2", "3"]
+    sample.main([folder, "--prompt", "a", "--frames", "1", "--steps", "1", *seeds, "--out", str(tmp_path / "v.gif")])
+    assert len(made) == 4
+    assert max(alive) <= 1
+
+
+def test_adapters_change_the_video(folder, tmp_path):
+    pipe = make_pipeline()
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=40.0, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    SavedLora(pipe.transformer).save_pretrained(tmp_path / "lora")
+    call = [folder, "--prompt", "a red disc moves left", *FEW]
+    sample.main([*call, "--out", str(tmp_path / "without.mp4")])
+    sample.main([*call, "--lora", str(tmp_path / "lora"), "--out", str(tmp_path / "with.mp4")])
+    one, other = (read_frames(tmp_path / f"{name}.mp4", range(17)).astype(int) for name in ("without", "with"))
+    assert np.abs(one - other).mean() > 0.5
+    with pytest.raises(UserError, match=r"--lora .*nowhere: no adapters there; give the folder `lora` of"):
+        sample.main([*call, "--lora", str(tmp_path / "nowhere"), "--out", str(tmp_path / "no.mp4")])
 
 
 def test_a_gif_at_another_budget_and_size(folder, tmp_path, capsys):
@@ -163,6 +196,7 @@ def test_clip_similarity_is_printed_for_each_video(folder, tmp_path, capsys):
         ({"--ratio": "8"}, "temporal_ratio 8: the transformer was trained at 4x, 16x"),
         ({"--batch-size": "0"}, "--batch-size 0: must be above 0"),
         ({"--seed": "-1"}, "--seed -1: 0 to"),
+        ({"--out": f"{'a' * 250}.mp4"}, r"--out a+\.mp4: cannot be written: File name too long"),
         ({"--attention": "xformers"}, "attention: xformers does not work on cpu: .*xformers"),
         ({"--clip-weights": "a.bin"}, r"--clip-weights a\.bin: name the model they belong to"),
         ({"--clip": "nowhere"}, r"clip nowhere: no config\.json there"),

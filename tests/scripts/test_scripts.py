@@ -122,9 +122,9 @@ def test_evaluate_tokenizer_compares_with_the_one_before(tmp_path, capsys):
         make_tokenizer(levels=levels, settle=settle).save_pretrained(tmp_path / name)
     AutoencoderKLProMAG(**{**TINY, "strides": ((1, 2), (2, 1))}).save_pretrained(tmp_path / "2x")
     before, after, record = str(tmp_path / "before"), str(tmp_path / "after"), tmp_path / "results.jsonl"
-    shape = ["--videos", "synthetic", "--count", "2", "--frames", "9", "--size", "32", "--precision", "fp32", "--rounds", "1"]
+    shape = ["--videos", "synthetic", "--count", "2", "--frames", "9", "--size", "32", "--precision", "fp32"]
     shape += ["--perceptual"]  # none
-    evaluate_tokenizer.main([after, *shape, "--against", before, "--record", str(record)])
+    evaluate_tokenizer.main([after, *shape, "--against", before, "--rounds", "1", "--record", str(record)])
     evaluate_tokenizer.main([before, *shape, "--record", str(record)])
     first, second = (json.loads(line) for line in record.read_text().splitlines())
     rows = first["against"]["ratios"]
@@ -138,7 +138,7 @@ def test_evaluate_tokenizer_compares_with_the_one_before(tmp_path, capsys):
     assert [line for line in lines if "before:" in line] == [f"4x, before: {before}", f"8x, before: {before}"]
     assert len([line for line in lines if line.startswith("decode_seconds")]) == 2
     capsys.readouterr()
-    evaluate_tokenizer.main([after, *shape, "--against", str(tmp_path / "small")])
+    evaluate_tokenizer.main([after, *shape, "--against", str(tmp_path / "small"), "--rounds", "1"])
     assert [line for line in capsys.readouterr().out.splitlines() if "before:" in line] == [f"4x, before: {tmp_path / 'small'}"]
     with pytest.raises(UserError, match=r"--against .*2x: has 2x, .*after has 4x, 8x: no ratio in both"):
         evaluate_tokenizer.main([after, *shape, "--against", str(tmp_path / "2x")])
@@ -195,9 +195,9 @@ def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, 
             evaluate_tokenizer.main([*arguments, *change])
     (tmp_path / "file").touch()
     unwritable = ["--count", "1", "--contact-sheet", str(tmp_path / "file" / "a.png")]
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError, match=r"--contact-sheet .*a\.png: cannot be written: Not a directory"):
         evaluate_tokenizer.main([*arguments, *unwritable, "--out", str(tmp_path / "a.json")])
-    assert json.loads((tmp_path / "a.json").read_text())["ratios"].keys() == {"4", "8", "16"}
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_reconstruct_puts_every_ratio_beside_the_original(demo_run, video_folder, tmp_path, capsys):
