@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import UserError
-from .processes import patient_group
+from .processes import waiting_group
 
 _meshes: list[DeviceMesh] = []  # none or one
 
@@ -84,7 +84,7 @@ def leave_process_group() -> None:
     for mesh in _meshes:
         mesh.__dict__.get("_pg_registry", {}).clear()  # torch's caches keep meshes for good, and they the group
     _meshes.clear()
-    patient_group.cache_clear()
+    waiting_group.cache_clear()
     destroy_process_group()
 
 

@@ -278,7 +278,7 @@ def train(
         make_whole()
         objective.eval()
         stop.handled = True
-        stopped = _any_rank(accelerator, stop.received is not None)
+    stopped = _any_rank(accelerator, stop.received is not None)  # a signal may come while the workers end
     accelerator.free_memory()  # it would keep the models of all stages
     if stop.received:
         accelerator.print(f"{name}: {stop.received} received, saved at step {step} of {settings.steps}")

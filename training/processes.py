@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from .precision import Chosen, Precision, choose_for_run
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)
+LONGEST_WAIT = timedelta(days=7)
 
 
 def processes() -> PartialState:
@@ -24,9 +24,9 @@ def processes() -> PartialState:
 
 
 @functools.cache
-def patient_group() -> Any:
-    """Return a group of all processes that waits for days; it lasts until `leave_process_group`."""
-    return distributed.new_group(backend="gloo", timeout=PATIENCE)
+def waiting_group() -> Any:
+    """Return a group of all processes whose barrier may last days, unlike NCCL's; valid until `leave_process_group`."""
+    return distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 def wait_for_everyone() -> None:
@@ -36,7 +36,7 @@ def wait_for_everyone() -> None:
     minutes.
     """
     if processes().num_processes > 1:
-        distributed.barrier(group=patient_group())
+        distributed.barrier(group=waiting_group())
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
 
 
 class Log:
-    """Logs a stage's figures, images and videos to accelerate's trackers; does nothing on ranks without trackers."""
+    """Logs a stage's figures, images and videos, its name before theirs, to accelerate's trackers, if the rank has any."""
 
     def __init__(self, trackers: Sequence[Any] = (), stage: str = ""):
         self.trackers, self.stage = trackers, stage
@@ -38,9 +38,9 @@ class Log:
                 tracker.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
     def figures(self, values: Mapping[str, float], step: int) -> None:
-        """Log figures by their names, to which the stage is added."""
+        """Log figures by their names."""
         for tracker in self.trackers:
-            self._log(tracker, {f"{self.stage}/{name}": value for name, value in values.items()}, step)
+            self._log(tracker, values, step)
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Log an image, H W 3."""
@@ -56,7 +56,7 @@ class Log:
         for tracker in self.trackers:
             if tracker.name == "tensorboard":
                 image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=data)
-                summary = Summary(value=[Summary.Value(tag=name, image=image)])
+                summary = Summary(value=[Summary.Value(tag=self._named(name), image=image)])
                 tracker.writer._get_file_writer().add_summary(summary, step)
             else:
                 import wandb  # pyright: ignore[reportMissingImports]
@@ -66,7 +66,11 @@ class Log:
                 )
                 self._log(tracker, {name: media}, step)
 
-    def _log(self, tracker: Any, values: dict[str, Any], step: int) -> None:
+    def _named(self, name: str) -> str:
+        return f"{self.stage}/{name}"
+
+    def _log(self, tracker: Any, values: Mapping[str, Any], step: int) -> None:
+        values = {self._named(name): value for name, value in values.items()}
         if tracker.name == "wandb":
             tracker.log({**values, f"{self.stage}/step": step})
         else:

@@ -196,6 +196,19 @@ def test_sigterm_in_the_last_step_finishes_in_the_next_call(tmp_path):
     assert (again.step, again.finished) == (4, True)
 
 
+def test_sigterm_while_the_loaders_end_finishes_in_the_next_call(tmp_path, monkeypatch):
+    from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
+
+    def shut_down(loader):  # as iterators over worker processes have it
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(_SingleProcessDataLoaderIter, "_shutdown_workers", shut_down, raising=False)
+    outcome, _ = run(tmp_path)
+    assert (outcome.step, outcome.finished) == (4, False)
+    again, _ = run(tmp_path)
+    assert (again.step, again.finished) == (4, True)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("place", ["save_checkpoint", "thin_out"])
 def test_more_signals_during_the_final_save_do_not_end_it(tmp_path, monkeypatch, place, number):
