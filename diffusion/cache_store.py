@@ -27,6 +27,7 @@ from promag.training.files import save_tensors_atomically, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AGAIN = "delete it and index.json, and write the cache again by the command that wrote it"
+LATER = ("settings", "drawn_clips")  # fields of fingerprints that caches of earlier versions lack, and then may have any value
 OPEN_FILES = 128  # maximum number of shards that one reader keeps mapped into memory
 
 
@@ -48,7 +49,10 @@ class Fingerprint:
         differs = [
             self.hashed.get(key) or f"{key} {other.get(key)} instead of {value}"
             for key, value in asdict(self).items()
-            if other.get(key) != value and key != "videos" and not (key == "clips" and same_videos)
+            if other.get(key) != value
+            and key != "videos"
+            and not (key == "clips" and same_videos)
+            and not (key in LATER and other.get(key) is None)
         ]
         if differs:
             raise UserError(f"cache {place}: was made from {', '.join(differs)}; delete it or name another folder")
@@ -110,9 +114,9 @@ def write_shard(folder: Path, number: int, fingerprint: Fingerprint, tensors: Ma
 
 def _identity(fingerprint: Mapping[str, Any], number: int) -> Tensor:
     """Return 16 bytes that identify this shard among the shards of all caches."""
-    kept = fingerprint
+    kept = {key: value for key, value in fingerprint.items() if key not in LATER}
     if fingerprint.get("videos") is not None:  # else the cache was written by an earlier version
-        kept = {key: value for key, value in fingerprint.items() if key != "clips"}
+        del kept["clips"]
     return _short_hash(json.dumps([kept, number], sort_keys=True).encode())
 
 

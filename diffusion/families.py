@@ -25,7 +25,7 @@ from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import check_complete, check_folder, read_mapping
 
 from .flops import forward_flops, wan_forward_flops
-from .flow import token_shift
+from .flow import stated_shift, token_shift
 from .text import Embedded
 from .transformer import ProMAGTransformer3DModel
 
@@ -341,9 +341,9 @@ def _check_shift(config: "DiffusionConfig") -> None:
     if not config.few_steps or config.init is None:
         return
     scheduler = Path(config.init) / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file() and (shift := read_mapping(scheduler).get("shift", 1.0)) != config.shift:
+    if scheduler.is_file() and (shift := stated_shift(read_mapping(scheduler))) != config.shift:
         raise UserError(
-            f"few_steps: shift {config.shift}: {scheduler} has {shift}, at whose times the teacher samples; use that"
+            f"few_steps: shift {config.shift}: the teacher samples with {shift:g} ({scheduler}); use shift {shift:g}"
         )
 
 

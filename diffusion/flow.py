@@ -6,7 +6,7 @@ eq. 1), logit-normal times and the resolution-dependent shift (Stable Diffusion 
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -33,6 +33,11 @@ def interpolate(latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
 def velocity(latents: Tensor, noise: Tensor) -> Tensor:
     """Return the velocity d/dt of the path: noise - latents."""
     return noise - latents
+
+
+def stated_shift(scheduler: Mapping[str, Any]) -> float:
+    """Return the shift of times in a scheduler's configuration, which some call `flow_shift`; 1 where none is stated."""
+    return scheduler.get("shift", scheduler.get("flow_shift", 1.0))
 
 
 def token_shift(tokens: int, shift: float) -> float:

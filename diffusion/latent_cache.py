@@ -9,7 +9,7 @@ Shapes: B C T H W pixels, b c t h w latents. Latents are the posterior's mean, n
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
 
@@ -81,6 +81,9 @@ class LatentFingerprint(Fingerprint):
     width: int
     dtype: str
     shard_size: int
+    drawn_clips: int | None = field(
+        default=None, kw_only=True
+    )  # how many, where a training draws them; earlier versions had none
 
 
 class Clips(Protocol):

@@ -40,7 +40,11 @@ logger = logging.getLogger(__name__)
 OPEN_CLIP = "open_clip:"  # prefix of the names of OpenCLIP models
 NULL_CAPTION = ""  # replaces dropped captions in training; the default negative prompt in sampling
 MOST_TOKENS = 2**16  # of a text; tokenizers of T5 that state no length state 10^30
-NO_SETTINGS = ("architectures", "dtype", "torch_dtype", "transformers_version")  # of a configuration: they change no output
+# Settings of transformers' text models that weights do not show.
+SETTINGS = (
+    *("hidden_act", "dense_act_fn", "is_gated_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon"),
+    *("relative_attention_max_distance", "scalable_attention", "eos_token_id", "pad_token_id"),
+)
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 FROZEN = {"clip_text_model": CLIPTextModel, "clip": CLIPTextModel, "t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 
@@ -197,17 +201,26 @@ def encoder_files(model: str, weights: str | None) -> list[list[Any]] | None:
     if not place.exists():
         return None
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    versions = [["transformers", version("transformers"), ""], ["hash with settings", "", ""]]
+    versions = [["transformers", version("transformers"), ""]]
     stats = [(str(path.resolve()), path.stat()) for path in files]
     return versions + [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def hash_text_encoder(tokenizer: Any, encoder: Any) -> str:
-    """Return a hash of a text encoder's weights, of the settings that these do not show, and of its tokenizer's rules."""
-    config = encoder.config.to_diff_dict() if hasattr(encoder.config, "to_diff_dict") else dict(encoder.config)
-    settings = {key: value for key, value in config.items() if key not in NO_SETTINGS and not key.startswith("_")}
-    parts = [hash_weights([encoder]), settings, tokenizer_rules(tokenizer)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    """Return a hash of a text encoder's weights and of its tokenizer's rules."""
+    return hashlib.sha256(
+        (hash_weights([encoder]) + json.dumps(tokenizer_rules(tokenizer), sort_keys=True)).encode()
+    ).hexdigest()
+
+
+def encoder_settings(encoder: Any) -> str:
+    """Return, as JSON, the settings of a text encoder that change its outputs and that its weights do not show."""
+    config = encoder.config
+    if isinstance(encoder, OpenCLIPTextModel):
+        settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    else:
+        settings = {key: getattr(config, key) for key in SETTINGS if hasattr(config, key)}
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def text_widths(encoder: Any) -> tuple[int, int]:

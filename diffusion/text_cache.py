@@ -10,9 +10,9 @@ Shapes: B captions, L text tokens, D width.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NotRequired
 
 import torch
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt
@@ -47,6 +47,7 @@ from .text import (
     Embedded,
     encode,
     encoder_files,
+    encoder_settings,
     hash_text_encoder,
     side_by_side,
     text_widths,
@@ -62,6 +63,7 @@ class TextFingerprint(Fingerprint):
 
     hashed: ClassVar[Mapping[str, str]] = {
         "encoder": "another text encoder",
+        "settings": "a text encoder of other settings",
         "clips": "other clips, or clips of another generator (data/synthetic.py)",
     }
 
@@ -70,15 +72,17 @@ class TextFingerprint(Fingerprint):
     max_length: int
     dtype: str
     shard_size: int
+    settings: str | None = field(default=None, kw_only=True)  # of `encoder_settings`; earlier versions had none
 
 
 class _Digest(TypedDict):
     digest: str
+    settings: NotRequired[str]
     files: list[list[Any]]  # name, size and time of each
 
 
-def encoder_digest(model: str, weights: str | None, memory: Path, load: Callable[[], tuple[Any, Any]]) -> str:
-    """Return the hash of a text encoder and its tokenizer, without reading them where `memory` has it.
+def encoder_digest(model: str, weights: str | None, memory: Path, load: Callable[[], tuple[Any, Any]]) -> tuple[str, str]:
+    """Return the hash of a text encoder and its tokenizer, and its settings, without reading them where `memory` has both.
 
     Args:
         model: as in `load_frozen`, likewise `weights`.
@@ -88,13 +92,15 @@ def encoder_digest(model: str, weights: str | None, memory: Path, load: Callable
     recorded = read_record(memory, dict[str, _Digest]) if memory.exists() else {}
     name = model if weights is None else f"{model} {weights}"
     files = encoder_files(model, weights)
-    if files is not None and recorded.get(name, {}).get("files") == files:
-        return recorded[name]["digest"]
-    digest = hash_text_encoder(*load())
+    if files is not None and recorded.get(name, {}).get("files") == files and "settings" in recorded[name]:
+        return recorded[name]["digest"], recorded[name]["settings"]
+    tokenizer, encoder = load()
+    digest, settings = hash_text_encoder(tokenizer, encoder), encoder_settings(encoder)
     if (files := encoder_files(model, weights)) is not None:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps({**recorded, name: {"digest": digest, "files": files}}, indent=1))
-    return digest
+        entry = {"digest": digest, "settings": settings, "files": files}
+        write_atomically(memory, json.dumps({**recorded, name: entry}, indent=1))
+    return digest, settings
 
 
 def write_embeddings(

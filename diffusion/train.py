@@ -275,7 +275,7 @@ def train_diffusion(
             # Every rank samples: a transformer may be spread over them. Those without trackers show nothing.
             videos = sample(TrainingResult(transformer, text.learned, fps), config.samples)
             for i, (prompt, video) in enumerate(zip(config.samples.prompts, videos, strict=True)):
-                log.video(f"{config.stage}/{i} {prompt}", video, fps, step)
+                log.video(f"{i} {prompt}", video, fps, step)
         with accelerator.autocast():
             return validation_losses(objective, checks, first_given=config.condition.max_frames > 0)
 

@@ -69,6 +69,7 @@ def open_base_latents(
             width=bucket.width,
             dtype="float32",
             shard_size=SHARD,
+            drawn_clips=data.latent_clips,
         )
         for rate in rates
     }
@@ -78,7 +79,7 @@ def open_base_latents(
 
 
 def _digest(config: TokenizerConfig, stage: StageConfig) -> str:
-    """Return a hash of all that decides which clips are drawn, how many, and how they are cut."""
+    """Return a hash of all that decides which clips are drawn and how they are cut."""
     data = config.data
     sources = digest_sources(data.train, data.extra_sources or (), data.synthetic_clips)
     drawn = {
@@ -87,7 +88,6 @@ def _digest(config: TokenizerConfig, stage: StageConfig) -> str:
         "strides": stage.temporal_strides or data.temporal_strides,
         "buckets": [str(bucket) for bucket in config.buckets_of(stage)],
         "seed": config.seed,
-        "count": data.latent_clips,
     }
     return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
 

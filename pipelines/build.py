@@ -18,7 +18,14 @@ from promag.data.buckets import Bucket
 from promag.data.datasets import open_by_bucket
 from promag.diffusion.cache_store import Shards
 from promag.diffusion.config import DiffusionConfig, SamplesConfig, TextConfig, TextEncoderConfig
-from promag.diffusion.families import LatentStatistics, adopt, check_autoencoder, family_of, family_of_init
+from promag.diffusion.families import (
+    LatentStatistics,
+    adopt,
+    check_autoencoder,
+    family_of,
+    family_of_init,
+    transformer_folder,
+)
 from promag.diffusion.latent_cache import LatentFingerprint, write_latents
 from promag.diffusion.text import NULL_CAPTION, Embedded, encode_prompts, load_frozen, side_by_side
 from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_embeddings
@@ -31,6 +38,7 @@ from promag.training.device import best_device
 from promag.training.graphs import check_graphs
 from promag.training.precision import Precision, autocast
 from promag.training.processes import broadcast_from_main, choose_precision_once, main_process_first, processes
+from promag.training.safetensors_only import read_mapping
 
 from .inputs import DEFAULTS
 from .sampling import sample_videos
@@ -149,6 +157,12 @@ def _check_dual(config: DiffusionConfig, vae: AutoencoderKLProMAG) -> None:
         )
 
 
+def _patch_of(init: str | None) -> tuple[int, int, int]:
+    """Return the patch size of the transformer in `init`."""
+    settings = read_mapping(transformer_folder(init or "") / "config.json")
+    return tuple(settings.get("patch_size", (1, 1, 1)))
+
+
 def _name(config: DiffusionConfig, split: str, bucket: Bucket, content: str = "") -> str:
     """Return the name of a cache's folder: train-16x, or with buckets train-16x-17x64x64."""
     return "-".join([split, *([content] if content else []), *([str(bucket)] if config.data.buckets else [])])
@@ -166,7 +180,7 @@ def cache_latents(
     try:
         for ratio in ratios:
             check_ratio(ratio, vae.temporal_ratios)
-        patch = config.model.patch_size if config.model else (1, 1, 1)
+        patch = config.model.patch_size if config.model else _patch_of(config.init)
         for bucket, ratio in itertools.product(data.training_buckets, ratios):
             tokens(bucket.frames, bucket.height, bucket.width, ratio, patch, vae.spatial_compression_ratio)
     except ValueError as error:
@@ -211,14 +225,15 @@ def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str
     memory, family = Path(config.data.cache) / "text-encoders.json", family_of_init(config.init)
     for number, encoder in config.text.frozen.items():
         load = functools.cache(lambda encoder=encoder: _load(encoder))
-        digest = broadcast_from_main(lambda e=encoder, load=load: encoder_digest(e.model, e.weights, memory, load))
+        facts = broadcast_from_main(lambda e=encoder, load=load: encoder_digest(e.model, e.weights, memory, load))
+        digest, settings = facts
         if family.cleaning:
             digest = hashlib.sha256(f"{digest} {family.cleaning}".encode()).hexdigest()
         for name, folder in latents.items():
             split, dash, bucket = name.partition("-")
             source = Shards(folder).index["fingerprint"]
             limits = (encoder.max_length, config.data.dtype, config.data.shard_size)
-            wanted = TextFingerprint(digest, source["clips"], *limits, videos=source.get("videos"))
+            wanted = TextFingerprint(digest, source["clips"], *limits, videos=source.get("videos"), settings=settings)
             cache_folder = Path(config.data.cache) / f"{split}-text-{number}{dash}{bucket}"
             folders[name][number] = write_embeddings(cache_folder, wanted, folder, load, family.clean)
     return folders

@@ -122,6 +122,11 @@ def trained_ratios(pipe: Any) -> tuple[int, ...]:
     return tuple(sorted(map(int, pipe.transformer.config["latents_mean"] or {})))
 
 
+def execution_device(pipe: Any) -> torch.device:
+    """Return the device on which a pipeline computes; offloaded models lie elsewhere between their calls."""
+    return getattr(pipe, "pipe", pipe)._execution_device
+
+
 def make_videos(
     pipe: Any,
     requests: Sequence[SampleRequest],
@@ -154,14 +159,14 @@ def make_videos(
     not higher or refined with all steps, and for overlap with a draft or a pipeline that moves its models between devices.
     """
     ratio, calls = _check(pipe, requests, batch, precision, draft, overlap, arguments)
-    batches = range(0, len(requests), batch)
+    batches, device = range(0, len(requests), batch), execution_device(pipe)
 
     def decode(latents: Tensor) -> list[np.ndarray]:
-        with autocast(pipe.device, precision):
+        with autocast(device, precision):
             frames = pipe.decode_latents(latents, ratio)
         return list((frames * 255).round().astype(np.uint8))
 
-    with Background(pipe.device) if overlap else nullcontext() as background:
+    with Background(device) if overlap else nullcontext() as background:
         pending: deque[tuple[Callable[[], list[np.ndarray]], Seconds]] = deque()
         for number, first in enumerate(batches):
             part = requests[first : first + batch]
@@ -173,7 +178,7 @@ def make_videos(
                 "output_type": "latent",
                 **arguments,
             }
-            with watch, autocast(pipe.device, precision):
+            with watch, autocast(device, precision):
                 if draft is not None:
                     higher = {"temporal_ratio": draft.ratio, "num_inference_steps": draft.steps}
                     latents = _at_lower_ratio(pipe.vae, pipe(**{**call, **higher}).frames, draft.ratio, ratio)
@@ -307,8 +312,8 @@ class Stopwatch:
             self.first = self._now()
 
     def _now(self) -> float:
-        if self.pipe.device.type == "cuda":
-            torch.cuda.current_stream(self.pipe.device).synchronize()  # the background has another
+        if (device := execution_device(self.pipe)).type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # the background has another
         return time.perf_counter()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promag.diffusion.flow import Model, token_shift
+from promag.diffusion.flow import Model, stated_shift, token_shift
 from promag.training.config import one_line
 
 # The schedulers of diffusers that integrate a flow, and those that do with FLOW_SETTINGS.
@@ -86,7 +86,7 @@ def _settings(scheduler: Any) -> str:
 def _set_times(scheduler: Any, steps: int, token_count: int, device: torch.device) -> None:
     config = scheduler.config
     dynamic = config.get("use_dynamic_shifting", False)
-    mu = token_shift(token_count, config.get("shift", config.get("flow_shift", 1.0))) if dynamic else None
+    mu = token_shift(token_count, stated_shift(config)) if dynamic else None
     if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
         shift = {"mu": mu} if dynamic else {}
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, **shift)

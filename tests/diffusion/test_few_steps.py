@@ -75,7 +75,7 @@ def test_illegal_settings_are_named(change, message):
 
 def test_another_shift_than_the_teachers_is_refused(init, tmp_path):
     with pytest.raises(
-        UserError, match=r"few_steps: shift 3\.0: .*scheduler_config\.json has 1\.0, at whose times the teacher samples"
+        UserError, match=r"few_steps: shift 3\.0: the teacher samples with 1 \(.*scheduler_config\.json\); use shift 1"
     ):
         adopt(distilling(tmp_path, init, shift=3.0))
     assert adopt(distilling(tmp_path, init / "transformer", shift=3.0)).shift == 3.0  # a transformer alone states none

@@ -66,6 +66,15 @@ def test_a_cached_caption_equals_the_encoders_output(tmp_path, latents, encoders
     assert len(list(tmp_path.glob("null*"))) == 1
 
 
+def test_settings_of_the_encoder_are_compared_where_they_were_recorded(tmp_path, latents, encoders):
+    make(tmp_path, latents, encoders["t5"])  # as by an earlier version
+    later = dataclasses.replace(PRINT, settings="gelu")
+    assert len(EmbeddingCache(write_embeddings(tmp_path, later, latents, None), 1).row(0)) > 0
+    make(tmp_path / "new", latents, encoders["t5"], later)
+    with pytest.raises(UserError, match="was made from a text encoder of other settings"):
+        make(tmp_path / "new", latents, encoders["t5"], dataclasses.replace(PRINT, settings="relu"))
+
+
 def test_of_corrected_captions_only_their_shards_are_encoded_again(tmp_path, encoders, monkeypatch):
     """The cache is the one that these captions would have made."""
 

@@ -132,7 +132,7 @@ def test_latents_of_another_base_are_refused(grown, tmp_path):
         train_tokenizer(config_for(tmp_path), open_latents=open_base_latents)
     data = dataclasses.replace(config_for(tmp_path).data, latent_clips=5)
     fewer = config_for(tmp_path, data=data, init=str(grown / "wan"), output_dir=str(tmp_path / "fewer"))
-    with pytest.raises(UserError, match="was made from other clips"):
+    with pytest.raises(UserError, match="was made from drawn_clips 6 instead of 5"):
         train_tokenizer(fewer, open_latents=open_base_latents)
     make_tokenizer(levels=1).save_pretrained(tmp_path / "own")
     own = config_for(tmp_path, init=str(tmp_path / "own"), output_dir=str(tmp_path / "own-run"))

@@ -13,6 +13,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from promag.pipelines.sampling import sample_videos
 from tests.pipelines.conftest import call, like
 from tests.tiny_pipeline import PROMPTS
 
@@ -37,6 +38,8 @@ def test_sequential_offload_frees_all_weights_and_changes_nothing(pipe, own):
     assert weights_on(own, "meta")
     for arguments in ({}, {"image": PICTURE, "temporal_ratio": 4}):
         assert np.array_equal(call(own, **arguments), call(pipe, **arguments))
+    videos = [sample_videos(each, PROMPTS[:1], 1, 1.0, "fp32", name=None) for each in (own, pipe)]
+    assert np.array_equal(*videos)  # the precision is that of the device on which it computes
     assert weights_on(own, "meta")
 
 
