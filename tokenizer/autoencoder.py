@@ -218,7 +218,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
 
         With a key-frame path (mixing is not "none") and `birth`, the new level's latent equals, until its first training
         step, the latent of the level below on every second frame; else its head starts as the base's, whose latent the
-        averaging shortcuts then blur in time, or at random with little noise where its width is another. The levels below are
+        averaging shortcuts then blur in time; a head of another width starts at random with low variance. The levels below are
         not touched. Raises ValueError for a growth that does not fit them, and then leaves the model as it was.
         """
         growth = growth or Growth()
@@ -244,8 +244,9 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
             raise ValueError("growth latent 'mixed' on a dual level: its channels would not hold the level below")
         below = self.level_widths[-1]
         width = growth.width or below or EXISTING_WIDTH
-        # One each, of the type of the half that has it.
-        scale, decoder_scale = (self.existing.scale() if self.existing else None for _ in range(2))
+        # Each half has its own copy: `set_dtypes` may give them different types.
+        scale = self.existing.scale() if self.existing else None
+        decoder_scale = self.existing.scale() if self.existing else None
         project = None
         if below is None and self.existing and scale:
             project = Projection(channels + self.existing.feature_channels, width, scale)

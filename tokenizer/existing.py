@@ -299,7 +299,9 @@ class ExistingDecoder(_Half):
         """B c 1+N h w, and features added behind the first convolution, B D 1+N h w -> B C 1+r*N H W."""
         z, features = handed
         assert z is not None, "features alone are handed over to this project's own decoders"
-        if state is None and (legal := nearest_frames(count := z.shape[2], step := self.settings.latent_step)) != (count,):
+        count, step = z.shape[2], self.settings.latent_step
+        legal = nearest_frames(count, step)
+        if state is None and legal != (count,):
             use = " or ".join(map(str, legal))
             raise ValueError(f"{count} latent frames: {self.settings.class_name} decodes 1 + {step}k; use {use}")
         run = self._run(state)

@@ -105,14 +105,14 @@ class Levels:
     def check_takes_base_latents(self, temporal_ratios: Sequence[int]) -> None:
         """Raise ValueError unless encoding at some ratios can start from the base's latents instead of pixels."""
         if self.existing is None or self.existing.features != "latents":
-            raise ValueError("base latents: the levels see more of the base than its latents; encode pixels")
+            raise ValueError("base latents: the levels see more of the base than its latents")
         check_ratios(temporal_ratios)
         for ratio in temporal_ratios:
             owner, _ = self._encoder_at(0, self.level_of(ratio))
             if owner:
                 raise ValueError(
                     f"base latents: {ratio}x encodes with the copy of the base that {self.temporal_ratios[owner]}x has "
-                    "(growth encoder 'finetune'); encode pixels"
+                    "(growth encoder 'finetune')"
                 )
 
     def _head_to_start_from(self, growth: Growth, width: int) -> nn.Module:

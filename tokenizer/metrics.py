@@ -136,8 +136,8 @@ def high_frequency_energy(reconstruction: Tensor, target: Tensor) -> Tensor:
         spectrum = torch.fft.rfft2((_unit(x) * weights).sum(1)).abs().square()  # B T H W/2+1
         rows = torch.fft.fftfreq(x.shape[3], device=x.device).abs()[:, None] >= 0.25
         frequencies = torch.fft.rfftfreq(x.shape[4], device=x.device)[None]
-        times = torch.where((frequencies == 0) | (frequencies == 0.5), 1, 2)  # the others stand for their negatives too
-        energies.append((spectrum * (rows | (frequencies >= 0.25)) * times).sum((1, 2, 3)))
+        weight = torch.where((frequencies == 0) | (frequencies == 0.5), 1, 2)  # rfft2 omits each other one's negative
+        energies.append((spectrum * (rows | (frequencies >= 0.25)) * weight).sum((1, 2, 3)))
     return energies[0] / energies[1].clamp_min(1e-12)
 
 

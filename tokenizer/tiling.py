@@ -208,13 +208,16 @@ class TiledModel:
     ) -> None:
         """Keep weights on `offload_device` and bring them to `onload_device` layer by layer, as diffusers' models do.
 
-        "block_level" is taken as "leaf_level", which a warning states: blocks are brought by calls of `forward`, and `encode`
-        and `decode` are none.
+        "block_level" is replaced by "leaf_level" with a warning: diffusers loads blocks in `forward`, which `encode` and
+        `decode` do not call.
         """
         if offload_type == "block_level":
-            logger.warning("%s is offloaded by leaf_level: encode and decode call no whole blocks", type(self).__name__)
+            logger.warning(
+                "%s: group offloading uses leaf_level, because encode and decode do not call whole blocks", type(self).__name__
+            )
+            offload_type = "leaf_level"
         models: Any = super()
-        models.enable_group_offload(onload_device, offload_device, "leaf_level", **options)
+        models.enable_group_offload(onload_device, offload_device, offload_type, **options)
 
     def _in_parts(self, x: Tensor, state: State, call: Call, pixels: int = 1, kind: str = "") -> tuple[list[Tensor], State]:
         return in_parts(x, state, call, self.use_slicing, self.tiling if self.use_tiling else None, pixels, kind)

@@ -68,11 +68,17 @@ def train_tokenizer(
 
 
 def _may_change(config: TokenizerConfig) -> tuple[str, ...]:
-    """Return the keys that may differ where a run continues: cached latents may move, but must be used again or still not."""
-    file = Path(config.output_dir) / "config.yaml"
+    """Return the keys that may differ where a run continues.
+
+    The folder of cached latents may change; once a stage trains on them, whether latents are cached may not.
+    """
+    run = Path(config.output_dir)
+    file = run / "config.yaml"
     before = load_yaml(file).get("data", {}).get("latent_cache") if file.exists() else None
-    moved = before is not None and config.data.latent_cache is not None
-    return (*MAY_CHANGE, "data.latent_cache") if moved else MAY_CHANGE
+    pretrained = [stage for stage in config.stages if stage.latent_pretrain_steps]
+    begun = any(newest_checkpoint(run / config.folder_of(stage)) for stage in pretrained)
+    fixed = begun and (before is None) != (config.data.latent_cache is None)
+    return MAY_CHANGE if fixed else (*MAY_CHANGE, "data.latent_cache")
 
 
 def _check_levels(run: Path, config: TokenizerConfig, build: Callable[[], Any] | None) -> None:
@@ -160,7 +166,7 @@ def train_stage(
 
     def validate(log: Log, step: int) -> Metrics:
         if log.trackers:
-            log.picture(f"{folder.name}/reconstruction", _sheet(objective.reconstructor, clips[:4], stage.ratio), step)
+            log.picture("reconstruction", _sheet(objective.reconstructor, clips[:4], stage.ratio), step)
         return objective.evaluate(clips, config.precision)
 
     outcome = train(accelerator, folder, objective, open_stream, stage.optimization, config.run, config.seed, validate)
@@ -283,7 +289,7 @@ def _check_cached(cache: str, stage: StageConfig, model: AutoencoderKLProMAG) ->
     try:
         model.check_takes_base_latents([stage.ratio])
     except ValueError as error:
-        raise UserError(f"stage {stage.name}, latent_cache {cache}: {error} (latent_cache null)") from None
+        raise UserError(f"stage {stage.name}: {error}; set data.latent_cache to null") from None
 
 
 def train_only(model: AutoencoderKLProMAG, stage: StageConfig, added: Sequence[int]) -> list[nn.Parameter]:

@@ -39,7 +39,7 @@ def test_group_offload_is_by_leaves(model, kind, caplog):
     model.enable_group_offload(CPU, CPU, offload_type=kind, num_blocks_per_group=1)
     convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv3d)]
     assert all(module._diffusers_hook.get_hook("group_offloading") for module in convolutions)
-    assert ("AutoencoderKLProMAG is offloaded by leaf_level" in caplog.text) == (kind == "block_level")
+    assert ("AutoencoderKLProMAG: group offloading uses leaf_level" in caplog.text) == (kind == "block_level")
 
 
 def test_layerwise_casting_stores_kernels_in_eight_bits(model, clip):

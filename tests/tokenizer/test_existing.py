@@ -177,7 +177,7 @@ def test_cached_latents_cannot_stand_for_pixels_that_a_copy_of_the_base_encodes(
     _, model = grown("Wan 2.1", levels=1, settle=0.0, encoder="finetune")
     model.grow(Growth(width=16))
     for ratio in (8, 16):
-        with pytest.raises(ValueError, match=f": {ratio}x encodes with the copy of the base that 8x has .*; encode pixels"):
+        with pytest.raises(ValueError, match=f": {ratio}x encodes with the copy of the base that 8x has "):
             model.encode_base_latents({}, (4, ratio))
 
 
