@@ -22,6 +22,7 @@ from promag.data.listing import first_few, list_licences, list_videos
 from promag.data.tables import parse_columns
 from promag.data.video import REENCODE
 from promag.reports.clip_set import ClipSet, write_clip_page
+from promag.scripts._options import check_writable, name_of
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.files import write_atomically
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-bad", type=float, default=0.01, help="part of the videos that may be unreadable")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")
     arguments = parser.parse_args(argv)
+    _check_files(arguments)
 
     started = time.perf_counter()
     lengths = _lengths(arguments)
@@ -79,11 +81,23 @@ def main(argv: Sequence[str]) -> int:
         _list(f"slower than {arguments.fps:g} fps, frames repeat", (f"{path}: {fps:g}" for path, fps in prepared.slower))
     print(clips.text())
     if arguments.report:
-        write_clip_page(arguments.report, f"Clips of {Path(arguments.videos).name}", clips, arguments.workers)
+        write_clip_page(arguments.report, f"Clips of {name_of(arguments.videos)}", clips, arguments.workers)
         print(f"wrote {arguments.report}")
     seconds = time.perf_counter() - started
     print(f"wrote {clips.summary} to {arguments.out} in {seconds:.1f} s")
     return 0
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Refuse files that cannot be written or would overwrite an input, before anything is decoded."""
+    if Path(arguments.out).suffix.lower() != ".jsonl":
+        raise UserError(f"--out {arguments.out}: a file that ends in .jsonl is needed, which training reads")
+    check_writable("--out", arguments.out, [arguments.videos])
+    for kind in ("quarantine", "skipped"):
+        check_writable("--out", f"{arguments.out}.{kind}.jsonl", [arguments.videos])
+    check_writable("--report", arguments.report, [arguments.videos, arguments.out])
+    if arguments.cut:
+        check_writable("--cut", Path(arguments.cut, "clip"))
 
 
 def _lengths(arguments: argparse.Namespace) -> Lengths:
