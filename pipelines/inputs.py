@@ -339,8 +339,9 @@ class Prompts:
         if all(new[name] is value for name, value in old.items()):
             return self
         text, negative = ([new[name] for name in names] for names in (NAMES, NEGATIVE_NAMES))
-        packed = pack(*text), None if negative[0] is None else pack(*negative, names=NEGATIVE_NAMES)
-        return Prompts(*(part and _cast(part, self.text.tokens[0].dtype) for part in packed))
+        dtype = self.text.tokens[0].dtype
+        other = None if negative[0] is None else _cast(pack(*negative, names=NEGATIVE_NAMES), dtype)
+        return Prompts(_cast(pack(*text), dtype), other)
 
 
 def repeat_for_videos(text: Embedded, times: int, device: torch.device, dtype: torch.dtype | None) -> Embedded:
