@@ -63,7 +63,7 @@ class Buckets:
             np.array([getattr(bucket, key) for bucket in self.buckets])[:, None] for key in ("frames", "height", "width")
         )
         fits = (lengths - 1) * self.stride + 1 <= frames  # buckets x clips, as all below
-        with np.errstate(invalid="ignore"):  # bad samples of shards have no frames, which leaves them out, and a size of 0 x 0
+        with np.errstate(invalid="ignore"):  # bad samples of shards, 0 frames of 0 x 0, fit no bucket
             aspect_gap = np.abs(np.log(widths / heights) - np.log(width / height))
         enlarged = (heights > height) | (widths > width)
         area = np.where(enlarged, heights * widths, -heights * widths)

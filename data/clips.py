@@ -5,7 +5,6 @@ list_videos -> prepare -> save_clips -> clips.jsonl -> load_clips
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -20,6 +19,8 @@ from .listing import first_few
 from .scenes import Scanned, check_scenes, scan
 from .unchanged import digest_file, stamp
 from .video import READER, REENCODE, TIE, UnreadableVideo, is_image, pick_by_time
+
+ROUNDING = 1e-3  # seconds by which a stretch may be too short in containers whose times are whole milliseconds (MKV, WebM)
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class Lengths:
                 f"frames {self.frames}, min_seconds {self.min_seconds:g}, max_seconds {self.max_seconds:g}: "
                 "clips have a number of frames, or are from min_seconds to max_seconds long"
             )
-        if (self.frames is not None and self.frames < 1) or not 0 <= self.min_seconds <= self.max_seconds > 0:
+        if (self.frames is not None and self.frames < 1) or not (
+            0 <= self.min_seconds <= self.max_seconds > 0 and self.min_seconds < math.inf
+        ):
             raise UserError(
                 f"frames {self.frames}, min_seconds {self.min_seconds:g}, max_seconds {self.max_seconds:g}: "
-                "legal are frames from 1, seconds from 0, and max_seconds above 0 and not below min_seconds"
+                "legal are frames from 1, min_seconds from 0 and finite, and max_seconds above 0 and not below min_seconds"
             )
 
     def windows(self, available: int, fps: float) -> list[tuple[int, int]]:
@@ -118,17 +121,16 @@ def prepare(
     Raises TooManyUnreadable, a UserError that names some of them, if they are more than `max_bad`, and UserError if no clip is
     left, and for `scenes` without PySceneDetect.
     """
-    if min(1 if fps is None else fps, workers, len(videos)) <= 0 or not 0 <= max_bad <= 1:
+    if not 0 < (1 if fps is None else fps) < math.inf or min(workers, len(videos)) < 1 or not 0 <= max_bad <= 1:
         raise UserError(
             f"fps {fps}, max_bad {max_bad}, workers {workers}, {len(videos)} videos: "
-            "max_bad is from 0 to 1, the others are above 0"
+            "max_bad is from 0 to 1, fps above 0 and finite, the others are at least 1"
         )
     if scenes:
         check_scenes()
     lengths = lengths or Lengths()
     prepared = PreparedClips([], [], [], [], [])
-    pool = ThreadPoolExecutor(workers)
-    try:
+    with READER.pool(workers) as pool:
         examined = pool.map(partial(_examine, scenes=scenes, motion=motion), [path for path, _ in videos])
         bar = ProgressBar(examined, total=len(videos), desc="decoding", unit="video", disable=not progress)
         for (path, caption), video in zip(videos, bar, strict=True):
@@ -138,8 +140,6 @@ def prepare(
             if video.scanned.facts.notes:
                 prepared.changed.append((path, ", ".join(video.scanned.facts.notes)))
             _cut(video, caption, (licences or {}).get(path), fps, lengths, prepared)
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupted call must not decode the rest first
     bad = prepared.quarantined
     if len(bad) > max_bad * len(videos) or len(bad) == len(videos):
         raise TooManyUnreadable(
@@ -188,6 +188,13 @@ def _examine(path: str, scenes: bool, motion: bool) -> _Examined | UnreadableVid
         return UnreadableVideo(path, error.strerror or str(error))
 
 
+def frames_at(times: np.ndarray, rate: float) -> int:
+    """Return the number of frames at a rate that a stretch shows whose own frames have these times, in seconds."""
+    # Readers refuse times more than half a frame of the video after its last one.
+    half = float(times[-1] - times[-2]) / 2 if len(times) > 1 else 0.0
+    return int(float(times[-1] - times[0]) * rate + min(TIE + ROUNDING * rate, half * rate)) + 1
+
+
 def _cut(
     video: _Examined, caption: str, licence: str | None, fps: float | None, lengths: Lengths, prepared: PreparedClips
 ) -> None:
@@ -197,9 +204,7 @@ def _cut(
     before = len(prepared.clips)
     for stretch in video.scanned.stretches:
         start = float(times[stretch.first])
-        interval = float(times[stretch.last] - times[max(stretch.last - 1, 0)])
-        # Readers refuse times more than half a frame of the video after its last one.
-        available = int((times[stretch.last] - start) * rate + min(TIE, rate * interval / 2)) + 1
+        available = frames_at(times[stretch.first : stretch.last + 1], rate)
         windows = [(0, 1)] if is_image(video.path) and not lengths.frames else lengths.windows(available, rate)
         if stretch.kind != "shot" or not windows:
             reason = "too short" if stretch.kind == "shot" else stretch.kind

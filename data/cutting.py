@@ -3,17 +3,19 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from promag.training.config import UserError
 from promag.training.progress import ProgressBar
 
 from .clip_index import Clip
+from .listing import first_few
 from .unchanged import check_unchanged, digest_file, stamp
 from .video import (
     READER,
@@ -28,6 +30,7 @@ from .video import (
 )
 
 CRF, KEY_EVERY = 16, 24  # errors far below those of tokenizers; reading from the middle decodes at most 24 frames more
+_WRITTEN = re.compile(r"-[0-9a-f]{12}-\d{8,}ms-\d+x[^/]+\.mp4$")  # how the names that `_name` gives end
 
 
 def cut_out(clips: Sequence[Clip], folder: str | os.PathLike, workers: int = 2, progress: bool = True) -> list[Clip]:
@@ -43,20 +46,39 @@ def cut_out(clips: Sequence[Clip], folder: str | os.PathLike, workers: int = 2, 
         workers: videos that are cut at a time.
         progress: show a bar.
 
-    Raises UnreadableVideo for a video that has changed.
+    Raises UnreadableVideo for a video that has changed, and UserError for one that an earlier call wrote into `folder`.
     """
+    check_apart(folder, (clip.path for clip in clips))
     by_video: dict[str, list[Clip]] = {}
     for clip in clips:
         if not is_image(clip.path):  # copies of a video share their files, which one thread alone may write
             by_video.setdefault(_prefix(clip), []).append(clip)
-    pool, cut = ThreadPoolExecutor(workers), {}
-    try:
+    cut: dict[str, dict[str, Any]] = {}
+    with READER.pool(workers) as pool:
         written = pool.map(partial(_cut, folder), by_video.values())
         for files in ProgressBar(written, total=len(by_video), desc="cutting", unit="video", disable=not progress):
             cut |= files
-    finally:
-        pool.shutdown(cancel_futures=True)
     return [dataclasses.replace(clip, **cut.get(_name(clip), {})) for clip in clips]
+
+
+def check_outside(folder: str | os.PathLike, source: str | os.PathLike) -> None:
+    """Raise UserError for a folder of clips inside a folder of videos, whose next listing would take the clips for videos."""
+    if os.path.isdir(source) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
+        raise UserError(
+            f"cut {folder}: lies inside {source}, so that another call would take the clips there for videos; "
+            "name a folder outside it"
+        )
+
+
+def check_apart(folder: str | os.PathLike, paths: Iterable[str]) -> None:
+    """Raise UserError where some of the videos are clips that an earlier call wrote into the folder: they would come twice."""
+    target = os.path.realpath(folder)
+    written = {path for path in paths if _WRITTEN.search(path)}
+    if inside := sorted(path for path in written if Path(os.path.realpath(path)).is_relative_to(target)):
+        raise UserError(
+            f"{folder}: holds {len(inside)} of the videos to cut, clips that an earlier call wrote there: {first_few(inside)}; "
+            "take a folder outside that of the videos, and remove or move these clips"
+        )
 
 
 def _cut(folder: str | os.PathLike, clips: Sequence[Clip]) -> dict[str, dict[str, Any]]:

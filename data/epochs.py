@@ -12,8 +12,8 @@ difference. Shards are read from front to back, so they have an order of their o
 are split into lanes, where steps s with s mod lanes = l are lane l's and take a contiguous run of the epoch's order. A loader
 process that makes the batches of whole lanes (their number is a multiple of the processes') opens each of its shards once. The
 order is a permutation of the shards, and inside a shard of each block of so many samples, which are in memory together.
-An epoch of shards is the full batches of every bucket: the last (samples mod batch x batches a step) of a bucket's order, fewer
-than one step's, are left out, others in each epoch.
+An epoch of shards is the full batches of every bucket. It leaves out (samples mod batch x batches a step) samples of a bucket,
+fewer than one step's: neighbours in its order, from a drawn place on, so others in each epoch.
 """
 
 import bisect
@@ -181,11 +181,13 @@ class EpochPlan:
         lanes: runs of the order that are read side by side for each slot.
         seed: decides the order of the buckets.
 
-    `steps` are those of one epoch for each bucket. Raises UserError if no bucket fills all batches of a step.
+    `steps` are those of one epoch for each bucket, `left_out` the samples that do not fill one more. Raises UserError if no
+    bucket fills all batches of a step.
     """
 
     def __init__(self, samples: Sequence[int], batch_sizes: Sequence[int], batches_per_step: int, lanes: int, seed: int):
-        self.steps = [count // (size * batches_per_step) for count, size in zip(samples, batch_sizes, strict=True)]
+        counts = [divmod(count, size * batches_per_step) for count, size in zip(samples, batch_sizes, strict=True)]
+        self.steps, self.left_out = [full for full, _ in counts], [rest for _, rest in counts]
         if not sum(self.steps):
             raise UserError(
                 f"{list(samples)} samples in batches of {list(batch_sizes)}, {batches_per_step} batches a step: no bucket "
@@ -221,15 +223,21 @@ class ShardOrder:
         counts: samples of the bucket in each shard.
         block: samples that are permuted together.
         seed, bucket: decide the order, with the epoch.
+        left_out: samples that an epoch leaves out: neighbours in its order, where the first one follows the last, so that each
+            sample is left out as often as any other.
     """
 
-    def __init__(self, counts: np.ndarray, block: int, seed: int, bucket: int):
+    def __init__(self, counts: np.ndarray, block: int, seed: int, bucket: int, left_out: int = 0):
         self.counts, self.block, self.seed, self.bucket = np.asarray(counts), block, seed, bucket
+        self.left_out = left_out
         self._shards = functools.lru_cache(maxsize=2)(self._permute_shards)
 
     def locate(self, epoch: int, position: int) -> tuple[int, int]:
         """Return the shard, and the place among the bucket's samples in it, of a position in the epoch's order."""
-        shards, ends = self._shards(epoch)
+        shards, ends, gap = self._shards(epoch)
+        position += max(0, gap + self.left_out - int(ends[-1]))  # the gap may go on at the order's beginning
+        if position >= gap:
+            position += self.left_out
         slot = int(np.searchsorted(ends, position, side="right"))
         shard = int(shards[slot])
         within = position - int(ends[slot] - self.counts[shard])
@@ -238,7 +246,9 @@ class ShardOrder:
         size = min(self.block, int(self.counts[shard]) - first)
         return shard, first + permute(offset, size, self.seed, BLOCK_STREAM, self.bucket, shard, number, epoch)
 
-    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return the shards in their order, where each ends in it, and where the samples that are left out begin."""
         rng = np.random.default_rng((self.seed, epoch, SHARD_STREAM, self.bucket))
         shards = rng.permutation(len(self.counts))
-        return shards, self.counts[shards].cumsum()
+        ends = self.counts[shards].cumsum()
+        return shards, ends, int(rng.integers(ends[-1]))

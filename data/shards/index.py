@@ -28,7 +28,8 @@ from .reader import Sample, is_local, opened
 INDEX_NAME = "shards.jsonl"
 COLUMNS = {"start": np.float64, "frames": np.int32, "fps": np.float64, "height": np.int32, "width": np.int32}
 
-_NAME = re.compile(r"[^/\s?]+\.tar(?:\.gz)?(?=[\s?]|$)")  # of a shard, in a path, a URL or a command
+_NAME = re.compile(r"[^/\s?]+\.tar(?:\.gz)?(?=[\s?]|$)")  # of a shard, in a URL or a command
+_ENDINGS = (".tar", ".tar.gz")  # of a shard's path, whose name may have spaces
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ class ShardIndex:
 
 def is_shards(source: str | os.PathLike) -> bool:
     """Return whether `source` is a pattern of shards and not another source of clips."""
-    return bool(_NAME.search(os.fspath(source)))
+    return os.fspath(source).endswith(_ENDINGS) or bool(_NAME.search(os.fspath(source)))
 
 
 def find_shards(pattern: str | os.PathLike) -> list[str]:
     """Return the shards that a pattern names: braces (`{000..041}`, `{a,b}`) anywhere, wildcards in paths and `file:` URLs.
 
-    A `file:` URL becomes its path.
+    A `file:` URL becomes its path. Wildcards in the name of a file or folder that exists stand for themselves.
 
     Raises UserError for a pattern that names none, or one twice.
     """
@@ -118,9 +119,10 @@ def find_shards(pattern: str | os.PathLike) -> list[str]:
         raise UserError(f"shards {pattern}: {error}") from None
     shards = []
     for name in named:
-        wild = is_local(name) and glob.has_magic(name)  # in a URL, %XX stand for bytes of a name, not for wildcards
         path = path_of_url(name) if name.startswith("file:") else name
-        shards += sorted(glob.glob(path)) if wild else [os.path.abspath(path) if is_local(name) else name]
+        # In a URL, %XX stand for bytes of a name, not for wildcards.
+        wild = is_local(name) and glob.has_magic(name) and not os.path.lexists(path)
+        shards += _matching(path) if wild else [os.path.abspath(path) if is_local(name) else name]
     if not shards:
         raise UserError(f"shards {pattern}: no file matches")
     if len(set(shards)) < len(shards):
@@ -128,9 +130,18 @@ def find_shards(pattern: str | os.PathLike) -> list[str]:
     return shards
 
 
+def _matching(path: str) -> list[str]:
+    """Return the files that a path with wildcards names; leading folders that exist have none."""
+    folder = os.path.dirname(path)
+    while folder and not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    return sorted(glob.glob(glob.escape(folder) + path[len(folder) :]))
+
+
 def shard_name(url: str) -> str:
     """Return the name of a shard's file."""
-    names = _NAME.findall(url)
+    name = os.path.basename(url)
+    names = [name] if is_local(url) and name.endswith(_ENDINGS) else _NAME.findall(url)
     if not names:
         raise UserError(f"shard {url}: its name does not end in .tar, so its index cannot be found")
     return names[-1]

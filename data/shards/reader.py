@@ -24,6 +24,7 @@ from ..video import IMAGE_EXTENSIONS, VideoBytes
 MEDIA = tuple(ending[1:] for ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)
 ALLOW_PIPES = "PROMAG_ALLOW_PIPES"  # of the environment, which no configuration file can set
 _WHOLE = "has no more samples"
+_tarfile: Any = tarfile  # its kinds of HeaderError are not in the type stubs
 _DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error)
 
 
@@ -33,6 +34,27 @@ class BadSample(UserError):  # noqa: N818
     # The rest may be absent: a DataLoader rebuilds a worker's exception from its message alone.
     def __init__(self, shard: str, key: str = "", reason: str = ""):
         super().__init__(f"shard {shard}, sample {key}: {reason}" if key else shard)
+
+
+class _StrictMember(tarfile.TarInfo):
+    """A member of a tar that must end with zeros: tarfile takes a damaged header, a cut and a hole for the end too."""
+
+    @classmethod
+    def fromtarfile(cls, archive: Any) -> Any:
+        try:
+            return super().fromtarfile(archive)
+        except _tarfile.EOFHeaderError:
+            while data := archive.fileobj.read(2**20):
+                if data.strip(b"\0"):
+                    break
+            else:
+                raise
+            problem = "more data behind the zeros that end it"
+        except (_tarfile.InvalidHeaderError, _tarfile.TruncatedHeaderError):
+            problem = "a damaged header"
+        except _tarfile.EmptyHeaderError:
+            problem = "the end of the file, but no zeros, which end a tar"
+        raise tarfile.ReadError(f"{problem} at byte {archive.offset}; copy the shard again, or write it as one whole tar")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +193,9 @@ class ShardReader:
         try:
             self._file = _open(self.url)
             mode: Any = "r:*" if is_local(self.url) else "r|*"
-            self._archive = tarfile.open(fileobj=self._file, mode=mode)  # noqa: SIM115
+            # Without an index nothing else shows that samples are missing.
+            kind = _StrictMember if self.samples is None else tarfile.TarInfo
+            self._archive = tarfile.open(fileobj=self._file, mode=mode, tarinfo=kind)  # noqa: SIM115
         except _DAMAGED as error:
             status = getattr(getattr(self._file, "proc", None), "poll", lambda: None)()
             self._broken = f"cannot be opened: {error}" + (f" (exit status {status})" if status else "")

@@ -121,8 +121,9 @@ class ShardedClips:
         Raises UnreadableVideo and BadSample, with `bad` "skip" only where nothing near a bad sample can be read.
         """
         sizes = tuple(self.buckets.batch_sizes(batch_size))
-        batch = self._plan(sizes, batches_per_step, seed).batch(step, slot)
-        size, order = sizes[batch.bucket], self._orders(seed)[batch.bucket]
+        plan = self._plan(sizes, batches_per_step, seed)
+        batch = plan.batch(step, slot)
+        size, order = sizes[batch.bucket], self._orders(plan)[batch.bucket]
         reader = self._reader(batch.bucket, slot, batch.lane, self.sharding.shuffle)
         first = step * batches_per_step * max(sizes) + slot * size
         items = []
@@ -155,12 +156,12 @@ class ShardedClips:
         """Return a table of the buckets for the log, and how many clips an epoch leaves out."""
         sizes = self.buckets.batch_sizes(batch_size)
         counts = [len(numbers) for numbers in self.numbers]
-        steps = EpochPlan(counts, sizes, batches_per_step, self.sharding.concurrent_shards, 0).steps
-        left = [count - n * size * batches_per_step for count, n, size in zip(counts, steps, sizes, strict=True)]
+        epoch = EpochPlan(counts, sizes, batches_per_step, self.sharding.concurrent_shards, 0)
+        steps, left_out = epoch.steps, sum(epoch.left_out)
         plan = bucket_plan(self.buckets.buckets, counts, sizes, steps)
         if never := [f"{b} ({n} clips)" for b, n, s in zip(self.buckets.buckets, counts, steps, strict=True) if n and not s]:
             logger.warning("buckets that never fill a step of %d batches never come: %s", batches_per_step, ", ".join(never))
-        rest = f"; each leaves out {sum(left)} of {len(self)} clips, others each time" if sum(left) else ""
+        rest = f"; each leaves out {left_out} of {len(self)} clips, others each time" if left_out else ""
         return f"{plan}\n{sum(steps)} steps an epoch{rest}"
 
     # -- planning ----------------------------------------------------------------------------------------------------
@@ -176,9 +177,10 @@ class ShardedClips:
         counts = [len(numbers) for numbers in self.numbers]
         return EpochPlan(counts, sizes, batches_per_step, self.sharding.concurrent_shards, seed)
 
-    def _make_orders(self, seed: int) -> list[ShardOrder]:
-        counts = (np.diff(np.searchsorted(numbers, self.shards.offsets)) for numbers in self.numbers)
-        return [ShardOrder(count, self.sharding.shuffle, seed, bucket) for bucket, count in enumerate(counts)]
+    def _make_orders(self, plan: EpochPlan) -> list[ShardOrder]:
+        counts = [np.diff(np.searchsorted(numbers, self.shards.offsets)) for numbers in self.numbers]
+        block, left_out = self.sharding.shuffle, plan.left_out
+        return [ShardOrder(count, block, plan.seed, bucket, left_out[bucket]) for bucket, count in enumerate(counts)]
 
     def _name_short(self, assigned: np.ndarray) -> int:
         short = np.flatnonzero(assigned == NONE)

@@ -8,7 +8,6 @@ import logging
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,12 +198,9 @@ def index_shards(
         raise UserError(f"max_bad {max_bad}, workers {workers}: max_bad is from 0 to 1, workers at least 1")
     if len(set(map(shard_name, urls))) < len(urls):
         raise UserError(f"shards {pattern}: an index lies beside its shards, and two of these have one name")
-    pool = ThreadPoolExecutor(workers)
-    try:
+    with READER.pool(workers) as pool:
         bar = ProgressBar(pool.map(_examine_shard, urls), total=len(urls), desc="decoding", unit="shard", disable=not progress)
         examined = list(bar)
-    finally:
-        pool.shutdown(cancel_futures=True)
     samples, bad = sum(row.samples for row, _ in examined), [reason for _, reasons in examined for reason in reasons]
     if not samples or len(bad) > max_bad * samples:
         raise UserError(f"{len(bad)} of {samples} samples are bad, at most {max_bad:.1%} may be: {first_few(bad)}")

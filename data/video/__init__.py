@@ -4,7 +4,7 @@
 the frames of a file are. PyAV and decord are imported in this room alone, and lazily.
 """
 
-from .images import IMAGE_EXTENSIONS, IMAGE_FPS, is_image
+from .images import IMAGE_EXTENSIONS, IMAGE_FPS, ImageError, is_image, to_rgb
 from .isolated import READER, IsolatedReader
 from .reader import VideoHeader, frame_times, read_frames, read_header, stream_frames
 from .source import READ_TIMEOUT, REENCODE, UnreadableVideo, VideoBytes, VideoSource
@@ -19,6 +19,7 @@ __all__ = [
     "READ_TIMEOUT",
     "REENCODE",
     "TIE",
+    "ImageError",
     "IsolatedReader",
     "UnreadableVideo",
     "VideoBytes",
@@ -34,5 +35,6 @@ __all__ = [
     "read_frames",
     "read_header",
     "stream_frames",
+    "to_rgb",
     "write_video",
 ]

@@ -8,13 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 IMAGE_FPS = 24.0  # An image has no rate, but models take one: a common one is stated
-
-# What PIL raises for a damaged file depends on its format.
-_DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ImageError(Exception):
@@ -36,7 +33,7 @@ def read_image(source: str | os.PathLike | bytes) -> np.ndarray:
         count = getattr(image, "n_frames", 1)
         if count > 1 and image.format in ("WEBP", "PNG", "TIFF", "AVIF", "GIF"):
             raise ImageError(f"holds {count} pictures; make a video of it, or keep one of them")
-        return np.array(_rgb(ImageOps.exif_transpose(image)))[None]
+        return np.array(to_rgb(ImageOps.exif_transpose(image)))[None]
 
 
 def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
@@ -52,25 +49,35 @@ def _opened(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 yield image
-    except (*_DAMAGED, Image.DecompressionBombWarning) as error:
-        raise ImageError(getattr(error, "strerror", None) or str(error)) from error
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # which one PIL raises for a damaged file depends on its format
+        raise ImageError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture in sRGB, 8 bits: by its colour profile, transparent parts on white; raises ImageError for 32 bits."""
     if image.mode in ("F", "I"):
         raise ImageError("its pixels have 32 bits: 8 or 16 a channel can be shown")
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # PIL would clip 16 bits to 8
         image = Image.fromarray((np.asarray(image).astype(np.uint32) / 257).round().astype(np.uint8))
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")  # what profiles describe
+    alpha = None
     if "A" in image.getbands() or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-    return _by_profile(image) or image.convert("RGB")
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    image = image.convert(mode)
+    shown = _by_profile(image, profile) or image.convert("RGB")
+    if alpha is None:
+        return shown
+    shown.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
 
 
-def _by_profile(image: Image.Image) -> Image.Image | None:
-    """Return the image in sRGB by the profile that lies in it; None without one that fits."""
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK", "L"):
+def _by_profile(image: Image.Image, profile: bytes | None) -> Image.Image | None:
+    """Return an image without transparency in sRGB; None without a profile that fits."""
+    if not profile:
         return None
     try:
         return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")

@@ -6,6 +6,7 @@ Decoders are C code that reads files of strangers. Where one crashes, hangs or t
 file is unreadable like any other. A child is a new Python that imports this room alone; no process with threads is forked.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import inspect
@@ -20,6 +21,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from .source import READ_TIMEOUT, UnreadableVideo, VideoSource, within
@@ -55,6 +57,7 @@ class IsolatedReader:
         self.memory, self.silence, self.total = memory, silence, total
         self._places = threading.BoundedSemaphore(processes) if processes else contextlib.nullcontext()
         self._idle: list[_Child] = []
+        self._thread = threading.local()  # its `calls` are those of the pool that the thread is of
         weakref.finalize(self, _end_all, self._idle)
 
     def call(self, function: Callable[..., Any], source: VideoSource, *arguments: Any, **options: Any) -> Any:
@@ -72,6 +75,19 @@ class IsolatedReader:
         for kind, value in self._answers(functools.partial(function, source, *arguments), source):
             if kind == _ITEM:
                 yield value
+
+    @contextlib.contextmanager
+    def pool(self, workers: int) -> Iterator[ThreadPoolExecutor]:
+        """Give threads that may call this reader; their calls end at once where the block raises, also for Ctrl-C."""
+        calls = _Calls()
+        pool = ThreadPoolExecutor(workers, initializer=lambda: setattr(self._thread, "calls", calls))
+        try:
+            yield pool
+        except BaseException:
+            calls.end()  # else closing the pool would wait for whole films
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _answers(self, work: Callable[[], Any], source: VideoSource) -> Iterator[tuple[int, Any]]:
         """Yield the items and the result; a used child that is lost before its first answer is replaced by a new one."""
@@ -94,7 +110,9 @@ class IsolatedReader:
     def _ask(self, child: "_Child", work: Callable[[], Any], source: VideoSource) -> Iterator[tuple[int, Any]]:
         usable, patience, left = False, self.silence, self.total or math.inf
         too_long = f"takes longer than {self.total or 0:g} s to decode"
+        calls = getattr(self._thread, "calls", None) or _Calls()
         try:
+            calls.begin(child)
             if not child.ready:
                 child.ready = (
                     within(READ_TIMEOUT, source, child.receive, "no process could be started to decode it") is not None
@@ -112,7 +130,12 @@ class IsolatedReader:
                     raise value
                 if kind in (_ITEM, _RESULT):
                     yield kind, value
+        except _LostError:
+            if calls.ended:
+                raise concurrent.futures.CancelledError from None
+            raise
         finally:
+            calls.children.discard(child)
             if usable:
                 self._idle.append(child)
             else:
@@ -125,6 +148,28 @@ class IsolatedReader:
                 if child.parent == os.getpid():  # else it belongs to the process that this one was forked from
                     return child
         return None
+
+
+class _Calls:
+    """The calls of a pool's threads, which end together."""
+
+    def __init__(self):
+        self.ended, self.children = False, set[_Child]()
+        self._lock = threading.Lock()
+
+    def begin(self, child: "_Child") -> None:
+        """Add the child of a call; raises CancelledError where the calls have ended."""
+        with self._lock:
+            if self.ended:
+                raise concurrent.futures.CancelledError
+            self.children.add(child)
+
+    def end(self) -> None:
+        """Kill the children of all calls, and let no other call begin."""
+        with self._lock:
+            self.ended = True
+            for child in tuple(self.children):
+                child.process.kill()
 
 
 class _Child:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from promag.data.clip_index import Clip
-from promag.data.clips import Lengths, Skipped, TooManyUnreadable, prepare
+from promag.data.clips import Lengths, Skipped, TooManyUnreadable, frames_at, prepare
 from promag.data.datasets import ClipDataset
 from promag.data.listing import list_videos
 from promag.data.video import REENCODE, write_video
@@ -61,6 +61,20 @@ def test_clips_at_a_hundredth_of_a_videos_rate_end_with_the_video(tmp_path):
     assert ClipDataset(prepared.clips, 2, 32).fixed(0)["video"].shape == (3, 2, 32, 32)
 
 
+@pytest.mark.parametrize("fps", [60, 30000 / 1001, 29.97])
+def test_whole_milliseconds_lose_no_frame_at_a_videos_own_rate(fps):
+    for count in range(2, 201):
+        for first in (0, 7, 19):  # a shot may begin anywhere
+            times = np.round((first + np.arange(count)) / fps, 3)
+            assert frames_at(times, fps) == count
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(25, 26), (12.5, 13), (24, 25), (10, 11), (24.9, 25)])
+def test_frames_of_a_second_at_a_rate(rate, expected):
+    assert frames_at(np.arange(26) / 25, rate) == expected
+    assert frames_at(np.zeros(1), rate) == 1
+
+
 def test_a_rate_above_the_videos_own_is_named(folder):
     prepared = prepare([(str(folder / "more" / "b.mp4"), "")], fps=30, progress=False)
     assert prepared.slower == [(str(folder / "more" / "b.mp4"), 15.0)]
@@ -108,7 +122,7 @@ def test_too_many_unreadable_videos_end_with_counts_reasons_and_advice(tmp_path)
     assert [path for path, _ in error.value.quarantined] == [path for path, _ in videos]
 
 
-@pytest.mark.parametrize("options", [{"fps": 0}, {"max_bad": 1.5}, {"workers": 0}])
+@pytest.mark.parametrize("options", [{"fps": 0}, {"fps": math.nan}, {"fps": math.inf}, {"max_bad": 1.5}, {"workers": 0}])
 def test_invalid_settings_are_refused(folder, options):
     with pytest.raises(UserError, match=f"{next(iter(options))} {next(iter(options.values()))}"):
         prepare(list_videos(folder), **options, progress=False)
@@ -121,6 +135,8 @@ def test_invalid_settings_are_refused(folder, options):
         ({"min_seconds": 3, "max_seconds": 2}, "min_seconds 3, max_seconds 2: legal"),
         ({"max_seconds": 0}, "max_seconds 0: legal"),
         ({"min_seconds": math.nan}, "min_seconds nan, max_seconds inf: legal"),
+        ({"max_seconds": math.nan}, "min_seconds 0, max_seconds nan: legal"),
+        ({"min_seconds": math.inf}, "min_seconds inf, max_seconds inf: legal"),
         ({"frames": 9, "max_seconds": 2}, "frames 9, .* max_seconds 2: clips have a number of frames, or are from"),
     ],
 )

@@ -12,11 +12,13 @@ from PIL import Image
 from promag.data import cutting
 from promag.data.clip_index import load_clips, save_clips
 from promag.data.clips import Lengths, prepare
-from promag.data.cutting import cut_out
+from promag.data.cutting import check_outside, cut_out
 from promag.data.datasets import ClipDataset
+from promag.data.listing import list_videos
 from promag.data.shards.writer import write_shards
 from promag.data.video import UnreadableVideo, decode_strictly, read_frames, write_video
 from promag.data.video.reader import has_decord
+from promag.training.config import UserError
 from tests.data.conftest import counting, numbers
 
 
@@ -109,6 +111,31 @@ def test_copies_of_a_video_under_one_name_are_cut_once(tmp_path, monkeypatch):
     assert together == [films]  # else two threads would write one file
     assert first == dataclasses.replace(second, caption="a film")
     assert os.listdir(tmp_path / "cut") == [Path(first.path).name]
+
+
+def test_clips_of_an_earlier_call_are_not_cut_again(tmp_path):
+    counting(tmp_path / "film.mp4", 8)
+    first = cut_out(prepare(list_videos(tmp_path), progress=False).clips, tmp_path / "cut", progress=False)
+    again = prepare(list_videos(tmp_path), progress=False).clips
+    assert len(again) == 2
+    with pytest.raises(UserError, match=rf"cut: holds 1 of the videos to cut.*: {first[0].path}; take a folder outside"):
+        cut_out(again, tmp_path / "cut", progress=False)
+    assert os.listdir(tmp_path / "cut") == [Path(first[0].path).name]
+    beside = cut_out(
+        [clip for clip in again if clip.path.endswith("/film.mp4")], tmp_path, progress=False
+    )  # a film named alone
+    assert Path(beside[0].path) == tmp_path / Path(first[0].path).name
+
+
+def test_a_folder_inside_that_of_the_videos_is_refused(tmp_path):
+    (tmp_path / "films").mkdir()
+    film = counting(tmp_path / "films" / "film.mp4", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "films")
+    for inside in ("films/cut", "films", "link/a/b"):
+        with pytest.raises(UserError, match=rf"cut .*/{inside}: lies inside .*/films, .*; name a folder outside it"):
+            check_outside(tmp_path / inside, tmp_path / "films")
+    check_outside(tmp_path / "films of clips", tmp_path / "films")
+    check_outside(tmp_path / "films" / "cut", film)  # alone, it is no folder that is listed again
 
 
 def test_a_video_that_changed_is_named(prepared, tmp_path):

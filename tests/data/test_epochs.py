@@ -148,7 +148,7 @@ def test_an_epoch_is_every_full_batch_once_over_all_slots(plan, epoch):
     for bucket, (count, size) in enumerate(zip(samples, sizes, strict=True)):
         numbers = {number for b, number in taken if b == bucket}
         assert numbers == set(range(count // (size * slots) * slots))
-        assert count - len(numbers) * size < size * slots  # less than one step is left out
+        assert count - len(numbers) * size == result.left_out[bucket] < size * slots  # less than one step is left out
 
 
 @given(plans)
@@ -202,6 +202,28 @@ def test_an_order_visits_each_sample_once_block_by_block(counts, block, seed, ep
     for shard in range(len(counts)):
         blocks = [b for s, b in changes if s == shard]
         assert blocks == sorted(blocks)  # front to back
+
+
+@given(shards, st.integers(1, 25), seeds, st.integers(0, 5), st.data())
+def test_an_order_that_leaves_samples_out_skips_neighbours(counts, block, seed, epoch, data):
+    total = sum(counts)
+    left_out = data.draw(st.integers(0, total - 1))
+    whole, order = ShardOrder(np.array(counts), block, seed, 0), ShardOrder(np.array(counts), block, seed, 0, left_out)
+    kept = [order.locate(epoch, position) for position in range(total - left_out)]
+    places = [whole.locate(epoch, position) for position in range(total)]
+    assert kept == [place for place in places if place in set(kept)]
+    assert len(kept) == total - left_out
+    missing = [place not in kept for place in places]
+    assert sum(here and not following for here, following in zip(missing, [*missing[1:], missing[0]], strict=True)) <= 1
+
+
+@pytest.mark.parametrize("counts", [[100], [100, 1], [40, 30, 30]])
+def test_each_sample_is_left_out_as_often_as_any_other(counts):
+    order, epochs, left_out = ShardOrder(np.array(counts), 6, 0, bucket=0, left_out=24), 200, 24
+    drawn = Counter(order.locate(epoch, position) for epoch in range(epochs) for position in range(sum(counts) - left_out))
+    expected = 1 - left_out / sum(counts)
+    assert len(drawn) == sum(counts)
+    assert all(abs(times / epochs - expected) < 5 * (0.25 * 0.75 / epochs) ** 0.5 for times in drawn.values())
 
 
 def test_shards_and_samples_are_shuffled_anew_in_each_epoch():

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from promag.data.clips import prepare
 from promag.data.datasets import ClipDataset
@@ -79,6 +79,30 @@ def test_colours_follow_the_files_colour_profile():
     assert np.array_equal(read_image(saved(picture, icc_profile=b"no profile"))[0], RED_LEFT)
 
 
+def swapping() -> bytes:
+    """Return a profile by which what is stored as red is green, and the reverse."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"tmp ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"tmp ", b"gXYZ", 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "P with transparency"])
+def test_the_colour_profile_is_that_of_every_kind_of_picture(mode):
+    options = {"transparency": 1} if "transparency" in mode else {}
+    if mode.startswith("P"):
+        picture = Image.new("P", (2, 1))
+        picture.putpalette([200, 0, 0, 0, 0, 90])
+    else:
+        picture = Image.new(mode, (2, 1), (200, 0, 0))
+    shown = read_image(saved(picture, icc_profile=swapping(), **options))[0, 0, 0]
+    assert np.abs(shown.astype(int) - [0, 200, 0]).max() <= 2
+
+
+def test_a_profile_is_followed_before_colours_are_blended_with_white():
+    picture = Image.new("RGBA", (1, 1), (200, 0, 0, 51))  # a fifth of it
+    shown = read_image(saved(picture, icc_profile=swapping()))[0, 0, 0]
+    assert np.abs(shown.astype(int) - [204, 244, 204]).max() <= 2
+
+
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 def test_pictures_of_several_frames_are_refused(kind):
     frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 90, 180)]
@@ -100,6 +124,30 @@ def test_an_image_is_read_as_a_video_of_one_frame():
 def test_damaged_images_are_named(data):
     with pytest.raises(UnreadableVideo, match=r"shard.tar: 7.jpg: "):
         decode_strictly(VideoBytes("shard.tar: 7.jpg", data))
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+
+
+def test_whatever_pil_raises_for_damage_names_the_image():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    with pytest.raises(ImageError, match="required argument is not an integer"):
+        read_image(encoded("JPEG", exif=flipped(exif.tobytes(), 139)))
+    with pytest.raises(ImageError, match="Missing dimensions"):
+        read_image(flipped(encoded("TIFF"), 64))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_damaged_avif_is_named():
+    data, reasons = encoded("AVIF"), set()
+    for bit in range(640, 760, 3):
+        try:
+            read_image(flipped(data, bit))
+        except ImageError as error:
+            reasons.add(str(error))
+    assert any("Failed to decode" in reason for reason in reasons)
 
 
 def test_images_are_indexed_on_request(tmp_path):

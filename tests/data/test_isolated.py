@@ -5,6 +5,8 @@ import os
 import pickle
 import signal
 import sys
+import threading
+from concurrent.futures import CancelledError
 
 import numpy as np
 import psutil
@@ -105,6 +107,29 @@ def test_a_stream_ends_with_its_error_or_where_it_is_left(reader):
     assert [next(numbers), next(numbers)] == [0, 1]
     numbers.close()
     assert reader.call(own_process, "a.mp4") != process
+
+
+def test_calls_of_a_pool_end_where_its_block_raises(reader):
+    begun, calls = threading.Event(), []
+
+    def follow():
+        try:
+            for _ in reader.stream(count, "a.mp4", 10**12):
+                begun.set()
+        except CancelledError:
+            return reader.call(own_process, "a.mp4")  # others do not begin
+
+    def interrupt():
+        with reader.pool(2) as pool:  # closing it would wait for all numbers
+            calls.extend(pool.submit(follow) for _ in range(2))
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert [call.cancelled() or type(call.exception()) is CancelledError for call in calls] == [True, True]
+    with reader.pool(1) as pool:
+        assert pool.submit(reader.call, own_process, "a.mp4").result() > 0
 
 
 def test_relative_names_mean_the_folder_of_the_call(reader, tmp_path, monkeypatch):

@@ -86,6 +86,15 @@ def test_an_epoch_shows_every_clip_once_over_all_ranks(folder, world, size):
         assert {(3, 32, 64), (1, 16, 16)} == set(shapes)
 
 
+def test_clips_of_one_shard_that_an_epoch_leaves_out_come_in_others(index, tmp_path):
+    write_shards(index, tmp_path, 26, progress=False)
+    videos = dataclasses.replace(VIDEO, batch_size=21)  # one more than there are: they fill no step
+    stream = TrainingStream(clips_of(tmp_path, [videos, IMAGE], concurrent_shards=1, shuffle=1), 0, 4, 0, 1)
+    epochs = [set(stream.batch(epoch)["caption"]) for epoch in range(12)]  # of one step each
+    assert {len(epoch) for epoch in epochs} == {4}
+    assert set.union(*epochs) == {f"clip {k}" for k in range(20, 26)}
+
+
 def test_an_elements_address_determines_its_crop(index, folder):
     clips, rows = clips_of(folder), {clip.caption: clip for clip in load_clips(index)}
     stream = TrainingStream(clips, 3, 2, 1, 2)

@@ -197,12 +197,30 @@ def test_patterns(shards):
     ("shard", "place"),
     [
         ("/d/shard-000000.tar", "/d/shards.jsonl"),
+        ("/d/my clips-0.tar", "/d/shards.jsonl"),
+        ("/d.tar x/which? .tar.gz", "/d.tar x/shards.jsonl"),
         ("https://h/d/a.tar?key=1", "https://h/d/shards.jsonl?key=1"),
         ("pipe:aws s3 cp s3://b/d/a.tar.gz -", "pipe:aws s3 cp s3://b/d/shards.jsonl -"),
     ],
 )
 def test_the_index_is_beside_the_shards(shard, place):
     assert index_url(shard) == place
+
+
+def test_names_with_spaces_and_wildcards_are_those_of_files(shards, tmp_path):
+    folder = tmp_path / "[2024] set"
+    folder.mkdir()
+    for path in shards.iterdir():
+        lines = path.read_bytes()
+        name = path.name.replace("shard-000000", "my clips [0]")
+        (folder / name).write_bytes(lines.replace(b"shard-000000", b"my clips [0]") if path.suffix == ".jsonl" else lines)
+    names = ["my clips [0].tar", "shard-000001.tar", "shard-000002.tar"]
+    for pattern in ("*.tar", "{my clips [0],shard-000001,shard-00000[2]}.tar"):
+        result = open_shards(folder / pattern)
+        assert result.urls == [str(folder / name) for name in names]
+        assert (result.samples.tolist(), result.damaged()) == ([3, 3, 1], {})
+    assert open_shards(folder / "my clips [0].tar").urls == [str(folder / names[0])]
+    assert is_shards(folder / "shard-00000?.tar")
 
 
 def test_a_subset_and_piped_shards_have_the_same_facts(shards):
@@ -301,6 +319,44 @@ def test_a_truncated_shard_is_named(numbered, tmp_path, template, cut):
     for number in (5, 6, 7):
         assert isinstance(result[number], BadSample)
         assert re.search(r"shard .*cut\.tar, sample .*: the shard (cannot be read on|ends after 5 of 8)", str(result[number]))
+
+
+@pytest.mark.parametrize("template", ["{}", "pipe:cat {}"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("bit", "a damaged header at byte {}; copy the shard again"),
+        ("hole", "more data behind the zeros that end it at byte {}"),
+        ("cut", "the end of the file, but no zeros, which end a tar at byte {}"),
+        ("cut in header", "a damaged header at byte {}"),
+    ],
+)
+def test_without_an_index_a_damaged_header_is_not_the_end(numbered, tmp_path, template, damage, message):
+    with tarfile.open(numbered) as archive:
+        at = archive.getmember("p/005.png").offset
+    data, path = bytearray(numbered.read_bytes()), tmp_path / "damaged.tar"
+    if damage == "bit":
+        data[at + 3] ^= 1
+    elif damage == "hole":
+        data[at : at + 512] = bytes(512)
+    else:
+        del data[at + (100 if "header" in damage else 0) :]
+    path.write_bytes(data)
+    reader = ShardReader(template.format(path), None)
+    samples = reader.read(range(6))
+    assert [samples[k].caption for k in range(4)] == [f"grey {k}" for k in range(4)]
+    assert f"damaged.tar, sample p/004: the shard cannot be read on: {message.format(at)}" in str(samples[4])
+    assert (reader.stuck(4), reader.ended(5)) == (True, False)
+    if template == "{}":
+        with pytest.raises(UserError, match=r"damaged\.tar, sample p/004: the shard cannot be read on: "):
+            index_shards(str(path), tmp_path / "shards.jsonl", progress=False)
+
+
+def test_without_an_index_a_whole_shard_ends(numbered):
+    reader = ShardReader(str(numbered), None)
+    assert [reader.read([k])[k].caption for k in range(8)] == [f"grey {k}" for k in range(8)]
+    reader.read([8])
+    assert (reader.ended(8), reader.stuck(8)) == (True, False)
 
 
 @pytest.mark.parametrize(
