@@ -26,13 +26,12 @@ from promag.training.precision import PRECISIONS, Precision, autocast
 from promag.training.progress import ProgressBar
 
 from .background import Background
+from .conditioning_frames import count_opening, read_conditioning_frames
 from .inputs import (
     NAMES,
     NEGATIVE_NAMES,
     check_counts,
     check_prompts,
-    count_opening,
-    read_conditioning_frames,
     steps_and_guidance,
     unpack,
     with_defaults,

@@ -24,6 +24,7 @@ from promag.tokenizer.geometry import check_size, latent_frames, tokens
 from promag.tokenizer.tiny_decoder import TinyDecoder
 from promag.training.safetensors_only import SafetensorsOnly, check_complete
 
+from .conditioning_frames import check_conditioning, count_opening, read_conditioning_frames
 from .decoding import Decoding
 from .graphs import Graphed
 from .inputs import (
@@ -37,7 +38,6 @@ from .inputs import (
     check_amount,
     check_budget,
     check_callback,
-    check_conditioning,
     check_generators,
     check_kinds,
     check_latents,
@@ -46,10 +46,8 @@ from .inputs import (
     check_parts,
     check_prompts,
     check_result,
-    count_opening,
     first_noise,
     pack,
-    read_conditioning_frames,
     repeat_for_videos,
     steps_and_guidance,
     unpack,

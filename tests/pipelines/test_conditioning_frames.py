@@ -57,6 +57,16 @@ def test_every_image_type_gives_the_same_video(pipe, clip):
         assert np.allclose(call(pipe, video=video), expected, atol=0.1)
 
 
+def test_pictures_are_shown_as_those_that_are_trained_on(pipe):
+    transparent = Image.new("RGBA", (24, 16), (0, 0, 0, 0))
+    deep = Image.fromarray(np.full((16, 24), 30000, np.uint16))
+    for picture, grey in ((transparent, 255), (deep, round(30000 / 257))):
+        plain = Image.new("RGB", (24, 16), (grey,) * 3)
+        assert np.array_equal(call(pipe, image=picture), call(pipe, image=plain))
+    with pytest.raises(ValueError, match="image: its pixels have 32 bits: 8 or 16 a channel can be shown"):
+        call(pipe, image=Image.new("F", (24, 16)))
+
+
 def test_each_prompt_may_have_its_own_image(pipe, clip):
     two = call(pipe, PROMPTS, image=[clip[0], clip[30]], num_videos_per_prompt=2, generator=None)
     assert np.allclose(two[0, 0], two[1, 0], atol=1e-5)
