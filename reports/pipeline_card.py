@@ -26,7 +26,13 @@ RECIPE = (
 )
 
 
-def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], recipe: Sequence[Mapping[str, Any]]) -> str:
+def trained_card(
+    pipe: Any,
+    name: str,
+    records: Sequence[Mapping[str, Any]],
+    recipe: Sequence[Mapping[str, Any]],
+    licence: str | None = None,
+) -> str:
     """Return the card of a pipeline trained on generated clips, with how it follows prompts and how it was trained.
 
     Args:
@@ -36,6 +42,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
         recipe: one mapping per training, with ratios, synthetic_clips, frames, size, caption_weights, steps, batch (samples a
             step, of all processes), learning_rate, muon_learning_rate, ema_decay, shift, few_steps (None but for a student),
             seconds and machines. The first may be {"published": folder}: the pipeline that the others start from.
+        licence: identifier of the weights' licence; None states none.
     """
     first = records[0]
     guessing = ", ".join(f"{part} {100 * value:.0f} %" for part, value in chance().items() if part != "all")
@@ -65,7 +72,7 @@ def trained_card(pipe: Any, name: str, records: Sequence[Mapping[str, Any]], rec
     heads = ["ratio", "combinations of shape, colour and motion", *(f"{part} right" for part in PARTS)]
     return "\n".join(
         [
-            pipeline_card(pipe, name).replace("---\nlibrary_name", "---\nlicense: apache-2.0\nlibrary_name", 1),
+            pipeline_card(pipe, name).replace("---\n", f"---\nlicense: {licence}\n" if licence else "---\n", 1),
             "## How well it follows prompts",
             "",
             "It knows generated clips alone: one or two objects on a panning background (`a red disc moves left`, `a blue plus "

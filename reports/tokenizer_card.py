@@ -38,6 +38,7 @@ def tokenizer_card(
     recipe: Sequence[Mapping[str, Any]],
     sources: Sequence[Mapping[str, Any]],
     credits: str,
+    licence: str | None = None,
 ) -> str:
     """Return the card as Markdown.
 
@@ -50,6 +51,7 @@ def tokenizer_card(
             {"published": folder}: the autoencoder that the others start from.
         sources: one mapping per source of training clips, with repository, commit, licence and clips.
         credits: Markdown, under the table of sources.
+        licence: identifier of the weights' licence; None states none.
     """
     ratios = [f"{ratio}x" for ratio in shape["temporal_ratios"]]
     clips = sum(source["clips"] for source in sources)
@@ -58,7 +60,7 @@ def tokenizer_card(
     return "\n".join(
         [
             "---",
-            "license: apache-2.0",
+            *([f"license: {licence}"] if licence else []),
             "library_name: diffusers",
             "tags: [video, autoencoder, promag]",
             "---",
@@ -90,9 +92,7 @@ def tokenizer_card(
             "",
             "PSNR in dB; key frames are frames 0, r, 2r, ...; least and most motion are thirds of the clips; high freq. is the "
             "energy above half the Nyquist frequency against the original's (below 1 is blur)."
-            f"{_explain(columns)} It is small and was trained "
-            "at a low resolution: expect blur, and more of it where much moves. LPIPS and FVD were not measured for want of "
-            "weights.",
+            f"{_explain(columns)} LPIPS and FVD were not measured for want of weights.",
             "",
             "## Recipe",
             "",

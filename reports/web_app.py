@@ -30,7 +30,7 @@ CRF, KEY_EVERY = 14, 8
 TILE = 256  # pixels: narrower videos are enlarged
 SIDES = (64, 128, 256)  # pixels of the shorter side of a reconstruction
 LONGEST = 3  # times the shorter side: the longer one, at most
-WORK = 300.0  # seconds that one comparison may take
+WORK = 300.0  # seconds that one comparison, or the steps of one video, may take
 DECODERS, DECODER_MEMORY, DECODER_SECONDS = 3, 2**29, 60.0  # processes that read uploads; bytes and seconds for each
 LONGEST_PROMPT = 2000  # characters
 KEPT = 3600  # seconds that uploaded files stay on the disk
@@ -48,7 +48,7 @@ class AppBackend:
         pace: how fast this machine was at each ratio.
         limits: limits for uploaded videos.
         precision: precision of sampling and reconstructing.
-        work: seconds that one comparison may take.
+        work: seconds that one comparison, or the steps of one video, may take.
     """
 
     def __init__(
@@ -93,12 +93,21 @@ class AppBackend:
             )
         if seed is None or not 0 <= seed < 2**63:
             return _part("message", text=f"seed {seed}: 0 to 2^63 - 1 are legal")
+        ended = None
+
+        def in_time(done: int, total: int) -> None:
+            nonlocal ended
+            ended = ended or time.monotonic() + self.work  # from the first step: others may have been served before
+            if time.monotonic() > ended:
+                raise UserError(f"not sampled within {self.work:g} s, the limit of this page; choose fewer steps or frames")
+            on_progress(done, total)
+
         order, options = SampleRequest(prompt, int(seed)), {"negative_prompt": negative, "num_frames": frames}
         options |= {"num_inference_steps": int(steps), "temporal_ratio": ratio, "guidance_scale": guidance}
         try:
             with self.lock:
-                ((videos, seconds),) = make_videos(self.pipe, [order], 1, self.precision, on_progress, **options)
-        except ValueError as error:
+                ((videos, seconds),) = make_videos(self.pipe, [order], 1, self.precision, in_time, **options)
+        except (UserError, ValueError) as error:
             return _part("message", text=str(error))
         cost = sampling_cost(self.pipe, ratio, frames, int(steps), guidance)
         self.pace.learn(cost, seconds, "the last video")
@@ -160,13 +169,20 @@ class AppBackend:
 
 
 def import_gradio() -> Any:
-    """Import Gradio without its analytics; raises UserError where it cannot be imported."""
+    """Import Gradio without its analytics and its downloads; raises UserError where it cannot be imported."""
     # Gradio reads this when it is imported; without it, it asks its makers for news and a hub for models.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio as gr
+        from gradio import processing_utils
     except ImportError as error:
         raise UserError(f"the page needs gradio, which cannot be imported: {error}; extra app") from None
+
+    async def refuse(url: str, cache_dir: str) -> str:
+        raise gr.Error(f"{url:.100}: this page takes uploaded files, no addresses")
+
+    # A request may name an address where the page's own name an upload; Gradio would load it whole, whatever its size.
+    processing_utils.async_ssrf_protected_download = refuse
     return gr
 
 

@@ -23,7 +23,7 @@ from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.scripts import evaluate_pipeline, evaluate_tokenizer
 from promag.scripts._options import check_apart, check_writable, share
 from promag.scripts._parts import enable_tiny_decoder
-from promag.tokenizer.checkpoint import load_tokenizer, save_model
+from promag.tokenizer.checkpoint import load_tokenizer, save_model, save_tokenizer
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.stages import finished_stages
 from promag.training.command_line import Parser, run_main
@@ -58,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
 
     for kind in (tokenizer, pipeline):
         kind.add_argument("--out", type=Path, required=True, help="folder to write; its path is the name on the card")
+        kind.add_argument(
+            "--licence", metavar="ID", help="licence of the weights for the card, such as apache-2.0; left out: none"
+        )
         share(kind, "--record")
     arguments = parser.parse_args(argv)
     # An older folder is replaced whole, so that nothing that is read may lie in it.
@@ -97,7 +100,7 @@ def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
         raise UserError(f"--count {arguments.count}: at least 1 is needed")
     open_evaluation(arguments.videos, None, arguments.frames, arguments.size, arguments.count)
     model.to(torch.bfloat16)
-    save_model(model, arguments.out)
+    save_tokenizer(model, arguments.out)
     asked = {key: getattr(arguments, key) for key in ("videos", "frames", "size", "count")}
     line = _score(evaluate_tokenizer.main, arguments.out, asked)
     shape = {
@@ -107,7 +110,7 @@ def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
         "spatial_ratio": model.spatial_ratio,
         "dtype": "bfloat16",
     }
-    return line, tokenizer_card(str(arguments.out), shape, json.loads(line), recipe, sources, credits)
+    return line, tokenizer_card(str(arguments.out), shape, json.loads(line), recipe, sources, credits, arguments.licence)
 
 
 def list_stages(run: Path) -> list[dict[str, Any]]:
@@ -177,7 +180,9 @@ def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
     options = {key: getattr(arguments, key) for key in ("prompts", "steps", "guidance")}
     given = {key: value for key, value in options.items() if value is not None}
     lines = _score(evaluate_pipeline.main, arguments.out, given)
-    return lines, trained_card(pipe, str(arguments.out), [json.loads(line) for line in lines.splitlines()], recipe)
+    return lines, trained_card(
+        pipe, str(arguments.out), [json.loads(line) for line in lines.splitlines()], recipe, arguments.licence
+    )
 
 
 def save_published(pipe: Any, tokenizer: Path, folder: Path) -> None:
@@ -199,7 +204,7 @@ class _Published:
 def check_tokenizer(trained: Any, published: Path) -> None:
     """Raise UserError where a published tokenizer is not, in bfloat16, the one that a pipeline was trained with."""
     weights = load_tokenizer(published).state_dict()
-    own = trained.state_dict()
+    own = {name: weight.cpu() for name, weight in trained.state_dict().items()}
     differs = list(own.keys() ^ weights.keys())
     differs += [name for name in own.keys() & weights.keys() if not torch.equal(own[name].bfloat16(), weights[name].bfloat16())]
     if differs:

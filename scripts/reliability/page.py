@@ -179,6 +179,7 @@ def requests(folder: Path, outside: Path, count: int, seed: int, largest: bool) 
         Request("other seed", False, lambda visitor: visitor.sample("a", seed=-1)),
         Request("other side", False, lambda visitor: visitor.compare(folder / "small.mp4", side=4096)),
         Request("path of a video on the disk", False, lambda visitor: visitor.compare_there(str(secret))),
+        Request("address of a video", False, lambda visitor: visitor.compare_there("https://example.com/video.mp4")),
         Request("path of a file on the disk", False, lambda visitor: visitor.compare_there("/etc/passwd")),
         *(
             Request("path in the address", False, lambda visitor, place=place: visitor.get(place))

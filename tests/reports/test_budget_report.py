@@ -216,12 +216,12 @@ def test_a_heading_sorts(opened):
 
 
 def test_clips_sort_by_number_and_losses_are_positive(opened):
-    names = "[...document.querySelectorAll('.clips tbody tr')].map(row => row.cells[0].textContent.trim())"
+    names = "[...document.querySelectorAll('.clips tbody tr')].map(row => row.cells[1].textContent.trim())"
     opened.execute_script(
         "document.querySelectorAll('.clips tbody tr').forEach((row, i) => {"
-        "row.cells[0].textContent = row.cells[0].dataset.value = ['10 b', '2 a', '0 c'][i]; })"
+        "row.cells[1].textContent = row.cells[1].dataset.value = ['10 b', '2 a', '0 c'][i]; })"
     )
-    opened.find_element("css selector", ".clips thead th button").click()
+    opened.find_elements("css selector", ".clips thead th")[1].find_element("tag name", "button").click()
     assert opened.execute_script(f"return {names}") == ["0 c", "2 a", "10 b"]
     lost = opened.execute_script(
         "const heads = [...document.querySelectorAll('.clips thead th')].map(head => head.textContent.trim());"

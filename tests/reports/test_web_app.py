@@ -1,6 +1,7 @@
 """The actions of the page's buttons, read from the HTML that they return."""
 # ruff: noqa: RUF001 (the page is set with ×)
 
+import asyncio
 import base64
 import json
 import re
@@ -14,12 +15,19 @@ from promag.evaluation.sampling_cost import Pace, SamplingCost
 from promag.pipelines.sampling import SampleRequest, Seconds, make_videos
 from promag.reports import page
 from promag.reports.uploads import UploadLimits
-from promag.reports.web_app import AppBackend, build_app
+from promag.reports.web_app import AppBackend, build_app, import_gradio
 from tests.data.test_video import drifting
 from tests.tiny_pipeline import make_pipeline
 
 LIMITS = UploadLimits(megabytes=1.0, seconds=4.0, frames=40, side=100)
 SETTINGS = {"ratio": 4, "frames": 17, "steps": 2, "guidance": 2.0}
+
+
+def test_addresses_are_not_fetched():
+    gr = import_gradio()
+    for block in (gr.File(), gr.Textbox()):
+        with pytest.raises(gr.Error, match=r"http://127\.0\.0\.1:9/a\.mp4: this page takes uploaded files, no addresses"):
+            asyncio.run(block.async_move_resource_to_block_cache("http://127.0.0.1:9/a.mp4"))
 
 
 def silent(done, total):

@@ -29,7 +29,7 @@ def tokenizer(demo_run, tmp_path_factory):
 
 def test_a_published_pipeline_has_its_tokenizer_and_a_card_with_its_figures(demo_run, tokenizer):
     source, out, record = demo_run / "video-16x" / "pipeline", tokenizer.parent / "video", tokenizer.parent / "results.jsonl"
-    few = ["--prompts", "3", "--steps", "2"]
+    few = ["--prompts", "3", "--steps", "2", "--licence", "cc-by-4.0"]
     publish.main(["pipeline", str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--record", str(record), *few])
     assert (out / "vae" / WEIGHTS).read_bytes() == (tokenizer / WEIGHTS).read_bytes()
     assert not (out / "vae").is_symlink()
@@ -48,7 +48,7 @@ def test_a_published_pipeline_has_its_tokenizer_and_a_card_with_its_figures(demo
     for line, kind in zip(lines[:2], ("trained", "unseen"), strict=True):
         asked = {motion: "{} of {}".format(*line["right_by_motion"].get(motion, (0, 0))) for motion in MOTIONS}
         assert f"| 16x | {kind} | {' | '.join(asked.values())} |" in card
-    assert "license: apache-2.0" in card
+    assert card.startswith("---\nlicense: cc-by-4.0\n")
 
 
 def test_a_student_of_a_published_pipeline_is_published_with_a_tiny_decoder(demo_run, tokenizer, tmp_path):

@@ -94,6 +94,7 @@ def test_the_recipe_names_an_autoencoder_that_training_started_from(demo_run, tm
     shape = {"parameters": 1e6, "latent_channels": 4, "temporal_ratios": (8,), "spatial_ratio": 16, "dtype": "bfloat16"}
     card = tokenizer_card("name", shape, record, [published, stage], [], "")
     assert "8x temporal compression, 16x in height and width, 4 latent channels" in card
+    assert "license" not in card
     assert "The first stage starts from Wan2.1-T2V-1.3B-Diffusers. Weights are moving averages." in card
     assert len([row for row in card.splitlines() if row.startswith("| 8x | frozen")]) == 1
 
