@@ -131,7 +131,7 @@ def make_report(config: DemoConfig, model: Any, pipeline: Path, source: str, sta
             for i, prompt in enumerate(prompts[: config.prompts])
         ],
         curves=curves(config),
-        facts=facts(config, len(clips), len(scenes), started),
+        facts=facts(config, len(clips), len(scenes), len(prompts[: config.prompts]), started),
     )
 
 
@@ -215,7 +215,7 @@ def points(file: Path, key: str) -> list[tuple[float, float]]:
     return [(float(r["step"]), float(r[key])) for r in records if key in r]
 
 
-def facts(config: DemoConfig, clips: int, scored: int, started: float) -> dict[str, str]:
+def facts(config: DemoConfig, clips: int, scored: int, prompts: int, started: float) -> dict[str, str]:
     """Return the key-value pairs at the report's end."""
     known, diffusion = provenance(), config.diffusion
     optimizers = "AdamW" if diffusion.muon_learning_rate is None else "Muon with AdamW"
@@ -239,7 +239,7 @@ def facts(config: DemoConfig, clips: int, scored: int, started: float) -> dict[s
         "Reconstruction protocol": f"{clips} unseen clips, {config.frames} frames, {config.size}x{config.size}; {PROTOCOL}",
         "Sampling": (
             f"{config.steps} steps, guidance {config.guidance}; seconds per video in a batch of "
-            f"{config.prompts} prompts: the transformer alone, and from text to pixels"
+            f"{prompts} prompts: the transformer alone, and from text to pixels"
         ),
         "Train step": f"batch {diffusion.batch_size}, forward, backward and {optimizers}, median of 5 in turns",
     }

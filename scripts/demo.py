@@ -152,7 +152,12 @@ def index_videos(config: DemoConfig) -> tuple[str, str]:
 def _check_same_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise UserError where the indices in a folder were made with other settings."""
     file = folder / SETTINGS
-    made_with = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        raise UserError(
+            f"clips {folder}: an earlier version indexed them and did not record from which videos; if they are the same, "
+            "delete this folder, else use another --output-dir"
+        )
+    made_with = json.loads(file.read_text(encoding="utf-8"))
     differs = [
         f"{key} is {made_with.get(key)!r} there, {value!r} now"
         for key, value in settings.items()

@@ -17,7 +17,7 @@ from typing import Any
 
 from promag.data.clip_index import path_text, save_clips
 from promag.data.clips import Lengths, Skipped, TooManyUnreadable, prepare
-from promag.data.cutting import cut_out
+from promag.data.cutting import check_outside, cut_out
 from promag.data.listing import first_few, list_licences, list_videos
 from promag.data.tables import parse_columns
 from promag.data.video import REENCODE
@@ -98,6 +98,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
     check_writable("--report", arguments.report, [arguments.videos, arguments.out])
     if arguments.cut:
         check_writable("--cut", Path(arguments.cut, "clip"))
+        check_outside(arguments.cut, arguments.videos)
 
 
 def _lengths(arguments: argparse.Namespace) -> Lengths:

@@ -76,7 +76,8 @@ def _may_change(config: TokenizerConfig) -> tuple[str, ...]:
     file = run / "config.yaml"
     before = load_yaml(file).get("data", {}).get("latent_cache") if file.exists() else None
     pretrained = [stage for stage in config.stages if stage.latent_pretrain_steps]
-    begun = any(newest_checkpoint(run / config.folder_of(stage)) for stage in pretrained)
+    folders = [run / config.folder_of(stage) for stage in pretrained]
+    begun = any((folder / "done.json").exists() or newest_checkpoint(folder) for folder in folders)
     fixed = begun and (before is None) != (config.data.latent_cache is None)
     return MAY_CHANGE if fixed else (*MAY_CHANGE, "data.latent_cache")
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     from torch import Tensor  # reading videos imports this module, and needs no torch
 
+TAIL = 2**16  # bytes at the end of a file of lines that are read to see whether its last line is whole
 # Errors of a disk, its permissions or a path: `run_main` shows them as one line.
 DISK_ERRORS = frozenset(
     getattr(errno, name)
@@ -166,8 +167,12 @@ def read_json_lines(path: str | os.PathLike) -> list[Any]:
 
 def _end_last_line(file: Any, path: Path) -> None:
     """Cut off a partial last line, or add the missing newline to a complete one."""
-    file.seek(0)
-    last = file.read().rpartition(b"\n")[2]
+    size, last = file.seek(0, os.SEEK_END), b""
+    for start in (max(0, size - TAIL), 0):  # the whole file only where its last line is longer
+        file.seek(start)
+        _, newline, last = file.read().rpartition(b"\n")
+        if newline:
+            break
     if not last:
         return
     try:

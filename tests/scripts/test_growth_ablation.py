@@ -199,7 +199,7 @@ def test_the_report_draws_the_recorded_lines(lines, config, tmp_path, capsys):
     progressive, warm = (
         next(r for r in lines if r["variant"] == variant and r["ratio"] == 16) for variant in ("progressive", "warm")
     )
-    assert f"| warm | 17x32x32 | 0 | {progressive['psnr'] - warm['psnr']:+.3f} |" in output
+    assert f"| warm | 17x32x32 | 0 | {progressive['psnr'] - warm['psnr']:+.3f} ± " in output
     assert "| base, every 4th frame | 4x | 17x32x32 | 0, 1 |" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"growth-ablation-17x32x32-{x}.svg" for x in ("compute-grown", "compute", "steps")
@@ -214,7 +214,7 @@ def test_the_report_shows_chosen_variants_minus_each_other(lines, config, capsys
     progressive, warm = (
         next(r for r in lines if r["variant"] == variant and r["ratio"] == 16) for variant in ("progressive", "warm")
     )
-    assert f"| progressive | 17x32x32 | 0 | {warm['psnr'] - progressive['psnr']:+.3f} |" in output
+    assert f"| progressive | 17x32x32 | 0 | {warm['psnr'] - progressive['psnr']:+.3f} ± " in output
     assert "| base |" not in output
     with pytest.raises(UserError, match=r"variants other: .* has base, base, every 2nd frame"):
         growth_ablation.main(["report", record, "--ours", "other"])

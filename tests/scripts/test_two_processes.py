@@ -262,10 +262,11 @@ import torch
 from promag.training import precision, processes
 from promag.training.fsdp import leave_process_group
 rank = int(os.environ["RANK"])
-torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=0.5))
-assert processes.broadcast_from_main(lambda: time.sleep(1) or 7) == 7
+processes.processes()
+torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=0.5))
+assert processes.broadcast_from_main(lambda: time.sleep(1.5) or 7) == 7
 with processes.main_process_first() as main:
-    time.sleep(main)
+    time.sleep(1.5 * main)
 precision._measured = lambda device: precision.Choice(("bf16", "fp32")[rank], f"measured on rank {rank}")
 chosen = processes.choose_precision_once("auto", sys.argv[1])
 Path(sys.argv[1]).with_name(f"precision-{rank}.json").write_text(json.dumps(chosen))

@@ -11,7 +11,7 @@ from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.distillation import Distillation
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.objectives import StageObjective
-from promag.tokenizer.train import leaves_unused, train_only, train_tokenizer
+from promag.tokenizer.train import _may_change, leaves_unused, train_only, train_tokenizer
 from promag.training.config import UserError, save_yaml
 from promag.training.run import recorded_data
 from tests.conftest import make_tokenizer, run_config
@@ -272,7 +272,9 @@ def test_latents_are_not_cached_for_levels_that_cannot_use_them(tmp_path):
     stages = (stage(16, 17, Growth(width=16), 2),)
     config = make_config(tmp_path / "run", init=str(tmp_path / "grown"), model=None, stages=stages)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, latent_cache="latents"))
-    with pytest.raises(UserError, match=r"stage 16x, latent_cache latents: base latents: 16x encodes with the copy .* 8x has"):
+    with pytest.raises(
+        UserError, match=r"stage 16x: base latents: 16x encodes with the copy .* 8x has .*; set data.latent_cache to null"
+    ):
         train_tokenizer(config, open_latents=lambda *_: pytest.fail("latents were cached"))
 
 
@@ -293,6 +295,8 @@ def test_cached_latents_may_move_but_neither_begin_nor_end_within_a_run(tmp_path
         else:
             with pytest.raises(UserError, match=rf"other settings \(data.latent_cache is {before!r} there, {now!r} now\)"):
                 train_tokenizer(config(now))
+    (run / "8x" / "done.json").unlink()
+    assert "data.latent_cache" in _may_change(config("a"))  # nothing was trained on pixels in place of latents
 
 
 def test_a_stage_by_turns_of_an_earlier_version_keeps_its_folder(trained, tmp_path, capsys):  # noqa: F811

@@ -243,6 +243,18 @@ def test_a_half_written_line_does_not_end_a_run(tmp_path, capsys, half):
     assert f"{path}: its partial last line is dropped" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tail", [1, 8, 40, 1000])
+def test_lines_are_appended_whatever_part_of_the_file_is_read(tmp_path, monkeypatch, tail):
+    monkeypatch.setattr(files, "TAIL", tail)
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')  # a whole line without its end
+    append_json(path, {"step": 3})
+    with open(path, "a") as file:
+        file.write('{"step": 4, "half')
+    append_json(path, {"step": 5})
+    assert [record["step"] for record in read_json_lines(path)] == [1, 2, 3, 5]
+
+
 def test_a_damaged_line_in_the_middle_is_cut_with_the_metrics_after_a_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "l{"step": 3}\n{"step": 4}\n{"step": 5}\n')
