@@ -28,7 +28,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
 
 
 class Log:
-    """Logs a stage's figures, images and videos, its name before theirs, to accelerate's trackers, if the rank has any."""
+    """Logs figures, images and videos of a stage to the rank's trackers; names start with that of the stage."""
 
     def __init__(self, trackers: Sequence[Any] = (), stage: str = ""):
         self.trackers, self.stage = trackers, stage
