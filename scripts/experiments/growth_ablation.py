@@ -29,7 +29,7 @@ from promag.tokenizer.objectives import LATENTS, StageObjective
 from promag.tokenizer.packaged_metrics import open_perceptual
 from promag.tokenizer.stages import stage_folders
 from promag.tokenizer.train import train_only, train_tokenizer
-from promag.training.command_line import Parser, parse_config, run_main
+from promag.training.command_line import Parser, continues, parse_config, run_main
 from promag.training.config import UserError, required, setting
 from promag.training.device import best_device
 from promag.training.files import read_json_lines, write_atomically
@@ -109,6 +109,7 @@ class AblationConfig:
             raise ValueError(f"only_variants {', '.join(unknown)}: the variants are {', '.join(known)}")
 
 
+@continues
 def main(argv: Sequence[str]) -> int:
     """Train and score the variants that are not finished, then print the table of all that are; `report` prints results."""
     if argv[:1] == ["report"]:
