@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: one thread per process, no network, tiny models."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -78,3 +79,9 @@ def browser(tmp_path_factory):
     driver = start_chromium(tmp_path_factory.mktemp("chromium"))
     yield driver
     driver.quit()
+
+
+def pytest_collection_finish() -> None:
+    """Keep what imports made out of later garbage collections: each training runs one, over a million objects."""
+    gc.collect()
+    gc.freeze()

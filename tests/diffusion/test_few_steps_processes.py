@@ -16,11 +16,12 @@ from promag.training.processes import processes
 from promag.training.run import checkpoints, load_checkpoint
 from tests.diffusion.test_few_steps import distilling
 from tests.diffusion.test_resumed_data import write
+from tests.processes import run_two_ranks
 from tests.tiny_pipeline import make_pipeline
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun over gloo is tested on Unix")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo is tested on Unix")
 
-DRIVER = "import sys; from tests.diffusion.test_few_steps_processes import train_all; train_all(sys.argv[2])"
+DRIVER = "import sys; from tests.diffusion.test_few_steps_processes import train_all; train_all(sys.argv[1])"
 STUDENTS = {"whole": {}, "adapters": {"lora": {"rank": 2}}}
 TWO = [f"{student} {distributed}" for student in STUDENTS for distributed in ("ddp", "fsdp2")]
 CAPTIONS = [f"clip {number} moves {way}" for number in range(3) for way in ("left", "right")]
@@ -67,13 +68,11 @@ def shard_teacher(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    from tests.scripts.test_two_processes import torchrun
-
     folder = tmp_path_factory.mktemp("few")
     make_pipeline().save_pretrained(folder / "init")
     for student in STUDENTS:
         distil(folder, student, 4)
-    torchrun(folder, DRIVER, [], folder)
+    run_two_ranks(DRIVER, folder)
     return folder
 
 

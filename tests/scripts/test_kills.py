@@ -1,8 +1,8 @@
 """The short version of the kills: SIGKILL before changes of files and at random moments, in processes of their own."""
 
 import json
-import subprocess
-import sys
+
+from tests.processes import run_python
 
 # The first case appends blindly, so a restart doubles its output and the test must detect it; the others are real commands.
 DRIVER = """
@@ -23,10 +23,9 @@ raise SystemExit(kills.main(sys.argv[1:]))
 
 
 def test_restarted_runs_equal_runs_without_kills(tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER)
     words = ["--rounds", "8", "--processes", "1", "--targets", "tokenizer", "shards", "--record", "record.jsonl"]
     words[-1] = str(tmp_path / "record.jsonl")
-    run = subprocess.run([sys.executable, tmp_path / "driver.py", *words], capture_output=True, text=True, check=False)
+    run = run_python(DRIVER, *words)
     assert run.returncode == 0, run.stderr[-3000:]
     assert (
         "Kill(target='append', processes=1, rank=0, change=1, torn=False, moments=()): missing [], not expected [], different"
@@ -90,10 +89,8 @@ assert [work["failed"] for work in figures["works"]] == [1, 1, 1, 0]
 
 
 def test_work_that_ends_otherwise_than_by_the_kill_is_a_failure(tmp_path):
-    (tmp_path / "driver.py").write_text(OTHER_ENDS)
     (tmp_path / "place").mkdir()
-    words = [sys.executable, tmp_path / "driver.py", tmp_path / "place"]
-    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    run = run_python(OTHER_ENDS, tmp_path / "place")
     assert run.returncode == 0, run.stderr[-3000:]
     assert "moments=(0.7, 0.7, 0.7)): statuses [1] after 1 kills" in run.stderr
     assert "moments=(0.9,)): missing [], not expected [], different ['calls.txt']" in run.stderr

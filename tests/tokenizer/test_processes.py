@@ -8,10 +8,11 @@ import torch
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import train_tokenizer
+from tests.processes import run_two_ranks
 from tests.tokenizer.test_train import make_config, stage
 
 KINDS = {"key-frames": Growth(), "none": Growth(mixing="none")}
-DRIVER = "import sys; from tests.tokenizer.test_processes import train_all; train_all(sys.argv[2])"
+DRIVER = "import sys; from tests.tokenizer.test_processes import train_all; train_all(sys.argv[1])"
 
 
 def train_all(folder):
@@ -26,11 +27,9 @@ def train_all(folder):
     leave_process_group()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun over gloo is tested on Unix")
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo is tested on Unix")
 def test_two_processes_train_a_stage_of_two_levels(tmp_path):
-    from tests.scripts.test_two_processes import torchrun
-
-    torchrun(tmp_path, DRIVER, [], tmp_path)
+    run_two_ranks(DRIVER, tmp_path)
     base = load_tokenizer(tmp_path / "base" / "tokenizer").state_dict()
     for name, growth in KINDS.items():
         model = load_tokenizer(tmp_path / name / "tokenizer")
