@@ -14,7 +14,7 @@ from torch import Tensor
 from promag.training.config import UserError
 
 from .clip_index import Clip
-from .video import READ_TIMEOUT, UnreadableVideo, VideoSource, frame_times, pick_by_time, read_frames
+from .video import UnreadableVideo, VideoSource, frame_times, pick_by_time, read_frames
 
 CHUNK = 256  # frames of a clip that are read and scaled at a time: pixels of files are many times as large as scaled ones
 
@@ -26,27 +26,17 @@ class ClipCrop:
         frames: T.
         size: H and W; an int is both. The picture is scaled to cover it and cropped.
         temporal_strides: strides to choose from, of those that fit into the clip.
-        flip: mirror half of the crops, at random. Captions that tell left from right become wrong.
-        timeout: seconds a read may take.
 
     Raises UserError for numbers that are not positive.
     """
 
-    def __init__(
-        self,
-        frames: int,
-        size: int | tuple[int, int],
-        temporal_strides: Sequence[int] = (1,),
-        flip: bool = False,
-        timeout: float = READ_TIMEOUT,
-    ):
+    def __init__(self, frames: int, size: int | tuple[int, int], temporal_strides: Sequence[int] = (1,)):
         height, width = (size, size) if isinstance(size, int) else size
         if frames < 1 or height < 1 or width < 1 or not temporal_strides or min(temporal_strides) < 1:
             raise UserError(
                 f"frames {frames}, size {size}, temporal_strides {temporal_strides}: whole numbers from 1 up are legal"
             )
         self.frames, self.size, self.strides = frames, (height, width), tuple(temporal_strides)
-        self.flip, self.timeout = flip, timeout
 
     @property
     def needed(self) -> int:
@@ -71,14 +61,13 @@ class ClipCrop:
         start = int(rng.integers(clip.frames - self.span(stride) + 1))
         pixels = self._resized(video, clip, start, stride)
         top, left = (int(rng.integers(side - target + 1)) for side, target in zip(pixels.shape[2:], self.size, strict=True))
-        mirror = self.flip and bool(rng.integers(2))
-        return self._item(clip, start, stride, pixels, top, left, mirror)
+        return self._item(clip, start, stride, pixels, top, left)
 
     def first(self, video: VideoSource | Tensor, clip: Clip) -> dict[str, Any]:
         """Return the first frames at stride 1, cropped in the centre."""
         pixels = self._resized(video, clip, 0, 1)
         top, left = ((side - target) // 2 for side, target in zip(pixels.shape[2:], self.size, strict=True))
-        return self._item(clip, 0, 1, pixels, top, left, False)
+        return self._item(clip, 0, 1, pixels, top, left)
 
     def all_frames(self, video: VideoSource, clip: Clip) -> Tensor:
         """Read all frames of a clip, scaled to cover `size`: uint8 T C H W, of which every crop is a slice."""
@@ -97,22 +86,21 @@ class ClipCrop:
         Raises UnreadableVideo as `read_frames` does, and where the video is shorter than its clip.
         """
         try:
-            indices = pick_by_time(frame_times(video, self.timeout), clip.start + offsets / clip.fps)
+            indices = pick_by_time(frame_times(video), clip.start + offsets / clip.fps)
         except UserError:
             raise
         except ValueError as error:
             reason = f"it is not as long as the index states ({error}); prepare the clips again"
             raise UnreadableVideo(video, reason) from error
-        pixels = read_frames(video, indices, self.timeout, clip.decord)
+        pixels = read_frames(video, indices, decord=clip.decord)
         frames = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
         # In 8 bits this is eight times as fast as in float32, within one grey level of it. decord can decode to this
         # size itself; that saves a quarter at 720p and nothing at 256p, and its scaler aliases at the edges.
         return F.interpolate(frames, self.scaled(*frames.shape[2:]), mode="bilinear", antialias=True)
 
-    def _item(self, clip: Clip, start: int, stride: int, pixels: Tensor, top: int, left: int, mirror: bool) -> dict[str, Any]:
+    def _item(self, clip: Clip, start: int, stride: int, pixels: Tensor, top: int, left: int) -> dict[str, Any]:
         height, width = self.size
-        pixels = pixels[:, :, top : top + height, left : left + width]
-        video = to_model(pixels.flip(3) if mirror else pixels)
+        video = to_model(pixels[:, :, top : top + height, left : left + width])
         return {"video": video, "caption": clip.caption, "start": start, "stride": stride, "fps": clip.fps / stride}
 
 

@@ -29,7 +29,6 @@ from .listing import first_few, list_videos
 from .shards.index import is_shards, open_shards
 from .shards.stream import ShardedClips
 from .unchanged import check_unchanged
-from .video import READ_TIMEOUT
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class ClipDataset(Dataset):
 
     Args:
         clips: the clips of one index. Clips too short for the smallest stride and for stride 1 are left out and logged.
-        frames, size, temporal_strides, flip, timeout: see ClipCrop.
+        frames, size, temporal_strides: see ClipCrop.
         in_memory: keep each clip's frames from its first reading on; see ClipMemory. The items are the same.
 
     Raises UserError if no clip is long enough, or there is not the memory. `skipped` counts the clips left out.
@@ -57,11 +56,9 @@ class ClipDataset(Dataset):
         frames: int,
         size: int | tuple[int, int],
         temporal_strides: Sequence[int] = (1,),
-        flip: bool = False,
-        timeout: float = READ_TIMEOUT,
         in_memory: bool = False,
     ):
-        self.crop = crop = ClipCrop(frames, size, temporal_strides, flip, timeout)
+        self.crop = crop = ClipCrop(frames, size, temporal_strides)
         self._leave_out_short(clips)
         height, width = crop.size
         small = np.count_nonzero((column(self.clips, "height") < height) | (column(self.clips, "width") < width))
@@ -166,8 +163,6 @@ def open_dataset(
     size: int | tuple[int, int],
     count: int,
     temporal_strides: Sequence[int] = (1,),
-    flip: bool = False,
-    timeout: float = READ_TIMEOUT,
 ) -> "ClipDataset | SyntheticDataset | ShardedClips":
     """Open clips of one shape, to be shown by their number or trained on.
 
@@ -175,17 +170,16 @@ def open_dataset(
     pattern of shards (.tar, the same). Raises UserError for another source, and what the datasets raise.
     """
     if source == "synthetic":
-        if tuple(temporal_strides) != (1,) or flip:
+        if tuple(temporal_strides) != (1,):
             raise UserError(
-                f"temporal_strides {list(temporal_strides)}, flip {flip} with synthetic: a generated clip shows its whole "
-                "motion whatever its length, and its caption says left or right; use [1] and no flip"
+                f"temporal_strides {list(temporal_strides)} with synthetic: a generated clip shows its whole motion whatever "
+                "its length; use [1]"
             )
         return SyntheticDataset(split, count, frames, size)
     if is_shards(source):
         height, width = (size, size) if isinstance(size, int) else size
-        bucket = Bucket(frames, height, width)
-        return ShardedClips(open_shards(source), [bucket], temporal_strides, flip=flip, timeout=timeout)
-    return ClipDataset(load_index(source), frames, size, temporal_strides, flip, timeout)
+        return ShardedClips(open_shards(source), [Bucket(frames, height, width)], temporal_strides)
+    return ClipDataset(load_index(source), frames, size, temporal_strides)
 
 
 def open_evaluation(

@@ -23,7 +23,7 @@ from ..clip_index import Digests
 from ..crops import ClipCrop
 from ..epochs import EpochPlan, ShardOrder
 from ..listing import first_few
-from ..video import READ_TIMEOUT, UnreadableVideo
+from ..video import UnreadableVideo
 from .index import ShardIndex
 from .reader import BadSample, Sample, ShardReader
 
@@ -57,7 +57,7 @@ class ShardedClips:
     Args:
         shards: the shards to train on.
         buckets: shapes of the crops; clips too short for all of them are left out and named in the log.
-        temporal_strides, flip, timeout: see ClipCrop.
+        temporal_strides: see ClipCrop.
         sharding: how shards are read. Skipped shards are left out of the order; a skipped sample's place is taken by
             another one near it in the shard, drawn by the element's generator, so that batches stay full and addressed.
 
@@ -70,13 +70,11 @@ class ShardedClips:
         buckets: Sequence[Bucket],
         temporal_strides: Sequence[int] = (1,),
         sharding: Sharding = IN_ORDER,
-        flip: bool = False,
-        timeout: float = READ_TIMEOUT,
     ):
         self.shards, self.sharding = shards, sharding
         self.buckets = Buckets(buckets, min(temporal_strides))
         sizes = [(bucket.frames, (bucket.height, bucket.width)) for bucket in buckets]
-        self.crops = [ClipCrop(frames, size, temporal_strides, flip, timeout) for frames, size in sizes]
+        self.crops = [ClipCrop(frames, size, temporal_strides) for frames, size in sizes]
         assigned = self.buckets.assign(*(shards.column(name) for name in ("frames", "height", "width")))
         self.skipped = self._name_short(assigned)
         self._leave_out_damaged(assigned)

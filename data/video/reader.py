@@ -51,28 +51,28 @@ class FrameTable:
         return (self.times - self.times[0]).astype(np.float64) * float(self.tick)
 
 
-def read_frames(source: VideoSource, indices: Iterable[int], timeout: float = READ_TIMEOUT, decord: bool = False) -> np.ndarray:
+def read_frames(source: VideoSource, indices: Iterable[int], decord: bool = False) -> np.ndarray:
     """Return the frames of a video at `indices` (any order, repeats allowed) as uint8 (T, H, W, 3).
 
     `decord` allows decord where it is installed: only for files of which the strict pass says that it reads them right.
     Raises ValueError for indices outside the video, UnreadableVideo for a failing decoder and for one that takes longer
-    than `timeout` seconds; the first read of a long file, which reads its packets, may take longer.
+    than READ_TIMEOUT seconds; the first read of a long file, which reads its packets, may take longer.
     """
     wanted = [int(i) for i in indices]
     if is_image(source):
-        return within(timeout, source, lambda: _read_image(source, wanted))
+        return within(READ_TIMEOUT, source, lambda: _read_image(source, wanted))
     if decord and has_decord():
         from .decord_reader import read_with_decord
 
-        return within(timeout, source, lambda: read_with_decord(source, wanted))
-    return within(timeout + seconds_to_read(source), source, lambda: read_with_pyav(source, wanted))
+        return within(READ_TIMEOUT, source, lambda: read_with_decord(source, wanted))
+    return within(READ_TIMEOUT + seconds_to_read(source), source, lambda: read_with_pyav(source, wanted))
 
 
-def frame_times(source: VideoSource, timeout: float = READ_TIMEOUT) -> np.ndarray:
+def frame_times(source: VideoSource) -> np.ndarray:
     """Return the time of each frame, float64 seconds after the first; raises UnreadableVideo as `read_frames` does."""
     if is_image(source):
         return np.zeros(1)
-    return within(timeout + seconds_to_read(source), source, lambda: frame_table(source)).seconds
+    return within(READ_TIMEOUT + seconds_to_read(source), source, lambda: frame_table(source)).seconds
 
 
 def stream_frames(

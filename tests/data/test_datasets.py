@@ -78,14 +78,6 @@ def test_reduction_does_not_alias(tmp_path):
     assert video.abs().max() < 0.1  # mid grey; taking every fourth column would give black or white
 
 
-def test_clips_are_flipped_only_on_request(clips):
-    rngs = [np.random.default_rng(seed) for seed in range(12)]
-    plain = [blueness(ClipDataset(clips[:1], 2, (32, 64)).item(0, rng)) for rng in rngs]
-    assert {bool(blue[-1] > blue[0]) for blue in plain} == {True}
-    mirrored = [blueness(ClipDataset(clips[:1], 2, (32, 64), flip=True).item(0, rng)) for rng in rngs]
-    assert {bool(blue[-1] > blue[0]) for blue in mirrored} == {True, False}
-
-
 def test_short_clips_are_left_out_and_named(clips, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = ClipDataset(clips, 9, 16)
@@ -148,7 +140,6 @@ def test_opening_an_index(clips, tmp_path):
         ({"count": 0}, "count 0"),
         ({"size": 8}, "8x8"),
         ({"temporal_strides": (1, 2)}, r"temporal_strides \[1, 2\]"),
-        ({"flip": True}, "flip True"),
     ],
 )
 def test_opening_generated_clips(change, message):
