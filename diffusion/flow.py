@@ -83,12 +83,6 @@ def euler_step(model: Model, x: Tensor, time: Tensor, next_time: Tensor) -> Tens
     return x + (next_time - time) * model(x, time)
 
 
-def midpoint_step(model: Model, x: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
-    """Take one step of the midpoint method: second order, two model calls."""
-    half = (next_time - time) / 2
-    return x + 2 * half * model(x + half * model(x, time), time + half)
-
-
 class StopSampling(Exception):  # noqa: N818 (it is not an error)
     """Raised by a model or a callback to end a sampling: `sample_flow` then returns the latents so far."""
 
@@ -109,7 +103,7 @@ def sample_flow(
         model: function from noisy latents and times to velocity, guidance included (see `guide`).
         noise: latents b c t h w at the first time.
         times: non-increasing times in [0, 1], one more than steps, for example from `flow_times`.
-        step: integration rule: `euler_step`, `midpoint_step` or another function.
+        step: integration rule: `euler_step` or another function.
         conditioning: clean first frames b c n h w, which stay unchanged. The model then gets a time for each frame, b t, which
             is 0 for these; without conditioning it gets times (b,).
         callback: called after each step with the step's number from 0, the new time and the latents. It returns the latents

@@ -22,6 +22,7 @@ from promag.pipelines.timesteps import SchedulerStep, set_flow_times
 from promag.training.config import UserError
 from promag.training.loop import seeded
 from tests.diffusion.test_buckets import VIDEO, configuration, write
+from tests.diffusion.test_flow import midpoint_step
 
 LEADS = st.floats(0.001, 0.999)
 ILLEGAL = (-0.1, 1, 1.5, math.nan, True, "0.3", None)
@@ -85,7 +86,7 @@ def scheduled(kind, steps):
 
 RULES = {
     "euler": lambda steps: (flow.euler_step, flow.flow_times(steps, 1.0)),
-    "midpoint": lambda steps: (flow.midpoint_step, flow.flow_times(steps, 1.0)),
+    "midpoint": lambda steps: (midpoint_step, flow.flow_times(steps, 1.0)),
     "Euler of diffusers": lambda steps: scheduled(FlowMatchEulerDiscreteScheduler, steps),
     "Heun of diffusers": lambda steps: scheduled(FlowMatchHeunDiscreteScheduler, steps),
 }
