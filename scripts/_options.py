@@ -1,5 +1,6 @@
 """Options that several commands share: one word, one meaning, one default; and the checks of files to write."""
 
+import argparse
 import contextlib
 import os
 from collections import Counter
@@ -96,6 +97,13 @@ def check_apart(option: str, path: str | os.PathLike, others: Iterable[str | os.
             os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
         ):
             raise UserError(f"{option} {path}: would overwrite {other}, which this command uses too; give another name")
+
+
+def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise UserError where an option of whole numbers is given and below 1; `names` are those of its arguments."""
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
 
 
 def check_different(option: str, values: Sequence[Any] | None) -> None:

@@ -30,7 +30,7 @@ from promag.reports.budget_report import (
 )
 from promag.reports.plots import Mark
 from promag.reports.tables import text_table
-from promag.scripts._options import check_writable, name_of, share
+from promag.scripts._options import check_at_least_one, check_writable, name_of, share
 from promag.scripts.evaluate_pipeline import pipeline_name
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames
@@ -172,9 +172,8 @@ def _protocols(arguments: argparse.Namespace, config: DiffusionConfig, perceptua
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse illegal numbers, and files that cannot be written, before a model is loaded."""
-    for name in ("frames", "size", "count", "segment", "train_batch_size", "steps", "rounds", "prompts"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    numbers = ("frames", "size", "count", "segment", "train_batch_size", "steps", "rounds", "prompts")
+    check_at_least_one(arguments, *numbers)
     if not math.isfinite(arguments.target):
         raise UserError(f"--target {arguments.target:g}: a finite number is needed")
     results = [arguments.out / name for name in ("results.jsonl", "report.html")]

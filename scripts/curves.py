@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from promag.reports.plots import plot_file
-from promag.scripts._options import check_writable, share
+from promag.scripts._options import check_at_least_one, check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.files import write_atomically
@@ -66,8 +66,7 @@ def largest_difference(a: Curve, b: Curve) -> float:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    if arguments.mean_over < 1:
-        raise UserError(f"--mean-over {arguments.mean_over}: at least 1 is needed")
+    check_at_least_one(arguments, "mean_over")
     check_writable("--out", arguments.out)
     lines: dict[str, Curve] = {}
     for key, curves in read_curves(arguments.stages, arguments.keys).items():

@@ -27,7 +27,7 @@ from promag.evaluation.prompt_accuracy import (
 )
 from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import open_pipeline, sample_timed, trained_ratios
-from promag.scripts._options import check_different, check_writable, name_of, share
+from promag.scripts._options import check_at_least_one, check_different, check_writable, name_of, share
 from promag.scripts._parts import load_lora
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
@@ -126,9 +126,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raise UserError for prompts or steps below 1, and for guidance that is not finite."""
-    for name in ("prompts", "steps"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name} {value}: at least 1 is needed")
+    check_at_least_one(arguments, "prompts", "steps")
     if (guidance := arguments.guidance) is not None and not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance:g}: a finite number is needed")
 

@@ -18,7 +18,7 @@ import torch
 from promag.data.datasets import open_evaluation
 from promag.evaluation import before_after
 from promag.reports.contact_sheet import write_contact_sheet
-from promag.scripts._options import SHARED, check_different, check_writable, name_of, share
+from promag.scripts._options import SHARED, check_at_least_one, check_different, check_writable, name_of, share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.interpolation import Interpolated, kinds_for
@@ -132,9 +132,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse illegal numbers, options without effect and files that cannot be written, before a model is loaded."""
-    for name in ("count", "rounds", "across", "scale"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name} {value}: at least 1 is needed")
+    check_at_least_one(arguments, "count", "rounds", "across", "scale")
     for name in ("also", "clips", "across", "scale"):
         if getattr(arguments, name) is not None and not arguments.contact_sheet:
             raise UserError(f"--{name}: is of the contact sheet; give --contact-sheet FILE.png, or leave it out")

@@ -21,7 +21,7 @@ from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.scripts import evaluate_pipeline, evaluate_tokenizer
-from promag.scripts._options import check_apart, check_writable, share
+from promag.scripts._options import check_apart, check_at_least_one, check_writable, share
 from promag.scripts._parts import enable_tiny_decoder
 from promag.tokenizer.checkpoint import load_tokenizer, save_model, save_tokenizer
 from promag.tokenizer.levels import parameter_count
@@ -96,8 +96,7 @@ def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
     model: Any = load_tokenizer(arguments.checkpoint)
     # An older folder is replaced below, so that mistakes must be known before.
     evaluate_tokenizer.check_shape(arguments, model, model.temporal_ratios[-1])
-    if arguments.count < 1:
-        raise UserError(f"--count {arguments.count}: at least 1 is needed")
+    check_at_least_one(arguments, "count")
     open_evaluation(arguments.videos, None, arguments.frames, arguments.size, arguments.count)
     model.to(torch.bfloat16)
     save_tokenizer(model, arguments.out)

@@ -11,7 +11,7 @@ from typing import Any
 
 from promag.data.video import READER, VideoFacts, at_constant_rate, decode_strictly, stream_frames, write_video
 from promag.reports.side_by_side import LARGEST, USUAL, Comparison, chunk_of, fit_size, largest_side
-from promag.scripts._options import check_different, check_writable, share
+from promag.scripts._options import check_at_least_one, check_different, check_writable, share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_ratio
 from promag.training.command_line import Parser, run_main
@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> int:
             check_ratio(ratio, model.temporal_ratios)
     except ValueError as error:
         raise UserError(f"--ratios: {error}") from None
-    if arguments.frames is not None and arguments.frames < 1:
-        raise UserError(f"--frames {arguments.frames}: at least 1 is needed")
+    check_at_least_one(arguments, "frames")
     facts = READER.call(decode_strictly, arguments.video)
     fps, frames = at_constant_rate(facts.timestamps, facts.fps)
     frames = frames[: arguments.frames]

@@ -30,7 +30,7 @@ from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import Draft, SampleRequest, Seconds, make_videos, open_pipeline
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.side_by_side import grid
-from promag.scripts._options import check_different, check_writable, share
+from promag.scripts._options import check_at_least_one, check_different, check_writable, share
 from promag.scripts._parts import TINY_DECODER, enable_tiny_decoder, load_lora
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
@@ -160,10 +160,9 @@ def _check_files(arguments: argparse.Namespace, count: int) -> None:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
-    for name in ("frames", "height", "width", "steps", "draft_steps", "batch_size", "fps"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
+    check_at_least_one(arguments, "frames", "height", "width", "steps", "draft_steps", "batch_size")
+    if (fps := arguments.fps) is not None and not fps > 0:
+        raise UserError(f"--fps {fps:g}: must be above 0")
     if arguments.crf is not None and not 1 <= arguments.crf <= 51:
         raise UserError(f"--crf {arguments.crf}: 1 (best) to 51 are legal")
     for seed in arguments.seed:

@@ -23,7 +23,7 @@ from promag.evaluation.speed import data, sampling, tokenizer, training, transfo
 from promag.evaluation.speed.cases import Group, Options, is_recorded, measure
 from promag.evaluation.speed.ceilings import Ceilings, measure_ceilings
 from promag.evaluation.speed.subjects import PEERS
-from promag.scripts._options import check_writable, share
+from promag.scripts._options import check_at_least_one, check_writable, share
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
@@ -118,9 +118,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     """Return what is measured; raises UserError for arguments that cannot be meant."""
     if unknown := [name for name in arguments.suites if name not in SUITES]:
         raise UserError(f"suites {', '.join(unknown)}: use one of {', '.join(SUITES)}")
-    for name in ("rounds", "train_batch_size", "batch_size", "count"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    check_at_least_one(arguments, "rounds", "train_batch_size", "batch_size", "count")
     check_writable("--record", arguments.record, appended=True)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU was found; use cpu")

@@ -20,7 +20,7 @@ from promag.evaluation.prompt_accuracy import accuracies, format_accuracy, scene
 from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import Draft, load_pipeline, sample_timed, trained_ratios
 from promag.reports.contact_sheet import write_contact_sheet
-from promag.scripts._options import check_writable, share
+from promag.scripts._options import check_at_least_one, check_writable, share
 from promag.tokenizer.metrics import from_uint8, psnr
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
@@ -102,9 +102,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     share(parser, "--prompts", "--guidance", "--precision", "--record", "--note")
     share(parser, "--contact-sheet")
     arguments = parser.parse_args(argv)
-    for name in ("prompts", "steps", "draft_steps"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    check_at_least_one(arguments, "prompts", "steps", "draft_steps")
     if (sheet := arguments.contact_sheet) and sheet.suffix.lower() != ".png":
         raise UserError(f"--contact-sheet {sheet}: a .png file is needed")
     check_writable("--record", arguments.record, appended=True)
