@@ -9,6 +9,7 @@ from typing import Any
 from promag.training.config import UserError
 from promag.training.files import read_json_lines
 
+from .markdown import markdown_table
 from .synthetic_scorer import wilson_interval
 
 Row = Mapping[str, Any]
@@ -33,7 +34,7 @@ def table(rows: Iterable[Row]) -> str:
     heads = ["model", "ratio", "tokens", "channels", "seeds"]
     heads += [f"all right, {kind}" for kind in KINDS] + ["shape, unseen", "motion, unseen", "ceiling"]
     heads += ["validation loss", "jitter (true)", "high freq.", "PFLOP", "PFLOP of tokenizer"]
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    lines = []
     for model, group in _by_model(rows).items():
         first, seeds = group[0], ", ".join(str(row["seed"]) for row in group)
         cells = [model, f"{first['ratio']}x", f"{first['tokens']:,}", str(first["channels"]), seeds]
@@ -46,8 +47,8 @@ def table(rows: Iterable[Row]) -> str:
         )
         cells += [f"{sampled:.2f} ({true:.2f})", f"{sharp:.2f}", f"{mean(row['flops'] for row in group) / 1e15:.2f}"]
         cells.append(f"{mean(row['tokenizer']['flops'] for row in group) / 1e15:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(heads, lines)
 
 
 def differences(rows: Iterable[Row], than: str) -> str:
@@ -59,7 +60,7 @@ def differences(rows: Iterable[Row], than: str) -> str:
     if than not in groups:
         raise UserError(f"--than {than}: the models are {', '.join(groups)}")
     heads = [f"minus {than}, in points", "seeds", *(f"{part}, {kind}" for kind in KINDS for part in ("motion", "all"))]
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    lines = []
     for model, group in groups.items():
         seeds = sorted({row["seed"] for row in group} & {row["seed"] for row in groups[than]})
         if model == than or not seeds:
@@ -70,8 +71,8 @@ def differences(rows: Iterable[Row], than: str) -> str:
             for part in ("motion", "all"):
                 value, low, high = difference_interval(_right(own, kind, part), _right(other, kind, part))
                 cells.append(f"{100 * value:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})")
-        lines.append("| " + " | ".join([model, ", ".join(map(str, seeds)), *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([model, ", ".join(map(str, seeds)), *cells])
+    return markdown_table(heads, lines)
 
 
 def difference_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float, float]:

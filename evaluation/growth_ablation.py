@@ -9,6 +9,8 @@ from typing import Any
 from promag.training.config import UserError
 from promag.training.files import read_json_lines
 
+from .markdown import markdown_table
+
 Row = Mapping[str, Any]
 # Figures of the printed table: name, heading, digits after the point.
 COLUMNS = (
@@ -55,15 +57,14 @@ def table(rows: Iterable[Row]) -> str:
     columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
     for row in rows:
         groups.setdefault((row["variant"], row["ratio"], clip_size(row)), []).append(row)
-    lines = ["| variant | ratio | clips | seeds | " + " | ".join(heading for _, heading, _ in columns) + " |"]
-    lines.append("| --- " * (4 + len(columns)) + "|")
+    lines = []
     for (variant, ratio, size), group in groups.items():
         seeds, cells = ", ".join(str(row["seed"]) for row in group), []
         for name, _, digits in columns:
             values = [row[name] / UNITS.get(name, 1) for row in group if name in row]
             cells.append(f"{mean(values):.{digits}f}" if values else "-")
-        lines.append(f"| {variant} | {ratio}x | {size} | {seeds} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([variant, f"{ratio}x", size, seeds, *cells])
+    return markdown_table(["variant", "ratio", "clips", "seeds", *(heading for _, heading, _ in columns)], lines)
 
 
 def clip_size(row: Row) -> str:
@@ -105,8 +106,7 @@ def gains(rows: Sequence[Row], ours: str = OURS) -> str:
             groups.setdefault((row["variant"], clip_size(row)), {})[row["seed"]] = row
     compared = [(name, unit) for name, unit in DIFFERENCES if any(name in row for row in rows)]
     heads = [f"{name} {unit}".strip() for name, unit in compared]
-    lines = ["| " + " | ".join([f"{ours} minus", "clips", "seeds", *heads, "compute"]) + " |"]
-    lines.append("| --- " * (4 + len(heads)) + "|")
+    lines = []
     for (variant, size), others in groups.items():
         own = groups.get((ours, size), {})
         seeds = sorted(own.keys() & others.keys())
@@ -114,8 +114,8 @@ def gains(rows: Sequence[Row], ours: str = OURS) -> str:
             pairs = [(own[s], others[s]) for s in seeds]
             cells = [_difference(pairs, name) for name, _ in compared]
             compute = mean(own[s]["flops"] / others[s]["flops"] for s in seeds)
-            lines.append("| " + " | ".join([variant, size, ", ".join(map(str, seeds)), *cells, f"{compute:.2f}x"]) + " |")
-    return "\n".join(lines)
+            lines.append([variant, size, ", ".join(map(str, seeds)), *cells, f"{compute:.2f}x"])
+    return markdown_table([f"{ours} minus", "clips", "seeds", *heads, "compute"], lines)
 
 
 def _difference(pairs: Sequence[tuple[Row, Row]], name: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from promag.evaluation.markdown import markdown_table
 from promag.evaluation.speed.cases import WHAT
 from promag.evaluation.speed.scale import Cluster, Model, Speed, clips_per_second, ddp_step, fsdp2_step, models_of, sent_bytes
 from promag.evaluation.speed.subjects import PEERS, diffusion_preset
@@ -119,8 +120,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a Markdown table; columns in which no row has a value are left out."""
     rows = [[_text(cell) for cell in row] for row in rows]
     kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
-    lines = [[heads[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def _text(value: Any) -> str:

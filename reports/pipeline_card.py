@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from promag.data.synthetic import COLOURS, MOTIONS, SHAPES
+from promag.evaluation.markdown import markdown_table
 from promag.evaluation.prompt_accuracy import PARTS
 from promag.evaluation.synthetic_scorer import chance
 from promag.pipelines.model_card import pipeline_card
 
-from .tables import markdown_table
 from .tokenizer_card import where
 
 # the columns of the table of trainings

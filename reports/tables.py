@@ -1,4 +1,4 @@
-"""Tables of figures: one column for each token budget, one line for each figure; as HTML, text and Markdown."""
+"""Tables of figures: one column for each token budget, one line for each figure; as HTML and text."""
 # ruff: noqa: RUF001 (the page is set with × and −)
 
 import math
@@ -115,11 +115,6 @@ def align(rows: Sequence[Sequence[str]]) -> str:
         "  ".join([row[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))]).rstrip()
         for row in rows
     )
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
 
 def number(value: float, digits: int | None) -> str:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from promag.data.tables import load_text
+from promag.evaluation.markdown import markdown_table
 from promag.training.config import UserError
-
-from .tables import markdown_table
 
 # Figures of the card: name, heading, digits after the point.
 COLUMNS = (
