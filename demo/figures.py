@@ -11,6 +11,7 @@ import torch
 
 from promag.data.datasets import open_dataset
 from promag.evaluation import synthetic_scorer as scorer
+from promag.evaluation.budgets import CodedSize
 from promag.evaluation.cost import TransformerAlone, denoising, sampling, train_step
 from promag.evaluation.prompt_accuracy import accuracies, accuracies_of_reconstructions, describe, scenes_to_score
 from promag.evaluation.speed.step import WeightUpdate
@@ -137,16 +138,15 @@ def make_report(config: DemoConfig, model: Any, pipeline: Path, source: str, sta
 
 def measure_seconds(config: DemoConfig, pipe: Any, prompts: Sequence[str]) -> Seconds:
     """Measure at each ratio a training step, denoising one video, and sampling one from text to pixels."""
-    size: dict[str, Any] = {"frames": config.frames, "height": config.size, "width": config.size}
     batch, steps, count = config.diffusion.batch_size, config.steps, len(prompts)
     trained, transformer = copy.deepcopy(pipe.transformer), pipe.transformer
     precision = choose_precision(config.precision, trained.device)
     update = WeightUpdate(TransformerAlone(trained), config.diffusion, precision)
     training, denoised, sampled = {}, {}, {}
     for ratio in config.ratios:
-        options = {**size, "ratio": ratio, "spatial": config.spatial_ratio, "precision": config.precision}
-        training[ratio] = train_step(trained, **options, batch_size=batch, update=update)
-        denoised[ratio] = denoising(transformer, **options, steps=steps, videos=count)
+        size = CodedSize(config.frames, config.size, config.size, ratio, config.spatial_ratio)
+        training[ratio] = train_step(trained, size, batch, update, config.precision)
+        denoised[ratio] = denoising(transformer, size, steps, count, config.precision)
         sampled[ratio] = sampling(pipe, list(prompts), steps, config.guidance, ratio, config.precision)
     return {
         "train_step_seconds": measure_in_turns(training),

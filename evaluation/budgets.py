@@ -4,7 +4,7 @@ Shapes: B C T H W pixels in [-1, 1], b c t h w latents; kept videos are uint8 (T
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from promag.tokenizer.checkpoint import load_tokenizer
-from promag.tokenizer.geometry import check_ratio, check_size, latent_frames, tokens
+from promag.tokenizer.geometry import SPATIAL_RATIO, check_ratio, check_size, latent_frames, tokens
 from promag.tokenizer.metrics import evaluate_fully, from_uint8, psnr_per_frame, to_uint8
 from promag.tokenizer.packaged_metrics import PerceptualMetrics
 from promag.training.precision import Precision
@@ -24,6 +24,26 @@ from .bitrate import RateMeter
 
 PATCHES = ((1, 1, 1), (1, 2, 2))
 STORED_BITS = 16  # a latent value in a cache is bfloat16
+
+
+@dataclass(frozen=True)
+class CodedSize:
+    """A clip's size in pixels, and the temporal and spatial ratio at which it is coded."""
+
+    frames: int
+    height: int
+    width: int
+    ratio: int
+    spatial: int = SPATIAL_RATIO
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width (t h w) of the latent."""
+        return latent_frames(self.frames, self.ratio), self.height // self.spatial, self.width // self.spatial
+
+    def tokens(self, patch: tuple[int, int, int]) -> int:
+        """Return the tokens at a transformer's patch size; raises ValueError where patches do not divide the latent."""
+        return tokens(**asdict(self), patch=patch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,22 +62,20 @@ class Budget:
         """Return the shortest legal length of at least `frames` frames; clips are padded to it."""
         return frames + -(frames - 1) % (self.step or self.ratio)
 
-    def size(self, frames: int, height: int, width: int) -> dict[str, int]:
-        """Return a clip's size at this budget as the keyword arguments of geometry's and cost's functions."""
-        size = {"frames": self.coded_frames(frames), "height": height, "width": width}
-        return {**size, "ratio": self.ratio, "spatial": self.spatial}
+    def size(self, frames: int, height: int, width: int) -> CodedSize:
+        """Return a clip's size at this budget."""
+        return CodedSize(self.coded_frames(frames), height, width, self.ratio, self.spatial)
 
     def tokens(self, frames: int, height: int, width: int, patch: tuple[int, int, int]) -> int | None:
         """Return the tokens of a clip at a transformer's patch size; None where patches do not divide the latent."""
         try:
-            return tokens(**self.size(frames, height, width), patch=patch)
+            return self.size(frames, height, width).tokens(patch)
         except ValueError:
             return None
 
     def latent_values(self, frames: int, height: int, width: int) -> int:
         """Return the number of values in a clip's latent."""
-        positions = tokens(**self.size(frames, height, width), patch=(1, 1, 1))
-        return self.channels * positions
+        return self.channels * self.size(frames, height, width).tokens((1, 1, 1))
 
     def facts(self, frames: int, height: int, width: int) -> dict[str, Any]:
         """Return what a clip's size decides: ratios, latent frames, tokens by patch size, values and bits per pixel."""

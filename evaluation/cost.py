@@ -22,7 +22,6 @@ from promag.diffusion.families import hidden_matrices
 from promag.diffusion.flops import forward_flops, training_flops
 from promag.diffusion.flow import flow_times, sample_flow, velocity
 from promag.diffusion.transformer import ProMAGTransformer3DModel
-from promag.tokenizer.geometry import SPATIAL_RATIO, latent_frames
 from promag.training.compilation import compile_blocks
 from promag.training.device import best_device
 from promag.training.graphs import enable_graphs
@@ -30,7 +29,7 @@ from promag.training.loop import Objective
 from promag.training.optimizers import OptimizationConfig, muon_flops
 from promag.training.precision import DTYPES, Chosen, Precision, autocast, choose_precision
 
-from .budgets import Budget
+from .budgets import Budget, CodedSize
 from .speed.step import WeightUpdate
 from .speed.timing import MIB, free_bytes, measure_in_turns, peak_bytes
 
@@ -55,22 +54,14 @@ class TransformerAlone(Objective):
 
 
 def train_step(
-    transformer: Any,
-    frames: int,
-    height: int,
-    width: int,
-    ratio: int,
-    batch_size: int,
-    update: WeightUpdate | None,
-    spatial: int = SPATIAL_RATIO,
-    precision: Precision = "auto",
+    transformer: Any, size: CodedSize, batch_size: int, update: WeightUpdate | None, precision: Precision = "auto"
 ) -> Callable[[], None]:
     """Return a call that does one training step on random latents and text, ending with `update` of the transformer.
 
     With `update` None it ends with the gradients: forward and backward alone.
     """
     text_tokens = [TEXT_TOKENS] * len(transformer.text_dims)
-    loss = random_loss(transformer, frames, height, width, ratio, batch_size, text_tokens, spatial, precision)
+    loss = random_loss(transformer, size, batch_size, text_tokens, precision)
 
     def step() -> None:
         loss().backward()
@@ -82,35 +73,25 @@ def train_step(
 
 
 def random_loss(
-    transformer: Any,
-    frames: int,
-    height: int,
-    width: int,
-    ratio: int,
-    batch_size: int,
-    text_tokens: Sequence[int],
-    spatial: int = SPATIAL_RATIO,
-    precision: Precision = "auto",
+    transformer: Any, size: CodedSize, batch_size: int, text_tokens: Sequence[int], precision: Precision = "auto"
 ) -> Callable[[], Tensor]:
     """Return a call that computes the loss on random latents and text, with so many tokens from each text encoder."""
-    device, shape = transformer.device, _latent_shape(transformer, frames, height, width, ratio, spatial)
-    x, noise = torch.randn(2, batch_size, *shape, device=device)
+    device = transformer.device
+    x, noise = torch.randn(2, batch_size, *_latent_shape(transformer, size), device=device)
     text, pooled = _random_text(transformer, batch_size, text_tokens)
 
     def loss() -> Tensor:
         times = torch.full((batch_size,), 500.0, device=device)
         with autocast(device, precision):
-            predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)[0]
+            predicted = transformer(x, times, text, pooled_projections=pooled, temporal_ratio=size.ratio, return_dict=False)[0]
             return (predicted.float() - velocity(x, noise)).square().mean()
 
     return loss
 
 
-def _latent_shape(
-    transformer: Any, frames: int, height: int, width: int, ratio: int, spatial: int
-) -> tuple[int, int, int, int]:
+def _latent_shape(transformer: Any, size: CodedSize) -> tuple[int, int, int, int]:
     """Return c t h w of a clip's latent."""
-    return transformer.config["in_channels"], latent_frames(frames, ratio), height // spatial, width // spatial
+    return transformer.config["in_channels"], *size.latent_shape
 
 
 def _random_text(transformer: Any, count: int, tokens: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
@@ -122,26 +103,18 @@ def _random_text(transformer: Any, count: int, tokens: Sequence[int]) -> tuple[l
 
 
 def denoising(
-    transformer: Any,
-    frames: int,
-    height: int,
-    width: int,
-    ratio: int,
-    steps: int,
-    videos: int = 1,
-    spatial: int = SPATIAL_RATIO,
-    precision: Precision = "auto",
+    transformer: Any, size: CodedSize, steps: int, videos: int = 1, precision: Precision = "auto"
 ) -> Callable[[], None]:
     """Return a call that denoises random latents of `videos` videos at once, text encoding and decoding aside.
 
     Each step predicts with and without text, as guidance needs.
     """
-    device, shape = transformer.device, _latent_shape(transformer, frames, height, width, ratio, spatial)
-    noise = torch.randn(2 * videos, *shape, device=device)
+    device = transformer.device
+    noise = torch.randn(2 * videos, *_latent_shape(transformer, size), device=device)
     text, pooled = _random_text(transformer, 2 * videos, [TEXT_TOKENS] * len(transformer.text_dims))
 
     def velocity_at(x: Tensor, times: Tensor) -> Tensor:
-        predicted = transformer(x, 1000 * times, text, pooled_projections=pooled, temporal_ratio=ratio, return_dict=False)
+        predicted = transformer(x, 1000 * times, text, pooled_projections=pooled, temporal_ratio=size.ratio, return_dict=False)
         return predicted[0]
 
     def call() -> None:
@@ -250,13 +223,8 @@ class BudgetCosts:
 
     def training(self, budget: Budget, frames: int, batch: int, optimize: bool = True) -> Callable[[], None]:
         """Return a call that does a training step, or without `optimize` its forward and backward pass alone."""
-        return train_step(
-            self._models[budget.channels],
-            **budget.size(frames, self.height, self.width),
-            batch_size=batch,
-            update=self._update(budget) if optimize else None,
-            precision=self.precision,
-        )
+        size, update = budget.size(frames, self.height, self.width), self._update(budget) if optimize else None
+        return train_step(self._models[budget.channels], size, batch, update, self.precision)
 
     def _update(self, budget: Budget) -> WeightUpdate:
         """Return the one update of a transformer, whose moments and averages all its budgets share."""
@@ -268,14 +236,12 @@ class BudgetCosts:
     def denoising(self, budget: Budget, frames: int, steps: int, videos: int = 1) -> Callable[[], None]:
         """Return a call that denoises videos with guidance."""
         size = budget.size(frames, self.height, self.width)
-        return denoising(self._models[budget.channels], **size, steps=steps, videos=videos, precision=self.precision)
+        return denoising(self._models[budget.channels], size, steps, videos, self.precision)
 
     def decoding(self, budget: Budget, frames: int) -> Callable[[], None]:
         """Return a call that decodes the latents of one video."""
         model, size = budget.model, budget.size(frames, self.height, self.width)
-        t = latent_frames(size["frames"], budget.ratio)
-        shape = (1, budget.channels, t, self.height // budget.spatial, self.width // budget.spatial)
-        z = torch.randn(shape, device=model.device, dtype=model.dtype)
+        z = torch.randn(1, budget.channels, *size.latent_shape, device=model.device, dtype=model.dtype)
 
         @torch.no_grad()
         def call() -> None:

@@ -20,6 +20,7 @@ from promag.diffusion.config import DiffusionConfig, TextConfig, TransformerConf
 from promag.diffusion.text import learn_vocabulary, small_clip
 from promag.diffusion.transformer import ProMAGAttention, ProMAGTransformer3DModel
 
+from .budgets import CodedSize
 from .cost import random_loss
 
 FLOAT = 4  # bytes; weights, gradients, moments and averages are float32
@@ -129,7 +130,7 @@ def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, siz
             transformer = transformer_alone(model, widths, pooled)
             if checkpointing:
                 transformer.enable_gradient_checkpointing()
-            loss = random_loss(transformer, config.data.frames, size, size, ratio, batch, tokens, precision="bf16")
+            loss = random_loss(transformer, CodedSize(config.data.frames, size, size, ratio), batch, tokens, "bf16")
             return saved_bytes(loss, transformer)
 
     shallower = replace(config.model, num_layers=config.model.num_layers - 1)

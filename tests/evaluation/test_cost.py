@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag.diffusion.config import DiffusionConfig
-from promag.evaluation.budgets import Budget, own_budgets
+from promag.evaluation.budgets import Budget, CodedSize, own_budgets
 from promag.evaluation.cost import (
     LENGTHS,
     MEASURES,
@@ -114,6 +114,6 @@ def test_a_baseline_with_another_grid_costs_what_its_tokens_cost(config, tokeniz
     assert costs.tokens(baseline, 33) == 5
     model = costs._models[6]
     with FlopCounterMode(display=False) as counter:
-        denoising(model, 33, 32, 32, 8, 1, spatial=16)()
+        denoising(model, CodedSize(33, 32, 32, 8, spatial=16), 1)()
     places = 2 * 5 * model.place_embed.weight.numel()
     assert counter.get_total_flops() == 2 * 1e9 * costs.gflops(baseline, 33, training=False) - places

@@ -7,6 +7,7 @@ import torch
 
 from promag.diffusion.config import DiffusionConfig, TransformerConfig
 from promag.diffusion.families import hidden_matrices
+from promag.evaluation.budgets import CodedSize
 from promag.evaluation.cost import TransformerAlone, random_loss
 from promag.evaluation.memory import (
     activation_bytes,
@@ -33,7 +34,7 @@ def config() -> DiffusionConfig:
 def test_static_memory_is_the_memory_after_a_step(config, muon):
     transformer = transformer_alone(SHAPE, [16], 16)
     optimizers = make_optimizers(TransformerAlone(transformer), replace(config.optimization, muon_learning_rate=muon))
-    random_loss(transformer, 17, 32, 32, 16, 2, [5])().backward()
+    random_loss(transformer, CodedSize(17, 32, 32, 16), 2, [5])().backward()
     gradients = [p.grad.nbytes for p in transformer.parameters() if p.grad is not None]
     for optimizer in optimizers:
         optimizer.step()
@@ -68,7 +69,7 @@ def test_tensors_without_data_count_like_real_ones(config):
 def test_a_batch_takes_the_memory_of_its_clips(config):
     counted = activation_bytes(config, 0, 16, 32)
     transformer = transformer_alone(SHAPE, [config.text.width], config.text.width)
-    loss = random_loss(transformer, 17, 32, 32, 16, 7, [config.text.small.max_length], precision="bf16")
+    loss = random_loss(transformer, CodedSize(17, 32, 32, 16), 7, [config.text.small.max_length], "bf16")
     seven = saved_bytes(loss, transformer)
     assert seven == 7 * counted.per_clip + counted.per_step
     assert counted.per_clip_checkpointed < counted.per_clip
