@@ -6,7 +6,7 @@ from typing import Literal
 
 from promag.data.buckets import Bucket
 from promag.tokenizer.geometry import check_frames, check_size, latent_frames, stage_name, tokens
-from promag.training.config import required, setting
+from promag.training.config import UserError, required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
@@ -237,6 +237,13 @@ class DiffusionConfig:
         check_lead(self.base_ahead)
         if self.shift <= 0:
             raise ValueError(f"shift {self.shift}: must be above 0")
+
+    @property
+    def own_model(self) -> TransformerConfig:
+        """The shape of the configuration's own transformer; raises UserError where `init` provides the transformer."""
+        if self.model is None:
+            raise UserError("model null: a configuration with a transformer of its own is needed")
+        return self.model
 
     @property
     def ratios(self) -> tuple[int, ...]:

@@ -164,9 +164,8 @@ def new_transformer(
     config: DiffusionConfig, latents: Sequence[LatentDataset], text: CaptionEncoder
 ) -> ProMAGTransformer3DModel:
     """Return an untrained transformer for these latents, whose statistics it keeps, and this text."""
-    assert config.model is not None
     return ProMAGTransformer3DModel(
-        **asdict(config.model),
+        **asdict(config.own_model),
         in_channels=latents[0].index["shape"][0],
         text_dim=text.widths,
         pooled_dim=text.pooled_width,

@@ -169,7 +169,7 @@ class BudgetCosts:
     """Measures the budgets that a configuration's transformer can take, one transformer for each number of channels.
 
     `budgets` has those whose latent the transformer's patches divide, `attention` the chosen kernel, `precision` the chosen
-    type. Raises ValueError for a configuration without a transformer of its own.
+    type. Raises UserError for a configuration without a transformer of its own.
     """
 
     def __init__(
@@ -180,20 +180,19 @@ class BudgetCosts:
         width: int,
         device: torch.device | None = None,
     ):
-        if config.model is None:
-            raise ValueError("model null: a configuration with a transformer of its own is needed")
+        shape = config.own_model
         self.optimization: OptimizationConfig = config.optimization
         self.graphs = config.graphs
         self.height, self.width, self.device = height, width, device or best_device()
         self.precision: Chosen = choose_precision(config.precision, self.device)
-        self.patch: tuple[int, int, int] = tuple(config.model.patch_size)  # pyright: ignore[reportAttributeAccessIssue]
+        self.patch: tuple[int, int, int] = tuple(shape.patch_size)  # pyright: ignore[reportAttributeAccessIssue]
         self.budgets = [b for b in budgets if b.tokens(LENGTHS[0], height, width, self.patch) is not None]
         self.attention, self._models = "", {}
         self._updates: dict[int, WeightUpdate] = {}
         for channels in dict.fromkeys(budget.channels for budget in self.budgets):
             torch.manual_seed(config.seed)
             text: dict[str, Any] = {"text_dim": config.text.width, "pooled_dim": config.text.width}
-            model: Any = ProMAGTransformer3DModel(**asdict(config.model), **text, in_channels=channels)
+            model: Any = ProMAGTransformer3DModel(**asdict(shape), **text, in_channels=channels)
             self._models[channels] = model.to(self.device).train()
             self.attention = choose_attention(model, config.attention, self.device, DTYPES[self.precision])
             if config.compile:

@@ -119,10 +119,9 @@ def text_shape(config: DiffusionConfig, frozen_width: int) -> tuple[list[int], i
 def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, size: int, fake: bool = True) -> Activations:
     """Count the activations of a training step at `data.frames` frames of size x size, on tensors without data if `fake`.
 
-    Raises ValueError for a configuration without a transformer of its own.
+    Raises UserError for a configuration without a transformer of its own.
     """
-    if config.model is None:
-        raise ValueError("model null: a configuration with a transformer of its own is needed")
+    shape = config.own_model
     widths, pooled, tokens = text_shape(config, frozen_width)
 
     def saved(model: TransformerConfig, batch: int, checkpointing: bool) -> int:
@@ -133,11 +132,11 @@ def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, siz
             loss = random_loss(transformer, CodedSize(config.data.frames, size, size, ratio), batch, tokens, "bf16")
             return saved_bytes(loss, transformer)
 
-    shallower = replace(config.model, num_layers=config.model.num_layers - 1)
-    two, three = (saved(config.model, batch, False) for batch in (2, 3))
+    shallower = replace(shape, num_layers=shape.num_layers - 1)
+    two, three = (saved(shape, batch, False) for batch in (2, 3))
     per_clip = three - two
     per_block = per_clip - (saved(shallower, 3, False) - saved(shallower, 2, False))
-    checkpointed = saved(config.model, 3, True) - saved(config.model, 2, True)
+    checkpointed = saved(shape, 3, True) - saved(shape, 2, True)
     return Activations(per_clip, checkpointed + per_block, two - 2 * per_clip)
 
 

@@ -153,17 +153,16 @@ def clips_per_second(model: Model, seconds: float, cluster: Cluster) -> float:
 def models_of(config: DiffusionConfig, runs: Sequence[tuple[int, int]], text_width: int = 4096) -> list[Model]:
     """Return what a preset's transformer moves and computes for each (ratio, clips); frozen text encoders have that width.
 
-    Raises ValueError for a configuration without a transformer of its own.
+    Raises UserError for a configuration without a transformer of its own.
     """
-    if config.model is None:
-        raise ValueError("model null: a configuration with a transformer of its own is needed")
+    shape = config.own_model
     widths, pooled, lengths = text_shape(config, text_width)
     with torch.device("meta"):
-        transformer = transformer_alone(config.model, widths, pooled)
+        transformer = transformer_alone(shape, widths, pooled)
     blocks: nn.Module = transformer.transformer_blocks
     in_blocks, every = (sum(p.numel() for p in module.parameters()) for module in (blocks, transformer))
     matrices = hidden_matrices(transformer) if config.optimization.muon_learning_rate else []
-    size, frames, patch = config.data.size, config.data.frames, config.model.patch_size
+    size, frames, patch = config.data.size, config.data.frames, shape.patch_size
     return [
         Model(
             in_blocks,

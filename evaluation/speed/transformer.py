@@ -58,9 +58,8 @@ class Measured:
 
     def tokens(self, options: Options, ratio: int) -> int:
         """Return the tokens of a clip."""
-        assert self.config.model is not None
         size = self.load.size
-        return tokens(options.frames, size, size, ratio, self.config.model.patch_size)
+        return tokens(options.frames, size, size, ratio, self.config.own_model.patch_size)
 
     def costs(self, options: Options) -> BudgetCosts:
         """Return what builds the calls, with a new transformer."""

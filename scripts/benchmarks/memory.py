@@ -60,11 +60,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config, name, width = diffusion_preset(preset), preset_name(preset), arguments.text_width
-    assert config.model is not None
     real = name in map(preset_name, arguments.real)
     widths, pooled, lengths = text_shape(config, width)
     with torch.device("meta"):
-        transformer = transformer_alone(config.model, widths, pooled)
+        transformer = transformer_alone(config.own_model, widths, pooled)
     text = small_text(config.text)
     trained = [*transformer.parameters(), *text]
     matrices = [] if config.optimization.muon_learning_rate is None else hidden_matrices(transformer)
@@ -91,7 +90,7 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         for ratio in RATIOS:
             measured = real and size == config.data.size
             activations = activation_bytes(config, width, ratio, size, fake=not measured)
-            count = tokens(config.data.frames, size, size, ratio, config.model.patch_size)
+            count = tokens(config.data.frames, size, size, ratio, config.own_model.patch_size)
             clip = {"frames": config.data.frames, "size": size, "ratio": ratio, "tokens": count, "measured": measured}
             clip |= {**asdict(activations), "training_flops": training_flops(transformer.config, count, lengths)}
             row["clips"].append(clip)
