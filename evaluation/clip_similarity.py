@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from promag.diffusion.text import log_lost_ends, lost_ends
-from promag.training.config import UserError
+from promag.training.config import UserError, one_line
 
 BATCH = 32  # pictures encoded at once
 OPEN_CLIP = "open_clip:"
@@ -83,7 +83,7 @@ def _open_clip(model: str, weights: str | None) -> tuple[Callable[[str], Tensor]
         net, _, prepare = open_clip.create_model_and_transforms(name, pretrained=weights, require_pretrained=True)
         tokenize = open_clip.get_tokenizer(name)
     except UNLOADABLE as error:
-        raise UserError(f"clip {model}: cannot be loaded: {_line(error)}") from None
+        raise UserError(f"clip {model}: cannot be loaded: {one_line(error)}") from None
     clip: Any = net.eval()
     to_tensor: Any = prepare
 
@@ -115,7 +115,7 @@ def _transformers(model: str) -> tuple[Callable[[str], Tensor], Callable[[Sequen
         tokenize: Any = AutoTokenizer.from_pretrained(model)
         prepare: Any = CLIPImageProcessor.from_pretrained(model)
     except UNLOADABLE as error:
-        raise UserError(f"clip {model}: cannot be loaded: {_line(error)}") from None
+        raise UserError(f"clip {model}: cannot be loaded: {one_line(error)}") from None
     clip, loading = loaded
     if loading["missing_keys"]:  # transformers initialises them at random, with a warning
         raise UserError(f"clip {model}: no weights there for {sorted(loading['missing_keys'])[0]}; is it a text model alone?")
@@ -130,7 +130,3 @@ def _transformers(model: str) -> tuple[Callable[[str], Tensor], Callable[[Sequen
         return clip.get_image_features(prepare(list(pictures), return_tensors="pt")["pixel_values"]).pooler_output
 
     return embed_text, embed_pictures
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

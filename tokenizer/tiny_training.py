@@ -26,6 +26,7 @@ from promag.training.trackers import Log
 from .checkpoint import load_tokenizer, save_model
 from .clips import check_clips, open_training_clips, open_validation_clips, record_videos
 from .config import MAY_CHANGE, ClipsConfig
+from .convolution import use_channels_last
 from .distillation import CrossedAutoencoder
 from .losses import reconstruction_loss, reparametrise, squared_loss
 from .metrics import evaluate
@@ -127,9 +128,7 @@ def train_tiny_decoder(config: TinyDecoderConfig) -> Path | None:
     model = _model(config, tokenizer)
     if config.init is not None:
         broadcast_from_main(lambda: record_data(run, {"init": hash_weights([model])}))
-    for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    use_channels_last(model)
     accelerator.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters trained\n{plan}")
     objective = TinyDecoderObjective(model, tokenizer.to(accelerator.device), config)
 

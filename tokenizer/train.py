@@ -27,6 +27,7 @@ from .autoencoder import AutoencoderKLProMAG
 from .checkpoint import class_name, find_damage, load_tokenizer, save_tokenizer, saved_ratios
 from .clips import check_clips, open_training_clips, open_validation_clips, record_videos
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig
+from .convolution import use_channels_last
 from .distillation import load_teacher, take_entries
 from .levels import parameter_count
 from .metrics import to_uint8
@@ -138,9 +139,7 @@ def train_stage(
     torch.manual_seed(config.seed * 1000 + stage.ratio)
     model, added = _model_for(run, config, stage, build)
     _check_shapes(config, stage, model, f"stage {stage.name}: ")
-    for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    use_channels_last(model)
     trained = train_only(model, stage, added)
     accelerator.print(
         f"{stage.name}: {sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained of "

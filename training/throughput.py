@@ -117,10 +117,10 @@ def fastest(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
     """Return the fewest seconds of a call over some rounds after a first one, which counts where it took ENOUGH alone."""
     best, began = float("inf"), time.perf_counter()
     for done in range(rounds + 1):
-        _wait()
+        wait_for_gpu()
         started = time.perf_counter()
         call()
-        _wait()
+        wait_for_gpu()
         now = time.perf_counter()
         if done or now - began > ENOUGH:
             best = min(best, now - started)
@@ -129,6 +129,7 @@ def fastest(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
     return best
 
 
-def _wait() -> None:
+def wait_for_gpu() -> None:
+    """Wait until a GPU, if there is one, has done what was asked of it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -65,14 +65,16 @@ def copy_gb_per_second(device: torch.device) -> float:
     return 2 * source.nbytes / fastest(lambda: target.copy_(source)) / 1e9
 
 
+def decode_alone(*paths: str | Path) -> int:
+    """Decode whole files on one thread, without making pictures of the frames; return the number of frames."""
+    frames = 0
+    for path in paths:
+        with open_container(path) as video:
+            frames += sum(1 for _ in video.frames())
+    return frames
+
+
 def decoder_frames_per_second(path: Path) -> float:
     """Return the frames a second of decoding a whole file on one thread, without making pictures of the frames."""
-    count = 0
-
-    def decode() -> None:
-        nonlocal count
-        with open_container(path) as video:
-            count = sum(1 for _ in video.frames())
-
-    seconds = fastest(decode, rounds=2)
-    return count / seconds
+    seconds = fastest(lambda: decode_alone(path), rounds=2)
+    return decode_alone(path) / seconds

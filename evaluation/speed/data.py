@@ -23,7 +23,6 @@ from promag.data.clips import prepare
 from promag.data.datasets import ClipDataset, load_index
 from promag.data.stream import TrainingStream
 from promag.data.video import write_video
-from promag.data.video.container import open_container
 from promag.data.video.decord_reader import read_with_decord
 from promag.data.video.reader import has_decord, read_with_pyav
 from promag.diffusion.latent_cache import Encode, LatentFingerprint, write_latents
@@ -32,6 +31,7 @@ from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.precision import Chosen
 
 from .cases import Group, Job, Options
+from .ceilings import decode_alone
 from .timing import MIB, resident
 
 CLIP = 17  # frames that are read at once
@@ -63,15 +63,6 @@ def moving(frames: int, height: int, width: int) -> Iterator[np.ndarray]:
 def write_file(path: Path, name: str, frames: int, key_every: int) -> None:
     """Write such a video in one of FILES' sizes."""
     write_video(path, moving(frames, *FILES[name]), 25, crf=23, key_every=key_every)
-
-
-def decode_alone(*paths: str | Path) -> int:
-    """Decode whole files on one thread, without making pictures of the frames; return the number of frames."""
-    frames = 0
-    for path in paths:
-        with open_container(path) as video:
-            frames += sum(1 for _ in video.frames())
-    return frames
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from promag.training.device import best_device
+from promag.training.throughput import wait_for_gpu
 
 Key = TypeVar("Key")
 MIB = 2**20
@@ -67,14 +68,14 @@ def times_in_turns(
 ) -> dict[Key, list[Any]]:
     """Return what `clock` counts in each round of each call, without a warm-up; at least one round whatever `until`."""
     times: dict[Key, list[Any]] = {key: [] for key in calls}
-    _wait()  # else the first round would wait for the warm-up
+    wait_for_gpu()  # else the first round would wait for the warm-up
     for done in range(rounds):
         if done and until is not None and time.perf_counter() > until:
             break
         for key, call in calls.items():
             started = clock()
             call()
-            _wait()
+            wait_for_gpu()
             times[key].append(clock() - started)
     return times
 
@@ -121,7 +122,7 @@ def _profile(call: Callable[[], Any], device: torch.device, **options: Any) -> A
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities, **options) as profile:
         call()
-        _wait()
+        wait_for_gpu()
     return profile
 
 
@@ -140,11 +141,6 @@ def resident(figure: str = "VmRSS", process: int | str = "self") -> int:
     lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith(f"{figure}:"))
     return int(line.split()[1]) * 1024
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _clocks() -> np.ndarray:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag.tokenizer.config import StageConfig, TokenizerConfig
+from promag.tokenizer.convolution import use_channels_last
 from promag.tokenizer.objectives import StageObjective
 from promag.tokenizer.train import train_only
 from promag.training.compilation import compile_blocks
@@ -125,9 +125,7 @@ def _tokenizer(
 def stage_objective(config: TokenizerConfig, stage: StageConfig, pixels: StageConfig) -> StageObjective:
     """Return what a stage trains, on a new model, with the losses of `pixels`; as train_stage prepares it."""
     model, added = grow(config, stage)
-    for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    use_channels_last(model)
     train_only(model, stage, added)
     return StageObjective(model, pixels, added)
 

@@ -24,6 +24,7 @@ from promag.evaluation.speed.cases import Group, Options, is_recorded, measure
 from promag.evaluation.speed.ceilings import Ceilings, measure_ceilings
 from promag.evaluation.speed.subjects import PEERS
 from promag.scripts._options import check_at_least_one, check_writable, share
+from promag.scripts._parts import TINY_DECODER
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
@@ -90,13 +91,8 @@ def _parser() -> Parser:
     share(parser, "--train-batch-size", default=None, help="clips in a training step; left out: by preset and device")
     share(parser, "--batch-size", default=None, help="videos denoised or sampled at once; left out: by preset and device")
     parser.add_argument("--pipeline", default="checkpoints/tiny-video", help="folder of the pipeline that samples")
-    parser.add_argument(
-        "--tiny-decoder",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-        help="sample with a tiny decoder too: that of a folder, or without one the pipeline's own",
-    )
+    help = "sample with a tiny decoder too: that of a folder, or without one the pipeline's own"
+    parser.add_argument("--tiny-decoder", **{**TINY_DECODER, "help": help})
     parser.add_argument(
         "--overlap", action="store_true", help="sample batches in a row too, each decoded while the next is denoised"
     )
