@@ -420,14 +420,3 @@ def test_an_avi_whose_index_leads_elsewhere_is_refused(tmp_path):
 def test_one_frame_is_a_video_in_every_container(tmp_path, name):
     check(encode(tmp_path / name, video(RGB[:1])), RGB[:1])
     assert decode_strictly(tmp_path / name).fps == 25
-
-
-def test_sound_alone_is_no_video(tmp_path):
-    with av.open(tmp_path / "a.mp4", "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-        sound.sample_rate = 16000
-        container.mux(stream.encode(sound))
-        container.mux(stream.encode())
-    with pytest.raises(UnreadableVideo, match="no video stream"):
-        decode_strictly(tmp_path / "a.mp4")

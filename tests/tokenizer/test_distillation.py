@@ -32,14 +32,6 @@ SMALL = {**TINY, "block_out_channels": (8, 8, 8)}
 SMALL_16X = {**SMALL, "block_out_channels": (8, 8, 8, 8, 8), "strides": ((2, 2), (2, 1), (2, 1), (2, 1))}
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """Return the folder of a tokenizer of three levels in which no weight has its initial zeros."""
-    folder = tmp_path_factory.mktemp("teacher")
-    make_tokenizer(settle=0.05).save_pretrained(folder)
-    return folder
-
-
 def distilling(folder, teacher, ratio=4, model=SMALL, **change):
     values = {"model": AutoencoderConfig(**model), "stages": (stage(ratio, 1 + ratio),)}
     return make_config(folder, **{**values, "distill": Distillation(teacher=str(teacher)), **change})

@@ -38,13 +38,6 @@ def decoder():
     return settled()
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(settle=0.05).save_pretrained(folder)
-    return folder
-
-
 def config(folder, teacher, **change):
     values = {
         "output_dir": str(folder),
