@@ -7,7 +7,6 @@ from pathlib import Path
 from promag.data.shards.stream import IN_ORDER
 from promag.diffusion.conditioning import Condition
 from promag.diffusion.config import BudgetConfig, DiffusionConfig, DiffusionDataConfig, TextConfig, TransformerConfig
-from promag.diffusion.latent_cache import Scale
 from promag.tokenizer.base import spatial_ratio
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.geometry import latent_frames, stage_name, tokens
@@ -45,10 +44,8 @@ class DemoConfig:
     stages: tuple[StageConfig, ...] = required("the tokenizer's levels")
     text: TextConfig = setting(TextConfig(), "text encoders")
     transformer: TransformerConfig = required("text-to-video transformer")
-    caption_dropout: float = setting(0.1, "part of the captions dropped, for guidance")
     shift: float = setting(3.0, "shift of the times towards noise, at 256 tokens")
     condition: Condition = setting(Condition(), "conditioning frames, for image-to-video and continuation")
-    latent_scale: Scale = setting("global", "whether latent channels are scaled each or all alike")
     diffusion: OptimizationConfig = setting(OptimizationConfig(muon_learning_rate=0.02), "optimisation of the transformer")
     run: RunConfig = setting(RunConfig(), "logging, validation, checkpoints")
 
@@ -116,7 +113,6 @@ def diffusion_config(config: DemoConfig, tokenizer: Path, train: str, evaluation
         precision=config.precision,
         tokenizer=str(tokenizer),
         budgets=tuple(BudgetConfig(ratio=ratio) for ratio in config.ratios),
-        caption_dropout=config.caption_dropout,
         shift=config.shift,
         condition=config.condition,
         text=config.text,
@@ -129,7 +125,6 @@ def diffusion_config(config: DemoConfig, tokenizer: Path, train: str, evaluation
             frames=config.frames,
             size=config.size,
             cache=str(run / "latents"),
-            scale=config.latent_scale,
         ),
         optimization=config.diffusion,
         run=dataclasses.replace(config.run, workers=0),  # cached latents are read in a millisecond
