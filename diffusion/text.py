@@ -278,14 +278,14 @@ def lost_ends(tokenizer: Any, texts: Sequence[str], max_length: int | None = Non
 class CutTexts:
     """Counts the texts that are longer than an encoder takes; `str` gives one line with an example and its lost end."""
 
-    def __init__(self, tokenizer: Any, max_length: int | None = None):
-        self.tokenizer, self.max_length = tokenizer, max_length
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
         self.texts = self.cut = 0
         self.example: tuple[str, str] | None = None
 
     def add(self, texts: Sequence[str]) -> None:
         """Count some more texts."""
-        lost = lost_ends(self.tokenizer, texts, self.max_length)
+        lost = lost_ends(self.tokenizer, texts)
         self.texts += len(texts)
         self.cut += sum(text in lost for text in texts)
         if lost and self.example is None:
@@ -295,8 +295,7 @@ class CutTexts:
         """Return one line with the counts and the first example; empty if no text is cut."""
         if self.example is None:
             return ""
-        length = self.tokenizer.model_max_length if self.max_length is None else self.max_length
-        text, lost = self.example
+        length, (text, lost) = self.tokenizer.model_max_length, self.example
         return f"{self.cut} of {self.texts} texts have more than {length} tokens and are cut; {text!r} loses {lost!r}"
 
 

@@ -96,11 +96,11 @@ def chance() -> dict[str, float]:
     return {**parts, "all": 1 / len(scenes)}
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's score interval for a proportion (Wilson 1927); raises ValueError unless 0 <= successes <= n."""
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval for a proportion (Wilson 1927); raises ValueError unless 0 <= successes <= n."""
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n}: 0 <= successes <= n and n >= 1 are needed")
-    p = successes / n
+    p, z = successes / n, 1.96
     centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # In exact arithmetic low <= p <= high; comparing with p removes the rounding error at 0 and n successes.
     return max(0.0, min(p, (centre - half) / (1 + z * z / n))), min(1.0, max(p, (centre + half) / (1 + z * z / n)))

@@ -168,15 +168,13 @@ def _name(config: DiffusionConfig, split: str, bucket: Bucket, content: str = ""
     return "-".join([split, *([content] if content else []), *([str(bucket)] if config.data.buckets else [])])
 
 
-def cache_latents(
-    config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG, ratios: Sequence[int] | None = None
-) -> list[tuple[Bucket, list[Path]]]:
+def cache_latents(config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG) -> list[tuple[Bucket, list[Path]]]:
     """Cache the latents of one split ("train" or "eval"); return the caches' folders for each bucket that has clips.
 
-    Clips are encoded at `ratios` (default: the budgets' ratios); several ratios cost little more than the highest one. The
-    tokenizer is on the processes' device only while it encodes.
+    Clips are encoded at the budgets' ratios; several cost little more than the highest one. The tokenizer is on the processes'
+    device only while it encodes.
     """
-    data, ratios = config.data, ratios or config.ratios
+    data, ratios = config.data, config.ratios
     try:
         for ratio in ratios:
             check_ratio(ratio, vae.temporal_ratios)

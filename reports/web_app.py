@@ -48,13 +48,10 @@ class AppBackend:
         pace: how fast this machine was at each ratio.
         limits: limits for uploaded videos.
         precision: precision of sampling and reconstructing.
-        work: seconds that one comparison, or the steps of one video, may take.
     """
 
-    def __init__(
-        self, tokenizer: Any, pipe: Any, pace: Pace, limits: UploadLimits, precision: Precision = "auto", work: float = WORK
-    ):
-        self.tokenizer, self.pipe, self.pace, self.limits, self.work = tokenizer, pipe, pace, limits, work
+    def __init__(self, tokenizer: Any, pipe: Any, pace: Pace, limits: UploadLimits, precision: Precision = "auto"):
+        self.tokenizer, self.pipe, self.pace, self.limits = tokenizer, pipe, pace, limits
         self.precision: Precision = precision
         self.lock = threading.Lock()
         self.reader = IsolatedReader(DECODER_MEMORY, total=DECODER_SECONDS, processes=DECODERS)
@@ -97,9 +94,9 @@ class AppBackend:
 
         def in_time(done: int, total: int) -> None:
             nonlocal ended
-            ended = ended or time.monotonic() + self.work  # from the first step: others may have been served before
+            ended = ended or time.monotonic() + WORK  # from the first step: others may have been served before
             if time.monotonic() > ended:
-                raise UserError(f"not sampled within {self.work:g} s, the limit of this page; choose fewer steps or frames")
+                raise UserError(f"not sampled within {WORK:g} s, the limit of this page; choose fewer steps or frames")
             on_progress(done, total)
 
         order, options = SampleRequest(prompt, int(seed)), {"negative_prompt": negative, "num_frames": frames}
@@ -160,12 +157,12 @@ class AppBackend:
 
     def _in_time(self, chunks: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
         """Yield the chunks; raises UserError after `work` seconds."""
-        ended = time.monotonic() + self.work
+        ended = time.monotonic() + WORK
         for chunk in chunks:
             yield chunk
             if time.monotonic() > ended:
                 advice = "choose a smaller side, or give a shorter video"
-                raise UserError(f"{name}: not compared within {self.work:g} s, the limit of this page; {advice}")
+                raise UserError(f"{name}: not compared within {WORK:g} s, the limit of this page; {advice}")
 
 
 def import_gradio() -> Any:

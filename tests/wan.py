@@ -1,6 +1,5 @@
 """The smallest WanPipeline with every part and random weights."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,9 +40,9 @@ def make_transformer(**change: Any) -> WanTransformer3DModel:
     return WanTransformer3DModel(**{**TRANSFORMER, **change})
 
 
-def make_text(prompts: Sequence[str] = PROMPTS) -> tuple[Any, UMT5EncoderModel]:
+def make_text() -> tuple[Any, UMT5EncoderModel]:
     """Return a tokenizer and a UMT5 of width 12 with random weights."""
-    vocabulary = learn_vocabulary(prompts, 300)
+    vocabulary = learn_vocabulary(PROMPTS, 300)
     torch.manual_seed(0)
     sizes = {"d_model": 12, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     return vocabulary, UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), **sizes)).eval()

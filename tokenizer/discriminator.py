@@ -48,10 +48,10 @@ class Adversarial:
 class PatchDiscriminator3d(nn.Module):
     """Clips to logits, one for each patch of space and time: residual blocks, each halving height, width and time."""
 
-    def __init__(self, width: int, layers: int, in_channels: int = 3):
+    def __init__(self, width: int, layers: int):
         super().__init__()
         widths = [min(width * 2**i, 8 * width) for i in range(layers + 1)]
-        self.first = nn.Conv3d(in_channels, width, 3, padding=1)
+        self.first = nn.Conv3d(3, width, 3, padding=1)
         self.blocks = nn.ModuleList(_DownBlock(a, b) for a, b in pairwise(widths))
         self.last = nn.Conv3d(widths[-1], 1, 3, padding=1)
 

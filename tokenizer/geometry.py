@@ -27,14 +27,6 @@ def latent_frames(frames: int, ratio: int) -> int:
     return 1 + (frames - 1) // ratio
 
 
-def pixel_frames(latents: int, ratio: int) -> int:
-    """Return the pixel frames that `latents` latent frames decode to."""
-    check_integer("latent frames", latents)
-    if latents < 1:
-        raise ValueError(f"{latents} latent frames: at least 1 is needed")
-    return 1 + (latents - 1) * ratio
-
-
 def nearest_frames(frames: int, ratio: int) -> tuple[int, ...]:
     """Return the legal frame counts around `frames`: one if it is legal, else the next lower and higher."""
     check_integer("frames", frames)

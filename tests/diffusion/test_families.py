@@ -57,9 +57,9 @@ def settings(folder: Path, init: Path, **change):
     return configuration(folder, **{**values, "run": run, **change})
 
 
-def batch_of(cached: BucketCache, place: int = 0):
+def batch_of(cached: BucketCache):
     texts = [EmbeddingCache(folder, number) for number, folder in cached.texts.items()]
-    clips = LatentDataset(cached.latents[place], texts=texts)
+    clips = LatentDataset(cached.latents[0], texts=texts)
     rows = [clips.fixed(i) for i in range(3)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key.startswith(("latents", "text_"))}
     batch |= {"fps": torch.tensor([row["fps"] for row in rows]), "ratio": torch.tensor([row["ratio"] for row in rows])}

@@ -39,8 +39,8 @@ def dotted(halves, prefix, ends=("lora_A", "lora_B")):
     return {f"{prefix}{layer}.{end}.weight": x for layer, pair in halves.items() for end, x in zip(ends, pair, strict=True)}
 
 
-def alphas(halves, prefix="", alpha=ALPHA):
-    return {f"{prefix}{layer}.alpha": torch.tensor(alpha) for layer in halves}
+def alphas(halves, prefix=""):
+    return {f"{prefix}{layer}.alpha": torch.tensor(ALPHA) for layer in halves}
 
 
 def kohya(halves, prefix="lora_unet_"):

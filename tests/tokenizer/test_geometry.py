@@ -13,7 +13,6 @@ from promag.tokenizer.geometry import (
     check_size,
     latent_frames,
     nearest_frames,
-    pixel_frames,
     tokens,
 )
 
@@ -21,8 +20,8 @@ ratios = st.sampled_from([4, 8, 16, 32])
 
 
 @given(st.integers(1, 500), ratios)
-def test_latent_and_pixel_frames_invert_each_other(latents, ratio):
-    assert latent_frames(pixel_frames(latents, ratio), ratio) == latents
+def test_a_latent_frame_after_the_first_stands_for_as_many_frames_as_the_ratio(latents, ratio):
+    assert latent_frames(1 + (latents - 1) * ratio, ratio) == latents
 
 
 @given(st.integers(-5, 2000), ratios)
@@ -74,7 +73,6 @@ def test_values_that_are_not_integers_are_refused_by_name(value):
     named = re.escape(repr(value))
     calls = {
         "frames": lambda: latent_frames(value, 4),
-        "latent frames": lambda: pixel_frames(value, 4),
         "height": lambda: check_size(value, 8),
         "width": lambda: check_size(8, value),
         "window": lambda: check_integer("window", value),
