@@ -8,7 +8,7 @@ too, the original above its reconstructions.
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
-from promag.tokenizer.packaged_metrics import frame_rates, open_perceptual
+from promag.tokenizer.packaged_metrics import PerceptualMetrics, frame_rates, open_perceptual
 from promag.tokenizer.stages import finished_stages
 from promag.tokenizer.tiny_decoder import TinyDecoder, load_tiny_decoder
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.device import best_device
 from promag.training.files import write_atomically
-from promag.training.precision import choose_precision
+from promag.training.precision import Chosen, choose_precision
 from promag.training.run import append_result
 
 ROUNDS, ACROSS = SHARED["--rounds"]["default"], 9
@@ -38,21 +38,7 @@ ROUNDS, ACROSS = SHARED["--rounds"]["default"], 9
 
 def main(argv: Sequence[str]) -> int:
     """Print one line per ratio; with --out write them, with --record append them to a results file."""
-    parser = Parser(__doc__)
-    share(parser, "checkpoint", "--videos", "--split", "--frames", "--size", "--count", "--ratios", "--precision")
-    share(parser, "--perceptual", "--lpips", "--fvd")
-    parser.add_argument("--against", metavar="CHECKPOINT", help="compare with this tokenizer: before a training, or a teacher")
-    parser.add_argument("--tiny-decoder", metavar="FOLDER", help="compare the tokenizer's decoder with this one")
-    share(parser, "--rounds", default=None, help=f"measurements of a comparison, whose median counts; left out: {ROUNDS}")
-    sheet = parser.add_argument_group("contact sheet")
-    share(sheet, "--contact-sheet")
-    sheet.add_argument("--also", nargs="+", metavar="NAME=CHECKPOINT:RATIO", help="draw these tokenizers' too")
-    sheet.add_argument("--clips", type=int, nargs="+", help="numbers of clips, from 0; left out: the three with most motion")
-    sheet.add_argument("--across", type=int, help=f"pictures per line, evenly over the clip; left out: {ACROSS}")
-    sheet.add_argument("--scale", type=int, help="enlargement of the pictures; left out: 1")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here")
-    share(parser, "--record", "--note")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     _check_arguments(arguments)
 
     model: Any = load_tokenizer(arguments.checkpoint)
@@ -69,37 +55,85 @@ def main(argv: Sequence[str]) -> int:
     def videos() -> Iterator[torch.Tensor]:
         return (clips.fixed(i)["video"][None] for i in range(len(clips)))
 
-    results, rounds = {}, arguments.rounds or ROUNDS
-    for ratio in ratios:
-        started = time.perf_counter()
-        results[ratio] = evaluate_fully(model, videos(), ratio, perceptual, precision, fps)
-        results[ratio]["lift"] = evaluate_lift(model, videos(), ratio, precision)
-        figures = {key: value for key, value in results[ratio].items() if isinstance(value, int | float)}
-        summary = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        print(f"{ratio:>3}x  {summary}  ({time.perf_counter() - started:.1f} s)")
-        for low, lifted in results[ratio]["lift"].items():
-            print(f"      lifted to {low}x  latent error {lifted['latent_error']:.4g}  psnr {lifted['psnr']:.4g}")
-        if (step := ratio // model.temporal_ratios[0]) > 1:
-            for kind in kinds_for(arguments.size, arguments.size):
-                control = evaluate_fully(Interpolated(model, kind), videos(), ratio, perceptual, precision, fps)
-                results[ratio]["interpolated" if kind == "linear" else "interpolated_by_motion"] = control
-                how = "interpolated" if kind == "linear" else "interpolated along their motion"
-                print(f"      control: {ratio // step}x on one frame of {step}, the others {how}  psnr {control['psnr']:.4g}")
-    compared = {
-        ratio: before_after.compare(before, model, videos, ratio, results[ratio], precision, rounds, perceptual, fps)
-        for ratio in common
-    }
+    results = {ratio: _measure(model, videos, ratio, arguments.size, perceptual, precision, fps) for ratio in ratios}
+    options = (precision, arguments.rounds or ROUNDS, perceptual, fps)
+    compared = {ratio: before_after.compare(before, model, videos, ratio, results[ratio], *options) for ratio in common}
     for ratio, rows in compared.items():
         print(f"{ratio}x, before: {arguments.against}\n{before_after.table(rows)}")
     decoded = {
-        ratio: before_after.compare_tiny_decoder(model, tiny, videos, ratio, results[ratio], precision, rounds, perceptual, fps)
+        ratio: before_after.compare_tiny_decoder(model, tiny, videos, ratio, results[ratio], *options)
         for ratio in (ratios if tiny else ())
     }
     for ratio, rows in decoded.items():
         print(f"{ratio}x, tiny decoder: {arguments.tiny_decoder}\n{before_after.table(rows)}")
-    shape = (arguments.size, arguments.size)
-    for line in perceptual.not_measured(*shape):
+    for line in perceptual.not_measured(arguments.size, arguments.size):
         print(f"not measured: {line}")
+    record = _record(arguments, precision, perceptual, results, compared, decoded)
+    if arguments.out:
+        write_atomically(arguments.out, json.dumps(record, indent=1))
+    if arguments.record:
+        append_result(arguments.record, record)
+    if arguments.contact_sheet:
+        levels = [(f"{ratio}x", model, ratio) for ratio in ratios]
+        _draw(arguments, clips, [*levels, *drawn])
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    share(parser, "checkpoint", "--videos", "--split", "--frames", "--size", "--count", "--ratios", "--precision")
+    share(parser, "--perceptual", "--lpips", "--fvd")
+    parser.add_argument("--against", metavar="CHECKPOINT", help="compare with this tokenizer: before a training, or a teacher")
+    parser.add_argument("--tiny-decoder", metavar="FOLDER", help="compare the tokenizer's decoder with this one")
+    share(parser, "--rounds", default=None, help=f"measurements of a comparison, whose median counts; left out: {ROUNDS}")
+    sheet = parser.add_argument_group("contact sheet")
+    share(sheet, "--contact-sheet")
+    sheet.add_argument("--also", nargs="+", metavar="NAME=CHECKPOINT:RATIO", help="draw these tokenizers' too")
+    sheet.add_argument("--clips", type=int, nargs="+", help="numbers of clips, from 0; left out: the three with most motion")
+    sheet.add_argument("--across", type=int, help=f"pictures per line, evenly over the clip; left out: {ACROSS}")
+    sheet.add_argument("--scale", type=int, help="enlargement of the pictures; left out: 1")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here")
+    share(parser, "--record", "--note")
+    return parser
+
+
+def _measure(
+    model: Any,
+    videos: Callable[[], Iterator[torch.Tensor]],
+    ratio: int,
+    size: int,
+    perceptual: PerceptualMetrics,
+    precision: Chosen,
+    fps: Sequence[float],
+) -> dict[str, Any]:
+    """Return, and print, the figures at a ratio, with those of lower levels whose frames in between are interpolated."""
+    started = time.perf_counter()
+    results = evaluate_fully(model, videos(), ratio, perceptual, precision, fps)
+    results["lift"] = evaluate_lift(model, videos(), ratio, precision)
+    figures = {key: value for key, value in results.items() if isinstance(value, int | float)}
+    summary = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+    print(f"{ratio:>3}x  {summary}  ({time.perf_counter() - started:.1f} s)")
+    for low, lifted in results["lift"].items():
+        print(f"      lifted to {low}x  latent error {lifted['latent_error']:.4g}  psnr {lifted['psnr']:.4g}")
+    if (step := ratio // model.temporal_ratios[0]) > 1:
+        for kind in kinds_for(size, size):
+            control = evaluate_fully(Interpolated(model, kind), videos(), ratio, perceptual, precision, fps)
+            results["interpolated" if kind == "linear" else "interpolated_by_motion"] = control
+            how = "interpolated" if kind == "linear" else "interpolated along their motion"
+            print(f"      control: {ratio // step}x on one frame of {step}, the others {how}  psnr {control['psnr']:.4g}")
+    return results
+
+
+def _record(
+    arguments: argparse.Namespace,
+    precision: Chosen,
+    perceptual: PerceptualMetrics,
+    results: Mapping[int, Any],
+    compared: Mapping[int, Any],
+    decoded: Mapping[int, Any],
+) -> dict[str, Any]:
+    """Return the line that is written: figures by ratio, and what they were measured on."""
+    coded = f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}"
     record = {
         "what": "reconstruction",
         "note": arguments.note,
@@ -109,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
         "frames": arguments.frames,
         "size": arguments.size,
         "precision": precision,
-        "protocol": f"first {arguments.frames} frames, centre crop, posterior mean; {PROTOCOL}{perceptual.protocol(*shape)}",
+        "protocol": f"{coded}{perceptual.protocol(arguments.size, arguments.size)}",
         "ratios": {str(ratio): values for ratio, values in results.items()},
     }
     if arguments.against:
@@ -118,16 +152,9 @@ def main(argv: Sequence[str]) -> int:
             "protocol": before_after.PROTOCOL,
             "ratios": {str(ratio): rows for ratio, rows in compared.items()},
         }
-    if tiny:
+    if arguments.tiny_decoder:
         record["tiny_decoder"] = {"protocol": before_after.SECONDS, "ratios": {str(r): rows for r, rows in decoded.items()}}
-    if arguments.out:
-        write_atomically(arguments.out, json.dumps(record, indent=1))
-    if arguments.record:
-        append_result(arguments.record, record)
-    if arguments.contact_sheet:
-        levels = [(f"{ratio}x", model, ratio) for ratio in ratios]
-        _draw(arguments, clips, [*levels, *drawn])
-    return 0
+    return record
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:

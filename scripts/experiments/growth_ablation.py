@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag.data.datasets import open_dataset
@@ -26,7 +27,7 @@ from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.objectives import LATENTS, StageObjective
-from promag.tokenizer.packaged_metrics import open_perceptual
+from promag.tokenizer.packaged_metrics import PerceptualMetrics, open_perceptual
 from promag.tokenizer.stages import stage_folders
 from promag.tokenizer.train import train_only, train_tokenizer
 from promag.training.command_line import Parser, continues, parse_config, run_main
@@ -210,10 +211,7 @@ def score_variant(
         return [with_variant(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
     model: Any = load_tokenizer(folder)
     model.to(best_device())
-    source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
-    count = len(source) if Path(config.data.validation).suffix.lower() == ".jsonl" else config.data.validation_clips
-    items = [source.fixed(i) for i in range(count)]
-    clips, fps = [item["video"][None] for item in items], [float(item["fps"]) for item in items]
+    clips, fps = _clips_to_score(config)
     perceptual = open_perceptual(best_device(), config.perceptual)
     shape = (config.data.size, config.data.size)
     for line in perceptual.not_measured(*shape):
@@ -247,23 +245,44 @@ def score_variant(
             "protocol": f"first {config.frames} frames, centre crop, posterior mean; {PROTOCOL}{perceptual.protocol(*shape)}",
         }
         rows.append(row)
-        # The paper's observation: the lowest level on subsampled clips, scored on the frames that are left.
-        for step in (2, 4) if variant.base is None and not variant.baseline and ratio == 4 else ():
-            fewer, rates = [clip[:, :, ::step] for clip in clips], [rate / step for rate in fps]
-            part = evaluate_fully(model, fewer, ratio, perceptual, config.precision, rates)
-            rows.append(
-                {**row, "variant": f"{variant.name}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []}
-            )
-            # The control: the other frames are interpolated, which makes as many latents as at a higher ratio.
-            for kind in kinds_for(*shape):
-                higher = step * ratio
-                part = evaluate_fully(Interpolated(model, kind), clips, higher, perceptual, config.precision, fps)
-                name = f"{variant.name}, {kind} interpolation"
-                rows.append({**row, "variant": name, "ratio": higher, "interpolated": kind, **part, "curve": []})
+        if variant.base is None and not variant.baseline and ratio == 4:
+            rows += _score_fewer_frames(config, model, row, clips, fps, perceptual)
     if config.record:
         for row in rows:
             append_result(config.record, _rounded(row))
     write_atomically(kept, json.dumps(rows))
+    return rows
+
+
+def _clips_to_score(config: AblationConfig) -> tuple[list[Tensor], list[float]]:
+    """Return the validation clips, each 1 C T H W, and their frames per second."""
+    source = open_dataset(config.data.validation, "eval", config.frames, config.data.size, config.data.validation_clips)
+    count = len(source) if Path(config.data.validation).suffix.lower() == ".jsonl" else config.data.validation_clips
+    items = [source.fixed(i) for i in range(count)]
+    return [item["video"][None] for item in items], [float(item["fps"]) for item in items]
+
+
+def _score_fewer_frames(
+    config: AblationConfig,
+    model: Any,
+    row: dict[str, Any],
+    clips: Sequence[Tensor],
+    fps: Sequence[float],
+    perceptual: PerceptualMetrics,
+) -> list[dict[str, Any]]:
+    """Return rows beside a variant's `row` where its model encodes every 2nd and every 4th frame alone."""
+    rows, variant, ratio = [], row["variant"], row["ratio"]
+    for step in (2, 4):
+        # The paper's observation: the lowest level on subsampled clips, scored on the frames that are left.
+        fewer, rates = [clip[:, :, ::step] for clip in clips], [rate / step for rate in fps]
+        part = evaluate_fully(model, fewer, ratio, perceptual, config.precision, rates)
+        rows.append({**row, "variant": f"{variant}, every {_nth(step)} frame", "subsampled": step, **part, "curve": []})
+        # The control: the other frames are interpolated, which makes as many latents as at a higher ratio.
+        for kind in kinds_for(config.data.size, config.data.size):
+            higher = step * ratio
+            part = evaluate_fully(Interpolated(model, kind), clips, higher, perceptual, config.precision, fps)
+            name = f"{variant}, {kind} interpolation"
+            rows.append({**row, "variant": name, "ratio": higher, "interpolated": kind, **part, "curve": []})
     return rows
 
 
