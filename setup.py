@@ -2,8 +2,8 @@
 
 from setuptools import find_packages, setup
 
-rooms = find_packages(exclude=["promag", "promag.*", "tests", "tests.*"])
+subpackages = find_packages(exclude=["promag", "promag.*", "tests", "tests.*"])
 setup(
-    packages=["promag", *(f"promag.{room}" for room in rooms)],
-    package_dir={"promag": "promag", **{f"promag.{room}": room.replace(".", "/") for room in rooms}},
+    packages=["promag", *(f"promag.{name}" for name in subpackages)],
+    package_dir={"promag": "promag", **{f"promag.{name}": name.replace(".", "/") for name in subpackages}},
 )

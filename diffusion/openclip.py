@@ -77,7 +77,9 @@ def load_openclip(name: str, weights: str | None) -> tuple[Any, OpenCLIPTextMode
         import open_clip
         from open_clip.transformer import TextTransformer
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another build of torch
-        raise UserError(f"open_clip:{name}: needs open_clip, which cannot be imported: {error}; extra open-clip") from None
+        raise UserError(
+            f"open_clip:{name}: needs open_clip, which cannot be imported: {error}; run pip install 'promag[open-clip]'"
+        ) from None
     includes_weights = name.startswith(("local-dir:", "hf-hub:"))
     if includes_weights == (weights is not None):
         needs = "brings its own weights, weights must be null" if includes_weights else "weights must name a tag or a file"

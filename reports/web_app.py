@@ -173,7 +173,7 @@ def import_gradio() -> Any:
         import gradio as gr
         from gradio import processing_utils
     except ImportError as error:
-        raise UserError(f"the page needs gradio, which cannot be imported: {error}; extra app") from None
+        raise UserError(f"the page needs gradio, which cannot be imported: {error}; run pip install 'promag[app]'") from None
 
     async def refuse(url: str, cache_dir: str) -> str:
         raise gr.Error(f"{url:.100}: this page takes uploaded files, no addresses")

@@ -50,7 +50,7 @@ def commands(page: Path) -> list[list[str]]:
     lines = [line for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
     spans = re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text()))
     lines += [" ".join(span.split()) for span in spans if re.match(r"(promag|make|python|torchrun) ", span)]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [words for line in lines if (words := shlex.split(line.partition(" > ")[0], comments=True))]
 
 
 class StopAfterParsingError(Exception):
@@ -153,19 +153,18 @@ def folder(pipe, tmp_path, monkeypatch):  # noqa: F811
     own = like(pipe)
     own.save_pretrained(tmp_path / "runs/discs/pipeline")
     own.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    for name in ("discs", "c"):
-        state = get_peft_model_state_dict(own.transformer)
-        ProMAGPipeline.save_lora_weights(tmp_path / f"runs/{name}/lora", state)
+    ProMAGPipeline.save_lora_weights(tmp_path / "runs/c/lora", get_peft_model_state_dict(own.transformer))
     os.symlink(ROOT / "checkpoints", tmp_path / "checkpoints")
+    write_video(tmp_path / "video.mp4", generate_clip(0, "train", 17, 32)[0], 8)
     TinyDecoder(width=8, layers=1).save_pretrained(tmp_path / "runs/tiny-decoder/tiny_decoder")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def run_blocks(page: str, names: dict) -> dict:
-    """Run the Python blocks of a page in order; without a GPU, only compile those that need one."""
+def run_blocks(page: str, names: dict, pipeline: str = "checkpoints/tiny-video") -> dict:
+    """Run the Python blocks of a page in order, on the given pipeline; without a GPU, only compile those that need one."""
     for number, block in enumerate(blocks(ROOT / page, "python")):
-        code = compile(block, f"block {number} of {page}", "exec")
+        code = compile(block.replace("checkpoints/tiny-video", pipeline), f"block {number} of {page}", "exec")
         if not block.startswith("# needs a GPU") or torch.cuda.is_available():
             exec(code, names)
     return names
@@ -173,7 +172,7 @@ def run_blocks(page: str, names: dict) -> dict:
 
 def test_the_blocks_of_the_pipelines_page_run(folder):
     assert len(blocks(ROOT / "docs/reference/pipeline.md", "python")) == 15
-    names = run_blocks("docs/reference/pipeline.md", {})
+    names = run_blocks("docs/reference/pipeline.md", {}, pipeline="runs/discs/pipeline")
     assert (folder / "disc.mp4").stat().st_size > 0
     assert names["cheap"].shape == names["close"].shape == (1, 33, 16, 24, 3)
     options = {"latents": names["noise"], "num_frames": 33, "num_inference_steps": 30, "output_type": "pt"}
@@ -182,10 +181,12 @@ def test_the_blocks_of_the_pipelines_page_run(folder):
 
 
 def test_the_blocks_of_the_tokenizers_page_run(folder):
-    clip = torch.rand(1, 3, 17, 32, 32) * 2 - 1
     chunks = torch.rand(1, 3, 33, 32, 32).split([17, 16], dim=2)
-    names = run_blocks("docs/reference/tokenizer.md", {"clip": clip, "chunks": chunks})
-    assert names["video"].shape == names["result"].sample.shape == clip.shape
+    names = run_blocks("docs/reference/tokenizer.md", {"chunks": chunks})
+    clip = names["clip"]
+    assert clip.min() >= -1
+    assert clip.max() <= 1
+    assert names["video"].shape == names["result"].sample.shape == clip.shape == (1, 3, 17, 32, 32)
     assert names["coarse"].shape[2] == 5
     whole = names["tokenizer"].encode(torch.cat(chunks, 2), temporal_ratio=16).latent_dist.mode()
     assert torch.allclose(names["posterior"].mode(), whole[:, :, 2:], atol=1e-4)
@@ -216,15 +217,19 @@ def test_the_score_of_the_sampling_page_runs(folder):
 
 
 def test_the_blocks_of_the_readme_run(folder):
-    clip = torch.rand(1, 3, 17, 32, 32) * 2 - 1
-    names = run_blocks("README.md", {"clip": clip})
-    if "frames" in names:
-        assert names["frames"].shape == (33, 64, 64, 3)
+    names = run_blocks("README.md", {})
+    assert names["frames"].shape == (33, 64, 64, 3)
+    assert names["latent"].shape == (1, 16, 5, 8, 8)
+
+
+def test_the_block_that_needs_published_weights_compiles():
+    (block,) = blocks(ROOT / "docs/existing_models.md", "python")
+    compile(block, "the block of docs/existing_models.md", "exec")
 
 
 def test_no_page_has_python_that_no_test_runs():
     run = {"README.md", "docs/reference/pipeline.md", "docs/reference/tokenizer.md", "docs/how-to/sample.md"}
-    run |= {"docs/how-to/train-text-to-video.md"}
+    run |= {"docs/how-to/train-text-to-video.md", "docs/existing_models.md"}
     assert {str(page.relative_to(ROOT)) for page in PAGES if blocks(page, "python")} <= run
 
 
@@ -245,6 +250,6 @@ def test_the_commands_that_prepare_clips_run(tmp_path, monkeypatch):
             importlib.import_module(f"promag.scripts.{words[1].replace('-', '_')}").main(words[2:])
             ran.append(words[1])
     assert ran == [*["prepare-clips"] * 4, "shards", *["prepare-clips"] * 3]
-    assert len(Path("eval.jsonl").read_text().splitlines()) == 1
+    assert len(Path("clips-eval.jsonl").read_text().splitlines()) == 1
     (shard,) = (json.loads(line) for line in Path("shards/shards.jsonl").read_text().splitlines())
     assert shard["samples"] == 3

@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # The one place that knows the order; setup.py, pyright and the editors' modules take the folders as they find them.
-ROOMS = ("configs", "training", "data", "tokenizer", "diffusion", "pipelines", "evaluation", "reports", "demo", "scripts")
-FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+SUBPACKAGES = ("configs", "training", "data", "tokenizer", "diffusion", "pipelines", "evaluation", "reports", "demo", "scripts")
+FILES = [path for name in SUBPACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 
 
-def room_of(path: Path) -> str:
+def subpackage_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0]
 
 
@@ -32,19 +32,19 @@ def imports(path: Path) -> set[str]:
 
 
 def test_every_subpackage_has_its_place_in_the_order():
-    rooms = {init.parent.name for init in ROOT.glob("*/__init__.py")} - {"promag", "tests"}
-    assert rooms == set(ROOMS)
+    folders = {init.parent.name for init in ROOT.glob("*/__init__.py")} - {"promag", "tests"}
+    assert folders == set(SUBPACKAGES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_subpackages_import_only_those_below_them(path):
-    rooms = {name.split(".")[1] for name in imports(path) if name.startswith("promag.")} & set(ROOMS)
-    assert rooms <= set(ROOMS[: ROOMS.index(room_of(path)) + 1])
+    imported = {name.split(".")[1] for name in imports(path) if name.startswith("promag.")} & set(SUBPACKAGES)
+    assert imported <= set(SUBPACKAGES[: SUBPACKAGES.index(subpackage_of(path)) + 1])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_subpackages_are_imported_by_the_packages_name(path):
-    assert not set(ROOMS) & {name.split(".")[0] for name in imports(path)}
+    assert not set(SUBPACKAGES) & {name.split(".")[0] for name in imports(path)}
 
 
 def test_diffusion_imports_only_geometry_from_the_tokenizer():
@@ -53,7 +53,7 @@ def test_diffusion_imports_only_geometry_from_the_tokenizer():
         assert all(name in ("promag.tokenizer",) or name.startswith("promag.tokenizer.geometry") for name in taken), path
 
 
-def test_only_the_video_room_imports_a_decoder():
+def test_only_the_video_subpackage_imports_a_decoder():
     users = [path for path in FILES if {"av", "decord"} & {name.split(".")[0] for name in imports(path)}]
     assert {str(p.parent.relative_to(ROOT)) for p in users} == {"data/video"}
 

@@ -108,7 +108,7 @@ class Parser(argparse.ArgumentParser):
         """Parse the parser's own options, `--config PRESET` and an option for every key of the dataclass `cls`.
 
         `preset` is the default of --config; with None, --config is required. Nested keys are dotted (`--data.size 64`), list
-        elements are indexed (`--stages.0.steps 10`), and lists are given as words (`--ratios 4 8`) or as YAML
+        elements are indexed (`--stages.0.optimization.steps 10`), and lists are given as words (`--ratios 4 8`) or as YAML
         (`--ratios "[4, 8]"`). The key's type decides how a word is parsed: text is kept as is, all other types are YAML 1.2.
         --print-config prints the resolved configuration and exits.
         Raises UserError for a missing file, unknown or missing keys and wrong types.
