@@ -5,7 +5,7 @@ list_videos -> prepare -> save_clips -> clips.jsonl -> load_clips
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -105,10 +105,10 @@ def prepare(
     scenes: bool = False,
     motion: bool = False,
 ) -> PreparedClips:
-    """Decode each (path, caption) once, strictly, and cut it into clips.
+    """Decode each video once, strictly, and cut it into clips; each of its captions has clips of its own.
 
     Args:
-        videos: as `list_videos` returns them.
+        videos: (path, caption) as `list_videos` returns them; the clips of a path with several captions follow one another.
         fps: rate of the clips; None keeps each video's own average rate.
         lengths: how long clips are; None makes one clip of each video, or of each shot.
         max_bad: largest share of unreadable videos, 0 to 1.
@@ -130,20 +130,23 @@ def prepare(
         check_scenes()
     lengths = lengths or Lengths()
     prepared = PreparedClips([], [], [], [], [])
+    captions: dict[str, list[str]] = {}
+    for path, caption in videos:
+        captions.setdefault(path, []).append(caption)
     with READER.pool(workers) as pool:
-        examined = pool.map(partial(_examine, scenes=scenes, motion=motion), [path for path, _ in videos])
-        bar = ProgressBar(examined, total=len(videos), desc="decoding", unit="video", disable=not progress)
-        for (path, caption), video in zip(videos, bar, strict=True):
+        examined = pool.map(partial(_examine, scenes=scenes, motion=motion), captions)
+        bar = ProgressBar(examined, total=len(captions), desc="decoding", unit="video", disable=not progress)
+        for path, video in zip(captions, bar, strict=True):
             if isinstance(video, UnreadableVideo):
                 prepared.quarantined.append((path, video.reason))
                 continue
             if video.scanned.facts.notes:
                 prepared.changed.append((path, ", ".join(video.scanned.facts.notes)))
-            _cut(video, caption, (licences or {}).get(path), fps, lengths, prepared)
+            _cut(video, captions[path], (licences or {}).get(path), fps, lengths, prepared)
     bad = prepared.quarantined
-    if len(bad) > max_bad * len(videos) or len(bad) == len(videos):
+    if len(bad) > max_bad * len(captions) or len(bad) == len(captions):
         raise TooManyUnreadable(
-            f"{len(bad)} of {len(videos)} videos are unreadable, at most {max_bad:.1%} may be: "
+            f"{len(bad)} of {len(captions)} videos are unreadable, at most {max_bad:.1%} may be: "
             f"{first_few(f'{path}: {reason}' for path, reason in bad)}; remove them, or re-encode what is odd but "
             f"whole by: {REENCODE}",
             bad,
@@ -196,12 +199,18 @@ def frames_at(times: np.ndarray, rate: float) -> int:
 
 
 def _cut(
-    video: _Examined, caption: str, licence: str | None, fps: float | None, lengths: Lengths, prepared: PreparedClips
+    video: _Examined,
+    captions: Sequence[str],
+    licence: str | None,
+    fps: float | None,
+    lengths: Lengths,
+    prepared: PreparedClips,
 ) -> None:
-    """Add the clips of a video, and what is left out of it, to `prepared`."""
+    """Add the clips of a video, with each of its captions, and what is left out of it, to `prepared`."""
     facts, times = video.scanned.facts, video.scanned.facts.timestamps
     rate, ends = fps or facts.fps, np.append(times[1:], facts.duration)
-    before = len(prepared.clips)
+    clips: list[Clip] = []
+    motion: list[float] = []
     for stretch in video.scanned.stretches:
         start = float(times[stretch.first])
         available = frames_at(times[stretch.first : stretch.last + 1], rate)
@@ -213,24 +222,14 @@ def _cut(
         prepared.dropped_frames += available - sum(count for _, count in windows)
         for first, count in windows:
             at = start + first / rate
-            prepared.clips.append(
-                Clip(
-                    video.path,
-                    at,
-                    count,
-                    rate,
-                    facts.width,
-                    facts.height,
-                    caption,
-                    video.digest,
-                    licence,
-                    facts.decord,
-                    *video.stamp,
-                )
-            )
+            place = (video.path, at, count, rate, facts.width, facts.height)
+            clips.append(Clip(*place, captions[0], video.digest, licence, facts.decord, *video.stamp))
             if video.scanned.motion is not None:
                 shown = pick_by_time(times, at + np.arange(count) / rate)
                 differences = video.scanned.motion[shown[0] + 1 : shown[-1] + 1]
-                prepared.motion.append(float(differences.mean()) if len(differences) else math.nan)
-    if len(prepared.clips) > before and facts.frames > 1 and rate > facts.fps * (1 + TIE):
+                motion.append(float(differences.mean()) if len(differences) else math.nan)
+    for caption in captions:
+        prepared.clips += [replace(clip, caption=caption) for clip in clips]
+        prepared.motion += motion
+    if clips and facts.frames > 1 and rate > facts.fps * (1 + TIE):
         prepared.slower.append((video.path, facts.fps))

@@ -185,13 +185,32 @@ def open_dataset(
 def open_evaluation(
     videos: str, split: str | None, frames: int, size: int, count: int
 ) -> "ClipDataset | SyntheticDataset | ShardedClips":
-    """Open videos to evaluate on: what `open_dataset` opens, or what `list_videos` lists (a folder, a table, one video).
+    """Open videos to evaluate a tokenizer on: what `open_dataset` opens, or `list_videos` lists (a folder, a table, one video).
 
-    The latter are decoded strictly first; `split` keeps these rows of a table. Raises UserError as both do.
+    The latter are decoded strictly first; `split` keeps these rows of a table. A stretch of a video with several captions is
+    one clip; samples of shards are taken as they are. Raises UserError as both do, and for `split` without a table.
     """
-    if videos == "synthetic" or is_index(videos) or is_shards(videos):
+    is_whole = videos == "synthetic" or is_shards(videos)
+    if split is not None and (is_whole or is_index(videos)):
+        raise UserError(
+            f"{videos}: split {split!r} needs a table with a column split; generated clips, a clip index and shards are taken "
+            "whole; leave it out"
+        )
+    if is_whole:
         return open_dataset(videos, "eval", frames, size, count)
-    return ClipDataset(prepare(list_videos(videos, split)).clips, frames, size)
+    clips = load_index(videos) if is_index(videos) else prepare(list_videos(videos, split)).clips
+    return ClipDataset(_leave_out_captions(clips), frames, size)
+
+
+def _leave_out_captions(clips: Sequence[Clip]) -> Sequence[Clip]:
+    """Keep the first clip of each stretch of a video: further ones differ in their captions alone."""
+    first: dict[tuple[str, float, int, float], int] = {}
+    for place in range(len(clips)):
+        clip = clips[place]
+        first.setdefault((clip.path, clip.start, clip.frames, clip.fps), place)
+    if more := len(clips) - len(first):
+        logger.warning("%d of %d clips show the same frames as another, with another caption: left out", more, len(clips))
+    return take(clips, np.array(list(first.values()))) if more else clips
 
 
 def is_index(path: str | os.PathLike) -> bool:

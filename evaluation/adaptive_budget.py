@@ -17,12 +17,15 @@ from promag.tokenizer.metrics import psnr
 from promag.tokenizer.streaming import reconstruct
 from promag.training.precision import Precision, autocast
 
-from .budgets import Budget
+from .budgets import Budget, ClipFacts
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Cost of a target: levels by part, tokens, and the cheapest fixed level whose worst part is no worse."""
+    """Cost of a target: levels by part, tokens, and the cheapest fixed level whose worst part is no worse.
+
+    At the fixed level every clip is coded whole: a part that is a segment of it has no first frame of its own there.
+    """
 
     target: float  # dB
     levels: tuple[str, ...]  # chosen for each part
@@ -31,6 +34,7 @@ class Allocation:
     missed: int  # parts below the target at every level; they get their best one
     fixed: str  # no worse in its worst part, and misses no more; where no level is that good, the one of most tokens
     fixed_tokens: int
+    fixed_worst: float  # PSNR of the worst part at the fixed level in dB
 
     @property
     def saved(self) -> float:
@@ -38,13 +42,21 @@ class Allocation:
         return 1 - self.tokens / self.fixed_tokens
 
 
-def allocate(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], target: float) -> Allocation:
+def allocate(
+    parts: Sequence[Mapping[str, float]],
+    tokens: Mapping[str, int],
+    target: float,
+    whole: Sequence[Mapping[str, float]] | None = None,
+    whole_tokens: Mapping[str, int] | None = None,
+) -> Allocation:
     """Choose the smallest level that reaches `target` for each part, or its best where none does.
 
     Args:
         parts: PSNR in dB of each clip or segment by level.
         tokens: tokens of one part by level, most first.
         target: PSNR in dB.
+        whole: PSNR in dB of each part where the clips are coded whole; left out: `parts`, which are whole clips.
+        whole_tokens: tokens of all clips then, by level; left out: those of all parts.
 
     Raises ValueError without parts, or where `tokens` do not fall from level to level.
     """
@@ -57,7 +69,7 @@ def allocate(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], ta
     worst, missed = min(reached), sum(value < target for value in reached)
 
     def as_good(name: str) -> bool:
-        values = [part[name] for part in parts]
+        values = [part[name] for part in whole or parts]
         return min(values) >= worst and sum(value < target for value in values) <= missed
 
     fixed = next(filter(as_good, cheapest), names[0])
@@ -68,7 +80,8 @@ def allocate(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], ta
         worst=worst,
         missed=missed,
         fixed=fixed,
-        fixed_tokens=len(parts) * tokens[fixed],
+        fixed_tokens=whole_tokens[fixed] if whole_tokens else len(parts) * tokens[fixed],
+        fixed_worst=min(part[fixed] for part in whole or parts),
     )
 
 
@@ -95,20 +108,35 @@ def _padded(window: Tensor, frames: int) -> Tensor:
     return torch.cat([window, window[:, :, -1:].expand(-1, -1, added, -1, -1)], 2) if added else window
 
 
-def sweep(parts: Sequence[Mapping[str, float]], tokens: Mapping[str, int], targets: Sequence[float]) -> list[dict[str, Any]]:
-    """Return the allocation at each target as plain figures."""
+def segment_psnr_of_whole(per_frame: Mapping[str, Sequence[float]], frames: int) -> list[dict[str, float]]:
+    """Return the PSNR of each window of `frames` frames by budget, where the clip was coded whole, from that of its frames."""
+    errors = {name: 10 ** (-torch.tensor(values, dtype=torch.float64) / 10) for name, values in per_frame.items()}
+    windows = {name: [-10 * math.log10(part.mean()) for part in values.split(frames)] for name, values in errors.items()}
+    return [dict(zip(windows, row, strict=True)) for row in zip(*windows.values(), strict=True)]
+
+
+def sweep(
+    parts: Sequence[Mapping[str, float]],
+    tokens: Mapping[str, int],
+    targets: Sequence[float],
+    whole: Sequence[Mapping[str, float]] | None = None,
+    whole_tokens: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the allocation at each target as plain figures; see `allocate`."""
     rows = []
     for target in targets:
-        best = allocate(parts, tokens, target)
+        best = allocate(parts, tokens, target, whole, whole_tokens)
         counts = {name: best.levels.count(name) for name in tokens}
         row = {"target": target, "parts": counts, "tokens": best.tokens, "worst": best.worst, "missed": best.missed}
-        rows.append({**row, "fixed": best.fixed, "fixed_tokens": best.fixed_tokens, "saved": best.saved})
+        fixed = {"fixed": best.fixed, "fixed_tokens": best.fixed_tokens, "fixed_worst": best.fixed_worst}
+        rows.append({**row, **fixed, "saved": best.saved})
     return rows
 
 
 def adaptive_figures(
     budgets: Sequence[Budget],
     reconstruction: Mapping[str, Mapping[str, Any]],
+    facts: Sequence[ClipFacts],
     clips: Any,
     shape: tuple[int, int, int],
     segment: int,
@@ -120,6 +148,7 @@ def adaptive_figures(
     Args:
         budgets: the levels of one checkpoint, most tokens first.
         reconstruction: their figures by `compare_reconstructions`.
+        facts: the clips by the same.
         clips: the open dataset that it read.
         shape: frames, height and width of a clip.
         segment: frames of a segment, 1 + r*N at every level.
@@ -137,11 +166,15 @@ def adaptive_figures(
         for budget in budgets
     }
     figures: dict[str, Any] = {"target": target, "segment_frames": segment, "patch": patch, "tokens": counts}
-    for kind, parts in (("clip", of_clips), ("segment", [part for clip in of_segments for part in clip])):
+    per_frame = [{name: clip.psnr_per_frame[name] for name in names} for clip in facts]
+    of_whole = [segment_psnr_of_whole(values, segment) for values in per_frame]
+    whole_tokens = {name: len(clips) * (counts[name]["clip_tokens"] or 0) for name in names}
+    segments, whole = ([part for clip in rows for part in clip] for rows in (of_segments, of_whole))
+    for kind, parts, fixed in (("clip", of_clips, of_clips), ("segment", segments, whole)):
         tokens = {name: counts[name][f"{kind}_tokens"] or 0 for name in names}
-        figures[f"by_{kind}"] = sweep(parts, tokens, [target])[0]
-        figures[f"sweep_by_{kind}"] = sweep(parts, tokens, _targets(parts))
-    return {**figures, "clip_psnr": of_clips, "segment_psnr": of_segments}
+        figures[f"by_{kind}"] = sweep(parts, tokens, [target], fixed, whole_tokens)[0]
+        figures[f"sweep_by_{kind}"] = sweep(parts, tokens, _targets(parts), fixed, whole_tokens)
+    return {**figures, "clip_psnr": of_clips, "segment_psnr": of_segments, "segment_psnr_of_whole": of_whole}
 
 
 def _targets(parts: Sequence[Mapping[str, float]]) -> list[float]:

@@ -77,7 +77,9 @@ def _open_clip(model: str, weights: str | None) -> tuple[Callable[[str], Tensor]
     try:
         import open_clip
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another build of torch
-        raise UserError(f"clip {model}: needs open_clip, which cannot be imported: {error}; extra open-clip") from None
+        raise UserError(
+            f"clip {model}: needs open_clip, which cannot be imported: {error}; run pip install 'promag[open-clip]'"
+        ) from None
     name = model.removeprefix(OPEN_CLIP)
     try:
         net, _, prepare = open_clip.create_model_and_transforms(name, pretrained=weights, require_pretrained=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from promag.data.datasets import open_dataset
 from promag.data.synthetic import Scene, render
 from promag.pipelines.inputs import steps_and_guidance
-from promag.pipelines.sampling import sample_timed
+from promag.pipelines.sampling import BATCH, sample_timed
 from promag.tokenizer.metrics import from_uint8, high_frequency_energy, jitter
 from promag.tokenizer.perceptual import frechet_distance
 from promag.training.precision import Precision
@@ -22,6 +22,15 @@ from promag.training.precision import Precision
 from .prompt_accuracy import accuracies, scenes_to_score
 
 Similarity = Callable[[np.ndarray, str], float]  # takes a video and its prompt
+
+
+def warm_up(pipe: Any, ratio: int, prompts: int, guidance: float | None = None, precision: Precision = "auto") -> None:
+    """Sample a first batch of `prompts` videos in one step, without timing it.
+
+    The first call at a shape takes longer than those after it. Raises ValueError as the pipeline does.
+    """
+    captions = [scene.caption() for scene in scenes_to_score(min(prompts, BATCH), seed=0)]
+    sample_timed(pipe, captions, 1, guidance, precision, name=None, temporal_ratio=ratio)
 
 
 def generation_figures(
@@ -37,8 +46,8 @@ def generation_figures(
     """Sample a video for each of `prompts` captions at one temporal ratio and return the figures.
 
     Keys: steps and guidance of the sampling, accuracy (value and 95 % interval by part), sampling_seconds (one video in a
-    batch, decoding included), clip_similarity (mean over videos) and fvd (against as many generated clips of the pipeline's
-    frames and size).
+    batch, decoding included, after `warm_up`), clip_similarity (mean over videos) and fvd (against as many generated clips of
+    the pipeline's frames and size).
 
     Args:
         steps: denoising steps; None is the pipeline's own, as is guidance.
@@ -50,6 +59,7 @@ def generation_figures(
     scenes = scenes_to_score(prompts, seed=0)
     captions = [scene.caption() for scene in scenes]
     name = f"{ratio}x prompts"
+    warm_up(pipe, ratio, prompts, guidance, precision)
     videos, seconds = sample_timed(pipe, captions, steps, guidance, precision, name=name, temporal_ratio=ratio)
     return {
         "ratio": ratio,

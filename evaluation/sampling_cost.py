@@ -9,6 +9,7 @@ from typing import Any
 
 from promag.diffusion.flops import forward_flops
 from promag.pipelines.sampling import SampleRequest, Seconds, make_videos, trained_ratios
+from promag.pipelines.timesteps import count_model_calls
 from promag.tokenizer.geometry import latent_frames, tokens
 from promag.training.precision import Precision
 
@@ -23,7 +24,7 @@ class SamplingCost:
     frames: int
     latent_frames: int
     tokens: int
-    flops: float  # of the transformer in all steps, guidance included, without text encoding and decoding
+    flops: float  # of the transformer in all of its calls, guidance included, without text encoding and decoding
 
 
 def sampling_cost(pipe: Any, ratio: int, frames: int, steps: int, guidance: float) -> SamplingCost:
@@ -33,8 +34,9 @@ def sampling_cost(pipe: Any, ratio: int, frames: int, steps: int, guidance: floa
     count = tokens(frames, config["height"], config["width"], ratio, patch, pipe.vae.spatial_compression_ratio)
     lengths = [part.model_max_length for part in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3) if part is not None]
     batch = 2 if guidance > 1 else 1  # as the pipeline: guidance of 1 and less is off
-    step = forward_flops({**transformer, "text_dim": pipe.transformer.text_dims}, count, lengths, batch)
-    return SamplingCost(ratio, frames, latent_frames(frames, ratio), count, steps * step)
+    call = forward_flops({**transformer, "text_dim": pipe.transformer.text_dims}, count, lengths, batch)
+    flops = count_model_calls(pipe.scheduler, steps) * call
+    return SamplingCost(ratio, frames, latent_frames(frames, ratio), count, flops)
 
 
 class Pace:

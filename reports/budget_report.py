@@ -6,7 +6,7 @@ key frame every few frames, so that stepping is quick.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class BudgetReport:
         curves: points (frames, value, measured) by plot and line.
         generation: figures by pipeline and ratio.
         facts: how the figures were measured.
+        weights: names among NEEDS_WEIGHTS whose weights were given.
     """
 
     title: str
@@ -53,6 +54,7 @@ class BudgetReport:
     curves: Mapping[str, Mapping[str, Sequence[Mark]]] = field(default_factory=dict)
     generation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
+    weights: Collection[str] = ()
 
     def per_clip(self, budget: str, clip: int) -> Mapping[str, Any]:
         """Return the figures of one clip at a budget."""
@@ -122,7 +124,7 @@ def _page(report: BudgetReport, order: Sequence[int], films: Sequence[Film]) -> 
         left_out=left_out if len(order) < count else "",
         clip_heads=_clip_heads(report),
         clip_rows=[_clip_row(report, i) for i in order],
-        figure_lines={**token_lines(report.budgets), **reconstruction_lines(report.budgets)},
+        figure_lines={**token_lines(report.budgets), **reconstruction_lines(report.budgets, report.weights)},
         rate_plots=_rate_plots(report),
         levels=_levels(report, colours) if report.adaptive else None,
         costs=cost_lines(report.budgets),
@@ -130,7 +132,7 @@ def _page(report: BudgetReport, order: Sequence[int], films: Sequence[Film]) -> 
             title: Markup(marked_plot(lines, "frames of a clip", title.split(", ")[-1], log=True))
             for title, lines in report.curves.items()
         },
-        generation=generation_lines(report.generation) if report.generation else {},
+        generation=generation_lines(report.generation, report.weights) if report.generation else {},
     )
 
 
@@ -218,12 +220,16 @@ def _levels(report: BudgetReport, colours: Mapping[str, str]) -> dict[str, Any]:
     """Return the data of the target slider: PSNR of clips and segments at each level, and the levels' tokens."""
     assert report.adaptive is not None
     clips = [[part[name] for name in report.levels] for part in report.adaptive["clip_psnr"]]
-    segments = [[[part[name] for name in report.levels] for part in clip] for clip in report.adaptive["segment_psnr"]]
+    segments, whole = (
+        [[[part[name] for name in report.levels] for part in clip] for clip in report.adaptive[key]]
+        for key in ("segment_psnr", "segment_psnr_of_whole")
+    )
     values = [value for clip in clips for value in clip]
     return {
         "levels": [{"name": name, "line": colours[name], **report.adaptive["tokens"][name]} for name in report.levels],
         "clips": clips,
         "segments": segments,
+        "whole": whole,
         "names": [clip.name for clip in report.clips],
         "lowest": math.floor(min(values)),
         "highest": math.ceil(max(values)),
@@ -281,13 +287,16 @@ def token_lines(budgets: Mapping[str, Mapping[str, Any]]) -> Lines:
     }
 
 
-def reconstruction_lines(budgets: Mapping[str, Mapping[str, Any]]) -> Lines:
-    """Return the quality of reconstructions; a metric that no budget has is left out unless it needs weights."""
+def reconstruction_lines(budgets: Mapping[str, Mapping[str, Any]], weights: Collection[str] = ()) -> Lines:
+    """Return the quality of reconstructions; a metric that no budget has is left out unless it needs weights.
+
+    `weights` names those of NEEDS_WEIGHTS whose weights were given, as for `generation_lines`.
+    """
     lines = []
     for key, label, digits, better in RECONSTRUCTION:
         values = [budget["reconstruction"].get(key) for budget in budgets.values()]
         if any(value is not None for value in values) or key in NEEDS_WEIGHTS:
-            lines.append(Line(label + _no_weights(key, values), values, digits, better))
+            lines.append(Line(label + _absence(key, values, weights), values, digits, better))
     return {"Reconstruction, means over clips": lines}
 
 
@@ -302,7 +311,7 @@ def cost_lines(budgets: Mapping[str, Mapping[str, Any]]) -> Lines:
     return {"At the length of the clips": lines} if lines else {}
 
 
-def generation_lines(generation: Mapping[str, Mapping[str, Any]]) -> Lines:
+def generation_lines(generation: Mapping[str, Mapping[str, Any]], weights: Collection[str] = ()) -> Lines:
     """Return how videos were sampled, and how well they follow their prompts, with 95 % intervals."""
     rows = list(generation.values())
     parts = ("colour", "motion", "shape", "all")
@@ -311,10 +320,13 @@ def generation_lines(generation: Mapping[str, Mapping[str, Any]]) -> Lines:
     lines += [share_line(f"Prompt accuracy: {part} (%)", [row["accuracy"][part] for row in rows]) for part in parts]
     for key, label, digits in (("clip_similarity", "CLIP similarity", 4), ("fvd", "FVD", 1)):
         values = [row.get(key) for row in rows]
-        lines.append(Line(label + _no_weights(key, values), values, digits))
+        lines.append(Line(label + _absence(key, values, weights), values, digits))
     lines.append(Line("Sampling a video (s)", [row["sampling_seconds"] for row in rows], None, -1, FASTER))
     return {"Generation": lines}
 
 
-def _no_weights(key: str, values: Sequence[float | None]) -> str:
-    return " (no weights given)" if key in NEEDS_WEIGHTS and None in values else ""
+def _absence(key: str, values: Sequence[float | None], weights: Collection[str]) -> str:
+    """Return why a metric of NEEDS_WEIGHTS has no value; empty where it has."""
+    if key not in NEEDS_WEIGHTS or None not in values:
+        return ""
+    return " (needs at least 2 videos)" if key in weights else " (no weights given)"

@@ -176,6 +176,8 @@ class Comparison:
             current[:] = [self._read(length)]
             surplus = max(0, done + length - self.count)  # frames that repeat the last one
             original = crop_clip(current[0], Padding(surplus, 0, 0))
+            if not done:
+                self._warm_up(current[0])
             videos = [self._shown(original)]
             for ratio, stream in streams.items():
                 started = time.perf_counter()
@@ -189,6 +191,13 @@ class Comparison:
             yield grid(videos, len(videos))
             done += length - surplus
             self.on_progress(done)
+
+    def _warm_up(self, first: Tensor) -> None:
+        """Reconstruct the fewest frames at each ratio, untimed: the first call takes longer, whichever ratio has it."""
+        for ratio in self.ratios:
+            clip = first[:, :, : 1 + ratio * self.model.latent_step].to(self.model.device)
+            with autocast(self.model.device, self.precision):
+                next(reconstruct_stream(self.model, [clip], ratio))
 
     def _chunks(self, current: list[Tensor]) -> Iterator[Tensor]:
         while True:

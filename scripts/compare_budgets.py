@@ -36,6 +36,7 @@ from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames
 from promag.tokenizer.metrics import PROTOCOL
 from promag.tokenizer.packaged_metrics import PerceptualMetrics, open_perceptual
+from promag.tokenizer.perceptual import check_fvd_frames
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
@@ -58,15 +59,18 @@ def main(argv: Sequence[str]) -> int:
     clips = open_evaluation(arguments.videos, arguments.split, arguments.frames, arguments.size, arguments.count)
     perceptual = open_perceptual(best_device(), arguments.perceptual, arguments.lpips, arguments.fvd)
     similarity = load_similarity(arguments.clip, arguments.clip_weights)
+    given = {"lpips": perceptual.lpips, "fvd": perceptual.video_features, "clip_similarity": similarity}
+    weights = [name for name, metric in given.items() if metric]
     shape = (arguments.frames, arguments.size, arguments.size)
     results = _Results(arguments, config, perceptual, len(clips))
     with tempfile.TemporaryDirectory() as folder:
         reconstructions, facts = compare_reconstructions(budgets, clips, Path(folder), perceptual, _log, config.precision)
         figures = {b.name: {**b.facts(*shape), "reconstruction": reconstructions[b.name]} for b in budgets}
-        print(text_table(list(figures), {**token_lines(figures), **reconstruction_lines(figures)}))
+        print(text_table(list(figures), {**token_lines(figures), **reconstruction_lines(figures, weights)}))
         results.add("reconstruction", *({"budget": name, **row} for name, row in figures.items()))
         own = [budget for budget in budgets if budget.own]
-        adaptive = adaptive_figures(own, reconstructions, clips, shape, arguments.segment, arguments.target, config.precision)
+        aim = (arguments.segment, arguments.target, config.precision)
+        adaptive = adaptive_figures(own, reconstructions, facts, clips, shape, *aim)
         print(_adaptive_text(adaptive))
         results.add("adaptive budget", adaptive)
         costs, lengths = _measure_costs(budgets, config, arguments) if arguments.costs else ({}, {})
@@ -78,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
             results.add("cost by length", {"points": lengths, "error_at_longest_from_shorter": fit_errors(lengths)})
         generation = _generate(pipelines, arguments, config.precision, similarity, perceptual)
         if generation:
-            print(text_table(list(generation), generation_lines(generation)))
+            print(text_table(list(generation), generation_lines(generation, weights)))
             results.add("generation", *({"pipeline": name, **row} for name, row in generation.items()))
         report = BudgetReport(
             title=f"Token budgets of {name_of(arguments.tokenizer)} on {Path(name_of(arguments.videos)).stem}",
@@ -89,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
             curves=_curves(lengths),
             generation=generation,
             facts=_facts(results, arguments, perceptual),
+            weights=weights,
         )
         shown = write_budget_page(arguments.out / "report.html", report)
     page = arguments.out / "report.html"
@@ -156,7 +161,7 @@ def _protocols(arguments: argparse.Namespace, config: DiffusionConfig, perceptua
     precision = choose_precision(config.precision, best_device())
     return {
         "reconstruction": coded + perceptual.protocol(arguments.size, arguments.size),
-        "adaptive budget": f"{coded}; segments of {arguments.segment} frames are coded alone",
+        "adaptive budget": f"{coded}; segments of {arguments.segment} frames are coded alone, whole clips at the fixed level",
         "cost": (
             f"preset {Path(arguments.config).stem}, {precision}, random latents and text; train step of "
             f"{arguments.train_batch_size} clips with its optimisers, {arguments.steps or COSTED_STEPS} denoising steps of one "
@@ -166,7 +171,7 @@ def _protocols(arguments: argparse.Namespace, config: DiffusionConfig, perceptua
         "cost by length": (
             "one clip, one denoising step; points that are not measured follow a + b N + c N^2 fitted to those that are"
         ),
-        "generation": f"{precision}; Wilson 95 % intervals; decoding included",
+        "generation": f"{precision}; Wilson 95 % intervals; decoding included, after an untimed call at each ratio",
     }
 
 
@@ -176,6 +181,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     check_at_least_one(arguments, *numbers)
     if not math.isfinite(arguments.target):
         raise UserError(f"--target {arguments.target:g}: a finite number is needed")
+    check_fvd_frames(arguments.fvd, arguments.frames)
     results = [arguments.out / name for name in ("results.jsonl", "report.html")]
     for path in results:
         check_writable("--out", path, [arguments.videos])
@@ -187,11 +193,10 @@ def _budgets(arguments: argparse.Namespace) -> list[Budget]:
     model: Any = load_tokenizer(arguments.tokenizer)
     budgets = own_budgets(model)
     try:
-        check_frames(arguments.frames, model.temporal_ratios[-1])
-        check_frames(arguments.segment, model.temporal_ratios[-1])
         for name in ("frames", "segment"):
+            check_frames(getattr(arguments, name), model.temporal_ratios[-1], model.latent_step)
             if getattr(arguments, name) == 1 and len(budgets) > 1:
-                more = 1 + model.temporal_ratios[-1]
+                more = 1 + model.temporal_ratios[-1] * model.latent_step
                 raise UserError(f"--{name} 1: one frame has the same tokens at every level; use {more} or more")
         budgets += [_other_budget(text) for text in arguments.also]
         check_budgets(budgets, arguments.size, arguments.size)
@@ -263,6 +268,7 @@ def _pipelines(arguments: argparse.Namespace) -> dict[str, Any]:
         if name in pipelines:
             raise UserError(f"pipeline {folder}: another one is called {name} too; names of folders must differ")
         pipelines[name] = open_pipeline(folder)
+        check_fvd_frames(arguments.fvd, pipelines[name].config["num_frames"], f"videos of pipeline {folder}")
         try:
             steps_and_guidance(pipelines[name].config, arguments.steps, arguments.guidance)
         except ValueError as error:
@@ -291,7 +297,7 @@ def _generate(
 
 def _without_clips(record: dict[str, Any]) -> dict[str, Any]:
     """Leave out the figures of single clips: the page and results.jsonl have them."""
-    kept = {key: value for key, value in record.items() if key not in ("clip_psnr", "segment_psnr")}
+    kept = {key: value for key, value in record.items() if key not in ("clip_psnr", "segment_psnr", "segment_psnr_of_whole")}
     if "reconstruction" in kept:
         kept["reconstruction"] = {key: value for key, value in kept["reconstruction"].items() if key != "per_clip"}
     return kept
@@ -318,8 +324,8 @@ def _adaptive_text(adaptive: dict[str, Any]) -> str:
         counts = ", ".join(f"{count} at {name}" for name, count in row["parts"].items())
         lines.append(
             f"{row['target']:g} dB by {by}: {counts}; {row['tokens']} tokens, {abs(100 * row['saved']):.1f} % "
-            f"{'more' if row['saved'] < 0 else 'fewer'} than {row['fixed']} everywhere; worst case "
-            f"{row['worst']:.2f} dB, {row['missed']} miss the target"
+            f"{'more' if row['saved'] < 0 else 'fewer'} than {row['fixed']} everywhere ({row['fixed_tokens']} tokens, worst "
+            f"case {row['fixed_worst']:.2f} dB); worst case {row['worst']:.2f} dB, {row['missed']} miss the target"
         )
     return "\n".join(lines)
 

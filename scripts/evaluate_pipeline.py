@@ -18,7 +18,7 @@ from diffusers import FirstBlockCacheConfig
 
 from promag.data.datasets import open_dataset
 from promag.diffusion.validation import training_figures
-from promag.evaluation.generation import steadiness_and_sharpness
+from promag.evaluation.generation import steadiness_and_sharpness, warm_up
 from promag.evaluation.prompt_accuracy import (
     accuracies_of_reconstructions,
     accuracy_figures,
@@ -28,14 +28,17 @@ from promag.evaluation.prompt_accuracy import (
 from promag.pipelines.inputs import steps_and_guidance
 from promag.pipelines.sampling import open_pipeline, sample_timed, trained_ratios
 from promag.scripts._options import check_at_least_one, check_different, check_writable, name_of, share
-from promag.scripts._parts import load_lora
+from promag.scripts._parts import TOKENIZER, load_lora
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.precision import Precision, choose_precision
 from promag.training.run import append_result
 
-PROTOCOL = "one video for each prompt, noise seeded by its number; Wilson 95 % intervals; seconds of a video, decoding included"
+PROTOCOL = (
+    "one video for each prompt, noise seeded by its number; Wilson 95 % intervals; seconds of a video, decoding included, "
+    "after an untimed call at each ratio"
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,8 +51,9 @@ def main(argv: Sequence[str]) -> int:
     settings = {"note": arguments.note}
     if arguments.first_block_cache is not None:
         settings["first_block_cache"] = arguments.first_block_cache
-    if arguments.lora is not None:
-        settings["lora"] = str(arguments.lora)
+    for part in ("lora", "tokenizer"):
+        if (place := getattr(arguments, part)) is not None:
+            settings[part] = str(place)
     for folder in arguments.checkpoints:
         if len(arguments.checkpoints) > 1:  # one at a time is in memory
             pipe = _open(folder, arguments)
@@ -58,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
             trained, facts = training_figures(folder.resolve().parent, ratio), {"pipeline": name, "ratio": ratio, **settings}
             for unseen in (False, True):
                 try:
+                    if not unseen:
+                        warm_up(pipe, ratio, arguments.prompts, arguments.guidance, arguments.precision)
                     figures = _figures(pipe, ratio, unseen, arguments)
                 except ValueError as error:
                     raise UserError(f"pipeline {folder}: {error}") from None
@@ -91,14 +97,14 @@ def pipeline_name(folder: Path) -> str:
 
 def _open(folder: Path, arguments: argparse.Namespace) -> Any:
     """Load a pipeline as it is measured; raises UserError for ratios that it was not trained at."""
-    pipe: Any = open_pipeline(folder)
+    pipe: Any = open_pipeline(folder, arguments.tokenizer)
     pipe.set_progress_bar_config(disable=True)
+    if arguments.lora is not None:
+        load_lora(pipe, arguments.lora)
     legal = trained_ratios(pipe)
     for ratio in arguments.ratios or ():
         if ratio not in legal:
             raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in legal)}")
-    if arguments.lora is not None:
-        load_lora(pipe, arguments.lora)
     if (threshold := arguments.first_block_cache) is not None:
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     return pipe
@@ -114,6 +120,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="THRESHOLD",
         help="diffusers' cache: a step whose first block changes by a smaller share than this leaves the other blocks out",
     )
+    add("--tokenizer", **TOKENIZER)
     share(parser, "--ratios", "--prompts", "--steps", "--guidance", "--precision", "--lora", "--record", "--note")
     arguments = parser.parse_args(argv)
     if (threshold := arguments.first_block_cache) is not None and not threshold > 0:

@@ -24,6 +24,7 @@ from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
 from promag.tokenizer.packaged_metrics import PerceptualMetrics, frame_rates, open_perceptual
+from promag.tokenizer.perceptual import check_fvd_frames
 from promag.tokenizer.stages import finished_stages
 from promag.tokenizer.tiny_decoder import TinyDecoder, load_tiny_decoder
 from promag.training.command_line import Parser, run_main
@@ -169,6 +170,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         check_different(f"--{name}", getattr(arguments, name))
     if (sheet := arguments.contact_sheet) and sheet.suffix.lower() != ".png":
         raise UserError(f"--contact-sheet {sheet}: a .png file is needed")
+    check_fvd_frames(arguments.fvd, arguments.frames)
     others = [arguments.videos, arguments.lpips, arguments.fvd]
     check_writable("--out", arguments.out, others)
     check_writable("--contact-sheet", arguments.contact_sheet, [*others, arguments.out])

@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     lengths = _lengths(arguments)
     columns = parse_columns(arguments.columns) if arguments.columns else None
     videos = list_videos(arguments.videos, arguments.split, arguments.images, columns)
-    print(f"found {len(videos)} videos in {arguments.videos}" + (f", split {arguments.split}" if arguments.split else ""))
+    count = len({path for path, _ in videos})
+    print(f"found {count} videos in {arguments.videos}" + (f", split {arguments.split}" if arguments.split else ""))
     quarantine = Path(f"{arguments.out}.quarantine.jsonl")
     options = {
         "licences": list_licences(arguments.videos, columns),
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         prepared = prepare(videos, arguments.fps, lengths, arguments.max_bad, arguments.workers, **options)
     except TooManyUnreadable as error:
         _report_quarantine(quarantine, error.quarantined)
-        more = "" if len(error.quarantined) == len(videos) else "; or allow more by --max-bad"
+        more = "" if len(error.quarantined) == count else "; or allow more by --max-bad"
         raise UserError(f"{error}{more}") from None
     clips = ClipSet(prepared, len({clip.path for clip in prepared.clips}))
     if arguments.cut:

@@ -18,8 +18,9 @@ from .perceptual import frechet_distance
 
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, five scales
 MS_SSIM_SIDES = (11, 22, 44, 99, 176)  # smallest picture for each scale: its windows of 11 pixels must fit
+LEAST_DETAIL = 0.1 / 255  # root mean square of a clip's high frequencies, a tenth of a grey level: flat clips have less
 MAX_PSNR = 120.0  # dB; where all pixels are equal it would be infinite, which neither JSON nor a mean or a plot takes
-PROTOCOL = "8-bit RGB; PSNR over all pixels of a clip, SSIM per frame (11x11 Gaussian); means over clips"
+PROTOCOL = "8-bit RGB; PSNR over all pixels of a clip, SSIM per frame (11x11 Gaussian, reflected border); means over clips"
 
 
 def _torchmetrics() -> Any:
@@ -62,7 +63,10 @@ def _bounded_psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Return the SSIM of each clip, averaged over its frames: shape (B,)."""
+    """Return the SSIM of each clip, averaged over its frames: shape (B,).
+
+    Positions at the border, which is padded by reflection, count too; Wang et al. 2004 leave them out.
+    """
     _check_pair(reconstruction, target)
     a, b = (rearrange(_unit(x), "b c t h w -> (b t) c h w") for x in (reconstruction, target))
     values = _torchmetrics().structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
@@ -74,7 +78,7 @@ def ms_ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Return the multi-scale SSIM of each clip, averaged over its frames: shape (B,).
 
     Five scales from 176 pixels a side on; a smaller picture has the first ones that its size allows, their weights
-    normalised to sum to 1. Raises ValueError below 11 pixels.
+    normalised to sum to 1. The coarsest scale counts positions at the border as `ssim` does. Raises ValueError below 11 pixels.
     """
     _check_pair(reconstruction, target)
     scales = ms_ssim_scales(*target.shape[3:])
@@ -130,15 +134,23 @@ def high_frequency_energy(reconstruction: Tensor, target: Tensor) -> Tensor:
     cycles per pixel along either axis.
     """
     _check_pair(reconstruction, target)
-    weights = target.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32).view(1, 3, 1, 1, 1)
-    energies = []
-    for x in (reconstruction, target):
-        spectrum = torch.fft.rfft2((_unit(x) * weights).sum(1)).abs().square()  # B T H W/2+1
-        rows = torch.fft.fftfreq(x.shape[3], device=x.device).abs()[:, None] >= 0.25
-        frequencies = torch.fft.rfftfreq(x.shape[4], device=x.device)[None]
-        weight = torch.where((frequencies == 0) | (frequencies == 0.5), 1, 2)  # rfft2 omits each other one's negative
-        energies.append((spectrum * (rows | (frequencies >= 0.25)) * weight).sum((1, 2, 3)))
-    return energies[0] / energies[1].clamp_min(1e-12)
+    return _high_frequencies(reconstruction) / _high_frequencies(target).clamp_min(1e-12)
+
+
+def has_detail(clip: Tensor) -> Tensor:
+    """Return whether the high frequencies of each clip, as above, have a root mean square of LEAST_DETAIL: shape (B,)."""
+    frames, height, width = clip.shape[2:]
+    return _high_frequencies(clip) / (frames * (height * width) ** 2) >= LEAST_DETAIL**2  # Parseval's theorem
+
+
+def _high_frequencies(x: Tensor) -> Tensor:
+    """B C T H W -> the energy of each clip's high frequencies, B."""
+    weights = x.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32).view(1, 3, 1, 1, 1)
+    spectrum = torch.fft.rfft2((_unit(x) * weights).sum(1)).abs().square()  # B T H W/2+1
+    rows = torch.fft.fftfreq(x.shape[3], device=x.device).abs()[:, None] >= 0.25
+    frequencies = torch.fft.rfftfreq(x.shape[4], device=x.device)[None]
+    weight = torch.where((frequencies == 0) | (frequencies == 0.5), 1, 2)  # rfft2 omits each other one's negative
+    return (spectrum * (rows | (frequencies >= 0.25)) * weight).sum((1, 2, 3))
 
 
 def _check_pair(reconstruction: Tensor, target: Tensor) -> None:
@@ -180,10 +192,11 @@ def evaluate_fully(
         precision: precision in which models with float32 weights run.
         fps: frames per second of each clip; ColorVideoVDP needs them.
 
-    Beside the keys of `evaluate`: ms_ssim; flicker; high_frequency; psnr_key and psnr_between (means of per-frame PSNR over
-    frames 0, r, 2r, ... and over the others); psnr_every_2nd and psnr_every_4th (frames 0, 2, 4, ... and 0, 4, 8, ...,
-    whatever the ratio); psnr_per_frame, a list; psnr_low_motion, psnr_mid_motion and psnr_top_motion (terciles of the clips
-    by `motion`, from 3 clips on); and per_clip with those of each that are not over all clips, and its motion.
+    Beside the keys of `evaluate`: ms_ssim; flicker; high_frequency (of clips that have detail, see `has_detail`); psnr_key and
+    psnr_between (means of per-frame PSNR over frames 0, r, 2r, ... and over the others); psnr_every_2nd and psnr_every_4th
+    (frames 0, 2, 4, ... and 0, 4, 8, ..., whatever the ratio); psnr_per_frame, a list; psnr_low_motion, psnr_mid_motion and
+    psnr_top_motion (terciles of the clips by `motion`, from 3 clips on); and per_clip with those of each that are not over all
+    clips, and its motion.
 
     Of `perceptual`: lpips and fvd, None where it lacks them, or with fewer than 2 clips for fvd; cvvdp and vmaf, left out where
     it lacks them or the clips are too small; frechet_frames, left out where it lacks it or with fewer than 2 frames.
@@ -204,12 +217,13 @@ def evaluate_fully(
             "psnr_first": per_frame[0],
             "ssim": ssim(output, clip),
             "flicker": flicker(output, clip),
-            "high_frequency": high_frequency_energy(output, clip),
             "psnr_key": per_frame[key].mean(),
             "psnr_every_2nd": per_frame[::2].mean(),
             "psnr_every_4th": per_frame[::4].mean(),
             "motion": motion(clip),
         }
+        if has_detail(clip):
+            row["high_frequency"] = high_frequency_energy(output, clip)
         if ms_ssim_scales(*clip.shape[3:]):
             row["ms_ssim"] = ms_ssim(output, clip)
         if not key.all():
@@ -225,7 +239,8 @@ def evaluate_fully(
                 kept.append(network(video))
         rows.append({name: float(value) for name, value in row.items()})
         frames.append(per_frame.cpu())
-    results: dict[str, Any] = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    by_name = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(name for row in rows for name in row)}
+    results: dict[str, Any] = {name: sum(values) / len(values) for name, values in by_name.items()}
     results["lpips"] = results.get("lpips")
     sets = {name: (torch.cat(original), torch.cat(reconstructed)) for name, (original, reconstructed) in features.items()}
     results["fvd"] = None

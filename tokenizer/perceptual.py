@@ -20,7 +20,7 @@ VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512,
 TAPS = (1, 3, 6, 9, 12)  # convolutions whose activations are compared: relu1_2, 2_2, 3_3, 4_3, 5_3
 # What LPIPS subtracts and divides by, for pictures in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-I3D_SIZE = 224
+I3D_SIZE, I3D_FRAMES = 224, 10  # pixels a side, and fewest frames of a clip
 
 
 class LPIPS(nn.Module):
@@ -102,11 +102,21 @@ class VideoFeatures:
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:
-        """B C T H W on any device -> B D on the CPU."""
+        """B C T H W on any device -> B D on the CPU; raises ValueError for clips that are too short."""
+        if clip.shape[2] < I3D_FRAMES:
+            raise ValueError(f"FVD of clips of {clip.shape[2]} frames: at least {I3D_FRAMES} are needed")
         frames = rearrange(clip.float().clamp(-1, 1), "b c t h w -> (b t) c h w")
         frames = F.interpolate(frames, (I3D_SIZE, I3D_SIZE), mode="bilinear", align_corners=False)
         x = rearrange(frames, "(b t) c h w -> b c t h w", b=len(clip))
         return self.model.to(x.device)(x, rescale=False, resize=False, return_features=True).cpu()
+
+
+def check_fvd_frames(path: str | os.PathLike | None, frames: int, clips: str = "clips") -> None:
+    """Raise UserError where an I3D is given for FVD (`--fvd`) and the clips are too short for it."""
+    if path is not None and frames < I3D_FRAMES:
+        raise UserError(
+            f"--fvd {path}: {clips} of {frames} frames; at least {I3D_FRAMES} are needed; use longer ones, or leave it out"
+        )
 
 
 def frechet_distance(one: Tensor, two: Tensor) -> float:

@@ -133,7 +133,10 @@ def read_header(source: VideoSource, max_pixels: int) -> VideoHeader:
         frames = table.packets if table.times is None else len(table.times)
         if not frames or not width or not height:
             raise UnreadableVideo(source, f"states {frames} frames of {width}x{height} pixels")
-        seconds = table.end if table.times is None else float((table.times[-1] - table.times[0]) * video.tick)
+        if table.times is None:  # a recording of a broadcast begins at any time
+            seconds = max(0.0, table.end - (video.container.start_time or 0) / 1e6)
+        else:
+            seconds = float((table.times[-1] - table.times[0]) * video.tick)
         return VideoHeader(frames, width, height, seconds)
 
 

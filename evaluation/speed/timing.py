@@ -127,10 +127,10 @@ def _profile(call: Callable[[], Any], device: torch.device, **options: Any) -> A
 
 
 def free_bytes() -> int:
-    """Return the free memory of the device that is measured."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return the memory that the device which is measured can give: of a CPU also what caches of files would make room for."""
+    import psutil
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
 def resident(figure: str = "VmRSS", process: int | str = "self") -> int:

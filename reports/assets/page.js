@@ -319,10 +319,11 @@ function cheapestLevel(psnr, target) {
 }
 
 function startTarget(root) {
-  const $ = name => root.querySelector("." + name), {levels, clips, segments, names} = JSON.parse(root.dataset.levels);
+  const $ = name => root.querySelector("." + name), {levels, clips, segments, whole, names} = JSON.parse(root.dataset.levels);
   function update() {
     const by = root.querySelector("[name=by]:checked").value, target = Number($("aim").value);
     const tokens = levels.map(level => level[by + "_tokens"]), parts = by === "clip" ? clips.map(clip => [clip]) : segments;
+    const coded = (by === "clip" ? parts : whole).flat();  // the same parts where every clip is coded whole
     const chosen = parts.map(clip => clip.map(psnr => cheapestLevel(psnr, target)));
     const all = parts.flatMap((clip, i) => clip.map((psnr, j) => ({psnr, level: chosen[i][j]})));
     const spent = all.reduce((sum, part) => sum + tokens[part.level], 0);
@@ -330,14 +331,16 @@ function startTarget(root) {
     const missed = all.filter(part => part.psnr[part.level] < target).length;
     let fixed = 0;  // the cheapest level whose worst part is no worse and that misses no more
     levels.forEach((_, level) => {
-      const values = all.map(part => part.psnr[level]);
+      const values = coded.map(psnr => psnr[level]);
       if (Math.min(...values) >= worst && values.filter(value => value < target).length <= missed) fixed = level;
     });
-    const saved = 1 - spent / (all.length * tokens[fixed]), share = Math.abs(100 * saved).toFixed(1);
+    const cost = clips.length * levels[fixed].clip_tokens, fixedWorst = Math.min(...coded.map(psnr => psnr[fixed]));
+    const saved = 1 - spent / cost, share = Math.abs(100 * saved).toFixed(1);
     const counts = levels.map((level, i) => `${all.filter(part => part.level === i).length} at ${level.name}`).join(", ");
     $("aimed").textContent = `${target.toFixed(1)} dB`;
     $("outcome").textContent = `${counts}: ${spent.toLocaleString("en")} tokens, ${share} % ${saved < 0 ? "more" : "fewer"} `
-      + `than ${levels[fixed].name} everywhere. Worst case ${worst.toFixed(2)} dB.`
+      + `than ${levels[fixed].name} everywhere (${cost.toLocaleString("en")} tokens, worst case ${fixedWorst.toFixed(2)} dB). `
+      + `Worst case ${worst.toFixed(2)} dB.`
       + (missed ? ` ${missed} of ${all.length} miss the target at every level and get their best one.` : "");
     const bar = (psnr, level) => `<i class="${psnr[level] < target ? "missed" : ""}" style="--line:${levels[level].line}">`
       + `${safe(levels[level].name)} ${psnr[level].toFixed(1)}</i>`;

@@ -198,3 +198,16 @@ def test_a_file_that_cannot_be_opened_is_left_out(folder, tmp_path):
     # Decoders that cannot open such a name must not end the run.
     assert set(reasons) <= {os.fsdecode(odd)}
     assert all("rename" in reason for reason in reasons.values())
+
+
+def test_a_video_with_several_captions_is_examined_once_and_has_clips_for_each(folder, tmp_path):
+    video, short, broken = str(folder / "a_grey-wall_01.mp4"), str(folder / "short.mp4"), str(tmp_path / "x.mp4")
+    Path(broken).write_text("text")
+    videos = [(video, "A"), (short, "S"), (video, "B"), (short, "T"), (broken, "X"), (broken, "Y")]
+    prepared = prepare(videos, lengths=Lengths(frames=12), max_bad=0.4, motion=True, progress=False)
+    assert [(clip.caption, round(clip.start * 30)) for clip in prepared.clips] == [("A", 0), ("A", 12), ("B", 0), ("B", 12)]
+    assert prepared.motion == pytest.approx([STEP] * 4, abs=0.2)
+    assert ([stretch.path for stretch in prepared.skipped], prepared.dropped_frames) == ([short], 6)
+    assert [path for path, _ in prepared.quarantined] == [broken]
+    with pytest.raises(TooManyUnreadable, match=r"^1 of 3 videos are unreadable"):
+        prepare(videos, max_bad=0.3, progress=False)

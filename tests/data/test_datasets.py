@@ -211,3 +211,22 @@ def test_evaluation_opens_tables_of_common_columns_and_lists(folder, clips, tmp_
     save_clips(tmp_path / "clips.JSONL", clips)
     assert is_index(tmp_path / "clips.JSONL")
     assert len(open_evaluation(str(tmp_path / "clips.JSONL"), None, 5, 32, 1)) == 3
+
+
+def test_evaluation_takes_a_stretch_with_several_captions_once(folder, clips, tmp_path, caplog):
+    rows = [(str(folder / "short.mp4"), "S"), (str(folder / "more" / "b.mp4"), "B"), (str(folder / "short.mp4"), "T")]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps({"file": path, "caption": text}) + "\n" for path, text in rows))
+    again = dataclasses.replace(clips[2], caption="T")
+    save_clips(tmp_path / "clips.jsonl", [clips[2], clips[1], again, dataclasses.replace(again, start=1 / 30, frames=4)])
+    for source, frames in (("table.jsonl", [5, 21]), ("clips.jsonl", [5, 21, 4])):
+        opened = open_evaluation(str(tmp_path / source), None, 4, 32, 1).clips
+        assert [clip.frames for clip in opened] == frames
+        assert f"1 of {len(frames) + 1} clips show the same frames as another" in caplog.text
+
+
+def test_evaluation_refuses_a_split_of_what_is_taken_whole(clips, tmp_path):
+    save_clips(tmp_path / "clips.jsonl", clips)
+    for source in ("synthetic", str(tmp_path / "clips.jsonl"), "shards/shard-{000..041}.tar"):
+        with pytest.raises(UserError) as error:
+            open_evaluation(source, "train", 5, 32, 1)
+        assert str(error.value).startswith(f"{source}: split 'train' needs a table with a column split; generated clips,")

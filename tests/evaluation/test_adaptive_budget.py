@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promag.evaluation.adaptive_budget import adaptive_figures, allocate, segment_psnr, sweep
-from promag.evaluation.budgets import own_budgets
+from promag.evaluation.adaptive_budget import adaptive_figures, allocate, segment_psnr, segment_psnr_of_whole, sweep
+from promag.evaluation.budgets import ClipFacts, own_budgets
 from promag.tokenizer.metrics import psnr
 from promag.training.precision import autocast
 
@@ -25,6 +27,26 @@ def test_parts_below_the_target_at_every_level_get_the_best_level_and_are_counte
     allocation = allocate(PARTS, TOKENS, 25.0)
     assert allocation.levels == ("16x", "4x", "4x")
     assert (allocation.missed, allocation.worst, allocation.fixed) == (1, 20.0, "4x")
+
+
+def test_segments_are_compared_with_whole_clips_at_the_fixed_level():
+    """Four segments of a clip of 65 frames have four first frames; the clip at one level has one."""
+    segments = [{"4x": 31.0, "8x": 30.0, "16x": 29.0}] * 2 + [{"4x": 28.0, "8x": 27.0, "16x": 20.0}] * 2
+    whole = [{"4x": 31.0, "8x": 29.5, "16x": 26.0}] * 2 + [{"4x": 28.0, "8x": 27.5, "16x": 19.0}] * 2
+    allocation = allocate(segments, {"4x": 5, "8x": 3, "16x": 2}, 25.0, whole, TOKENS)
+    assert (allocation.levels, allocation.tokens) == (("16x", "16x", "8x", "8x"), 10)
+    assert (allocation.fixed, allocation.fixed_tokens, allocation.fixed_worst) == ("8x", 9, 27.5)
+    assert allocation.saved == pytest.approx(1 - 10 / 9)
+    whole[3] = {"4x": 28.0, "8x": 26.5, "16x": 19.0}  # coded whole, 8x is worse than the segments
+    (row,) = sweep(segments, {"4x": 5, "8x": 3, "16x": 2}, [25.0], whole, TOKENS)
+    assert [row[key] for key in ("fixed", "fixed_tokens", "fixed_worst")] == ["4x", 17, 28.0]
+
+
+def test_segments_of_a_whole_clip_average_errors_not_decibels():
+    assert segment_psnr_of_whole({"4x": [30.0, 20.0, 40.0], "8x": [10.0, 10.0, 120.0]}, 2) == [
+        {"4x": pytest.approx(-10 * math.log10((0.001 + 0.01) / 2)), "8x": pytest.approx(10.0)},
+        {"4x": pytest.approx(40.0), "8x": pytest.approx(120.0)},
+    ]
 
 
 def test_levels_without_falling_tokens_are_refused():
@@ -67,8 +89,12 @@ def test_figures_count_the_first_frame_of_every_segment(tokenizer):
     clips = SyntheticDataset("eval", 1, 33, 32)
     budgets = own_budgets(tokenizer)
     reconstruction = {b.name: {"per_clip": [{"psnr": 20.0}]} for b in budgets}
-    figures = adaptive_figures(budgets, reconstruction, clips, (33, 32, 32), 17, 0.0)
+    frames = {b.name: [20.0] * 17 + [10.0] * 16 for b in budgets}
+    facts = [ClipFacts("0", "", 8.0, {}, {**frames, "another": [0.0] * 33})]
+    figures = adaptive_figures(budgets, reconstruction, facts, clips, (33, 32, 32), 17, 0.0)
     assert figures["tokens"]["16x"] == {"clip_tokens": 3 * 4, "segment_tokens": 2 * 4}
     assert figures["by_clip"]["tokens"] == 12  # every level reaches 0 dB
     assert figures["by_segment"]["tokens"] == 16
     assert len(figures["segment_psnr"][0]) == 2
+    assert [figures[f"by_{kind}"]["fixed_tokens"] for kind in ("clip", "segment")] == [12, 12]
+    assert figures["segment_psnr_of_whole"] == [[dict.fromkeys(frames, pytest.approx(value)) for value in (20.0, 10.0)]]

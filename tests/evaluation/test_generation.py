@@ -34,6 +34,20 @@ def test_figures_come_from_every_video_and_its_prompt():
     assert figures["fvd"] > 0
 
 
+def test_the_first_call_at_a_ratio_is_not_timed(monkeypatch):
+    pipe, now, calls = make_pipeline(height=32, width=32), [0.0], []
+
+    def cold_start(*_):
+        now[0] += 1 if calls else 1000
+        calls.append(now[0])
+
+    monkeypatch.setattr("promag.pipelines.sampling.time.perf_counter", lambda: now[0])
+    pipe.transformer.register_forward_pre_hook(cold_start)
+    figures = generation_figures(pipe, 16, prompts=1, steps=3, guidance=1.0, precision="fp32")
+    assert len(calls) == 1 + 3
+    assert figures["sampling_seconds"] == 3
+
+
 def test_a_pipeline_is_sampled_as_it_states_and_the_figures_say_so():
     videos = []
 

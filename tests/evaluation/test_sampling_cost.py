@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag.evaluation.sampling_cost import Pace, SamplingCost, measure_pace, sampling_cost
@@ -24,6 +25,17 @@ def test_tokens_and_flops_are_those_of_a_sampling(pipe, ratio, latents, guidance
     with counter, torch.no_grad():
         pipe(num_frames=33, temporal_ratio=ratio, num_inference_steps=3, guidance_scale=guidance, **options)
     assert cost.flops == counter.get_total_flops()
+
+
+def test_a_scheduler_of_second_order_calls_the_transformer_twice_a_step_but_the_last():
+    pipe = make_pipeline()
+    cost = sampling_cost(pipe, 16, 33, 3, 2.0)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    heun = sampling_cost(pipe, 16, 33, 3, 2.0)
+    assert heun.flops == cost.flops / 3 * 5
+    pace = Pace()
+    pace.learn(sampling_cost(pipe, 16, 33, 2, 2.0), Seconds(0, 3, 0), "before")
+    assert pace.expect(heun) == (Seconds(0, 5, 0), "before")
 
 
 def test_tokens_follow_the_spatial_ratio_of_the_tokenizer():

@@ -14,7 +14,7 @@ from promag.data.datasets import SyntheticDataset
 from promag.data.video import read_frames
 from promag.evaluation.adaptive_budget import adaptive_figures
 from promag.evaluation.budgets import ORIGINAL, compare_reconstructions, own_budgets
-from promag.reports.budget_report import COLUMNS, BudgetReport, write_budget_page
+from promag.reports.budget_report import COLUMNS, BudgetReport, generation_lines, reconstruction_lines, write_budget_page
 from promag.reports.side_by_side import GAP, enlargement
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from tests.browser import console_errors, until
@@ -35,7 +35,7 @@ def report(tmp_path_factory):
     budgets = own_budgets(tokenizer)
     results, facts = compare_reconstructions(budgets, clips, tmp_path_factory.mktemp("videos"))
     figures = {b.name: {**b.facts(FRAMES, SIZE, SIZE), "reconstruction": results[b.name]} for b in budgets}
-    adaptive = adaptive_figures(budgets, results, clips, (FRAMES, SIZE, SIZE), 17, 15.0)
+    adaptive = adaptive_figures(budgets, results, facts, clips, (FRAMES, SIZE, SIZE), 17, 15.0)
     curves = {"Training step, s": {name: [(17, 1.0, True), (33, 2.0, False)] for name in figures}}
     return BudgetReport("</title><script>alert(1)</script>", figures, list(figures), facts, adaptive, curves)
 
@@ -97,6 +97,19 @@ def test_tokens_are_compared_at_one_patch_size(report, tmp_path):
     assert "Tokens are of patches of 1x1x1. 16x has 2.5 times fewer" in text
     for label in ("4x \u00b7 80 tokens", "8x \u00b7 48 tokens", "16x \u00b7 32 tokens", "tokens of a clip, patch 1x1x1"):
         assert label in text
+
+
+def test_a_metric_without_a_value_is_named_with_the_reason(report):
+    def labels(*weights):
+        (lines,) = reconstruction_lines(report.budgets, weights).values()
+        return [line.label for line in lines if line.label.startswith(("LPIPS", "FVD"))]
+
+    assert labels() == ["LPIPS (no weights given)", "FVD (no weights given)"]
+    assert labels("fvd") == ["LPIPS (no weights given)", "FVD (needs at least 2 videos)"]  # as of one clip
+    row = {"steps": 1, "guidance": 1.0, "sampling_seconds": 1.0, "fvd": None, "clip_similarity": 0.2}
+    row["accuracy"] = dict.fromkeys(("colour", "motion", "shape", "all"), (0.5, 0.1, 0.9))
+    (lines,) = generation_lines({"one": row}, ["fvd", "clip_similarity"]).values()
+    assert [line.label for line in lines][-3:-1] == ["CLIP similarity", "FVD (needs at least 2 videos)"]
 
 
 def write_size(report, folder):
@@ -243,7 +256,8 @@ def test_the_slider_shows_the_computed_figures(opened, report, by):
         outcome = opened.find_element("class name", "outcome").text
         assert outcome.startswith(", ".join(f"{count} at {name}" for name, count in row["parts"].items()))
         compared = f"{abs(100 * row['saved']):.1f} % {'more' if row['saved'] < 0 else 'fewer'} than {row['fixed']} everywhere"
-        assert f"{row['tokens']:,} tokens, {compared}. Worst case {row['worst']:.2f} dB" in outcome
+        fixed = f"({row['fixed_tokens']:,} tokens, worst case {row['fixed_worst']:.2f} dB)"
+        assert f"{row['tokens']:,} tokens, {compared} {fixed}. Worst case {row['worst']:.2f} dB" in outcome
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

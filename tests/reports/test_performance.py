@@ -51,6 +51,7 @@ def test_prose_stays_and_the_newest_line_of_a_case_counts():
         line(seconds=2.0),
         line(seconds=1.0, machine="another"),
         line(error="no memory", settings={"ratio": 8}),
+        line(error="no memory"),  # later than a figure of the same case, which stands
     ]
     assert [case["seconds"] for case in speed_lines(lines)] == [2.0, 1.0]
     page = table("training", lines)

@@ -39,6 +39,34 @@ def test_columns_and_psnr_are_those_of_the_whole_clip(tokenizer, video):
         assert comparison.psnr(ratio) == pytest.approx(float(psnr(seen, x)), abs=1e-3)
 
 
+class SlowAtFirst:
+    """Passes clips on in a second of its clock, and in 100 the first time at each ratio."""
+
+    can_stream, latent_step, spatial_ratio, device = True, 1, 8, torch.device("cpu")
+
+    def __init__(self):
+        self.now, self.known = 0.0, set()
+
+    def encode_chunk(self, chunk, state, ratio):
+        self.now += 1 if ratio in self.known else 100
+        self.known.add(ratio)
+        return type("Posterior", (), {"mode": staticmethod(lambda: chunk)}), state
+
+    def decode_chunk(self, z, state, ratio):
+        return z, state
+
+
+def test_the_first_call_at_a_ratio_is_not_timed(video, monkeypatch):
+    model = SlowAtFirst()
+    monkeypatch.setattr("promag.reports.side_by_side.time.perf_counter", lambda: model.now)
+    for count, chunks in ((20, 2), (1, 1)):
+        comparison = Comparison(model, (4, 16), stream_frames(video, range(count)), count, chunk=16, precision="fp32")
+        assert len(np.concatenate(list(comparison))) == count
+        assert comparison.seconds == {4: chunks, 16: chunks}
+        assert comparison.psnr(16) == pytest.approx(120)
+        model.known.clear()
+
+
 def test_scaled_and_enlarged(tokenizer, video):
     comparison = Comparison(tokenizer, (4, 16), stream_frames(video, range(9), (16, 24)), 9, enlarge=2)
     whole = np.concatenate(list(comparison))

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from promag.data.video import IsolatedReader, UnreadableVideo, decode_strictly, stream_frames, write_video
+from promag.data.video import IsolatedReader, UnreadableVideo, decode_strictly, read_header, stream_frames, write_video
 from promag.reports.uploads import UploadLimits, check_upload
 from promag.training.config import UserError
 from tests.data.child_functions import most_memory
+from tests.data.test_kinds import RGB, encode, video
 from tests.data.test_video import drifting
 
 LIMITS = UploadLimits(megabytes=0.05, seconds=2.0, frames=25, side=100)
@@ -21,6 +22,12 @@ def written(path, frames=10, height=32, width=64, fps=10):
 def test_a_video_within_the_limits_is_described(tmp_path):
     facts = check_upload(written(tmp_path / "v.MP4".lower()), LIMITS)
     assert (facts.frames, facts.height, facts.width, facts.fps) == (10, 32, 64, 10)
+
+
+def test_a_recording_that_begins_late_is_as_long_as_its_frames(tmp_path):
+    path = encode(tmp_path / "late.ts", video(RGB), times=3_600_000 + np.arange(len(RGB)) * 40)
+    assert read_header(path, 100 * 100).seconds == pytest.approx(len(RGB) * 0.04, abs=0.05)
+    assert check_upload(path, LIMITS).frames == len(RGB)
 
 
 def test_what_a_file_holds_decides_not_its_name(tmp_path):

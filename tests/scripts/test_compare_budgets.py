@@ -82,6 +82,7 @@ def test_one_command_compares_levels_baselines_costs_and_pipelines(demo_run, bas
         (["--config", "diffusion/wan"], "--config diffusion/wan: model null: costs need a configuration with a transformer"),
         (["--model.layers", "3"], "unknown key model.layers"),
         (["--rounds", "0"], "--rounds 0: at least 1 is needed"),
+        (["--fvd", "i3d.pt", "--frames", "9"], "--fvd i3d.pt: clips of 9 frames; at least 10 are needed"),
         (["--clip", "nowhere"], "clip nowhere: no config.json there"),
         (["--clip-weights", "weights.pt"], "--clip-weights weights.pt: name the model they belong to"),
     ],
@@ -90,6 +91,15 @@ def test_mistakes_are_named(demo_run, tmp_path, change, message):
     tokenizer = next(demo_run.glob("**/vae")).parent
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         main(["--tokenizer", str(tokenizer), "--videos", "synthetic", "--out", str(tmp_path), *change])
+
+
+@pytest.mark.parametrize("name", ["frames", "segment"])
+def test_lengths_suit_an_autoencoder_that_takes_latent_frames_by_twos(tmp_path, name):
+    torch.manual_seed(0)
+    small_existing("CogVideoX").save_pretrained(tmp_path / "cog")
+    call = ["--tokenizer", str(tmp_path / "cog"), "--videos", "synthetic", "--out", str(tmp_path / "report"), "--no-costs"]
+    with pytest.raises(UserError, match=r"^13 frames: 4x needs 1 \+ 8k; use 9 or 17$"):
+        main([*call, f"--{name}", "13"])
 
 
 def test_another_tokenizer_is_compared_at_the_ratio_that_is_named(demo_run, tmp_path):
@@ -115,6 +125,9 @@ def test_what_a_pipeline_refuses_is_named(demo_run, tmp_path):
     call += ["--perceptual", "--no-costs", "--precision", "fp32", "--prompts", "1", "--pipelines", str(tmp_path / "odd")]
     with pytest.raises(UserError, match=r"pipeline odd: 18 frames: 4x needs 1 \+ 4k"):
         main([*call, "--out", str(tmp_path / "report")])
+    make_pipeline(height=32, width=32, num_frames=5).save_pretrained(tmp_path / "odd")
+    with pytest.raises(UserError, match=r"--fvd i3d\.pt: videos of pipeline .*odd of 5 frames; at least 10 are needed"):
+        main([*call, "--fvd", "i3d.pt", "--out", str(tmp_path / "report")])
 
 
 def test_steps_and_guidance_are_checked_before_anything_is_measured(demo_run, tmp_path):

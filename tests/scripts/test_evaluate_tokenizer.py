@@ -40,6 +40,7 @@ def test_chosen_ratios_are_measured_at_lengths_that_suit_them(tokenizer, tmp_pat
     [
         (["--ratios", "12"], "--ratios: temporal ratio 12: this tokenizer has 4x, 8x, 16x"),
         (["--ratios", "8", "8"], "--ratios 8 8: 8 is given twice; give every value once"),
+        (["--frames", "9", "--fvd", "i3d.pt"], "--fvd i3d.pt: clips of 9 frames; at least 10 are needed; use longer ones"),
         (["--rounds", "3"], "--rounds 3: nothing is timed without --against or --tiny-decoder; leave it out"),
         (["--also", "a=b:4"], "--also: is of the contact sheet; give --contact-sheet FILE.png, or leave it out"),
         (["--clips", "0"], "--clips: is of the contact sheet"),

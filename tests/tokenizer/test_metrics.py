@@ -10,6 +10,7 @@ from promag.tokenizer.metrics import (
     evaluate_lift,
     flicker,
     from_uint8,
+    has_detail,
     high_frequency_energy,
     jitter,
     motion,
@@ -145,6 +146,26 @@ def test_ms_ssim_by_size():
         assert ms_ssim(y, y).item() == pytest.approx(1)
     with pytest.raises(ValueError, match="sides of at least 11"):
         ms_ssim(x[..., :8, :8], x[..., :8, :8])
+
+
+def test_clips_without_detail_are_left_out_of_the_mean_of_high_frequencies():
+    torch.manual_seed(0)
+    grain = torch.rand(1, 3, 5, 16, 16) - 0.5
+    black = torch.full_like(grain, -1)
+    faint = black.clone()
+    faint[..., 0, 0] += 4 / 127.5  # 4 grey levels in one of 256 pixels: 0.25 in all frequencies
+    assert [has_detail(x).tolist() for x in (torch.cat([grain, black]), faint, (faint + 1) / 4 - 1)] == [
+        [True, False],
+        [True],
+        [False],
+    ]
+    results = evaluate_fully(Rigged(), [black, grain, black], 4)
+    alone = evaluate_fully(Rigged(), [grain], 4)
+    assert ["high_frequency" in row for row in results["per_clip"]] == [False, True, False]
+    assert results["high_frequency"] == results["per_clip"][1]["high_frequency"]
+    assert results["high_frequency"] == pytest.approx(alone["high_frequency"], rel=1e-2)
+    assert results["flicker"] == pytest.approx(sum(row["flicker"] for row in results["per_clip"]) / 3)
+    assert "high_frequency" not in evaluate_fully(Rigged(), [black], 4)
 
 
 class Rigged(torch.nn.Module):

@@ -98,3 +98,5 @@ def test_video_features_prepare_clips_for_the_network(tmp_path):
     torch.jit.script(Probe()).save(tmp_path / "probe.pt")
     features = VideoFeatures(tmp_path / "probe.pt")(torch.full((2, 3, 10, 16, 16), 0.25))
     assert features.flatten().tolist() == pytest.approx([0.25, 224.0] * 2)
+    with pytest.raises(ValueError, match=r"^FVD of clips of 9 frames: at least 10 are needed$"):
+        VideoFeatures(tmp_path / "probe.pt")(torch.zeros(2, 3, 9, 16, 16))

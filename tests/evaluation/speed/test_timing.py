@@ -1,10 +1,12 @@
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from promag.evaluation.speed.timing import measure_in_turns, operator_seconds, peak_bytes
+from promag.evaluation.speed.timing import free_bytes, measure_in_turns, operator_seconds, peak_bytes
 
 
 def test_peak_memory_is_the_largest_that_was_alive_at_once():
@@ -16,6 +18,12 @@ def test_peak_memory_is_the_largest_that_was_alive_at_once():
 
     if not torch.cuda.is_available():
         assert peak_bytes(call) == pytest.approx(8e6, rel=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="reads what Linux states of its memory")
+def test_caches_of_files_count_as_free_memory():
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    assert free_bytes() == pytest.approx(1024 * int(line.split()[1]), rel=0.1)
 
 
 def test_operators_have_their_seconds_by_kind():
