@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from promag.training.config import UserError, one_line
-from promag.training.files import save_tensors_atomically, write_atomically
+from promag.training.files import remove_leftovers, save_tensors_atomically, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AGAIN = "delete it and index.json, and write the cache again by the command that wrote it"
@@ -83,8 +83,8 @@ def open_or_resume_cache(folder: Path, fingerprint: Fingerprint, shards: int) ->
     same = all(record["clips"] == wanted["clips"] for record in records)
     if index.exists() and same:
         return None
-    for half_written in folder.glob(".shard-*"):
-        half_written.unlink()
+    if writing := remove_leftovers(folder, ".shard-*"):
+        print(f"{folder}: process {writing[0]} fills it too; each encodes all that was missing at its start", flush=True)
     there = [number for number in range(shards) if shard_path(folder, number).exists()]
     if not same:
         index.unlink(missing_ok=True)

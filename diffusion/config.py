@@ -19,6 +19,7 @@ from .finetune import Lora
 from .latent_cache import Scale
 
 SMALL = "small"  # the text encoder that is trained with the transformer
+TEXT_TOKENS = 77  # of CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,12 @@ class TextEncoderConfig:
         SMALL, "small (a CLIP trained with the transformer), folder or hub name of a frozen T5, UMT5 or CLIP, or open_clip:NAME"
     )
     weights: str | None = setting(None, "tag or file of the weights of an open_clip:NAME model; null for all others")
-    max_length: int = setting(77, "number of text tokens; longer captions are cut")
+    max_length: int | None = setting(None, "number of text tokens, longer captions are cut; null for 77, for Wan 512")
+
+    @property
+    def tokens(self) -> int:
+        """The number of text tokens; 77 until `adopt` has put that of the transformer's family in the place of null."""
+        return TEXT_TOKENS if self.max_length is None else self.max_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,9 @@ class TransformerConfig:
 class DiffusionDataConfig:
     """Training and validation clips, and the caches of their latents."""
 
-    train: str = setting("clips-train.jsonl", "clips.jsonl from prepare_clips, or synthetic for generated clips")
+    train: str = setting(
+        "clips-train.jsonl", "clips.jsonl of `promag prepare-clips`, a pattern of tar shards, or synthetic for generated clips"
+    )
     validation: str = setting("clips-eval.jsonl", "the same for the validation loss; never trained on")
     synthetic_clips: int = setting(4096, "number of generated clips cached for training")
     validation_clips: int = setting(64, "number of clips per bucket cached for the validation loss")
@@ -174,7 +182,7 @@ class DiffusionConfig:
     init: str | None = setting(
         None, "a trained pipeline to fine-tune, ours with its small text encoder or a WanPipeline; null trains from scratch"
     )
-    lora: Lora | None = setting(None, "train only adapters on the transformer of `init`; null trains all weights")
+    lora: Lora | None = setting(None, "train only adapters on the transformer of `init`, by AdamW; null trains all weights")
     budgets: tuple[BudgetConfig, ...] = setting(
         (BudgetConfig(ratio=16),), "temporal ratios that the model is trained at; pipelines sample at the first by default"
     )

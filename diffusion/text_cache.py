@@ -294,20 +294,25 @@ class CaptionEncoder(nn.Module):
         """Encode the captions of a batch: `caption`, and what EmbeddingCache.row gave; `dropped` ones as the null caption."""
         captions, parts = list(batch["caption"]), []
         dropped = dropped or [False] * len(captions)
-        for cache, null in zip(self.caches, self.nulls, strict=True):
+        for number, (cache, null) in enumerate(zip(self.caches, self.nulls, strict=True)):
             if cache is None or null is None:
                 texts = [NULL_CAPTION if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
                 parts.append(encode(self.model, tokenize(self.tokenizer, texts)))
             else:
-                parts.append(_replace(cache.embedded(batch), null, dropped))
+                text = cache.embedded(batch)
+                self.nulls[number] = null = _moved(null, text.tokens[0].device)  # once: the host waits for such a copy
+                parts.append(_replace(text, null, dropped))
         return side_by_side(parts)
 
 
+def _moved(text: Embedded, device: torch.device) -> Embedded:
+    return text.map(lambda part: part.to(device))
+
+
 def _replace(text: Embedded, null: Embedded, dropped: Sequence[bool]) -> Embedded:
-    device = text.tokens[0].device
-    which = torch.tensor(dropped).to(device, non_blocking=True)
+    which = torch.tensor(dropped).to(text.tokens[0].device, non_blocking=True)
 
     def replace(x: Tensor, by: Tensor) -> Tensor:
-        return torch.where(which.view(-1, *[1] * (x.ndim - 1)), by.to(device, non_blocking=True), x)
+        return torch.where(which.view(-1, *[1] * (x.ndim - 1)), by, x)
 
     return text.merge(null, replace)

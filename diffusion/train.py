@@ -20,7 +20,7 @@ from transformers import CLIPTextModel
 from promag.data.buckets import Bucket, Buckets, bucket_plan
 from promag.data.stream import Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
-from promag.training.config import UserError
+from promag.training.config import UserError, complete, load_yaml
 from promag.training.files import write_atomically
 from promag.training.graphs import check_graphs, disable_graphs, enable_graphs, recompute_block
 from promag.training.loop import Metrics, Outcome, close_trackers, make_accelerator, train
@@ -144,7 +144,7 @@ def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> Capt
     if not (small := config.text.small):
         return CaptionEncoder(caches)
     if config.init:
-        tokenizer, model = load_frozen(config.init, None, small.max_length, caches.index(None) + 1)
+        tokenizer, model = load_frozen(config.init, None, small.tokens, caches.index(None) + 1)
         if not isinstance(model, CLIPTextModel) or tokenizer.pad_token != PAD:
             raise UserError(
                 f"init {config.init}: its text encoder {caches.index(None) + 1}, a {type(model).__name__}, was not trained "
@@ -155,7 +155,7 @@ def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> Capt
         if processes().is_main_process and not (Path(config.output_dir) / config.stage).exists():  # of a new run
             _print_cut(tokenizer, latents)
     else:
-        tokenizer = open_vocabulary(Path(config.output_dir) / VOCABULARY, config, latents, small.max_length)
+        tokenizer = open_vocabulary(Path(config.output_dir) / VOCABULARY, config, latents, small.tokens)
         model = small_clip(tokenizer, config.text.width, config.text.layers, config.text.heads)
     return CaptionEncoder(caches, tokenizer, model)
 
@@ -210,6 +210,20 @@ def make_objective(transformer: Any, text: CaptionEncoder, config: DiffusionConf
     return FlowObjective(transformer, text, config)
 
 
+def _adapters_without_muon(config: DiffusionConfig) -> DiffusionConfig:
+    """Return the configuration of a training of adapters with AdamW alone.
+
+    Muon is made for matrices that are trained from scratch: its steps have the same size, however small adapters begin. A run
+    that an earlier version started with Muon keeps it, because its checkpoints hold Muon's moments.
+    """
+    file = Path(config.output_dir) / "config.yaml"
+    if config.lora is None:
+        return config
+    if file.exists() and complete(type(config), load_yaml(file))["optimization"]["muon_learning_rate"] is not None:
+        return config
+    return replace(config, optimization=replace(config.optimization, muon_learning_rate=None))
+
+
 def train_diffusion(
     config: DiffusionConfig,
     cached: Sequence[BucketCache],
@@ -226,8 +240,14 @@ def train_diffusion(
     other caches, another vocabulary or another `init`.
     """
     precision = choose_precision_once(config.precision, config.output_dir)
-    config = replace(adopt(config), precision=precision)
+    given = replace(adopt(config), precision=precision)
+    config = _adapters_without_muon(given)
     accelerator = make_accelerator(Path(config.output_dir), precision, config.run.trackers)
+    if config != given:
+        accelerator.print(
+            f"lora: AdamW trains the adapters, at learning_rate {config.optimization.learning_rate:g}; muon_learning_rate "
+            f"{given.optimization.muon_learning_rate:g} is not used"
+        )
     run = open_run(config.output_dir, config, MAY_CHANGE, accelerator.is_main_process, (VOCABULARY,))
     splits = {"train": cached, "eval": validation}
     broadcast_from_main(lambda: record_data(run, fingerprints(config, splits)))

@@ -103,7 +103,7 @@ def small_text(text: TextConfig) -> list[nn.Parameter]:
     """Return the weights of the jointly trained text model with its largest vocabulary; none if there is no such model."""
     if text.small is None:
         return []
-    tokenizer = learn_vocabulary([], text.vocabulary, text.small.max_length)
+    tokenizer = learn_vocabulary([], text.vocabulary, text.small.tokens)
     model = small_clip(tokenizer, text.width, text.layers, text.heads)
     model.resize_token_embeddings(text.vocabulary, mean_resizing=False)
     return list(model.parameters())
@@ -113,7 +113,7 @@ def text_shape(config: DiffusionConfig, frozen_width: int) -> tuple[list[int], i
     """Return widths, pooled width and tokens of a configuration's text encoders; frozen ones have the given width."""
     text = config.text
     widths = [text.width if encoder == text.small else frozen_width for encoder in text.encoders]
-    return widths, text.width if text.small else 0, [encoder.max_length for encoder in text.encoders]
+    return widths, text.width if text.small else 0, [encoder.tokens for encoder in text.encoders]
 
 
 def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, size: int, fake: bool = True) -> Activations:

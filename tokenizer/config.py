@@ -145,6 +145,11 @@ class StageConfig:
                 )
             if len({*self.by_turns}) < 2 or min(self.by_turns) < 1 or self.ratio != max(self.by_turns):
                 raise ValueError(f"{given}: needs two or more ratios, and the highest of them as the stage's own")
+        if self.latent_pretrain_steps and self.growth is None:
+            raise ValueError(
+                f"latent_pretrain_steps {self.latent_pretrain_steps} without growth: a level that is not grown has no lower "
+                "latent to regress; use 0"
+            )
         for name in ("between_weight", "change_weight", "consistency_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: 0 or more is needed")
@@ -197,6 +202,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         """Raise ValueError where stages, frames and sizes do not fit together."""
         check_training_precision(self.precision)
+        if self.init is not None and self.model is not None:
+            raise ValueError(f"init {self.init}, model given: the base is that of `init`; give model null")
         multiple = spatial_ratio(self.model.patch_size, self.model.strides) if self.model else SPATIAL_RATIOS[0]
         check_size(self.data.size, self.data.size, multiple)
         if self.data.latent_cache and self.distill:
@@ -205,6 +212,11 @@ class TokenizerConfig:
             raise ValueError(
                 f"latent_cache with base_features {self.base_features!r}, latent_clips {self.data.latent_clips}: "
                 "needs latents, and 1 clip or more"
+            )
+        if self.data.latent_cache and not any(stage.latent_pretrain_steps for stage in self.stages):
+            raise ValueError(
+                f"latent_cache {self.data.latent_cache}: no stage has latent_pretrain_steps, which alone train on cached "
+                "latents; give some, or latent_cache null"
             )
         copied = None
         for stage in self.stages:
@@ -219,6 +231,11 @@ class TokenizerConfig:
         for stage in self.stages:
             if stage.trainable == "decoder" and self.init is None and stage == self.stages[0]:
                 raise ValueError(f"stage {stage.name}: trainable decoder needs init, the tokenizer whose decoder is trained")
+            if stage.latent_pretrain_steps and self.trains_target(stage):
+                raise ValueError(
+                    f"stage {stage.name}: latent_pretrain_steps {stage.latent_pretrain_steps} with trainable all: they would "
+                    "train the encoder whose latents they regress; use 0, or trainable new"
+                )
             if stage.latent_pretrain_steps and self.distill:
                 raise ValueError(f"stage {stage.name}: latent_pretrain_steps with distill: give one of the two")
             if stage.consistency_weight and self.distill:
@@ -276,6 +293,15 @@ class TokenizerConfig:
         chosen = str(self.only_stage)  # on a command line a ratio is text
         named = [stage for stage in self.stages if chosen == stage.name]
         return tuple(named or [stage for stage in self.stages if chosen == str(stage.ratio)][:1])
+
+    def trains_target(self, stage: StageConfig) -> bool:
+        """Tell whether a growing stage trains the encoder whose latents its `latent_pretrain_steps` would regress.
+
+        A copy of the encoders (growth encoder finetune) leaves those below untrained, and cached latents of the base stay as
+        they are.
+        """
+        cached = self.data.latent_cache is not None and stage == self.stages[0]
+        return stage.trainable == "all" and stage.growth is not None and stage.growth.encoder == "frozen" and not cached
 
     def folder_of(self, stage: StageConfig) -> Path:
         """Return the folder of a stage's checkpoints and metrics."""

@@ -76,7 +76,7 @@ class Growth:
         "it decodes the new latent as key frames, the level interpolates between these and adds a residual; wide and frames "
         "cannot be lifted",
     )
-    birth: bool = setting(True, "the new latent starts as the key frames' latent; false: as what the head says alone")
+    birth: bool = setting(True, "the new latent starts as the key frames' latent; false: the head starts untrained")
     latent: Latent = setting("mixed", "dual keeps the key frames' latent unchanged, beside as many channels of residual")
     encoder: Lower = setting("frozen", "finetune: the level trains its own copy of everything that encodes below it")
     decoder: Lower = setting("frozen", "finetune: the level trains its own copy of everything that decodes below it")

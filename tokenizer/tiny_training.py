@@ -27,7 +27,7 @@ from .checkpoint import load_tokenizer, save_model
 from .clips import check_clips, open_training_clips, open_validation_clips, record_videos
 from .config import MAY_CHANGE, ClipsConfig
 from .convolution import use_channels_last
-from .distillation import CrossedAutoencoder
+from .distillation import CrossedAutoencoder, move_teacher
 from .losses import reconstruction_loss, reparametrise, squared_loss
 from .metrics import evaluate
 from .tiny_decoder import TinyDecoder, load_tiny_decoder
@@ -130,7 +130,8 @@ def train_tiny_decoder(config: TinyDecoderConfig) -> Path | None:
         broadcast_from_main(lambda: record_data(run, {"init": hash_weights([model])}))
     use_channels_last(model)
     accelerator.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters trained\n{plan}")
-    objective = TinyDecoderObjective(model, tokenizer.to(accelerator.device), config)
+    move_teacher(tokenizer, tokenizer.temporal_ratios, config.target == "tokenizer", accelerator.device)
+    objective = TinyDecoderObjective(model, tokenizer, config)
 
     def open_stream(first: int) -> TrainingStream:
         return TrainingStream(source, config.seed, options.batch_size, rank, world, first, options.accumulate)

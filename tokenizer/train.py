@@ -28,7 +28,7 @@ from .checkpoint import class_name, find_damage, load_tokenizer, save_tokenizer,
 from .clips import check_clips, open_training_clips, open_validation_clips, record_videos
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig
 from .convolution import use_channels_last
-from .distillation import load_teacher, take_entries
+from .distillation import load_teacher, move_teacher, take_entries
 from .levels import parameter_count
 from .metrics import to_uint8
 from .objectives import DistillationObjective, StageObjective
@@ -52,7 +52,7 @@ def train_tokenizer(
         Path(config.output_dir),
         precision,
         config.run.trackers,
-        unused=any(leaves_unused(stage) for stage in config.stages),
+        unused=any(leaves_unused(stage, config.init is not None) for stage in config.stages),
     )
     run = open_run(config.output_dir, config, _may_change(config), write=accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -71,7 +71,8 @@ def train_tokenizer(
 def _may_change(config: TokenizerConfig) -> tuple[str, ...]:
     """Return the keys that may differ where a run continues.
 
-    The folder of cached latents may change; once a stage trains on them, whether latents are cached may not.
+    The folder of cached latents may change; once a stage trains on them, whether latents are cached may not. What earlier
+    versions accepted without effect, or with a target that moved, may be taken back.
     """
     run = Path(config.output_dir)
     file = run / "config.yaml"
@@ -80,7 +81,13 @@ def _may_change(config: TokenizerConfig) -> tuple[str, ...]:
     folders = [run / config.folder_of(stage) for stage in pretrained]
     begun = any((folder / "done.json").exists() or newest_checkpoint(folder) for folder in folders)
     fixed = begun and (before is None) != (config.data.latent_cache is None)
-    return MAY_CHANGE if fixed else (*MAY_CHANGE, "data.latent_cache")
+    taken_back = [
+        f"stages.{number}.latent_pretrain_steps"
+        for number, stage in enumerate(config.stages)
+        if stage.growth is None or config.trains_target(stage)
+    ]
+    taken_back += [] if config.init is None else ["model"]
+    return (*MAY_CHANGE, *taken_back) if fixed else (*MAY_CHANGE, *taken_back, "data.latent_cache")
 
 
 def _check_levels(run: Path, config: TokenizerConfig, build: Callable[[], Any] | None) -> None:
@@ -101,8 +108,8 @@ def _check_turns(stage: StageConfig, levels: Sequence[int], place: str | Path) -
         raise UserError(f"stage {stage.name} by_turns: {place} has {have}, not {lacks}")
 
 
-def leaves_unused(stage: StageConfig) -> bool:
-    """Tell whether some step of a stage leaves weights that it trains without a gradient."""
+def leaves_unused(stage: StageConfig, from_init: bool = False) -> bool:
+    """Tell whether some step of a stage leaves weights that it trains without a gradient; `from_init`: the run has an init."""
     growth = stage.growth
     copies = growth and "finetune" in (growth.encoder, growth.decoder)
     # A stage may add several levels, and then nothing reads the heads of the lower ones.
@@ -110,7 +117,7 @@ def leaves_unused(stage: StageConfig) -> bool:
     # Nothing reads the first convolution of a lower level that gets features alone; steps on latents hand over no features.
     wide = growth and (growth.hand_over == "wide" or (growth.hand_over == "both" and stage.latent_pretrain_steps))
     # Levels of either kind may be what a stage without growth trains, and its settings do not show which these are.
-    trained_before = stage.trainable in ("all", "decoder")
+    trained_before = stage.trainable in ("all", "decoder") or (growth is None and from_init)
     return bool(trained_before or stage.by_turns or stage.adversarial or copies or idle_heads or wide)
 
 
@@ -149,7 +156,8 @@ def train_stage(
         model.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(model)
-    if data.latent_cache and stage.growth and stage.latent_pretrain_steps and open_latents:
+    taken = broadcast_from_main(lambda: _newest_meta(folder)["step"])
+    if data.latent_cache and taken < stage.latent_pretrain_steps and open_latents:
         _check_cached(data.latent_cache, stage, model)
         latents = open_latents(config, stage, model, DrawnClips(source, config.seed))
         source = FirstThen(Mixture([latents], [1.0], [stage.latent_batch_size]), stage.latent_pretrain_steps, source)
@@ -312,14 +320,15 @@ def _objective(
     added: Sequence[int],
     device: torch.device,
 ) -> StageObjective:
-    """Return what a stage minimises; a teacher is loaded, recorded and put on the device."""
+    """Return what a stage minimises; a teacher is loaded, recorded, and what runs of it put on the device."""
     if config.distill is None:
         return StageObjective(model, stage, added)
     teacher = load_teacher(config.distill.teacher, model, stage.ratio)
     take_entries(model, teacher)
     _check_shapes(config, stage, teacher, f"stage {stage.name}: distill.teacher {config.distill.teacher}: ")
     broadcast_from_main(lambda: record_data(run, {f"the teacher of {stage.ratio}x": hash_weights([teacher])}))
-    return DistillationObjective(model, stage, teacher.to(device), config.distill.target, added)
+    move_teacher(teacher, [stage.ratio], config.distill.target == "teacher", device)
+    return DistillationObjective(model, stage, teacher, config.distill.target, added)
 
 
 def _base_path(init: Path) -> str | None:

@@ -58,13 +58,40 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with naming(path):
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.part")
         try:
             yield aside
             _move_into_place(aside, path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> list[int]:
+    """Remove what killed processes left aside of the files that they wrote.
+
+    Returns the numbers of other processes of this machine that are still writing; what these write stays.
+    """
+    writing = []
+    for leftover in folder.glob(pattern):
+        number = re.search(r"\.(\d+)\.part$", leftover.name)
+        if number and int(number[1]) != os.getpid() and _lives(int(number[1])):
+            writing.append(int(number[1]))
+        else:
+            leftover.unlink(missing_ok=True)
+    return writing
+
+
+def _lives(process: int) -> bool:
+    """Tell whether a process of that number is there; False on Windows, where the question would end it."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 @contextlib.contextmanager

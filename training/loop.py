@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .compilation import no_recompile
-from .config import setting
+from .config import UserError, setting
 from .files import append_json, naming
 from .fsdp import full, local_shard, shard
 from .graphs import make_recorder
@@ -40,6 +40,8 @@ from .trackers import Log, Tracker, check_trackers
 from .update import Update
 
 Metrics = Mapping[str, float]
+# What `accelerate launch` would wrap the model with, by the variable in which it asks for that.
+WRAPPERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class Outcome:
 class Objective(nn.Module):
     """The loss to minimise: called with a batch and a generator per sample; returns scalars, `loss` among them."""
 
-    host_keys: Sequence[str] = ()  # what of a batch the host reads: it stays there, else the host would wait for the device
+    host_keys: Sequence[str] = ()  # what of a batch the host reads: numbers there, else the host would wait for the device
 
     def separately_clipped(self) -> list[nn.Module]:
         """Return modules whose gradients are clipped separately, each by its own norm."""
@@ -122,9 +124,15 @@ def make_accelerator(
 ) -> Accelerator:
     """Return the process's Accelerator, TensorBoard's files below `run`; `unused` lets some weights have no gradient.
 
-    Raises UserError for a tracker that is not installed.
+    Raises UserError for a tracker that is not installed, and where accelerate was launched with FSDP, DeepSpeed or Megatron-LM.
     """
     check_trackers(trackers)
+    for variable, name in WRAPPERS.items():
+        if parse_flag_from_env(variable):
+            raise UserError(
+                f"accelerate launch with {name} ({variable}): run.distributed, ddp or fsdp2, alone decides how a model is "
+                "spread over processes; use accelerate launch --multi_gpu, or torchrun"
+            )
     torch.backends.cudnn.benchmark = True  # a training's shapes stay the same, and the best 3D kernel is worth a search
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
@@ -173,7 +181,7 @@ def train(
 
     A checkpoint in `folder` is continued. SIGTERM and SIGINT save and return an Outcome that is not finished, even in the
     last step. A step whose loss or gradients are not finite is skipped on the device; the host names and counts it while the
-    next one runs. Raises FloatingPointError where `max_skipped` such steps in a row are not enough.
+    next one runs. Raises DivergedError (skipping.py) where `max_skipped` such steps in a row are not enough.
     """
     name = folder.name
     wrapped, make_whole = _distribute(accelerator, objective, run.distributed)  # lays weights out anew: first of all

@@ -47,14 +47,14 @@ def open_run(
 ) -> Path:
     """Create the run directory, or reopen it if it was started with the same configuration, also by an earlier version.
 
-    A run that has saved nothing it trained, such as one that ended at a mistake in its settings, takes other settings too.
+    A run that has saved nothing it trained, such as one that ended at a mistake, takes other settings and other data.
 
     Args:
         path: the run directory.
         config: the resolved configuration.
         may_change: dotted keys (or their prefixes) that do not affect what the model learns.
         write: False only checks the directory.
-        made_from_data: files of the run that other settings make anew, beside the record of the data.
+        made_from_data: files that such a run makes anew, beside the record of the data.
 
     Raises UserError naming the keys that differ.
     """
@@ -68,11 +68,13 @@ def open_run(
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not any(key == k or key.startswith(k + ".") for k in may_change)
         ]
-        if differs and _has_trained(path):
+        trained = _has_trained(path)
+        if differs and trained:
             raise UserError(f"run {path} was started with other settings ({'; '.join(differs[:4])}): use another --output-dir")
-        if differs and write:
+        if write and not trained:
             for name in (DATA, *made_from_data):
                 (path / name).unlink(missing_ok=True)
+        if write and differs:
             save_yaml(config_file, config)
     elif write:
         path.mkdir(parents=True, exist_ok=True)
@@ -147,6 +149,7 @@ def save_checkpoint(
         for name, tensors in groups:
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / f"{name}.safetensors")
             names.append(name)
+            del tensors  # the next group is gathered before the loop would let go of this one
         (aside / "state.json").write_text(json.dumps({"step": step, "groups": names, **meta}), encoding="utf-8")
     return final
 

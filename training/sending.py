@@ -14,7 +14,7 @@ class Sender:
 
     Args:
         device: where batches go.
-        host_keys: what of a batch stays on the host.
+        host_keys: tensors of a batch that become Python numbers: DDP moves all tensors to the device, also those on the host.
     """
 
     def __init__(self, device: torch.device, host_keys: Sequence[str] = ()):
@@ -23,10 +23,11 @@ class Sender:
 
     def __call__(self, batch: Any) -> Any:
         """Return a batch whose tensors are on the device; what is queued there from now on finds them complete."""
+        batch = {**batch, **{key: batch[key].tolist() for key in self.host_keys}}
         if self.stream is None:
-            return send_to_device(batch, self.device, skip_keys=self.host_keys)
+            return send_to_device(batch, self.device)
         with torch.cuda.stream(self.stream):
-            sent = send_to_device(batch, self.device, non_blocking=True, skip_keys=self.host_keys)
+            sent = send_to_device(batch, self.device, non_blocking=True)
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self.stream)
         for leaf in tree_leaves(sent):

@@ -8,7 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .config import UserError
 from .state import State
+
+
+class DivergedError(UserError, FloatingPointError):
+    """More steps in a row than allowed had a loss or gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Skipping:
         """Count the decided steps and name those that were skipped; return whether any process was told to stop.
 
         Without `everything` the newest steps, as many as the lag, are left for later calls: the device may still be at them.
-        Raises FloatingPointError for more skipped steps in a row than are allowed.
+        Raises DivergedError for more skipped steps in a row than are allowed.
         """
         stop = False
         while len(self.unread) > (0 if everything else self.lag):
@@ -94,6 +99,6 @@ class Skipping:
         message = f"{self.stage} step {decision.step}: {', '.join(bad) or 'a figure on another rank'} not finite"
         in_a_row = self.state.skipped_in_a_row
         if in_a_row > self.max_skipped:
-            raise FloatingPointError(f"{message}, {in_a_row} in a row; lower learning_rate or raise warmup")
+            raise DivergedError(f"{message}, {in_a_row} in a row; lower learning_rate or raise warmup")
         if self.accelerator.is_main_process:
             self.warn(f"{message}, skipped ({self.state.skipped} in all)")

@@ -15,7 +15,7 @@ from typing import Any
 from promag.diffusion.config import BudgetConfig, DiffusionConfig, DiffusionDataConfig, TextConfig, TransformerConfig
 from promag.diffusion.flops import training_flops
 from promag.diffusion.validation import training_figures
-from promag.evaluation.generation import steadiness_and_sharpness
+from promag.evaluation.generation import steadiness_and_sharpness, warm_up
 from promag.evaluation.generation_experiment import WHAT, differences, read, table
 from promag.evaluation.prompt_accuracy import accuracy_figures, scenes_to_score
 from promag.pipelines.build import train_pipeline
@@ -36,8 +36,8 @@ from .growth_ablation import AblationConfig, run_folder, run_variants
 SETTINGS = ("prompts", "steps", "guidance", "clips")  # of the scores
 PROTOCOL = (
     "same transformer, clips, batches and schedule for all models; one video for each prompt, noise seeded by its number; "
-    "prompts of trained and of unseen combinations; jitter and high-frequency energy beside rendered clips of those captions; "
-    "FLOPs of the transformer's forward and backward passes by formula"
+    "prompts of trained and of unseen combinations; seconds after an untimed call; jitter and high-frequency energy beside "
+    "rendered clips of those captions; FLOPs of the transformer's forward and backward passes by formula"
 )
 
 
@@ -169,7 +169,7 @@ def score_model(config: GenerationConfig, model: Model, seed: int, folder: Path,
     frames, size = config.tokenizers.frames, config.tokenizers.data.size
     clips = config.optimization.batch_size * config.optimization.accumulate
     length = tokens(frames, size, size, model.ratio, config.transformer.patch_size, pipe.vae.spatial_compression_ratio)
-    text = [encoder.max_length for encoder in config.text.encoders]
+    text = [encoder.tokens for encoder in config.text.encoders]
     row = {
         "what": WHAT,
         "model": model.name,
@@ -187,6 +187,7 @@ def score_model(config: GenerationConfig, model: Model, seed: int, folder: Path,
         **settings,
     }
     videos, scenes = [], []
+    warm_up(pipe, model.ratio, config.prompts, config.guidance, config.precision)
     for unseen in (False, True):
         part = scenes_to_score(config.prompts, seed=0, unseen=unseen)
         captions, name = [scene.caption() for scene in part], f"{model.name}, {'unseen' if unseen else 'trained'}"

@@ -184,6 +184,7 @@ def run_folder(config: AblationConfig, name: str, seed: int) -> Path:
 def train_variant(config: AblationConfig, variant: Variant, seed: int) -> Path | None:
     """Train one variant with one seed; None if stopped early."""
     baseline = variant.baseline
+    cached = any(stage.latent_pretrain_steps for stage in variant.stages)
     tokenizer = TokenizerConfig(
         output_dir=str(run_folder(config, variant.name, seed)),
         seed=seed,
@@ -192,7 +193,7 @@ def train_variant(config: AblationConfig, variant: Variant, seed: int) -> Path |
         compile=config.compile,
         init=str(run_folder(config, variant.base, seed) / "tokenizer") if variant.base else None,
         model=variant.model,
-        data=config.data,
+        data=config.data if cached else replace(config.data, latent_cache=None),
         stages=variant.stages,
         run=config.run,
     )

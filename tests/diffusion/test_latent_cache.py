@@ -130,6 +130,17 @@ def test_a_killed_cache_continues_bit_for_bit(tmp_path, dies_at):
     assert files(make(tmp_path / "a")) == files(make(tmp_path / "b"))
 
 
+def test_what_another_live_process_is_writing_stays(tmp_path, capsys):
+    """Two trainings that fill one cache must not take each other's shards away before these are renamed."""
+    live, killed = (f".shard-00001.safetensors.{number}.part" for number in (os.getppid(), 2**22 + 1))
+    for name in (live, killed):
+        (tmp_path / name).write_bytes(b"half a shard")
+    data = LatentDataset(make(tmp_path))
+    assert [path.name for path in tmp_path.glob(".shard*")] == [live]
+    assert f"{tmp_path}: process {os.getppid()} fills it too; each encodes" in capsys.readouterr().out
+    assert len(data) == 7
+
+
 def test_statistics_are_those_of_all_values(tmp_path):
     data = LatentDataset(make(tmp_path))
     x = torch.stack([latent(read(i)["video"][None])[0] for i in range(7)]).double()

@@ -181,6 +181,19 @@ def test_dropped_captions_become_the_null_caption_by_every_encoder(tmp_path, lat
     assert torch.allclose(dropped.pooled[1], torch.cat([nulls[1].pooled[0], nulls[2].pooled[0]]), atol=1e-6)
 
 
+def test_the_null_embedding_is_copied_to_a_device_once_and_not_saved(tmp_path, latents, encoders):
+    cache = EmbeddingCache(make(tmp_path, latents, encoders["clip"]), 1)
+    text, rows = CaptionEncoder([cache]), [cache.row(i) for i in range(2)]
+    batch = {key: torch.stack([row[key] for row in rows]).to("meta") for key in rows[0]} | {"caption": CAPTIONS[:2]}
+    kept = []
+    for _ in range(2):
+        assert text(batch, [True, False]).tokens[0].is_meta
+        kept.append(text.nulls[0])
+    assert all(part.is_meta for part in (*kept[0].tokens, *kept[0].masks, kept[0].pooled))
+    assert kept[0].tokens[0] is kept[1].tokens[0]
+    assert text.state_dict() == {}
+
+
 def test_captions_that_are_cut_are_counted_with_an_example(tmp_path, latents, encoders, capsys):
     tokenizer = learn_vocabulary(CAPTIONS, 300, max_length=4)
     make(tmp_path, latents, (tokenizer, encoders["t5"][1]), dataclasses.replace(PRINT, max_length=4))

@@ -60,7 +60,7 @@ def make_config(folder, **change):
     config = TokenizerConfig(
         output_dir=str(folder),
         precision="fp32",
-        model=AutoencoderConfig(**TINY),
+        model=None if change.get("init") else AutoencoderConfig(**TINY),
         data=data_config(),
         stages=(stage(4, 5), stage(8, 9, Growth(), 2), stage(16, 17, Growth(decoder="finetune"))),
         run=RUN,

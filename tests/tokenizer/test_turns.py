@@ -234,6 +234,17 @@ def test_a_stage_by_turns_trains_what_decodes_each_of_its_ratios():
         assert named == used
 
 
+def test_copies_in_a_level_that_is_trained_further_may_have_no_gradient():
+    model, further = make_tokenizer(levels=2, settle=0.05, mixing="none", encoder="finetune"), stage(8, 9)
+    train_only(model, further, (8,))
+    objective = StageObjective(model, further)
+    objective({"video": torch.rand(1, 3, 9, 16, 16)}, [torch.Generator().manual_seed(0)], 0)["loss"].backward()
+    unused = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert {name.partition(".")[0] for name in unused} == {"own_encoders"}
+    assert leaves_unused(further, from_init=True)
+    assert not leaves_unused(stage(4, 5))  # of a base from scratch all weights have gradients
+
+
 def test_growth_is_saved_before_the_tokenizer_which_ends_its_stage(tmp_path):
     small_existing("Wan 2.1").save_pretrained(tmp_path / "wan")
     run, stages = tmp_path / "run", (short(stage(8, 9, Growth(width=16))),)

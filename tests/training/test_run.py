@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,20 @@ def test_a_checkpoint_is_kept_until_its_replacement_is_complete(tmp_path):
     save(tmp_path, 5, 2.0)
     assert load_checkpoint(newest_checkpoint(tmp_path))[0]["weights"]["a"].tolist() == [2, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_a_group_is_let_go_of_before_the_next_one_is_gathered(tmp_path):
+    """One of a sharded model may fill the memory of rank 0."""
+    held = []
+
+    def gather():
+        assert all(tensor() is None for tensor in held)
+        tensor = torch.zeros(2)
+        held.append(weakref.ref(tensor))
+        return {"a": tensor}
+
+    save_checkpoint(tmp_path, 1, ((name, gather()) for name in ("weights", "ema", "optimizer")), {})
+    assert len(held) == 3
 
 
 def test_folders_with_other_names_are_not_checkpoints(tmp_path):
@@ -343,8 +358,12 @@ def test_a_run_that_has_trained_nothing_takes_other_settings_and_data(tmp_path):
     open_run(run, changed, made_from_data=("vocabulary.json",))
     record_data(run, {"videos": "another"})
     assert [name for name in ("vocabulary.json", "notes.txt") if (run / name).exists()] == ["notes.txt"]
+    open_run(run, changed)  # settings may stay and clips be corrected
+    record_data(run, {"videos": "a third"})
     (run / "4x").mkdir()
     (run / "4x" / "done.json").write_text("{}")
+    open_run(run, changed)
+    assert recorded_data(run) == {"videos": "a third"}
     with pytest.raises(UserError, match="steps is 9 there, 4 now"):
         open_run(run, SETTINGS)
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from promag.training.skipping import Skipping
+from promag.training.config import UserError
+from promag.training.skipping import DivergedError, Skipping
 from promag.training.state import State
 
 FINE, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
@@ -47,6 +48,7 @@ def test_too_many_bad_steps_in_a_row_are_an_error():
     with pytest.raises(FloatingPointError, match="stage step 4: loss not finite, 2 in a row; lower"):
         skipping.read(everything=True)
     assert len(messages) == 2
+    assert issubclass(DivergedError, UserError)  # commands show it as one line
 
 
 def test_only_the_main_process_warns():

@@ -56,6 +56,14 @@ def test_a_gif_holds_every_frame_for_its_time():
     assert sum(durations) == 300  # equal frames may be stored as one longer frame
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_what_accelerate_would_wrap_a_model_with_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=rf"\(ACCELERATE_USE_{name}\): run.distributed, ddp or fsdp2, .* launch --multi_gpu"):
+        make_accelerator(tmp_path, "fp32")
+    assert not list(tmp_path.iterdir())
+
+
 def test_tensorboard_shows_the_logged_videos(tmp_path):
     accelerator = make_accelerator(tmp_path, "fp32")
     accelerator.init_trackers("promag")

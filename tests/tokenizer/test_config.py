@@ -1,0 +1,57 @@
+"""Settings of a tokenizer's training that would be ignored, or would train towards themselves, are refused."""
+
+import dataclasses
+
+import pytest
+
+from promag.tokenizer.config import AutoencoderConfig
+from promag.tokenizer.growth import Growth
+from promag.tokenizer.train import _may_change
+from promag.training.config import UserError, save_yaml, to_plain
+from promag.training.run import open_run
+from tests.conftest import TINY
+from tests.tokenizer.test_train import data_config, make_config, stage
+
+CACHED = data_config(latent_cache="latents")
+
+
+def test_a_model_beside_init_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="init base, model given: the base is that of `init`; give model null"):
+        make_config(tmp_path, init="base", model=AutoencoderConfig(**TINY))
+
+
+def test_latent_steps_that_would_do_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="latent_pretrain_steps 2 without growth: a level that is not grown has no lower"):
+        stage(4, 5, latent_pretrain_steps=2)
+    with pytest.raises(ValueError, match="latent_cache latents: no stage has latent_pretrain_steps, which alone train on"):
+        make_config(tmp_path, init="wan", data=CACHED, stages=(stage(8, 9, Growth()),))
+
+
+def test_a_stage_does_not_regress_latents_of_an_encoder_that_it_trains(tmp_path):
+    def config(growth, cached=None, before=()):
+        stages = (*before, stage(16, 17, growth, latent_pretrain_steps=2, trainable="all"))
+        return make_config(tmp_path, init="wan", stages=stages, data=data_config(latent_cache=cached))
+
+    moves = "stage 16x: latent_pretrain_steps 2 with trainable all: they would train the encoder whose latents they regress"
+    with pytest.raises(ValueError, match=moves):
+        config(Growth())
+    with pytest.raises(ValueError, match=moves):
+        config(Growth(), cached="latents", before=(stage(8, 9, Growth(), 2),))
+    # The target is fixed: the level trains copies of the encoders, or regresses cached latents of the base.
+    assert config(Growth(encoder="finetune")).stages[0].latent_pretrain_steps == 2
+    assert config(Growth(), cached="latents").stages[0].latent_pretrain_steps == 2
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_what_is_refused_now(tmp_path):
+    stages = (stage(8, 9), stage(16, 17, Growth(), trainable="all"))
+    config = make_config(tmp_path, init="base", stages=stages)
+    values = to_plain(config) | {"model": to_plain(AutoencoderConfig(**TINY))}
+    values["data"]["latent_cache"] = "latents"
+    for settings in values["stages"]:
+        settings["latent_pretrain_steps"] = 2
+    save_yaml(tmp_path / "config.yaml", values)
+    (tmp_path / "8x" / "step-00000002").mkdir(parents=True)
+    assert open_run(tmp_path, config, _may_change(config)) == tmp_path
+    other = dataclasses.replace(config, stages=(stage(8, 9), stage(16, 17, Growth())))
+    with pytest.raises(UserError, match=r"stages\.1\.latent_pretrain_steps is 2 there, 0 now"):
+        open_run(tmp_path, other, _may_change(other))
