@@ -305,46 +305,60 @@ def load_transformer(init: str) -> Any:
 
 
 def adopt(config: "DiffusionConfig") -> "DiffusionConfig":
-    """Return a training's configuration with what the family of `init` decides: its text encoder, where none was chosen.
+    """Return a training's configuration with what the family of `init` decides: text encoder and text length not chosen.
 
-    Raises UserError for settings that the family does not know, for pipelines of two transformers, and for a student with other
-    times than its teacher's.
+    Raises UserError for settings that the family does not know, for one of two transformers, and for other times than those
+    that are sampled.
     """
     family, init = family_of_init(config.init), config.init
     if not family.is_stock or init is None:
-        _check_shift(config)
-        return config
+        _check_shift(config, family)
+        return _with_lengths(config)
     if config.condition.max_frames:
         raise UserError(NO_FRAMES)
     if config.base_ahead:
         raise UserError(ONE_TIME)
     if config.few_steps:
         raise UserError(OWN_TIMES)
-    index = Path(init) / "model_index.json"
-    if index.is_file() and (read_mapping(index).get("transformer_2") or [None])[0]:
-        raise UserError(
-            f"init {init}: its two transformers share the times; the trainer trains one over all times, as Wan 2.1 and the 5B "
-            "model of Wan 2.2 have it"
-        )
+    _check_alone(init)
+    _check_shift(config, family)
     encoders = config.text.encoders
     if encoders == type(config.text)().encoders and (Path(init) / "text_encoder").is_dir():
-        own = replace(encoders[0], model=init, max_length=TEXT_TOKENS)
-        return replace(config, text=replace(config.text, encoders=(own,)))
+        encoders = (replace(encoders[0], model=init),)
+        config = replace(config, text=replace(config.text, encoders=encoders))
     if config.text.small or len(encoders) > 1:
         names = ", ".join(encoder.model for encoder in encoders)
         raise UserError(f"text encoders {names}: {family.model.__name__} takes one frozen T5 or UMT5; name it in text.encoders")
-    return config
+    return _with_lengths(config, TEXT_TOKENS)
 
 
-def _check_shift(config: "DiffusionConfig") -> None:
-    """Refuse another shift for a student than the scheduler of its teacher has: it would learn other times than are sampled."""
-    if not config.few_steps or config.init is None:
+def _with_lengths(config: "DiffusionConfig", length: int | None = None) -> "DiffusionConfig":
+    """Return the configuration with a number of text tokens for each encoder; None is the encoders' own where none is given."""
+    given = config.text.encoders
+    encoders = tuple(replace(each, max_length=length or each.tokens) if each.max_length is None else each for each in given)
+    return config if encoders == given else replace(config, text=replace(config.text, encoders=encoders))
+
+
+def _check_alone(init: str) -> None:
+    """Refuse a pipeline of two transformers, and one of the two by its own folder."""
+    inside = not (Path(init) / "model_index.json").is_file()
+    index = (Path(init).resolve().parent if inside else Path(init)) / "model_index.json"
+    if index.is_file() and (read_mapping(index).get("transformer_2") or [None])[0]:
+        raise UserError(
+            f"init {init}: {'one of two transformers that' if inside else 'its two transformers'} share the times; the trainer "
+            "trains one over all times, as Wan 2.1 and the 5B model of Wan 2.2 have it"
+        )
+
+
+def _check_shift(config: "DiffusionConfig", family: Family) -> None:
+    """Refuse another shift than the scheduler of `init` has, where that samples later or taught: the times would differ."""
+    if config.init is None or not (config.few_steps or config.lora or family.is_stock):
         return
     scheduler = Path(config.init) / "scheduler" / "scheduler_config.json"
     if scheduler.is_file() and (shift := stated_shift(read_mapping(scheduler))) != config.shift:
-        raise UserError(
-            f"few_steps: shift {config.shift}: the teacher samples with {shift:g} ({scheduler}); use shift {shift:g}"
-        )
+        what, who = ("few_steps", "the teacher") if config.few_steps else ("init", "its pipeline")
+        other = "" if config.few_steps else f", or state {config.shift:g} there"
+        raise UserError(f"{what}: shift {config.shift}: {who} samples with {shift:g} ({scheduler}); use shift {shift:g}{other}")
 
 
 def check_autoencoder(init: str | None, statistics: LatentStatistics | None) -> None:

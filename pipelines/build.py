@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from promag.diffusion.text_cache import TextFingerprint, encoder_digest, write_e
 from promag.diffusion.train import BucketCache, TrainingResult, train_diffusion
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import find_damage, load_tokenizer, save_model
-from promag.tokenizer.geometry import check_ratio, tokens
+from promag.tokenizer.geometry import check_frames, check_ratio, tokens
 from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.graphs import check_graphs
@@ -41,6 +42,7 @@ from promag.training.processes import broadcast_from_main, choose_precision_once
 from promag.training.safetensors_only import read_mapping
 
 from .inputs import DEFAULTS
+from .lora import record_ratios
 from .sampling import sample_videos
 from .stock import StockPipeline, build_stock
 from .text_to_video import ProMAGPipeline
@@ -79,22 +81,24 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
         return None
     with main_process_first() as main:
         if main and find_damage(folder):
-            save_model(SavedLora(trained.transformer) if config.lora else assemble(config, trained, vae), folder)
+            adapters = SavedLora(trained.transformer, config.ratios) if config.lora else None
+            save_model(adapters or assemble(config, trained, vae), folder)
     return folder
 
 
 class SavedLora:
     """A transformer's adapters, saved in the format that `load_lora_weights` of its family's pipeline reads."""
 
-    def __init__(self, transformer: Any):
-        self.transformer = transformer
+    def __init__(self, transformer: Any, ratios: Sequence[int] = ()):
+        self.transformer, self.ratios = transformer, ratios
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapters' weights, with their ranks, scales and targets as metadata of the file."""
+        """Write the adapters' weights, with their ranks, scales, targets and temporal ratios as metadata of the file."""
         config: Any = self.transformer.peft_config
         weights: Any = get_peft_model_state_dict(self.transformer)
         kind: Any = WanPipeline if family_of(self.transformer).is_stock else ProMAGPipeline
         kind.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=config["default"].to_dict())
+        record_ratios(Path(folder) / LORA_WEIGHT_NAME_SAFE, self.ratios)
 
 
 def assemble(
@@ -180,6 +184,7 @@ def cache_latents(config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG)
             check_ratio(ratio, vae.temporal_ratios)
         patch = config.model.patch_size if config.model else _patch_of(config.init)
         for bucket, ratio in itertools.product(data.training_buckets, ratios):
+            check_frames(bucket.frames, ratio, vae.latent_step)
             tokens(bucket.frames, bucket.height, bucket.width, ratio, patch, vae.spatial_compression_ratio)
     except ValueError as error:
         raise UserError(f"tokenizer {config.tokenizer}: {error}") from None
@@ -230,7 +235,7 @@ def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str
         for name, folder in latents.items():
             split, dash, bucket = name.partition("-")
             source = Shards(folder).index["fingerprint"]
-            limits = (encoder.max_length, config.data.dtype, config.data.shard_size)
+            limits = (encoder.tokens, config.data.dtype, config.data.shard_size)
             wanted = TextFingerprint(digest, source["clips"], *limits, videos=source.get("videos"), settings=settings)
             cache_folder = Path(config.data.cache) / f"{split}-text-{number}{dash}{bucket}"
             folders[name][number] = write_embeddings(cache_folder, wanted, folder, load, family.clean)
@@ -238,7 +243,7 @@ def cache_text(config: DiffusionConfig, latents: Mapping[str, Path]) -> dict[str
 
 
 def _load(encoder: TextEncoderConfig) -> tuple[Any, Any]:
-    return load_frozen(encoder.model, encoder.weights, encoder.max_length)
+    return load_frozen(encoder.model, encoder.weights, encoder.tokens)
 
 
 def encoder(
@@ -286,7 +291,7 @@ class SampleText:
 
     def _frozen(self, encoder: TextEncoderConfig) -> Embedded:
         def encode() -> Embedded:
-            tokenizer, model = load_frozen(encoder.model, encoder.weights, encoder.max_length)
+            tokenizer, model = load_frozen(encoder.model, encoder.weights, encoder.tokens)
             return encode_prompts(tokenizer, model, [*map(self.clean, self.prompts)]).map(torch.Tensor.cpu)
 
         if encoder not in self._kept:

@@ -13,19 +13,21 @@ adds alpha / rank * B A to the layer's weight; without a stated alpha it is the 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import PICKLES
 
+RATIOS = "promag_temporal_ratios"  # key of a file's metadata
 PEFT = "base_model.model."
 DOTTED, UNDERSCORED = (PEFT, "transformer.", "diffusion_model.", ""), ("lora_unet_", "lora_transformer_")
 TENSOR = re.compile(r"(.+)\.lora[_.](A|B|down|up)(?:\.default)?\.(weight|bias)")
@@ -139,6 +141,19 @@ def rename_lora(weights: Mapping[str, Tensor], transformer: nn.Module, name: str
     if broken:
         raise UserError(f"LoRA {name}: {_some(broken)}: all values must be finite numbers")
     return adapters, alphas
+
+
+def record_ratios(file: Path, ratios: Sequence[int]) -> None:
+    """Write the temporal ratios that adapters were trained at into their file, which may then be moved alone."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load(file.read_bytes()), file, {**metadata, RATIOS: json.dumps(list(ratios))})
+
+
+def recorded_ratios(file: Path) -> list[int]:
+    """Return the temporal ratios that the adapters in a file were trained at; [] where it states none."""
+    with safe_open(file, "pt") as opened:
+        return json.loads((opened.metadata() or {}).get(RATIOS, "[]"))
 
 
 def linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:

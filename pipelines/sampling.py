@@ -95,10 +95,32 @@ def load_pipeline(folder: str | Path) -> ProMAGPipeline:
     return ProMAGPipeline.from_pretrained(folder).to(best_device())
 
 
-def open_pipeline(folder: str | Path) -> ProMAGPipeline | StockPipeline:
-    """Load our own or a stock WanPipeline from a folder; raises UserError if it cannot be loaded."""
+def open_pipeline(
+    folder: str | Path, tokenizer: str | Path | None = None, offload: bool = False
+) -> ProMAGPipeline | StockPipeline:
+    """Load our own or a stock WanPipeline from a folder.
+
+    Args:
+        folder: the pipeline's.
+        tokenizer: folder of an autoencoder that takes the place of a WanPipeline's own; it must know the same latents.
+        offload: hold on the GPU only the model that computes, and the others in main memory, instead of all on the GPU.
+
+    Raises UserError if one of both cannot be loaded, and for `offload` without a GPU.
+    """
     _check_index_there(folder)
-    return load_stock(folder).to(best_device()) if is_stock(folder) else load_pipeline(folder)
+    device = best_device()
+    if offload and device.type == "cpu":
+        raise UserError("offload: there is no GPU here to move models to; leave it out")
+    if is_stock(folder):
+        pipe: Any = load_stock(folder, tokenizer)
+    elif tokenizer is None:
+        pipe = ProMAGPipeline.from_pretrained(folder)
+    else:
+        raise UserError(f"tokenizer {tokenizer}: takes the place of a WanPipeline's own; {folder} is none; leave it out")
+    if not offload:
+        return pipe.to(device)
+    getattr(pipe, "pipe", pipe).enable_model_cpu_offload(device=device)
+    return pipe
 
 
 def _check_index_there(folder: str | Path) -> None:

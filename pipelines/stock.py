@@ -18,8 +18,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
 from promag.diffusion.config import DiffusionConfig
-from promag.diffusion.families import TEXT_TOKENS
+from promag.diffusion.families import TEXT_TOKENS, LatentStatistics
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.training.config import UserError, one_line
 from promag.training.files import write_atomically
@@ -64,6 +65,11 @@ class StockPipeline:
             check_ratio(ratio, pipe.vae.temporal_ratios)
         first = self.temporal_ratios[0] if self.defaults.temporal_ratios else pipe.vae.temporal_ratios[-1]
         self.config = {**asdict(self.defaults), "temporal_ratio": first}
+
+    def limit_ratios(self, ratios: Sequence[int]) -> None:
+        """Sample at some of the temporal ratios alone, the first by default: those at which loaded adapters were trained."""
+        self.temporal_ratios = tuple(ratios)
+        self.config |= {"temporal_ratios": self.temporal_ratios, "temporal_ratio": ratios[0]}
 
     @property
     def transformer(self) -> Any:
@@ -187,6 +193,25 @@ class StockPipeline:
         return kept.to(self.pipe._execution_device)
 
 
+def with_autoencoder(pipe: StockPipeline, vae: AutoencoderKLProMAG) -> StockPipeline:
+    """Return a pipeline with another autoencoder of the same latents: one grown from the pipeline's own, or its student.
+
+    Raises ValueError for one of other latents, and for one without the temporal ratios of the training.
+    """
+    own = pipe.vae
+    for name, has, needed in (
+        ("channels", vae.latent_channels, own.latent_channels),
+        ("pixels a position", vae.spatial_compression_ratio, own.spatial_compression_ratio),
+    ):
+        if has != needed:
+            raise ValueError(f"its latents have {name} {has}, those of the pipeline's own {needed}; give one grown from that")
+    if LatentStatistics.of(vae.config) != LatentStatistics.of(own.config):
+        raise ValueError("its latents_mean and latents_std are not those of the pipeline's own; give one grown from that")
+    pipe.pipe.register_modules(vae=vae)
+    pipe.pipe.vae_scale_factor_temporal = vae.temporal_compression_ratio
+    return StockPipeline(pipe.pipe, pipe.defaults)
+
+
 def without_levels_above(vae: AutoencoderKLProMAG, ratio: int) -> Any:
     """Return an autoencoder whose highest temporal ratio is `ratio`, its weights shared; the base alone as its own class."""
     level = vae.level_of(ratio)
@@ -195,7 +220,7 @@ def without_levels_above(vae: AutoencoderKLProMAG, ratio: int) -> Any:
     if ratio == vae.temporal_ratios[-1]:
         return vae
     names = inspect.signature(AutoencoderKLProMAG.__init__).parameters
-    settings = {name: vae.config[name] for name in names if name in vae.config}
+    settings = {name: value for name, value in vae.own_config.items() if name in names}
     model = AutoencoderKLProMAG(**{**settings, "growth": vae.config["growth"][:level]})
     weights = vae.state_dict()
     model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
@@ -208,8 +233,11 @@ def is_stock(folder: str | Path) -> bool:
     return index.is_file() and read_mapping(index).get("_class_name") == WanPipeline.__name__
 
 
-def load_stock(folder: str | Path) -> StockPipeline:
-    """Load a saved WanPipeline, of which all weights must be safetensors; raises UserError if it cannot be loaded."""
+def load_stock(folder: str | Path, tokenizer: str | Path | None = None) -> StockPipeline:
+    """Load a saved WanPipeline, of which all weights must be safetensors; raises UserError if it cannot be loaded.
+
+    `tokenizer` is the folder of an autoencoder that takes the place of its own.
+    """
     folder = Path(folder)
     check_folder(folder)
     check_index(read_mapping(folder / "model_index.json"), WAN_PARTS)
@@ -217,11 +245,18 @@ def load_stock(folder: str | Path) -> StockPipeline:
     try:
         defaults = StockDefaults(**settings)
         pipe: Any = WanPipeline.from_pretrained(folder, use_safetensors=True)
-        return StockPipeline(pipe, defaults)
+        loaded = StockPipeline(pipe, defaults)
     except UserError:
         raise
     except Exception as error:  # whatever diffusers raises for files that are not what it expects
         raise UserError(f"pipeline {folder}: cannot be loaded: {one_line(error)}") from None
+    if tokenizer is None:
+        return loaded
+    vae = load_tokenizer(tokenizer)
+    try:
+        return with_autoencoder(loaded, vae)
+    except ValueError as error:
+        raise UserError(f"tokenizer {tokenizer}: {error}") from None
 
 
 def build_stock(config: DiffusionConfig, transformer: Any, vae: Any, fps: float, text: dict[str, Any]) -> StockPipeline:
@@ -246,7 +281,7 @@ def build_stock(config: DiffusionConfig, transformer: Any, vae: Any, fps: float,
             num_frames=config.data.frames,
             fps=fps,
             temporal_ratios=config.ratios,
-            max_sequence_length=config.text.encoders[0].max_length,
+            max_sequence_length=config.text.encoders[0].tokens,
         ),
     )
 

@@ -20,7 +20,7 @@ from promag.diffusion.flow import StopSampling, guide, sample_flow
 from promag.diffusion.text import NULL_CAPTION, Embedded, encode_prompts, side_by_side
 from promag.diffusion.transformer import ProMAGTransformer3DModel
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
-from promag.tokenizer.geometry import check_size, latent_frames, tokens
+from promag.tokenizer.geometry import check_frames, check_size, latent_frames, tokens
 from promag.tokenizer.tiny_decoder import TinyDecoder
 from promag.training.safetensors_only import SafetensorsOnly, check_complete
 
@@ -329,6 +329,7 @@ class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeli
         check_flow(self.scheduler, base_ahead := self.transformer.config["base_ahead"])
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
         check_size(*size, spatial * max(patch[1:]))
+        check_frames(video_shape.num_frames, ratio, self.vae.latent_step)
         token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch), spatial)
         check_amount(token_count, num_inference_steps, num_videos_per_prompt)
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs

@@ -9,7 +9,7 @@ from promag.evaluation.prompt_accuracy import PARTS
 from promag.evaluation.synthetic_scorer import chance
 from promag.pipelines.model_card import pipeline_card
 
-from .tokenizer_card import where
+from .tokenizer_card import clip_shapes, where
 
 # the columns of the table of trainings
 RECIPE = (
@@ -39,9 +39,10 @@ def trained_card(
         pipe: the pipeline.
         name: folder, as users give it.
         records: the lines that `promag evaluate-pipeline` records for it.
-        recipe: one mapping per training, with ratios, synthetic_clips, frames, size, caption_weights, steps, batch (samples a
-            step, of all processes), learning_rate, muon_learning_rate, ema_decay, shift, few_steps (None but for a student),
-            seconds and machines. The first may be {"published": folder}: the pipeline that the others start from.
+        recipe: one mapping per training, with ratios, synthetic_clips, frames, size, buckets (None for the shape
+            of these), caption_weights, steps, batch (samples a step, of all processes), learning_rate, muon_learning_rate,
+            ema_decay, shift, few_steps (None but for a student), seconds and machines. The first may be
+            {"published": folder}: the pipeline that the others start from.
         licence: identifier of the weights' licence; None states none.
     """
     first = records[0]
@@ -50,7 +51,7 @@ def trained_card(
     trainings = [
         [
             ", ".join(f"{ratio}x" for ratio in t["ratios"]),
-            f"{t['synthetic_clips']} of {t['frames']} frames at {t['size']}x{t['size']}",
+            f"{t['synthetic_clips']} of {'; '.join(clip_shapes(t, ' at '))}",
             ", ".join(f"{one['words']} x{one['factor']:g}" for one in t["caption_weights"]) or "-",
             str(t["steps"]),
             str(t["batch"]),

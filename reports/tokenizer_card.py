@@ -38,19 +38,23 @@ def tokenizer_card(
     sources: Sequence[Mapping[str, Any]],
     credits: str,
     licence: str | None = None,
+    unseen: bool = False,
 ) -> str:
     """Return the card as Markdown.
 
     Args:
         name: folder of the checkpoint, as users give it.
-        shape: parameters, latent_channels, temporal_ratios, spatial_ratio, dtype.
+        shape: parameters, latent_channels, temporal_ratios, spatial_ratio, dtype, and where it differs from our own: class, of
+            diffusers, or base, the class that levels in a folder of their own were grown on.
         record: the line that `promag evaluate-tokenizer` records for the published weights.
-        recipe: one mapping per stage, with name, frames, size, steps, batch_size, learning_rate, muon_learning_rate, loss,
-            seconds, encoder, decoder, machines and extra_sources (share of the steps by source). The first may be
-            {"published": folder}: the autoencoder that the others start from.
+        recipe: one mapping per stage, with name, frames, size, buckets (None for the shape of these), steps, batch
+            (samples a step, of all processes), learning_rate, muon_learning_rate, loss, seconds, encoder, decoder, machines and
+            extra_sources (share of the steps by source). The first may be {"published": folder}: the autoencoder that the
+            others start from.
         sources: one mapping per source of training clips, with repository, commit, licence and clips.
         credits: Markdown, under the table of sources.
         licence: identifier of the weights' licence; None states none.
+        unseen: it is known that no clip of `record` is of a file that was trained on.
     """
     ratios = [f"{ratio}x" for ratio in shape["temporal_ratios"]]
     clips = sum(source["clips"] for source in sources)
@@ -66,24 +70,24 @@ def tokenizer_card(
             "",
             f"# {name}",
             "",
-            f"A causal video tokenizer with {shape['parameters'] / 1e6:.1f} M parameters in {shape['dtype']}: one checkpoint "
+            f"{_subject(shape)}: one checkpoint "
             f"for {', '.join(ratios)} temporal compression, {shape['spatial_ratio']}x in height and width, "
-            f"{shape['latent_channels']} latent channels. Grown level by level after ProMAG (arXiv 2501.05442).",
+            f"{shape['latent_channels']} latent channels.{_GROWN if len(ratios) > 1 else ''}",
             "",
             "```python",
             "import promag",
             "",
-            f'tokenizer = promag.AutoencoderKLProMAG.from_pretrained("{name}")',
+            f"tokenizer = promag.{_loading(name, shape)}",
             f"z = tokenizer.encode(clip, temporal_ratio={some}).latent_dist.mode()  # clip: B 3 1+{some}N H W in [-1, 1]",
             f"video = tokenizer.decode(z, temporal_ratio={some}).sample",
             "```",
             "",
-            f"`promag reconstruct {name} VIDEO --out compared.mp4` shows your own clip at every ratio.",
-            "",
+            *([] if shape.get("base") else [f"`promag reconstruct {name} VIDEO --out compared.mp4` {_SHOWS}", ""]),
             "## How well it reconstructs",
             "",
-            f"{record['protocol']}. {record['ratios'][str(some)]['clips']} clips at {record['size']}x{record['size']} that it "
-            f"was never trained on. Commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}.",
+            f"{record['protocol']}. {record['ratios'][str(some)]['clips']} clips at {record['size']}x{record['size']}"
+            f"{', none of a file that it was trained on' if unseen else ''}. Commit {record['commit']}, {record['machine']}, "
+            f"torch {record['versions']['torch']}.",
             "",
             markdown_table(["ratio", *(heading for _, heading, _ in columns)], _figures(record["ratios"], columns)),
             "",
@@ -112,6 +116,25 @@ def tokenizer_card(
             "",
         ]
     )
+
+
+_GROWN = " Grown level by level after ProMAG (arXiv 2501.05442)."
+_SHOWS = "shows your own clip at every ratio."
+
+
+def _subject(shape: Mapping[str, Any]) -> str:
+    """Return what was published, in words."""
+    size = f"with {shape['parameters'] / 1e6:.1f} M parameters in {shape['dtype']}"
+    if base := shape.get("base"):
+        return f"Levels {size} for the {base} that they were grown on, which is not in this folder"
+    return f"An {shape['class']} {size}" if shape.get("class") else f"A causal video tokenizer {size}"
+
+
+def _loading(name: str, shape: Mapping[str, Any]) -> str:
+    """Return the call that loads what was published."""
+    if base := shape.get("base"):
+        return f'AutoencoderKLProMAG.load_growth("{name}", "BASE")  # BASE: folder of that {base}'
+    return f'{"load_tokenizer" if shape.get("class") else "AutoencoderKLProMAG.from_pretrained"}("{name}")'
 
 
 Columns = Sequence[tuple[str, str, int]]
@@ -148,9 +171,9 @@ def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         [
             stage["name"],
             f"{stage['encoder']}, {stage['decoder']}",
-            "; ".join([f"{stage['frames']} frames, {stage['size']}x{stage['size']}", *_others(stage["extra_sources"])]),
+            "; ".join([*clip_shapes(stage, ", "), *_others(stage["extra_sources"])]),
             str(stage["steps"]),
-            str(stage["batch_size"]),
+            str(stage["batch"]),
             f"{stage['learning_rate']:g}, {stage['muon_learning_rate'] or '-'}",
             stage["loss"],
             f"{stage['seconds'] / 60:.1f}",
@@ -158,6 +181,16 @@ def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ]
         for stage in recipe
         if "published" not in stage
+    ]
+
+
+def clip_shapes(training: Mapping[str, Any], joint: str) -> list[str]:
+    """Return in words the length and size of a training's clips, in each of its buckets."""
+    square = {"frames": training["frames"], "height": training["size"], "width": training["size"]}
+    return [
+        f"{bucket['frames']} frames{joint}{bucket['height']}x{bucket['width']}"
+        + (f" ({bucket['batch_size']} a process)" if bucket.get("batch_size") else "")
+        for bucket in training.get("buckets") or [square]
     ]
 
 

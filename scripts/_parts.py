@@ -1,11 +1,13 @@
-"""Parts that a command adds to a loaded pipeline: a tiny decoder, and adapters for the transformer."""
+"""Parts of a pipeline that a command is given: another autoencoder, a tiny decoder, and adapters for the transformer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from promag.pipelines.lora import rename_lora
+from promag.pipelines.lora import recorded_ratios, rename_lora
+from promag.pipelines.sampling import trained_ratios
 from promag.pipelines.stock import StockPipeline
 from promag.training.config import UserError, one_line
 
@@ -14,6 +16,12 @@ TINY_DECODER: dict[str, Any] = {  # arguments of add_argument
     "const": "",
     "metavar": "FOLDER",
     "help": "decode by a tiny decoder, faster and less sharp: that of a folder, or without one the pipeline's own",
+}
+
+TOKENIZER: dict[str, Any] = {
+    "type": Path,
+    "metavar": "FOLDER",
+    "help": "autoencoder in the place of a WanPipeline's own: one grown from that, or a student of it",
 }
 
 
@@ -33,7 +41,9 @@ def enable_tiny_decoder(pipe: Any, folder: str) -> None:
 def load_lora(pipe: Any, folder: Path) -> None:
     """Load the adapters in a folder, or in a safetensors file, into a pipeline's transformer.
 
-    Raises UserError for a folder without adapters and for adapters of another transformer.
+    The pipeline then samples by default at a temporal ratio that the adapters were trained at, and a WanPipeline at these
+    alone. Raises UserError for a folder without adapters, for adapters of another transformer, and for adapters that were
+    trained at none of the pipeline's ratios.
     """
     given = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     if not given:  # diffusers would look for a name that is no folder on a hub
@@ -43,9 +53,26 @@ def load_lora(pipe: Any, folder: Path) -> None:
     place, name = str(given[0].parent), given[0].name
     loader = pipe.pipe if isinstance(pipe, StockPipeline) else pipe
     try:
+        ratios = recorded_ratios(given[0])
         if loader is not pipe:  # diffusers' own loader warns of tensors that fit nowhere, and goes on
             weights = loader.lora_state_dict(place, weight_name=name, use_safetensors=True, local_files_only=True)
             rename_lora(weights, pipe.transformer, str(given[0]))
         loader.load_lora_weights(place, weight_name=name, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--lora {folder}: cannot be loaded into this pipeline's transformer: {one_line(error)}") from None
+    if ratios:
+        _limit_ratios(pipe, ratios, folder)
+
+
+def _limit_ratios(pipe: Any, ratios: Sequence[int], folder: Path) -> None:
+    """Let a pipeline sample at the temporal ratios that its adapters were trained at."""
+    has, stock = trained_ratios(pipe), isinstance(pipe, StockPipeline)
+    both = [ratio for ratio in ratios if ratio in has]
+    if not both:
+        trained, sampled = (", ".join(f"{ratio}x" for ratio in values) for values in (ratios, has))
+        use = "name the autoencoder that they were trained with by --tokenizer" if stock else "name the pipeline they are for"
+        raise UserError(f"--lora {folder}: trained at {trained}; this pipeline samples at {sampled}; {use}")
+    if stock:
+        pipe.limit_ratios(both)
+    elif pipe.config["temporal_ratio"] not in both:
+        pipe.register_to_config(temporal_ratio=both[0])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from promag.data.datasets import open_evaluation
+from promag.data.datasets import ClipDataset, load_index, open_evaluation
 from promag.data.tables import load_text
 from promag.diffusion.validation import training_figures
 from promag.pipelines.sampling import load_pipeline
@@ -23,9 +23,9 @@ from promag.reports.tokenizer_card import count_sources, tokenizer_card
 from promag.scripts import evaluate_pipeline, evaluate_tokenizer
 from promag.scripts._options import check_apart, check_at_least_one, check_writable, share
 from promag.scripts._parts import enable_tiny_decoder
-from promag.tokenizer.checkpoint import load_tokenizer, save_model, save_tokenizer
+from promag.tokenizer.checkpoint import class_name, is_growth, load_tokenizer, save_model, save_tokenizer
 from promag.tokenizer.levels import parameter_count
-from promag.tokenizer.stages import finished_stages
+from promag.tokenizer.stages import finished_stages, stage_folders
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.files import append_json, write_atomically
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     summary = "save a tokenizer with a card of its figures on unseen clips, its recipe, data and licences"
     tokenizer = kinds.add_parser("tokenizer", help=summary, description=summary)
     tokenizer.set_defaults(run=_publish_tokenizer)
-    tokenizer.add_argument("checkpoint", type=Path, help="RUN/tokenizer of a finished training")
+    tokenizer.add_argument("checkpoint", type=Path, help="RUN/tokenizer of a finished training, or RUN/growth")
     share(tokenizer, "--videos", "--frames", "--size", "--count")
     tokenizer.add_argument("--sources", type=Path, required=True, help="CSV: split, source_repo, source_commit, licence")
     tokenizer.add_argument("--split", default="train", help="rows of that CSV that were trained on")
@@ -97,19 +97,55 @@ def _publish_tokenizer(arguments: argparse.Namespace) -> tuple[str, str]:
     # An older folder is replaced below, so that mistakes must be known before.
     evaluate_tokenizer.check_shape(arguments, model, model.temporal_ratios[-1])
     check_at_least_one(arguments, "count")
-    open_evaluation(arguments.videos, None, arguments.frames, arguments.size, arguments.count)
+    clips = open_evaluation(arguments.videos, None, arguments.frames, arguments.size, arguments.count)
+    unseen = _is_unseen(clips, trained_files(arguments.checkpoint.resolve().parent))
     model.to(torch.bfloat16)
-    save_tokenizer(model, arguments.out)
+    kind = save_weights(model, arguments.out, levels_alone=is_growth(arguments.checkpoint))
     asked = {key: getattr(arguments, key) for key in ("videos", "frames", "size", "count")}
     line = _score(evaluate_tokenizer.main, arguments.out, asked)
     shape = {
-        "parameters": parameter_count([model]),
+        **kind,
         "latent_channels": model.config["latent_channels"],
         "temporal_ratios": model.temporal_ratios,
         "spatial_ratio": model.spatial_ratio,
         "dtype": "bfloat16",
     }
-    return line, tokenizer_card(str(arguments.out), shape, json.loads(line), recipe, sources, credits, arguments.licence)
+    card = tokenizer_card(str(arguments.out), shape, json.loads(line), recipe, sources, credits, arguments.licence, unseen)
+    return line, card
+
+
+def save_weights(model: Any, out: Path, levels_alone: bool) -> dict[str, Any]:
+    """Save a tokenizer in the form in which it was given; return what its card tells of that, and its parameters."""
+    if not levels_alone:
+        save_tokenizer(model, out)
+        other = {} if (saved := class_name(out)) == type(model).__name__ else {"class": saved}
+        return {**other, "parameters": parameter_count([model])}
+    model.save_growth(out)
+    grown = [module for ratio in model.temporal_ratios[1:] for module in model.level_modules(ratio)]
+    return {"base": model.existing.class_name, "parameters": parameter_count(grown)}
+
+
+def trained_files(run: Path) -> set[str] | None:
+    """Return the SHA-256 of the videos that a run, and those before it, were trained on; None where no index says so."""
+    config, files = _config_of(run, "tokenizer"), set[str]()
+    if init := config["init"]:
+        before = Path(init).parent
+        earlier = trained_files(before) if (before / "config.yaml").is_file() else None
+        if earlier is None:
+            return None
+        files |= earlier
+    for source in (config["data"]["train"], *(extra["train"] for extra in config["data"].get("extra_sources") or ())):
+        if source != "synthetic":
+            try:
+                files |= {clip.sha256 for clip in load_index(source)}
+            except UserError:  # shards, or an index that has gone
+                return None
+    return files
+
+
+def _is_unseen(clips: Any, trained: set[str] | None) -> bool:
+    """Tell whether it is known of every clip that its file was not trained on."""
+    return trained is not None and isinstance(clips, ClipDataset) and trained.isdisjoint(clip.sha256 for clip in clips.clips)
 
 
 def list_stages(run: Path) -> list[dict[str, Any]]:
@@ -122,9 +158,11 @@ def list_stages(run: Path) -> list[dict[str, Any]]:
     config = _config_of(run, "tokenizer")
     before = _stages_before(config["init"])
     stages = []
+    folders = stage_folders(run, [stage.get("by_turns") or [stage["ratio"]] for stage in config["stages"]])
     for name, stage, done in finished_stages(run, config):
-        settings = {key: stage["optimization"][key] for key in ("steps", "batch_size", "learning_rate", "muon_learning_rate")}
-        shape = {"name": name, "frames": stage["frames"], "size": config["data"]["size"]}
+        settings = {key: stage["optimization"][key] for key in ("steps", "learning_rate", "muon_learning_rate")}
+        settings["batch"] = _global_batch(checkpoints(folders[config["stages"].index(stage)]), stage["optimization"])
+        shape = {"name": name, "frames": stage["frames"], "size": config["data"]["size"], "buckets": stage.get("buckets")}
         shape["extra_sources"] = {source["train"]: source["share"] for source in config["data"].get("extra_sources") or ()}
         spent = {"seconds": done["seconds"], "machines": machines_of(run)}
         stages.append({**shape, **settings, **_lower(stage), "loss": _loss(stage), **spent})
@@ -227,7 +265,8 @@ def list_trainings(run: Path) -> list[dict[str, Any]]:
         raise UserError(f"{run}: its training left no figures")
     settings = {key: config["optimization"][key] for key in LOOP_KEYS}
     data = {key: config["data"][key] for key in ("synthetic_clips", "frames", "size")} | {
-        "caption_weights": config["data"].get("caption_weights", ())
+        "caption_weights": config["data"].get("caption_weights", ()),
+        "buckets": config["data"].get("buckets"),
     }
     spent = {"steps": figures["steps"], "seconds": figures["seconds"], "machines": machines_of(run)}  # it may have ended early
     more = {"batch": samples_a_step(run), "shift": config["shift"], "few_steps": config.get("few_steps")}
@@ -245,9 +284,13 @@ def _trainings_before(init: str | None) -> list[dict[str, Any]]:
 
 def samples_a_step(run: Path) -> int:
     """Return the samples of a step, of all processes; a run without its checkpoints is taken to be of one process."""
-    if states := [path for stage in sorted(run.iterdir()) for path in checkpoints(stage)]:
+    states = [path for stage in sorted(run.iterdir()) for path in checkpoints(stage)]
+    return _global_batch(states, load_yaml(str(run / "config.yaml"))["optimization"])
+
+
+def _global_batch(states: Sequence[Path], loop: Mapping[str, Any]) -> int:
+    if states:
         return json.loads((states[-1] / "state.json").read_text(encoding="utf-8"))["global_batch"]
-    loop: Any = load_yaml(str(run / "config.yaml"))["optimization"]
     return loop["batch_size"] * loop["accumulate"]
 
 

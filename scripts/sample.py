@@ -27,11 +27,11 @@ from promag.data.video import (
 from promag.diffusion.attention import choose_attention
 from promag.evaluation.clip_similarity import load_similarity
 from promag.pipelines.inputs import steps_and_guidance
-from promag.pipelines.sampling import Draft, SampleRequest, Seconds, make_videos, open_pipeline
+from promag.pipelines.sampling import Draft, SampleRequest, Seconds, execution_device, make_videos, open_pipeline
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.reports.side_by_side import grid
 from promag.scripts._options import check_at_least_one, check_different, check_writable, share
-from promag.scripts._parts import TINY_DECODER, enable_tiny_decoder, load_lora
+from promag.scripts._parts import TINY_DECODER, TOKENIZER, enable_tiny_decoder, load_lora
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError
 from promag.training.files import write_atomically
@@ -50,12 +50,13 @@ def main(argv: Sequence[str]) -> int:
     _check_numbers(arguments)
     _check_files(arguments, len(prompts) * len(arguments.seed))
     clip = load_similarity(arguments.clip, arguments.clip_weights)
-    pipe: Any = open_pipeline(arguments.checkpoint)
+    pipe: Any = open_pipeline(arguments.checkpoint, arguments.tokenizer, arguments.offload)
     if arguments.lora is not None:
         load_lora(pipe, arguments.lora)
     if arguments.tiny_decoder is not None:
         enable_tiny_decoder(pipe, arguments.tiny_decoder)
-    choose_attention(pipe.transformer, arguments.attention, pipe.device, pipe.transformer.dtype, gradients=False)
+    device = execution_device(pipe)
+    choose_attention(pipe.transformer, arguments.attention, device, pipe.transformer.dtype, gradients=False)
     fps = arguments.fps or pipe.config["fps"]
     if fps > MOST_FPS and GIF in _kinds(arguments):
         raise UserError(f"{fps:g} fps: a GIF has at most {MOST_FPS}; write an {MP4}")
@@ -85,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     drafted = f", drafted at {arguments.draft_ratio}x" if arguments.draft_ratio else ""
     steps, guidance = steps_and_guidance(pipe.config, arguments.steps, arguments.guidance)
     guided = f"with guidance {guidance:g}" if guidance > 1 else "without guidance"
-    print(f"{videos} at {ratio}x{drafted}, {steps} steps {guided} on {pipe.device}: {spent}")
+    print(f"{videos} at {ratio}x{drafted}, {steps} steps {guided} on {device}: {spent}")
     if similarities:
         print(f"mean CLIP similarity {np.mean(similarities):.4f} by {arguments.clip}")
     else:
@@ -117,6 +118,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--fps", type=float, help="frame rate of the video, an input of the model; left out: as trained")
     add("--tiny-decoder", **TINY_DECODER)
     share(parser, "--lora")
+    add("--tokenizer", **TOKENIZER)
+    add("--offload", action="store_true", help="hold on the GPU only the model that computes, the others in main memory")
     add("--attention", default="auto", help="attention backend of diffusers, tried before it is used")
     opening = parser.add_mutually_exclusive_group()
     opening.add_argument("--image", type=Path, help="picture to start from; scaled and cropped to the video's size")

@@ -170,9 +170,8 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
     @property
     def config(self) -> Any:
         """The configuration, with what the pipelines of an existing autoencoder's family read from it."""
-        own = self._internal_dict
-        stated = own.get("entries") or (self.existing.entries() if self.existing else None)
-        if not stated:
+        own = self.own_config
+        if not (stated := self.family_entries()):
             return own
         ratios = {
             **dict.fromkeys(("scale_factor_temporal", "temporal_compression_ratio"), self.temporal_ratios[self.level_of(None)]),

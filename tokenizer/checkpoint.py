@@ -28,7 +28,7 @@ def load_tokenizer(folder: str | os.PathLike, features: Features = "latents") ->
     folder = Path(folder)
     if (folder / "vae" / "config.json").exists():
         folder = folder / "vae"  # a whole pipeline
-    if (folder / SETTINGS).exists():
+    if is_growth(folder):
         return AutoencoderKLProMAG.load_growth(folder)
     if not (folder / "config.json").exists():
         raise UserError(
@@ -43,6 +43,11 @@ def load_tokenizer(folder: str | os.PathLike, features: Features = "latents") ->
     model = AutoencoderKLProMAG.from_pretrained(folder)
     assert isinstance(model, AutoencoderKLProMAG)
     return model.eval()
+
+
+def is_growth(folder: Path) -> bool:
+    """Return whether a folder holds levels that `save_growth` saved without their base."""
+    return (folder / SETTINGS).exists()
 
 
 def class_name(folder: Path) -> str:

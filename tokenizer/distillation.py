@@ -5,6 +5,7 @@ that takes the large one's latents, and a small encoder that makes them. So the 
 teacher.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,8 +73,20 @@ def load_teacher(folder: str, student: Any, temporal_ratio: int) -> Any:
     return teacher.requires_grad_(False)
 
 
+def move_teacher(teacher: Any, temporal_ratios: Sequence[int], decodes: bool, device: torch.device) -> Any:
+    """Move to a device what runs of a teacher, and return it: what encodes at some ratios, or all if it `decodes` too."""
+    for ratio in temporal_ratios:
+        for module in [teacher] if decodes else teacher.encoding_path(teacher.level_of(ratio)):
+            module.to(device)
+    return teacher
+
+
 def take_entries(student: Any, teacher: Any) -> None:
-    """Give a student's configuration the entries of its teacher's that it has not: pipelines of that family read them."""
-    entries = {key: value for key, value in teacher.config.items() if key not in student.config and not key.startswith("_")}
-    if entries:
-        student.register_to_config(entries=entries)
+    """Give a student's configuration what the pipelines of its teacher's family read, beside settings of its own.
+
+    `block_out_channels` is both: the pipelines of CogVideoX count the teacher's to know the pixels per latent position.
+    """
+    own, both = student.own_config, teacher.family_entries().keys() & {"block_out_channels"}
+    read = both | {key for key in teacher.config if key not in own and not key.startswith("_")}
+    if read:
+        student.register_to_config(entries={key: value for key, value in teacher.config.items() if key in read})

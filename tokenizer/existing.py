@@ -13,6 +13,7 @@ checkpoint their blocks themselves.
 
 import copy
 import hashlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -57,11 +58,18 @@ class Existing:
 
     def build(self) -> Any:
         """Return an untrained autoencoder of this class and configuration."""
-        return existing_class(self.class_name)(**self.entries())
+        return existing_class(self.class_name)(**self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        return {key: value for key, value in self.config.items() if not key.startswith("_")}
 
     def entries(self) -> dict[str, Any]:
-        """Return the configuration as the pipelines of this family read it."""
-        return {key: value for key, value in self.config.items() if not key.startswith("_")}
+        """Return the configuration as the pipelines of this family read it, with the statistics of a class's buffers."""
+        buffers = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
+        entries = {**self._arguments(), **{name: values for name, values in buffers.items() if values}}
+        if "timestep_conditioning" in entries:  # here latents are decoded without noise, at time 0, as they are trained
+            entries["timestep_conditioning"] = False
+        return entries
 
     def scale(self) -> LatentScale:
         """Return mean and deviation of each latent channel as the autoencoder states them, else 0 and 1.
@@ -132,7 +140,7 @@ def describe(model: Any, features: Features = "latents") -> Existing:
                 seen = _features(model, clip, latent)
             return Existing(
                 class_name=name,
-                config={key: value for key, value in dict(model.config).items() if key != "_name_or_path"},
+                config=_settings(model),
                 temporal_ratio=ratio,
                 spatial_ratio=PROBE // latent.shape[3],
                 latent_channels=latent.shape[1],
@@ -143,6 +151,12 @@ def describe(model: Any, features: Features = "latents") -> Existing:
             )
         problem = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
     raise ValueError(f"{name}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {problem}")
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """Return the configuration of a model of diffusers without what its class does not take, which a file may hold too."""
+    known = {*inspect.signature(type(model).__init__).parameters, "_class_name", "_diffusers_version"}
+    return {key: value for key, value in dict(model.config).items() if key in known}
 
 
 def _stated_ratio(model: Any) -> int | None:
@@ -357,6 +371,7 @@ class OnExisting:
 
     existing: Existing | None
     encoder: Any
+    _internal_dict: Any
 
     @property
     def can_stream(self) -> bool:
@@ -364,11 +379,27 @@ class OnExisting:
         return self.existing is None or self.existing.class_name in STREAMS
 
     @property
+    def own_config(self) -> Any:
+        """The settings of this class alone, without what the pipelines of another family read."""
+        return self._internal_dict
+
+    def family_entries(self) -> dict[str, Any]:
+        """Return what the pipelines of an autoencoder of diffusers read, for one that takes its place; {} for all others."""
+        return self.own_config.get("entries") or (self.existing.entries() if self.existing else {})
+
+    @property
     def latents_mean(self) -> Tensor:
         """The mean of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
-        return self.encoder.model.latents_mean
+        return self._latents("latents_mean")
 
     @property
     def latents_std(self) -> Tensor:
         """The deviation of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
-        return self.encoder.model.latents_std
+        return self._latents("latents_std")
+
+    def _latents(self, name: str) -> Tensor:
+        if self.existing is not None:
+            return getattr(self.encoder.model, name)
+        if not (values := self.family_entries().get(name)):
+            raise AttributeError(f"{type(self).__name__}: its configuration states no {name}")
+        return torch.tensor(values)

@@ -1,10 +1,11 @@
 """What was grown, saved apart from its base: a small file beside a large autoencoder that stays as it is.
 
-A folder holds growth.json (the base's class, configuration and fingerprint, and the settings of each level) and
-growth.safetensors (the weights of the levels).
+A folder holds growth.json (the base's class, configuration and fingerprint, its path from this folder, and the settings of
+each level) and growth.safetensors (the weights of the levels).
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def describe_base(model: Any) -> dict[str, Any]:
     if model.existing:
         settings: dict[str, Any] = asdict(model.existing)
     else:
-        settings = {"class_name": type(model).__name__, "config": {key: model.config[key] for key in BASE_SETTINGS}}
+        settings = {"class_name": type(model).__name__, "config": {key: model.own_config[key] for key in BASE_SETTINGS}}
     return {**settings, "fingerprint": fingerprint(base_weights(model))}
 
 
@@ -48,12 +49,20 @@ def write_growth(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
         raise ValueError(f"save_growth: nothing was grown yet; the model has {model.temporal_ratios[0]}x alone")
     grown = ((name, value) for name, value in model.state_dict().items() if name.startswith(GROWN))
     weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in grown}
-    settings = {"base": describe_base(model), "growth": model.config["growth"], "path": model.base_path}
+    settings = {"base": describe_base(model), "growth": model.config["growth"], "path": _path_from(folder, model.base_path)}
     if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds other files than those of save_growth; name another folder")
     with replaced_folder(folder) as aside:
         save_file(weights, aside / WEIGHTS)
         write_atomically(aside / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def _path_from(folder: Path, base: str | None) -> str | None:
+    """Return a base's path from a folder of levels: both may be moved together, and where they are does not matter."""
+    try:
+        return base and os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
+    except ValueError:  # another drive of Windows
+        return base
 
 
 def read_growth(cls: Any, folder: Path, base: Any) -> Any:
@@ -64,14 +73,17 @@ def read_growth(cls: Any, folder: Path, base: Any) -> Any:
         features, name, known = wanted.get("features", "latents"), wanted["class_name"], wanted["fingerprint"]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / SETTINGS}: needs base, with class_name and fingerprint, and growth") from None
-    if base is None and (base := path) is None:
-        raise UserError(f"{folder}: was grown on an {name} whose folder is not recorded; name its base")
+    load = f"load it with AutoencoderKLProMAG.load_growth({str(folder)!r}, BASE) and save that whole by save_pretrained"
+    if base is None and path is None:
+        raise UserError(f"{folder}: was grown on an {name} whose folder is not recorded; name its base: {load}")
+    if base is None:
+        base = os.path.normpath(os.path.join(os.path.realpath(folder), path))  # an absolute path of earlier versions stays one
     if isinstance(base, nn.Module):
         place, is_a = "the base given", type(base).__name__
     elif Path(base, "config.json").is_file():
         place, is_a = str(base), str(read_mapping(Path(base, "config.json")).get("_class_name"))
     else:
-        raise UserError(f"{folder}: its base, an {name}, is not in {base}; name the folder where it is")
+        raise UserError(f"{folder}: its base, an {name}, is not in {base}; put it there, or {load}")
     if is_a != name:
         raise UserError(f"{folder}: was grown on an {name}; {place} is an {is_a}")
     model: Any

@@ -32,6 +32,7 @@ class Levels:
 
     existing: Any
     config: Any
+    own_config: Any
     encoder: nn.Module
     decoder: Any
     encoder_growth: nn.ModuleList
@@ -155,7 +156,7 @@ class Levels:
 
         Growing further levels or training decoders keeps it.
         """
-        level, config = self.level_of(temporal_ratio), self.config
+        level, config = self.level_of(temporal_ratio), self.own_config
         existing = asdict(self.existing) if self.existing else {key: config[key] for key in BASE_SETTINGS}
         base = {key: value for key, value in existing.items() if value is not None and (key, value) != ("framewise", 0)}
         growth = [asdict(replace(Growth(**grown), encoder="frozen", decoder="frozen")) for grown in config["growth"][:level]]

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from promag.diffusion import train
 from promag.diffusion.attention import choose_attention
 from promag.diffusion.families import WAN, LatentStatistics, adopt, family_of, family_of_init, hidden_matrices, load_transformer
 from promag.diffusion.finetune import Lora, adapt_to_latents, add_lora, narrow_frozen
@@ -20,7 +21,7 @@ from promag.diffusion.objective import FlowObjective
 from promag.diffusion.text import draw_dropped
 from promag.diffusion.text_cache import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
 from promag.diffusion.train import BucketCache, train_diffusion
-from promag.training.config import UserError
+from promag.training.config import UserError, load_yaml
 from promag.training.loop import seeded
 from promag.training.run import checkpoints, load_checkpoint
 from tests.diffusion.test_buckets import VIDEO, configuration, encode, write
@@ -186,6 +187,27 @@ def test_training_resumes_bit_for_bit(cached, init, tmp_path, lora):
     assert bool(moved) == (lora is None)
 
 
+def test_adapters_are_trained_without_muon_but_in_a_run_that_was_started_with_it(cached, init, tmp_path, monkeypatch, capsys):
+    one = [BucketCache(cached.bucket, cached.latents[:1], cached.texts)]
+
+    def moments(name):
+        """Train on for two steps at the preset's rates, and return the kinds of moments that the checkpoint holds."""
+        config = settings(tmp_path / name, init, lora={"rank": 2}, budgets=[{"ratio": 16, "share": 1.0}])
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, stop_after=2))
+        train_diffusion(config, one, one, statistics=STATISTICS)
+        groups, meta = load_checkpoint(checkpoints(tmp_path / name / "16x")[-1])
+        return meta["step"], {key.rpartition("/")[2] for key in groups["optimizer"]}
+
+    assert moments("new") == (2, {"step", "exp_avg", "exp_avg_sq"})
+    assert "AdamW trains the adapters, at learning_rate 0.001; muon_learning_rate 0.02 is not used" in capsys.readouterr().out
+    assert load_yaml(tmp_path / "new" / "config.yaml")["optimization"]["muon_learning_rate"] is None
+    assert moments("new") == (4, {"step", "exp_avg", "exp_avg_sq"})
+    with monkeypatch.context() as earlier:
+        earlier.setattr(train, "_adapters_without_muon", lambda config: config)
+        assert moments("old") == (2, {"momentum_buffer"})
+    assert moments("old") == (4, {"momentum_buffer"})
+
+
 def test_the_formula_agrees_with_the_flops_that_torch_counts():
     model = make_transformer()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -290,6 +312,9 @@ def test_settings_that_the_family_does_not_know_are_refused(init, tmp_path):
     stock.save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="its two transformers share the times"):
         adopt(settings(tmp_path, tmp_path / "two"))
+    for expert in ("transformer", "transformer_2"):
+        with pytest.raises(UserError, match=rf"init .*{expert}: one of two transformers that share the times"):
+            adopt(settings(tmp_path, tmp_path / "two" / expert))
     (init / "transformer" / "config.json").write_text('{"_class_name": "LTXVideoTransformer3DModel"}')
     with pytest.raises(UserError, match="a 'LTXVideoTransformer3DModel'; legal are ProMAGTransformer3DModel and Wan"):
         load_transformer(str(init))
@@ -298,8 +323,35 @@ def test_settings_that_the_family_does_not_know_are_refused(init, tmp_path):
 def test_a_pipeline_brings_its_text_encoder(tmp_path):
     make_stock().save_pretrained(tmp_path / "stock")
     assert family_of_init(str(tmp_path / "stock")) is WAN
-    config = settings(tmp_path, tmp_path / "stock", text={"encoders": [{}]})
+    config = settings(tmp_path, tmp_path / "stock", text={"encoders": [{}]}, shift=3.0)
     (encoder,) = adopt(config).text.encoders
     assert (encoder.model, encoder.max_length) == (str(tmp_path / "stock"), 512)
-    given = settings(tmp_path, tmp_path / "stock")
+    given = settings(tmp_path, tmp_path / "stock", shift=3.0)
     assert adopt(given) == given
+
+
+def test_a_text_length_that_is_not_given_is_that_of_the_family(init, tmp_path):
+    def length(config):
+        (encoder,) = adopt(config).text.encoders
+        return encoder.max_length
+
+    assert length(settings(tmp_path, init, text={"encoders": [{"model": "umt5"}]})) == 512
+    assert length(settings(tmp_path, init, text={"encoders": [{"model": "umt5", "max_length": 77}]})) == 77
+    assert length(configuration(tmp_path, text={"encoders": [{}]})) == 77
+
+
+def test_another_shift_than_that_of_the_pipeline_that_samples_is_refused(tmp_path):
+    make_stock().save_pretrained(tmp_path / "stock")
+    config = settings(tmp_path, tmp_path / "stock", shift=5.0)
+    problem = r"shift 5\.0: its pipeline samples with 3 \(.*scheduler_config\.json\); use shift 3, or state 5 there"
+    with pytest.raises(UserError, match=f"init: {problem}"):
+        adopt(config)
+    scheduler = tmp_path / "stock" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"flow_shift": 3.0', '"flow_shift": 5.0'))
+    assert adopt(config).shift == 5.0
+    (tmp_path / "own" / "scheduler").mkdir(parents=True)
+    (tmp_path / "own" / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0}')
+    whole = configuration(tmp_path, init=str(tmp_path / "own"), model=None, shift=5.0)
+    assert adopt(whole).shift == 5.0  # its pipeline gets a scheduler of this shift
+    with pytest.raises(UserError, match=problem):
+        adopt(dataclasses.replace(whole, lora=Lora()))

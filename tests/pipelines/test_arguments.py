@@ -177,3 +177,10 @@ def test_seeds_are_whole_numbers(pipe, number):
 def test_a_single_prompt_is_no_list_of_its_letters(pipe):
     with pytest.raises(ValueError, match="prompts 'a red disc moves left': a list of texts is needed"):
         sample_videos(pipe, PROMPTS[0], 1, 1.0, name=None)
+
+
+def test_frames_that_the_tokenizers_base_cannot_decode_are_refused_before_denoising(pipe):
+    own = like(pipe)
+    own.vae.latent_step = 2  # as of CogVideoX
+    with pytest.raises(ValueError, match=r"17 frames: 16x needs 1 \+ 32k; use 1 or 33"):
+        call(own)

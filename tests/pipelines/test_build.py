@@ -155,6 +155,13 @@ def test_sizes_are_checked_at_the_tokenizers_spatial_ratio(config, monkeypatch):
         cache(config, vae)
 
 
+def test_frames_are_checked_at_the_steps_in_which_the_tokenizers_base_decodes(config):
+    vae = make_tokenizer()
+    vae.latent_step = 2  # as of CogVideoX
+    with pytest.raises(UserError, match=r"tokenizer .*: 17 frames: 16x needs 1 \+ 32k; use 1 or 33"):
+        cache(config, vae)
+
+
 def test_a_frozen_text_encoder_of_init_is_not_trained_as_the_small_one(config, tmp_path):
     small = dataclasses.replace(config.text, encoders=config.text.encoders[1:])
     further = dataclasses.replace(config, init=str(tmp_path / "t5"), model=None, text=small)

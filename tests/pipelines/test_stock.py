@@ -16,7 +16,8 @@ from promag.pipelines.stock import SETTINGS, StockDefaults, StockPipeline
 from promag.scripts import sample
 from promag.training.config import UserError
 from promag.training.loop import seeded
-from tests.wan import make_stock
+from tests.existing_models import small_existing
+from tests.wan import make_grown, make_stock
 
 SHAPE = {"height": 32, "width": 48, "num_frames": 9, "fps": 8.0, "max_sequence_length": 8}
 
@@ -147,3 +148,39 @@ def test_other_prompts_change_nothing(folder):
     alone = sample_videos(pipe, ["a red disc"], 2, 3.0, "fp32", name=None)[0]
     first, _ = sample_videos(pipe, ["a red disc", "a blue square grows"], 2, 3.0, "fp32", name=None)
     assert abs(alone.astype(int) - first).max() <= 1
+
+
+def test_a_grown_autoencoder_takes_the_place_of_the_pipelines_own(tmp_path, capsys):
+    make_grown().save_pretrained(tmp_path / "grown")
+    call = [str(tmp_path / "plain"), "--prompt", "a red disc", "--steps", "1", "--frames", "17", "--height", "32"]
+    make_stock().save_pretrained(call[0])
+    sample.main([*call, "--width", "32", "--tokenizer", str(tmp_path / "grown"), "--out", str(tmp_path / "out.gif")])
+    assert "1 video of 17 frames of 32x32 at 16x, 1 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("vae", "message"),
+    [
+        (lambda: small_existing("LTX"), "its latents have channels 8, those of the pipeline's own 4; give one grown from that"),
+        (lambda: small_existing("Wan 2.2"), "its latents have pixels a position 16, those of the pipeline's own 8"),
+        (lambda: small_existing("Wan 2.1"), "its latents_mean and latents_std are not those of the pipeline's own"),
+    ],
+)
+def test_an_autoencoder_of_other_latents_is_refused(folder, tmp_path, vae, message):
+    vae().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"tokenizer {tmp_path}: {message}"):
+        open_pipeline(folder, tmp_path)
+
+
+def test_model_offload_changes_no_video(folder):
+    pipe, own = open_pipeline(folder), open_pipeline(folder)
+    own.pipe.enable_model_cpu_offload(device="cpu")
+    one, other = (sample_videos(each, ["a red disc"], 1, 1.0, "fp32", name=None)[0].astype(int) for each in (pipe, own))
+    assert abs(one - other).max() <= 1  # weights lie elsewhere in memory, so sums may round differently
+    assert len(own.pipe._all_hooks) == 3
+
+
+def test_offload_without_a_gpu_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("promag.pipelines.sampling.best_device", lambda: torch.device("cpu"))
+    with pytest.raises(UserError, match="offload: there is no GPU here to move models to; leave it out"):
+        open_pipeline(folder, offload=True)

@@ -64,6 +64,23 @@ def test_every_ratio_is_scored_on_both_kinds_of_prompts(run, tmp_path, capsys):
         assert curve[-1] == [10, loss]
 
 
+def test_the_first_call_at_a_ratio_is_not_timed(run, tmp_path, monkeypatch):
+    now, shapes = [0.0], set()
+    forward = FeedForward.forward
+
+    def cold_start(*given):
+        now[0] += 1 if given[1].shape in shapes else 1000
+        shapes.add(given[1].shape)
+        return forward(*given)
+
+    monkeypatch.setattr(FeedForward, "forward", cold_start)
+    monkeypatch.setattr("promag.pipelines.sampling.time.perf_counter", lambda: now[0])
+    evaluate_pipeline.main([str(run / "pipeline"), *FEW, "--record", str(tmp_path / "results.jsonl")])
+    seconds = [line["sampling_seconds"] for line in lines(tmp_path / "results.jsonl") if "sampling_seconds" in line]
+    assert seconds == [seconds[0]] * 4
+    assert seconds[0] < 100
+
+
 def test_a_pipeline_without_its_run_is_scored_too(run, tmp_path, capsys):
     (run / "pipeline").rename(tmp_path / "moved")
     try:
@@ -121,7 +138,8 @@ def test_a_first_block_cache_leaves_later_blocks_out(run, tmp_path, monkeypatch)
         counts.append(len(calls))
     blocks = len(make_pipeline().transformer.transformer_blocks)
     assert blocks > 1
-    assert counts == [2 * 4 * blocks, 2 * (blocks + 3)]  # of two videos; the first step runs every block
+    # Of two videos, whose first step runs every block, and of one untimed step before.
+    assert counts == [2 * 4 * blocks + blocks, 2 * (blocks + 3) + blocks]
     assert [line.get("first_block_cache") for line in lines(record)] == [None] * 3 + [1000] * 3
 
 
@@ -170,6 +188,7 @@ def test_what_the_pipeline_refuses_is_named(tmp_path):
         (evaluate_pipeline, ["--first-block-cache", "0"], "--first-block-cache 0: a number above 0"),
         (draft_and_refine, ["--ratio", "8"], "--ratio 8: the pipeline was trained at 4x, 16x"),
         (draft_and_refine, ["--ratio", "16", "--prompts", "1", "--steps", "1"], "draft at 16x .* a higher ratio"),
+        (evaluate_pipeline, ["--tokenizer", "nowhere"], "tokenizer nowhere: takes the place of a WanPipeline's own"),
         (evaluate_pipeline, ["--guidance", "nan"], "--guidance nan: a finite number is needed"),
         (draft_and_refine, ["--prompts", "0"], "--prompts 0: at least 1"),
         (draft_and_refine, ["--contact-sheet", "sheet.jpg"], r"--contact-sheet sheet\.jpg: a \.png file is needed"),

@@ -16,7 +16,7 @@ from promag.scripts._options import check_apart, check_different, check_writable
 from promag.scripts._parts import load_lora
 from promag.training.config import UserError
 from tests.tiny_pipeline import make_pipeline
-from tests.wan import make_stock, make_transformer
+from tests.wan import make_grown, make_stock, make_transformer
 
 
 @pytest.fixture
@@ -170,3 +170,31 @@ def test_stock_adapters_of_a_larger_transformer_are_refused_whole(tmp_path):
     ):
         load_lora(pipe, tmp_path)
     assert not any("lora_" in name for name in pipe.transformer.state_dict())
+
+
+def save_adapters(make, folder, ratios):
+    trained = make()
+    trained.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    SavedLora(trained.transformer, ratios).save_pretrained(folder)
+
+
+def test_a_stock_pipeline_samples_at_the_ratios_of_its_adapters(tmp_path):
+    save_adapters(make_stock, tmp_path, (16, 32))
+    with pytest.raises(UserError, match=r"trained at 16x, 32x; this pipeline samples at 4x; .* by --tokenizer"):
+        load_lora(StockPipeline(make_stock()), tmp_path)
+    pipe = StockPipeline(make_stock(vae=make_grown(4)))
+    load_lora(pipe, tmp_path)
+    assert (pipe.temporal_ratios, pipe.config["temporal_ratio"]) == ((16, 32), 16)
+    with pytest.raises(ValueError, match="temporal ratio 4: this tokenizer has 16x, 32x"):
+        pipe("a red disc", temporal_ratio=4)
+
+
+def test_our_pipeline_samples_by_default_at_the_ratio_of_its_adapters(tmp_path):
+    save_adapters(make_pipeline, tmp_path / "own", (4,))
+    pipe = make_pipeline()
+    assert pipe.config["temporal_ratio"] == 16
+    load_lora(pipe, tmp_path / "own")
+    assert pipe.config["temporal_ratio"] == 4
+    save_adapters(make_pipeline, tmp_path / "other", (8,))
+    with pytest.raises(UserError, match=r"trained at 8x; this pipeline samples at 4x, 16x; name the pipeline they are for"):
+        load_lora(make_pipeline(), tmp_path / "other")

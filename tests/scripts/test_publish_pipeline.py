@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from promag.data.synthetic import MOTIONS
 from promag.pipelines.sampling import load_pipeline
+from promag.reports.tokenizer_card import clip_shapes
 from promag.scripts import publish
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.tiny_training import tiny_decoder_for
@@ -93,6 +94,15 @@ def test_the_cards_batch_is_that_of_all_processes(tmp_path):
         (tmp_path / "16x" / step).mkdir(parents=True)
         (tmp_path / "16x" / step / "state.json").write_text(json.dumps({"global_batch": batch}))
     assert publish.samples_a_step(tmp_path) == 24
+
+
+def test_the_card_names_the_buckets(demo_run, tmp_path):
+    run = shutil.copytree(demo_run / "video-16x", tmp_path / "run", ignore=shutil.ignore_patterns("pipeline"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["buckets"] = [{"frames": 17, "height": 32, "width": 32}, {"frames": 1, "height": 64, "width": 32}]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (training,) = publish.list_trainings(run)
+    assert clip_shapes(training, " at ") == ["17 frames at 32x32", "1 frames at 64x32"]
 
 
 def test_mistakes_are_named(demo_run, tokenizer, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def runs(tmp_path_factory) -> Path:
     lora = {"init": str(folder / "whole" / "pipeline"), "model": None, "lora": {"rank": 2, "alpha": 2.0, "targets": ["to_q"]}}
     lora |= {"budgets": [{"ratio": 16, "share": 1.0}]}
     stock = {"init": str(folder / "init"), "model": None, "text": {"encoders": [encoder(folder / "init")]}}
-    stock |= {"condition": {"probability": 0.0}, "tokenizer": folder / "grown", "samples": samples}
+    stock |= {"condition": {"probability": 0.0}, "shift": 3.0, "tokenizer": folder / "grown", "samples": samples}
     stock |= {"data": {**cache_settings(folder), "cache": str(folder / "stock-latents")}}
     make_stock().save_pretrained(folder / "init")
     make_grown().save_pretrained(folder / "grown")

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan, CogVideoXDDIMScheduler, CogVideoXPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.base import least_squares
 from promag.tokenizer.checkpoint import load_tokenizer, saved_ratios
 from promag.tokenizer.config import AutoencoderConfig, TokenizerConfig
-from promag.tokenizer.distillation import CrossedAutoencoder, Distillation, load_teacher
+from promag.tokenizer.distillation import CrossedAutoencoder, Distillation, load_teacher, move_teacher, take_entries
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.layers import START
 from promag.tokenizer.levels import parameter_count
@@ -24,6 +24,7 @@ from promag.tokenizer.train import train_tokenizer
 from promag.training.config import UserError, build, load_yaml
 from promag.training.run import load_checkpoint
 from tests.conftest import TINY, make_tokenizer, run_config
+from tests.existing_models import SMALL as EXISTING
 from tests.existing_models import small_existing
 from tests.tokenizer.test_train import data_config, make_config, records, stage
 from tests.wan import MEAN, STD, make_stock
@@ -89,6 +90,22 @@ def test_two_steps_and_two_more_equal_four(teacher, student, tmp_path):
         train_tokenizer(distilling(tmp_path, teacher, 16, SMALL_16X, run=half))
     whole, parts = (load_tokenizer(run / "tokenizer").state_dict() for run in (student, tmp_path))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "decodes", "moved"),
+    [
+        ([8], False, {"encoder.body", "encoder.head", "encoder_growth.0"}),
+        ([4, 16], False, {"encoder.body", "encoder.head", "encoder_growth.0", "encoder_growth.1"}),
+        ([8], True, None),
+    ],
+)
+def test_only_what_runs_of_a_teacher_takes_memory_of_the_device(ratios, decodes, moved):
+    large = move_teacher(make_tokenizer(), ratios, decodes, torch.device("meta"))
+    there = {".".join(name.split(".")[:2]) for name, p in large.named_parameters() if p.is_meta}
+    every = {".".join(name.split(".")[:2]) for name, _ in large.named_parameters()}
+    assert there == (every if moved is None else moved)
+    assert large.device == torch.device("meta")
 
 
 @pytest.mark.parametrize("target", ["clips", "teacher"])
@@ -299,6 +316,34 @@ def test_the_stock_pipeline_decodes_with_a_student(tmp_path):
     with torch.no_grad():
         expected = student.decode(latents * std + mean).sample.transpose(1, 2)
     torch.testing.assert_close(sample(student, "pt"), (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_the_pipelines_of_cogvideox_know_the_pixels_of_a_students_latents():
+    teacher, student = AutoencoderKLProMAG.from_base(small_existing("CogVideoX")), AutoencoderKLProMAG(**SMALL).eval()
+    before = student.encoding_fingerprint(4)
+    take_entries(student, teacher)
+    assert student.encoding_fingerprint(4) == before
+    parts: dict[str, Any] = {"tokenizer": None, "text_encoder": None, "transformer": None, "vae": student}
+    pipe = CogVideoXPipeline(**parts, scheduler=CogVideoXDDIMScheduler())
+    assert (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal) == (8, 4)
+    with torch.no_grad():
+        assert pipe.decode_latents(torch.randn(1, 3, 4, 2, 2)).shape == (1, 3, 9, 16, 16)
+
+
+def test_ltx_pipelines_read_a_students_statistics_and_give_its_decoder_no_time(tmp_path):
+    torch.manual_seed(0)
+    base = AutoencoderKLLTXVideo(**EXISTING["LTX"][1], timestep_conditioning=True)
+    base.latents_mean.copy_(torch.linspace(-1, 1, 8))
+    base.latents_std.copy_(torch.linspace(0.5, 2, 8))
+    student = AutoencoderKLProMAG(**{**SMALL, "latent_channels": 8})
+    with pytest.raises(AttributeError, match="latents_mean"):
+        _ = student.latents_mean
+    take_entries(student, AutoencoderKLProMAG.from_base(base))
+    student.save_pretrained(tmp_path)
+    again: Any = load_tokenizer(tmp_path)
+    assert torch.equal(again.latents_mean, base.latents_mean)
+    assert torch.equal(again.latents_std, base.latents_std)
+    assert again.config.timestep_conditioning is False
 
 
 def test_a_student_of_latents_of_another_spatial_ratio(tmp_path):

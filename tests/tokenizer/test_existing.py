@@ -220,21 +220,24 @@ def test_only_what_was_grown_is_trained_and_latents_keep_their_scale():
 @pytest.mark.parametrize("name", ["Wan 2.2", "CogVideoX"])
 @torch.no_grad()
 def test_merged_and_small_folders_load_alike(name, tmp_path):
-    small_existing(name).save_pretrained(tmp_path / "base")
-    model = load_tokenizer(tmp_path / "base")
+    here, there = tmp_path / "here", tmp_path / "there"
+    small_existing(name).save_pretrained(here / "base")
+    model = load_tokenizer(here / "base")
     model.grow(Growth(width=16))
     model.grow(Growth(width=24, latent="dual"))
     settle_levels(model, 0.05)
-    model.save_growth(tmp_path / "growth")
-    model.save_pretrained(tmp_path / "merged")
+    model.save_growth(here / "growth")
+    model.save_pretrained(here / "merged")
+    here.rename(there)
+    assert json.loads((there / "growth" / "growth.json").read_text())["path"] == "../base"
     x = clip_for(model, model.temporal_ratios[-1])
     for folder in ("growth", "merged"):
-        again = load_tokenizer(tmp_path / folder)
+        again = load_tokenizer(there / folder)
         assert torch.equal(moments(again, x, None), moments(model, x, None))
         assert again.encoding_fingerprint(16) == model.encoding_fingerprint(16)
-    small = load_tokenizer(tmp_path / "growth").save_growth(tmp_path / "half", torch.bfloat16)
+    small = load_tokenizer(there / "growth").save_growth(there / "half", torch.bfloat16)
     assert small is None
-    halved, full = ((tmp_path / name / "growth.safetensors").stat().st_size for name in ("half", "growth"))
+    halved, full = ((there / name / "growth.safetensors").stat().st_size for name in ("half", "growth"))
     assert 0.45 < halved / full < 0.6
 
 
@@ -260,8 +263,8 @@ def test_another_base_is_refused_by_name(tmp_path):
     refused = [
         (other, "grown on an AutoencoderKLWan of fingerprint .*; the base given has other weights"),
         (small_existing("CogVideoX"), "grown on an AutoencoderKLWan; the base given is an AutoencoderKLCogVideoX"),
-        (tmp_path / "nowhere", "its base, an AutoencoderKLWan, is not in .*nowhere"),
-        (None, "was grown on an AutoencoderKLWan whose folder is not recorded; name its base"),
+        (tmp_path / "nowhere", "its base, an AutoencoderKLWan, is not in .*nowhere; put it there, or load it with Auto"),
+        (None, "was grown on an AutoencoderKLWan whose folder is not recorded; name its base: load it with AutoencoderKLP"),
     ]
     for base, message in refused:
         with pytest.raises(UserError, match=message):
@@ -423,9 +426,10 @@ def test_a_level_that_takes_no_key_frames_starts_with_little_noise():
     assert torch.allclose(logvar, torch.full_like(logvar, -6.0), atol=1e-4)
 
 
+@pytest.mark.parametrize("takes_time", [False, True])  # the decoder of 0.9.0, and from 0.9.1 on
 @torch.no_grad()
-def test_an_ltx_pipeline_samples_with_a_grown_autoencoder_and_the_statistics_in_its_buffers():
-    base = small_existing("LTX")
+def test_an_ltx_pipeline_samples_with_a_grown_autoencoder_and_the_statistics_in_its_buffers(takes_time):
+    base = diffusers.AutoencoderKLLTXVideo(**SMALL["LTX"][1], timestep_conditioning=takes_time).eval()
     base.latents_mean.copy_(torch.linspace(-1, 1, 8))
     base.latents_std.copy_(torch.linspace(0.5, 2, 8))
     model = AutoencoderKLProMAG.from_base(base)
