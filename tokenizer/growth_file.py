@@ -74,9 +74,9 @@ def read_growth(cls: Any, folder: Path, base: Any) -> Any:
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / SETTINGS}: needs base, with class_name and fingerprint, and growth") from None
     load = f"load it with AutoencoderKLProMAG.load_growth({str(folder)!r}, BASE) and save that whole by save_pretrained"
-    if base is None and path is None:
-        raise UserError(f"{folder}: was grown on an {name} whose folder is not recorded; name its base: {load}")
     if base is None:
+        if path is None:
+            raise UserError(f"{folder}: was grown on an {name} whose folder is not recorded; name its base: {load}")
         base = os.path.normpath(os.path.join(os.path.realpath(folder), path))  # an absolute path of earlier versions stays one
     if isinstance(base, nn.Module):
         place, is_a = "the base given", type(base).__name__

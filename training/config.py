@@ -195,7 +195,10 @@ _SCALARS = {  # the core schema of YAML 1.2: yes, no, on and off are text, 1e-3 
 }
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # libyaml is ten times faster, where PyYAML has it
+_SafeLoader: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # libyaml is ten times faster
+
+
+class _Loader(_SafeLoader):
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 
 
