@@ -20,13 +20,13 @@ from transformers import CLIPTextModel
 from promag.data.buckets import Bucket, Buckets, bucket_plan
 from promag.data.stream import Mixture, TrainingStream
 from promag.training.compilation import compile_blocks
-from promag.training.config import UserError, complete, load_yaml
+from promag.training.config import UserError
 from promag.training.files import write_atomically
 from promag.training.graphs import check_graphs, disable_graphs, enable_graphs, recompute_block
 from promag.training.loop import Metrics, Outcome, close_trackers, make_accelerator, train
 from promag.training.precision import DTYPES
 from promag.training.processes import broadcast_from_main, choose_precision_once, processes
-from promag.training.run import open_run, record_data
+from promag.training.run import open_run, record_data, trained_with
 from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
@@ -216,10 +216,8 @@ def _adapters_without_muon(config: DiffusionConfig) -> DiffusionConfig:
     Muon is made for matrices that are trained from scratch: its steps have the same size, however small adapters begin. A run
     that an earlier version started with Muon keeps it, because its checkpoints hold Muon's moments.
     """
-    file = Path(config.output_dir) / "config.yaml"
-    if config.lora is None:
-        return config
-    if file.exists() and complete(type(config), load_yaml(file))["optimization"]["muon_learning_rate"] is not None:
+    before = trained_with(config.output_dir, type(config)) if config.lora else None
+    if config.lora is None or (before and before["optimization"]["muon_learning_rate"] is not None):
         return config
     return replace(config, optimization=replace(config.optimization, muon_learning_rate=None))
 

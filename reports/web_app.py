@@ -156,7 +156,7 @@ class AppBackend:
         )
 
     def _in_time(self, chunks: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
-        """Yield the chunks; raises UserError after `work` seconds."""
+        """Yield the chunks; raises UserError after WORK seconds."""
         ended = time.monotonic() + WORK
         for chunk in chunks:
             yield chunk

@@ -53,11 +53,11 @@ def load_lora(pipe: Any, folder: Path) -> None:
     place, name = str(given[0].parent), given[0].name
     loader = pipe.pipe if isinstance(pipe, StockPipeline) else pipe
     try:
-        ratios = recorded_ratios(given[0])
         if loader is not pipe:  # diffusers' own loader warns of tensors that fit nowhere, and goes on
             weights = loader.lora_state_dict(place, weight_name=name, use_safetensors=True, local_files_only=True)
             rename_lora(weights, pipe.transformer, str(given[0]))
         loader.load_lora_weights(place, weight_name=name, use_safetensors=True, local_files_only=True)
+        ratios = recorded_ratios(given[0])
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--lora {folder}: cannot be loaded into this pipeline's transformer: {one_line(error)}") from None
     if ratios:

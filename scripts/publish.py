@@ -122,7 +122,7 @@ def save_weights(model: Any, out: Path, levels_alone: bool) -> dict[str, Any]:
         return {**other, "parameters": parameter_count([model])}
     model.save_growth(out)
     grown = [module for ratio in model.temporal_ratios[1:] for module in model.level_modules(ratio)]
-    return {"base": model.existing.class_name, "parameters": parameter_count(grown)}
+    return {"base": model.existing.class_name if model.existing else type(model).__name__, "parameters": parameter_count(grown)}
 
 
 def trained_files(run: Path) -> set[str] | None:

@@ -76,7 +76,8 @@ def load_teacher(folder: str, student: Any, temporal_ratio: int) -> Any:
 def move_teacher(teacher: Any, temporal_ratios: Sequence[int], decodes: bool, device: torch.device) -> Any:
     """Move to a device what runs of a teacher, and return it: what encodes at some ratios, or all if it `decodes` too."""
     for ratio in temporal_ratios:
-        for module in [teacher] if decodes else teacher.encoding_path(teacher.level_of(ratio)):
+        # `teacher.device` is that of its encoder, also where a level has its own copy of it.
+        for module in [teacher] if decodes else [teacher.encoder, *teacher.encoding_path(teacher.level_of(ratio))]:
             module.to(device)
     return teacher
 

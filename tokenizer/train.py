@@ -78,7 +78,7 @@ def _may_change(config: TokenizerConfig) -> tuple[str, ...]:
     file = run / "config.yaml"
     before = load_yaml(file).get("data", {}).get("latent_cache") if file.exists() else None
     pretrained = [stage for stage in config.stages if stage.latent_pretrain_steps]
-    folders = [run / config.folder_of(stage) for stage in pretrained]
+    folders = [config.folder_of(stage) for stage in pretrained]
     begun = any((folder / "done.json").exists() or newest_checkpoint(folder) for folder in folders)
     fixed = begun and (before is None) != (config.data.latent_cache is None)
     taken_back = [
@@ -156,11 +156,12 @@ def train_stage(
         model.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(model)
-    taken = broadcast_from_main(lambda: _newest_meta(folder)["step"])
-    if data.latent_cache and taken < stage.latent_pretrain_steps and open_latents:
-        _check_cached(data.latent_cache, stage, model)
-        latents = open_latents(config, stage, model, DrawnClips(source, config.seed))
-        source = FirstThen(Mixture([latents], [1.0], [stage.latent_batch_size]), stage.latent_pretrain_steps, source)
+    if data.latent_cache and stage.latent_pretrain_steps and open_latents:
+        taken = broadcast_from_main(lambda: _newest_meta(folder)["step"])
+        if taken < stage.latent_pretrain_steps:
+            _check_cached(data.latent_cache, stage, model)
+            latents = open_latents(config, stage, model, DrawnClips(source, config.seed))
+            source = FirstThen(Mixture([latents], [1.0], [stage.latent_batch_size]), stage.latent_pretrain_steps, source)
 
     objective = _objective(run, config, stage, model, added, accelerator.device)
 

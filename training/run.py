@@ -89,6 +89,12 @@ def _has_trained(run: Path) -> bool:
     return any(any(run.glob(f"*/{name}")) for name in ("step-*", "done.json", "config.json", "model_index.json"))
 
 
+def trained_with(path: str | Path, kind: type) -> dict[str, Any] | None:
+    """Return the settings with which a run has trained, also by an earlier version; None if it has trained nothing."""
+    file = Path(path) / "config.yaml"
+    return complete(kind, load_yaml(file)) if file.exists() and _has_trained(Path(path)) else None
+
+
 def record_data(run: Path, data: Mapping[str, Any]) -> None:
     """Record the data that a run is trained on, or check it against the record of an earlier call.
 

@@ -21,7 +21,7 @@ from promag.diffusion.objective import FlowObjective
 from promag.diffusion.text import draw_dropped
 from promag.diffusion.text_cache import CaptionEncoder, EmbeddingCache, TextFingerprint, write_embeddings
 from promag.diffusion.train import BucketCache, train_diffusion
-from promag.training.config import UserError, load_yaml
+from promag.training.config import UserError, load_yaml, save_yaml
 from promag.training.loop import seeded
 from promag.training.run import checkpoints, load_checkpoint
 from tests.diffusion.test_buckets import VIDEO, configuration, encode, write
@@ -198,6 +198,7 @@ def test_adapters_are_trained_without_muon_but_in_a_run_that_was_started_with_it
         groups, meta = load_checkpoint(checkpoints(tmp_path / name / "16x")[-1])
         return meta["step"], {key.rpartition("/")[2] for key in groups["optimizer"]}
 
+    save_yaml(tmp_path / "new" / "config.yaml", settings(tmp_path / "new", init))  # of a run that trained nothing
     assert moments("new") == (2, {"step", "exp_avg", "exp_avg_sq"})
     assert "AdamW trains the adapters, at learning_rate 0.001; muon_learning_rate 0.02 is not used" in capsys.readouterr().out
     assert load_yaml(tmp_path / "new" / "config.yaml")["optimization"]["muon_learning_rate"] is None
@@ -353,5 +354,9 @@ def test_another_shift_than_that_of_the_pipeline_that_samples_is_refused(tmp_pat
     (tmp_path / "own" / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0}')
     whole = configuration(tmp_path, init=str(tmp_path / "own"), model=None, shift=5.0)
     assert adopt(whole).shift == 5.0  # its pipeline gets a scheduler of this shift
+    adapters = dataclasses.replace(whole, lora=Lora())
     with pytest.raises(UserError, match=problem):
-        adopt(dataclasses.replace(whole, lora=Lora()))
+        adopt(adapters)
+    (Path(adapters.output_dir) / "16x" / "step-1").mkdir(parents=True)  # an earlier version has trained it so
+    save_yaml(Path(adapters.output_dir) / "config.yaml", adapters)
+    assert adopt(adapters).shift == 5.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,8 +290,10 @@ def test_latents_are_not_cached_for_levels_that_cannot_use_them(tmp_path):
         train_tokenizer(config, open_latents=lambda *_: pytest.fail("latents were cached"))
 
 
-def test_cached_latents_may_move_but_neither_begin_nor_end_within_a_run(tmp_path):
-    run, stages = tmp_path / "run", (stage(8, 9, Growth(), 2),)
+@pytest.mark.parametrize("place", ["absolute", "relative"])
+def test_cached_latents_may_move_but_neither_begin_nor_end_within_a_run(tmp_path, place, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, stages = Path("run") if place == "relative" else tmp_path / "run", (stage(8, 9, Growth(), 2),)
     (run / "8x").mkdir(parents=True)
     (run / "8x" / "done.json").write_text('{"seconds": 1.0, "steps": 4}')
     save_model(make_tokenizer(levels=2), run / "tokenizer")
