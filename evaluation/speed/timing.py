@@ -127,7 +127,7 @@ def _profile(call: Callable[[], Any], device: torch.device, **options: Any) -> A
 
 
 def free_bytes() -> int:
-    """Return the memory that the device which is measured can give: of a CPU also what caches of files would make room for."""
+    """Return the bytes of memory that are still available on the device; on a CPU, caches of files count as available."""
     import psutil
 
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
