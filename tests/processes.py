@@ -44,8 +44,8 @@ def run_two_ranks(code: str, *arguments: str | Path, timeout: float = 600) -> No
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"} for rank in "01"]
-    for ended in _run(code, arguments, ranks, timeout):
-        assert ended.returncode == 0, ended.stderr[-3000:]
+    ended = _run(code, arguments, ranks, timeout)
+    assert not any(rank.returncode for rank in ended), "\n".join(rank.stderr[-3000:] for rank in ended)
 
 
 def _run(code: str, arguments: Any, environments: list[dict[str, str]], timeout: float | None) -> list[Ended]:
