@@ -51,6 +51,8 @@ def run_two_ranks(code: str, *arguments: str | Path, timeout: float = 600) -> No
 def _run(code: str, arguments: Any, environments: list[dict[str, str]], timeout: float | None) -> list[Ended]:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(f"{folder}/out-{i}", f"{folder}/errors-{i}") for i in range(len(environments))]
+        for path in (path for output in outputs for path in output):
+            Path(path).touch()
         processes = [
             _context.Process(target=_execute, args=(code, [str(each) for each in arguments], environment, *output))
             for environment, output in zip(environments, outputs, strict=True)
@@ -73,6 +75,6 @@ def _execute(code: str, arguments: list[str], environment: Mapping[str, str], *o
     gc.freeze()  # what imports made need not be looked through again
     os.environ.update(environment)
     for descriptor, path in enumerate(outputs, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY), descriptor)
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
