@@ -42,6 +42,9 @@ from .cache_store import (
 from .caption_weights import CaptionWeight, clip_weights
 from .text_cache import EmbeddingCache
 
+# Legal statistics of a channel, with which no latent overflows in float32. The least deviation that a cache writes is 1e-6.
+LEAST_DEVIATION, LARGEST = 1e-7, 1e9
+
 
 class _LatentSource(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # pyright: ignore[reportGeneralTypeIssues]
@@ -285,10 +288,11 @@ class LatentDataset(Dataset):
         self.weights: np.ndarray | None = None  # how often each clip comes in an epoch; see `weight_by_caption`
         mean, std = (np.array(self.index[key], float) for key in ("mean", "std"))
         channels = (self.index["shape"][0],)
-        if not mean.shape == std.shape == channels or not np.isfinite([mean, std]).all() or (std <= 0).any():
+        legal = (np.abs(mean) <= LARGEST).all() and ((std >= LEAST_DEVIATION) & (std <= LARGEST)).all()
+        if not mean.shape == std.shape == channels or not legal:
             raise UserError(
-                f"latent cache {folder}: index.json needs a finite mean and a deviation above 0 for each of "
-                f"{self.index['shape'][0]} channels; delete index.json and run the command that wrote the cache again"
+                f"latent cache {folder}: index.json needs a mean up to {LARGEST:g} and a deviation from {LEAST_DEVIATION:g} to "
+                f"{LARGEST:g} for each of {channels[0]} channels; delete index.json and run the command that wrote the cache again"
             )
         self.shards.rows |= {"latents": self.index["shape"], "fps": ()}
         self.normalise_by(self.index["mean"], self.index["std"], scale)

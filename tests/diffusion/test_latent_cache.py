@@ -363,13 +363,16 @@ def test_swapped_and_damaged_shards_are_refused_by_name(tmp_path, damage):
         data.fixed(data.shards.size)
 
 
-@pytest.mark.parametrize(("key", "value"), [("mean", float("nan")), ("std", float("inf")), ("std", 0.0)])
-def test_statistics_that_are_not_finite_are_refused(tmp_path, key, value):
+STATISTICS = [("mean", float("nan")), ("mean", -3.4e38), ("std", float("inf")), ("std", 0.0), ("std", 1e-45), ("std", 1e38)]
+
+
+@pytest.mark.parametrize(("key", "value"), STATISTICS)
+def test_statistics_that_are_not_finite_or_overflow_are_refused(tmp_path, key, value):
     folder = make(tmp_path)
     index = json.loads((folder / "index.json").read_text())
     index[key][0] = value
     (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"index\.json needs a finite mean and a deviation above 0"):
+    with pytest.raises(UserError, match=r"index\.json needs a mean up to 1e\+09 and a deviation from 1e-07 to 1e\+09 for"):
         LatentDataset(folder)
 
 
