@@ -292,7 +292,7 @@ class LatentDataset(Dataset):
         if not mean.shape == std.shape == channels or not legal:
             raise UserError(
                 f"latent cache {folder}: index.json needs a mean up to {LARGEST:g} and a deviation from {LEAST_DEVIATION:g} to "
-                f"{LARGEST:g} for each of {channels[0]} channels; delete index.json and run the command that wrote the cache again"
+                f"{LARGEST:g} for each of {channels[0]} channels; delete index.json and repeat the command that wrote the cache"
             )
         self.shards.rows |= {"latents": self.index["shape"], "fps": ()}
         self.normalise_by(self.index["mean"], self.index["std"], scale)
