@@ -42,7 +42,7 @@ from promag.training.processes import broadcast_from_main, choose_precision_once
 from promag.training.safetensors_only import read_mapping
 
 from .inputs import DEFAULTS
-from .lora import record_ratios
+from .lora import record_sampling
 from .sampling import sample_videos
 from .stock import StockPipeline, build_stock
 from .text_to_video import ProMAGPipeline
@@ -81,7 +81,7 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
         return None
     with main_process_first() as main:
         if main and find_damage(folder):
-            adapters = SavedLora(trained.transformer, config.ratios) if config.lora else None
+            adapters = SavedLora(trained.transformer, _sampling(config)) if config.lora else None
             save_model(adapters or assemble(config, trained, vae), folder)
     return folder
 
@@ -89,16 +89,22 @@ def train_pipeline(config: DiffusionConfig) -> Path | None:
 class SavedLora:
     """A transformer's adapters, saved in the format that `load_lora_weights` of its family's pipeline reads."""
 
-    def __init__(self, transformer: Any, ratios: Sequence[int] = ()):
-        self.transformer, self.ratios = transformer, ratios
+    def __init__(self, transformer: Any, sampling: Mapping[str, Any] | None = None):
+        self.transformer, self.sampling = transformer, sampling or {}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapters' weights, with their ranks, scales, targets and temporal ratios as metadata of the file."""
+        """Write the adapters' weights, with their ranks, scales, targets and `sampling` as metadata of the file."""
         config: Any = self.transformer.peft_config
         weights: Any = get_peft_model_state_dict(self.transformer)
         kind: Any = WanPipeline if family_of(self.transformer).is_stock else ProMAGPipeline
         kind.save_lora_weights(folder, weights, transformer_lora_adapter_metadata=config["default"].to_dict())
-        record_ratios(Path(folder) / LORA_WEIGHT_NAME_SAFE, self.ratios)
+        record_sampling(Path(folder) / LORA_WEIGHT_NAME_SAFE, self.sampling)
+
+
+def _sampling(config: DiffusionConfig) -> dict[str, Any]:
+    """Return how adapters are sampled: at the ratios of their training, and those of a student in its few steps."""
+    few = config.few_steps
+    return {"temporal_ratios": list(config.ratios)} | ({"num_inference_steps": few.steps, "guidance_scale": 1.0} if few else {})
 
 
 def assemble(

@@ -13,7 +13,7 @@ adds alpha / rank * B A to the layer's weight; without a stated alpha it is the 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import PICKLES
 
-RATIOS = "promag_temporal_ratios"  # key of a file's metadata
+SAMPLING = "promag_sampling"  # key of a file's metadata
 PEFT = "base_model.model."
 DOTTED, UNDERSCORED = (PEFT, "transformer.", "diffusion_model.", ""), ("lora_unet_", "lora_transformer_")
 TENSOR = re.compile(r"(.+)\.lora[_.](A|B|down|up)(?:\.default)?\.(weight|bias)")
@@ -143,17 +143,20 @@ def rename_lora(weights: Mapping[str, Tensor], transformer: nn.Module, name: str
     return adapters, alphas
 
 
-def record_ratios(file: Path, ratios: Sequence[int]) -> None:
-    """Write the temporal ratios that adapters were trained at into their file, which may then be moved alone."""
+def record_sampling(file: Path, sampling: Mapping[str, Any]) -> None:
+    """Write into the file of adapters how they are sampled; the file may then be moved alone.
+
+    `sampling` may hold temporal_ratios, those of the training, and num_inference_steps and guidance_scale, those of a student.
+    """
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    save_file(load(file.read_bytes()), file, {**metadata, RATIOS: json.dumps(list(ratios))})
+    save_file(load(file.read_bytes()), file, {**metadata, SAMPLING: json.dumps(sampling)})
 
 
-def recorded_ratios(file: Path) -> list[int]:
-    """Return the temporal ratios that the adapters in a file were trained at; [] where it states none."""
+def recorded_sampling(file: Path) -> dict[str, Any]:
+    """Return what `record_sampling` wrote into a file of adapters; {} where it wrote nothing."""
     with safe_open(file, "pt") as opened:
-        return json.loads((opened.metadata() or {}).get(RATIOS, "[]"))
+        return json.loads((opened.metadata() or {}).get(SAMPLING, "{}"))
 
 
 def linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:

@@ -1,5 +1,6 @@
 """The model card of a pipeline: its description, usage and parts, all read from the pipeline itself."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,6 +79,42 @@ def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
             "| part | class | parameters |",
             "| --- | --- | --- |",
             *(f"| {key} | {type(part).__name__} | {parameter_count([part]):,} |" for key, part in parts.items()),
+            "",
+        ]
+    )
+
+
+def lora_card(name: str, base: str, sampling: Mapping[str, Any], fps: float) -> str:
+    """Return the Markdown card of adapters in the folder `name` for the pipeline in the folder `base`.
+
+    `sampling` is what their file records: temporal_ratios, and of a student num_inference_steps and guidance_scale.
+    """
+    steps = {key: value for key, value in sampling.items() if key != "temporal_ratios"}
+    call = "".join(f", {key}={value:g}" for key, value in {"temporal_ratio": sampling["temporal_ratios"][0], **steps}.items())
+    ratios = ", ".join(f"{ratio}x" for ratio in sampling["temporal_ratios"])
+    few = f", and sampled in {steps['num_inference_steps']} steps {_guidance(steps['guidance_scale'])}" if steps else ""
+    return "\n".join(
+        [
+            "---",
+            "library_name: diffusers",
+            "pipeline_tag: text-to-video",
+            "tags: [text-to-video, video, lora, promag]",
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"LoRA adapters for the transformer of `{base}`, trained at {ratios}{few}.",
+            "",
+            "```python",
+            "import promag",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{base}")',
+            f'pipe.load_lora_weights("{name}")',
+            "pipe.fuse_lora()  # into the weights, for speed",
+            f'frames = pipe("what the video shows"{call}).frames[0]',
+            f'promag.write_video("video.mp4", (frames * 255).round().astype("uint8"), {fps:g})',
+            "```",
             "",
         ]
     )

@@ -7,7 +7,6 @@ from promag.data.synthetic import COLOURS, MOTIONS, SHAPES
 from promag.evaluation.markdown import markdown_table
 from promag.evaluation.prompt_accuracy import PARTS
 from promag.evaluation.synthetic_scorer import chance
-from promag.pipelines.model_card import pipeline_card
 
 from .tokenizer_card import clip_shapes, where
 
@@ -27,17 +26,15 @@ RECIPE = (
 
 
 def trained_card(
-    pipe: Any,
-    name: str,
+    opening: str,
     records: Sequence[Mapping[str, Any]],
     recipe: Sequence[Mapping[str, Any]],
     licence: str | None = None,
 ) -> str:
-    """Return the card of a pipeline trained on generated clips, with how it follows prompts and how it was trained.
+    """Return the card of a pipeline or of adapters trained on generated clips: how they follow prompts and were trained.
 
     Args:
-        pipe: the pipeline.
-        name: folder, as users give it.
+        opening: the card that tells what it is and how it is used, as `pipeline_card` and `lora_card` return it.
         records: the lines that `promag evaluate-pipeline` records for it.
         recipe: one mapping per training, with ratios, synthetic_clips, frames, size, buckets (None for the shape
             of these), caption_weights, steps, batch (samples a step, of all processes), learning_rate, muon_learning_rate,
@@ -73,7 +70,7 @@ def trained_card(
     heads = ["ratio", "combinations of shape, colour and motion", *(f"{part} right" for part in PARTS)]
     return "\n".join(
         [
-            pipeline_card(pipe, name).replace("---\n", f"---\nlicense: {licence}\n" if licence else "---\n", 1),
+            opening.replace("---\n", f"---\nlicense: {licence}\n" if licence else "---\n", 1),
             "## How well it follows prompts",
             "",
             "It knows generated clips alone: one or two objects on a panning background (`a red disc moves left`, `a blue plus "

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from promag.pipelines.lora import recorded_ratios, rename_lora
+from promag.pipelines.lora import recorded_sampling, rename_lora
 from promag.pipelines.sampling import trained_ratios
 from promag.pipelines.stock import StockPipeline
 from promag.training.config import UserError, one_line
@@ -42,7 +42,8 @@ def load_lora(pipe: Any, folder: Path) -> None:
     """Load the adapters in a folder, or in a safetensors file, into a pipeline's transformer.
 
     The pipeline then samples by default at a temporal ratio that the adapters were trained at, and a WanPipeline at these
-    alone. Raises UserError for a folder without adapters, for adapters of another transformer, and for adapters that were
+    alone. With the adapters of a student it samples by default in the student's steps, without guidance.
+    Raises UserError for a folder without adapters, for adapters of another transformer, and for adapters that were
     trained at none of the pipeline's ratios.
     """
     given = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
@@ -57,11 +58,13 @@ def load_lora(pipe: Any, folder: Path) -> None:
             weights = loader.lora_state_dict(place, weight_name=name, use_safetensors=True, local_files_only=True)
             rename_lora(weights, pipe.transformer, str(given[0]))
         loader.load_lora_weights(place, weight_name=name, use_safetensors=True, local_files_only=True)
-        ratios = recorded_ratios(given[0])
+        sampling = recorded_sampling(given[0])
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--lora {folder}: cannot be loaded into this pipeline's transformer: {one_line(error)}") from None
-    if ratios:
+    if ratios := sampling.pop("temporal_ratios", None):
         _limit_ratios(pipe, ratios, folder)
+    if sampling:
+        pipe.register_to_config(**sampling)
 
 
 def _limit_ratios(pipe: Any, ratios: Sequence[int], folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Save a trained tokenizer or pipeline in bf16 with a model card of its figures.
+"""Save a trained tokenizer, a pipeline or its adapters in bf16 with a model card of their figures.
 
 promag publish tokenizer RUN/tokenizer --out checkpoints/tiny --videos eval.jsonl --sources clips.csv
 promag publish pipeline RUN/pipeline --out checkpoints/tiny-video --tokenizer checkpoints/tiny
+promag publish lora RUN/lora --out checkpoints/tiny-video-fast --pipeline checkpoints/tiny-video
 """
 
 import argparse
@@ -13,10 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from promag.data.datasets import ClipDataset, load_index, open_evaluation
 from promag.data.tables import load_text
 from promag.diffusion.validation import training_figures
+from promag.pipelines.lora import recorded_sampling
+from promag.pipelines.model_card import lora_card, pipeline_card
 from promag.pipelines.sampling import load_pipeline
 from promag.reports.pipeline_card import trained_card
 from promag.reports.tokenizer_card import count_sources, tokenizer_card
@@ -31,6 +38,7 @@ from promag.training.config import UserError, load_yaml
 from promag.training.files import append_json, write_atomically
 from promag.training.run import checkpoints, machines_of
 
+SAMPLED = ("prompts", "steps", "guidance")  # options of prompt accuracy
 LOOP_KEYS = ("steps", "learning_rate", "muon_learning_rate", "ema_decay")  # of a text-to-video training, on its card
 
 
@@ -56,7 +64,14 @@ def main(argv: Sequence[str]) -> int:
     pipeline.add_argument("--tiny-decoder", type=Path, metavar="FOLDER", help="tiny decoder that becomes its part")
     share(pipeline, "--prompts", "--steps", "--guidance")
 
-    for kind in (tokenizer, pipeline):
+    summary = "save adapters trained on generated clips with a card of their prompt accuracy, recipe and licence"
+    lora = kinds.add_parser("lora", help=summary, description=summary)
+    lora.set_defaults(run=_publish_lora)
+    lora.add_argument("checkpoint", type=Path, help="RUN/lora of a finished training on generated clips")
+    lora.add_argument("--pipeline", type=Path, required=True, help="published pipeline that they were trained on")
+    share(lora, "--prompts", "--steps", "--guidance")
+
+    for kind in (tokenizer, pipeline, lora):
         kind.add_argument("--out", type=Path, required=True, help="folder to write; its path is the name on the card")
         kind.add_argument(
             "--licence", metavar="ID", help="licence of the weights for the card, such as apache-2.0; left out: none"
@@ -64,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         share(kind, "--record")
     arguments = parser.parse_args(argv)
     # An older folder is replaced whole, so that nothing that is read may lie in it.
-    inputs = ("checkpoint", "tokenizer", "tiny_decoder", "sources", "credits", "videos")
+    inputs = ("checkpoint", "tokenizer", "pipeline", "tiny_decoder", "sources", "credits", "videos")
     check_apart("--out", arguments.out, [getattr(arguments, name, None) for name in inputs])
     check_writable("--out", arguments.out / "README.md")
     check_writable("--record", arguments.record, appended=True)
@@ -76,12 +91,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _score(evaluate: Callable[[Sequence[str]], int], folder: Path, options: dict[str, Any]) -> str:
-    """Return the lines that a command records of a published folder."""
+def _score(
+    evaluate: Callable[[Sequence[str]], int], published: Path, options: Mapping[str, Any], base: Path | None = None
+) -> str:
+    """Return the lines that a command records of a published folder, or of `base` with what was published."""
     with tempfile.TemporaryDirectory() as temporary:
         record = Path(temporary) / "record.jsonl"
-        words = [str(folder), "--record", str(record), "--note", f"published as {folder}"]
-        evaluate([*words, *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
+        words = [str(base or published), "--record", str(record), "--note", f"published as {published}"]
+        for name, value in options.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)] if value is not None else []
+        evaluate(words)
         return record.read_text(encoding="utf-8")
 
 
@@ -210,16 +230,46 @@ def _publish_pipeline(arguments: argparse.Namespace) -> tuple[str, str]:
     evaluate_pipeline.check_numbers(arguments)
     recipe = list_trainings(arguments.checkpoint.resolve().parent)
     pipe: Any = load_pipeline(arguments.checkpoint)
-    check_tokenizer(pipe.vae, arguments.tokenizer)
+    check_same(pipe.vae, load_tokenizer(arguments.tokenizer), f"--tokenizer {arguments.tokenizer}", "the pipeline's own")
     if arguments.tiny_decoder:
         enable_tiny_decoder(pipe, str(arguments.tiny_decoder))
     save_published(pipe, arguments.tokenizer, arguments.out)
-    options = {key: getattr(arguments, key) for key in ("prompts", "steps", "guidance")}
-    given = {key: value for key, value in options.items() if value is not None}
-    lines = _score(evaluate_pipeline.main, arguments.out, given)
-    return lines, trained_card(
-        pipe, str(arguments.out), [json.loads(line) for line in lines.splitlines()], recipe, arguments.licence
-    )
+    lines = _score(evaluate_pipeline.main, arguments.out, {key: getattr(arguments, key) for key in SAMPLED})
+    opening = pipeline_card(pipe, str(arguments.out))
+    return lines, trained_card(opening, [json.loads(line) for line in lines.splitlines()], recipe, arguments.licence)
+
+
+def _publish_lora(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Write the adapters; return the figures as JSON lines, and the card."""
+    evaluate_pipeline.check_numbers(arguments)
+    run = arguments.checkpoint.resolve().parent
+    init = _config_of(run, "lora")["init"]
+    source = arguments.checkpoint / LORA_WEIGHT_NAME_SAFE
+    if not source.is_file():
+        raise UserError(f"{arguments.checkpoint}: no {source.name} there; give RUN/lora of a training with `lora`")
+    recipe = list_trainings(run)
+    pipe: Any = load_pipeline(arguments.pipeline)
+    before: Any = load_pipeline(init)
+    check_same(before.transformer, pipe.transformer, f"--pipeline {arguments.pipeline}", "those of the adapters' training")
+    save_model(_PublishedLora(source), arguments.out)
+    sampling = recorded_sampling(source)
+    options = {key: getattr(arguments, key) for key in SAMPLED}
+    options |= {"lora": arguments.out, "ratios": sampling["temporal_ratios"]}
+    lines = _score(evaluate_pipeline.main, arguments.out, options, arguments.pipeline)
+    opening = lora_card(str(arguments.out), str(arguments.pipeline), sampling, pipe.config["fps"])
+    return lines, trained_card(opening, [json.loads(line) for line in lines.splitlines()], recipe, arguments.licence)
+
+
+class _PublishedLora:
+    def __init__(self, source: Path):
+        self.source = source
+
+    def save_pretrained(self, folder: Path) -> None:
+        with safe_open(self.source, "pt") as opened:
+            metadata = opened.metadata()
+        weights = {name: weight.bfloat16() for name, weight in load_file(self.source).items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / self.source.name, metadata)
 
 
 def save_published(pipe: Any, tokenizer: Path, folder: Path) -> None:
@@ -238,14 +288,13 @@ class _Published:
         shutil.copytree(self.tokenizer, folder / "vae", ignore=shutil.ignore_patterns("README.md"))
 
 
-def check_tokenizer(trained: Any, published: Path) -> None:
-    """Raise UserError where a published tokenizer is not, in bfloat16, the one that a pipeline was trained with."""
-    weights = load_tokenizer(published).state_dict()
-    own = {name: weight.cpu() for name, weight in trained.state_dict().items()}
+def check_same(trained: nn.Module, published: nn.Module, name: str, whose: str) -> None:
+    """Raise UserError, with `name`, where published weights are not, in bfloat16, those that were trained with."""
+    own, weights = ({key: value.cpu() for key, value in module.state_dict().items()} for module in (trained, published))
     differs = list(own.keys() ^ weights.keys())
-    differs += [name for name in own.keys() & weights.keys() if not torch.equal(own[name].bfloat16(), weights[name].bfloat16())]
+    differs += [key for key in own.keys() & weights.keys() if not torch.equal(own[key].bfloat16(), weights[key].bfloat16())]
     if differs:
-        raise UserError(f"--tokenizer {published}: {len(differs)} weights are not the pipeline's own, {min(differs)} first")
+        raise UserError(f"{name}: {len(differs)} weights are not {whose}, {min(differs)} first")
 
 
 def list_trainings(run: Path) -> list[dict[str, Any]]:

@@ -172,10 +172,10 @@ def test_stock_adapters_of_a_larger_transformer_are_refused_whole(tmp_path):
     assert not any("lora_" in name for name in pipe.transformer.state_dict())
 
 
-def save_adapters(make, folder, ratios):
+def save_adapters(make, folder, ratios, **steps):
     trained = make()
     trained.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    SavedLora(trained.transformer, ratios).save_pretrained(folder)
+    SavedLora(trained.transformer, {"temporal_ratios": ratios, **steps}).save_pretrained(folder)
 
 
 def test_a_stock_pipeline_samples_at_the_ratios_of_its_adapters(tmp_path):
@@ -198,3 +198,11 @@ def test_our_pipeline_samples_by_default_at_the_ratio_of_its_adapters(tmp_path):
     save_adapters(make_pipeline, tmp_path / "other", (8,))
     with pytest.raises(UserError, match=r"trained at 8x; this pipeline samples at 4x, 16x; name the pipeline they are for"):
         load_lora(make_pipeline(), tmp_path / "other")
+
+
+def test_our_pipeline_samples_by_default_in_the_few_steps_of_its_adapters(tmp_path):
+    save_adapters(make_pipeline, tmp_path, (16,), num_inference_steps=3, guidance_scale=1.0)
+    pipe = make_pipeline()
+    load_lora(pipe, tmp_path)
+    pipe("a red disc", num_frames=17, height=32, width=32)
+    assert (pipe.num_timesteps, pipe.guidance_scale) == (3, 1.0)

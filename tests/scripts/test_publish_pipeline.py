@@ -1,19 +1,26 @@
 """Publishing the demo's text-to-video model beside the demo's tokenizer."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA
 from safetensors.torch import load_file
 
 from promag.data.synthetic import MOTIONS
+from promag.diffusion.config import DiffusionConfig
+from promag.pipelines.build import train_pipeline
+from promag.pipelines.lora import recorded_sampling
 from promag.pipelines.sampling import load_pipeline
 from promag.reports.tokenizer_card import clip_shapes
 from promag.scripts import publish
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.tiny_training import tiny_decoder_for
+from promag.training.command_line import parse_config
 from promag.training.config import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -71,6 +78,59 @@ def test_a_student_of_a_published_pipeline_is_published_with_a_tiny_decoder(demo
     assert f"The first training starts from {first}. Every training" in card
     assert "| 12 steps, guidance 3, to 4 |" in card
     assert "pipe.enable_tiny_decoder()  # decodes faster" in card
+
+
+def test_the_adapters_of_a_student_are_published_for_the_pipeline_they_were_trained_on(
+    demo_run, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    source, video, record = demo_run / "video-16x", Path("checkpoints/video"), Path("record.jsonl")
+    few = ["--prompts", "3", "--record", str(record)]
+    publish.main(
+        ["pipeline", str(source / "pipeline"), "--tokenizer", str(tokenizer), "--out", str(video), *few, "--steps", "1"]
+    )
+    options = {
+        "config": source / "config.yaml",
+        "init": video,
+        "model": "null",
+        "output-dir": "run",
+        "lora": "{rank: 2}",
+        "few-steps": "{steps: 2, teacher_steps: 4}",
+        "optimization.steps": 1,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    folder = train_pipeline(parse_config(DiffusionConfig, words, ""))
+    assert folder == Path("run/lora")
+    out = Path("checkpoints/fast")
+    publish.main(["lora", str(folder), "--pipeline", str(video), "--out", str(out), *few])
+    assert {file.name for file in out.iterdir()} == {LORA, "README.md"}
+    trained, published = (load_file(place / LORA) for place in (folder, out))
+    assert {name: weight.bfloat16() for name, weight in trained.items()}.keys() == published.keys()
+    assert all(torch.equal(trained[name].bfloat16(), weight) for name, weight in published.items())
+    sampling = {"temporal_ratios": [16], "num_inference_steps": 2, "guidance_scale": 1.0}
+    assert recorded_sampling(out / LORA) == sampling
+    lines = [json.loads(line) for line in record.read_text().splitlines()][3:]
+    assert [(line["ratio"], line.get("unseen"), line.get("lora")) for line in lines] == [
+        (16, kind, str(out)) for kind in (False, True, None)
+    ]
+    assert [(line["steps"], line["guidance"]) for line in lines[:2]] == [(2, 1.0)] * 2
+    card = (out / "README.md").read_text()
+    assert "LoRA adapters for the transformer of `checkpoints/video`, trained at 16x, and sampled in 2 steps without" in card
+    assert "temporal_ratio=16, num_inference_steps=2, guidance_scale=1)" in card
+    assert "| 4 steps, guidance 4, to 2 |" in card
+    assert "The first training starts from checkpoints/video. " in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(compile(code, "card", "exec"), {})
+    assert Path("video.mp4").stat().st_size > 500
+
+    with pytest.raises(UserError, match=r"16x: no pytorch_lora_weights\.safetensors there; give RUN/lora"):
+        publish.main(["lora", "run/16x", "--pipeline", str(video), "--out", "other"])
+    other = load_pipeline(video)
+    with torch.no_grad():
+        next(other.transformer.parameters()).add_(1)
+    other.save_pretrained("checkpoints/other")
+    with pytest.raises(UserError, match=r"--pipeline .*other: 1 weights are not those of the adapters' training, "):
+        publish.main(["lora", str(folder), "--pipeline", "checkpoints/other", "--out", "other"])
 
 
 def test_publishing_again_keeps_the_tokenizer_beside_it(demo_run, tokenizer):
