@@ -38,8 +38,8 @@ def enable_tiny_decoder(pipe: Any, folder: str) -> None:
         raise UserError(f"--tiny-decoder {folder}".rstrip() + f": {error}") from None
 
 
-def load_lora(pipe: Any, folder: Path) -> None:
-    """Load the adapters in a folder, or in a safetensors file, into a pipeline's transformer.
+def load_lora(pipe: Any, folder: Path) -> Sequence[int]:
+    """Load the adapters in a folder, or in a safetensors file, into a pipeline's transformer; return the ratios that both know.
 
     The pipeline then samples by default at a temporal ratio that the adapters were trained at, and a WanPipeline at these
     alone. With the adapters of a student it samples by default in the student's steps, without guidance.
@@ -61,14 +61,14 @@ def load_lora(pipe: Any, folder: Path) -> None:
         sampling = recorded_sampling(given[0])
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--lora {folder}: cannot be loaded into this pipeline's transformer: {one_line(error)}") from None
-    if ratios := sampling.pop("temporal_ratios", None):
-        _limit_ratios(pipe, ratios, folder)
+    ratios = sampling.pop("temporal_ratios", None)
     if sampling:
         pipe.register_to_config(**sampling)
+    return _limit_ratios(pipe, ratios, folder) if ratios else trained_ratios(pipe)
 
 
-def _limit_ratios(pipe: Any, ratios: Sequence[int], folder: Path) -> None:
-    """Let a pipeline sample at the temporal ratios that its adapters were trained at."""
+def _limit_ratios(pipe: Any, ratios: Sequence[int], folder: Path) -> Sequence[int]:
+    """Let a pipeline sample at the temporal ratios that its adapters were trained at; return those that it has."""
     has, stock = trained_ratios(pipe), isinstance(pipe, StockPipeline)
     both = [ratio for ratio in ratios if ratio in has]
     if not both:
@@ -79,3 +79,4 @@ def _limit_ratios(pipe: Any, ratios: Sequence[int], folder: Path) -> None:
         pipe.limit_ratios(both)
     elif pipe.config["temporal_ratio"] not in both:
         pipe.register_to_config(temporal_ratio=both[0])
+    return both

@@ -45,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
     """Sample, score, print a line for each pipeline, ratio and kind of prompts, and append them to --record."""
     arguments = _parse(argv)
     arguments.precision = choose_precision(arguments.precision, best_device())
-    pipe: Any = None
+    pipe, known = None, ()
     for folder in arguments.checkpoints:  # a mistake in the last one shows before the first is sampled
-        pipe = _open(folder, arguments)
+        pipe, known = _open(folder, arguments)
     settings = {"note": arguments.note}
     if arguments.first_block_cache is not None:
         settings["first_block_cache"] = arguments.first_block_cache
@@ -56,9 +56,9 @@ def main(argv: Sequence[str]) -> int:
             settings[part] = str(place)
     for folder in arguments.checkpoints:
         if len(arguments.checkpoints) > 1:  # one at a time is in memory
-            pipe = _open(folder, arguments)
+            pipe, known = _open(folder, arguments)
         name = pipeline_name(folder)
-        for ratio in arguments.ratios or trained_ratios(pipe):
+        for ratio in arguments.ratios or known:
             trained, facts = training_figures(folder.resolve().parent, ratio), {"pipeline": name, "ratio": ratio, **settings}
             for unseen in (False, True):
                 try:
@@ -95,19 +95,20 @@ def pipeline_name(folder: Path) -> str:
     return folder.resolve().parent.name if name == "pipeline" else name
 
 
-def _open(folder: Path, arguments: argparse.Namespace) -> Any:
-    """Load a pipeline as it is measured; raises UserError for ratios that it was not trained at."""
+def _open(folder: Path, arguments: argparse.Namespace) -> tuple[Any, Sequence[int]]:
+    """Load a pipeline as it is measured; return it and the ratios that it was trained at, with adapters those of both.
+
+    Raises UserError for other ratios in --ratios.
+    """
     pipe: Any = open_pipeline(folder, arguments.tokenizer)
     pipe.set_progress_bar_config(disable=True)
-    if arguments.lora is not None:
-        load_lora(pipe, arguments.lora)
-    legal = trained_ratios(pipe)
+    legal = trained_ratios(pipe) if arguments.lora is None else load_lora(pipe, arguments.lora)
     for ratio in arguments.ratios or ():
         if ratio not in legal:
-            raise UserError(f"--ratios {ratio}: {folder} was trained at {', '.join(f'{r}x' for r in legal)}")
+            raise UserError(f"--ratios {ratio}: {arguments.lora or folder} was trained at {', '.join(f'{r}x' for r in legal)}")
     if (threshold := arguments.first_block_cache) is not None:
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
-    return pipe
+    return pipe, legal
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

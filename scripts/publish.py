@@ -98,10 +98,7 @@ def _score(
     with tempfile.TemporaryDirectory() as temporary:
         record = Path(temporary) / "record.jsonl"
         words = [str(base or published), "--record", str(record), "--note", f"published as {published}"]
-        for name, value in options.items():
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *map(str, values)] if value is not None else []
-        evaluate(words)
+        evaluate([*words, *(w for name, value in options.items() if value is not None for w in (f"--{name}", str(value)))])
         return record.read_text(encoding="utf-8")
 
 
@@ -253,8 +250,7 @@ def _publish_lora(arguments: argparse.Namespace) -> tuple[str, str]:
     check_same(before.transformer, pipe.transformer, f"--pipeline {arguments.pipeline}", "those of the adapters' training")
     save_model(_PublishedLora(source), arguments.out)
     sampling = recorded_sampling(source)
-    options = {key: getattr(arguments, key) for key in SAMPLED}
-    options |= {"lora": arguments.out, "ratios": sampling["temporal_ratios"]}
+    options = {key: getattr(arguments, key) for key in SAMPLED} | {"lora": arguments.out}
     lines = _score(evaluate_pipeline.main, arguments.out, options, arguments.pipeline)
     opening = lora_card(str(arguments.out), str(arguments.pipeline), sampling, pipe.config["fps"])
     return lines, trained_card(opening, [json.loads(line) for line in lines.splitlines()], recipe, arguments.licence)

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from promag.pipelines.build import SavedLora
+from promag.pipelines.sampling import trained_ratios
 from promag.pipelines.stock import StockPipeline
 from promag.scripts import prepare_clips
 from promag.scripts._options import check_apart, check_different, check_writable, name_of
@@ -135,7 +136,7 @@ def test_adapters_of_a_training_change_a_pipelines_transformer(tmp_path, make):
     targets = ["to_q", "to_out.0"]
     trained.transformer.add_adapter(LoraConfig(r=2, lora_alpha=3.0, target_modules=targets, init_lora_weights=False))
     SavedLora(trained.transformer).save_pretrained(tmp_path / "lora")
-    load_lora(pipe, tmp_path / "lora")
+    assert load_lora(pipe, tmp_path / "lora") == trained_ratios(pipe)
     state, loaded = (
         {name.replace(".default_0.", ".default."): value for name, value in part.transformer.state_dict().items()}
         for part in (trained, pipe)
@@ -193,7 +194,7 @@ def test_our_pipeline_samples_by_default_at_the_ratio_of_its_adapters(tmp_path):
     save_adapters(make_pipeline, tmp_path / "own", (4,))
     pipe = make_pipeline()
     assert pipe.config["temporal_ratio"] == 16
-    load_lora(pipe, tmp_path / "own")
+    assert load_lora(pipe, tmp_path / "own") == [4]
     assert pipe.config["temporal_ratio"] == 4
     save_adapters(make_pipeline, tmp_path / "other", (8,))
     with pytest.raises(UserError, match=r"trained at 8x; this pipeline samples at 4x, 16x; name the pipeline they are for"):
