@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
     """Sample, score, print a line for each pipeline, ratio and kind of prompts, and append them to --record."""
     arguments = _parse(argv)
     arguments.precision = choose_precision(arguments.precision, best_device())
-    pipe, known = None, ()
+    pipe: Any = None
+    known: Sequence[int] = ()
     for folder in arguments.checkpoints:  # a mistake in the last one shows before the first is sampled
         pipe, known = _open(folder, arguments)
     settings = {"note": arguments.note}
