@@ -12,8 +12,10 @@ checkpoint their blocks themselves.
 """
 
 import copy
+import functools
 import hashlib
 import inspect
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -116,16 +118,35 @@ def load_existing(folder: str | os.PathLike) -> Any:
 
 @torch.no_grad()
 def describe(model: Any, features: Features = "latents") -> Existing:
-    """Learn an autoencoder's arithmetic by coding small clips, which takes no time on the meta device.
+    """Learn an autoencoder's arithmetic by coding small clips.
 
     Raises ValueError where 1 + r*N frames do not become 1 + N latent frames and back, and for features that the class has not.
     """
-    name, problem = type(model).__name__, ""
+    name = type(model).__name__
     if name.endswith("ProMAG"):
         raise ValueError(f"{name}: can be grown as it is, with grow(); load it with from_pretrained")
     ratio = _stated_ratio(model)
     if not ratio:
         raise ValueError(f"{name}: its temporal ratio is not in its configuration; a causal video autoencoder is needed")
+    config = _settings(model)
+    settings = json.dumps({key: value for key, value in config.items() if not key.startswith("_")})
+    return Existing(
+        class_name=name,
+        config=config,
+        temporal_ratio=ratio,
+        features=features,
+        **_arithmetic(type(model), settings, ratio, features),
+        **_buffers(model),
+    )
+
+
+@functools.cache
+@torch.no_grad()
+def _arithmetic(kind: Any, settings: str, ratio: int, features: Features) -> dict[str, int]:
+    """Code small clips with an autoencoder on the meta device, where its weights and pixels take no time."""
+    name, problem = kind.__name__, ""
+    with torch.device("meta"):
+        model = kind(**json.loads(settings)).eval()
     for step in (1, 2):  # CogVideoX decodes latent frames in pairs and takes 1 + 8k frames
         clip = torch.zeros(1, 3, 1 + step * ratio, PROBE, PROBE, dtype=model.dtype, device=model.device)
         try:
@@ -138,17 +159,12 @@ def describe(model: Any, features: Features = "latents") -> Existing:
             seen = 0
             if features == "encoder":
                 seen = _features(model, clip, latent)
-            return Existing(
-                class_name=name,
-                config=_settings(model),
-                temporal_ratio=ratio,
-                spatial_ratio=PROBE // latent.shape[3],
-                latent_channels=latent.shape[1],
-                latent_step=step,
-                features=features,
-                feature_channels=seen,
-                **_buffers(model),
-            )
+            return {
+                "spatial_ratio": PROBE // latent.shape[3],
+                "latent_channels": latent.shape[1],
+                "latent_step": step,
+                "feature_channels": seen,
+            }
         problem = f"a clip of {tuple(clip.shape)} becomes {tuple(latent.shape)} and {tuple(output.shape)}"
     raise ValueError(f"{name}: 1 + {ratio}*N frames to 1 + N latent frames and back are needed; {problem}")
 

@@ -4,6 +4,7 @@ A run directory holds one folder per stage (checkpoints, metrics) and `tokenizer
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG
-from .checkpoint import class_name, find_damage, load_tokenizer, save_tokenizer, saved_ratios
+from .checkpoint import class_name, find_damage, is_growth, load_tokenizer, save_tokenizer, saved_ratios
 from .clips import check_clips, open_training_clips, open_validation_clips, record_videos
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig
 from .convolution import use_channels_last
@@ -334,8 +335,10 @@ def _objective(
 
 def _base_path(init: Path) -> str | None:
     """Return the folder of the autoencoder of diffusers that a run starts from, None where it starts from a grown one."""
-    grown = (init / "config.json").is_file() and class_name(init) == AutoencoderKLProMAG.__name__
-    return None if grown else load_tokenizer(init).base_path
+    place = init / "vae" if (init / "vae" / "config.json").exists() else init  # of a whole pipeline
+    if is_growth(place) or not (place / "config.json").is_file():
+        return load_tokenizer(place).base_path  # as it is recorded there, or the error that names the folder
+    return None if class_name(place) == AutoencoderKLProMAG.__name__ else os.path.abspath(place)
 
 
 def _record_start(run: Path, folder: Path, model: AutoencoderKLProMAG) -> None:

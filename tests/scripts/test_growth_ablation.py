@@ -275,6 +275,7 @@ def test_growth_on_an_existing_architecture_is_compared_with_training_it_directl
         if "baseline" in variant:
             variant["baseline"] = {**variant["baseline"], "config": small}
         for stage in variant["stages"]:
+            stage["frames"] = 1 + stage["ratio"]
             stage["optimization"] = {"steps": 2, "batch_size": 1, "warmup": 1}
             if "growth" in stage:
                 stage["growth"] = {**stage["growth"], "width": 16}
@@ -282,7 +283,7 @@ def test_growth_on_an_existing_architecture_is_compared_with_training_it_directl
                 stage |= {"latent_pretrain_steps": 1, "latent_batch_size": 3}
     data = {"train": "synthetic", "validation": "synthetic", "synthetic_clips": 4, "size": 32, "temporal_strides": [1]}
     values["data"] = {**data, "validation_clips": 1, "latent_cache": str(tmp_path / "latents"), "latent_clips": 3}
-    values |= {"output_dir": str(tmp_path / "runs"), "record": str(tmp_path / "lines.jsonl"), "precision": "fp32", "frames": 65}
+    values |= {"output_dir": str(tmp_path / "runs"), "record": str(tmp_path / "lines.jsonl"), "precision": "fp32", "frames": 17}
     values |= {"perceptual": []}
     values["run"] = {"validate_every": 2, "log_every": 1, "workers": 0}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
@@ -291,7 +292,7 @@ def test_growth_on_an_existing_architecture_is_compared_with_training_it_directl
     assert [(row["variant"], row["ratio"]) for row in rows] == [
         ("wan", 4), ("wan_grown", 8), ("wan_grown", 16), ("wan_direct", 16),
     ]  # fmt: skip
-    assert [row["stage"]["frames_seen"] for row in rows] == [2 * 17, 4 * 33, 4 * 65, 2 * 65]
+    assert [row["stage"]["frames_seen"] for row in rows] == [2 * 5, 4 * 9, 4 * 17, 2 * 17]
     grown, direct = rows[2], rows[3]
     assert grown["flops"] > grown["stage"]["flops"] > 0
     assert grown["inherited"]["flops"] == rows[0]["flops"]
