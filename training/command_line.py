@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from .config import NULLS, UserError, build, complete, dataclass_in, dump_yaml, load_yaml, plain, read_yaml
+from .config import NULLS, UserError, build, complete, dataclass_in, dump_yaml, load_yaml, plain, read_yaml, type_hints
 from .files import DISK_ERRORS
 
 Config = TypeVar("Config")
@@ -176,7 +176,7 @@ def _override(cls: Any, values: dict[str, Any], name: str, words: list[str]) -> 
             key, hint = int(part), _element(hint)
         elif isinstance(node, dict):
             inner = dataclass_in(hint)
-            hint = typing.get_type_hints(inner).get(part) if inner else None
+            hint = type_hints(inner).get(part) if inner else None
         else:
             raise UserError(f"option --{name}: {'.'.join(parts[:depth])} is a value and has no keys")
         if depth < len(parts) - 1:
@@ -224,7 +224,7 @@ def _element(hint: Any) -> Any:
 
 def _describe(cls: Any, prefix: str = "", default: Any = None) -> list[tuple[str, str, str]]:
     """Return option, type and help of every leaf of a dataclass."""
-    lines, hints = [], typing.get_type_hints(cls)
+    lines, hints = [], type_hints(cls)
     for field in fields(cls):
         hint = hints[field.name]
         own = getattr(default, field.name) if isinstance(default, cls) else field.default

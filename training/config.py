@@ -129,7 +129,7 @@ def _explain(cls: type, error: Any) -> str:
 def _legal_keys(cls: Any, path: Sequence[str]) -> set[str]:
     keys: set[str] = set()
     if dataclasses.is_dataclass(cls):
-        hints = typing.get_type_hints(cls)
+        hints = type_hints(cls)
         if not path:
             return {f.name for f in dataclasses.fields(cls)}
         if path[0] in hints:
@@ -156,7 +156,7 @@ def complete(hint: Any, values: Any, default: Any = None) -> Any:
         return [complete(cls, value) for value in values]
     if cls is None or not isinstance(values, dict):
         return plain(values)
-    hints, filled = typing.get_type_hints(cls), {}
+    hints, filled = type_hints(cls), {}
     for field in dataclasses.fields(cls):
         own = getattr(default, field.name) if isinstance(default, cls) else field.default
         if field.name in values:
@@ -164,6 +164,12 @@ def complete(hint: Any, values: Any, default: Any = None) -> Any:
         elif own is not dataclasses.MISSING:
             filled[field.name] = plain(own)
     return filled | {key: value for key, value in values.items() if key not in filled}
+
+
+@functools.cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields; evaluating them takes as long as all else that an option needs."""
+    return typing.get_type_hints(cls)
 
 
 def dataclass_in(hint: Any) -> Any:
