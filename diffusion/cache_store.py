@@ -7,6 +7,7 @@
 Nothing is kept in memory per clip: a shard's data is read on access. Processes on several machines need a shared folder.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -164,13 +165,18 @@ class Index(TypedDict):
 def read_record(path: Path, kind: Any) -> Any:
     """Return the JSON of a cache's file as a value of a type; raises UserError naming the file and the first wrong key."""
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        return _adapter(kind).validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cache {path}: cannot be read: {one_line(error)}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "content"
         raise UserError(f"cache {path}: {key}: {first['msg']} (got {repr(first['input'])[:100]}); {AGAIN}") from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 class Shards:

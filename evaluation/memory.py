@@ -187,7 +187,7 @@ class _Live(TorchDispatchMode):
         inputs = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         outputs = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor) and _memory(tensor) not in inputs | self.sizes.keys():
+            if isinstance(tensor, Tensor) and (memory := _memory(tensor)) not in inputs and memory not in self.sizes:
                 self._count(tensor.untyped_storage())
         return outputs
 

@@ -75,7 +75,11 @@ def read_scene(video: np.ndarray) -> Reading:
 
 def score(video: np.ndarray, scene: Scene) -> Score:
     """Compare a video with the scene that it should show; both objects of a crossing count, in any order."""
-    reading = read_scene(video)
+    return compare(read_scene(video), scene)
+
+
+def compare(reading: Reading, scene: Scene) -> Score:
+    """Compare what was read of a video with the scene that it should show."""
     expected = {scene.colour: scene.shape, **({scene.other[1]: scene.other[0]} if scene.other else {})}
     shown = {} if reading.colour is None else {reading.colour: reading.shape}
     if reading.other:
