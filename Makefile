@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/promag demo --config demo --output-dir $(RUN) $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(RECORD),--record "$(RECORD)")
 
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from promag.training.optimizers import OptimizationConfig
 from tests.browser import start_chromium
 
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # guards against a loss of power, which no test has, and waits for the disk
 # A deadline in wall-clock time measures what else the machine does.
 settings.register_profile("without deadlines", deadline=None)
 settings.load_profile("without deadlines")
@@ -30,6 +31,8 @@ TINY = {
     "strides": ((2, 2), (2, 1)),
     "linear_shortcuts": True,
 }
+# Half of its layers: for tests that train, load or compile it many times.
+SHORT = {**TINY, "block_out_channels": (8, 8), "strides": ((4, 2),)}
 
 
 def optimization_config(**changes) -> OptimizationConfig:
@@ -42,7 +45,7 @@ def optimization_config(**changes) -> OptimizationConfig:
 def run_config(**changes) -> RunConfig:
     """Return the run settings of such a training: every step is logged, every second step is validated and saved."""
     values = {"log_every": 1, "validate_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None, "workers": 0}
-    values |= {"distributed": "ddp", "stop_after": None, "trackers": ("tensorboard",), "peak_tflops": 1.0}
+    values |= {"distributed": "ddp", "stop_after": None, "trackers": (), "peak_tflops": 1.0}
     return RunConfig(**{**values, **changes})
 
 

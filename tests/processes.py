@@ -12,9 +12,12 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-_context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+# What DataLoader and Process start processes by.
+context: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 if sys.platform != "win32":
-    _context.set_forkserver_preload(["promag.cli", "promag.scripts.train_tokenizer", "promag.scripts.train_diffusion"])
+    context.set_forkserver_preload(
+        ["torchmetrics", "promag.cli", "promag.scripts.train_tokenizer", "promag.scripts.train_diffusion"]
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def _run(code: str, arguments: Any, environments: list[dict[str, str]], timeout:
         for path in (path for output in outputs for path in output):
             Path(path).touch()
         processes = [
-            _context.Process(target=_execute, args=(code, [str(each) for each in arguments], environment, *output))
+            context.Process(target=_execute, args=(code, [str(each) for each in arguments], environment, *output))
             for environment, output in zip(environments, outputs, strict=True)
         ]
         for process in processes:

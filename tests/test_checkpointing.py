@@ -46,7 +46,8 @@ def existing(name, features="latents", hand_over="latent", whole=False):
             parameter.add_(torch.randn_like(parameter) * 0.05)
     ratio = 2 * model.base_ratio
     model.train().requires_grad_(True) if whole else model.train().train_only(ratio)
-    x = torch.rand(1, 3, 1 + 4 * ratio, 32, 32) * 2 - 1
+    side = 2 * model.spatial_ratio
+    x = torch.rand(1, 3, 1 + 2 * ratio, side, side) * 2 - 1
 
     def loss():
         error = (model(x, ratio).sample - x).square().mean()

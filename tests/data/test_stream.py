@@ -18,6 +18,7 @@ from promag.data.shards.writer import write_shards
 from promag.data.sources import Source, open_sources
 from promag.data.stream import Mixture, TrainingStream
 from promag.data.video import UnreadableVideo
+from tests.processes import context
 
 
 def taken(stream, steps, workers=0):
@@ -213,7 +214,7 @@ def step_of(source, step, size, world, accumulate):
 @pytest.mark.parametrize("kind", ["dataset", "mixture", "shards"])
 def test_processes_and_accumulation_may_be_traded(sources, kind):
     shapes = set()
-    for step in range(12):
+    for step in range(6):
         whole, video = step_of(sources[kind], step, 2, 2, 1)
         assert [row[0] for row in whole] == list(range(4 * step, 4 * step + 4))
         shapes.add(tuple(video.shape[2:]))
@@ -263,7 +264,7 @@ def test_streams_that_were_read_can_be_sent_to_a_spawned_process(sources, clips)
     every = [*sources.values(), ClipDataset(clips, 3, 16, in_memory=True)]
     streams = First([TrainingStream(source, 3, 2, 0, 1, 0, 2) for source in every])
     expected = list(streams)  # opens files, which cannot be sent
-    loader = iter(DataLoader(streams, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+    loader = iter(DataLoader(streams, batch_size=None, num_workers=1, multiprocessing_context=context))
     for batch in expected:
         same(next(loader), batch)
     loader._shutdown_workers()

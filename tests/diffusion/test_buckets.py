@@ -85,7 +85,7 @@ def test_a_batch_has_one_bucket_and_ratio_on_all_ranks(cached, tmp_path):
         ["1x16x16", "8", "4", "25.0%"],
     ]
     streams = [TrainingStream(source, 5, 2, rank, 2) for rank in (0, 1)]
-    seen, numbers, steps = Counter(), [], 800
+    seen, numbers, steps = Counter(), [], 200
     for step in range(steps):
         one, other = (stream.batch(step) for stream in streams)
         assert one["latents"].shape == other["latents"].shape
@@ -103,7 +103,7 @@ def test_a_batch_has_one_bucket_and_ratio_on_all_ranks(cached, tmp_path):
     }
     assert seen.keys() == expected.keys()
     for key, share in expected.items():
-        assert seen[key] / steps == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / steps))
+        assert seen[key] / steps == pytest.approx(share, abs=4 / steps)
 
 
 def test_processes_may_replace_accumulation_and_each_clip_comes_once_an_epoch(cached, tmp_path):

@@ -16,6 +16,7 @@ from promag.data.stream import TrainingStream
 from promag.diffusion.cache_store import Shards, _identity, shard_path
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.training.config import UserError
+from tests.processes import context
 
 PRINT = LatentFingerprint("tokenizer", "clips", 16, 17, 8, 8, "float32", 3)
 CAPTIONS = ["a", "", "čtyři — four", "clip\n3", "x" * 300, "5", "6", "7", "8", "9"]
@@ -333,7 +334,7 @@ def test_an_opened_cache_can_be_sent_to_a_spawned_process(tmp_path):
     assert list(data.captions()) == CAPTIONS[:7]
     stream = TrainingStream(data, 0, 2, 0, 1)
     expected = [stream.batch(number) for number in range(2)]
-    loader = iter(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+    loader = iter(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context=context))
     for batch in expected:
         other = next(loader)
         assert torch.equal(batch["latents"], other["latents"])

@@ -1,6 +1,8 @@
 """However promag was obtained, each module comes from one real file, both checkpoints load and sample the same video."""
 
 import json
+import os
+import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -41,6 +43,24 @@ print(json.dumps({
     "files of modules": [module.__file__ for module in {id(module): module for module in modules.values()}.values()],
 }))
 """
+# Run code in a process for each place, forked from one that has imported the libraries: importing them takes seconds.
+FORKS = """
+import json, os, sys
+import diffusers.training_utils, numpy, peft, torch, transformers.modeling_utils
+
+code, *places = json.loads(sys.argv[1])
+assert "promag" not in sys.modules
+for folder, path, output, arguments in places:
+    if not (child := os.fork()):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+        os.chdir(folder)  # sys.path begins with "", as after python -c
+        sys.path[1:1] = path  # as PYTHONPATH
+        sys.argv = ["-c", *arguments]
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, folder
+"""
 
 
 @pytest.fixture(scope="session")
@@ -50,14 +70,32 @@ def expected_video() -> np.ndarray:
     return pipe("a red disc moves left", num_frames=17, num_inference_steps=2, generator=noise).frames[0]
 
 
+@pytest.fixture
+def probed(name, places, archives, once) -> Path:
+    """In this folder are NAME.out, what PROBE printed in a place, and NAME.npy, the video that it sampled."""
+    checkpoints = str(archives / "checkout" / "checkpoints")
+    alike = {other: place for other, place in places.items() if place.python == Path(sys.executable) and hasattr(os, "fork")}
+
+    def fork(folder: Path) -> None:
+        given = []
+        for other, place in alike.items():
+            path, output, video = [place.path] if place.path else [], folder / f"{other}.out", folder / f"{other}.npy"
+            given.append([str(place.folder), path, str(output), [checkpoints, str(video)]])
+        run(sys.executable, "-c", FORKS, json.dumps([PROBE, *given]), cwd=folder)
+
+    def start(folder: Path) -> None:
+        # Importing every module takes seconds: once with the subpackages at the top and once inside the package is enough.
+        printed = places[name].run("-c", PROBE, checkpoints, folder / f"{name}.npy", *ROOMS)
+        (folder / f"{name}.out").write_text(printed, encoding="utf-8")
+
+    return once("probed", fork) if name in alike else once(f"probed-{name}", start)
+
+
 @pytest.mark.parametrize("name", ["zip", "checkout", "target", "wheel", "editable"])
-def test_promag_imports_real_files_loads_both_checkpoints_and_samples(name, places, archives, expected_video, tmp_path):
-    place = places[name]
-    # Importing every module takes seconds, so do it once with the subpackages at the top and once inside the package.
-    rooms = ROOMS if name in ("editable", "wheel") else []
-    output = place.run("-c", PROBE, archives / "checkout" / "checkpoints", tmp_path / "video.npy", *rooms)
-    report = json.loads(output.splitlines()[-1])
-    video = np.load(tmp_path / "video.npy")
+def test_promag_imports_real_files_loads_both_checkpoints_and_samples(name, places, probed, expected_video):
+    place, rooms = places[name], ROOMS if name in ("editable", "wheel") else []
+    report = json.loads((probed / f"{name}.out").read_text(encoding="utf-8").splitlines()[-1])
+    video = np.load(probed / f"{name}.npy")
     assert video.shape == (17, 64, 64, 3)
     assert np.abs(video - expected_video).max() < 1e-3
     assert (report["one module"], report["one class"]) == (True, True)
@@ -97,7 +135,7 @@ def test_the_wheels_command_works_outside_a_checkout(places):
     place = places["wheel"]
     program = place.python.parent / "promag"
     assert "  sample " in run(program, "--help", cwd=place.folder)
-    assert run(program, "sample", "--help", cwd=place.folder).startswith("usage: promag sample ")
+    assert run(program, "prepare-clips", "--help", cwd=place.folder).startswith("usage: promag prepare-clips ")
     printed = yaml.safe_load(run(program, "train-tokenizer", "--config", "tokenizer/tiny", "--print-config", cwd=place.folder))
     assert (
         printed["model"] == to_plain(build(TokenizerConfig, load_yaml(ROOT / "configs/tokenizer/tiny.yaml"), "tiny"))["model"]

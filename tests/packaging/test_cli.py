@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from promag.cli import GROUPS, list_commands
+from tests.processes import run_promag
 from tests.scripts.test_scripts import tokenizer_arguments
 
 PACKAGES = ["promag.scripts", *(package for package, _ in GROUPS.values())]
@@ -44,7 +45,7 @@ def test_every_module_is_a_command_with_a_summary_in_one_line(package):
 
 
 def test_a_command_name_may_have_underscores_for_dashes():
-    done = promag("prepare_clips", "--help")
+    done = run_promag("prepare_clips", "--help")
     assert (done.returncode, done.stdout.split()[:3]) == (0, ["usage:", "promag", "prepare-clips"])
 
 

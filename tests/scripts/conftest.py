@@ -51,14 +51,14 @@ SMALLEST = overrides(
         "text": {"width": 16, "layers": 1, "heads": 2},
         "transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
         "condition": {"probability": 0.5},
-        "diffusion": LOOP,
+        "diffusion": {**LOOP, "batch_size": 4},  # validation scores as many at once
         "stages": {
             "0": {"frames": 5, "optimization": LOOP},
             # latents that lift, which drafts need
             "1": {"frames": 9, "growth": LIFTED, "latent_pretrain_steps": 1, "optimization": LOOP},
             "2": {"frames": 17, "growth": LIFTED, "latent_pretrain_steps": 1, "optimization": LOOP},
         },
-        "run": {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0},
+        "run": {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0, "trackers": []},
     }
 )
 DEMO = ["--config", "configs/demo.yaml", *SMALLEST]

@@ -15,7 +15,7 @@ from promag.data.clip_index import save_clips
 from promag.data.clips import prepare
 from promag.data.listing import list_videos
 from promag.diffusion.flops import training_flops
-from promag.evaluation.speed import ceilings
+from promag.evaluation.speed import ceilings, data
 from promag.evaluation.speed.data import WatchedEncoder, write_file
 from promag.evaluation.speed.subjects import PEERS, peer_subject
 from promag.scripts.benchmarks import speed
@@ -34,7 +34,8 @@ SIZE = (17, 32, 48)
 
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch):
-    """Measure limits on small sizes: their values do not matter here."""
+    """Measure limits, and reading, on small sizes: their values do not matter here."""
+    monkeypatch.setitem(data.FILES, "256p", (64, 112))
     monkeypatch.setattr(ceilings, "ON_CPU", ((2, 16, 4, 8, 8),))
     monkeypatch.setattr(ceilings, "COPIED", {"cpu": 2**20})
     monkeypatch.setattr(ceilings, "matmul_tflops", lambda device, bf16: 0.25)
@@ -245,14 +246,15 @@ def test_reading_loading_and_caching_stand_beside_the_decoder_alone(tmp_path):
     assert str(tmp_path.parent) not in (tmp_path / "speed.jsonl").read_text()
 
 
-def test_the_clips_of_an_index_are_loaded_in_place_of_generated_files(tmp_path):
+def test_the_clips_of_an_index_are_loaded_in_place_of_generated_files(tmp_path, monkeypatch):
+    monkeypatch.setitem(speed.SUITES, "data", lambda options: data.groups(options)[:4])  # reading and memory take no clips
     make_tokenizer(2).save_pretrained(tmp_path / "tokenizer")
     for name, frames in (("long", 40), ("longer", 60), ("short", 9)):
         write_file(tmp_path / f"{name}.mp4", "64p", frames, 12)
     save_clips(tmp_path / "mine.jsonl", prepare(list_videos(tmp_path), progress=False).clips)
     few = ["--frames", 17, "--ratios", 4, "--tokenizer", tmp_path / "tokenizer", "--videos", tmp_path / "mine.jsonl"]
-    lines = [line for line in run(tmp_path / "speed.jsonl", "data", *few) if line["settings"]["part"] in ("loading", "caching")]
-    assert settings(lines, "file") == [("mine",)] * 13
+    lines = run(tmp_path / "speed.jsonl", "data", *few)
+    assert settings(lines, "part", "file") == [("loading", "mine")] * 4 + [("caching", "mine")] * 9
     assert lines[0]["count"] == 100  # all frames of the clips that are long enough
     assert [line["count"] for line in lines[1:4]] == [8 * 17] * 3
     assert str(tmp_path.parent) not in (tmp_path / "speed.jsonl").read_text()
@@ -289,18 +291,19 @@ def test_cases_that_fail_are_recorded_and_the_run_continues(tokenizer_preset, sm
 
 
 def test_a_record_is_continued_and_again_repeats_it(tokenizer_preset, tmp_path, capsys):
-    out, words = tmp_path / "speed.jsonl", ["tokenizer", "--presets", tokenizer_preset, "--commit", "abc"]
-    assert len(run(out, *words)) == 6
-    assert len(run(out, *words)) == 6
+    out, words = tmp_path / "speed.jsonl", ["tokenizer", "--presets", tokenizer_preset, "--ratios", 4, "--commit", "abc"]
+    assert len(run(out, *words)) == 2
+    assert len(run(out, *words)) == 2
     assert "has 1 of 1 groups at this commit; --again repeats them" in capsys.readouterr().out
-    assert len(run(out, *words, "--again")) == 12
-    assert len(run(out, *words[:-1], "abd")) == 18  # another commit
-    assert len(run(out, *words[:-1], "abd+changes")) == 24
-    assert len(run(out, *words[:-1], "abd+changes")) == 30  # nobody knows which changes
+    assert len(run(out, *words, "--again")) == 4
+    assert len(run(out, *words[:-1], "abd")) == 6  # another commit
+    assert len(run(out, *words[:-1], "abd+changes")) == 8
+    assert len(run(out, *words[:-1], "abd+changes")) == 10  # nobody knows which changes
     capsys.readouterr()
-    assert len(run(out, *words, "--ratios", 4, "--clip-sizes", "17x16x16", "--minutes", 0, status=1)) == 30
+    assert len(run(out, *words, "--clip-sizes", "17x16x16", "--minutes", 0, status=1)) == 10
     assert "2 cases were left out after 0 minutes; the same command continues" in capsys.readouterr().out
-    assert main([*words, "--ratios", "4", "--clip-sizes", "17x16x16", "--quick", "--precision", "fp32", "--minutes", "0"]) == 1
+    words = [*map(str, words), "--clip-sizes", "17x16x16", "--quick", "--precision", "fp32", "--minutes", "0"]
+    assert main(words) == 1
     assert "after 0 minutes; with --record the same command would continue" in capsys.readouterr().out
 
 

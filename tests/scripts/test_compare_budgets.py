@@ -25,7 +25,7 @@ def baseline(tmp_path_factory):
 
 def test_one_command_compares_levels_baselines_costs_and_pipelines(demo_run, baseline, tmp_path, capsys):
     tokenizer = next(demo_run.glob("**/vae")).parent
-    clips = ["--videos", "synthetic", "--count", "3", "--frames", "17", "--size", "32"]
+    clips = ["--videos", "synthetic", "--count", "3", "--frames", "17", "--size", "32", "--perceptual"]  # no metrics
     little = ["--train-batch-size", "1", "--steps", "1", "--rounds", "1", "--curve-seconds", "0", "--prompts", "2"]
     smallest = ["--model.num_layers", "1", "--model.num_attention_heads", "2", "--model.attention_head_dim", "8"]
     pipeline = demo_run / "video-16x" / "pipeline"
@@ -104,8 +104,8 @@ def test_lengths_suit_an_autoencoder_that_takes_latent_frames_by_twos(tmp_path, 
 
 def test_another_tokenizer_is_compared_at_the_ratio_that_is_named(demo_run, tmp_path):
     tokenizer = next(demo_run.glob("**/vae")).parent
-    call = ["--tokenizer", str(tokenizer), "--videos", "synthetic", "--count", "1", "--frames", "17", "--size", "32"]
-    call += ["--perceptual", "--no-costs", "--precision", "fp32", "--out", str(tmp_path / "report")]
+    clips = ["--videos", "synthetic", "--count", "1", "--frames", "17", "--size", "32"]
+    call = ["--tokenizer", str(tokenizer), *clips, "--no-costs", "--precision", "fp32", "--out", str(tmp_path / "report")]
     for ratio, message in (
         ("", f"--also b={tokenizer}: {tokenizer} has 4x, 8x, 16x; name one of them, b={tokenizer}:16"),
         (":32", f"--also b={tokenizer}:32: temporal ratio 32: this tokenizer has 4x, 8x, 16x"),
@@ -117,6 +117,11 @@ def test_another_tokenizer_is_compared_at_the_ratio_that_is_named(demo_run, tmp_
     rows = {line["budget"]: line for line in lines if line["what"] == "reconstruction"}
     assert list(rows) == ["4x", "8x", "16x", "b"]
     assert rows["b"]["reconstruction"] == rows["16x"]["reconstruction"] != rows["4x"]["reconstruction"]
+    alone = [*clips, "--precision", "fp32", "--ratios", "4", "--out", str(tmp_path / "alone.json")]
+    assert evaluate([str(tokenizer), *alone]) == 0  # with the same perceptual metrics: those installed
+    figures = json.loads((tmp_path / "alone.json").read_text())["ratios"]["4"]
+    assert figures.pop("lift") == {}
+    assert {key: rows["4x"]["reconstruction"][key] for key in figures} == figures
 
 
 def test_what_a_pipeline_refuses_is_named(demo_run, tmp_path):

@@ -13,7 +13,7 @@ from promag.training.config import UserError
 from tests.scripts.conftest import TINY_MODEL
 
 STEPS = {"steps": 2, "batch_size": 1, "warmup": 1}
-LOOP = {"validate_every": 2, "log_every": 1, "workers": 0}
+LOOP = {"validate_every": 2, "log_every": 1, "workers": 0, "trackers": []}
 DATA = {"train": "synthetic", "validation": "synthetic", "temporal_strides": [1]}
 VARIANTS = [
     {"name": "base", "model": TINY_MODEL, "stages": [{"ratio": 4, "frames": 5, "optimization": STEPS}]},
@@ -47,7 +47,7 @@ def config(tmp_path_factory):
         "clips": 4,
         "text": {"width": 16, "layers": 1, "heads": 2},
         "transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
-        "optimization": STEPS,
+        "optimization": {**STEPS, "batch_size": 16},  # validation scores as many of its 64 clips at once
         "run": LOOP,
         "prompts": 2,
         "steps": 2,

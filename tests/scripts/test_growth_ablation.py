@@ -47,7 +47,6 @@ VARIANTS = [
     variant("base", [stage(4, None)], model=MODEL, seeds=(0, 1)),
     variant("progressive", [stage(8, latent_pretrain_steps=1), stage(16)], base="base"),
     variant("warm", [stage(16, "none", trainable="all", optimization={**LOOP, "steps": 4})], base="base"),
-    variant("plain", [stage(4, None)], model={**MODEL, "linear_shortcuts": False}),
     variant("baseline", [stage(4, None)], baseline={"name": "AutoencoderKLWan", "config": WAN}),
     variant("joint", [stage(8), stage(8, None, trainable="all", by_turns=[8, 4, 8])], base="base"),
 ]
@@ -72,7 +71,7 @@ def config(tmp_path_factory):
         },
         "run": {
             "log_every": 1, "validate_every": 2, "save_every": 50, "keep_last": 1, "keep_every": None, "workers": 0,
-            "distributed": "ddp", "stop_after": None, "trackers": ["tensorboard"], "peak_tflops": None,
+            "distributed": "ddp", "stop_after": None, "trackers": [], "peak_tflops": None,
         },
         "variants": VARIANTS,
     }  # fmt: skip
@@ -90,8 +89,8 @@ def lines(config):
 def test_a_line_for_each_variant_seed_and_ratio(lines):
     named = [(r["variant"], r["seed"], r["ratio"]) for r in lines if not {"subsampled", "interpolated"} & r.keys()]
     assert named == [
-        ("base", 0, 4), ("base", 1, 4), ("progressive", 0, 8), ("progressive", 0, 16), ("warm", 0, 16), ("plain", 0, 4),
-        ("baseline", 0, 4), ("joint", 0, 4), ("joint", 0, 8),
+        ("base", 0, 4), ("base", 1, 4), ("progressive", 0, 8), ("progressive", 0, 16), ("warm", 0, 16), ("baseline", 0, 4),
+        ("joint", 0, 4), ("joint", 0, 8),
     ]  # fmt: skip
     seen = [(r["variant"], r["subsampled"], len(r["psnr_per_frame"])) for r in lines if "subsampled" in r and r["seed"] == 0]
     assert ("base, every 2nd frame", 2, 9) in seen
@@ -190,7 +189,7 @@ def test_costs_are_recorded_by_stage_and_inherited_part(lines):
     assert sixteen["lift"].keys() == {"4", "8"}
     # The frozen decoder computes the same estimates, so decoding them equals decoding the latent.
     assert sixteen["lift"]["4"]["psnr"] == pytest.approx(sixteen["psnr"], abs=1e-3)
-    assert base["lift"] == by_variant["plain", 4]["lift"] == by_variant["baseline", 4]["lift"] == {}
+    assert base["lift"] == by_variant["baseline", 4]["lift"] == {}
 
 
 def test_the_report_draws_the_recorded_lines(lines, config, tmp_path, capsys):
@@ -285,7 +284,7 @@ def test_growth_on_an_existing_architecture_is_compared_with_training_it_directl
     values["data"] = {**data, "validation_clips": 1, "latent_cache": str(tmp_path / "latents"), "latent_clips": 3}
     values |= {"output_dir": str(tmp_path / "runs"), "record": str(tmp_path / "lines.jsonl"), "precision": "fp32", "frames": 17}
     values |= {"perceptual": []}
-    values["run"] = {"validate_every": 2, "log_every": 1, "workers": 0}
+    values["run"] = {"validate_every": 2, "log_every": 1, "workers": 0, "trackers": []}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     assert growth_ablation.main(["--config", str(tmp_path / "config.yaml")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]

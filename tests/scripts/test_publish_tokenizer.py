@@ -27,7 +27,7 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
     )
     credits.write_text("Thanks to all.")
     tokenizer = demo_run / "tokenizer-run" / "tokenizer"
-    arguments = [str(tokenizer), "--out", str(out), "--videos", "synthetic", "--frames", "17", "--size", "32", "--count", "3"]
+    arguments = [str(tokenizer), "--out", str(out), "--videos", "synthetic", "--frames", "17", "--size", "32", "--count", "1"]
     publish.main(["tokenizer", *arguments, "--sources", str(table), "--credits", str(credits), "--record", str(record)])
     weights, trained = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (out, tokenizer))
     assert weights.keys() == trained.keys()
@@ -40,7 +40,7 @@ def test_publish_tokenizer_writes_bf16_weights_and_a_card_of_its_own_figures(dem
     assert "two/clips" not in card
     assert "| 8x | frozen, frozen | 9 frames, 32x32 | 2 | 1 |" in card
     assert "Thanks to all." in card
-    assert "3 clips at 32x32. Commit" in card  # generated ones, of which no index states whether they were trained on
+    assert "1 clips at 32x32. Commit" in card  # generated ones, of which no index states whether they were trained on
     for change, message in (
         (["--split", "test"], "no row has the split test"),
         (["--sources", str(credits)], "columns licence, source_commit, source_repo, split are missing"),

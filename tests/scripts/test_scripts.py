@@ -1,7 +1,6 @@
 """All other scripts at their smallest size, with the demo's tokenizer and pipelines, and users' mistakes."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -25,6 +24,7 @@ from promag.tokenizer.tiny_training import tiny_decoder_for
 from promag.training.command_line import run_main
 from promag.training.config import UserError
 from tests.conftest import TINY, make_tokenizer
+from tests.processes import run_python
 from tests.scripts.conftest import LOOP, TINY_MODEL, overrides
 
 RUN = {"log_every": 1, "validate_every": 2, "save_every": 2, "workers": 0}
@@ -38,6 +38,7 @@ def tokenizer_arguments(folder, **data):
         "synthetic_clips": 4,
         "size": 32,
         "temporal_strides": [1],
+        "validation_clips": 2,
         **data,
     }
     stages = {str(i): {"frames": 1 + 4 * 2**i, "latent_pretrain_steps": 0, "optimization": LOOP} for i in range(3)}
@@ -105,8 +106,9 @@ def test_train_tokenizer_on_real_files(video_folder, tmp_path, capsys):
 
 def test_evaluate_tokenizer_agrees_with_the_report(demo_run, tmp_path, capsys):
     arguments = [str(demo_run / "tokenizer-run" / "tokenizer"), "--videos", "synthetic", "--count", "2", "--frames", "17"]
+    arguments += ["--size", "32", "--precision", "fp32", "--perceptual"]  # none
     out, record = tmp_path / "out.json", tmp_path / "results.jsonl"
-    evaluate_tokenizer.main([*arguments, "--size", "32", "--precision", "fp32", "--out", str(out), "--record", str(record)])
+    evaluate_tokenizer.main([*arguments, "--out", str(out), "--record", str(record)])
     results = json.loads(out.read_text())["ratios"]
     report = json.loads((demo_run / "report.json").read_text())["rows"]
     for row in report:
@@ -167,7 +169,7 @@ def test_evaluate_tokenizer_compares_with_a_tiny_decoder(tmp_path, capsys):
 
 def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, capsys):
     tokenizer, out = demo_run / "tokenizer-run" / "tokenizer", tmp_path / "new" / "sheet.png"
-    arguments = [str(tokenizer), "--videos", "synthetic", "--count", "8", "--frames", "17", "--size", "32"]
+    arguments = [str(tokenizer), "--videos", "synthetic", "--count", "4", "--frames", "17", "--size", "32"]
     arguments += ["--contact-sheet", str(out), "--perceptual"]  # none
     evaluate_tokenizer.main([*arguments, "--also", f"again={tokenizer}:16"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("dB")]
@@ -186,7 +188,7 @@ def test_the_contact_sheet_draws_the_clips_with_most_motion(demo_run, tmp_path, 
     for change, message in (
         (["--also", f"a={tokenizer}"], "NAME=CHECKPOINT:RATIO is needed"),
         (["--also", f"a={tokenizer}:12"], "temporal ratio 12: this tokenizer has 4x, 8x, 16x"),
-        (["--clips", "8"], "--clips 8: there are 0 to 7"),
+        (["--clips", "4"], "--clips 4: there are 0 to 3"),
         (["--contact-sheet", "sheet.jpg"], r"sheet\.jpg: a \.png file is needed"),
         (["--also", f"a={tmp_path / 'coarse'}:4", "--size", "48"], "--also a=.*:4: height 48: needs a multiple of 32"),
         *(([f"--{name}", "0"], f"--{name} 0: at least 1 is needed") for name in ("across", "scale", "rounds", "count")),
@@ -423,8 +425,8 @@ def test_a_users_mistake_is_one_line_and_status_2(monkeypatch, capsys, script, a
 
 
 def test_a_script_run_as_a_file_exits_with_the_status():
-    command = [sys.executable, "scripts/sample.py", "nowhere", "--prompt", "a", "--out", "a.mp4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    code = "import runpy; runpy.run_path('scripts/sample.py', run_name='__main__')"
+    done = run_python(code, "nowhere", "--prompt", "a", "--out", "a.mp4")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "pipeline nowhere: no model_index.json there" in done.stderr
 

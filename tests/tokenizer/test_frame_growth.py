@@ -12,11 +12,11 @@ from promag.tokenizer.growth import Growth, halfway
 from promag.tokenizer.layers import START
 from promag.tokenizer.objectives import StageObjective
 from promag.tokenizer.train import train_tokenizer
-from tests.conftest import make_tokenizer, run_config
+from tests.conftest import make_tokenizer
 from tests.existing_models import SMALL
 from tests.tokenizer.test_autoencoder import check_chunks_equal_the_whole, moments
 from tests.tokenizer.test_existing import clip_for, grown, settle_levels
-from tests.tokenizer.test_train import make_config, stage
+from tests.tokenizer.test_train import RUN, make_config, short, stage
 
 FRAMES = {"hand_over": "frames"}
 KINDS = [FRAMES, {**FRAMES, "sum_at": "features"}, {**FRAMES, "decoder": "finetune"}]
@@ -188,10 +188,11 @@ def test_training_beats_interpolation_on_one_clip_and_touches_the_new_level_alon
 
 def test_stages_train_it_and_an_interrupted_training_continues_to_the_same_weights(tmp_path):
     together = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(16, 8, 4))
-    stages = (stage(4, 5), stage(8, 9, Growth(**FRAMES)), stage(16, 17, Growth(**FRAMES)), together)
+    growing = (stage(4, 5), stage(8, 9, Growth(**FRAMES)), stage(16, 17, Growth(**FRAMES)))
+    stages = (*map(short, growing), short(together, steps=3))
     whole = train_tokenizer(make_config(tmp_path / "whole", stages=stages))
-    interrupted = make_config(tmp_path / "resumed", stages=stages, run=run_config(stop_after=3))
-    for _ in range(8):
+    interrupted = make_config(tmp_path / "resumed", stages=stages, run=dataclasses.replace(RUN, stop_after=1))
+    for _ in range(6):
         resumed = train_tokenizer(interrupted)
     one, other = (load_tokenizer(folder).state_dict() for folder in (whole, resumed))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

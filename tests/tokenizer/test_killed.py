@@ -6,28 +6,25 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from promag.tokenizer.checkpoint import load_tokenizer, save_model
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import train_tokenizer
 from promag.training.config import UserError
 from promag.training.files import finish_replacing
-from tests.conftest import make_tokenizer, run_config
-from tests.tokenizer.test_train import make_config, stage
+from tests.conftest import make_tokenizer
+from tests.tokenizer.test_train import RUN, make_config, short, stage
 from tests.training.test_run import small_files
 
 
-class Killed(BaseException):
-    """Stands for a kill: only the test catches it."""
-
-
-class Killer:
-    """Ends a call before its n-th change of a file in a folder; later changes, such as those of handlers, fail too."""
+class Snapshots:
+    """Copies a folder before each change of a file in it that a call makes: what a kill at that moment leaves."""
 
     CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
     def __init__(self):
-        self.folder, self.left = None, 0
+        self.folder, self.copies = None, []
         sys.addaudithook(self)
 
     def __call__(self, event, arguments):
@@ -35,33 +32,35 @@ class Killer:
             return
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & 0o3
         if (writes or event in self.CHANGES) and self._inside(event, arguments):
-            self.left -= 1
-            if self.left < 0:
-                raise Killed
+            self._copy()
 
     def _inside(self, event, arguments):
         relative = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # to a folder that is being removed
         return relative or str(arguments[0]).startswith(str(self.folder))
 
-    def run(self, folder, operations, call):
-        """Return whether `call` finished within that many changes."""
-        self.folder, self.left = folder, operations
+    def _copy(self):
+        folder, self.folder = self.folder, None  # copying is no change
+        self.copies.append(shutil.copytree(folder, folder.with_name(f"{folder.name}-{len(self.copies)}")))
+        self.folder = folder
+
+    def take(self, folder, call):
+        """Return a copy of the folder before each change of a file by `call`, then one of what it left."""
+        self.folder, self.copies = folder, []
         try:
             call()
-        except Killed:
-            return False
+            self._copy()
         finally:
             self.folder = None
-        return True
+        return self.copies
 
 
 @pytest.fixture(scope="session")
-def killer():
-    return Killer()
+def snapshots():
+    return Snapshots()
 
 
 def weights(run):
-    return load_tokenizer(run / "tokenizer").state_dict()
+    return load_file(run / "tokenizer" / "diffusion_pytorch_model.safetensors")
 
 
 def equal(a, b):
@@ -69,52 +68,42 @@ def equal(a, b):
 
 
 def two_stages(folder, stop_after=None, **change):
-    loop = dataclasses.replace(stage(4, 5).optimization, steps=2)
-    stages = [dataclasses.replace(s, optimization=loop) for s in (stage(4, 5), stage(8, 9, Growth()))]
-    run = run_config(validate_every=50, save_every=50, keep_last=1, trackers=(), stop_after=stop_after)
-    config = make_config(folder, stages=tuple(stages), run=run, **change)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, validation_clips=1))
+    stages = (short(stage(4, 5)), short(stage(8, 9, Growth())))
+    return make_config(folder, stages=stages, run=dataclasses.replace(RUN, stop_after=stop_after), **change)
 
 
 @pytest.mark.parametrize("ratio", [4, 8])
-def test_a_stage_killed_before_any_change_of_a_file_continues_to_the_same_weights(killer, tmp_path, ratio):
-    whole, begun, run = tmp_path / "whole", tmp_path / "begun", tmp_path / "run"
+def test_a_stage_killed_before_any_change_of_a_file_continues_to_the_same_weights(snapshots, tmp_path, ratio):
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
     train_tokenizer(two_stages(whole, only_stage=4))
     if ratio == 8:
         shutil.copytree(whole, begun)
         train_tokenizer(two_stages(whole, only_stage=8))
-    expected = weights(whole)
+    expected, config = weights(whole), (whole / "tokenizer" / "config.json").read_text()
     assert train_tokenizer(two_stages(begun, only_stage=ratio, stop_after=1)) is None  # at the first step of two
-    for operations in range(200):
-        shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(begun, run)
-        ended = killer.run(run, operations, lambda: train_tokenizer(two_stages(run, only_stage=ratio)))
+    runs = snapshots.take(begun, lambda: train_tokenizer(two_stages(begun, only_stage=ratio)))
+    assert 20 < len(runs) < 200
+    for run in runs:
         assert train_tokenizer(two_stages(run, only_stage=ratio)) == run / "tokenizer"
-        assert equal(weights(run), expected), operations
+        assert equal(weights(run), expected), run
+        assert (run / "tokenizer" / "config.json").read_text() == config
         assert not list(run.glob(".*"))
         assert (run / f"{ratio}x" / "done.json").exists()
-        if ended:
-            break
-    assert 20 < operations < 199
 
 
-def test_a_save_killed_before_any_change_of_a_file_leaves_the_old_or_the_new_model(killer, tmp_path):
+def test_a_save_killed_before_any_change_of_a_file_leaves_the_old_or_the_new_model(snapshots, tmp_path):
     old, new = make_tokenizer(levels=1), make_tokenizer(levels=2)
+    save_model(old, tmp_path / "run" / "tokenizer")
     outcomes = []
-    for operations in range(100):
-        folder = tmp_path / str(operations) / "tokenizer"
-        save_model(old, folder)
-        ended = killer.run(folder.parent, operations, lambda folder=folder: save_model(new, folder))
+    for run in snapshots.take(tmp_path / "run", lambda: save_model(new, tmp_path / "run" / "tokenizer")):
+        folder = run / "tokenizer"
         finish_replacing(folder)
-        assert [p.name for p in folder.parent.iterdir()] == ["tokenizer"]
-        ratios = load_tokenizer(folder).temporal_ratios
-        assert equal(load_tokenizer(folder).state_dict(), (old if ratios == (4,) else new).state_dict())
-        outcomes.append(len(ratios))
-        if ended:
-            break
+        assert [p.name for p in run.iterdir()] == ["tokenizer"]
+        saved = load_tokenizer(folder)
+        assert equal(saved.state_dict(), (old if saved.temporal_ratios == (4,) else new).state_dict())
+        outcomes.append(len(saved.temporal_ratios))
     assert outcomes == sorted(outcomes)  # the old one first, then the new one
     assert set(outcomes) == {1, 2}
-    assert ended
 
 
 def test_a_level_with_unfinished_training_is_refused(tmp_path):

@@ -26,7 +26,7 @@ from promag.tokenizer.train import leaves_unused, train_only, train_tokenizer
 from promag.training.config import UserError, build
 from promag.training.optimizers import make_optimizers, weights_and_keys
 from promag.training.run import load_checkpoint
-from tests.conftest import TINY, make_tokenizer, optimization_config, run_config
+from tests.conftest import SHORT, make_tokenizer, optimization_config, run_config
 from tests.data.conftest import counting
 
 LOOP = optimization_config(muon_learning_rate=0.01)
@@ -47,12 +47,16 @@ def stage(ratio, frames, growth=None, latent_pretrain_steps=0, trainable="new", 
     )
 
 
+def short(settings, steps=2):
+    return dataclasses.replace(settings, optimization=dataclasses.replace(settings.optimization, steps=steps))
+
+
 def adversarial_config(**change):
     return Adversarial(start=2, kind="hinge", width=4, layers=1, penalty_every=1, **change)
 
 
 def data_config(train="synthetic", validation="synthetic", **change):
-    values = {"synthetic_clips": 8, "size": 32, "temporal_strides": (1,), "validation_clips": 2, "sharding": Sharding(1, 4)}
+    values = {"synthetic_clips": 8, "size": 32, "temporal_strides": (1,), "validation_clips": 1, "sharding": Sharding(1, 4)}
     return TokenizerDataConfig(train=train, validation=validation, **{**values, **change})
 
 
@@ -60,7 +64,7 @@ def make_config(folder, **change):
     config = TokenizerConfig(
         output_dir=str(folder),
         precision="fp32",
-        model=None if change.get("init") else AutoencoderConfig(**TINY),
+        model=None if change.get("init") else AutoencoderConfig(**SHORT),
         data=data_config(),
         stages=(stage(4, 5), stage(8, 9, Growth(), 2), stage(16, 17, Growth(decoder="finetune"))),
         run=RUN,
@@ -71,7 +75,8 @@ def make_config(folder, **change):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
-    assert train_tokenizer(make_config(run)) == run / "tokenizer"
+    shown = dataclasses.replace(RUN, trackers=("tensorboard",))
+    assert train_tokenizer(make_config(run, run=shown)) == run / "tokenizer"
     return run
 
 
@@ -369,7 +374,7 @@ def test_a_resumed_run_may_switch_in_memory_on_or_off(shards, tmp_path):
 
     def half(name, in_memory):
         data = data_config(index, index, temporal_strides=(1, 2), in_memory=in_memory)
-        run = dataclasses.replace(RUN, stop_after=2, workers=2)
+        run = dataclasses.replace(RUN, stop_after=2, workers=1)
         return train_tokenizer(make_config(tmp_path / name, data=data, stages=(stage(4, 5),), run=run))
 
     for run, first, second in (("files", False, False), ("into", False, True), ("out", True, False)):

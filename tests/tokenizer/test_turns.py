@@ -15,25 +15,20 @@ from promag.tokenizer.objectives import StageObjective
 from promag.tokenizer.train import _may_change, leaves_unused, train_only, train_tokenizer
 from promag.training.config import UserError, save_yaml
 from promag.training.run import recorded_data
-from tests.conftest import make_tokenizer, run_config
+from tests.conftest import make_tokenizer
 from tests.existing_models import small_existing
-from tests.tokenizer.test_killed import equal, killer, weights  # noqa: F401
-from tests.tokenizer.test_train import RUN, make_config, records, stage, trained  # noqa: F401
+from tests.tokenizer.test_killed import equal, snapshots, weights  # noqa: F401
+from tests.tokenizer.test_train import RUN, make_config, records, short, stage, trained  # noqa: F401
 
 TURNS = dataclasses.replace(stage(8, 9, trainable="all"), by_turns=(8, 4, 8))
-BRIEF = dataclasses.replace(RUN, trackers=())
-
-
-def short(settings, steps=2):
-    return dataclasses.replace(settings, optimization=dataclasses.replace(settings.optimization, steps=steps))
 
 
 GROWING = (short(stage(4, 5)), short(stage(8, 9, Growth())))
 
 
 def with_turns(folder, last=TURNS, stop_after=None, stages=GROWING, **change):
-    config = make_config(folder, stages=(*stages, short(last)), run=dataclasses.replace(BRIEF, stop_after=stop_after), **change)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, validation_clips=1))
+    run = dataclasses.replace(RUN, stop_after=stop_after)
+    return make_config(folder, stages=(*stages, short(last)), run=run, **change)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +42,15 @@ def grown(tmp_path_factory):
 def whole(tmp_path_factory):
     run = tmp_path_factory.mktemp("whole")
     assert train_tokenizer(with_turns(run)) == run / "tokenizer"
+    return run
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Return a run that was stopped within each of its stages, the last time within that by turns."""
+    run = tmp_path_factory.mktemp("begun")
+    for _ in range(3):
+        assert train_tokenizer(with_turns(run, stop_after=1)) is None
     return run
 
 
@@ -66,17 +70,16 @@ def test_one_run_equals_a_run_that_grows_and_one_that_trains_by_turns(grown, who
     assert changed == (decoding if trainable == "decoder" else {"encoder", "encoder_growth", *decoding})
 
 
-def test_a_run_with_a_stage_by_turns_continues_bit_for_bit(whole, tmp_path, capsys):
-    for _ in range(3):
-        assert train_tokenizer(with_turns(tmp_path, stop_after=1)) is None
-    assert train_tokenizer(with_turns(tmp_path, stop_after=1)) == tmp_path / "tokenizer"
-    assert equal(weights(tmp_path), weights(whole))
+def test_a_run_with_a_stage_by_turns_continues_bit_for_bit(begun, whole, tmp_path, capsys):
+    run = shutil.copytree(begun, tmp_path / "run")
+    assert train_tokenizer(with_turns(run, stop_after=1)) == run / "tokenizer"
+    assert equal(weights(run), weights(whole))
     capsys.readouterr()
-    train_tokenizer(with_turns(tmp_path))
+    train_tokenizer(with_turns(run))
     output = capsys.readouterr().out
-    assert all(f"{name}: already trained in {tmp_path / name}\n" in output for name in ("4x", "8x", "4x-8x"))
-    assert equal(weights(tmp_path), weights(whole))
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"4x", "8x", "4x-8x", "tokenizer"}
+    assert all(f"{name}: already trained in {run / name}\n" in output for name in ("4x", "8x", "4x-8x"))
+    assert equal(weights(run), weights(whole))
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"4x", "8x", "4x-8x", "tokenizer"}
 
 
 def test_a_stage_by_turns_is_chosen_by_its_name_and_a_ratio_means_its_growth(whole, tmp_path, capsys):
@@ -106,7 +109,7 @@ def test_a_lost_or_damaged_tokenizer_is_built_again_with_its_stage_by_turns(whol
         shutil.rmtree(run)
 
 
-def test_a_lost_or_changed_start_of_a_stage_by_turns_is_named(whole, tmp_path):
+def test_a_lost_or_changed_start_of_a_stage_by_turns_is_named(begun, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "lost")
     shutil.rmtree(tmp_path / "lost" / "4x-8x")
     message = "stage 4x-8x: .* is no longer what it starts from, but its training in .*4x-8x stands at step 0 of 2"
@@ -116,9 +119,7 @@ def test_a_lost_or_changed_start_of_a_stage_by_turns_is_named(whole, tmp_path):
     train_tokenizer(with_turns(tmp_path / "lost"))
     assert equal(weights(tmp_path / "lost"), weights(whole))
 
-    changed = tmp_path / "changed"
-    for _ in range(3):
-        assert train_tokenizer(with_turns(changed, stop_after=1)) is None
+    changed = shutil.copytree(begun, tmp_path / "changed")
     assert {"the tokenizer that 8x starts from", "the tokenizer that 4x-8x starts from"} <= recorded_data(changed).keys()
     model = load_tokenizer(changed / "tokenizer")
     with torch.no_grad():
@@ -128,21 +129,14 @@ def test_a_lost_or_changed_start_of_a_stage_by_turns_is_named(whole, tmp_path):
         train_tokenizer(with_turns(changed))
 
 
-def test_a_stage_by_turns_killed_before_any_change_of_a_file_continues_to_the_same_weights(killer, grown, whole, tmp_path):  # noqa: F811
-    run, begun = tmp_path / "run", tmp_path / "begun"
-    quiet = {"run": run_config(validate_every=50, save_every=50, keep_last=1, trackers=())}
-    expected, operations, ended = weights(whole), 0, False
-    for _ in range(3):
-        train_tokenizer(with_turns(begun, stop_after=1))
-    while not ended:
-        shutil.copytree(begun, run)
-        ended = killer.run(run, operations, lambda: train_tokenizer(dataclasses.replace(with_turns(run), **quiet)))
-        assert train_tokenizer(dataclasses.replace(with_turns(run), **quiet)) == run / "tokenizer"
-        assert equal(weights(run), expected), operations
+def test_a_stage_by_turns_killed_before_any_change_of_a_file_continues_to_the_same_weights(begun, whole, tmp_path, snapshots):  # noqa: F811
+    start = shutil.copytree(begun, tmp_path / "run")
+    runs = snapshots.take(start, lambda: train_tokenizer(with_turns(start)))
+    assert 15 < len(runs) < 200
+    for run in runs:
+        assert train_tokenizer(with_turns(run)) == run / "tokenizer"
+        assert equal(weights(run), weights(whole)), run
         assert (run / "4x-8x" / "done.json").exists()
-        shutil.rmtree(run)
-        operations += 1
-    assert 15 < operations < 199
 
 
 def test_levels_on_an_autoencoder_of_diffusers_are_trained_by_turns_with_it(tmp_path):
@@ -251,7 +245,7 @@ def test_growth_is_saved_before_the_tokenizer_which_ends_its_stage(tmp_path):
     run, stages = tmp_path / "run", (short(stage(8, 9, Growth(width=16))),)
 
     def go_on(stop_after=None):
-        settings = dataclasses.replace(BRIEF, stop_after=stop_after)
+        settings = dataclasses.replace(RUN, stop_after=stop_after)
         return train_tokenizer(make_config(run, init=str(tmp_path / "wan"), model=None, stages=stages, run=settings))
 
     assert go_on(1) is None

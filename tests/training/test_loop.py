@@ -61,7 +61,7 @@ class Noisy(Objective):
 
 def run(folder, run=RUN, settings=SETTINGS, objective=None, validate=None, workers=0, accelerator=None):
     objective = objective or Noisy()
-    accelerator = accelerator or make_accelerator(folder, "fp32")
+    accelerator = accelerator or make_accelerator(folder, "fp32", run.trackers)
 
     def open_stream(first):
         return TrainingStream(Numbers(), 3, settings.batch_size, 0, 1, first, settings.accumulate)
@@ -116,7 +116,7 @@ def test_the_averaged_weights_are_left_in_the_model_and_validated(tmp_path):
 
 
 def test_the_model_of_a_stage_can_be_freed_when_it_ends(tmp_path):
-    accelerator = make_accelerator(tmp_path, "fp32")
+    accelerator = make_accelerator(tmp_path, "fp32", RUN.trackers)
     objective = weakref.ref(run(tmp_path, accelerator=accelerator)[1])
     gc.collect()
     assert objective() is None
