@@ -116,7 +116,6 @@ def load_existing(folder: str | os.PathLike) -> Any:
         raise UserError(f"autoencoder {folder}: cannot be loaded: {one_line(error)}") from None
 
 
-@torch.no_grad()
 def describe(model: Any, features: Features = "latents") -> Existing:
     """Learn an autoencoder's arithmetic by coding small clips.
 
@@ -130,14 +129,8 @@ def describe(model: Any, features: Features = "latents") -> Existing:
         raise ValueError(f"{name}: its temporal ratio is not in its configuration; a causal video autoencoder is needed")
     config = _settings(model)
     settings = json.dumps({key: value for key, value in config.items() if not key.startswith("_")})
-    return Existing(
-        class_name=name,
-        config=config,
-        temporal_ratio=ratio,
-        features=features,
-        **_arithmetic(type(model), settings, ratio, features),
-        **_buffers(model),
-    )
+    measured: dict[str, Any] = {**_arithmetic(type(model), settings, ratio, features), **_buffers(model)}
+    return Existing(class_name=name, config=config, temporal_ratio=ratio, features=features, **measured)
 
 
 @functools.cache
