@@ -1,4 +1,4 @@
-"""Save a trained tokenizer, pipeline or adapters in bf16 with a model card of their figures.
+"""Save a tokenizer, pipeline or adapters in bf16 with a model card of their figures.
 
 promag publish tokenizer RUN/tokenizer --out checkpoints/tiny --videos eval.jsonl --sources clips.csv
 promag publish pipeline RUN/pipeline --out checkpoints/tiny-video --tokenizer checkpoints/tiny
