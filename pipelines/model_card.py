@@ -115,6 +115,7 @@ def lora_card(name: str, base: str, sampling: Mapping[str, Any], fps: float) -> 
             f'frames = pipe("what the video shows"{call}).frames[0]',
             f'promag.write_video("video.mp4", (frames * 255).round().astype("uint8"), {fps:g})',
             "```",
+            f'`promag sample {base} --lora {name} --prompt "..." --out video.mp4` does the same from the command line.',
             "",
         ]
     )

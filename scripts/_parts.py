@@ -63,7 +63,7 @@ def load_lora(pipe: Any, folder: Path) -> Sequence[int]:
         raise UserError(f"--lora {folder}: cannot be loaded into this pipeline's transformer: {one_line(error)}") from None
     ratios = sampling.pop("temporal_ratios", None)
     if sampling:
-        pipe.register_to_config(**sampling)
+        loader.register_to_config(**sampling)
     return _limit_ratios(pipe, ratios, folder) if ratios else trained_ratios(pipe)
 
 
