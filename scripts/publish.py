@@ -244,12 +244,17 @@ def _publish_lora(arguments: argparse.Namespace) -> tuple[str, str]:
     source = arguments.checkpoint / LORA_WEIGHT_NAME_SAFE
     if not source.is_file():
         raise UserError(f"{arguments.checkpoint}: no {source.name} there; give RUN/lora of a training with `lora`")
+    sampling = recorded_sampling(source)
+    if not sampling:
+        raise UserError(
+            f"{source}: states no temporal ratios, as those of earlier versions; delete {arguments.checkpoint} and run its "
+            "training command again, which saves it from the last checkpoint"
+        )
     recipe = list_trainings(run)
     pipe: Any = load_pipeline(arguments.pipeline)
     before: Any = load_pipeline(init)
     check_same(before.transformer, pipe.transformer, f"--pipeline {arguments.pipeline}", "those of the adapters' training")
     save_model(_PublishedLora(source), arguments.out)
-    sampling = recorded_sampling(source)
     options = {key: getattr(arguments, key) for key in SAMPLED} | {"lora": arguments.out}
     lines = _score(evaluate_pipeline.main, arguments.out, options, arguments.pipeline)
     opening = lora_card(str(arguments.out), str(arguments.pipeline), sampling, pipe.config["fps"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from promag.data.synthetic import MOTIONS
 from promag.diffusion.config import DiffusionConfig
@@ -126,6 +126,12 @@ def test_the_adapters_of_a_student_are_published_for_the_pipeline_they_were_trai
 
     with pytest.raises(UserError, match=r"16x: no pytorch_lora_weights\.safetensors there; give RUN/lora"):
         publish.main(["lora", "run/16x", "--pipeline", str(video), "--out", "other"])
+    earlier = Path(shutil.copytree("run", "earlier")) / "lora" / LORA
+    earlier.write_bytes(save(load_file(earlier)))  # without metadata
+    with pytest.raises(
+        UserError, match=r"states no temporal ratios, as those of earlier versions; delete earlier/lora and run"
+    ):
+        publish.main(["lora", "earlier/lora", "--pipeline", str(video), "--out", "other"])
     other = load_pipeline(video)
     with torch.no_grad():
         next(other.transformer.parameters()).add_(1)
