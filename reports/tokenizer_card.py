@@ -92,7 +92,7 @@ def tokenizer_card(
             markdown_table(["ratio", *(heading for _, heading, _ in columns)], _figures(record["ratios"], columns)),
             "",
             *_lifts(record["ratios"]),
-            "",
+            *_controls(record["ratios"], shape["temporal_ratios"][0]),
             "PSNR in dB; key frames are frames 0, r, 2r, ...; least and most motion are thirds of the clips; high freq. is the "
             "energy above half the Nyquist frequency against the original's (below 1 is blur)."
             f"{_explain(columns)} LPIPS and FVD were not measured for want of weights.",
@@ -158,12 +158,23 @@ def _figures(ratios: Mapping[str, Mapping[str, Any]], columns: Columns) -> list[
 
 
 def _lifts(ratios: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a line for each latent that lifts to lower ones."""
+    """Return a paragraph about the latents that lift to lower ones; nothing where none does."""
     lifts = []
     for ratio, values in ratios.items():
         for low, lift in values["lift"].items():
             lifts.append(f"{low}x from {ratio}x: {lift['latent_error']:.2f} of its variance, {lift['psnr']:.2f} dB decoded")
-    return [f"Latents estimated without pixels: {'; '.join(lifts)}."] if lifts else []
+    return [f"Latents estimated without pixels: {'; '.join(lifts)}.", ""] if lifts else []
+
+
+def _controls(ratios: Mapping[str, Mapping[str, Any]], base: int) -> list[str]:
+    """Return a paragraph about the lowest level on fewer frames, in the place of each higher one; nothing for one level."""
+    found = []
+    for ratio, values in ratios.items():
+        if control := values.get("interpolated"):
+            motion = values.get("interpolated_by_motion")  # small pictures have none
+            also = f", {motion['psnr']:.2f} dB along their motion" if motion else ""
+            found.append(f"one frame of {int(ratio) // base}, in the place of {ratio}x: {control['psnr']:.2f} dB{also}")
+    return [f"Control, the {base}x level alone with the other frames interpolated: {'; '.join(found)}.", ""] if found else []
 
 
 def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -198,8 +198,21 @@ def test_what_stands_on_an_autoencoder_of_diffusers_is_published_as_it_was_given
     assert "promag reconstruct" not in card
 
 
-def card_of(shape):
+def test_the_card_has_interpolation_as_a_control_and_no_empty_paragraphs():
+    moving = {"interpolated": {"psnr": 26.021}, "interpolated_by_motion": {"psnr": 26.1}}
+    controls = {"16": moving, "8": {"interpolated": {"psnr": 27}}}
+    card = card_of({"parameters": 1e6, "temporal_ratios": (4, 8, 16)}, controls)
+    text = "Control, the 4x level alone with the other frames interpolated: one frame of 2, in the place of 8x: 27.00 dB; "
+    assert f"\n\n{text}one frame of 4, in the place of 16x: 26.02 dB, 26.10 dB along their motion.\n\nPSNR in dB" in card
+    for quoted in (card, card_of({"parameters": 1e6, "temporal_ratios": (4,)})):
+        assert "\n\n\n" not in quoted.rstrip()
+    assert "Control" not in quoted
+
+
+def card_of(shape, more=()):
     ratios = {str(ratio): {"clips": 1, "lift": {}, "psnr": 20.0} for ratio in shape["temporal_ratios"]}
+    for ratio, figures in dict(more).items():
+        ratios[ratio] |= figures
     record = {"protocol": "", "ratios": ratios, "size": 32, "commit": "", "machine": "", "versions": {"torch": ""}}
     shape = {"latent_channels": 4, "spatial_ratio": 8, "dtype": "bfloat16", **shape}
     return tokenizer_card("name", shape, record, [], [], "")
