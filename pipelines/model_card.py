@@ -60,7 +60,7 @@ def pipeline_card(pipe: Any, name: str, hub: bool = False) -> str:
             *(["from huggingface_hub import snapshot_download"] if hub else []),
             "",
             f"pipe = DiffusionPipeline.from_pretrained({place})",
-            *(["pipe.enable_tiny_decoder()  # decodes faster, less sharply"] if "tiny_decoder" in parts else []),
+            *(["# pipe.enable_tiny_decoder() decodes faster, less sharply"] if "tiny_decoder" in parts else []),
             'frames = pipe("what the video shows").frames[0]',
             f'promag.write_video("video.mp4", (frames * 255).round().astype("uint8"), {config["fps"]:g})',
             "```",
