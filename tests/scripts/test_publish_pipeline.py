@@ -81,7 +81,7 @@ def test_a_student_of_a_published_pipeline_is_published_with_a_tiny_decoder(demo
     card = (out / "README.md").read_text()
     assert f"The first training starts from {published}. Every training" in card
     assert "| 12 steps, guidance 3, to 4 |" in card
-    assert "pipe.enable_tiny_decoder()  # decodes faster" in card
+    assert "# pipe.enable_tiny_decoder() decodes faster" in card
 
 
 def test_the_adapters_of_a_student_are_published_for_the_pipeline_they_were_trained_on(
