@@ -56,7 +56,8 @@ class Lengths:
     def windows(self, available: int, fps: float) -> list[tuple[int, int]]:
         """Return first frame and number of frames of each clip of a stretch with so many frames at a rate."""
         least = self.frames or max(1, math.ceil(self.min_seconds * fps - TIE))
-        most = self.frames or (available if math.isinf(self.max_seconds) else max(1, int(self.max_seconds * fps + TIE)))
+        # Where no whole number of frames lies between the two, clips are the fewest frames that last `min_seconds`.
+        most = self.frames or (available if math.isinf(self.max_seconds) else max(least, int(self.max_seconds * fps + TIE)))
         starts = range(0, available - least + 1, most)
         return [(first, min(most, available - first)) for first in starts]
 

@@ -118,7 +118,10 @@ class FirstThen:
 
 @dataclass(frozen=True)
 class DrawnClips:
-    """The clips that a training of batches of one would be shown: clip i is its i-th, cut and ordered as it would be."""
+    """The clips that a training of batches of one would be shown: clip i is its i-th, cut and ordered as it would be.
+
+    The source's buckets must state no batch sizes of their own: those would be what a step takes.
+    """
 
     source: BatchSource
     seed: int

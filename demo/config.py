@@ -10,7 +10,7 @@ from promag.diffusion.config import BudgetConfig, DiffusionConfig, DiffusionData
 from promag.tokenizer.base import spatial_ratio
 from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.geometry import latent_frames, stage_name, tokens
-from promag.training.config import required, setting
+from promag.training.config import check_seed, required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
@@ -52,6 +52,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         """Raise ValueError where ratios and frames do not fit together."""
         check_training_precision(self.precision)
+        check_seed(self.seed)
         levels = [stage.ratio for stage in self.stages]
         unknown = [ratio for ratio in self.ratios if ratio not in levels]
         if unknown or not self.ratios:

@@ -44,6 +44,7 @@ class Measured:
     seconds: Seconds
     accuracy: Mapping[int, Accuracy]
     readable: Mapping[int, Accuracy]
+    channels: Mapping[int, int]  # of the latents
 
 
 def load_clips(config: DemoConfig, source: str, count: int) -> list[Mapping[str, Any]]:
@@ -97,7 +98,8 @@ def sample_shipped(config: DemoConfig) -> tuple[list[SampleClip], list[Reconstru
         for prompt, video, scene in zip(prompts, videos, scenes, strict=True)
     ]
     clips = load_clips(config, "synthetic", 2)
-    return samples, reconstruct(pipe.vae, clips, config.precision, pipe.vae.temporal_ratios)
+    fitting = [r for r in pipe.vae.temporal_ratios if (config.frames - 1) % r == 0]
+    return samples, reconstruct(pipe.vae, clips, config.precision, fitting)
 
 
 def make_report(config: DemoConfig, model: Any, pipeline: Path, source: str, started: float) -> Report:
@@ -115,7 +117,8 @@ def make_report(config: DemoConfig, model: Any, pipeline: Path, source: str, sta
     accuracy = {ratio: {part: score[part] for part in LEARNED} for ratio, score in scores.items()}
     scored = model.temporal_ratios if scenes else ()
     readable = {r: accuracies_of_reconstructions(model, clips, r, config.precision) for r in scored}
-    measured = Measured(quality, measure_seconds(config, pipe, prompts[: config.prompts]), accuracy, readable)
+    channels = dict(zip(model.temporal_ratios, model.level_channels, strict=True))
+    measured = Measured(quality, measure_seconds(config, pipe, prompts[: config.prompts]), accuracy, readable, channels)
     return Report(
         title=TITLE,
         summary=summarise(config, measured),
@@ -165,12 +168,12 @@ def budget_row(config: DemoConfig, ratio: int, measured: Measured) -> BudgetRow:
         missing = {"accuracy": "real videos have no scorer"}
     key = f"validation_loss_{ratio}x" if len(config.ratios) > 1 else "validation_loss"
     losses = points(video_folder(config) / "metrics.jsonl", key) if ratio in config.ratios else []
-    channels = config.tokenizer.latent_channels
+    values = measured.channels[ratio] * latent_frames(config.frames, ratio)
     return BudgetRow(
         ratio=ratio,
         latent_frames=latent_frames(config.frames, ratio),
         tokens=config.tokens(ratio),
-        latent_values_per_pixel=channels / config.spatial_ratio**2 * latent_frames(config.frames, ratio) / config.frames,
+        latent_values_per_pixel=values / config.spatial_ratio**2 / config.frames,
         **{key: measured.quality[ratio][key] for key in ("psnr", "psnr_std", "psnr_first", "ssim")},
         **{key: seconds.get(ratio) for key, seconds in measured.seconds.items()},
         validation_loss=losses[-1][1] if losses else None,

@@ -39,7 +39,7 @@ def parts(config: DemoConfig) -> list[Part]:
         seconds = frames * (latent * LATENT_FRAME + (steps - latent) * cost)
         folder = stage_folder(config, stage)
         run_parts.append(Part(f"1/3 tokenizer, {stage.name}", seconds, _trained(folder, steps)))
-    cached = config.synthetic_clips * config.frames * CACHED_FRAME
+    cached = _clips(config) * config.frames * CACHED_FRAME
     run_parts.append(Part("2/3 caching latents", cached, lambda: _cached(config)))
     mean = sum(config.tokens(ratio) for ratio in config.ratios) / len(config.ratios)
     seconds = config.diffusion.steps * config.diffusion.batch_size * mean * TOKEN
@@ -58,15 +58,22 @@ def _trained(folder: Path, steps: int) -> Callable[[], float]:
     return done
 
 
+def _clips(config: DemoConfig) -> int:
+    """Return how many clips are trained on."""
+    index = Path(config.output_dir) / "clips" / "train.jsonl"
+    return index.read_bytes().count(b"\n") if config.videos and index.exists() else config.synthetic_clips
+
+
 def _cached(config: DemoConfig) -> float:
     folders = list((Path(config.output_dir) / "latents").glob("train-*x"))
     if any((folder / "index.json").exists() for folder in folders):
         return 1.0
-    if not folders:
+    begun = [folder for folder in folders if (folder / "fingerprint.json").exists()]
+    if not begun:
         return 0.0
-    shard_size = json.loads((folders[0] / "fingerprint.json").read_text(encoding="utf-8"))["shard_size"]
-    shards = -(-config.synthetic_clips // shard_size)
-    return min(1.0, len(list(folders[0].glob("shard-*.safetensors"))) / shards)
+    shard_size = json.loads((begun[0] / "fingerprint.json").read_text(encoding="utf-8"))["shard_size"]
+    shards = -(-_clips(config) // shard_size)
+    return min(1.0, len(list(begun[0].glob("shard-*.safetensors"))) / shards)
 
 
 class LivePage:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from promag.data.buckets import Bucket
 from promag.tokenizer.geometry import check_frames, check_size, latent_frames, stage_name, tokens
-from promag.training.config import UserError, required, setting
+from promag.training.config import UserError, check_seed, required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
@@ -213,6 +213,7 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         """Raise ValueError if frames, size, ratios and patch are incompatible, and for other invalid settings."""
         check_training_precision(self.precision)
+        check_seed(self.seed)
         if not self.budgets or len(set(self.ratios)) < len(self.budgets):
             raise ValueError(f"budgets {list(self.ratios)}: one or more ratios are needed, each of them once")
         for bucket, ratio in itertools.product(self.data.training_buckets, self.ratios):

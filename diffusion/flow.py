@@ -36,8 +36,14 @@ def velocity(latents: Tensor, noise: Tensor) -> Tensor:
 
 
 def stated_shift(scheduler: Mapping[str, Any]) -> float:
-    """Return the shift of times in a scheduler's configuration, which some call `flow_shift`; 1 where none is stated."""
-    return scheduler.get("shift", scheduler.get("flow_shift", 1.0))
+    """Return the shift of times in a scheduler's configuration; 1 where none is stated.
+
+    FlowMatch schedulers read `shift`, the others `flow_shift`. A configuration that was made from another scheduler's holds
+    both: with dynamic shifting `shift` is what the pipeline was trained with, without it the scheduler reads its own key.
+    """
+    reads_shift = scheduler.get("_class_name", "").startswith("FlowMatch") or scheduler.get("use_dynamic_shifting")
+    keys = ("shift", "flow_shift") if reads_shift else ("flow_shift", "shift")
+    return next((scheduler[key] for key in keys if key in scheduler), 1.0)
 
 
 def token_shift(tokens: int, shift: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from promag.training.config import UserError
+from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import SafetensorsOnly
 
 PROBES = ("", "a red disc moves left", "Two dogs, 3 cats: it's late!", "wordsthatnobodyknows " * 30)
@@ -89,11 +89,11 @@ def load_openclip(name: str, weights: str | None) -> tuple[Any, OpenCLIPTextMode
         config = _model_config(name)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"open_clip:{name}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"open_clip:{name}: cannot be loaded: {one_line(error)}") from None
     text: Any = model.text
     if not isinstance(text, TextTransformer):
         raise UserError(f"open_clip:{name}: its text tower is a model of transformers; name that model itself")
-    converted, pad = _as_transformers(name, tokenizer, text.context_length)
+    converted, pad = _as_transformers(tokenizer, text.context_length)
     tower = OpenCLIPTextModel(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False), pad)
     tower.text.load_state_dict(text.state_dict())
     _check_tokens(name, tokenizer, converted, pad, text.context_length)
@@ -114,7 +114,7 @@ def _model_config(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name.replace("/", "-")) or {}
 
 
-def _as_transformers(name: str, tokenizer: Any, length: int) -> tuple[Any, int]:
+def _as_transformers(tokenizer: Any, length: int) -> tuple[Any, int]:
     """Convert a tokenizer to one of transformers; return it and the padding id of the model's own tokenizer."""
     inner = getattr(tokenizer, "tokenizer", None)
     if inner is not None:

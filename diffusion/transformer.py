@@ -217,7 +217,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         attention_head_dim: width of a head, a multiple of 2 and at least 6.
         text_dim: width of the text tokens, or a list with one for each text encoder.
         pooled_dim: width of the pooled text vectors, concatenated, that join the modulation; 0 for none.
-        temporal_ratios: temporal ratios of the latents in training.
+        temporal_ratios: temporal ratios of the latents in training; for information alone.
         condition_frames: maximum number of clean first latent frames in training; 0 for text-to-video only.
         local_convolution: whether each block begins with a depthwise convolution over neighbouring tokens (conditional
             positional encoding, arXiv 2102.10882). With few training clips the model then learns compact objects much sooner.

@@ -88,12 +88,13 @@ def _clips(given: Any) -> list[Any]:
     return list(given) if given.ndim == 5 else [given[None] if given.ndim == 3 else given]
 
 
-def count_opening(count: int, ratio: int, limit: int, frames: int) -> int:
-    """Return the number of a clip's `count` frames, 1 + ratio*k, that open a video of `frames` latent frames.
+def count_opening(count: int, ratio: int, limit: int, frames: int, latent_step: int) -> int:
+    """Return the number of a clip's `count` frames that open a video of `frames` latent frames: 1 + ratio*latent_step*k.
 
     They are at most `limit` latent frames, and one latent frame is left to make.
     """
-    return 1 + ratio * (min(limit, frames - 1, 1 + (count - 1) // ratio) - 1)
+    after_first = min(limit, frames - 1, 1 + (count - 1) // ratio) - 1
+    return 1 + ratio * (after_first - after_first % latent_step)
 
 
 def check_conditioning(name: str, count: int, prompts: int, most: int, frames: int, ratio: int) -> None:

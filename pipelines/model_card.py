@@ -128,9 +128,11 @@ def _guidance(scale: float) -> str:
 def _budget(pipe: Any, ratio: int, frames: int, height: int, width: int) -> str:
     if (frames - 1) % ratio:
         return f"| {ratio} | needs 1 + {ratio}k frames | |"
-    count = tokens(
-        frames, height, width, ratio, tuple(pipe.transformer.config["patch_size"]), pipe.vae.spatial_compression_ratio
-    )
+    patch = tuple(pipe.transformer.config["patch_size"])
+    try:
+        count = tokens(frames, height, width, ratio, patch, pipe.vae.spatial_compression_ratio)
+    except ValueError:
+        return f"| {ratio} | {latent_frames(frames, ratio)}: not divisible by patches of {patch[0]} | |"
     return f"| {ratio} | {latent_frames(frames, ratio)} | {count:,} |"
 
 

@@ -275,8 +275,9 @@ def _opening_of_draft(pipe: Any, arguments: Mapping[str, Any], ratio: int, lower
     *size, frames = with_defaults(pipe.config, **{name: arguments.get(name) for name in names})
     pixels: Any = read_conditioning_frames(None, arguments["video"], tuple(size), pipe.video_processor)
     limit = pipe.transformer.config["condition_frames"]
-    drafted = count_opening(pixels.shape[2], ratio, limit, latent_frames(frames, ratio))
-    kept = count_opening(drafted, lower, limit, latent_frames(frames, lower))
+    step = pipe.vae.latent_step
+    drafted = count_opening(pixels.shape[2], ratio, limit, latent_frames(frames, ratio), step)
+    kept = count_opening(drafted, lower, limit, latent_frames(frames, lower), step)
     return (pixels[:, :, -drafted:][:, :, :kept] / 2 + 0.5).movedim(1, 2)
 
 

@@ -112,7 +112,9 @@ class StockPipeline:
             self.pipe.save_pretrained(folder)
         finally:
             self.pipe.register_modules(vae=vae)
-        values = {**asdict(self.defaults), "temporal_ratios": list(self.temporal_ratios)}
+        first = self.config["temporal_ratio"]
+        ratios = [first, *(ratio for ratio in self.temporal_ratios if ratio != first)]
+        values = {**asdict(self.defaults), "temporal_ratios": ratios}
         write_atomically(Path(folder) / SETTINGS, json.dumps(values, indent=2) + "\n")
 
     def __call__(

@@ -328,7 +328,7 @@ class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeli
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_flow(self.scheduler, base_ahead := self.transformer.config["base_ahead"])
         spatial, patch = self.vae.spatial_compression_ratio, self.transformer.config["patch_size"]
-        check_size(*size, spatial * max(patch[1:]))
+        check_size(*size, spatial * patch[1], spatial * patch[2])
         check_frames(video_shape.num_frames, ratio, self.vae.latent_step)
         token_count = tokens(video_shape.num_frames, *size, ratio, tuple(patch), spatial)
         check_amount(token_count, num_inference_steps, num_videos_per_prompt)
@@ -439,7 +439,7 @@ class ProMAGPipeline(Carded, Decoding, Graphed, SafetensorsOnly, DiffusionPipeli
         name, most = "image" if video is None else "video", self.transformer.config["condition_frames"]
         prompts = shape[0] // times
         check_conditioning(name, len(pixels), prompts, most, shape[2], ratio)
-        opening = count_opening(pixels.shape[2], ratio, most, shape[2])
+        opening = count_opening(pixels.shape[2], ratio, most, shape[2], self.vae.latent_step)
         pixels = pixels[:, :, -opening:].to(device, self.vae.dtype)
         latents = self.vae.encode(pixels, ratio).latent_dist.mode().float()  # pyright: ignore
         latents = self.transformer.normalise(latents, ratio)

@@ -59,7 +59,7 @@ class AppBackend:
     @property
     def lengths(self) -> list[int]:
         """Frame counts that every trained ratio allows, up to the trained one."""
-        step, longest = max(trained_ratios(self.pipe)), self.pipe.config["num_frames"]
+        step, longest = max(trained_ratios(self.pipe)) * self.pipe.vae.latent_step, self.pipe.config["num_frames"]
         return [*range(1 + step, longest, step), longest]
 
     def costs(self, ratio: int, frames: int, steps: float, guidance: float) -> str:

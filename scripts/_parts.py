@@ -69,7 +69,8 @@ def load_lora(pipe: Any, folder: Path) -> Sequence[int]:
 
 def _limit_ratios(pipe: Any, ratios: Sequence[int], folder: Path) -> Sequence[int]:
     """Let a pipeline sample at the temporal ratios that its adapters were trained at; return those that it has."""
-    has, stock = trained_ratios(pipe), isinstance(pipe, StockPipeline)
+    stock = isinstance(pipe, StockPipeline)
+    has = pipe.vae.temporal_ratios if stock else trained_ratios(pipe)  # the weights of a stock pipeline belong to no ratio
     both = [ratio for ratio in ratios if ratio in has]
     if not both:
         trained, sampled = (", ".join(f"{ratio}x" for ratio in values) for values in (ratios, has))

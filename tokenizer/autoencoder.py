@@ -217,18 +217,21 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
 
         With a key-frame path (mixing is not "none") and `birth`, the new level's latent equals, until its first training
         step, the latent of the level below on every second frame; else its head starts as the base's, whose latent the
-        averaging shortcuts then blur in time; a head of another width starts at random with low variance. The levels below are
-        not touched. Raises ValueError for a growth that does not fit them, and then leaves the model as it was.
+        averaging shortcuts then blur in time; a head of another width, or without those shortcuts, starts at random with low
+        variance. The levels below are not touched. Raises ValueError for a growth that does not fit them, and then leaves the
+        model as it was.
         """
         growth = growth or Growth()
         self._add_level(growth)
         newest: Any = self.encoder_growth[-1]
         if newest.join is not None:
             pass  # begins with the head of the level below
-        elif not newest.adds_to_key_latent and self.level_widths[-1] != self.level_widths[0]:  # always on an existing base
-            newest.head.start_at(slice(self.latent_channels, None), INITIAL_LOGVAR)
-        elif not newest.adds_to_key_latent and self.config["linear_shortcuts"]:
-            newest.head.load_state_dict(self.encoder.head.state_dict())
+        elif not newest.adds_to_key_latent:
+            same_width = self.level_widths[-1] == self.level_widths[0]  # never on an existing base
+            if same_width and self.config["linear_shortcuts"]:
+                newest.head.load_state_dict(self.encoder.head.state_dict())
+            else:
+                newest.head.start_at(slice(self.latent_channels, None), INITIAL_LOGVAR)
         reference = next(self.encoder.parameters())
         for module in self.level_modules(self.temporal_ratios[-1]):
             module.to(reference.device, reference.dtype).train(self.training)

@@ -9,6 +9,7 @@ from torch import Tensor
 from promag.data.buckets import Bucket
 from promag.data.datasets import open_dataset
 from promag.data.sources import digest_sources, open_sources
+from promag.data.stream import TrainingStream
 from promag.training.config import UserError
 from promag.training.optimizers import OptimizationConfig
 from promag.training.run import record_data, recorded_data
@@ -36,6 +37,12 @@ def open_training_clips(
         sharding=data.sharding,
         in_memory=data.in_memory,
     )
+
+
+def first_clips(source: Any, seed: int, optimization: OptimizationConfig, processes: int) -> Tensor:
+    """Return the first clips B C T H W of a training's first step, however processes and accumulation divide it; at most 16."""
+    count = min(optimization.batch_size * optimization.accumulate * processes, 16)
+    return next(iter(TrainingStream(source, seed, count, rank=0, world_size=1)))["video"]
 
 
 def check_clips(tokenizer: Any, ratio: int, frames: int, height: int, width: int, place: str = "") -> None:

@@ -1,5 +1,7 @@
 """The settings of a tokenizer's training: the base, the clips, the stages and the run."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +11,7 @@ from pydantic import BeforeValidator
 from promag.data.buckets import Bucket
 from promag.data.shards.stream import Sharding
 from promag.data.sources import Source
-from promag.training.config import required, setting
+from promag.training.config import check_seed, required, setting
 from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
@@ -36,6 +38,11 @@ class AutoencoderConfig:
     framewise: int = setting(0, "how many of the finest widths see one frame alone: cheaper, and shared by all frame rates")
 
 
+def _check_strides(strides: Sequence[int]) -> None:
+    if not strides or min(strides) < 1:
+        raise ValueError(f"temporal_strides {list(strides)}: needs one or more whole numbers from 1 up")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipsConfig:
     """Clips for training and for validation."""
@@ -59,7 +66,8 @@ class ClipsConfig:
     sharding: Sharding = setting(Sharding(), "how shards are read, where shards are trained on")
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a count of clips below 1."""
+        """Raise ValueError for a count of clips below 1, and for frame steps that cannot be meant."""
+        _check_strides(self.temporal_strides)
         for name in ("synthetic_clips", "validation_clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
@@ -150,9 +158,13 @@ class StageConfig:
                 f"latent_pretrain_steps {self.latent_pretrain_steps} without growth: a level that is not grown has no lower "
                 "latent to regress; use 0"
             )
-        for name in ("between_weight", "change_weight", "consistency_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: 0 or more is needed")
+        for name in ("mse_weight", "kl_weight", "between_weight", "change_weight", "consistency_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)}: 0 or more is needed, and finite")
+        if self.buckets == ():
+            raise ValueError("buckets []: give one or more, or null for `frames` at the data's size")
+        if self.temporal_strides is not None:
+            _check_strides(self.temporal_strides)
         if self.latent_batch_size is not None and self.latent_batch_size < 1:
             raise ValueError(f"latent_batch_size {self.latent_batch_size}: at least 1 is needed")
         if self.inherited_lr_scale <= 0:
@@ -202,6 +214,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         """Raise ValueError where stages, frames and sizes do not fit together."""
         check_training_precision(self.precision)
+        check_seed(self.seed)
         if self.init is not None and self.model is not None:
             raise ValueError(f"init {self.init}, model given: the base is that of `init`; give model null")
         multiple = spatial_ratio(self.model.patch_size, self.model.strides) if self.model else SPATIAL_RATIOS[0]

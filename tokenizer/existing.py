@@ -387,6 +387,11 @@ class OnExisting:
         """Whether clips can be coded in chunks."""
         return self.existing is None or self.existing.class_name in STREAMS
 
+    def check_can_stream(self) -> None:
+        """Raise ValueError where clips cannot be coded in chunks."""
+        if self.existing:
+            _stream_of(self.existing)
+
     @property
     def own_config(self) -> Any:
         """The settings of this class alone, without what the pipelines of another family read."""

@@ -55,13 +55,16 @@ def check_chunk(frames: int, ratio: int, latent_step: int = 1) -> None:
         raise ValueError(f"{frames} frames in a later chunk: {ratio}x needs a multiple of {step}; use {use}")
 
 
-def check_size(height: int, width: int, multiple: int = SPATIAL_RATIO) -> None:
-    """Raise ValueError, with the nearest legal sizes, unless height and width are positive multiples of `multiple`."""
-    for name, value in (("height", height), ("width", width)):
+def check_size(height: int, width: int, multiple: int = SPATIAL_RATIO, of_width: int | None = None) -> None:
+    """Raise ValueError, with the nearest legal sizes, unless height and width are positive multiples of `multiple`.
+
+    `of_width` is the width's, where that has another one.
+    """
+    for name, value, step in (("height", height, multiple), ("width", width, of_width or multiple)):
         check_integer(name, value)
-        if value < multiple or value % multiple:
-            legal = sorted({max(multiple, value // multiple * multiple), max(multiple, -(-value // multiple) * multiple)})
-            raise ValueError(f"{name} {value}: needs a multiple of {multiple}; use {' or '.join(map(str, legal))}")
+        if value < step or value % step:
+            legal = sorted({max(step, value // step * step), max(step, -(-value // step) * step)})
+            raise ValueError(f"{name} {value}: needs a multiple of {step}; use {' or '.join(map(str, legal))}")
 
 
 def check_ratio(ratio: int, legal: Sequence[int]) -> None:

@@ -90,7 +90,10 @@ class Levels:
         return [p for p in self.parameters() if p.requires_grad]
 
     def hidden_kernels(self) -> list[nn.Parameter]:
-        """Return the convolution kernels that map hidden features to hidden features, not those at pixels and latents."""
+        """Return the convolution kernels that map hidden features to hidden features, not those at pixels and latents.
+
+        A projection of an existing autoencoder's latents, which levels grown on it begin with, counts as hidden.
+        """
         ends = [end for module in self.modules() if hasattr(module, "ends") for end in module.ends()]  # pyright: ignore
         excluded = {id(p) for end in ends for p in end.parameters()}
         convolutions = (m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))

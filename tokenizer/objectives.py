@@ -64,7 +64,7 @@ class StageObjective(Objective):
         return factors
 
     def matrices(self) -> list[nn.Parameter]:
-        """Return the kernels between hidden features: neither those at pixels and latents nor the discriminator's."""
+        """Return the model's `hidden_kernels`, none of the discriminator's."""
         return self.model.hidden_kernels()
 
     def forward(self, batch: dict[str, Any], generators: list[torch.Generator], step: int) -> dict[str, Tensor]:

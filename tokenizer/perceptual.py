@@ -4,6 +4,7 @@ Shapes: B C T H W in [-1, 1]. LPIPS: arXiv 1801.03924, with VGG16; FVD: arXiv 18
 """
 
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from promag.training.config import UserError
+from promag.training.config import UserError, one_line
 
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
 TAPS = (1, 3, 6, 9, 12)  # convolutions whose activations are compared: relu1_2, 2_2, 3_3, 4_3, 5_3
@@ -136,6 +138,10 @@ def _read_all(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"LPIPS weights {folder}: no .pth or .safetensors file there")
     state: dict[str, Tensor] = {}
     for file in files:
-        tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-        state |= tensors
+        try:
+            state |= (
+                load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+            )
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+            raise UserError(f"LPIPS weights {file}: cannot be read: {one_line(error)}") from None
     return state

@@ -72,9 +72,12 @@ def reconstruct_stream(model: Any, chunks: Iterable[Tensor], temporal_ratio: int
 
     A model that cannot stream reconstructs the first chunk as a whole clip; a second one raises ValueError.
     """
+    chunks = iter(chunks)
     if not model.can_stream:
-        chunks = iter(chunks)
         yield model(next(chunks), temporal_ratio).sample
+        for _ in chunks:
+            model.check_can_stream()
+        return
     encoding, decoding = START, START
     for chunk in chunks:
         posterior, encoding = model.encode_chunk(chunk, encoding, temporal_ratio)

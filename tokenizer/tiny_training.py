@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from promag.data.buckets import Bucket
 from promag.data.stream import TrainingStream
-from promag.training.config import UserError, required, setting
+from promag.training.config import UserError, check_seed, required, setting
 from promag.training.loop import Metrics, Objective, RunConfig, close_trackers, make_accelerator, train
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
@@ -24,7 +24,7 @@ from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
 from .checkpoint import load_tokenizer, save_model
-from .clips import check_clips, open_training_clips, open_validation_clips, record_videos
+from .clips import check_clips, first_clips, open_training_clips, open_validation_clips, record_videos
 from .config import MAY_CHANGE, ClipsConfig
 from .convolution import use_channels_last
 from .distillation import CrossedAutoencoder, move_teacher
@@ -58,6 +58,7 @@ class TinyDecoderConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot be meant."""
         check_training_precision(self.precision)
+        check_seed(self.seed)
         if self.mse_weight < 0 or min(self.width, self.layers) < 1:
             raise ValueError(
                 f"mse_weight {self.mse_weight}, width {self.width}, layers {self.layers}: mse_weight must be 0 or "
@@ -137,7 +138,7 @@ def train_tiny_decoder(config: TinyDecoderConfig) -> Path | None:
         return TrainingStream(source, config.seed, options.batch_size, rank, world, first, options.accumulate)
 
     if config.init is None:
-        objective.fit_linear_path(next(iter(open_stream(0)))["video"])
+        objective.fit_linear_path(first_clips(source, config.seed, options, world))
 
     def validate(log: Log, step: int) -> Metrics:
         return objective.evaluate(clips, config.precision)

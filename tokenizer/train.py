@@ -3,10 +3,9 @@
 A run directory holds one folder per stage (checkpoints, metrics) and `tokenizer/`, the model with all levels trained so far.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from promag.training.trackers import Log
 
 from .autoencoder import AutoencoderKLProMAG
 from .checkpoint import class_name, find_damage, is_growth, load_tokenizer, save_tokenizer, saved_ratios
-from .clips import check_clips, open_training_clips, open_validation_clips, record_videos
+from .clips import check_clips, first_clips, open_training_clips, open_validation_clips, record_videos
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig
 from .convolution import use_channels_last
 from .distillation import load_teacher, move_teacher, take_entries
@@ -48,7 +47,7 @@ def train_tokenizer(
     Raises UserError for a missing or unsuitable checkpoint, clips or run directory.
     """
     precision = choose_precision_once(config.precision, config.output_dir)
-    config = dataclasses.replace(config, precision=precision)
+    config = replace(config, precision=precision)
     accelerator = make_accelerator(
         Path(config.output_dir),
         precision,
@@ -157,11 +156,15 @@ def train_stage(
         model.enable_gradient_checkpointing()
     if config.compile:
         compile_blocks(model)
-    if data.latent_cache and stage.latent_pretrain_steps and open_latents:
+    if data.latent_cache and stage.latent_pretrain_steps:
+        if open_latents is None:
+            raise ValueError(f"latent_cache {data.latent_cache}: needs `open_latents`, which caches latents; use null")
         taken = broadcast_from_main(lambda: _newest_meta(folder)["step"])
         if taken < stage.latent_pretrain_steps:
             _check_cached(data.latent_cache, stage, model)
-            latents = open_latents(config, stage, model, DrawnClips(source, config.seed))
+            one_each = [replace(bucket, batch_size=None) for bucket in config.buckets_of(stage)]
+            drawn, _ = open_training_clips(data, one_each, stage.optimization, world, strides)
+            latents = open_latents(config, stage, model, DrawnClips(drawn, config.seed))
             source = FirstThen(Mixture([latents], [1.0], [stage.latent_batch_size]), stage.latent_pretrain_steps, source)
 
     objective = _objective(run, config, stage, model, added, accelerator.device)
@@ -172,7 +175,7 @@ def train_stage(
 
     anew = stage.growth is None and config.init is None
     if isinstance(objective, DistillationObjective) and anew and model.config["linear_shortcuts"]:
-        objective.fit_linear_paths(next(iter(open_stream(0)))["video"])
+        objective.fit_linear_paths(first_clips(source, config.seed, stage.optimization, world))
 
     def validate(log: Log, step: int) -> Metrics:
         if log.trackers:
@@ -247,7 +250,10 @@ def _model_for(
             return model, (stage.ratio,)
         if build is None and config.model is None:
             raise UserError(f"model null: stage {stage.ratio}x starts from scratch and needs a model")
-        model = build() if build else AutoencoderKLProMAG(**asdict(config.model))  # pyright: ignore
+        try:
+            model = build() if build else AutoencoderKLProMAG(**asdict(config.model))  # pyright: ignore
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
         if model.temporal_ratios[0] != stage.ratio:
             raise UserError(f"stage {stage.name} without growth: the base's strides make it {model.temporal_ratios[0]}x")
         if config.model and config.model.linear_shortcuts:

@@ -27,6 +27,12 @@ class UserError(ValueError):
     """An error in the user's input, shown as one line without a traceback."""
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed below 0, which no generator takes."""
+    if seed < 0:
+        raise ValueError(f"seed {seed}: 0 or above is needed")
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's message without line breaks, or its kind if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,7 +85,7 @@ class ShardedClips:
     def _forget(self) -> None:
         """Drop open files, counters and plans, which belong to one process."""
         self._bad: set[str] = set()  # samples already named
-        self._readers: dict[tuple[int, int, int], _BlockReader] = {}
+        self._readers: dict[tuple[int, int, int, int], _BlockReader] = {}
         self._plan = functools.lru_cache(maxsize=1)(self._make_plan)
         self._orders = functools.lru_cache(maxsize=1)(self._make_orders)
 
@@ -209,7 +210,8 @@ class ShardedClips:
                 raise UserError(f"none of {len(self.shards.urls)} shards can be used: {first_few(damaged.values())}")
 
     def _reader(self, bucket: int, slot: int, lane: int, block: int) -> "_BlockReader":
-        key = bucket, slot, lane
+        # Processes that a fork made would share an open file's offset with their parent.
+        key = os.getpid(), bucket, slot, lane
         if key not in self._readers:
             self._readers[key] = _BlockReader(self.shards, self.numbers[bucket], bucket, block)
         return self._readers[key]

@@ -204,7 +204,7 @@ class WatchedEncoder:
 
 
 def _caching(workers: int, precision: Chosen, options: Options) -> Group:
-    frames, size, count = options.frames, 64, options.count // BATCH * BATCH
+    frames, size, count = options.frames, 64, max(BATCH, options.count // BATCH * BATCH)
 
     def build() -> Sequence[Job]:
         source, device, idle = _Source(count, frames, size, videos=options.videos), options.device, []

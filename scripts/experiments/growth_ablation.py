@@ -31,7 +31,7 @@ from promag.tokenizer.packaged_metrics import PerceptualMetrics, open_perceptual
 from promag.tokenizer.stages import stage_folders
 from promag.tokenizer.train import train_only, train_tokenizer
 from promag.training.command_line import Parser, continues, parse_config, run_main
-from promag.training.config import UserError, required, setting
+from promag.training.config import UserError, check_seed, required, setting
 from promag.training.device import best_device
 from promag.training.files import read_json_lines, write_atomically
 from promag.training.loop import RunConfig, seeded
@@ -66,9 +66,11 @@ class Variant:
     stages: tuple[StageConfig, ...] = required("stages to train, one after the other")
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless one start is given."""
+        """Raise ValueError unless one start is given, and for a seed that cannot be."""
         if sum(start is not None for start in (self.base, self.model, self.baseline)) != 1:
             raise ValueError(f"variant {self.name}: exactly one of base, model and baseline is needed")
+        for seed in self.seeds:
+            check_seed(seed)
 
 
 @dataclass(frozen=True, kw_only=True)

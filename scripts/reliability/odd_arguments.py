@@ -4,7 +4,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import diffusers
@@ -37,12 +37,12 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def make_transformer() -> ProMAGTransformer3DModel:
+def make_transformer(patch_size: Sequence[int] = (1, 1, 1)) -> ProMAGTransformer3DModel:
     """Return a small transformer of random weights that knows 4x and 16x and takes given frames."""
     statistics = {str(ratio): [0.5] * 4 for ratio in (4, 16)}
     transformer = ProMAGTransformer3DModel(
         in_channels=4,
-        patch_size=(1, 1, 1),
+        patch_size=patch_size,
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=8,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from promag.data.clip_index import Clip
 from promag.data.clips import Lengths, Skipped, TooManyUnreadable, frames_at, prepare
@@ -160,6 +162,25 @@ def test_invalid_lengths_are_refused(options, message):
 )
 def test_ten_seconds_are_cut_into_windows(lengths, windows):
     assert lengths.windows(100, 10.0) == windows
+
+
+def test_lengths_without_a_whole_number_of_frames_between_are_rounded_up():
+    lengths = Lengths(min_seconds=2, max_seconds=2)
+    assert lengths.windows(150, 24000 / 1001) == [(0, 48), (48, 48), (96, 48)]  # of 2.002 s; 47 would be too short
+
+
+@given(
+    available=st.integers(1, 500),
+    fps=st.floats(1, 120),
+    least=st.floats(0, 5),
+    more=st.floats(0, 5),
+)
+def test_no_window_is_shorter_than_the_least_or_a_frame_longer_than_the_most(available, fps, least, more):
+    lengths = Lengths(min_seconds=least, max_seconds=least + more + 1e-3)
+    for first, frames in lengths.windows(available, fps):
+        assert first + frames <= available
+        assert frames / fps >= least - 0.01
+        assert frames == 1 or frames / fps < lengths.max_seconds + 1 / fps
 
 
 def test_videos_are_cut_by_seconds(folder):

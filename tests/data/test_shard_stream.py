@@ -310,3 +310,11 @@ def test_clips_of_several_buckets_are_numbered_apart(index, folder, source):
     for i in range(20):
         assert torch.equal(parts[0][1].fixed(i)["video"], alone.fixed(i)["video"])
     assert parts[0][1].digests(20) == alone.digests(20)
+
+
+def test_a_process_made_by_fork_opens_files_of_its_own(folder, monkeypatch):
+    clips = clips_of(folder, [VIDEO])
+    before = clips._reader(0, 0, 0, 3)
+    assert clips._reader(0, 0, 0, 3) is before
+    monkeypatch.setattr("os.getpid", lambda: -1)  # two processes that share a file share the place up to which it is read
+    assert clips._reader(0, 0, 0, 3) is not before

@@ -113,7 +113,27 @@ def test_runs_without_a_scorer_or_growth_are_estimated_shorter(config):
 def test_tokens_follow_the_spatial_ratio_of_the_tokenizer(config):
     coarse = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, patch_size=8))
     quality = dict.fromkeys(("psnr", "psnr_std", "psnr_first", "ssim"), 1.0)
-    row, coarse_row = (budget_row(c, 4, Measured({4: quality}, {}, {}, {})) for c in (config, coarse))
+    row, coarse_row = (budget_row(c, 4, Measured({4: quality}, {}, {}, {}, {4: 16})) for c in (config, coarse))
     assert (row.tokens, coarse_row.tokens) == (17 * 4 * 4, 17 * 2 * 2)
     assert (row.latent_values_per_pixel, coarse_row.latent_values_per_pixel) == (16 * 17 / 65 / 64, 16 * 17 / 65 / 256)
     assert parts(config)[4].seconds == 4 * parts(coarse)[4].seconds
+
+
+def test_a_dual_level_has_more_latent_values(config):
+    quality = dict.fromkeys(("psnr", "psnr_std", "psnr_first", "ssim"), 1.0)
+    plain, dual = (budget_row(config, 16, Measured({16: quality}, {}, {}, {}, {16: n})) for n in (16, 32))
+    assert dual.latent_values_per_pixel == 2 * plain.latent_values_per_pixel
+
+
+def test_a_cache_that_begins_and_one_of_videos_have_their_share(config):
+    folder = video_folder(config).parents[1] / "latents" / "train-4x"
+    folder.mkdir(parents=True)
+    caching = next(part for part in parts(config) if "caching" in part.name)
+    assert caching.done() == 0  # made, but the fingerprint is not written yet
+    (folder / "fingerprint.json").write_text('{"shard_size": 64}')
+    (folder / "shard-00000.safetensors").touch()
+    index = folder.parents[1] / "clips" / "train.jsonl"
+    index.parent.mkdir()
+    index.write_text("{}\n" * 128)
+    real = dataclasses.replace(config, videos="folder")
+    assert next(part for part in parts(real) if "caching" in part.name).done() == 0.5

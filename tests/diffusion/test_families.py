@@ -1,12 +1,13 @@
 """Training WanTransformer3DModel: its call, its normalisation and its text are those of the stock WanPipeline."""
 
 import dataclasses
+import json
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -349,6 +350,13 @@ def test_another_shift_than_that_of_the_pipeline_that_samples_is_refused(tmp_pat
         adopt(config)
     scheduler = tmp_path / "stock" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"flow_shift": 3.0', '"flow_shift": 5.0'))
+    assert adopt(config).shift == 5.0
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    other = UniPCMultistepScheduler.from_config(euler.config, use_flow_sigmas=True, flow_shift=5.0)
+    other.save_pretrained(scheduler.parent)  # the file holds Euler's `shift` too, which UniPC does not read
+    assert json.loads(scheduler.read_text())["shift"] == 3.0
+    assert adopt(config).shift == 5.0
+    FlowMatchEulerDiscreteScheduler.from_config(other.config, shift=5.0).save_pretrained(scheduler.parent)
     assert adopt(config).shift == 5.0
     (tmp_path / "own" / "scheduler").mkdir(parents=True)
     (tmp_path / "own" / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0}')

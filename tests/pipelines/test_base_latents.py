@@ -151,5 +151,23 @@ def test_latents_of_another_base_are_refused(grown, tmp_path):
     bucketed = config_for(tmp_path, stages=stages, output_dir=str(tmp_path / "buckets"))
     with pytest.raises(UserError, match="latent_cache: stage 8x has 2 buckets; cached latents are of one shape"):
         train_tokenizer(bucketed, open_latents=open_base_latents)
+    with pytest.raises(ValueError, match=r"latent_cache .*latents: needs `open_latents`"):
+        train_tokenizer(config_for(tmp_path, output_dir=str(tmp_path / "none")))
     with pytest.raises(ValueError, match="base_features 'encoder'"):
         config_for(tmp_path, base_features="encoder")
+
+
+def test_the_batch_size_of_a_bucket_changes_no_cached_clip(grown, tmp_path):
+    stages = tuple(
+        dataclasses.replace(stage, buckets=(Bucket(9, 32, 32, batch_size=3),)) for stage in config_for(grown).stages[:1]
+    )
+    drawn = []
+
+    def open_latents(config, stage, model, clips):
+        drawn.extend(clips.fixed(i)["sample"] for i in range(6))
+        return open_base_latents(config, stage, model, clips)
+
+    config = config_for(grown, stages=stages, output_dir=str(tmp_path / "run"))
+    data = dataclasses.replace(config.data, latent_cache=str(tmp_path / "latents"))
+    train_tokenizer(dataclasses.replace(config, data=data), open_latents=open_latents)
+    assert drawn == [*range(6)]

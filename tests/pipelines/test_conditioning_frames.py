@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from promag.pipelines.conditioning_frames import count_opening
+from promag.tokenizer.geometry import check_frames, latent_frames
 from tests.pipelines.conftest import call
 from tests.tiny_pipeline import PROMPTS
 
@@ -112,3 +116,19 @@ def test_a_model_trained_without_conditioning_frames_refuses_them(pipe):
             call(pipe, image=np.zeros((16, 24, 3)))
     finally:
         pipe.transformer.register_to_config(condition_frames=config["condition_frames"])
+
+
+@given(
+    count=st.integers(1, 200),
+    ratio=st.sampled_from([4, 8, 16]),
+    limit=st.integers(1, 9),
+    frames=st.integers(2, 20),
+    latent_step=st.integers(1, 3),
+)
+def test_what_opens_a_video_is_a_legal_clip_that_leaves_a_frame_to_make(count, ratio, limit, frames, latent_step):
+    opening = count_opening(count, ratio, limit, frames, latent_step)
+    assert 1 <= opening <= count
+    assert latent_frames(opening, ratio) <= min(limit, frames - 1)
+    check_frames(opening, ratio, latent_step)
+    longer = opening + ratio * latent_step
+    assert longer > count or latent_frames(longer, ratio) > min(limit, frames - 1)

@@ -12,8 +12,9 @@ from promag import load_pipeline
 from promag.evaluation.generation import generation_figures
 from promag.evaluation.sampling_cost import Seconds
 from promag.pipelines.sampling import Draft, SampleRequest, make_videos, open_pipeline, sample_videos, trained_ratios
-from promag.pipelines.stock import SETTINGS, StockDefaults, StockPipeline
+from promag.pipelines.stock import SETTINGS, StockDefaults, StockPipeline, load_stock
 from promag.scripts import sample
+from promag.scripts._parts import _limit_ratios
 from promag.training.config import UserError
 from promag.training.loop import seeded
 from tests.existing_models import small_existing
@@ -184,3 +185,20 @@ def test_offload_without_a_gpu_is_refused(folder, monkeypatch):
     monkeypatch.setattr("promag.pipelines.sampling.best_device", lambda: torch.device("cpu"))
     with pytest.raises(UserError, match="offload: there is no GPU here to move models to; leave it out"):
         open_pipeline(folder, offload=True)
+
+
+def test_the_default_ratio_survives_saving(tmp_path):
+    stock = StockPipeline(make_stock(vae=make_grown(levels=2)))
+    assert stock.config["temporal_ratio"] == 8
+    stock.save_pretrained(tmp_path)
+    loaded = load_stock(tmp_path)
+    assert loaded.config["temporal_ratio"] == 8
+    assert sorted(loaded.temporal_ratios) == [4, 8]
+
+
+def test_adapters_may_be_of_a_ratio_that_the_base_was_not_trained_at(tmp_path):
+    stock = StockPipeline(make_stock(vae=make_grown(levels=2)), StockDefaults(temporal_ratios=(4,)))
+    assert _limit_ratios(stock, [8], tmp_path) == [8]
+    assert stock.config["temporal_ratio"] == 8
+    with pytest.raises(UserError, match="trained at 16x; this pipeline samples at 4x, 8x; name the autoencoder"):
+        _limit_ratios(stock, [16], tmp_path)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from promag import AutoencoderKLProMAG
+from promag.tokenizer.base import INITIAL_LOGVAR
 from promag.tokenizer.growth import PAPER_GROWTH, Growth
 from promag.tokenizer.layers import START
 from promag.tokenizer.levels import parameter_count
@@ -127,6 +128,13 @@ def test_a_dual_latent_keeps_the_key_frames_latent_unchanged(clip):
 def test_without_key_frames_the_new_latent_is_not_the_lower_one(clip):
     model = make_tokenizer(levels=2, mixing="none")
     assert (moments(model, clip, 8) - moments(model, clip[:, :, ::2], 4)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("mixing", "birth"), [("none", True), ("none", False), ("attention", False)])
+def test_a_head_that_starts_at_random_has_low_variance(clip, mixing, birth):
+    model = AutoencoderKLProMAG(**{**TINY, "linear_shortcuts": False})
+    model.grow(Growth(mixing=mixing, birth=birth))
+    assert torch.allclose(model.encode(clip, 8).latent_dist.logvar, torch.tensor(INITIAL_LOGVAR))
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])

@@ -158,6 +158,9 @@ def test_a_base_that_cannot_stream_says_so(name):
     _, model = grown(name, levels=1)
     with pytest.raises(ValueError, match=f"{SMALL[name][0]}: codes whole clips only"):
         model.encode_chunk(clip_for(model, 2 * model.base_ratio))
+    clip = clip_for(model, 2 * model.base_ratio * model.latent_step)
+    with pytest.raises(ValueError, match=f"{SMALL[name][0]}: codes whole clips only"):
+        reconstruct(model, clip, model.base_ratio, chunk=model.base_ratio * model.latent_step)
 
 
 @pytest.mark.parametrize("name", SMALL)

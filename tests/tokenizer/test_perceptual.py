@@ -80,6 +80,13 @@ def test_missing_weights_are_named(tmp_path):
         VideoFeatures(tmp_path / "i3d.pt")
 
 
+@pytest.mark.parametrize("name", ["lpips.pth", "lpips.pt", "lpips.safetensors"])
+def test_damaged_weights_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no weights at all")
+    with pytest.raises(UserError, match=rf"LPIPS weights .*{name}: cannot be read"):
+        LPIPS.load(tmp_path)
+
+
 def test_frechet_distance_of_known_gaussians():
     torch.manual_seed(0)
     x = torch.randn(4000, 3)

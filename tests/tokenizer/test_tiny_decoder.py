@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promag import TinyDecoder
+from promag.data.buckets import Bucket
 from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.clips import first_clips, open_training_clips
 from promag.tokenizer.config import ClipsConfig
 from promag.tokenizer.layers import START
 from promag.tokenizer.levels import parameter_count
@@ -310,3 +312,15 @@ def test_it_fits_the_tokenizer_that_it_was_made_for_and_no_other(tokenizer):
         TinyDecoder((4, 8), (4, 4)).check_latents_of(tokenizer)
     with pytest.raises(ValueError, match=r"latent channels are \(16, 16, 16\), the tokenizer's \(4, 4, 4\)"):
         TinyDecoder().check_latents_of(tokenizer)
+
+
+def test_the_linear_start_does_not_depend_on_processes_and_accumulation(teacher, tmp_path):
+    settings = config(tmp_path, teacher)
+    bucket = Bucket(17, 32, 32)
+    clips = []
+    for processes, batch_size, accumulate in ((1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)):
+        options = optimization_config(batch_size=batch_size, accumulate=accumulate)
+        source, _ = open_training_clips(settings.data, [bucket], options, processes, (1,))
+        clips.append(first_clips(source, 0, options, processes))
+    assert all(torch.equal(clips[0], other) for other in clips)
+    assert len(clips[0]) == 4
