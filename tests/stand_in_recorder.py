@@ -11,7 +11,7 @@ from promag.training.graphs import Results
 class StandInRecorder:
     """Counts what it records, results and steps; its replays write nothing but the recorded tensors, as those of a graph."""
 
-    device_type = "cpu"
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.recorded = self.steps = 0

@@ -28,7 +28,7 @@ from tests.diffusion.test_resumed_data import write
 from tests.pipelines.conftest import call
 from tests.tiny_pipeline import make_pipeline
 from tests.tokenizer.test_train import make_config, records
-from tests.training.test_graphs import SHAPES, arguments, gradients, learn
+from tests.training.test_graphs import ADAPTERS, SHAPES, arguments, gradients, learn
 from tests.training.test_loop import SETTINGS, Sick
 from tests.training.test_loop import run as run_training
 from tests.training.test_update import Layers, make, results, take_steps
@@ -81,13 +81,16 @@ def test_half_precision_stays_finite_and_close(on_gpu, clip, dtype, ratio):
 
 
 def test_training_continues_after_a_stop(tmp_path):
-    run = tmp_path / "run"
-    config = make_config(run, precision="bf16", stages=make_config(run).stages[:2])
-    assert train_tokenizer(config) == run / "tokenizer"
-    losses = [r["loss"] for r in records(run, 4) if "loss" in r]
-    assert len(losses) == 4
-    assert all(loss > 0 for loss in losses)
-    assert load_tokenizer(run / "tokenizer").temporal_ratios == (4, 8)
+    whole, parts = (make_config(tmp_path / name, precision="bf16") for name in ("whole", "parts"))
+    whole, parts = (dataclasses.replace(config, stages=config.stages[:2]) for config in (whole, parts))
+    assert train_tokenizer(whole) == tmp_path / "whole" / "tokenizer"
+    stopping = dataclasses.replace(parts, run=dataclasses.replace(parts.run, stop_after=2))
+    assert [train_tokenizer(stopping) for _ in range(4)][-1] == tmp_path / "parts" / "tokenizer"
+    for ratio in (4, 8):
+        losses = [[r["loss"] for r in records(tmp_path / name, ratio) if "loss" in r] for name in ("whole", "parts")]
+        assert len(losses[0]) == 4
+        assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert load_tokenizer(tmp_path / "parts" / "tokenizer").temporal_ratios == (4, 8)
 
 
 @pytest.mark.usefixtures("exact")
@@ -261,6 +264,35 @@ def test_a_replayed_pipeline_samples_the_same_videos():
     np.testing.assert_allclose(call(replayed), call(plain), atol=1e-4)
     replayed.disable_graphs()
     np.testing.assert_allclose(call(replayed), call(plain), atol=1e-4)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_pipelines_recordings_outlive_those_of_another():
+    first, second, plain = (make_pipeline().to("cuda") for _ in range(3))
+    for pipe in (first, second):
+        pipe.enable_graphs()
+        call(pipe)
+    first.disable_graphs()
+    torch.cuda.empty_cache()
+    for option in ({}, {"temporal_ratio": 4}, {}):
+        np.testing.assert_allclose(call(second, **option), call(plain, **option), atol=1e-4)
+
+
+@pytest.mark.usefixtures("exact")
+def test_adapters_may_change_and_recordings_be_dropped_between_replays():
+    plain = make_pipeline().transformer.cuda().eval()
+    replayed = copy.deepcopy(plain)
+    enable_graphs(replayed, recordings=1)
+    for change in (lambda model: None, *ADAPTERS.values()):
+        for model in (plain, replayed):
+            torch.manual_seed(1)
+            change(model)
+        for shape in (*SHAPES[:2], SHAPES[0]):
+            given = on_gpu_arguments(*shape)
+            with torch.no_grad():
+                expected, again = (model(**given)[0] for model in (plain, replayed))
+            torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+    assert len(replayed._diffusers_hook.get_hook(NAME).recordings) == 1
 
 
 @pytest.mark.parametrize("graphs", [False, True])

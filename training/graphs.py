@@ -36,7 +36,10 @@ Results = Sequence[Tensor | None]
 class Recorder(Protocol):
     """What records calls: a GPU, or in tests a stand-in for it."""
 
-    device_type: str
+    @property
+    def device(self) -> torch.device:
+        """Where calls can be recorded."""
+        ...
 
     def warm_up(self, call: Callable[[], Any]) -> None:
         """Call it as it will be recorded, without recording."""
@@ -52,13 +55,18 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records calls on a GPU, in one pool of memory; raises UserError without a GPU."""
-
-    device_type = "cuda"
+    """Records calls on the current GPU, in one pool of memory; raises UserError without a GPU."""
 
     def __init__(self) -> None:
         check_graphs(best_device())
         self.pool = torch.cuda.graph_pool_handle()
+        # Its own: destroying a graph frees what cuBLAS keeps for its stream, which another recorder's graphs may still use.
+        self.stream = torch.cuda.Stream()
+
+    @property
+    def device(self) -> torch.device:
+        """The current GPU: kernels of another one would not be recorded."""
+        return torch.device("cuda", torch.cuda.current_device())
 
     def warm_up(self, call: Callable[[], Any]) -> None:
         """Call it WARM_UP times on a stream of its own."""
@@ -72,7 +80,7 @@ class CudaRecorder:
     def record(self, call: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
         """Record a call; other threads may use the GPU meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             results = call()
         return results, graph.replay
 
@@ -99,7 +107,7 @@ def enable_graphs(model: Any, recorder: Recorder | None = None, recordings: int 
     a call has to run before the next call, and once.
 
     Args:
-        model: on a GPU when it is called. Its parts must have no hooks: offloading and caches have.
+        model: on the current GPU when it is called. Its parts must have no hooks: offloading and caches have.
         recorder: what records; None for the GPU.
         recordings: the most that are held.
 
@@ -139,7 +147,7 @@ class Recording:
         weights: Sequence[nn.Parameter],
         recorder: Recorder,
     ):
-        self.call, self.weights, self.device_type = call, weights, recorder.device_type
+        self.call, self.weights, self.device_type = call, weights, recorder.device.type
         learning = torch.is_grad_enabled()
         self.inputs = [x.detach().clone().requires_grad_(learning and x.requires_grad) for x in inputs]
         # The same memory as other leaves of autograd: those of the weights may belong to DDP, and to another stream.
@@ -206,7 +214,7 @@ class Graphs(ModelHook):
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self._take_back()
-        state, modes = self._state(module), _modes(self.recorder.device_type)
+        state, modes = self._state(module), _modes(self.recorder.device.type)
         key = (structure, *map(_kind, leaves), *modes, state)
         found = self.recordings.pop(key, None)
         if found is None:
@@ -256,12 +264,12 @@ class Graphs(ModelHook):
 
     def _record(self, module: nn.Module, leaves: Sequence[Any], structure: Any, modes: Sequence[Any]) -> tuple[Recording, Any]:
         """Return a recording of a call, and the structure of its outputs."""
-        kind, (learning, _, autocast, dtype) = self.recorder.device_type, modes
+        device, (learning, _, autocast, dtype) = self.recorder.device, modes
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         named = {name: weight for name, weight in module.named_parameters() if weight.requires_grad and learning}
         for tensor in (*tensors, *module.parameters()):
-            if tensor.device.type != kind:
-                raise ValueError(f"graphs: a weight or an input is on {tensor.device}; all have to be on {kind}")
+            if tensor.device != device:
+                raise ValueError(f"graphs: a weight or an input is on {tensor.device}; all have to be on {device}")
         given = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         plain, outputs_structure = _Plain(module, self.fn_ref.original_forward), []
 
@@ -270,7 +278,7 @@ class Graphs(ModelHook):
             args, kwargs = tree_unflatten([next(rest) if leaf is TENSOR else leaf for leaf in given], structure)
             stand_ins = {f"model.{name}": weight for name, weight in zip(named, weights, strict=True)}
             # Rounded weights that autocast keeps would be those of the recording.
-            with torch.autocast(kind, dtype, autocast, cache_enabled=False):
+            with torch.autocast(device.type, dtype, autocast, cache_enabled=False):
                 outputs, outputs_structure[:] = _flatten(functional_call(plain, stand_ins, args, kwargs))
             return outputs
 

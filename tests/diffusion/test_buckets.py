@@ -17,7 +17,7 @@ from promag.diffusion.flow import token_shift
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, normalise_alike, write_latents
 from promag.diffusion.objective import FlowObjective
 from promag.diffusion.train import BucketCache, mixed, train_diffusion
-from promag.training.config import build, load_yaml
+from promag.training.config import UserError, build, load_yaml
 from promag.training.run import checkpoints, load_checkpoint
 
 VIDEO, WIDE, IMAGE = Bucket(17, 16, 16), Bucket(17, 16, 32, 1), Bucket(1, 16, 16, 4)
@@ -164,6 +164,20 @@ def test_training_on_several_buckets_resumes_bit_for_bit_and_logs_the_loss_of_ea
     assert losses["validation_loss"] == pytest.approx(np.mean(ratios))
     by_clip = sum(losses[name] * count for name, count in shapes.items()) / sum(shapes.values())
     assert losses["validation_loss"] == pytest.approx(by_clip)
+
+
+def test_budgets_of_latents_with_other_channels_are_refused(tmp_path):
+    def wider(x, ratios):
+        return [torch.cat([latents, latents], 1) for latents in encode(x, ratios)]
+
+    fingerprint = LatentFingerprint("tokenizer", "wide", 8, 17, 16, 16, "float32", 3)
+    clips = type("Clips", (), {"fixed": staticmethod(lambda index: read(VIDEO, index))})
+    dual = write_latents({tmp_path / "wide": fingerprint}, 4, clips(), wider)[0]
+    caches = [BucketCache(VIDEO, [write(tmp_path, VIDEO, 16, 4), dual], {})]
+    config = configuration(tmp_path / "run")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=None))
+    with pytest.raises(UserError, match=r"their latents have \[4, 8\] channels; one model needs one number"):
+        train_diffusion(config, caches, caches)
 
 
 @pytest.mark.parametrize("name", ["synthetic_clips", "validation_clips", "shard_size"])

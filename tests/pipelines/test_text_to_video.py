@@ -146,6 +146,19 @@ def test_text_can_be_encoded_by_a_pipeline_of_text_encoders_alone(pipe):
             {"prompt_embeds": torch.ones(1, 10, 16).long()},
             r"prompt_embeds of shape \(1, 10, 16\), int64: embeddings are floating",
         ),
+        (
+            {"prompt_embeds": torch.ones(1, 10, 17), "prompt_attention_mask": torch.ones(1, 10)},
+            r"prompt_embeds of widths \[17\]: this transformer needs \[16\]",
+        ),
+        ({"pooled_prompt_embeds": torch.ones(1, 17)}, "pooled_prompt_embeds of width 17: this transformer needs 16"),
+        (
+            {
+                "negative_prompt_embeds": torch.ones(2, 10, 16),
+                "negative_prompt_attention_mask": torch.ones(2, 10),
+                "negative_pooled_prompt_embeds": torch.ones(2, 16),
+            },
+            "negative prompts: 2 for 1 videos; give as many as prompts",
+        ),
         ({"prompt": "a disc"}, "prompt and prompt_embeds: exactly one"),
         ({"negative_prompt": "a disc"}, "negative_prompt and negative_prompt_embeds: at most one"),
     ],

@@ -279,6 +279,10 @@ def test_an_autoencoder_of_diffusers_is_trained_further_in_its_own_format(traina
     decoding = {"decoder", "post_quant_conv"}
     assert changed == (decoding if trainable == "decoder" else {*decoding, "encoder", "quant_conv"})
     assert saved_ratios(folder) == load_tokenizer(folder).temporal_ratios == (4,)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_text('{"_class_name": "AutoencoderKLProMAG", "growth": []}')
+    with pytest.raises(UserError, match="needs strides and growth, which list a tokenizer's levels"):
+        saved_ratios(tmp_path / "cut")
 
 
 def test_a_level_grows_on_an_autoencoder_that_was_trained_further(wan, tmp_path):

@@ -11,6 +11,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from safetensors.torch import load_file, save_file
 
 from promag import AutoencoderKLProMAG, load_tokenizer
 from promag.tokenizer.growth import Growth
@@ -275,7 +276,14 @@ def test_another_base_is_refused_by_name(tmp_path):
             AutoencoderKLProMAG.load_growth(tmp_path / "growth", base)
     rounded = small_existing("Wan 2.1").to(torch.bfloat16)  # the same weights in lower precision are the same base
     assert AutoencoderKLProMAG.load_growth(tmp_path / "growth", rounded).temporal_ratios == (4, 8, 16)
+    weights = load_file(tmp_path / "growth" / "growth.safetensors")
+    save_file(dict(list(weights.items())[1:]), tmp_path / "growth" / "growth.safetensors")
+    with pytest.raises(UserError, match=f"its levels need other tensors, first {next(iter(sorted(weights)))}"):
+        AutoencoderKLProMAG.load_growth(tmp_path / "growth", small_existing("Wan 2.1"))
     settings = json.loads((tmp_path / "growth" / "growth.json").read_text())
+    (tmp_path / "growth" / "growth.json").write_text(json.dumps({"growth": settings["growth"]}))
+    with pytest.raises(UserError, match="needs base, with class_name and fingerprint, and growth"):
+        AutoencoderKLProMAG.load_growth(tmp_path / "growth", small_existing("Wan 2.1"))
     (tmp_path / "growth" / "growth.json").write_text(json.dumps({**settings, "growth": [{"depth": 3}]}))
     with pytest.raises(UserError, match="growth: cannot be loaded"):
         AutoencoderKLProMAG.load_growth(tmp_path / "growth", small_existing("Wan 2.1"))

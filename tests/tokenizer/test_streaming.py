@@ -176,6 +176,13 @@ def test_tiles_cover_every_position(size, tile, data):
     assert all(start + tile <= max(size, tile) for start in tile_starts(size, tile, stride))
 
 
+def test_tiles_with_gaps_between_them_are_refused():
+    with pytest.raises(ValueError, match="tiles of height 256 every 320: the stride must not exceed the tile"):
+        Tiling(256, 256, 320, 192)
+    with pytest.raises(ValueError, match="tiles of width 128 every 136: the stride must not exceed the tile"):
+        Tiling(256, 128, 192, 136)
+
+
 def test_tiling_of_a_local_function_is_exact_and_blends_at_seams():
     x = torch.rand(1, 1, 2, 80, 104)
     tiling = Tiling(40, 48, 24, 32)
