@@ -19,7 +19,6 @@ from promag.diffusion.text import learn_vocabulary
 from promag.pipelines import text_to_video
 from promag.pipelines.inputs import NAMES, NEGATIVE_NAMES, unpack
 from promag.pipelines.sampling import sample_videos
-from promag.scripts.reliability.odd_arguments import make_transformer
 from tests.pipelines.conftest import call, like, seed
 from tests.tiny_pipeline import PROMPTS, make_pipeline
 
@@ -447,18 +446,3 @@ def test_a_prompt_that_is_too_long_is_named_once_with_its_lost_end(pipe, caplog)
     )
     kept = call(pipe, "a red disc moves", max_sequence_length=6)
     assert np.array_equal(kept, call(pipe, "a red disc moves left and a blue square grows", max_sequence_length=6))
-
-
-def test_patches_need_not_be_square(tmp_path):
-    pipe = make_pipeline()
-    transformer = make_transformer(patch_size=(1, 1, 2))
-    oblong = like(pipe, transformer=transformer)
-    assert call(oblong, height=24, width=32).shape[2:4] == (24, 32)
-    with pytest.raises(ValueError, match="width 24: needs a multiple of 16; use 16 or 32"):
-        call(oblong, height=24, width=24)
-
-
-def test_a_ratio_that_the_patches_do_not_divide_is_named_on_the_card(tmp_path):
-    pipe = like(make_pipeline(), transformer=make_transformer(patch_size=(2, 1, 1)))
-    pipe.save_pretrained(tmp_path)  # 17 frames are 5 latent frames at 4x
-    assert "| 4 | 5: not divisible by patches of 2 | |" in (tmp_path / "README.md").read_text()

@@ -1,15 +1,16 @@
 """Settings of a tokenizer's training that would be ignored, or would train towards themselves, are refused."""
 
 import dataclasses
+import math
 
 import pytest
 
 from promag.tokenizer.config import AutoencoderConfig
 from promag.tokenizer.growth import Growth
-from promag.tokenizer.train import _may_change
+from promag.tokenizer.train import _may_change, train_tokenizer
 from promag.training.config import UserError, save_yaml, to_plain
 from promag.training.run import open_run
-from tests.conftest import TINY
+from tests.conftest import SHORT, TINY
 from tests.tokenizer.test_train import data_config, make_config, stage
 
 CACHED = data_config(latent_cache="latents")
@@ -55,3 +56,19 @@ def test_a_run_of_an_earlier_version_goes_on_without_what_is_refused_now(tmp_pat
     other = dataclasses.replace(config, stages=(stage(8, 9), stage(16, 17, Growth())))
     with pytest.raises(UserError, match=r"stages\.1\.latent_pretrain_steps is 2 there, 0 now"):
         open_run(tmp_path, other, _may_change(other))
+
+
+def test_values_that_cannot_be_meant_are_refused(tmp_path):
+    for name, value in (("mse_weight", -6.0), ("kl_weight", -1.0), ("mse_weight", math.nan), ("between_weight", math.inf)):
+        with pytest.raises(ValueError, match=f"{name} {value}: 0 or more is needed, and finite"):
+            dataclasses.replace(stage(8, 9), **{name: value})
+    for strides in ((), (0, 1)):
+        for made in (stage(8, 9), data_config()):
+            with pytest.raises(ValueError, match=r"temporal_strides \[.*\]: needs one or more whole numbers from 1 up"):
+                dataclasses.replace(made, temporal_strides=strides)
+    with pytest.raises(ValueError, match=r"buckets \[\]: give one or more, or null"):
+        dataclasses.replace(stage(8, 9), buckets=())
+    with pytest.raises(ValueError, match="seed -1: 0 or above is needed"):
+        make_config(tmp_path, seed=-1)
+    with pytest.raises(UserError, match="model: 1 strides: 1 widths need one fewer"):
+        train_tokenizer(make_config(tmp_path / "m", model=AutoencoderConfig(**{**SHORT, "block_out_channels": (8,)})))
