@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from promag.training.config import UserError, one_line
+from promag.training.config import UserError, first_line
 from promag.training.safetensors_only import SafetensorsOnly
 
 PROBES = ("", "a red disc moves left", "Two dogs, 3 cats: it's late!", "wordsthatnobodyknows " * 30)
@@ -89,7 +89,7 @@ def load_openclip(name: str, weights: str | None) -> tuple[Any, OpenCLIPTextMode
         config = _model_config(name)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"open_clip:{name}: cannot be loaded: {one_line(error)}") from None
+        raise UserError(f"open_clip:{name}: cannot be loaded: {first_line(error)}") from None
     text: Any = model.text
     if not isinstance(text, TextTransformer):
         raise UserError(f"open_clip:{name}: its text tower is a model of transformers; name that model itself")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from promag.training.config import UserError, one_line
+from promag.training.config import UserError, first_line
 
 from .perceptual import LPIPS, VideoFeatures
 
@@ -219,7 +219,7 @@ def open_perceptual(
         try:
             opened[key] = OPENERS[key](device)
         except (ImportError, OSError, RuntimeError) as error:  # as torchvision's where its operators do not load
-            reason = f"{key}: its package does not load: {one_line(error)}"
+            reason = f"{key}: its package does not load: {first_line(error)}"
             if packaged is not None:
                 raise UserError(f"perceptual {reason}") from None
             absent.append(reason)

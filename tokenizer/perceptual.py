@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from promag.training.config import UserError, one_line
+from promag.training.config import UserError, first_line, one_line
 
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
 TAPS = (1, 3, 6, 9, 12)  # convolutions whose activations are compared: relu1_2, 2_2, 3_3, 4_3, 5_3
@@ -100,7 +100,7 @@ class VideoFeatures:
         try:
             self.model: Any = torch.jit.load(os.fspath(path), map_location="cpu").eval()
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"FVD weights {path}: not a TorchScript model: {str(error).splitlines()[0]}") from None
+            raise UserError(f"FVD weights {path}: not a TorchScript model: {first_line(error)}") from None
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:

@@ -38,6 +38,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind if it has none: other packages add their stacks below."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """Return the mapping in a YAML file, given as a path or a preset's name; raises UserError if there is none."""
     try:
