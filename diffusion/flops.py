@@ -27,7 +27,8 @@ def forward_flops(config: Mapping[str, Any], tokens: int, text_tokens: int | Seq
     blocks = config["num_layers"] * (self_attention + cross_attention + feed_forward + local)
     ends = 4 * n * patch * d
     projections = sum(2 * length * (width * d + d**2) for length, width in zip(lengths, widths, strict=True))
-    embeddings = projections + 3 * 2 * (FREQUENCIES * d + d**2) + 12 * d**2
+    embedded = 3 + bool(config["base_ahead"])  # numbers: time, temporal ratio, frame rate; the residual's time if it differs
+    embeddings = projections + embedded * 2 * (FREQUENCIES * d + d**2) + 12 * d**2
     pooled = 2 * (config["pooled_dim"] * d + d**2) if config["pooled_dim"] else 0
     places = 2 * n * PLACE_FEATURES * d  # once for the whole batch
     return float(batch * (blocks + ends + embeddings + pooled) + places)
