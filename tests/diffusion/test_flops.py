@@ -8,7 +8,14 @@ from promag.diffusion.flops import forward_flops, training_flops
 CONFIG = {"in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 8}
 
 
-CHANGES = [{}, {"pooled_dim": 6}, {"local_convolution": True}, {"patch_size": (1, 1, 1)}, {"text_dim": (8, 12)}, {"base_ahead": 0.3}]
+CHANGES = [
+    {},
+    {"pooled_dim": 6},
+    {"local_convolution": True},
+    {"patch_size": (1, 1, 1)},
+    {"text_dim": (8, 12)},
+    {"base_ahead": 0.3},
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
