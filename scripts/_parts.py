@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from promag.pipelines.lora import recorded_sampling, rename_lora
+from promag.pipelines.lora import LoraLoader, fits, recorded_sampling, rename_lora
 from promag.pipelines.sampling import trained_ratios
 from promag.pipelines.stock import StockPipeline
 from promag.training.config import UserError, one_line
@@ -54,10 +54,12 @@ def load_lora(pipe: Any, folder: Path) -> Sequence[int]:
     place, name = str(given[0].parent), given[0].name
     loader = pipe.pipe if isinstance(pipe, StockPipeline) else pipe
     try:
-        if loader is not pipe:  # diffusers' own loader warns of tensors that fit nowhere, and goes on
-            weights = loader.lora_state_dict(place, weight_name=name, use_safetensors=True, local_files_only=True)
-            rename_lora(weights, pipe.transformer, str(given[0]))
-        loader.load_lora_weights(place, weight_name=name, use_safetensors=True, local_files_only=True)
+        source: dict[str, Any] = {"weight_name": name, "use_safetensors": True, "local_files_only": True}
+        if loader is pipe or fits(given[0], pipe.transformer):
+            LoraLoader.load_lora_weights(loader, place, **source)
+        else:  # names that diffusers translates; its loader warns of tensors that fit nowhere, and goes on
+            rename_lora(loader.lora_state_dict(place, **source), pipe.transformer, str(given[0]))
+            loader.load_lora_weights(place, **source)
         sampling = recorded_sampling(given[0])
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--lora {folder}: cannot be loaded into this pipeline's transformer: {one_line(error)}") from None

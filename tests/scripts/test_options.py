@@ -145,6 +145,36 @@ def test_adapters_of_a_training_change_a_pipelines_transformer(tmp_path, make):
     assert all(torch.equal(value, loaded[name]) for name, value in state.items() if "lora_" in name)
 
 
+NAMINGS = {
+    "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
+    "bare": ("{}.lora_A.weight", "{}.lora_B.weight"),
+    "peft": ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
+    "ComfyUI, diffusers' layers": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight"),
+    "ComfyUI, Wan's layers": ("diffusion_model.{wan}.lora_A.weight", "diffusion_model.{wan}.lora_B.weight"),
+    "kohya": ("lora_unet_{flat}.lora_down.weight", "lora_unet_{flat}.lora_up.weight"),
+}
+
+
+@pytest.mark.parametrize("names", NAMINGS.values(), ids=list(NAMINGS))
+def test_a_wan_pipeline_takes_adapters_in_every_naming(tmp_path, names):
+    pipe = StockPipeline(make_stock())
+    layers = {f"blocks.{i}.attn1.to_{part}": f"blocks.{i}.self_attn.{part}" for i in range(2) for part in "qkv"}
+    width = pipe.transformer.get_submodule("blocks.0.attn1.to_q").in_features
+    weights, places = {}, {}
+    for layer, wan in layers.items():
+        for end, shape, name in zip("AB", ((2, width), (width, 2)), names, strict=True):
+            value = weights[name.format(layer, wan=wan, flat=layer.replace(".", "_"))] = torch.randn(shape)
+            places[f"{layer}.lora_{end}"] = value
+    save_file(weights, tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
+    load_lora(pipe, tmp_path)
+    state = {name.replace(".default_0.weight", ""): value for name, value in pipe.transformer.state_dict().items()}
+    assert {name for name in state if "lora_" in name} == places.keys()
+    assert all(torch.equal(state[name], value) for name, value in places.items())
+    scale = pipe.transformer.get_submodule("blocks.0.attn1.to_q").scaling["default_0"]
+    assert scale == (2 if names == NAMINGS["peft"] else 1)
+
+
 @pytest.mark.parametrize("make", [make_pipeline, lambda: StockPipeline(make_stock())], ids=["ours", "stock"])
 def test_folders_without_fitting_adapters_are_named(tmp_path, make):
     pipe = make()
