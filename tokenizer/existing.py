@@ -380,6 +380,8 @@ class OnExisting:
 
     existing: Existing | None
     encoder: Any
+    spatial_compression_ratio: Any
+    temporal_compression_ratio: Any
     _internal_dict: Any
 
     @property
@@ -410,6 +412,18 @@ class OnExisting:
     def latents_std(self) -> Tensor:
         """The deviation of each latent channel, for pipelines that ask the autoencoder instead of its configuration."""
         return self._latents("latents_std")
+
+    @property
+    def temperal_downsample(self) -> list[int]:
+        """Numbers whose sum is log2 of the temporal ratio, and whose count is that of the spatial one.
+
+        Pipelines such as WanVideoToVideoPipeline compute both ratios from this attribute, in this spelling.
+        """
+        if not self.family_entries():
+            raise AttributeError(f"{type(self).__name__}: takes the place of no autoencoder of diffusers")
+        ratios = (self.spatial_compression_ratio, self.temporal_compression_ratio)
+        space, time = (int(ratio).bit_length() - 1 for ratio in ratios)
+        return [0] * (space - 1) + [time]
 
     def _latents(self, name: str) -> Tensor:
         if self.existing is not None:

@@ -10,7 +10,9 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     WanPipeline,
     WanTransformer3DModel,
+    WanVideoToVideoPipeline,
 )
+from PIL import Image
 
 from promag import AutoencoderKLProMAG, load_tokenizer
 from promag.tokenizer.growth import Growth
@@ -18,6 +20,7 @@ from promag.tokenizer.layers import START
 from promag.tokenizer.streaming import reconstruct
 from promag.training.config import UserError
 from tests.existing_models import SMALL, small_existing
+from tests.wan import make_stock
 
 ARITHMETIC = {  # temporal ratio, spatial ratio, latent channels, latent frames between legal lengths
     "Wan 2.1": (4, 8, 4, 1),
@@ -316,6 +319,21 @@ def test_the_stock_pipeline_of_the_family_samples_with_it(dtype, tmp_path):
     assert not {"z_dim", "scale_factor_temporal"} & stored.keys()
     with pytest.raises(ValueError, match=re.escape("temporal ratio 32: this tokenizer has 4x, 8x, 16x")):
         model.serve(32)
+
+
+@torch.no_grad()
+def test_wans_video_to_video_pipeline_samples_with_it():
+    _, model = grown("Wan 2.1")
+    stock = make_stock()
+    parts = {"tokenizer": stock.tokenizer, "text_encoder": stock.text_encoder, "transformer": stock.transformer}
+    pipe = WanVideoToVideoPipeline(**parts, scheduler=stock.scheduler, vae=model.serve(16))
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial) == (16, 8)
+    video = [Image.new("RGB", (16, 16), (i, 0, 0)) for i in range(17)]
+    call = {"height": 16, "width": 16, "num_inference_steps": 2, "max_sequence_length": 8, "output_type": "pt"}
+    assert pipe(video, "a red disc", **call).frames.shape == (1, 17, 3, 16, 16)
+    with pytest.raises(AttributeError, match="takes the place of no autoencoder of diffusers"):
+        _ = AutoencoderKLProMAG(block_out_channels=(8, 8, 8), strides=((2, 2), (2, 2))).temperal_downsample
 
 
 def test_hidden_kernels_of_a_base_exclude_those_at_pixels_and_latents():
