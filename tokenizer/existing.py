@@ -420,7 +420,7 @@ class OnExisting:
         Pipelines such as WanVideoToVideoPipeline compute both ratios from this attribute, in this spelling.
         """
         if not self.family_entries():
-            raise AttributeError(f"{type(self).__name__}: takes the place of no autoencoder of diffusers")
+            raise AttributeError(f"{type(self).__name__}: takes the place of no autoencoder that has temperal_downsample")
         ratios = (self.spatial_compression_ratio, self.temporal_compression_ratio)
         space, time = (int(ratio).bit_length() - 1 for ratio in ratios)
         return [0] * (space - 1) + [time]
