@@ -22,7 +22,6 @@ from diffusers.utils.import_utils import is_ftfy_available
 from torch import Tensor, nn
 
 from promag.training.config import UserError, one_line
-from promag.training.run import trained_with
 from promag.training.safetensors_only import check_complete, check_folder, read_mapping
 
 from .flops import forward_flops, wan_forward_flops
@@ -357,8 +356,6 @@ def _check_shift(config: "DiffusionConfig", family: Family) -> None:
         return
     scheduler = Path(config.init) / "scheduler" / "scheduler_config.json"
     if scheduler.is_file() and (shift := stated_shift(read_mapping(scheduler))) != config.shift:
-        if (before := trained_with(config.output_dir, type(config))) and before["shift"] == config.shift:
-            return  # a run of an earlier version continues as it began
         what, who = ("few_steps", "the teacher") if config.few_steps else ("init", "its pipeline")
         other = "" if config.few_steps else f", or state {config.shift:g} there"
         raise UserError(f"{what}: shift {config.shift}: {who} samples with {shift:g} ({scheduler}); use shift {shift:g}{other}")

@@ -26,7 +26,7 @@ from promag.training.graphs import check_graphs, disable_graphs, enable_graphs, 
 from promag.training.loop import Metrics, Outcome, close_trackers, make_accelerator, train
 from promag.training.precision import DTYPES
 from promag.training.processes import broadcast_from_main, choose_precision_once, processes
-from promag.training.run import open_run, record_data, trained_with
+from promag.training.run import open_run, record_data
 from promag.training.state import hash_weights
 from promag.training.trackers import Log
 
@@ -213,11 +213,9 @@ def make_objective(transformer: Any, text: CaptionEncoder, config: DiffusionConf
 def _adapters_without_muon(config: DiffusionConfig) -> DiffusionConfig:
     """Return the configuration of a training of adapters with AdamW alone.
 
-    Muon is made for matrices that are trained from scratch: its steps have the same size, however small adapters begin. A run
-    that an earlier version started with Muon keeps it, because its checkpoints hold Muon's moments.
+    Muon is made for matrices that are trained from scratch: its steps have the same size, however small adapters begin.
     """
-    before = trained_with(config.output_dir, type(config)) if config.lora else None
-    if config.lora is None or (before and before["optimization"]["muon_learning_rate"] is not None):
+    if config.lora is None:
         return config
     return replace(config, optimization=replace(config.optimization, muon_learning_rate=None))
 

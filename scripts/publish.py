@@ -32,7 +32,7 @@ from promag.scripts._options import check_apart, check_at_least_one, check_writa
 from promag.scripts._parts import enable_tiny_decoder
 from promag.tokenizer.checkpoint import class_name, is_growth, load_tokenizer, save_model, save_tokenizer
 from promag.tokenizer.levels import parameter_count
-from promag.tokenizer.stages import finished_stages, stage_folders
+from promag.tokenizer.stages import finished_stages
 from promag.training.command_line import Parser, run_main
 from promag.training.config import UserError, load_yaml
 from promag.training.files import append_json, write_atomically
@@ -151,7 +151,7 @@ def trained_files(run: Path) -> set[str] | None:
         if earlier is None:
             return None
         files |= earlier
-    for source in (config["data"]["train"], *(extra["train"] for extra in config["data"].get("extra_sources") or ())):
+    for source in (config["data"]["train"], *(extra["train"] for extra in config["data"]["extra_sources"] or ())):
         if source != "synthetic":
             try:
                 files |= {clip.sha256 for clip in load_index(source)}
@@ -175,12 +175,11 @@ def list_stages(run: Path) -> list[dict[str, Any]]:
     config = _config_of(run, "tokenizer")
     before = _stages_before(config["init"])
     stages = []
-    folders = stage_folders(run, [stage.get("by_turns") or [stage["ratio"]] for stage in config["stages"]])
     for name, stage, done in finished_stages(run, config):
         settings = {key: stage["optimization"][key] for key in ("steps", "learning_rate", "muon_learning_rate")}
-        settings["batch"] = _global_batch(checkpoints(folders[config["stages"].index(stage)]), stage["optimization"])
-        shape = {"name": name, "frames": stage["frames"], "size": config["data"]["size"], "buckets": stage.get("buckets")}
-        shape["extra_sources"] = {source["train"]: source["share"] for source in config["data"].get("extra_sources") or ()}
+        settings["batch"] = _global_batch(checkpoints(run / name), stage["optimization"])
+        shape = {"name": name, "frames": stage["frames"], "size": config["data"]["size"], "buckets": stage["buckets"]}
+        shape["extra_sources"] = {source["train"]: source["share"] for source in config["data"]["extra_sources"] or ()}
         spent = {"seconds": done["seconds"], "machines": machines_of(run)}
         stages.append({**shape, **settings, **_lower(stage), "loss": _loss(stage), **spent})
     if not stages:
@@ -198,8 +197,8 @@ def _stages_before(init: str | None) -> list[dict[str, Any]]:
 
 def _lower(stage: Mapping[str, Any]) -> dict[str, str]:
     """Return what became of the encoders and decoders of the levels below a stage's; a base has none."""
-    parts = {"all": ("trained", "trained"), "decoder": ("frozen", "trained")}.get(stage.get("trainable", "new"))
-    if parts and (stage["growth"] or stage.get("by_turns")):
+    parts = {"all": ("trained", "trained"), "decoder": ("frozen", "trained")}.get(stage["trainable"])
+    if parts and (stage["growth"] or stage["by_turns"]):
         return dict(zip(("encoder", "decoder"), parts, strict=True))
     return {key: stage["growth"][key] if stage["growth"] else "-" for key in ("encoder", "decoder")}
 
@@ -208,13 +207,12 @@ def _loss(stage: Mapping[str, Any]) -> str:
     parts = ["L1", f"{stage['mse_weight']:g} squared", f"{stage['kl_weight']:g} KL"]
     if stage["latent_pretrain_steps"]:
         parts.insert(0, f"first {stage['latent_pretrain_steps']} steps the lower latent; then")
-    # Runs of earlier versions do not have all of the settings below.
-    parts += [f"{weight:g} {name}" for name in ("change", "consistency") if (weight := stage.get(f"{name}_weight"))]
+    parts += [f"{weight:g} {name}" for name in ("change", "consistency") if (weight := stage[f"{name}_weight"])]
     parts += [f"{stage[name]['weight']:g} {name}" for name in ("perceptual", "adversarial") if stage[name]]
     notes = [" + ".join(parts).replace("; then + ", "; then ")]
-    if (weight := stage.get("between_weight", 1.0)) != 1:
+    if (weight := stage["between_weight"]) != 1:
         notes.append(f"frames between key frames count {weight:g} times")
-    if turns := stage.get("by_turns"):
+    if turns := stage["by_turns"]:
         notes.append(f"{', '.join(f'{ratio}x' for ratio in turns)} by turns")
     return "; ".join(notes)
 
@@ -247,8 +245,8 @@ def _publish_lora(arguments: argparse.Namespace) -> tuple[str, str]:
     sampling = recorded_sampling(source)
     if not sampling:
         raise UserError(
-            f"{source}: states no temporal ratios, as those of earlier versions; delete {arguments.checkpoint} and run its "
-            "training command again, which saves it from the last checkpoint"
+            f"{source}: states no temporal ratios; delete {arguments.checkpoint} and run its training command again, which "
+            "saves it from the last checkpoint"
         )
     recipe = list_trainings(run)
     pipe: Any = load_pipeline(arguments.pipeline)

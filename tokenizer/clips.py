@@ -12,7 +12,7 @@ from promag.data.sources import digest_sources, open_sources
 from promag.data.stream import TrainingStream
 from promag.training.config import UserError
 from promag.training.optimizers import OptimizationConfig
-from promag.training.run import record_data, recorded_data
+from promag.training.run import record_data
 
 from .config import ClipsConfig
 from .geometry import check_frames, check_size
@@ -63,7 +63,4 @@ def open_validation_clips(data: ClipsConfig, frames: int) -> list[Tensor]:
 def record_videos(run: Path, data: ClipsConfig) -> None:
     """Record the videos that a run is trained on; it reads no captions, so these may be corrected."""
     digests = digest_sources(data.train, data.extra_sources or (), data.synthetic_clips)
-    kinds = ["videos"]
-    if any(name.startswith("clips.") for name in recorded_data(run)):
-        kinds.append("clips")  # earlier versions recorded hashes with captions
-    record_data(run, {kind: {name: getattr(digest, kind) for name, digest in digests.items()} for kind in kinds})
+    record_data(run, {"videos": {name: digest.videos for name, digest in digests.items()}})

@@ -22,7 +22,6 @@ from .distillation import Distillation
 from .existing import Features
 from .geometry import check_frames, check_size, stage_name
 from .growth import Growth, named_growth
-from .stages import stage_folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,8 +317,7 @@ class TokenizerConfig:
 
     def folder_of(self, stage: StageConfig) -> Path:
         """Return the folder of a stage's checkpoints and metrics."""
-        folders = stage_folders(Path(self.output_dir), [each.turns for each in self.stages])
-        return folders[self.stages.index(stage)]
+        return Path(self.output_dir) / stage.name
 
     def buckets_of(self, stage: StageConfig) -> tuple[Bucket, ...]:
         """Return the shapes that a stage trains on."""

@@ -71,8 +71,7 @@ def train_tokenizer(
 def _may_change(config: TokenizerConfig) -> tuple[str, ...]:
     """Return the keys that may differ where a run continues.
 
-    The folder of cached latents may change; once a stage trains on them, whether latents are cached may not. What earlier
-    versions accepted without effect, or with a target that moved, may be taken back.
+    The folder of cached latents may change; once a stage trains on them, whether latents are cached may not.
     """
     run = Path(config.output_dir)
     file = run / "config.yaml"
@@ -81,18 +80,12 @@ def _may_change(config: TokenizerConfig) -> tuple[str, ...]:
     folders = [config.folder_of(stage) for stage in pretrained]
     begun = any((folder / "done.json").exists() or newest_checkpoint(folder) for folder in folders)
     fixed = begun and (before is None) != (config.data.latent_cache is None)
-    taken_back = [
-        f"stages.{number}.latent_pretrain_steps"
-        for number, stage in enumerate(config.stages)
-        if stage.growth is None or config.trains_target(stage)
-    ]
-    taken_back += [] if config.init is None else ["model"]
-    return (*MAY_CHANGE, *taken_back) if fixed else (*MAY_CHANGE, *taken_back, "data.latent_cache")
+    return MAY_CHANGE if fixed else (*MAY_CHANGE, "data.latent_cache")
 
 
 def _check_levels(run: Path, config: TokenizerConfig, build: Callable[[], Any] | None) -> None:
     """Raise UserError, before anything is grown, where a last stage by turns names levels that there will not be."""
-    first, *_, last = (*config.stages, config.stages[-1])
+    first, last = config.stages[0], config.stages[-1]
     if last.by_turns is None or first.growth is None or (run / "tokenizer").exists():
         return
     base = load_tokenizer(config.init) if config.init else build() if build else None

@@ -45,7 +45,7 @@ def open_run(
     write: bool = True,
     made_from_data: Sequence[str] = (),
 ) -> Path:
-    """Create the run directory, or reopen it if it was started with the same configuration, also by an earlier version.
+    """Create the run directory, or reopen it if it was started with the same configuration.
 
     A run that has saved nothing it trained, such as one that ended at a mistake, takes other settings and other data.
 
@@ -87,12 +87,6 @@ def open_run(
 def _has_trained(run: Path) -> bool:
     """Tell whether a run directory holds a checkpoint of some stage, or a model."""
     return any(any(run.glob(f"*/{name}")) for name in ("step-*", "done.json", "config.json", "model_index.json"))
-
-
-def trained_with(path: str | Path, kind: type) -> dict[str, Any] | None:
-    """Return the settings with which a run has trained, also by an earlier version; None if it has trained nothing."""
-    file = Path(path) / "config.yaml"
-    return complete(kind, load_yaml(file)) if file.exists() and _has_trained(Path(path)) else None
 
 
 def record_data(run: Path, data: Mapping[str, Any]) -> None:

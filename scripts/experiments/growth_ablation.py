@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag.data.datasets import open_dataset
-from promag.evaluation.growth_ablation import OURS, RATIO, WHAT, WIDE, curves, gains, read, table, with_variant
+from promag.evaluation.growth_ablation import OURS, RATIO, WHAT, WIDE, curves, gains, read, table
 from promag.pipelines.base_latents import open_base_latents
 from promag.reports.plots import plot_file
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
@@ -28,7 +28,6 @@ from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift
 from promag.tokenizer.objectives import LATENTS, StageObjective
 from promag.tokenizer.packaged_metrics import PerceptualMetrics, open_perceptual
-from promag.tokenizer.stages import stage_folders
 from promag.tokenizer.train import train_only, train_tokenizer
 from promag.training.command_line import Parser, continues, parse_config, run_main
 from promag.training.config import UserError, check_seed, required, setting
@@ -211,7 +210,7 @@ def score_variant(
     """Score one trained variant at the ratios it added, record the lines and return them; a scored variant is read back."""
     kept = run_folder(config, variant.name, seed) / "scores.json"
     if kept.exists():
-        return [with_variant(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
+        return json.loads(kept.read_text(encoding="utf-8"))
     model: Any = load_tokenizer(folder)
     model.to(best_device())
     clips, fps = _clips_to_score(config)
@@ -317,7 +316,7 @@ def _cost(config: AblationConfig, variant: Variant, seed: int, stage: StageConfi
     latent, pixels = _steps(stage)
     per_step = stage.optimization.batch_size * stage.optimization.accumulate
     clips = pixels * per_step + latent * _latent_batch(config, stage) * stage.optimization.accumulate
-    done = _stage_folder(config, variant, seed, stage) / "done.json"
+    done = run_folder(config, variant.name, seed) / stage.name / "done.json"
     return {
         "steps": stage.optimization.steps,
         "clips_seen": clips,
@@ -325,11 +324,6 @@ def _cost(config: AblationConfig, variant: Variant, seed: int, stage: StageConfi
         "seconds": json.loads(done.read_text(encoding="utf-8"))["seconds"],
         "flops": _stage_flops(config, variant, seed, stage),
     }
-
-
-def _stage_folder(config: AblationConfig, variant: Variant, seed: int, stage: StageConfig) -> Path:
-    folders = stage_folders(run_folder(config, variant.name, seed), [each.turns for each in variant.stages])
-    return folders[variant.stages.index(stage)]
 
 
 def _total(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -391,7 +385,7 @@ def _curve(
     config: AblationConfig, variant: Variant, seed: int, stage: StageConfig, ratio: int, spent: Mapping[str, Any]
 ) -> list[list[float]]:
     """Return validation points of a stage at a ratio: steps and seconds since the first variant began, PSNR."""
-    folder = _stage_folder(config, variant, seed, stage)
+    folder = run_folder(config, variant.name, seed) / stage.name
     points = read_json_lines(folder / "metrics.jsonl")
     before = spent["steps"] - stage.optimization.steps
     since = spent["seconds"] - json.loads((folder / "done.json").read_text(encoding="utf-8"))["seconds"]

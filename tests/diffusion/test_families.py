@@ -11,7 +11,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from promag.diffusion import train
 from promag.diffusion.attention import choose_attention
 from promag.diffusion.families import WAN, LatentStatistics, adopt, family_of, family_of_init, hidden_matrices, load_transformer
 from promag.diffusion.finetune import Lora, adapt_to_latents, add_lora, narrow_frozen
@@ -188,7 +187,7 @@ def test_training_resumes_bit_for_bit(cached, init, tmp_path, lora):
     assert bool(moved) == (lora is None)
 
 
-def test_adapters_are_trained_without_muon_but_in_a_run_that_was_started_with_it(cached, init, tmp_path, monkeypatch, capsys):
+def test_adapters_are_trained_without_muon(cached, init, tmp_path, capsys):
     one = [BucketCache(cached.bucket, cached.latents[:1], cached.texts)]
 
     def moments(name):
@@ -204,10 +203,6 @@ def test_adapters_are_trained_without_muon_but_in_a_run_that_was_started_with_it
     assert "AdamW trains the adapters, at learning_rate 0.001; muon_learning_rate 0.02 is not used" in capsys.readouterr().out
     assert load_yaml(tmp_path / "new" / "config.yaml")["optimization"]["muon_learning_rate"] is None
     assert moments("new") == (4, {"step", "exp_avg", "exp_avg_sq"})
-    with monkeypatch.context() as earlier:
-        earlier.setattr(train, "_adapters_without_muon", lambda config: config)
-        assert moments("old") == (2, {"momentum_buffer"})
-    assert moments("old") == (4, {"momentum_buffer"})
 
 
 def test_the_formula_agrees_with_the_flops_that_torch_counts():
@@ -365,6 +360,3 @@ def test_another_shift_than_that_of_the_pipeline_that_samples_is_refused(tmp_pat
     adapters = dataclasses.replace(whole, lora=Lora())
     with pytest.raises(UserError, match=problem):
         adopt(adapters)
-    (Path(adapters.output_dir) / "16x" / "step-1").mkdir(parents=True)  # an earlier version has trained it so
-    save_yaml(Path(adapters.output_dir) / "config.yaml", adapters)
-    assert adopt(adapters).shift == 5.0

@@ -7,9 +7,8 @@ import pytest
 
 from promag.tokenizer.config import AutoencoderConfig
 from promag.tokenizer.growth import Growth
-from promag.tokenizer.train import _may_change, train_tokenizer
-from promag.training.config import UserError, save_yaml, to_plain
-from promag.training.run import open_run
+from promag.tokenizer.train import train_tokenizer
+from promag.training.config import UserError
 from tests.conftest import SHORT, TINY
 from tests.tokenizer.test_train import data_config, make_config, stage
 
@@ -41,21 +40,6 @@ def test_a_stage_does_not_regress_latents_of_an_encoder_that_it_trains(tmp_path)
     # The target is fixed: the level trains copies of the encoders, or regresses cached latents of the base.
     assert config(Growth(encoder="finetune")).stages[0].latent_pretrain_steps == 2
     assert config(Growth(), cached="latents").stages[0].latent_pretrain_steps == 2
-
-
-def test_a_run_of_an_earlier_version_goes_on_without_what_is_refused_now(tmp_path):
-    stages = (stage(8, 9), stage(16, 17, Growth(), trainable="all"))
-    config = make_config(tmp_path, init="base", stages=stages)
-    values = to_plain(config) | {"model": to_plain(AutoencoderConfig(**TINY))}
-    values["data"]["latent_cache"] = "latents"
-    for settings in values["stages"]:
-        settings["latent_pretrain_steps"] = 2
-    save_yaml(tmp_path / "config.yaml", values)
-    (tmp_path / "8x" / "step-00000002").mkdir(parents=True)
-    assert open_run(tmp_path, config, _may_change(config)) == tmp_path
-    other = dataclasses.replace(config, stages=(stage(8, 9), stage(16, 17, Growth())))
-    with pytest.raises(UserError, match=r"stages\.1\.latent_pretrain_steps is 2 there, 0 now"):
-        open_run(tmp_path, other, _may_change(other))
 
 
 def test_values_that_cannot_be_meant_are_refused(tmp_path):

@@ -427,13 +427,6 @@ def test_a_run_resumes_only_with_its_own_clips(shards, tmp_path, monkeypatch, ki
     assert go_on() == tmp_path / "run" / "tokenizer"  # a finished run no longer needs its clips
 
 
-def test_a_run_of_an_earlier_version_keeps_its_record_of_clips_with_captions(shards, tmp_path):
-    (tmp_path / "data.json").write_text('{"clips.train": "with captions"}')
-    data, half = data_config(str(shards.parent / "clips.jsonl")), dataclasses.replace(RUN, stop_after=2)
-    with pytest.raises(UserError, match="was trained on other data: clips train differs"):
-        train_tokenizer(make_config(tmp_path, data=data, stages=(stage(4, 5),), run=half))
-
-
 def test_buckets_must_fit_their_level(bucketed, tmp_path):
     good = bucketed(tmp_path)
     for bucket, message in ((Bucket(6, 32, 32), "6 frames"), (Bucket(5, 32, 36), "width 36")):

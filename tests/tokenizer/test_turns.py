@@ -85,7 +85,7 @@ def test_a_run_with_a_stage_by_turns_continues_bit_for_bit(begun, whole, tmp_pat
 def test_a_stage_by_turns_is_chosen_by_its_name_and_a_ratio_means_its_growth(whole, tmp_path, capsys):
     chosen = [with_turns(tmp_path, only_stage=name).chosen_stages for name in (4, "4x", "8", "8x", "4x-8x", None)]
     assert [[s.name for s in stages] for stages in chosen] == [["4x"], ["4x"], ["8x"], ["8x"], ["4x-8x"], ["4x", "8x", "4x-8x"]]
-    alone = with_turns(tmp_path, stages=(), init="tokenizer", only_stage=8)  # as in runs of earlier versions
+    alone = with_turns(tmp_path, stages=(), init="tokenizer", only_stage=8)
     assert [s.name for s in alone.chosen_stages] == ["4x-8x"]
     for name in (4, "8x", "4x-8x"):
         train_tokenizer(with_turns(tmp_path, only_stage=name))
@@ -305,27 +305,3 @@ def test_cached_latents_may_move_but_neither_begin_nor_end_within_a_run(tmp_path
                 train_tokenizer(config(now))
     (run / "8x" / "done.json").unlink()
     assert "data.latent_cache" in _may_change(config("a"))  # nothing was trained on pixels in place of latents
-
-
-def test_a_stage_by_turns_of_an_earlier_version_keeps_its_folder(trained, tmp_path, capsys):  # noqa: F811
-    together = dataclasses.replace(stage(16, 17, trainable="all"), by_turns=(16, 4, 8, 16))
-    assert together.name == "4x-8x-16x"
-    assert stage(16, 17).name == "16x"
-
-    def go_on(name, stop_after=None):
-        run = dataclasses.replace(RUN, stop_after=stop_after)
-        return train_tokenizer(
-            make_config(tmp_path / name, init=str(trained / "tokenizer"), model=None, stages=(together,), run=run)
-        )
-
-    assert go_on("whole") is not None
-    assert go_on("half", 2) is None
-    (tmp_path / "half" / "4x-8x-16x").rename(tmp_path / "half" / "16x")
-    data = tmp_path / "half" / "data.json"
-    data.write_text(data.read_text().replace("that 4x-8x-16x starts", "that 16x starts"))
-    for output in ("16x: continues at step 2 of 4", "4x-8x-16x: already trained in "):
-        assert go_on("half") is not None
-        assert output in capsys.readouterr().out
-    assert not (tmp_path / "half" / "4x-8x-16x").exists()
-    whole, half = (load_tokenizer(tmp_path / run / "tokenizer").state_dict() for run in ("whole", "half"))
-    assert all(torch.equal(value, half[key]) for key, value in whole.items())
