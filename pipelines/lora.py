@@ -21,7 +21,7 @@ from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from promag.training.config import UserError, one_line
@@ -141,15 +141,6 @@ def rename_lora(weights: Mapping[str, Tensor], transformer: nn.Module, name: str
     if broken:
         raise UserError(f"LoRA {name}: {_some(broken)}: all values must be finite numbers")
     return adapters, alphas
-
-
-def fits(file: Path, transformer: nn.Module) -> bool:
-    """Tell whether every tensor of a file of adapters fits a transformer, in one of the namings of this module."""
-    try:
-        rename_lora(load_file(file), transformer, str(file))
-    except UserError:
-        return False
-    return True
 
 
 def record_sampling(file: Path, sampling: Mapping[str, Any]) -> None:

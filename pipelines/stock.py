@@ -28,6 +28,7 @@ from promag.training.safetensors_only import check_folder, read_mapping
 
 from .decoding import offload_again
 from .inputs import VideoShape, check_decodable, check_result, steps_and_guidance, with_defaults
+from .lora import LoraLoader, rename_lora
 from .saved_index import WAN_PARTS, check_index
 from .timesteps import FLOW, FLOW_WITH_SETTINGS, check_flow
 
@@ -99,6 +100,21 @@ class StockPipeline:
     def set_progress_bar_config(self, **options: Any) -> None:
         """Set the options of the progress bar over the steps."""
         self.pipe.set_progress_bar_config(**options)
+
+    def load_lora_weights(self, folder: str, weight_name: str, **options: Any) -> None:
+        """Load adapters for the transformer from a safetensors file, in any of the namings of lora.py, or by Wan's own layers.
+
+        Raises UserError for a file of which not every tensor fits the transformer, where diffusers warns and goes on.
+        """
+        try:
+            return LoraLoader.load_lora_weights(self.pipe, folder, weight_name=weight_name, **options)
+        except UserError as error:
+            try:
+                translated = self.pipe.lora_state_dict(folder, weight_name=weight_name, **options)
+            except (ValueError, LookupError):
+                raise error from None
+        rename_lora(translated, self.transformer, str(Path(folder, weight_name)))
+        self.pipe.load_lora_weights(folder, weight_name=weight_name, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the stock pipeline, and the defaults beside its parts.

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from promag.pipelines.lora import LoraLoader, fits, recorded_sampling, rename_lora
+from promag.pipelines.lora import recorded_sampling
 from promag.pipelines.sampling import trained_ratios
 from promag.pipelines.stock import StockPipeline
 from promag.training.config import UserError, one_line
@@ -51,20 +51,14 @@ def load_lora(pipe: Any, folder: Path) -> Sequence[int]:
         raise UserError(f"--lora {folder}: no adapters there; give the folder `lora` of a `promag train-diffusion --lora` run")
     if len(given) > 1:
         raise UserError(f"--lora {folder}: holds {', '.join(path.name for path in given)}; name one of these files")
-    place, name = str(given[0].parent), given[0].name
-    loader = pipe.pipe if isinstance(pipe, StockPipeline) else pipe
     try:
-        source: dict[str, Any] = {"weight_name": name, "use_safetensors": True, "local_files_only": True}
-        if loader is pipe or fits(given[0], pipe.transformer):
-            LoraLoader.load_lora_weights(loader, place, **source)
-        else:  # names that diffusers translates; its loader warns of tensors that fit nowhere, and goes on
-            rename_lora(loader.lora_state_dict(place, **source), pipe.transformer, str(given[0]))
-            loader.load_lora_weights(place, **source)
+        pipe.load_lora_weights(str(given[0].parent), weight_name=given[0].name, use_safetensors=True, local_files_only=True)
         sampling = recorded_sampling(given[0])
     except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--lora {folder}: cannot be loaded into this pipeline's transformer: {one_line(error)}") from None
     ratios = sampling.pop("temporal_ratios", None)
     if sampling:
+        loader = pipe.pipe if isinstance(pipe, StockPipeline) else pipe
         loader.register_to_config(**sampling)
     return _limit_ratios(pipe, ratios, folder) if ratios else trained_ratios(pipe)
 

@@ -20,6 +20,7 @@ from promag.evaluation import before_after
 from promag.reports.contact_sheet import write_contact_sheet
 from promag.scripts._options import SHARED, check_at_least_one, check_different, check_writable, name_of, share
 from promag.tokenizer.checkpoint import load_tokenizer
+from promag.tokenizer.config import TokenizerConfig
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
 from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
@@ -28,11 +29,11 @@ from promag.tokenizer.perceptual import check_fvd_frames
 from promag.tokenizer.stages import finished_stages
 from promag.tokenizer.tiny_decoder import TinyDecoder, load_tiny_decoder
 from promag.training.command_line import Parser, run_main
-from promag.training.config import UserError, load_yaml
+from promag.training.config import UserError
 from promag.training.device import best_device
 from promag.training.files import write_atomically
 from promag.training.precision import Chosen, choose_precision
-from promag.training.run import append_result
+from promag.training.run import append_result, read_config
 
 ROUNDS, ACROSS = SHARED["--rounds"]["default"], 9
 
@@ -269,10 +270,10 @@ def _draw(arguments: argparse.Namespace, clips: Any, tokenizers: Sequence[tuple[
 def trained_by(checkpoint: str) -> dict[str, Any] | None:
     """Return seed, and steps and seconds of each stage, of the training that the checkpoint lies in; None if in none."""
     run = Path(checkpoint).resolve().parent
-    config = load_yaml(str(run / "config.yaml")) if (run / "config.yaml").exists() else {}
+    config = read_config(run, TokenizerConfig) if (run / "config.yaml").exists() else {}
     if "stages" not in config:
         return None
-    return {"seed": config.get("seed"), "stages": {name: done for name, _, done in finished_stages(run, config)}}
+    return {"seed": config["seed"], "stages": {name: done for name, _, done in finished_stages(run, config)}}
 
 
 if __name__ == "__main__":

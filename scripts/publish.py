@@ -21,6 +21,7 @@ from torch import nn
 
 from promag.data.datasets import ClipDataset, load_index, open_evaluation
 from promag.data.tables import load_text
+from promag.diffusion.config import DiffusionConfig
 from promag.diffusion.validation import training_figures
 from promag.pipelines.lora import recorded_sampling
 from promag.pipelines.model_card import lora_card, pipeline_card
@@ -31,12 +32,13 @@ from promag.scripts import evaluate_pipeline, evaluate_tokenizer
 from promag.scripts._options import check_apart, check_at_least_one, check_writable, share
 from promag.scripts._parts import enable_tiny_decoder
 from promag.tokenizer.checkpoint import class_name, is_growth, load_tokenizer, save_model, save_tokenizer
+from promag.tokenizer.config import TokenizerConfig
 from promag.tokenizer.levels import parameter_count
 from promag.tokenizer.stages import finished_stages
 from promag.training.command_line import Parser, run_main
-from promag.training.config import UserError, load_yaml
+from promag.training.config import UserError
 from promag.training.files import append_json, write_atomically
-from promag.training.run import checkpoints, machines_of
+from promag.training.run import checkpoints, machines_of, read_config
 
 SAMPLED = ("prompts", "steps", "guidance")  # options of prompt accuracy
 LOOP_KEYS = ("steps", "learning_rate", "muon_learning_rate", "ema_decay")  # of a text-to-video training, on its card
@@ -313,11 +315,11 @@ def list_trainings(run: Path) -> list[dict[str, Any]]:
         raise UserError(f"{run}: its training left no figures")
     settings = {key: config["optimization"][key] for key in LOOP_KEYS}
     data = {key: config["data"][key] for key in ("synthetic_clips", "frames", "size")} | {
-        "caption_weights": config["data"].get("caption_weights", ()),
-        "buckets": config["data"].get("buckets"),
+        "caption_weights": config["data"]["caption_weights"],
+        "buckets": config["data"]["buckets"],
     }
     spent = {"steps": figures["steps"], "seconds": figures["seconds"], "machines": machines_of(run)}  # it may have ended early
-    more = {"batch": samples_a_step(run), "shift": config["shift"], "few_steps": config.get("few_steps")}
+    more = {"batch": samples_a_step(run), "shift": config["shift"], "few_steps": config["few_steps"]}
     return [*before, {"ratios": ratios, **data, **settings, **more, **spent}]
 
 
@@ -333,7 +335,7 @@ def _trainings_before(init: str | None) -> list[dict[str, Any]]:
 def samples_a_step(run: Path) -> int:
     """Return the samples of a step, of all processes; a run without its checkpoints is taken to be of one process."""
     states = [path for stage in sorted(run.iterdir()) for path in checkpoints(stage)]
-    return _global_batch(states, load_yaml(str(run / "config.yaml"))["optimization"])
+    return _global_batch(states, _config_of(run, "pipeline")["optimization"])
 
 
 def _global_batch(states: Sequence[Path], loop: Mapping[str, Any]) -> int:
@@ -345,7 +347,7 @@ def _global_batch(states: Sequence[Path], loop: Mapping[str, Any]) -> int:
 def _config_of(run: Path, kind: str) -> Any:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: no config.yaml there; give RUN/{kind} of a training")
-    return load_yaml(str(run / "config.yaml"))
+    return read_config(run, TokenizerConfig if kind == "tokenizer" else DiffusionConfig)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -419,11 +420,10 @@ class OnExisting:
 
         Pipelines such as WanVideoToVideoPipeline compute both ratios from this attribute, in this spelling.
         """
-        if not self.family_entries():
-            raise AttributeError(f"{type(self).__name__}: takes the place of no autoencoder that has temperal_downsample")
-        ratios = (self.spatial_compression_ratio, self.temporal_compression_ratio)
-        space, time = (int(ratio).bit_length() - 1 for ratio in ratios)
-        return [0] * (space - 1) + [time]
+        space, time = (math.log2(ratio) for ratio in (self.spatial_compression_ratio, self.temporal_compression_ratio))
+        if not (space.is_integer() and time.is_integer()):
+            raise AttributeError("temperal_downsample: for ratios that are powers of 2")
+        return [0] * (int(space) - 1) + [int(time)]
 
     def _latents(self, name: str) -> Tensor:
         if self.existing is not None:

@@ -61,8 +61,7 @@ def open_run(
     path = Path(path)
     config_file = path / "config.yaml"
     if config_file.exists():
-        # Settings that are newer than the run have their defaults there.
-        old, new = _flat(complete(type(config), load_yaml(config_file))), _flat(to_plain(config))
+        old, new = _flat(read_config(path, type(config))), _flat(to_plain(config))
         differs = [
             f"{key} is {old.get(key)!r} there, {new.get(key)!r} now"
             for key in sorted(old.keys() | new.keys())
@@ -82,6 +81,11 @@ def open_run(
     if write and (machine := _machine()) not in (before := machines_of(path)):
         write_atomically(path / MACHINES, "".join(f"{name}\n" for name in (*before, machine)))
     return path
+
+
+def read_config(run: Path, kind: type) -> dict[str, Any]:
+    """Return the plain configuration of a run; settings that are newer than the run have their defaults there."""
+    return complete(kind, load_yaml(run / "config.yaml"))
 
 
 def _has_trained(run: Path) -> bool:

@@ -175,6 +175,20 @@ def test_a_wan_pipeline_takes_adapters_in_every_naming(tmp_path, names):
     assert scale == (2 if names == NAMINGS["peft"] else 1)
 
 
+def test_adapters_for_a_wan_pipeline_of_which_a_tensor_fits_nowhere_are_refused_by_its_name(tmp_path):
+    pipe = StockPipeline(make_stock())
+    for names in NAMINGS.values():
+        weights = {
+            name.format(layer, wan=layer, flat=layer.replace(".", "_")): torch.randn(2, 2)
+            for layer in ("blocks.0.attn1.to_q", "blocks.0.attn1.to_nowhere")
+            for name in names
+        }
+        save_file(weights, tmp_path / "adapters.safetensors")
+        with pytest.raises(UserError, match=r"tensors fit no layer of this transformer \(.*nowhere"):
+            load_lora(pipe, tmp_path)
+        assert not any("lora_" in name for name in pipe.transformer.state_dict())
+
+
 @pytest.mark.parametrize("make", [make_pipeline, lambda: StockPipeline(make_stock())], ids=["ours", "stock"])
 def test_folders_without_fitting_adapters_are_named(tmp_path, make):
     pipe = make()

@@ -123,6 +123,9 @@ def test_the_recipe_lists_extra_training_sources(demo_run, tmp_path):
     (stage,) = publish.list_stages(tmp_path)
     assert stage["loss"] == f"{plain} + 0.5 change; frames between key frames count 2 times; 4x, 8x by turns"
     assert stage["name"] == "4x-8x"
+    del config["stages"][1]["consistency_weight"]  # a run from before that setting has its default
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert publish.list_stages(tmp_path) == [stage]
     (tmp_path / "machines.txt").write_text("one GPU\na laptop\n")
     assert _stages(publish.list_stages(tmp_path))[0][-1] == "one GPU, then a laptop"
 
