@@ -172,8 +172,8 @@ def _settings(model: Any) -> dict[str, Any]:
 def _stated_ratio(model: Any) -> int | None:
     """Return the temporal ratio by whichever key of its configuration a model of diffusers states it; None without one."""
     config = model.config
-    stated = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio")
-    stated = stated or vars(model).get("temporal_compression_ratio")
+    keys = ("scale_factor_temporal", "temporal_compression_ratio", "temporal_compress_times")
+    stated = next(filter(None, map(config.get, keys)), None) or vars(model).get("temporal_compression_ratio")
     return int(stated or (2 ** sum(config["temperal_downsample"]) if config.get("temperal_downsample") else 0)) or None
 
 

@@ -94,9 +94,9 @@ def read_growth(cls: Any, folder: Path, base: Any) -> Any:
     if len(model.encoder_growth):
         raise UserError(f"{folder}: {place} has levels already, up to {model.temporal_ratios[-1]}x; name its base alone")
     if (has := describe_base(model)["fingerprint"]) != known:
-        raise UserError(
-            f"{folder}: was grown on an {name} of fingerprint {str(known)[:12]}; {place} has other weights, {has[:12]}"
-        )
+        half = any(p.dtype == torch.float16 for p in model.parameters())
+        other = "is in float16, which rounds them: load it in float32 or bfloat16" if half else f"has other weights, {has[:12]}"
+        raise UserError(f"{folder}: was grown on an {name} of fingerprint {str(known)[:12]}; {place} {other}")
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:

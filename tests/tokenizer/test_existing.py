@@ -322,6 +322,17 @@ def test_the_stock_pipeline_of_the_family_samples_with_it(dtype, tmp_path):
 
 
 @torch.no_grad()
+def test_a_class_that_states_its_ratio_by_another_key_is_grown():
+    base = diffusers.AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4).eval()
+    model = AutoencoderKLProMAG.from_base(base)
+    model.grow(Growth())
+    assert model.eval().temporal_ratios == (4, 8)
+    x = torch.rand(1, 3, 9, 32, 32)
+    assert torch.equal(model.encode(x, 4).latent_dist.mode(), base.encode(x).latent_dist.mode())
+    assert torch.equal(model.encode(x, 8).latent_dist.mode(), base.encode(x[:, :, ::2]).latent_dist.mode())
+
+
+@torch.no_grad()
 def test_wans_video_to_video_pipeline_samples_with_it(monkeypatch):
     _, model = grown("Wan 2.1")
     stock = make_stock()

@@ -34,6 +34,7 @@ def test_another_base_is_refused_by_name(tmp_path):
         other.decoder.conv_in.weight[0, 0, 0, 0, 0] += 1
     refused = [
         (other, "grown on an AutoencoderKLWan of fingerprint .*; the base given has other weights"),
+        (small_existing("Wan 2.1").half(), "the base given is in float16, which rounds them: load it in float32 or bfloat16"),
         (small_existing("CogVideoX"), "grown on an AutoencoderKLWan; the base given is an AutoencoderKLCogVideoX"),
         (tmp_path / "nowhere", "its base, an AutoencoderKLWan, is not in .*nowhere; put it there, or load it with Auto"),
         (None, "was grown on an AutoencoderKLWan whose folder is not recorded; name its base: load it with AutoencoderKLP"),
