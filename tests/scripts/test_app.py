@@ -44,12 +44,17 @@ def served(backend):
 
 
 @pytest.fixture(scope="module")
-def page(browser, asked_hosts):
+def address(asked_hosts):
     pipe = make_pipeline(height=32, width=32, num_frames=33)
     blocks, address = served(AppBackend(pipe.vae, pipe, measure_pace(pipe, "fp32", lambda line: None), LIMITS))
-    browser.get(address)
-    yield browser
+    yield address
     blocks.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    browser.get(address)
+    return browser
 
 
 def wait(browser, selector, text=""):
@@ -142,6 +147,7 @@ def test_files_beyond_the_limits_are_refused_with_what_is_legal(page, tmp_path):
     (tmp_path / "large.mp4").write_bytes(bytes(300_000))
     write_video(tmp_path / "long.mp4", drifting(41, 32, 32), 30)
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
+    click(page, "button[role=tab]", "Reconstruct")
     for name, message in (
         ("long.mp4", "long.mp4: 1.3 s and 41 frames; at most 2 s and 40 frames are accepted"),
         ("broken.mp4", "broken.mp4: cannot be read as a video"),

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 
@@ -73,15 +74,16 @@ def test_where_the_shipped_pipeline_is_absent_the_log_and_the_page_state_it(tmp_
         main(["--config", "demo", *SMALLEST, "--output-dir", "other", "--shipped", "nowhere"])
 
 
-def test_a_second_call_reuses_trained_models_and_logs_it(demo_run, capsys):
-    weights = demo_run / "video" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+def test_a_second_call_reuses_trained_models_and_logs_it(demo_run, tmp_path, capsys):
+    run = shutil.copytree(demo_run, tmp_path / "run")  # the call writes its report anew, and other tests read the first one
+    weights = run / "video" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns
-    assert main([*DEMO, "--output-dir", str(demo_run)]) == 0
+    assert main([*DEMO, "--output-dir", str(run)]) == 0
     output = capsys.readouterr().out
     assert "4x: already trained" in output
     assert "continues at step 2 of 2" in output
     assert weights.stat().st_mtime_ns == before
-    assert f"report: {demo_run / 'report.html'}" in output
+    assert f"report: {run / 'report.html'}" in output
 
 
 def test_real_videos_train_without_a_scorer(video_folder, tmp_path):
