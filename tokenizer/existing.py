@@ -66,6 +66,14 @@ class Existing:
     def _arguments(self) -> dict[str, Any]:
         return {key: value for key, value in self.config.items() if not key.startswith("_")}
 
+    def encoding_settings(self, level: int) -> dict[str, Any]:
+        """Return what decides the latents of a level beside weights: nothing of who saved the autoencoder, and where.
+
+        What growth sees of it decides those of grown levels alone.
+        """
+        settings = {name: value for name, value in vars(self).items() if level or not name.startswith("feature")}
+        return {**settings, "config": self._arguments()}
+
     def entries(self) -> dict[str, Any]:
         """Return the configuration as the pipelines of this family read it, with the statistics of a class's buffers."""
         buffers = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}

@@ -160,8 +160,8 @@ class Levels:
         Growing further levels or training decoders keeps it.
         """
         level, config = self.level_of(temporal_ratio), self.own_config
-        existing = asdict(self.existing) if self.existing else {key: config[key] for key in BASE_SETTINGS}
-        base = {key: value for key, value in existing.items() if value is not None and (key, value) != ("framewise", 0)}
+        base = self.existing.encoding_settings(level) if self.existing else {key: config[key] for key in BASE_SETTINGS}
+        base = {key: value for key, value in base.items() if value is not None and (key, value) != ("framewise", 0)}
         growth = [asdict(replace(Growth(**grown), encoder="frozen", decoder="frozen")) for grown in config["growth"][:level]]
         for grown in growth:
             del grown["hand_over"]

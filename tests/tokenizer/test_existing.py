@@ -247,6 +247,23 @@ def test_merged_and_small_folders_load_alike(name, tmp_path):
     assert 0.45 < halved / full < 0.6
 
 
+@pytest.mark.parametrize("name", ["Wan 2.1", "LTX"])
+def test_caches_stay_valid_whoever_saved_the_base_and_whatever_growth_sees_of_it(name, tmp_path):
+    base = small_existing(name)
+    base.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_diffusers_version": "0.1.0"}))
+    model, saved_by_another = (AutoencoderKLProMAG.from_base(each) for each in (base, tmp_path))
+    assert saved_by_another.existing.config != model.existing.config
+    ratio = model.base_ratio
+    assert saved_by_another.encoding_fingerprint(ratio) == model.encoding_fingerprint(ratio)
+    seen = AutoencoderKLProMAG.from_base(base, "encoder")
+    assert seen.encoding_fingerprint(ratio) == model.encoding_fingerprint(ratio)
+    other = small_existing(name)
+    next(parameter for parameter in other.encoder.parameters()).data += 1e-3
+    assert AutoencoderKLProMAG.from_base(other).encoding_fingerprint(ratio) != model.encoding_fingerprint(ratio)
+
+
 def test_what_is_no_causal_video_autoencoder_is_refused_in_one_line(tmp_path):
     image = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 2}
     image |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
