@@ -6,6 +6,7 @@ Images, and videos too short for the other buckets, belong to a bucket of one fr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,20 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
+
+
+def read_size(given: Any) -> Any:
+    """Return a size as configurations and options give it; raises ValueError for what is neither a number nor two."""
+    numbers = given if isinstance(given, list | tuple) else [given]
+    if len(numbers) not in (1, 2) or any(type(number) is not int for number in numbers):
+        raise ValueError(f"{given}: one number of pixels for height and width, or [height, width], is needed")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width of a size: one number for both, or the two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 class Buckets:

@@ -2,9 +2,11 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from promag.data.buckets import Bucket
+from pydantic import BeforeValidator
+
+from promag.data.buckets import Bucket, read_size, sides
 from promag.tokenizer.geometry import check_frames, check_size, latent_frames, stage_name, tokens
 from promag.training.config import UserError, check_seed, required, setting
 from promag.training.loop import RunConfig
@@ -94,7 +96,9 @@ class DiffusionDataConfig:
     synthetic_clips: int = setting(4096, "number of generated clips cached for training")
     validation_clips: int = setting(64, "number of clips per bucket cached for the validation loss")
     frames: int = setting(65, "frames per clip, 1 + ratio*k; also the pipeline's default")
-    size: int = setting(64, "height and width in pixels")
+    size: Annotated[int | tuple[int, int], BeforeValidator(read_size)] = setting(
+        64, "pixels, one number for height and width or [height, width]; also the pipeline's default"
+    )
     buckets: tuple[Bucket, ...] | None = setting(
         None, "clip shapes, each batch has one; must include `frames` at `size`; null trains on that shape only"
     )
@@ -118,7 +122,7 @@ class DiffusionDataConfig:
     @property
     def default_bucket(self) -> Bucket:
         """The shape that pipelines generate by default."""
-        shape = Bucket(self.frames, self.size, self.size)
+        shape = Bucket(self.frames, *sides(self.size))
         return next((bucket for bucket in self.buckets or () if str(bucket) == str(shape)), shape)
 
     def __post_init__(self) -> None:

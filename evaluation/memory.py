@@ -6,7 +6,7 @@ saves for the backward pass. Both work on tensors without data, so that a model 
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from promag.data.buckets import sides
 from promag.diffusion.config import DiffusionConfig, TextConfig, TransformerConfig
 from promag.diffusion.text import learn_vocabulary, small_clip
 from promag.diffusion.transformer import ProMAGAttention, ProMAGTransformer3DModel
@@ -116,8 +117,10 @@ def text_shape(config: DiffusionConfig, frozen_width: int) -> tuple[list[int], i
     return widths, text.width if text.small else 0, [encoder.tokens for encoder in text.encoders]
 
 
-def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, size: int, fake: bool = True) -> Activations:
-    """Count the activations of a training step at `data.frames` frames of size x size, on tensors without data if `fake`.
+def activation_bytes(
+    config: DiffusionConfig, frozen_width: int, ratio: int, size: int | Sequence[int], fake: bool = True
+) -> Activations:
+    """Count the activations of a training step at `data.frames` frames of a size, on tensors without data if `fake`.
 
     Raises UserError for a configuration without a transformer of its own.
     """
@@ -129,7 +132,7 @@ def activation_bytes(config: DiffusionConfig, frozen_width: int, ratio: int, siz
             transformer = transformer_alone(model, widths, pooled)
             if checkpointing:
                 transformer.enable_gradient_checkpointing()
-            loss = random_loss(transformer, CodedSize(config.data.frames, size, size, ratio), batch, tokens, "bf16")
+            loss = random_loss(transformer, CodedSize(config.data.frames, *sides(size), ratio), batch, tokens, "bf16")
             return saved_bytes(loss, transformer)
 
     shallower = replace(shape, num_layers=shape.num_layers - 1)

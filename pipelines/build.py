@@ -122,15 +122,15 @@ def assemble(
         text |= dict(zip((f"tokenizer{suffix}", f"text_encoder{suffix}"), pair or (), strict=True))
     if family_of(trained.transformer).is_stock:
         return build_stock(config, trained.transformer, vae, trained.fps, text)
-    few = config.few_steps
+    few, shape = config.few_steps, config.data.default_bucket
     return ProMAGPipeline(
         **text,
         transformer=trained.transformer,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.shift, use_dynamic_shifting=True),
-        height=config.data.size,
-        width=config.data.size,
-        num_frames=config.data.frames,
+        height=shape.height,
+        width=shape.width,
+        num_frames=shape.frames,
         fps=trained.fps,
         temporal_ratio=config.ratios[0],
         # Stated in any case: the transformer of `init` carries those of its own pipeline.

@@ -49,18 +49,23 @@ class StockDefaults:
     max_sequence_length: int = TEXT_TOKENS
 
 
+WAN_2_2_5B = StockDefaults(height=704, width=1280, num_frames=121, fps=24.0)  # as its authors sample it
+
+
 class StockPipeline:
     """A WanPipeline with the arguments and the defaults of our own pipeline.
 
     Args:
         pipe: the pipeline; its autoencoder may be a grown one.
-        defaults: shape, rate and ratios of its videos; the first ratio is the default.
+        defaults: shape, rate and ratios of its videos, the first ratio by default; None: as its authors sample it.
     """
 
     def __init__(self, pipe: Any, defaults: StockDefaults | None = None):
         if not isinstance(pipe.vae, AutoencoderKLProMAG):
             pipe.register_modules(vae=AutoencoderKLProMAG.from_base(pipe.vae))
-        self.pipe, self.defaults = pipe, defaults or StockDefaults()
+        # Of the published models the 5B one alone gives each latent frame a time of its own.
+        stated = WAN_2_2_5B if pipe.config.expand_timesteps else StockDefaults()
+        self.pipe, self.defaults = pipe, defaults or stated
         self.temporal_ratios = tuple(self.defaults.temporal_ratios) or pipe.vae.temporal_ratios
         for ratio in self.temporal_ratios:
             check_ratio(ratio, pipe.vae.temporal_ratios)
@@ -104,8 +109,14 @@ class StockPipeline:
     def load_lora_weights(self, folder: str, weight_name: str, **options: Any) -> None:
         """Load adapters for the transformer from a safetensors file, in any of the namings of lora.py, or by Wan's own layers.
 
-        Raises UserError for a file of which not every tensor fits the transformer, where diffusers warns and goes on.
+        Raises UserError for a file of which not every tensor fits the transformer, where diffusers warns and goes on, and where
+        two transformers share the times: a file is for one of them, and does not tell for which.
         """
+        if self.pipe.transformer_2 is not None:
+            raise UserError(
+                f"LoRA {Path(folder, weight_name)}: the pipeline has two transformers, and adapters are for one of them; load "
+                "each file by WanPipeline.load_lora_weights, that of transformer_2 with load_into_transformer_2=True"
+            )
         try:
             return LoraLoader.load_lora_weights(self.pipe, folder, weight_name=weight_name, **options)
         except UserError as error:
@@ -261,7 +272,7 @@ def load_stock(folder: str | Path, tokenizer: str | Path | None = None) -> Stock
     check_index(read_mapping(folder / "model_index.json"), WAN_PARTS)
     settings = read_mapping(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     try:
-        defaults = StockDefaults(**settings)
+        defaults = StockDefaults(**settings) if settings else None
         pipe: Any = WanPipeline.from_pretrained(folder, use_safetensors=True)
         loaded = StockPipeline(pipe, defaults)
     except UserError:
@@ -284,6 +295,7 @@ def build_stock(config: DiffusionConfig, transformer: Any, vae: Any, fps: float,
     """
     index = Path(config.init or "") / "model_index.json"
     stated = read_mapping(index) if index.is_file() else {}
+    shape = config.data.default_bucket
     pipe = WanPipeline(
         **text,
         transformer=transformer,
@@ -294,9 +306,9 @@ def build_stock(config: DiffusionConfig, transformer: Any, vae: Any, fps: float,
     return StockPipeline(
         pipe,
         StockDefaults(
-            height=config.data.size,
-            width=config.data.size,
-            num_frames=config.data.frames,
+            height=shape.height,
+            width=shape.width,
+            num_frames=shape.frames,
             fps=fps,
             temporal_ratios=config.ratios,
             max_sequence_length=config.text.encoders[0].tokens,

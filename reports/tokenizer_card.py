@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from promag.data.buckets import sides
 from promag.data.tables import load_text
 from promag.evaluation.markdown import markdown_table
 from promag.training.config import UserError
@@ -197,11 +198,12 @@ def _stages(recipe: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def clip_shapes(training: Mapping[str, Any], joint: str) -> list[str]:
     """Return in words the length and size of a training's clips, in each of its buckets."""
-    square = {"frames": training["frames"], "height": training["size"], "width": training["size"]}
+    height, width = sides(training["size"])
+    one = {"frames": training["frames"], "height": height, "width": width}
     return [
         f"{bucket['frames']} frames{joint}{bucket['height']}x{bucket['width']}"
         + (f" ({bucket['batch_size']} a process)" if bucket.get("batch_size") else "")
-        for bucket in training.get("buckets") or [square]
+        for bucket in training.get("buckets") or [one]
     ]
 
 

@@ -162,7 +162,7 @@ def models_of(config: DiffusionConfig, runs: Sequence[tuple[int, int]], text_wid
     blocks: nn.Module = transformer.transformer_blocks
     in_blocks, every = (sum(p.numel() for p in module.parameters()) for module in (blocks, transformer))
     matrices = hidden_matrices(transformer) if config.optimization.muon_learning_rate else []
-    size, frames, patch = config.data.size, config.data.frames, shape.patch_size
+    clip, patch = config.data.default_bucket, shape.patch_size
     return [
         Model(
             in_blocks,
@@ -170,7 +170,7 @@ def models_of(config: DiffusionConfig, runs: Sequence[tuple[int, int]], text_wid
             sum(matrix.numel() for matrix in matrices),
             len(matrices),
             sum(muon_flops(matrix.shape) for matrix in matrices),
-            training_flops(transformer.config, tokens(frames, size, size, ratio, patch), lengths),
+            training_flops(transformer.config, tokens(clip.frames, clip.height, clip.width, ratio, patch), lengths),
             clips,
             config.gradient_checkpointing,
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from promag.data.buckets import sides
 from promag.diffusion.config import DiffusionConfig
 from promag.evaluation.budgets import Budget
 from promag.evaluation.cost import BudgetCosts
@@ -24,9 +25,9 @@ DENOISING_STEPS = 4
 
 @dataclass(frozen=True)
 class Load:
-    """What suits a preset on a kind of device: height and width in pixels, clips in a step, videos denoised at once."""
+    """What suits a preset on a kind of device: its height and width in pixels, clips in a step, videos denoised at once."""
 
-    size: int
+    size: int | tuple[int, int]
     clips: int
     videos: int
 
@@ -52,20 +53,19 @@ class Measured:
 
     def settings(self, options: Options, part: str, ratio: int, batch: int) -> dict[str, Any]:
         """Return what identifies a case."""
-        shape = [batch, 3, options.frames, self.load.size, self.load.size]
+        shape = [batch, 3, options.frames, *sides(self.load.size)]
         case = {"part": part, "model": self.name, "ratio": ratio, "shape": shape}
         return {**case, "precision": self.precision, **way(self.compiled, self.graphs)}
 
     def tokens(self, options: Options, ratio: int) -> int:
         """Return the tokens of a clip."""
-        size = self.load.size
-        return tokens(options.frames, size, size, ratio, self.config.own_model.patch_size)
+        return tokens(options.frames, *sides(self.load.size), ratio, self.config.own_model.patch_size)
 
     def costs(self, options: Options) -> BudgetCosts:
         """Return what builds the calls, with a new transformer."""
         budgets = [Budget(f"{r}x", None, r, SPATIAL_RATIO, CHANNELS, True) for r in options.ratios]
         config = replace(self.config, compile=self.compiled, graphs=self.graphs, precision=self.precision)
-        return BudgetCosts(budgets, config, self.load.size, self.load.size, options.device)
+        return BudgetCosts(budgets, config, *sides(self.load.size), options.device)
 
 
 def measured(options: Options) -> list[Measured]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from promag.data.buckets import sides
 from promag.diffusion.families import hidden_matrices
 from promag.diffusion.flops import training_flops
 from promag.evaluation.memory import activation_bytes, sharded_memory, small_text, static_memory, text_shape, transformer_alone
@@ -86,17 +87,18 @@ def _row(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"  FSDP2 on {world} processes: {local:.0f} MiB on each, and up to {gathered:.0f} gathered")
     if arguments.no_clips:
         return row
-    for size in sorted({config.data.size, *arguments.sizes}):
+    for size in sorted({config.data.size, *arguments.sizes}, key=sides):
         for ratio in RATIOS:
             measured = real and size == config.data.size
             activations = activation_bytes(config, width, ratio, size, fake=not measured)
-            count = tokens(config.data.frames, size, size, ratio, config.own_model.patch_size)
+            count = tokens(config.data.frames, *sides(size), ratio, config.own_model.patch_size)
             clip = {"frames": config.data.frames, "size": size, "ratio": ratio, "tokens": count, "measured": measured}
             clip |= {**asdict(activations), "training_flops": training_flops(transformer.config, count, lengths)}
             row["clips"].append(clip)
+            shape = "x".join(map(str, sides(size)))
             per_clip, checkpointed, per_step = (value / MIB for value in astuple(activations))
             print(
-                f"  {clip['frames']} frames of {size}x{size} at {ratio}x, {count} tokens: {per_clip:.0f} MiB a clip, "
+                f"  {clip['frames']} frames of {shape} at {ratio}x, {count} tokens: {per_clip:.0f} MiB a clip, "
                 f"{checkpointed:.0f} with checkpointing, and {per_step:.0f} a step; "
                 f"{clip['training_flops'] / 1e9:.4g} GFLOP a clip"
             )

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from promag.data.buckets import Bucket
 from promag.data.stream import TrainingStream
@@ -17,6 +19,7 @@ from promag.diffusion.flow import token_shift
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, normalise_alike, write_latents
 from promag.diffusion.objective import FlowObjective
 from promag.diffusion.train import BucketCache, mixed, train_diffusion
+from promag.training.command_line import parse_config
 from promag.training.config import UserError, build, load_yaml
 from promag.training.run import checkpoints, load_checkpoint
 
@@ -199,3 +202,32 @@ def test_illegal_buckets_are_named(tmp_path, buckets, message):
     config = configuration(tmp_path)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=tuple(Bucket(*b) for b in buckets)))
+
+
+def test_the_only_bucket_need_not_be_square(tmp_path):
+    data = dataclasses.replace(configuration(tmp_path).data, size=(16, 32), buckets=(WIDE,))
+    assert data.default_bucket == WIDE
+    assert dataclasses.replace(data, buckets=None).training_buckets == (Bucket(17, 16, 32),)
+
+
+SIDES = st.integers(1, 64).map(lambda number: 16 * number)
+
+
+@settings(max_examples=20, deadline=None)
+@given(height=SIDES, width=SIDES)
+def test_a_size_is_one_number_or_two_words_or_a_list(height, width):
+    for words, shape in (
+        ([str(height)], (height, height)),
+        ([f"[{height}]"], (height, height)),
+        ([str(height), str(width)], (height, width)),
+        ([f"[{height}, {width}]"], (height, width)),
+    ):
+        config = parse_config(DiffusionConfig, ["--config", "diffusion/tiny", "--data.size", *words], "")
+        bucket = config.data.default_bucket
+        assert (bucket.height, bucket.width) == shape
+
+
+@pytest.mark.parametrize("size", ["[16, 16, 16]", "[]", "16.5", "true", "null", "wide"])
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(UserError, match=r"data\.size: .*one number of pixels for height and width, or \[height, width\]"):
+        parse_config(DiffusionConfig, ["--config", "diffusion/tiny", "--data.size", size], "")

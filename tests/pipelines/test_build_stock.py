@@ -69,6 +69,13 @@ def test_a_stock_pipeline_is_trained_to_a_stock_pipeline(folder, tmp_path):
         assert torch.equal(averaged[f"transformer.{name}"], value)
 
 
+def test_one_size_that_is_not_square_is_trained_and_sampled_by_default(folder, tmp_path):
+    config = configuration(folder, tmp_path)
+    pipe = open_pipeline(train_pipeline(dataclasses.replace(config, data=dataclasses.replace(config.data, size=(32, 48)))))
+    video = pipe("a red disc", num_inference_steps=1, output_type="pt").frames
+    assert video.shape == (1, 17, 3, 32, 48)
+
+
 def test_the_saved_autoencoder_ends_at_the_trained_ratio(folder, tmp_path):
     grown = make_grown()
     for ratio, kind in ((16, AutoencoderKLProMAG), (8, AutoencoderKLProMAG), (4, AutoencoderKLWan)):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from promag import load_pipeline
 from promag.evaluation.generation import generation_figures
@@ -18,7 +19,7 @@ from promag.scripts._parts import _limit_ratios
 from promag.training.config import UserError
 from promag.training.loop import seeded
 from tests.existing_models import small_existing
-from tests.wan import make_grown, make_stock
+from tests.wan import make_grown, make_stock, make_transformer
 
 SHAPE = {"height": 32, "width": 48, "num_frames": 9, "fps": 8.0, "max_sequence_length": 8}
 
@@ -202,3 +203,27 @@ def test_adapters_may_be_of_a_ratio_that_the_base_was_not_trained_at(tmp_path):
     assert stock.config["temporal_ratio"] == 8
     with pytest.raises(UserError, match="trained at 16x; this pipeline samples at 4x, 8x; name the autoencoder"):
         _limit_ratios(stock, [16], tmp_path)
+
+
+def test_a_pipeline_that_states_no_shape_is_sampled_as_its_authors_do(tmp_path):
+    make_stock().save_pretrained(tmp_path / "2.1")
+    make_stock(expand_timesteps=True).save_pretrained(tmp_path / "2.2")
+    keys = ("height", "width", "num_frames", "fps")
+    older, newer = ([load_stock(tmp_path / name).config[key] for key in keys] for name in ("2.1", "2.2"))
+    assert (older, newer) == ([480, 832, 81, 16.0], [704, 1280, 121, 24.0])
+    StockPipeline(make_stock(expand_timesteps=True), StockDefaults(**SHAPE)).save_pretrained(tmp_path / "trained")
+    assert {**load_stock(tmp_path / "trained").config, **SHAPE} == load_stock(tmp_path / "trained").config
+
+
+def test_adapters_for_one_of_two_transformers_are_refused(tmp_path):
+    make_stock(transformer_2=make_transformer(), boundary_ratio=0.9).save_pretrained(tmp_path / "two")
+    make_stock().save_pretrained(tmp_path / "one")
+    layer = "transformer.blocks.0.attn1.to_q"
+    width = make_transformer().blocks[0].attn1.to_q.in_features
+    weights = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
+    save_file(weights, tmp_path / "lora.safetensors")
+    words = ["--prompt", "a red disc", "--lora", str(tmp_path / "lora.safetensors"), "--out", str(tmp_path / "out.mp4")]
+    shape = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "1"]
+    assert sample.main([str(tmp_path / "one"), *words, *shape]) == 0
+    with pytest.raises(UserError, match=r"LoRA .*lora\.safetensors: the pipeline has two transformers"):
+        sample.main([str(tmp_path / "two"), *words, *shape])

@@ -161,13 +161,18 @@ def test_the_cards_batch_is_that_of_all_processes(tmp_path):
     assert publish.samples_a_step(tmp_path) == 24
 
 
-def test_the_card_names_the_buckets(demo_run, tmp_path):
+def test_the_card_names_the_buckets_or_the_one_size(demo_run, tmp_path):
     run = shutil.copytree(demo_run / "video-16x", tmp_path / "run", ignore=shutil.ignore_patterns("pipeline"))
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"]["buckets"] = [{"frames": 17, "height": 32, "width": 32}, {"frames": 1, "height": 64, "width": 32}]
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (training,) = publish.list_trainings(run)
-    assert clip_shapes(training, " at ") == ["17 frames at 32x32", "1 frames at 64x32"]
+    buckets = [{"frames": 17, "height": 32, "width": 32}, {"frames": 1, "height": 64, "width": 32}]
+    for data, shapes in (
+        ({"buckets": buckets}, ["17 frames at 32x32", "1 frames at 64x32"]),
+        ({"buckets": None, "size": [32, 48]}, ["17 frames at 32x48"]),
+    ):
+        config["data"] |= data
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        (training,) = publish.list_trainings(run)
+        assert clip_shapes(training, " at ") == shapes
 
 
 def test_mistakes_are_named(demo_run, tokenizer, tmp_path, monkeypatch):
