@@ -7,8 +7,8 @@ from pathlib import Path
 from promag.data.shards.stream import IN_ORDER
 from promag.diffusion.conditioning import Condition
 from promag.diffusion.config import BudgetConfig, DiffusionConfig, DiffusionDataConfig, TextConfig, TransformerConfig
-from promag.tokenizer.base import spatial_ratio
-from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
+from promag.tokenizer.base import BaseConfig
+from promag.tokenizer.config import StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.geometry import latent_frames, stage_name, tokens
 from promag.training.config import check_seed, required, setting
 from promag.training.loop import RunConfig
@@ -40,7 +40,7 @@ class DemoConfig:
     scored: int = setting(64, "generated-clip prompts sampled at each ratio and read by the scorer")
     steps: int = setting(16, "denoising steps of the demo's own model")
     guidance: float = setting(3.0, "classifier-free guidance of the demo's own model")
-    tokenizer: AutoencoderConfig = required("the tokenizer's base")
+    tokenizer: BaseConfig = required("the tokenizer's base")
     stages: tuple[StageConfig, ...] = required("the tokenizer's levels")
     text: TextConfig = setting(TextConfig(), "text encoders")
     transformer: TransformerConfig = required("text-to-video transformer")
@@ -59,14 +59,9 @@ class DemoConfig:
             raise ValueError(f"ratios {self.ratios}: choose among the stages' {', '.join(map(str, levels))}")
         latent_frames(self.frames, max(levels))
 
-    @property
-    def spatial_ratio(self) -> int:
-        """Pixels a side of a latent position."""
-        return spatial_ratio(self.tokenizer.patch_size, self.tokenizer.strides)
-
     def tokens(self, ratio: int) -> int:
         """Return the tokens of a clip at a temporal ratio; raises ValueError where patches do not divide the latent."""
-        return tokens(self.frames, self.size, self.size, ratio, self.transformer.patch_size, self.spatial_ratio)
+        return tokens(self.frames, self.size, self.size, ratio, self.transformer.patch_size, self.tokenizer.spatial_ratio)
 
 
 def tokenizer_folder(config: DemoConfig) -> Path:

@@ -147,7 +147,7 @@ def measure_seconds(config: DemoConfig, pipe: Any, prompts: Sequence[str]) -> Se
     update = WeightUpdate(TransformerAlone(trained), config.diffusion, precision)
     training, denoised, sampled = {}, {}, {}
     for ratio in config.ratios:
-        size = CodedSize(config.frames, config.size, config.size, ratio, config.spatial_ratio)
+        size = CodedSize(config.frames, config.size, config.size, ratio, config.tokenizer.spatial_ratio)
         training[ratio] = train_step(trained, size, batch, update, config.precision)
         denoised[ratio] = denoising(transformer, size, steps, count, config.precision)
         sampled[ratio] = sampling(pipe, list(prompts), steps, config.guidance, ratio, config.precision)
@@ -173,7 +173,7 @@ def budget_row(config: DemoConfig, ratio: int, measured: Measured) -> BudgetRow:
         ratio=ratio,
         latent_frames=latent_frames(config.frames, ratio),
         tokens=config.tokens(ratio),
-        latent_values_per_pixel=values / config.spatial_ratio**2 / config.frames,
+        latent_values_per_pixel=values / config.tokenizer.spatial_ratio**2 / config.frames,
         **{key: measured.quality[ratio][key] for key in ("psnr", "psnr_std", "psnr_first", "ssim")},
         **{key: seconds.get(ratio) for key, seconds in measured.seconds.items()},
         validation_loss=losses[-1][1] if losses else None,

@@ -8,7 +8,6 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from promag.training.safetensors_only import SafetensorsOnly
 
-from .base import INITIAL_LOGVAR, build_base, init_from_block_means, spatial_ratio
+from .base import INITIAL_LOGVAR, BaseConfig, BaseDecoder, BaseEncoder, init_from_block_means
 from .encoding import Encoding
 from .existing import (
     Existing,
@@ -52,15 +51,8 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
 
     Args:
         in_channels: pixel channels, in [-1, 1].
-        latent_channels: channels of the latent, the same at every level but twice as many at dual ones.
-        patch_size: side of the pixel patches that become channels in front.
-        block_out_channels: widths of the base, from fine to coarse.
-        layers_per_block: residual blocks at each width, in the encoder and in the decoder.
-        strides: (time, space) of each down-sampling between two widths.
-        linear_shortcuts: averaging and duplicating shortcuts around resampling and linear skips around the heads; without
-            them the base has MAGVIT-v2's blocks alone.
-        framewise: how many of the finest widths see one frame alone, kernels of 1x3x3: cheaper, and computed once for all the
-            frame rates at which growth sees a clip.
+        latent_channels, patch_size, block_out_channels, layers_per_block, strides, linear_shortcuts, framewise: those of
+            `BaseConfig`.
         growth: one `Growth` (as a dictionary) for each level above the base; usually left to `grow()`.
         existing: an `Existing` (as a dictionary): the base is an autoencoder of diffusers, and all settings above but `growth`
             are without effect; usually left to `from_base()`.
@@ -98,9 +90,17 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         self.base_path: str | None = None  # the folder of an existing autoencoder
         self.served: int | None = None  # the ratio that None stands for; None: the highest
         if self.existing is None:
-            base = (latent_channels, patch_size, block_out_channels, layers_per_block, strides, linear_shortcuts, framewise)
-            self.encoder, self.decoder = build_base(in_channels, *base)
-            self.base_ratio, self.spatial_ratio = prod(t for t, _ in strides), spatial_ratio(patch_size, strides)
+            base = BaseConfig(
+                latent_channels=latent_channels,
+                patch_size=patch_size,
+                block_out_channels=tuple(block_out_channels),
+                layers_per_block=layers_per_block,
+                strides=tuple((time, space) for time, space in strides),
+                linear_shortcuts=linear_shortcuts,
+                framewise=framewise,
+            )
+            self.encoder, self.decoder = BaseEncoder(in_channels, base), BaseDecoder(in_channels, base)
+            self.base_ratio, self.spatial_ratio = base.temporal_ratio, base.spatial_ratio
             self.latent_step, self.latent_channels, width = 1, latent_channels, block_out_channels[-1]
         else:
             self._split(self.existing.build(), self.existing)

@@ -3,7 +3,7 @@
 Shapes: B C T H W pixels in [-1, 1] and features, b c t h w latents; strides are (time, space) of each down-sampling.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .geometry import check_integer
+from promag.training.config import plain, setting
+
+from .geometry import check_counts, check_integer
 from .layers import FRAMEWISE, CausalConv3d, Chain, Downsample, Handed, Head, Kernel, ResBlock, State, Upsample
 
 # of the mean square of features, added to all: features of natural clips are nearly collinear, and without it the solution
@@ -22,23 +24,72 @@ INITIAL_LOGVAR = -6.0
 SPATIAL_RATIOS = (8, 16, 32)  # those of this project's models and of the autoencoders that are distilled
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The shape of a base.
+
+    Raises ValueError for settings that do not fit together.
+    """
+
+    latent_channels: int = setting(8, "channels of the latent at every level, twice as many at dual ones")
+    patch_size: int = setting(1, "side of the pixel patches that become channels in front")
+    block_out_channels: tuple[int, ...] = setting((128, 256, 256, 512), "widths from fine to coarse")
+    layers_per_block: int = setting(2, "residual blocks at each width, in the encoder and in the decoder")
+    strides: tuple[tuple[int, int], ...] = setting(
+        ((1, 2), (2, 2), (2, 2)), "(time, space) of each down-sampling between two widths"
+    )
+    linear_shortcuts: bool = setting(
+        True,
+        "averaging and duplicating shortcuts around resampling, and linear skips around the heads; false for MAGVIT-v2's "
+        "blocks alone",
+    )
+    framewise: int = setting(
+        0,
+        "how many of the finest widths see one frame alone, by kernels of 1x3x3: cheaper, and computed once for all frame "
+        "rates at which growth sees a clip",
+    )
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that do not fit together."""
+        widths, strides, framewise = self.block_out_channels, self.strides, self.framewise
+        for name in ("latent_channels", "patch_size", "block_out_channels", "layers_per_block", "strides"):
+            check_counts(name, plain(getattr(self, name)))
+        if len(strides) != len(widths) - 1:
+            raise ValueError(f"{len(strides)} strides: {len(widths)} widths need one fewer than widths")
+        if self.spatial_ratio not in SPATIAL_RATIOS:
+            legal = ", ".join(map(str, SPATIAL_RATIOS))
+            raise ValueError(f"patch_size times spatial strides is {self.spatial_ratio}: it must be one of {legal}")
+        check_integer("framewise", framewise)
+        if not 0 <= framewise <= len(strides) or any(time > 1 for time, _ in strides[: max(0, framewise - 1)]):
+            raise ValueError(
+                f"framewise {framewise} with strides {[list(stride) for stride in strides]}: a number of the finest widths is "
+                f"needed, from 0 to {len(strides)}, without a stride of time between them"
+            )
+
+    @property
+    def temporal_ratio(self) -> int:
+        """Frames per latent frame."""
+        return prod(time for time, _ in self.strides)
+
+    @property
+    def spatial_ratio(self) -> int:
+        """Pixels per latent position, along height and along width."""
+        return self.patch_size * prod(space for _, space in self.strides)
+
+
+# Arguments of AutoencoderKLProMAG that decide what its own base computes.
+BASE_SETTINGS = ("in_channels", *(field.name for field in fields(BaseConfig)))
+
+
 class BaseEncoder(nn.Module):
     """Pixels to features and moments of the base level."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        latent_channels: int,
-        patch: int,
-        widths: Sequence[int],
-        layers: int,
-        strides: Sequence[Sequence[int]],
-        shortcuts: bool,
-        framewise: int,
-    ):
+    def __init__(self, in_channels: int, base: BaseConfig):
         super().__init__()
-        self.patch, self.space = patch, spatial_ratio(patch, strides)
-        blocks: list[nn.Module] = [CausalConv3d(in_channels * patch**2, widths[0], _kernel(0, framewise))]
+        widths, layers, strides = base.block_out_channels, base.layers_per_block, base.strides
+        shortcuts, framewise = base.linear_shortcuts, base.framewise
+        self.patch, self.space = base.patch_size, base.spatial_ratio
+        blocks: list[nn.Module] = [CausalConv3d(in_channels * self.patch**2, widths[0], _kernel(0, framewise))]
         for i, width in enumerate(widths):
             blocks += [ResBlock(width, zero=shortcuts, kernel=_kernel(i, framewise)) for _ in range(layers)]
             if i < len(strides):
@@ -47,8 +98,8 @@ class BaseEncoder(nn.Module):
         self.body = Chain(blocks)
         # of the body's layers, those in front that see one frame alone
         self.stem_layers = 1 + framewise * (layers + 1) - (strides[framewise - 1][0] > 1) if framewise else 0
-        self.head = Head(widths[-1], 2 * latent_channels, shortcut=shortcuts)
-        self.head.start_at(slice(latent_channels, None), INITIAL_LOGVAR)
+        self.head = Head(widths[-1], 2 * base.latent_channels, shortcut=shortcuts)
+        self.head.start_at(slice(base.latent_channels, None), INITIAL_LOGVAR)
 
     def stem(self, x: Tensor) -> Tensor:
         """B C T H W -> B C' T H' W': what is made of each frame alone, the same at every frame rate."""
@@ -70,27 +121,19 @@ class BaseEncoder(nn.Module):
 class BaseDecoder(nn.Module):
     """Latents of the base level to pixels."""
 
-    def __init__(
-        self,
-        out_channels: int,
-        latent_channels: int,
-        patch: int,
-        widths: Sequence[int],
-        layers: int,
-        strides: Sequence[Sequence[int]],
-        shortcuts: bool,
-        framewise: int,
-    ):
+    def __init__(self, out_channels: int, base: BaseConfig):
         super().__init__()
-        self.patch = patch
-        blocks: list[nn.Module] = [CausalConv3d(latent_channels, widths[-1])]
+        widths, layers, strides = base.block_out_channels, base.layers_per_block, base.strides
+        shortcuts, framewise = base.linear_shortcuts, base.framewise
+        self.patch = base.patch_size
+        blocks: list[nn.Module] = [CausalConv3d(base.latent_channels, widths[-1])]
         for i in reversed(range(len(widths))):
             blocks += [ResBlock(widths[i], zero=shortcuts, kernel=_kernel(i, framewise)) for _ in range(layers)]
             if i > 0:
                 time, space = strides[i - 1]
                 blocks.append(Upsample(widths[i], widths[i - 1], time, space, shortcuts, _kernel(i - 1, framewise, time)))
         self.body = Chain(blocks)
-        self.head = Head(widths[0], out_channels * patch**2, shortcut=shortcuts, kernel=_kernel(0, framewise))
+        self.head = Head(widths[0], out_channels * self.patch**2, shortcut=shortcuts, kernel=_kernel(0, framewise))
 
     def forward(self, handed: Handed, state: State = None) -> tuple[Handed, State]:
         """B c 1+N h w, or features behind the first convolution, B D 1+N h w -> B C 1+r*N H W."""
@@ -109,37 +152,6 @@ class BaseDecoder(nn.Module):
 def _kernel(width: int, framewise: int, time: int = 1) -> Kernel:
     """Return the kernel at a width, counted from the finest: the first `framewise` see one frame alone, unless time changes."""
     return FRAMEWISE if width < framewise and time == 1 else 3
-
-
-def spatial_ratio(patch: int, strides: Sequence[Sequence[int]]) -> int:
-    """Return the pixels per latent position of a base."""
-    return patch * prod(space for _, space in strides)
-
-
-def build_base(
-    in_channels: int,
-    latent_channels: int,
-    patch: int,
-    widths: Sequence[int],
-    layers: int,
-    strides: Sequence[Sequence[int]],
-    shortcuts: bool,
-    framewise: int = 0,
-) -> tuple[BaseEncoder, BaseDecoder]:
-    """Return the encoder and the decoder of one base; raises ValueError for settings that do not fit together."""
-    if len(strides) != len(widths) - 1:
-        raise ValueError(f"{len(strides)} strides: {len(widths)} widths need one fewer than widths")
-    if (space := spatial_ratio(patch, strides)) not in SPATIAL_RATIOS:
-        legal = ", ".join(map(str, SPATIAL_RATIOS))
-        raise ValueError(f"patch_size times spatial strides is {space}: it must be one of {legal}")
-    check_integer("framewise", framewise)
-    if not 0 <= framewise <= len(strides) or any(time > 1 for time, _ in strides[: max(0, framewise - 1)]):
-        raise ValueError(
-            f"framewise {framewise} with strides {[list(stride) for stride in strides]}: a number of the finest widths is "
-            f"needed, from 0 to {len(strides)}, without a stride of time between them"
-        )
-    shape = (in_channels, latent_channels, patch, widths, layers, strides, shortcuts, framewise)
-    return BaseEncoder(*shape), BaseDecoder(*shape)
 
 
 @torch.no_grad()

@@ -16,25 +16,12 @@ from promag.training.loop import RunConfig
 from promag.training.optimizers import OptimizationConfig
 from promag.training.precision import Precision, check_training_precision
 
-from .base import SPATIAL_RATIOS, spatial_ratio
+from .base import SPATIAL_RATIOS, BaseConfig
 from .discriminator import Adversarial
 from .distillation import Distillation
 from .existing import Features
 from .geometry import check_frames, check_size, stage_name
 from .growth import Growth, named_growth
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
-    """The base level's shape; see AutoencoderKLProMAG."""
-
-    latent_channels: int = setting(8, "channels of the latent at every level")
-    patch_size: int = setting(1, "side of the pixel patches that become channels")
-    block_out_channels: tuple[int, ...] = setting((128, 256, 256, 512), "widths from fine to coarse")
-    layers_per_block: int = setting(2, "residual blocks at each width")
-    strides: tuple[tuple[int, int], ...] = setting(((1, 2), (2, 2), (2, 2)), "(time, space) of each down-sampling")
-    linear_shortcuts: bool = setting(True, "averaging and duplicating shortcuts around resampling; false for plain blocks")
-    framewise: int = setting(0, "how many of the finest widths see one frame alone: cheaper, and shared by all frame rates")
 
 
 def _check_strides(strides: Sequence[int]) -> None:
@@ -205,7 +192,7 @@ class TokenizerConfig:
     distill: Distillation | None = setting(
         None, "an autoencoder whose latents the trained one learns; null for latents of its own"
     )
-    model: AutoencoderConfig | None = setting(None, "the base level; null where `init` has it")
+    model: BaseConfig | None = setting(None, "the base level; null where `init` has it")
     data: TokenizerDataConfig = setting(TokenizerDataConfig(), "the clips")
     stages: tuple[StageConfig, ...] = required("levels, lowest first")
     run: RunConfig = setting(RunConfig(), "logging, validation, checkpoints")
@@ -216,7 +203,7 @@ class TokenizerConfig:
         check_seed(self.seed)
         if self.init is not None and self.model is not None:
             raise ValueError(f"init {self.init}, model given: the base is that of `init`; give model null")
-        multiple = spatial_ratio(self.model.patch_size, self.model.strides) if self.model else SPATIAL_RATIOS[0]
+        multiple = self.model.spatial_ratio if self.model else SPATIAL_RATIOS[0]
         check_size(self.data.size, self.data.size, multiple)
         if self.data.latent_cache and self.distill:
             raise ValueError("latent_cache with distill: a student needs pixels; use null")

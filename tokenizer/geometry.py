@@ -21,6 +21,17 @@ def check_integer(name: str, value: Any) -> None:
         raise ValueError(f"{name} {value!r}: an integer is needed")
 
 
+def check_counts(name: str, value: Any) -> None:
+    """Raise ValueError for a value with anything but integers from 1 up in it, at any depth of sequences."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list | tuple):
+            parts += part
+        elif isinstance(part, bool) or not isinstance(part, Integral) or part < 1:
+            raise ValueError(f"{name} {value!r}: whole numbers from 1 up are needed")
+
+
 def latent_frames(frames: int, ratio: int) -> int:
     """Return the latent frames of `frames` pixel frames at temporal ratio `ratio`; raises ValueError if illegal."""
     check_frames(frames, ratio)

@@ -19,9 +19,9 @@ from promag.training.config import UserError, one_line
 from promag.training.files import replaced_folder, write_atomically
 from promag.training.safetensors_only import read_mapping
 
+from .base import BASE_SETTINGS
 from .existing import fingerprint
 from .growth import Growth
-from .levels import BASE_SETTINGS
 
 SETTINGS, WEIGHTS = "growth.json", "growth.safetensors"
 GROWN = ("encoder_growth.", "decoder_growth.", "own_encoders.", "own_decoders.")

@@ -9,22 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .base import BASE_SETTINGS
 from .geometry import check_ratio
 from .growth import DecoderGrowth, FrameGrowth, Growth, LatentScale
 from .inputs import check_ratios
 from .layers import Handed, State
-
-# The settings of the base that decide what its encoder computes.
-BASE_SETTINGS = (
-    "in_channels",
-    "latent_channels",
-    "patch_size",
-    "block_out_channels",
-    "layers_per_block",
-    "strides",
-    "linear_shortcuts",
-    "framewise",
-)
 
 
 class Levels:

@@ -20,8 +20,9 @@ from promag.evaluation.growth_ablation import OURS, RATIO, WHAT, WIDE, curves, g
 from promag.pipelines.base_latents import open_base_latents
 from promag.reports.plots import plot_file
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from promag.tokenizer.base import BaseConfig
 from promag.tokenizer.checkpoint import load_tokenizer
-from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
+from promag.tokenizer.config import StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.existing import Features, existing_class
 from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.levels import parameter_count
@@ -60,7 +61,7 @@ class Variant:
     name: str = required("name in the results")
     seeds: tuple[int, ...] = setting((0,), "one training for each")
     base: str | None = setting(None, "an earlier variant whose tokenizer, of the same seed, it continues")
-    model: AutoencoderConfig | None = setting(None, "a tokenizer of ours from scratch")
+    model: BaseConfig | None = setting(None, "a tokenizer of ours from scratch")
     baseline: Baseline | None = setting(None, "another architecture from scratch")
     stages: tuple[StageConfig, ...] = required("stages to train, one after the other")
 

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from promag.tokenizer.config import AutoencoderConfig
+from promag.tokenizer.autoencoder import AutoencoderKLProMAG
+from promag.tokenizer.base import BaseConfig
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.train import train_tokenizer
-from promag.training.config import UserError
+from promag.training.config import UserError, build, plain
 from tests.conftest import SHORT, TINY
 from tests.tokenizer.test_train import data_config, make_config, stage
 
@@ -17,7 +18,7 @@ CACHED = data_config(latent_cache="latents")
 
 def test_a_model_beside_init_is_refused(tmp_path):
     with pytest.raises(ValueError, match="init base, model given: the base is that of `init`; give model null"):
-        make_config(tmp_path, init="base", model=AutoencoderConfig(**TINY))
+        make_config(tmp_path, init="base", model=BaseConfig(**TINY))
 
 
 def test_latent_steps_that_would_do_nothing_are_refused(tmp_path):
@@ -54,5 +55,27 @@ def test_values_that_cannot_be_meant_are_refused(tmp_path):
         dataclasses.replace(stage(8, 9), buckets=())
     with pytest.raises(ValueError, match="seed -1: 0 or above is needed"):
         make_config(tmp_path, seed=-1)
-    with pytest.raises(UserError, match="model: 1 strides: 1 widths need one fewer"):
-        train_tokenizer(make_config(tmp_path / "m", model=AutoencoderConfig(**{**SHORT, "block_out_channels": (8,)})))
+    with pytest.raises(
+        UserError, match="model: down-sampling 8 -> 10 channels by 4x2x2: 128 gathered channels are no multiple"
+    ):
+        train_tokenizer(make_config(tmp_path / "m", model=BaseConfig(**{**SHORT, "block_out_channels": (8, 10)})))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("block_out_channels", [8], "1 strides: 1 widths need one fewer than widths"),
+        ("block_out_channels", [8, 0], r"block_out_channels \[8, 0\]: whole numbers from 1 up are needed"),
+        ("latent_channels", 0, "latent_channels 0: whole numbers from 1 up are needed"),
+        ("layers_per_block", -1, "layers_per_block -1: whole numbers from 1 up are needed"),
+        ("strides", [[4, -2]], r"strides \[\[4, -2\]\]: whole numbers from 1 up are needed"),
+        ("strides", [[4, 3]], "patch_size times spatial strides is 12: it must be one of 8, 16, 32"),
+        ("framewise", 3, r"framewise 3 with strides \[\[4, 2\]\]: a number of the finest widths is needed, from 0 to 1"),
+    ],
+)
+def test_a_base_that_cannot_be_built_is_refused_by_configurations_and_by_the_model(name, value, message):
+    values = {**SHORT, name: value}
+    with pytest.raises(ValueError, match=message):
+        AutoencoderKLProMAG(**values)
+    with pytest.raises(UserError, match=message):
+        build(BaseConfig, plain(values), "test")

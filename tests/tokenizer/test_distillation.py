@@ -10,9 +10,9 @@ from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan, CogVideoXDDIMSche
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
-from promag.tokenizer.base import least_squares
+from promag.tokenizer.base import BaseConfig, least_squares
 from promag.tokenizer.checkpoint import load_tokenizer, saved_ratios
-from promag.tokenizer.config import AutoencoderConfig, TokenizerConfig
+from promag.tokenizer.config import TokenizerConfig
 from promag.tokenizer.distillation import CrossedAutoencoder, Distillation, load_teacher, move_teacher, take_entries
 from promag.tokenizer.growth import Growth
 from promag.tokenizer.layers import START
@@ -34,7 +34,7 @@ SMALL_16X = {**SMALL, "block_out_channels": (8, 8, 8, 8, 8), "strides": ((2, 2),
 
 
 def distilling(folder, teacher, ratio=4, model=SMALL, **change):
-    values = {"model": AutoencoderConfig(**model), "stages": (stage(ratio, 1 + ratio),)}
+    values = {"model": BaseConfig(**model), "stages": (stage(ratio, 1 + ratio),)}
     return make_config(folder, **{**values, "distill": Distillation(teacher=str(teacher)), **change})
 
 
@@ -361,7 +361,7 @@ def test_a_student_of_latents_of_another_spatial_ratio(tmp_path):
     with pytest.raises(UserError, match="have pixels per latent position 16, the model's 8"):
         load_teacher(str(tmp_path / "wan"), make_tokenizer(levels=1), 4)
     with pytest.raises(ValueError, match="height 40: needs a multiple of 16; use 32 or 48"):
-        make_config(tmp_path, model=AutoencoderConfig(**model), data=data_config(size=40))
+        make_config(tmp_path, model=BaseConfig(**model), data=data_config(size=40))
     with pytest.raises(ValueError, match="patch_size times spatial strides is 4: it must be one of 8, 16, 32"):
         AutoencoderKLProMAG(**{**SMALL, "strides": ((2, 1), (2, 1))})
 

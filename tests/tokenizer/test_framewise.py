@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from promag import AutoencoderKLProMAG
-from promag.tokenizer.levels import BASE_SETTINGS
+from promag.tokenizer.base import BASE_SETTINGS
 from tests.conftest import TINY, make_tokenizer
 from tests.tokenizer.test_autoencoder import check_chunks_equal_the_whole, moments
 

@@ -16,8 +16,9 @@ from promag.data.listing import list_videos
 from promag.data.shards.stream import Sharding
 from promag.data.shards.writer import write_shards
 from promag.data.sources import Source
+from promag.tokenizer.base import BaseConfig
 from promag.tokenizer.checkpoint import load_tokenizer, save_tokenizer
-from promag.tokenizer.config import AutoencoderConfig, StageConfig, TokenizerConfig, TokenizerDataConfig
+from promag.tokenizer.config import StageConfig, TokenizerConfig, TokenizerDataConfig
 from promag.tokenizer.discriminator import Adversarial
 from promag.tokenizer.distillation import Distillation
 from promag.tokenizer.growth import PAPER_GROWTH, Growth
@@ -64,7 +65,7 @@ def make_config(folder, **change):
     config = TokenizerConfig(
         output_dir=str(folder),
         precision="fp32",
-        model=None if change.get("init") else AutoencoderConfig(**SHORT),
+        model=None if change.get("init") else BaseConfig(**SHORT),
         data=data_config(),
         stages=(stage(4, 5), stage(8, 9, Growth(), 2), stage(16, 17, Growth(decoder="finetune"))),
         run=RUN,
