@@ -18,7 +18,7 @@ from promag.evaluation.speed.step import WeightUpdate
 from promag.evaluation.speed.timing import measure_in_turns
 from promag.pipelines.sampling import load_pipeline, sample_videos
 from promag.reports.demo_report import BudgetRow, ReconstructionClip, Report, SampleClip
-from promag.tokenizer.geometry import latent_frames
+from promag.tokenizer.geometry import latent_frames, ratio_names
 from promag.tokenizer.metrics import PROTOCOL, evaluate, psnr, to_uint8
 from promag.training.files import read_json_lines
 from promag.training.precision import Precision, autocast, choose_precision
@@ -33,7 +33,7 @@ SHOWN = 4  # clips whose reconstructions the page shows
 # samples of checkpoints/tiny-video, first on the page, had both.
 LEARNED = ("colour", "motion")
 Accuracy = Mapping[str, tuple[float, float, float]]  # fraction and 95 % interval, by the part of the prompt
-Seconds = Mapping[str, Mapping[int, float]]  # by name and ratio
+SecondsByRatio = Mapping[str, Mapping[int, float]]  # by name and ratio
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Measured:
     """Figures by temporal ratio; accuracies are empty for real videos, which have no scorer."""
 
     quality: Mapping[int, Mapping[str, float]]
-    seconds: Seconds
+    seconds: SecondsByRatio
     accuracy: Mapping[int, Accuracy]
     readable: Mapping[int, Accuracy]
     channels: Mapping[int, int]  # of the latents
 
 
-def load_clips(config: DemoConfig, source: str, count: int) -> list[Mapping[str, Any]]:
+def read_clips(config: DemoConfig, source: str, count: int) -> list[Mapping[str, Any]]:
     """Return the first clips that are never trained on, at most `count`."""
     clips = open_dataset(source, "eval", config.frames, config.size, count)
     return [clips.fixed(i) for i in range(min(count, len(clips)))]
@@ -97,14 +97,14 @@ def sample_shipped(config: DemoConfig) -> tuple[list[SampleClip], list[Reconstru
         SampleClip(prompt, pipe.config["fps"], {ratio: video}, {ratio: describe(video, scene)})
         for prompt, video, scene in zip(prompts, videos, scenes, strict=True)
     ]
-    clips = load_clips(config, "synthetic", 2)
+    clips = read_clips(config, "synthetic", 2)
     fitting = [r for r in pipe.vae.temporal_ratios if (config.frames - 1) % r == 0]
     return samples, reconstruct(pipe.vae, clips, config.precision, fitting)
 
 
 def make_report(config: DemoConfig, model: Any, pipeline: Path, source: str, started: float) -> Report:
     """Reconstruct, sample and measure; return all that the page shows of this run."""
-    clips = load_clips(config, source, config.evaluation_clips)
+    clips = read_clips(config, source, config.evaluation_clips)
     quality = {r: evaluate(model, (c["video"][None] for c in clips), r, config.precision) for r in model.temporal_ratios}
 
     pipe: Any = load_pipeline(pipeline)
@@ -139,7 +139,7 @@ def make_report(config: DemoConfig, model: Any, pipeline: Path, source: str, sta
     )
 
 
-def measure_seconds(config: DemoConfig, pipe: Any, prompts: Sequence[str]) -> Seconds:
+def measure_seconds(config: DemoConfig, pipe: Any, prompts: Sequence[str]) -> SecondsByRatio:
     """Measure at each ratio a training step, denoising one video, and sampling one from text to pixels."""
     batch, steps, count = config.diffusion.batch_size, config.steps, len(prompts)
     trained, transformer = copy.deepcopy(pipe.transformer), pipe.transformer
@@ -236,8 +236,7 @@ def facts(config: DemoConfig, clips: int, scored: int, prompts: int, started: fl
         "Clips": f"videos of {config.videos}" if config.videos else f"{config.synthetic_clips} generated clips",
         "Tokenizer training": "; ".join(trained),
         "Text-to-video training": (
-            f"{diffusion.steps} steps of {diffusion.batch_size} clips, one ratio a step: "
-            + ", ".join(f"{ratio}x" for ratio in config.ratios)
+            f"{diffusion.steps} steps of {diffusion.batch_size} clips, one ratio a step: " + ratio_names(config.ratios)
         ),
         "Reconstruction protocol": f"{clips} unseen clips, {config.frames} frames, {config.size}x{config.size}; {PROTOCOL}",
         "Sampling": (

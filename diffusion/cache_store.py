@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 from promag.training.config import UserError, one_line
 from promag.training.files import remove_leftovers, save_tensors_atomically, write_atomically
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AGAIN = "delete it and index.json, and write the cache again by the command that wrote it"
 LATER = ("settings", "drawn_clips")  # fields of fingerprints that caches of earlier versions lack, and then may have any value
 OPEN_FILES = 128  # maximum number of shards that one reader keeps mapped into memory

@@ -52,7 +52,7 @@ def draw_cond_mask(condition: Condition, frames: int, generators: list[torch.Gen
     return torch.arange(frames, device=counts.device) < counts[:, None]
 
 
-def frame_times(times: Tensor, cond_mask: Tensor) -> Tensor:
+def times_of_frames(times: Tensor, cond_mask: Tensor) -> Tensor:
     """Return the time of each frame, b t: 0 at conditioning frames, elsewhere the time of its clip from `times`, (b,)."""
     return times[:, None].masked_fill(cond_mask, 0)
 

@@ -21,7 +21,7 @@ from .finetune import Lora
 from .latent_cache import Scale
 
 SMALL = "small"  # the text encoder that is trained with the transformer
-TEXT_TOKENS = 77  # of CLIP
+CLIP_TEXT_TOKENS = 77  # of CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class TextEncoderConfig:
     @property
     def tokens(self) -> int:
         """The number of text tokens; 77 until `adopt` has put that of the transformer's family in the place of null."""
-        return TEXT_TOKENS if self.max_length is None else self.max_length
+        return CLIP_TEXT_TOKENS if self.max_length is None else self.max_length
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.import_utils import is_ftfy_available
 from torch import Tensor, nn
 
+from promag.tokenizer.geometry import ratio_names
 from promag.training.config import UserError, one_line
 from promag.training.safetensors_only import check_complete, check_folder, read_mapping
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .config import DiffusionConfig
     from .latent_cache import LatentDataset
 
-TEXT_TOKENS = 512  # to which WanPipeline pads prompts by default
+WAN_TEXT_TOKENS = 512  # to which WanPipeline pads prompts by default
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class ProMAGFamily(Family):
             if key in mean:
                 part.mean, part.std = (torch.tensor(values[key]).view(-1, 1, 1, 1) for values in (mean, std))
             elif frozen:
-                trained = ", ".join(f"{ratio}x" for ratio in mean)
+                trained = ratio_names(mean)
                 raise UserError(
                     f"budget {key}x: the transformer of init was trained at {trained}; another needs a training of all its "
                     "weights, without lora and few_steps"
@@ -329,7 +330,7 @@ def adopt(config: "DiffusionConfig") -> "DiffusionConfig":
     if config.text.small or len(encoders) > 1:
         names = ", ".join(encoder.model for encoder in encoders)
         raise UserError(f"text encoders {names}: {family.model.__name__} takes one frozen T5 or UMT5; name it in text.encoders")
-    return _with_lengths(config, TEXT_TOKENS)
+    return _with_lengths(config, WAN_TEXT_TOKENS)
 
 
 def _with_lengths(config: "DiffusionConfig", length: int | None = None) -> "DiffusionConfig":

@@ -25,7 +25,7 @@ from promag.training.config import setting
 from promag.training.throughput import Work
 
 from . import ahead
-from .conditioning import draw_cond_mask, frame_times, mean_over_generated
+from .conditioning import draw_cond_mask, mean_over_generated, times_of_frames
 from .finetune import without_adapters
 from .flow import flow_times, guide
 from .objective import FlowObjective
@@ -153,7 +153,7 @@ class FewStepsObjective(FlowObjective):
 
     def _noised(self, x: Tensor, noise: Tensor, times: Tensor, cond_mask: Tensor | None) -> Tensor:
         """Return clips noised to times (b,), but for their conditioning frames."""
-        times = times if cond_mask is None else frame_times(times, cond_mask)
+        times = times if cond_mask is None else times_of_frames(times, cond_mask)
         return ahead.interpolate(x, noise, times, self.base_ahead)
 
     def _student_step(self, x: Tensor, windows: Tensor, times: Tensor, inputs: Inputs) -> Tensor:
@@ -192,5 +192,5 @@ class FewStepsObjective(FlowObjective):
     ) -> Tensor:
         """Move latents from times (b,) to later ones; conditioning frames stay at time 0."""
         if cond_mask is not None:
-            now, then = frame_times(now, cond_mask), frame_times(then, cond_mask)
+            now, then = times_of_frames(now, cond_mask), times_of_frames(then, cond_mask)
         return ahead.advance(x, predict(x, now), now, then, self.base_ahead)

@@ -14,7 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .conditioning import frame_times, pin_frames
+from .conditioning import pin_frames, times_of_frames
 
 MOST_STEPS = 100_000
 MOST_SHIFT = 50  # logarithm of the largest factor by which times are shifted
@@ -133,7 +133,7 @@ def sample_flow(
         if conditioning is None:
             return model(x, each)
         pinned = torch.arange(x.shape[2], device=x.device) < conditioning.shape[2]
-        return model(pin_frames(x, conditioning), frame_times(each, pinned.expand(len(x), -1)))
+        return model(pin_frames(x, conditioning), times_of_frames(each, pinned.expand(len(x), -1)))
 
     x = pin_frames(noise, conditioning)
     try:

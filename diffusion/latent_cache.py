@@ -28,7 +28,7 @@ from promag.training.processes import broadcast_from_main, processes, wait_for_e
 from promag.training.progress import ProgressBar
 
 from .cache_store import (
-    DTYPES,
+    CACHE_DTYPES,
     Fingerprint,
     Index,
     Shards,
@@ -89,7 +89,7 @@ class LatentFingerprint(Fingerprint):
     )  # how many, where a training draws them; earlier versions had none
 
 
-class Clips(Protocol):
+class ClipsToCache(Protocol):
     """Clips to cache: clip i is a mapping with video (C T H W), caption and fps.
 
     Those whose captions may be corrected apart from their videos also have `caption(index)`.
@@ -104,7 +104,7 @@ class Clips(Protocol):
 class _Reading(Dataset):
     """Clips as a map-style dataset that passes on what is cached, so that worker processes can decode them."""
 
-    clips: Clips
+    clips: ClipsToCache
 
     def __getitem__(self, index: int) -> tuple[Tensor, str, float]:
         clip = self.clips.fixed(index)
@@ -112,7 +112,12 @@ class _Reading(Dataset):
 
 
 def write_latents(
-    caches: Mapping[Path, LatentFingerprint], count: int, clips: Clips, encode: Encode, batch_size: int = 8, workers: int = 0
+    caches: Mapping[Path, LatentFingerprint],
+    count: int,
+    clips: ClipsToCache,
+    encode: Encode,
+    batch_size: int = 8,
+    workers: int = 0,
 ) -> list[Path]:
     """Encode clips 0 to count - 1, at several ratios at once, where they are not cached yet; return the folders.
 
@@ -190,7 +195,7 @@ class _Batches:
 def _write_shards(
     caches: Mapping[Path, tuple[LatentFingerprint, frozenset[int]]],
     batches: _Batches,
-    clips: Clips,
+    clips: ClipsToCache,
     encode: Encode,
     workers: int,
     show: bool,
@@ -210,7 +215,7 @@ def _write_shards(
         for _ in batches.of(shard):
             videos, texts, fps = next(read)
             for (folder, fingerprint), z in zip(lacking.items(), encode(videos, ratios), strict=True):
-                latents[folder].append(z.to(DTYPES[fingerprint.dtype]))
+                latents[folder].append(z.to(CACHE_DTYPES[fingerprint.dtype]))
             captions += texts
             rates.append(fps)
             bar.update(len(texts))

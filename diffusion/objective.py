@@ -16,7 +16,7 @@ from promag.training.loop import Objective
 from promag.training.throughput import Work
 
 from . import ahead
-from .conditioning import draw_cond_mask, frame_times, mean_over_generated
+from .conditioning import draw_cond_mask, mean_over_generated, times_of_frames
 from .families import family_of, hidden_matrices
 from .flow import sample_times, velocity
 from .text import Embedded, draw_dropped
@@ -84,7 +84,7 @@ class FlowObjective(Objective):
 
         With `base_ahead` a half of the channels that rests counts 0, or the halves are weighted as given.
         """
-        times = times if cond_mask is None else frame_times(times, cond_mask)
+        times = times if cond_mask is None else times_of_frames(times, cond_mask)
         noisy = ahead.interpolate(x, noise, times, self.base_ahead)
         predicted = self.family.predict(self.transformer, noisy, times, text, fps, ratio)
         errors = F.mse_loss(predicted.float(), velocity(x, noise), reduction="none")

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_CLIP = "open_clip:"  # prefix of the names of OpenCLIP models
 NULL_CAPTION = ""  # replaces dropped captions in training; the default negative prompt in sampling
-MOST_TOKENS = 2**16  # of a text; tokenizers of T5 that state no length state 10^30
+MOST_TEXT_TOKENS = 2**16  # of a text; tokenizers of T5 that state no length state 10^30
 # Settings of transformers' text models that weights do not show.
 SETTINGS = (
     *("hidden_act", "dense_act_fn", "is_gated_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon"),
@@ -233,11 +233,11 @@ def text_widths(encoder: Any) -> tuple[int, int]:
 
 
 def check_length(encoder: Any, length: int) -> None:
-    """Raise ValueError where an encoder takes fewer text tokens; T5 and UMT5 take any number up to MOST_TOKENS."""
+    """Raise ValueError where an encoder takes fewer text tokens; T5 and UMT5 take any number up to MOST_TEXT_TOKENS."""
     if isinstance(encoder, OpenCLIPTextModel):
         positions = encoder.positions
     else:
-        positions = encoder.config.max_position_embeddings if isinstance(encoder, CLIPTextModel) else MOST_TOKENS
+        positions = encoder.config.max_position_embeddings if isinstance(encoder, CLIPTextModel) else MOST_TEXT_TOKENS
     check_integer("text tokens", length)
     if not 1 <= length <= positions:
         raise ValueError(f"{length} text tokens: this encoder takes 1 to {positions}")
@@ -247,13 +247,13 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = No
     """Return input_ids and attention_mask, B L, padded to `max_length` (default: the tokenizer's); longer text is cut.
 
     The length never depends on the other prompts of the batch, so neither does any output. Raises ValueError for a length that
-    leaves no room for the tokens at both ends, or is above MOST_TOKENS.
+    leaves no room for the tokens at both ends, or is above MOST_TEXT_TOKENS.
     """
     length = tokenizer.model_max_length if max_length is None else max_length
     least = max(1, tokenizer.num_special_tokens_to_add())
     check_integer("text tokens", length)
-    if not least <= length <= MOST_TOKENS:
-        raise ValueError(f"{length} text tokens: {least} to {MOST_TOKENS} are needed; state max_sequence_length")
+    if not least <= length <= MOST_TEXT_TOKENS:
+        raise ValueError(f"{length} text tokens: {least} to {MOST_TEXT_TOKENS} are needed; state max_sequence_length")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"text tokenizer {tokenizer.name_or_path}: has no padding token")
     encoded = tokenizer(

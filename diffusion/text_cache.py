@@ -28,7 +28,7 @@ from promag.training.progress import ProgressBar
 
 from .cache_store import (
     AGAIN,
-    DTYPES,
+    CACHE_DTYPES,
     Fingerprint,
     Index,
     Shards,
@@ -128,7 +128,7 @@ def write_embeddings(
     missing = broadcast_from_main(lambda: _open(folder, fingerprint, captions))
     if missing is None:
         return folder
-    state, dtype = processes(), DTYPES[fingerprint.dtype]
+    state, dtype = processes(), CACHE_DTYPES[fingerprint.dtype]
     mine = missing[state.process_index :: state.num_processes]
     if mine or state.is_main_process:
         tokenizer, encoder = load()
@@ -259,7 +259,7 @@ class EmbeddingCache:
         return Embedded((batch[self.keys["tokens"]].float(),), (batch[self.keys["mask"]],), pooled)
 
     def _padded(self, real: Tensor | None, pooled: Tensor | None) -> dict[str, Tensor]:
-        dtype = DTYPES[self.shards.index["fingerprint"]["dtype"]]
+        dtype = CACHE_DTYPES[self.shards.index["fingerprint"]["dtype"]]
         tokens, mask = torch.zeros(self.length, self.width, dtype=dtype), torch.zeros(self.length, dtype=torch.bool)
         if real is not None:
             tokens[: len(real)], mask[: len(real)] = real, True

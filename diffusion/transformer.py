@@ -31,6 +31,7 @@ from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from einops import rearrange
 from torch import Tensor, nn
 
+from promag.tokenizer.geometry import ratio_names
 from promag.training.safetensors_only import SafetensorsOnly
 
 from .ahead import check_lead, half_times
@@ -318,7 +319,7 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         both = (self.config["latents_mean"], self.config["latents_std"])
         ratios = [s for s in (both[0] or {}) if s in (both[1] or {})]
         if str(temporal_ratio) not in ratios:
-            have = ", ".join(f"{r}x" for r in ratios) or "none"
+            have = ratio_names(ratios) or "none"
             raise ValueError(f"temporal ratio {temporal_ratio}: this model has latent statistics for {have}")
         return [latents.new_tensor(s[str(temporal_ratio)]).view(1, -1, 1, 1, 1) for s in both]
 

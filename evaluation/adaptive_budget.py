@@ -96,7 +96,7 @@ def segment_psnr(budgets: Sequence[Budget], clip: Tensor, frames: int, precision
         row = {}
         for budget in budgets:
             x = window.to(budget.model.device)
-            with autocast(x.device, precision, enabled=budget.model.dtype == torch.float32):
+            with autocast(x.device, precision, budget.model.dtype):
                 output = reconstruct(budget.model, _padded(x, frames), budget.ratio).sample[:, :, : x.shape[2]]
             row[budget.name] = float(psnr(output, x))
         rows.append(row)

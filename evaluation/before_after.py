@@ -92,7 +92,7 @@ def compare_tiny_decoder(
     crossed = evaluate_fully(CrossedAutoencoder(tokenizer, tiny), clips(), temporal_ratio, perceptual, precision, fps)
     rows = {name: {key: row[key] for key in QUALITY if key in row} for name, row in ((TOKENIZER, results), (TINY, crossed))}
     clip = next(iter(clips())).to(tokenizer.device)
-    with autocast(clip.device, precision, enabled=tokenizer.dtype == torch.float32):
+    with autocast(clip.device, precision, tokenizer.dtype):
         z = tokenizer.encode(clip, temporal_ratio).latent_dist.mode()
     pair = {TOKENIZER: tokenizer, TINY: tiny}
     calls = {name: _decoding(model, z, temporal_ratio, precision) for name, model in pair.items()}
@@ -126,7 +126,7 @@ def _calls(model: Any, clip: Tensor, temporal_ratio: int, precision: Precision) 
     """Return what encodes a clip and what decodes its latent."""
 
     def encode() -> Tensor:
-        with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
+        with autocast(clip.device, precision, model.dtype):
             return model.encode(clip, temporal_ratio).latent_dist.mode()
 
     return {"encode": encode, "decode": _decoding(model, encode(), temporal_ratio, precision)}
@@ -136,7 +136,7 @@ def _decoding(model: Any, z: Tensor, temporal_ratio: int, precision: Precision) 
     """Return what decodes a latent."""
 
     def decode() -> Tensor:
-        with autocast(z.device, precision, enabled=model.dtype == torch.float32):
+        with autocast(z.device, precision, model.dtype):
             return model.decode(z, temporal_ratio).sample
 
     return decode

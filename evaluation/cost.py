@@ -33,7 +33,7 @@ from .budgets import Budget, CodedSize
 from .speed.step import WeightUpdate
 from .speed.timing import MIB, free_bytes, measure_in_turns, peak_bytes
 
-TEXT_TOKENS = 24  # of the random text, from each text encoder
+RANDOM_TEXT_TOKENS = 24  # of the random text, from each text encoder
 LENGTHS = (17, 33, 65, 129, 257, 513, 1025)  # pixel frames
 MEASURES = ("train_step_seconds", "denoising_step_seconds", "gradient_peak_mib")
 
@@ -60,7 +60,7 @@ def train_step(
 
     With `update` None it ends with the gradients: forward and backward alone.
     """
-    text_tokens = [TEXT_TOKENS] * len(transformer.text_dims)
+    text_tokens = [RANDOM_TEXT_TOKENS] * len(transformer.text_dims)
     loss = random_loss(transformer, size, batch_size, text_tokens, precision)
 
     def step() -> None:
@@ -111,7 +111,7 @@ def denoising(
     """
     device = transformer.device
     noise = torch.randn(2 * videos, *_latent_shape(transformer, size), device=device)
-    text, pooled = _random_text(transformer, 2 * videos, [TEXT_TOKENS] * len(transformer.text_dims))
+    text, pooled = _random_text(transformer, 2 * videos, [RANDOM_TEXT_TOKENS] * len(transformer.text_dims))
 
     def velocity_at(x: Tensor, times: Tensor) -> Tensor:
         predicted = transformer(x, 1000 * times, text, pooled_projections=pooled, temporal_ratio=size.ratio, return_dict=False)
@@ -218,7 +218,7 @@ class BudgetCosts:
     def gflops(self, budget: Budget, frames: int, training: bool) -> float:
         """Return the arithmetic of one clip, counted by formula."""
         count = training_flops if training else forward_flops
-        return count(self._models[budget.channels].config, self.tokens(budget, frames), TEXT_TOKENS) / 1e9
+        return count(self._models[budget.channels].config, self.tokens(budget, frames), RANDOM_TEXT_TOKENS) / 1e9
 
     def training(self, budget: Budget, frames: int, batch: int, optimize: bool = True) -> Callable[[], None]:
         """Return a call that does a training step, or without `optimize` its forward and backward pass alone."""
@@ -244,7 +244,7 @@ class BudgetCosts:
 
         @torch.no_grad()
         def call() -> None:
-            with autocast(z.device, self.precision, enabled=z.dtype == torch.float32):
+            with autocast(z.device, self.precision, z.dtype):
                 model.decode(z, budget.ratio)
 
         return call

@@ -20,7 +20,7 @@ from promag.diffusion.inputs import check_attention_kwargs
 from promag.diffusion.text import Embedded
 from promag.tokenizer.geometry import check_ratio
 
-MOST_TOKENS = 2**24
+MOST_VIDEO_TOKENS = 2**24
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 NAMES = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
 NEGATIVE_NAMES = tuple(f"negative_{name}" for name in NAMES)
@@ -218,9 +218,10 @@ def check_amount(token_count: int, steps: int, videos: int) -> None:
     """Refuse more steps than make a difference, and more tokens than any memory holds."""
     if steps > MOST_STEPS:
         raise ValueError(f"num_inference_steps {steps}: at most {MOST_STEPS} are legal")
-    if token_count * videos > MOST_TOKENS:
+    if token_count * videos > MOST_VIDEO_TOKENS:
         raise ValueError(
-            f"height, width, num_frames, num_videos_per_prompt: {token_count * videos} tokens; at most {MOST_TOKENS} are legal"
+            f"height, width, num_frames, num_videos_per_prompt: {token_count * videos} tokens; at most {MOST_VIDEO_TOKENS} are "
+            "legal"
         )
 
 

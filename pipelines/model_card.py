@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from promag.tokenizer.geometry import latent_frames, tokens
+from promag.tokenizer.geometry import latent_frames, ratio_names, tokens
 from promag.tokenizer.levels import parameter_count
 
 FOLDER = "PATH/OF/THIS/FOLDER"  # in the card of a pipeline that is saved and not uploaded
@@ -91,7 +91,7 @@ def lora_card(name: str, base: str, sampling: Mapping[str, Any], fps: float) -> 
     """
     steps = {key: value for key, value in sampling.items() if key != "temporal_ratios"}
     call = "".join(f", {key}={value:g}" for key, value in {"temporal_ratio": sampling["temporal_ratios"][0], **steps}.items())
-    ratios = ", ".join(f"{ratio}x" for ratio in sampling["temporal_ratios"])
+    ratios = ratio_names(sampling["temporal_ratios"])
     few = f", and sampled in {steps['num_inference_steps']} steps {_guidance(steps['guidance_scale'])}" if steps else ""
     return "\n".join(
         [

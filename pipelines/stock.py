@@ -18,7 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
 from promag.diffusion.config import DiffusionConfig
-from promag.diffusion.families import TEXT_TOKENS, LatentStatistics
+from promag.diffusion.families import WAN_TEXT_TOKENS, LatentStatistics
 from promag.tokenizer.autoencoder import AutoencoderKLProMAG
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.geometry import check_frames, check_ratio, check_size
@@ -46,7 +46,7 @@ class StockDefaults:
     temporal_ratios: Sequence[int] = ()  # () for all of the autoencoder's
     num_inference_steps: int = 30
     guidance_scale: float = 4.0
-    max_sequence_length: int = TEXT_TOKENS
+    max_sequence_length: int = WAN_TEXT_TOKENS
 
 
 WAN_2_2_5B = StockDefaults(height=704, width=1280, num_frames=121, fps=24.0)  # as its authors sample it

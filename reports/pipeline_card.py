@@ -7,6 +7,7 @@ from promag.data.synthetic import COLOURS, MOTIONS, SHAPES
 from promag.evaluation.markdown import markdown_table
 from promag.evaluation.prompt_accuracy import PARTS
 from promag.evaluation.synthetic_scorer import chance
+from promag.tokenizer.geometry import ratio_names
 
 from .tokenizer_card import clip_shapes, where
 
@@ -47,7 +48,7 @@ def trained_card(
     accuracy = [[f"{r['ratio']}x", _kind(r), *(_share(r["accuracy"][part]) for part in PARTS)] for r in records]
     trainings = [
         [
-            ", ".join(f"{ratio}x" for ratio in t["ratios"]),
+            ratio_names(t["ratios"]),
             f"{t['synthetic_clips']} of {'; '.join(clip_shapes(t, ' at '))}",
             ", ".join(f"{one['words']} x{one['factor']:g}" for one in t["caption_weights"]) or "-",
             str(t["steps"]),

@@ -36,7 +36,7 @@ LONGEST_PROMPT = 2000  # characters
 KEPT = 3600  # seconds that uploaded files stay on the disk
 QUEUE = 16  # visitors that wait; the models serve one at a time
 
-Progress = Callable[[int, int], None]  # done, total
+OnProgress = Callable[[int, int], None]  # done, total
 
 
 class AppBackend:
@@ -81,7 +81,7 @@ class AppBackend:
         steps: float,
         guidance: float,
         seed: float | None,
-        on_progress: Progress,
+        on_progress: OnProgress,
     ) -> str:
         """Sample one video; `on_progress` is called after each step."""
         if max(len(prompt), len(negative)) > LONGEST_PROMPT:
@@ -111,7 +111,7 @@ class AppBackend:
         film = make_film(prompt, {prompt: videos[0]}, self.pipe.config["fps"], crf=CRF, tile=TILE)
         return _part("sample", film=film, prompt=prompt, seed=order.seed, cost=cost, seconds=str(seconds))
 
-    def compare(self, path: str | None, side: int, on_progress: Progress) -> str:
+    def compare(self, path: str | None, side: int, on_progress: OnProgress) -> str:
         """Reconstruct an uploaded video at every ratio, its shorter side `side` pixels, in the player of the pages.
 
         `on_progress` is called with frames.
@@ -125,7 +125,7 @@ class AppBackend:
         except UserError as error:
             return _part("message", text=str(error))
 
-    def _compare(self, path: str, side: int, on_progress: Progress) -> str:
+    def _compare(self, path: str, side: int, on_progress: OnProgress) -> str:
         ratios, name = self.tokenizer.temporal_ratios, Path(path).name
         facts = check_upload(path, self.limits, self.reader)
         size = fit_size(facts.height, facts.width, side, LONGEST * side, self.tokenizer.spatial_ratio)

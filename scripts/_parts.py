@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from promag.pipelines.lora import recorded_sampling
 from promag.pipelines.sampling import trained_ratios
 from promag.pipelines.stock import StockPipeline
+from promag.tokenizer.geometry import ratio_names
 from promag.training.config import UserError, one_line
 
 TINY_DECODER: dict[str, Any] = {  # arguments of add_argument
@@ -69,7 +70,7 @@ def _limit_ratios(pipe: Any, ratios: Sequence[int], folder: Path) -> Sequence[in
     has = pipe.vae.temporal_ratios if stock else trained_ratios(pipe)  # the weights of a stock pipeline belong to no ratio
     both = [ratio for ratio in ratios if ratio in has]
     if not both:
-        trained, sampled = (", ".join(f"{ratio}x" for ratio in values) for values in (ratios, has))
+        trained, sampled = ratio_names(ratios), ratio_names(has)
         use = "name the autoencoder that they were trained with by --tokenizer" if stock else "name the pipeline they are for"
         raise UserError(f"--lora {folder}: trained at {trained}; this pipeline samples at {sampled}; {use}")
     if stock:

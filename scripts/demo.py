@@ -21,7 +21,7 @@ from promag.data.clip_index import save_clips
 from promag.data.clips import prepare
 from promag.data.listing import list_videos
 from promag.demo.config import DemoConfig, diffusion_config, tokenizer_config, tokenizer_folder
-from promag.demo.figures import LEFT_OUT, SHOWN, load_clips, make_report, reconstruct, sample_shipped, shipped_absent
+from promag.demo.figures import LEFT_OUT, SHOWN, make_report, read_clips, reconstruct, sample_shipped, shipped_absent
 from promag.demo.page import LivePage
 from promag.pipelines.build import train_pipeline
 from promag.reports.contact_sheet import write_contact_sheet
@@ -82,7 +82,7 @@ def train_and_measure(config: DemoConfig, page: LivePage, train: str, evaluation
     if folder is None:
         return None
     model = load_tokenizer(folder)
-    shown = reconstruct(model, load_clips(config, evaluation, SHOWN), config.precision, model.temporal_ratios)
+    shown = reconstruct(model, read_clips(config, evaluation, SHOWN), config.precision, model.temporal_ratios)
     page.report = dataclasses.replace(page.report, reconstructions=shown)
 
     say(f"2/3 text-to-video at {' and '.join(f'{r}x' for r in config.ratios)}, by turns")

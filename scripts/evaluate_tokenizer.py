@@ -21,7 +21,7 @@ from promag.reports.contact_sheet import write_contact_sheet
 from promag.scripts._options import SHARED, check_at_least_one, check_different, check_writable, name_of, share
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.config import TokenizerConfig
-from promag.tokenizer.geometry import check_frames, check_ratio, check_size
+from promag.tokenizer.geometry import check_frames, check_ratio, check_size, ratio_names
 from promag.tokenizer.interpolation import Interpolated, kinds_for
 from promag.tokenizer.metrics import PROTOCOL, evaluate_fully, evaluate_lift, motion, psnr, to_uint8
 from promag.tokenizer.packaged_metrics import PerceptualMetrics, frame_rates, open_perceptual
@@ -214,7 +214,7 @@ def _before(arguments: argparse.Namespace, ratios: Sequence[int]) -> tuple[Any, 
     before: Any = load_tokenizer(arguments.against)
     common = [ratio for ratio in ratios if ratio in before.temporal_ratios]
     if not common:
-        own, other = (", ".join(f"{r}x" for r in some) for some in (ratios, before.temporal_ratios))
+        own, other = ratio_names(ratios), ratio_names(before.temporal_ratios)
         kind = "is measured at" if arguments.ratios else "has"
         raise UserError(f"--against {arguments.against}: has {other}, {arguments.checkpoint} {kind} {own}: no ratio in both")
     check_shape(arguments, before, max(common))

@@ -20,7 +20,7 @@ from .base import SPATIAL_RATIOS, BaseConfig
 from .discriminator import Adversarial
 from .distillation import Distillation
 from .existing import Features
-from .geometry import check_frames, check_size, stage_name
+from .geometry import check_frames, check_size, ratio_names, stage_name
 from .growth import Growth, named_growth
 
 
@@ -274,7 +274,7 @@ class TokenizerConfig:
             raise ValueError(f"stage {last.name}: by_turns after the {ratios[-2]}x stage needs that ratio, not {last.ratio}")
         from_scratch = self.init is None and self.stages[0].growth is None
         if from_scratch and (absent := sorted({*last.turns} - {*self.grown_ratios()})):
-            have, lacks = (", ".join(f"{ratio}x" for ratio in some) for some in (self.grown_ratios(), absent))
+            have, lacks = ratio_names(self.grown_ratios()), ratio_names(absent)
             raise ValueError(f"stage {last.name}: by_turns: the stages grow {have}, not {lacks}")
 
     def grown_ratios(self) -> list[int]:

@@ -15,6 +15,11 @@ def stage_name(ratios: Iterable[int]) -> str:
     return "-".join(f"{ratio}x" for ratio in ratios)
 
 
+def ratio_names(ratios: Iterable[int]) -> str:
+    """Return ratios in words: 4x, 8x, 16x."""
+    return ", ".join(f"{ratio}x" for ratio in ratios)
+
+
 def check_integer(name: str, value: Any) -> None:
     """Raise ValueError for a value that is not an integer: 16.0, True, "16" or None."""
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -81,7 +86,7 @@ def check_size(height: int, width: int, multiple: int = SPATIAL_RATIO, of_width:
 def check_ratio(ratio: int, legal: Sequence[int]) -> None:
     """Raise ValueError unless `ratio` is one of the tokenizer's temporal ratios."""
     if isinstance(ratio, bool) or not isinstance(ratio, Integral) or ratio not in legal:
-        have = ", ".join(f"{r}x" for r in legal)
+        have = ratio_names(legal)
         grown = max(legal)
         grows = isinstance(ratio, Integral) and ratio > grown and ratio % grown == 0
         hint = f"; grow it to {ratio}x first" if grows else ""

@@ -271,7 +271,7 @@ def evaluate_lift(
     results: dict[int, list[tuple[float, float]]] = {ratio: [] for ratio in lower}
     for clip in clips if lower else ():
         clip = clip.to(model.device)
-        with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
+        with autocast(clip.device, precision, model.dtype):
             z, *true = (posterior.mode() for posterior in model.encode_levels(clip, (temporal_ratio, *lower)))
             for ratio, target in zip(lower, true, strict=True):
                 estimate = model.lift(z, temporal_ratio, ratio)
@@ -291,7 +291,7 @@ def evaluate_latents(
     errors = []
     for clip in clips:
         clip = clip.to(model.device)
-        with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
+        with autocast(clip.device, precision, model.dtype):
             z, target = (m.encode(clip, temporal_ratio).latent_dist.mode() for m in (model, reference))
         errors.append(float(latent_loss(z, target)))
     return sum(errors) / len(errors)
@@ -304,7 +304,7 @@ def _reconstructions(
     count = 0
     for clip in clips:
         clip = clip.to(model.device)
-        with autocast(clip.device, precision, enabled=model.dtype == torch.float32):
+        with autocast(clip.device, precision, model.dtype):
             output = model(clip, temporal_ratio).sample
         yield clip, output
         count += 1

@@ -29,6 +29,7 @@ from .clips import check_clips, first_clips, open_training_clips, open_validatio
 from .config import MAY_CHANGE, StageConfig, TokenizerConfig
 from .convolution import use_channels_last
 from .distillation import load_teacher, move_teacher, take_entries
+from .geometry import ratio_names
 from .levels import parameter_count
 from .metrics import to_uint8
 from .objectives import DistillationObjective, StageObjective
@@ -97,7 +98,7 @@ def _check_levels(run: Path, config: TokenizerConfig, build: Callable[[], Any] |
 def _check_turns(stage: StageConfig, levels: Sequence[int], place: str | Path) -> None:
     """Raise UserError unless all ratios of a stage are among the levels."""
     if absent := sorted({*stage.turns} - {*levels}):
-        have, lacks = (", ".join(f"{ratio}x" for ratio in ratios) for ratios in (levels, absent))
+        have, lacks = ratio_names(levels), ratio_names(absent)
         raise UserError(f"stage {stage.name} by_turns: {place} has {have}, not {lacks}")
 
 
@@ -264,7 +265,7 @@ def _model_for(
             raise UserError(f"stage {stage.name}: {place} has levels up to {highest}x; its own ratio must be the highest")
         _record_start(run, config.folder_of(stage), model)
         return model, (stage.ratio,)
-    levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
+    levels = ratio_names(model.temporal_ratios)
     if before := config.stages[: config.stages.index(stage)]:
         if before[-1].ratio != highest:
             raise UserError(
@@ -354,7 +355,7 @@ def _continued(place: Path, stage: StageConfig) -> AutoencoderKLProMAG:
     """Load a tokenizer whose highest level is to be trained further: levels above would no longer fit a changed one."""
     model = load_tokenizer(place)
     if stage.ratio != model.temporal_ratios[-1]:
-        levels = ", ".join(f"{r}x" for r in model.temporal_ratios)
+        levels = ratio_names(model.temporal_ratios)
         raise UserError(
             f"stage {stage.name} without growth: only the highest level of {place} ({levels}) can be trained further"
         )

@@ -95,10 +95,10 @@ def check_training_precision(precision: Precision) -> None:
 
 
 def autocast(
-    device: torch.device | str, precision: Precision = "auto", enabled: bool = True
+    device: torch.device | str, precision: Precision = "auto", weights: torch.dtype = torch.float32
 ) -> contextlib.AbstractContextManager:
-    """Return the context in which models of float32 weights compute at `precision`; `enabled` False leaves all as it is."""
-    if not enabled:
+    """Return the context in which models of float32 weights compute at `precision`; those of other weights stay as they are."""
+    if weights != torch.float32:
         return contextlib.nullcontext()
     device, chosen = torch.device(device), choose_precision(precision, device)
     return torch.autocast(device.type, DTYPES[chosen] if chosen != "fp32" else torch.bfloat16, enabled=chosen != "fp32")

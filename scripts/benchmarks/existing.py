@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from promag import AutoencoderKLProMAG
+from promag.diffusion.families import WAN_TEXT_TOKENS
 from promag.evaluation.memory import peak_live_bytes, static_memory
 from promag.evaluation.published import AUTOENCODERS, TRANSFORMERS, Published
 from promag.scripts._options import check_writable, share
@@ -38,7 +39,7 @@ CODED = (65, 480, 832)  # frames, height and width of the clip whose coding is c
 ON_LATENTS = ((65, 480, 832), (81, 480, 832))  # clips of which the latents are trained on
 ON_PIXELS = (65, 128, 128)
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}  # what the transformers generate
-FRAMES, RATIOS, SPATIAL, TEXT_TOKENS = 81, (4, 8, 16), 8, 512  # Wan 2.1's; its pipeline pads prompts to 512 tokens
+FRAMES, RATIOS, SPATIAL = 81, (4, 8, 16), 8  # Wan 2.1's
 LORA = LoraConfig(r=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 CPU = torch.device("cpu")
 GIB, MIB = 2**30, 2**20
@@ -340,7 +341,7 @@ def transformer_rows(published: Published, trained: bool) -> list[dict[str, Any]
 
 def _velocity(model: Any, shape: Sequence[int], device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
     noisy = torch.zeros(1, *shape, device=device, dtype=dtype)
-    text = torch.zeros(1, TEXT_TOKENS, model.config["text_dim"], device=device, dtype=dtype)
+    text = torch.zeros(1, WAN_TEXT_TOKENS, model.config["text_dim"], device=device, dtype=dtype)
     return model(noisy, torch.zeros(1, device=device), text, return_dict=False)[0]
 
 

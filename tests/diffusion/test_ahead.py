@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promag.diffusion import ahead, flow
-from promag.diffusion.conditioning import frame_times, mean_over_generated
+from promag.diffusion.conditioning import mean_over_generated, times_of_frames
 from promag.diffusion.finetune import adapt_to_latents
 from promag.diffusion.latent_cache import LatentDataset
 from promag.diffusion.objective import VALIDATION_TIMES, FlowObjective
@@ -216,7 +216,7 @@ def test_a_half_that_rests_counts_nothing_in_the_loss(clips, tmp_path):
     plain = objective_of(clips, tmp_path, 0.0)
     text = plain.text({"caption": ["a", "b", "c"]})
     for cond_mask in (None, mask):
-        each = times if cond_mask is None else frame_times(times, cond_mask)
+        each = times if cond_mask is None else times_of_frames(times, cond_mask)
         wanted = squared(plain, x, noise, each, text, fps, 0.0)
         wanted = wanted.flatten(1).mean(1) if cond_mask is None else mean_over_generated(wanted, cond_mask)
         assert torch.equal(plain.errors(x, noise, times, text, fps, 16, cond_mask), wanted)
@@ -225,7 +225,7 @@ def test_a_half_that_rests_counts_nothing_in_the_loss(clips, tmp_path):
     errors = squared(leading, x, noise, times, text, fps, 0.5)
     errors[0, 2:] = errors[2, :2] = 0  # the residual rests at noise, the base at data
     assert torch.allclose(leading.errors(x, noise, times, text, fps, 16), errors.flatten(1).mean(1))
-    errors = squared(leading, x, noise, frame_times(times, mask), text, fps, 0.5)
+    errors = squared(leading, x, noise, times_of_frames(times, mask), text, fps, 0.5)
     errors[0, 2:] = errors[2, :2] = 0
     assert torch.allclose(leading.errors(x, noise, times, text, fps, 16, mask), mean_over_generated(errors, mask))
 

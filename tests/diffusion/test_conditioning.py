@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from promag.diffusion.conditioning import Condition, draw_cond_mask, frame_times, mean_over_generated
+from promag.diffusion.conditioning import Condition, draw_cond_mask, mean_over_generated, times_of_frames
 from promag.diffusion.flow import interpolate, sample_times
 from promag.diffusion.objective import FlowObjective
 from promag.diffusion.text import draw_dropped, learn_vocabulary, small_clip
@@ -36,7 +36,7 @@ def test_conditioning_frames_come_first_and_leave_some_to_generate():
 def test_conditioning_frames_stay_clean_and_do_not_count_in_the_loss():
     x, noise = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
     given = torch.tensor([[True, True, False], [False, False, False]])
-    times = frame_times(torch.tensor([0.7, 0.4]), given)
+    times = times_of_frames(torch.tensor([0.7, 0.4]), given)
     assert torch.allclose(times, torch.tensor([[0, 0, 0.7], [0.4, 0.4, 0.4]]))
     noisy = interpolate(x, noise, times)
     assert torch.equal(noisy[0, :, :2], x[0, :, :2])

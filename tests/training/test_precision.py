@@ -85,7 +85,7 @@ def test_autocast_computes_in_the_chosen_precision(precision, dtype):
     x = torch.ones(2, 2)
     with autocast("cpu", precision):
         assert (x @ x).dtype == dtype
-    with autocast("cpu", precision, enabled=False):
+    with autocast("cpu", precision, torch.bfloat16):
         assert (x @ x).dtype == torch.float32
 
 
