@@ -30,7 +30,7 @@ from promag.scripts._options import check_writable
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.train import train_tokenizer
 from promag.training.command_line import continues, parse_config, run_main
-from promag.training.config import UserError, to_plain
+from promag.training.config import UserError, plain
 from promag.training.device import best_device
 from promag.training.files import write_atomically
 from promag.training.precision import choose_for_run
@@ -104,7 +104,7 @@ def train_and_measure(config: DemoConfig, page: LivePage, train: str, evaluation
 def record_report(config: DemoConfig, run: Path, seconds: int) -> None:
     """Append the figures to `config.record`."""
     figures = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    settings = to_plain(dataclasses.replace(config, record=None))  # where it is recorded is no setting of the run
+    settings = plain(dataclasses.replace(config, record=None))  # where it is recorded is no setting of the run
     record = {"what": "demo", "seed": config.seed, "seconds": seconds, "config": settings}
     append_result(config.record or "", {**record, "rows": figures["rows"], "facts": figures["facts"]})
 

@@ -80,14 +80,9 @@ def build(cls: type[Config], values: dict[str, Any], source: str) -> Config:
         raise UserError(f"config {source}: " + "; ".join(_explain(cls, e) for e in error.errors()[:3])) from None
 
 
-def to_plain(config: Any) -> dict[str, Any]:
-    """Return a dataclass as plain values that YAML and JSON can store."""
-    return plain(config)
-
-
 def dump_yaml(config: Any) -> str:
     """Return the resolved configuration as YAML, keys in the dataclass's order."""
-    return yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def save_yaml(path: str | os.PathLike, config: Any) -> None:
@@ -96,7 +91,7 @@ def save_yaml(path: str | os.PathLike, config: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return dataclasses, tuples and mappings as plain dicts and lists."""
+    """Return dataclasses, tuples and mappings as dicts and lists, which YAML and JSON can store."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):

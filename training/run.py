@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import UserError, complete, load_yaml, save_yaml, to_plain
+from .config import UserError, complete, load_yaml, plain, save_yaml
 from .files import append_json, finish_replacing, read_json_lines, replaced_folder, write_atomically
 
 MACHINES = "machines.txt"
@@ -61,7 +61,7 @@ def open_run(
     path = Path(path)
     config_file = path / "config.yaml"
     if config_file.exists():
-        old, new = _flat(read_config(path, type(config))), _flat(to_plain(config))
+        old, new = _flat(read_config(path, type(config))), _flat(plain(config))
         differs = [
             f"{key} is {old.get(key)!r} there, {new.get(key)!r} now"
             for key in sorted(old.keys() | new.keys())

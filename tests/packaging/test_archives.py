@@ -14,7 +14,7 @@ import yaml
 
 from promag import ProMAGPipeline
 from promag.tokenizer.config import TokenizerConfig
-from promag.training.config import build, load_yaml, to_plain
+from promag.training.config import build, load_yaml, plain
 from tests.packaging.conftest import ROOT, run
 
 ROOMS = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name not in ("promag", "tests"))
@@ -137,8 +137,6 @@ def test_the_wheels_command_works_outside_a_checkout(places):
     assert "  sample " in run(program, "--help", cwd=place.folder)
     assert run(program, "prepare-clips", "--help", cwd=place.folder).startswith("usage: promag prepare-clips ")
     printed = yaml.safe_load(run(program, "train-tokenizer", "--config", "tokenizer/tiny", "--print-config", cwd=place.folder))
-    assert (
-        printed["model"] == to_plain(build(TokenizerConfig, load_yaml(ROOT / "configs/tokenizer/tiny.yaml"), "tiny"))["model"]
-    )
+    assert printed["model"] == plain(build(TokenizerConfig, load_yaml(ROOT / "configs/tokenizer/tiny.yaml"), "tiny"))["model"]
     assert place.run("-m", "promag", "--version") == "promag 0.1.0\n"
     assert run(program, "--version", cwd=place.folder) == "promag 0.1.0\n"
