@@ -177,6 +177,26 @@ def new_transformer(
     )
 
 
+def starting_transformer(
+    config: DiffusionConfig, latents: Sequence[LatentDataset], text: CaptionEncoder, statistics: LatentStatistics | None
+) -> Any:
+    """Return the transformer that a training starts from: that of `init`, made fit for these latents, or a new one.
+
+    Raises UserError for latents of several numbers of channels.
+    """
+    channels = {part.index["shape"][0] for part in latents}
+    if len(channels) > 1:
+        raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
+    if config.init is None:
+        return new_transformer(config, latents, text)
+    transformer = load_transformer(config.init)
+    frozen = config.lora is not None or config.few_steps is not None
+    adapt_to_latents(transformer, latents, text, config.condition.max_frames, frozen, statistics, config.base_ahead)
+    if config.few_steps:
+        forget_other_ratios(transformer, config.ratios)
+    return transformer
+
+
 def _models(
     config: DiffusionConfig, transformer: Any, text: CaptionEncoder, statistics: LatentStatistics | None
 ) -> dict[str, str]:
@@ -253,17 +273,7 @@ def train_diffusion(
 
     torch.manual_seed(config.seed)
     text = open_text(config, [parts[0] for parts in by_bucket])
-    channels = {part.index["shape"][0] for part in latents}
-    if len(channels) > 1:
-        raise UserError(f"budgets {config.stage}: their latents have {sorted(channels)} channels; one model needs one number")
-    if config.init:
-        transformer = load_transformer(config.init)
-        frozen = config.lora is not None or config.few_steps is not None
-        adapt_to_latents(transformer, latents, text, config.condition.max_frames, frozen, statistics, config.base_ahead)
-        if config.few_steps:
-            forget_other_ratios(transformer, config.ratios)
-    else:
-        transformer = new_transformer(config, latents, text)
+    transformer = starting_transformer(config, latents, text, statistics)
     broadcast_from_main(lambda: record_data(run, _models(config, transformer, text, statistics)))
     if config.lora:
         add_lora(transformer, config.lora)

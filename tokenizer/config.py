@@ -205,14 +205,24 @@ class TokenizerConfig:
             raise ValueError(f"init {self.init}, model given: the base is that of `init`; give model null")
         multiple = self.model.spatial_ratio if self.model else SPATIAL_RATIOS[0]
         check_size(self.data.size, self.data.size, multiple)
-        if self.data.latent_cache and self.distill:
+        if self.data.latent_cache:
+            self._check_latent_cache()
+        self._check_order()
+        for stage in self.stages:
+            self._check_stage(stage, multiple)
+        if not self.chosen_stages:
+            raise ValueError(f"only_stage {self.only_stage}: the stages are {', '.join(stage.name for stage in self.stages)}")
+
+    def _check_latent_cache(self) -> None:
+        """Raise ValueError where no stage can use cached latents, or one needs pixels in their place."""
+        if self.distill:
             raise ValueError("latent_cache with distill: a student needs pixels; use null")
-        if self.data.latent_cache and (self.base_features != "latents" or self.data.latent_clips < 1):
+        if self.base_features != "latents" or self.data.latent_clips < 1:
             raise ValueError(
                 f"latent_cache with base_features {self.base_features!r}, latent_clips {self.data.latent_clips}: "
                 "needs latents, and 1 clip or more"
             )
-        if self.data.latent_cache and not any(stage.latent_pretrain_steps for stage in self.stages):
+        if not any(stage.latent_pretrain_steps for stage in self.stages):
             raise ValueError(
                 f"latent_cache {self.data.latent_cache}: no stage has latent_pretrain_steps, which alone train on cached "
                 "latents; give some, or latent_cache null"
@@ -221,36 +231,33 @@ class TokenizerConfig:
         for stage in self.stages:
             if stage.growth and stage.growth.encoder == "finetune":
                 copied = copied or stage.name
-            if self.data.latent_cache and stage.latent_pretrain_steps and copied:
+            if stage.latent_pretrain_steps and copied:
                 raise ValueError(
                     f"latent_cache with latent_pretrain_steps in stage {stage.name}: the encoders that stage {copied} trains "
                     "(growth encoder 'finetune') need pixels; use null, or growth encoder frozen"
                 )
-        self._check_order()
-        for stage in self.stages:
-            if stage.trainable == "decoder" and self.init is None and stage == self.stages[0]:
-                raise ValueError(f"stage {stage.name}: trainable decoder needs init, the tokenizer whose decoder is trained")
-            if stage.latent_pretrain_steps and self.trains_target(stage):
-                raise ValueError(
-                    f"stage {stage.name}: latent_pretrain_steps {stage.latent_pretrain_steps} with trainable all: they would "
-                    "train the encoder whose latents they regress; use 0, or trainable new"
-                )
-            if stage.latent_pretrain_steps and self.distill:
-                raise ValueError(f"stage {stage.name}: latent_pretrain_steps with distill: give one of the two")
-            if stage.consistency_weight and self.distill:
-                raise ValueError(
-                    f"stage {stage.name}: consistency_weight with distill, whose encoder has a loss of its own; use 0"
-                )
-            if stage.by_turns and self.distill:
-                raise ValueError(f"stage {stage.name}: by_turns with distill: give one of the two")
-            for ratio in sorted({*stage.turns}):
-                check_frames(stage.frames, ratio)
-                for bucket in self.buckets_of(stage):
-                    check_frames(bucket.frames, ratio)
+
+    def _check_stage(self, stage: StageConfig, multiple: int) -> None:
+        """Raise ValueError where a stage does not fit the training; sides of its clips are multiples of `multiple`."""
+        if stage.trainable == "decoder" and self.init is None and stage == self.stages[0]:
+            raise ValueError(f"stage {stage.name}: trainable decoder needs init, the tokenizer whose decoder is trained")
+        if stage.latent_pretrain_steps and self.trains_target(stage):
+            raise ValueError(
+                f"stage {stage.name}: latent_pretrain_steps {stage.latent_pretrain_steps} with trainable all: they would "
+                "train the encoder whose latents they regress; use 0, or trainable new"
+            )
+        if stage.latent_pretrain_steps and self.distill:
+            raise ValueError(f"stage {stage.name}: latent_pretrain_steps with distill: give one of the two")
+        if stage.consistency_weight and self.distill:
+            raise ValueError(f"stage {stage.name}: consistency_weight with distill, whose encoder has a loss of its own; use 0")
+        if stage.by_turns and self.distill:
+            raise ValueError(f"stage {stage.name}: by_turns with distill: give one of the two")
+        for ratio in sorted({*stage.turns}):
+            check_frames(stage.frames, ratio)
             for bucket in self.buckets_of(stage):
-                check_size(bucket.height, bucket.width, multiple)
-        if not self.chosen_stages:
-            raise ValueError(f"only_stage {self.only_stage}: the stages are {', '.join(stage.name for stage in self.stages)}")
+                check_frames(bucket.frames, ratio)
+        for bucket in self.buckets_of(stage):
+            check_size(bucket.height, bucket.width, multiple)
 
     def _check_order(self) -> None:
         """Raise ValueError where stages do not follow from each other: levels grow, then one stage may train them by turns."""

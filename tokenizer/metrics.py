@@ -211,23 +211,7 @@ def evaluate_fully(
     for i, (clip, output) in enumerate(_reconstructions(model, clips, temporal_ratio, precision)):
         shown = from_uint8(to_uint8(output))
         per_frame = psnr_per_frame(output, clip)[0]
-        key = torch.arange(clip.shape[2]) % temporal_ratio == 0
-        row = {
-            "psnr": psnr(output, clip),
-            "psnr_first": per_frame[0],
-            "ssim": ssim(output, clip),
-            "flicker": flicker(output, clip),
-            "psnr_key": per_frame[key].mean(),
-            "psnr_every_2nd": per_frame[::2].mean(),
-            "psnr_every_4th": per_frame[::4].mean(),
-            "motion": motion(clip),
-        }
-        if has_detail(clip):
-            row["high_frequency"] = high_frequency_energy(output, clip)
-        if ms_ssim_scales(*clip.shape[3:]):
-            row["ms_ssim"] = ms_ssim(output, clip)
-        if not key.all():
-            row["psnr_between"] = per_frame[~key].mean()
+        row = _untrained_metrics(output, clip, per_frame, temporal_ratio)
         if perceptual.lpips:
             row["lpips"] = perceptual.lpips(shown, clip)
         if perceptual.cvvdp and i >= len(fps):
@@ -245,16 +229,37 @@ def evaluate_fully(
     sets = {name: (torch.cat(original), torch.cat(reconstructed)) for name, (original, reconstructed) in features.items()}
     results["fvd"] = None
     results |= {name: frechet_distance(*pair) for name, pair in sets.items() if len(pair[0]) > 1}
-    values = [row["psnr"] for row in rows]
-    results |= {"psnr_std": float(torch.tensor(values).std(correction=0)), "clips": len(rows)}
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["motion"])
+    results |= {"psnr_std": float(torch.tensor([row["psnr"] for row in rows]).std(correction=0)), "clips": len(rows)}
     if third := len(rows) // 3:
+        order = [row["psnr"] for row in sorted(rows, key=lambda row: row["motion"])]
         parts = {"low": order[:third], "mid": order[third:-third], "top": order[-third:]}
-        results |= {f"psnr_{name}_motion": sum(values[i] for i in part) / len(part) for name, part in parts.items()}
+        results |= {f"psnr_{name}_motion": sum(values) / len(values) for name, values in parts.items()}
     if len({len(f) for f in frames}) == 1:
         results["psnr_per_frame"] = torch.stack(frames).mean(0).tolist()
     results["per_clip"] = rows
     return results
+
+
+def _untrained_metrics(output: Tensor, clip: Tensor, per_frame: Tensor, temporal_ratio: int) -> dict[str, Any]:
+    """Return the metrics of one clip that need no trained model; `per_frame` is the PSNR of each frame, (T,)."""
+    key = torch.arange(clip.shape[2]) % temporal_ratio == 0
+    row = {
+        "psnr": psnr(output, clip),
+        "psnr_first": per_frame[0],
+        "ssim": ssim(output, clip),
+        "flicker": flicker(output, clip),
+        "psnr_key": per_frame[key].mean(),
+        "psnr_every_2nd": per_frame[::2].mean(),
+        "psnr_every_4th": per_frame[::4].mean(),
+        "motion": motion(clip),
+    }
+    if has_detail(clip):
+        row["high_frequency"] = high_frequency_energy(output, clip)
+    if ms_ssim_scales(*clip.shape[3:]):
+        row["ms_ssim"] = ms_ssim(output, clip)
+    if not key.all():
+        row["psnr_between"] = per_frame[~key].mean()
+    return row
 
 
 @torch.no_grad()
