@@ -200,7 +200,7 @@ def cache_latents(config: DiffusionConfig, split: str, vae: AutoencoderKLProMAG)
     counts = [len(clips) if split == "train" else min(count, len(clips)) for _, clips in parts]
     if len(parts) > 1 and processes().is_main_process:
         print(", ".join(f"{bucket}: {n} clips" for (bucket, _), n in zip(parts, counts, strict=True)), flush=True)
-    encode = encoder(vae, cast(Any, device), choose_precision_once(config.precision, config.output_dir))
+    encode = clip_encoder(vae, cast(Any, device), choose_precision_once(config.precision, config.output_dir))
     results = []
     for (bucket, clips), n in zip(parts, counts, strict=True):
         digests = broadcast_from_main(lambda clips=clips, n=n: clips.digests(n))
@@ -252,7 +252,7 @@ def _load(encoder: TextEncoderConfig) -> tuple[Any, Any]:
     return load_frozen(encoder.model, encoder.weights, encoder.tokens)
 
 
-def encoder(
+def clip_encoder(
     vae: AutoencoderKLProMAG, device: torch.device, precision: Precision = "auto"
 ) -> Callable[[Tensor, Sequence[int]], list[Tensor]]:
     """Return a function (B C T H W, ratios) -> mean latents b c t h w per ratio; its first call moves `vae` to `device`."""

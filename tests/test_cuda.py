@@ -12,7 +12,7 @@ from promag.data.datasets import SyntheticDataset
 from promag.diffusion.attention import choose_attention, probe
 from promag.diffusion.latent_cache import LatentDataset, LatentFingerprint, write_latents
 from promag.diffusion.train import train_diffusion
-from promag.pipelines.build import encoder
+from promag.pipelines.build import clip_encoder
 from promag.pipelines.sampling import SampleRequest, make_videos
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.tokenizer.streaming import reconstruct_stream
@@ -96,7 +96,7 @@ def test_training_continues_after_a_stop(tmp_path):
 @pytest.mark.usefixtures("exact")
 def test_cached_latents_are_those_that_the_gpu_encodes(on_gpu, tmp_path):
     """The GPU works through batches of a shard while the process waits for the next clips."""
-    clips, encode = SyntheticDataset("train", 12, 17, 32), encoder(on_gpu, torch.device("cuda"), "fp32")
+    clips, encode = SyntheticDataset("train", 12, 17, 32), clip_encoder(on_gpu, torch.device("cuda"), "fp32")
     fingerprint = LatentFingerprint("any", "any", 16, 17, 32, 32, "float32", 8)
     write_latents({tmp_path: fingerprint}, 12, clips, encode, batch_size=2, workers=2)
     cached = LatentDataset(tmp_path)

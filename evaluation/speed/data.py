@@ -26,7 +26,7 @@ from promag.data.video import write_video
 from promag.data.video.decord_reader import read_with_decord
 from promag.data.video.reader import has_decord, read_with_pyav
 from promag.diffusion.latent_cache import Encode, LatentFingerprint, write_latents
-from promag.pipelines.build import encoder
+from promag.pipelines.build import clip_encoder
 from promag.tokenizer.checkpoint import load_tokenizer
 from promag.training.precision import Chosen
 
@@ -208,7 +208,7 @@ def _caching(workers: int, precision: Chosen, options: Options) -> Group:
 
     def build() -> Sequence[Job]:
         source, device, idle = _Source(count, frames, size, videos=options.videos), options.device, []
-        encode = WatchedEncoder(encoder(load_tokenizer(options.tokenizer), device, precision), device)
+        encode = WatchedEncoder(clip_encoder(load_tokenizer(options.tokenizer), device, precision), device)
         ready = torch.stack([source.clips.fixed(i)["video"] for i in range(BATCH)])
 
         def encode_alone() -> None:
