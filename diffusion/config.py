@@ -21,7 +21,7 @@ from .finetune import Lora
 from .latent_cache import Scale
 
 SMALL = "small"  # the text encoder that is trained with the transformer
-CLIP_TEXT_TOKENS = 77  # of CLIP
+CLIP_TEXT_TOKENS = 77
 
 
 @dataclass(frozen=True, kw_only=True)

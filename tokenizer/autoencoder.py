@@ -126,6 +126,8 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
     def from_base(cls, base: Any, features: Features = "latents") -> "AutoencoderKLProMAG":
         """Take a causal video autoencoder of diffusers as the base: its latents and videos stay as they are, to the bit.
 
+        Where it works by tiles or clip by clip, so does this one, by tiles of its own size, see `enable_tiling`.
+
         Args:
             base: an AutoencoderKLWan or another one, or the folder of one; its weights are shared, not copied.
             features: what growth sees of it: its latents, which can be cached, or also what its encoder's last layer sees.
@@ -138,6 +140,7 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
         with torch.device("meta"):
             model = cls(existing=asdict(existing))
         model._split(base, existing)
+        model.use_tiling, model.use_slicing = (getattr(base, name, False) for name in ("use_tiling", "use_slicing"))
         model.base_path = path
         return model.train(base.training)
 

@@ -224,6 +224,7 @@ def halves(model: Any) -> tuple[Any, Any]:
     shells = []
     for decoding in (False, True):
         shell = copy.copy(model)
+        shell.use_tiling = shell.use_slicing = False  # AutoencoderKLProMAG cuts what it encodes and decodes into parts itself
         children = model._modules.items()
         # Empty parts, not None: some classes count the layers of both halves.
         shell._modules = {

@@ -264,6 +264,31 @@ def test_caches_stay_valid_whoever_saved_the_base_and_whatever_growth_sees_of_it
     assert AutoencoderKLProMAG.from_base(other).encoding_fingerprint(ratio) != model.encoding_fingerprint(ratio)
 
 
+@pytest.mark.parametrize("features", ["latents", "encoder"])
+@pytest.mark.parametrize("name", STREAMING)
+@torch.no_grad()
+def test_tiling_and_slicing_of_the_base_become_those_of_the_grown_autoencoder(name, features):
+    base, plain = grown(name, features, 1)
+    base.enable_tiling()
+    base.enable_slicing()
+    model = AutoencoderKLProMAG.from_base(base, features)
+    model.grow(Growth(**plain.config["growth"][0]))
+    model.load_state_dict(plain.state_dict())
+    assert (base.use_tiling, base.use_slicing, model.use_tiling, model.use_slicing) == (True,) * 4
+    tile, stride = (
+        {f"tile_sample_{part}_{side}": n for side in ("height", "width")} for part, n in (("min", 48), ("stride", 32))
+    )
+    for each in (plain, model):
+        each.enable_tiling(**tile, **stride)
+    plain.enable_slicing()
+    ratio = plain.temporal_ratios[-1]
+    x = torch.rand(2, 3, 1 + ratio * plain.latent_step, 64, 64) * 2 - 1
+    z = moments(plain, x, ratio)
+    assert torch.equal(moments(model, x, ratio), z)
+    mean = z[:, : plain.latent_channels]
+    assert torch.equal(model.decode(mean, ratio).sample, plain.decode(mean, ratio).sample)
+
+
 def test_what_is_no_causal_video_autoencoder_is_refused_in_one_line(tmp_path):
     image = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 2}
     image |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
