@@ -60,7 +60,7 @@ def early(folder, inputs):
     calls = len(list(inputs.glob("early-*")))
     (inputs / f"early-{calls}").touch()
     (folder / "calls.txt").write_text(str(calls))
-    time.sleep(0 if calls else 0.2)
+    time.sleep(0 if calls else 1)
 
 def hang(folder, inputs):
     calls = len(list(inputs.glob("hang-*")))
