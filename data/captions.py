@@ -13,7 +13,7 @@ from promag.training.config import UserError
 
 from .tables import Row, find_columns, is_table, read_lines, read_table, rows_of, warn_once
 
-TEXT_EXTENSIONS = (".txt", ".caption")  # of a text file beside its video, as kohya's and finetrainers' trainers read them
+TEXT_EXTENSIONS = (".txt", ".caption")  # a text file beside its video, as kohya's and finetrainers' trainers read them
 FIRST_TABLES = ("captions", "manifest", "metadata")  # names, without endings, that are taken before a folder's other tables
 VIDEO_LISTS = ("videos.txt", "video.txt")  # a path a line, and in one of the next a caption a line: finetrainers, CogVideoX
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
@@ -23,9 +23,9 @@ CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 class Listed:
     """The videos that a table or a pair of lists names, each with an absolute path."""
 
-    path: Path  # of the table or of the list of videos
+    path: Path  # the table, or the list of videos
     rows: list[Row]
-    names: Sequence[str] = ()  # of the files beside it that hold captions too, read or not
+    names: Sequence[str] = ()  # the files beside it that hold captions too, read or not
 
 
 # -- tables and lists ------------------------------------------------------------------------------------------------

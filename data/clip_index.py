@@ -56,14 +56,14 @@ class Clip:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
-    path: Annotated[str, Field(min_length=1)]  # of the video or image
+    path: Annotated[str, Field(min_length=1)]  # path of the video or image
     start: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds after the video's first frame
     frames: _Count  # at `fps`
     fps: _Positive
-    width: _Count  # of the video
+    width: _Count  # the video's width in pixels
     height: _Count
     caption: str
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the video file
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # hash of the video file
     licence: str | None = None
     decord: bool = False  # decord reads the video exactly as PyAV does
     # Size and time (nanoseconds) of the file that was hashed; see unchanged.py. Indices of earlier versions have none.
@@ -163,7 +163,7 @@ class Digests(NamedTuple):
     """Hashes of a list of clips, whose paths do not matter."""
 
     clips: str
-    videos: str  # of their videos and stretches alone: what decides their pixels
+    videos: str  # hash of their videos and stretches alone, which decide their pixels
 
 
 def digest_clips(clips: Sequence[Clip], count: int) -> Digests:

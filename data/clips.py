@@ -84,7 +84,7 @@ class PreparedClips:
     changed: list[tuple[str, str]]  # path, how its frames were changed for showing: tone-mapped, deinterlaced ...
     # Of each clip: mean difference of a frame from the one before in grey levels; NaN for single frames, empty if not measured.
     motion: list[float] = field(default_factory=list)
-    dropped_frames: int = 0  # of the remainders behind the last clip of a stretch
+    dropped_frames: int = 0  # frames behind the last clip of a stretch
 
 
 class TooManyUnreadable(UserError):  # noqa: N818

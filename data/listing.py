@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 class _Folder(NamedTuple):
     path: str
-    names: list[str]  # of its files, without hidden ones
+    names: list[str]  # names of its files, without hidden ones
 
 
 class _Video(NamedTuple):

@@ -73,7 +73,7 @@ class Mixture:
             same = [(len(datasets[k]), self.batch_sizes[k]) for k in (first, *others)]
             if len(set(same)) > 1:
                 raise ValueError(f"datasets of one order with (clips, batch size) {same}: they must be equal")
-        self._planned: tuple[int, Interleaving, list[ClipOrder]] | None = None  # of a seed
+        self._planned: tuple[int, Interleaving, list[ClipOrder]] | None = None  # for one seed
 
     def choose(self, seed: int, step: int) -> int:
         """Return the number of the dataset that a step draws from."""

@@ -37,7 +37,7 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")  # no text file holds these
-_INDEX_KEYS = {"path", "start", "frames", "sha256"}  # of a clip index
+_INDEX_KEYS = {"path", "start", "frames", "sha256"}  # keys of a clip index
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ class Measured:
     seconds: SecondsByRatio
     accuracy: Mapping[int, Accuracy]
     readable: Mapping[int, Accuracy]
-    channels: Mapping[int, int]  # of the latents
+    channels: Mapping[int, int]  # channels of the latents
 
 
 def read_clips(config: DemoConfig, source: str, count: int) -> list[Mapping[str, Any]]:

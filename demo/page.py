@@ -14,9 +14,9 @@ from .figures import TITLE, curves, points
 
 REWRITE_SECONDS = 15.0
 # Seconds that two x86-64 cores take in float32: they decide how the bar is divided, not how long a run is expected to last.
-BASE_FRAME, GROWN_FRAME, LATENT_FRAME, CACHED_FRAME = 0.006, 0.0035, 0.0018, 0.0016  # of one clip, a step or once
-TURNS_FRAME = 0.01  # of one clip and a step that trains all levels by turns
-TOKEN = 1 / 6000  # of a training step of the transformer
+BASE_FRAME, GROWN_FRAME, LATENT_FRAME, CACHED_FRAME = 0.006, 0.0035, 0.0018, 0.0016  # for one clip, a step or once
+TURNS_FRAME = 0.01  # for one clip and a step that trains all levels by turns
+TOKEN = 1 / 6000  # for a training step of the transformer
 SCORED_VIDEO, FIGURES = 0.6, 30.0
 
 

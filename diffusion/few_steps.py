@@ -76,7 +76,7 @@ class Inputs:
     """What both models are given beside latents and times."""
 
     text: Embedded
-    null: Embedded  # of as many null captions
+    null: Embedded  # as many null captions
     fps: Tensor  # (b,)
     ratio: int
     cond_mask: Tensor | None

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-FREQUENCIES = 256  # of the embeddings of time, ratio and frame rate
-PLACE_FEATURES = 24  # of a token's place
+FREQUENCIES = 256  # width of the embeddings of time, ratio and frame rate
+PLACE_FEATURES = 24  # features of a token's place
 
 
 def forward_flops(config: Mapping[str, Any], tokens: int, text_tokens: int | Sequence[int], batch: int = 1) -> float:

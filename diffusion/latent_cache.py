@@ -201,7 +201,7 @@ def _write_shards(
     show: bool,
 ) -> None:
     """Write this process's shards, each into the caches that lack it; what several ratios share is computed once."""
-    order: Any = batches  # of ranges, where lists are declared
+    order: Any = batches  # DataLoader declares lists; these are ranges
     pin = torch.device(processes().device or "cpu").type == "cuda"
     # Pinned, so that copying does not wait for the device; put together by the workers, because here it would hold it up.
     read = iter(DataLoader(_Reading(clips), batch_sampler=order, num_workers=workers, pin_memory=pin))

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_CLIP = "open_clip:"  # prefix of the names of OpenCLIP models
 NULL_CAPTION = ""  # replaces dropped captions in training; the default negative prompt in sampling
-MOST_TEXT_TOKENS = 2**16  # of a text; tokenizers of T5 that state no length state 10^30
+MOST_TEXT_TOKENS = 2**16  # the longest text; T5 tokenizers without a length of their own state 10^30
 # Settings of transformers' text models that weights do not show.
 SETTINGS = (
     *("hidden_act", "dense_act_fn", "is_gated_act", "num_attention_heads", "num_heads", "layer_norm_eps", "layer_norm_epsilon"),
@@ -322,7 +322,7 @@ def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str], max_len
     name = getattr(encoder, "name_or_path", None) or type(encoder).__name__
     try:
         text = encode(encoder, tokenized)
-    except (AttributeError, LookupError, TypeError) as error:  # of a configuration that the model's code does not expect
+    except (AttributeError, LookupError, TypeError) as error:  # the model's code does not expect such a configuration
         raise ValueError(f"text encoder {name}: cannot encode: {one_line(error)}") from error
     if not all(part.isfinite().all() for part in text.tokens):
         raise ValueError(f"text encoder {name}: its embeddings hold NaN or infinite values")

@@ -72,7 +72,7 @@ class TextFingerprint(Fingerprint):
     max_length: int
     dtype: str
     shard_size: int
-    settings: str | None = field(default=None, kw_only=True)  # of `encoder_settings`; earlier versions had none
+    settings: str | None = field(default=None, kw_only=True)  # hash of `encoder_settings`; earlier versions had none
 
 
 class _Digest(TypedDict):

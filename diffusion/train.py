@@ -152,7 +152,7 @@ def open_text(config: DiffusionConfig, latents: Sequence[LatentDataset]) -> Capt
             )
         model.float()  # published pipelines are in bfloat16, in which it would hardly learn
         model.requires_grad_(config.lora is None and config.few_steps is None)
-        if processes().is_main_process and not (Path(config.output_dir) / config.stage).exists():  # of a new run
+        if processes().is_main_process and not (Path(config.output_dir) / config.stage).exists():  # a new run
             _print_cut(tokenizer, latents)
     else:
         tokenizer = open_vocabulary(Path(config.output_dir) / VOCABULARY, config, latents, small.tokens)

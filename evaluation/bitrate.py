@@ -15,7 +15,7 @@ class RateMeter:
     """Sums over the posteriors of one tokenizer, channel by channel, in double precision."""
 
     def __init__(self):
-        self.values = 0  # of each channel
+        self.values = 0  # values of each channel
         self.sums: Tensor | None = None  # 3 c: mean, mean^2 + variance, log variance
 
     def add(self, posterior: Any) -> None:

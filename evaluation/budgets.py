@@ -54,7 +54,7 @@ class Budget:
     model: Any
     ratio: int
     spatial: int  # pixels a side of a latent position
-    channels: int  # of the latent
+    channels: int  # channels of the latent
     own: bool  # a level of the compared checkpoint, not another model
     step: int | None = None  # it takes 1 + step*k frames; None is the ratio
 

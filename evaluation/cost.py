@@ -33,7 +33,7 @@ from .budgets import Budget, CodedSize
 from .speed.step import WeightUpdate
 from .speed.timing import MIB, free_bytes, measure_in_turns, peak_bytes
 
-RANDOM_TEXT_TOKENS = 24  # of the random text, from each text encoder
+RANDOM_TEXT_TOKENS = 24  # tokens of random text from each text encoder
 LENGTHS = (17, 33, 65, 129, 257, 513, 1025)  # pixel frames
 MEASURES = ("train_step_seconds", "denoising_step_seconds", "gradient_peak_mib")
 
@@ -160,7 +160,7 @@ class Effort:
 
     batch: int  # clips in a training step
     steps: int  # denoising steps of a video; 0 leaves denoising out
-    rounds: int  # of which the median counts
+    rounds: int  # timed rounds, of which the median counts
     videos: int = 1  # denoised at once
     seconds: float = 0.0  # limit for the lengths, all budgets together
 
@@ -290,7 +290,7 @@ class BudgetCosts:
         measurement would end after `effort.seconds`, or where it would take too much memory.
         """
         started, points = time.perf_counter(), {budget.name: [] for budget in self.budgets}
-        seconds_per_gflop: dict[str, float] = {}  # of a budget's last measurement
+        seconds_per_gflop: dict[str, float] = {}  # each budget's last measurement
         for frames, budget in itertools.product(LENGTHS, self.budgets):
             point: dict[str, Any] = {"frames": frames, "tokens": self.tokens(budget, frames)}
             point["training_gflops"] = work = self.gflops(budget, frames, training=True)

@@ -24,7 +24,7 @@ class SamplingCost:
     frames: int
     latent_frames: int
     tokens: int
-    flops: float  # of the transformer in all of its calls, guidance included, without text encoding and decoding
+    flops: float  # FLOPs of the transformer in all of its calls, guidance included, without text encoding and decoding
 
 
 def sampling_cost(pipe: Any, ratio: int, frames: int, steps: int, guidance: float) -> SamplingCost:

@@ -108,7 +108,7 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-# of pipelines whose transformer states none
+# The defaults of pipelines whose transformer states none.
 DEFAULTS = {"height": 64, "width": 64, "num_frames": 65, "temporal_ratio": 16, "fps": 8.0}
 DEFAULTS |= {"num_inference_steps": 30, "guidance_scale": 4.0}
 

@@ -111,7 +111,7 @@ def rename_lora(weights: Mapping[str, Tensor], transformer: nn.Module, name: str
     places |= {f"{prefix}{layer.replace('.', '_')}": layer for layer in layers for prefix in UNDERSCORED}
     adapters: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
-    sources: dict[str, str] = {}  # of the adapters' keys
+    sources: dict[str, str] = {}  # the file's key of each adapter
     foreign = []
     for key, tensor in weights.items():
         match = TENSOR.fullmatch(key)

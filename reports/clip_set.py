@@ -25,7 +25,7 @@ from .tables import align
 LENGTHS = {"below 2 s": 0, "2 to 5 s": 2, "5 to 10 s": 5, "10 to 20 s": 10, "20 s and more": 20}
 WORDS = {"none": 0, "1 to 5": 1, "6 to 20": 6, "21 to 60": 21, "61 and more": 61}
 MOTION = {"below 0.5": 0, "0.5 to 2": 0.5, "2 to 5": 2, "5 to 10": 5, "10 and more": 10}
-MOST_LINES = 8  # of a group; what is rarer is added up
+MOST_LINES = 8  # lines of a group; what is rarer is added up
 SHOWN, EXTREMES = 96, 8  # clips with thumbnails: evenly over the set, and those of least and most motion
 HEIGHT, GAP, WIDEST = 72, 2, 192  # pixels of a thumbnail
 

@@ -26,7 +26,7 @@ GAP = 4  # pixels between videos
 GREY = 128
 TILE = 128  # pixels: narrower videos are enlarged on pages, because 4:2:0 halves the resolution of colours
 CHUNK = 64  # frames processed at a time
-PIXELS = CHUNK * 512 * 512  # of the frames that are processed at a time, at most, unless one latent frame has more
+PIXELS = CHUNK * 512 * 512  # pixels that are processed at a time, at most, unless one latent frame has more
 # Pixels of the longer side, and in all, of H.264 videos: what players take with the help of hardware (level 5.2), and the
 # largest level (6.2).
 USUAL, LARGEST = (4096, 4096 * 2304), (8192, 8192 * 4352)

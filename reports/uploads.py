@@ -16,7 +16,7 @@ BORDER = 128  # pixels a side that decoders add to a picture
 class UploadLimits:
     """The largest video that is accepted."""
 
-    megabytes: float = 32.0  # of MEGABYTE
+    megabytes: float = 32.0  # in units of MEGABYTE
     seconds: float = 10.0
     frames: int = 321
     side: int = 2048  # pixels

@@ -36,7 +36,7 @@ from promag.training.files import write_atomically
 from promag.training.precision import choose_for_run
 from promag.training.run import append_result
 
-SETTINGS = "settings.json"  # of the indices, beside them
+SETTINGS = "settings.json"  # the settings of the indices lie beside them
 
 say = functools.partial(print, flush=True)  # at once, also where the output is a file
 

@@ -41,7 +41,7 @@ from promag.training.files import append_json, write_atomically
 from promag.training.run import checkpoints, machines_of, read_config
 
 SAMPLED = ("prompts", "steps", "guidance")  # options of prompt accuracy
-LOOP_KEYS = ("steps", "learning_rate", "muon_learning_rate", "ema_decay")  # of a text-to-video training, on its card
+LOOP_KEYS = ("steps", "learning_rate", "muon_learning_rate", "ema_decay")  # what a card states of a text-to-video training
 
 
 def main(argv: Sequence[str]) -> int:

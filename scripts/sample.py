@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{fps:g} fps: a GIF has at most {MOST_FPS}; write an {MP4}")
 
     requests = [SampleRequest(prompt, seed) for prompt in prompts for seed in arguments.seed]
-    shown: list[np.ndarray] = []  # of the overviews
+    shown: list[np.ndarray] = []  # pictures for the overviews
     similarities: list[float] = []
     spent, done, shape = Seconds(), 0, (0, 0, 0, 0)
     try:

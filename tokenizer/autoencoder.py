@@ -106,8 +106,8 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
             self._split(self.existing.build(), self.existing)
             self.base_ratio, self.spatial_ratio = self.existing.temporal_ratio, self.existing.spatial_ratio
             self.latent_step, self.latent_channels, width = self.existing.latent_step, self.existing.latent_channels, None
-        self.level_channels = [self.latent_channels]  # of each level's latent, lowest first
-        self.level_widths = [width]  # of each level's features; None for an existing autoencoder's
+        self.level_channels = [self.latent_channels]  # channels of each level's latent, lowest first
+        self.level_widths = [width]  # channels of each level's features; None for those of an existing autoencoder
         self.encoder_growth = nn.ModuleList()
         self.decoder_growth = nn.ModuleList()
         # level -> its own copy of everything below it that encodes, or decodes, in the order in which it is called

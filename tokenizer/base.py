@@ -16,10 +16,10 @@ from promag.training.config import plain, setting
 from .geometry import check_counts, check_integer
 from .layers import FRAMEWISE, CausalConv3d, Chain, Downsample, Handed, Head, Kernel, ResBlock, State, Upsample
 
-# of the mean square of features, added to all: features of natural clips are nearly collinear, and without it the solution
-# has large weights that cancel each other, until the first steps of training move the features apart
+# Share of the features' mean square that is added to all. Features of natural clips are nearly collinear: without it the
+# solution has large weights that cancel each other, until the first steps of training move the features apart.
 RIDGE = 1e-2
-# log-variance at the start of training: little noise, so that the first steps learn to reconstruct
+# Log-variance at the start of training: little noise, so that the first steps learn to reconstruct.
 INITIAL_LOGVAR = -6.0
 SPATIAL_RATIOS = (8, 16, 32)  # those of this project's models and of the autoencoders that are distilled
 
@@ -96,7 +96,7 @@ class BaseEncoder(nn.Module):
                 time, space = strides[i]
                 blocks.append(Downsample(width, widths[i + 1], time, space, shortcuts, _kernel(i, framewise, time)))
         self.body = Chain(blocks)
-        # of the body's layers, those in front that see one frame alone
+        # The layers at the front of the body that see one frame alone.
         self.stem_layers = 1 + framewise * (layers + 1) - (strides[framewise - 1][0] > 1) if framewise else 0
         self.head = Head(widths[-1], 2 * base.latent_channels, shortcut=shortcuts)
         self.head.start_at(slice(base.latent_channels, None), INITIAL_LOGVAR)

@@ -54,10 +54,10 @@ class Existing:
     spatial_ratio: int
     latent_channels: int
     latent_step: int = 1  # clips have 1 + k*latent_step latent frames
-    latents_mean: list[float] | None = None  # of each channel, where the class keeps them as buffers
+    latents_mean: list[float] | None = None  # one value a channel, where the class keeps them as buffers
     latents_std: list[float] | None = None
     features: Features = "latents"
-    feature_channels: int = 0  # of what the encoder's last convolution sees; 0 where growth sees latents alone
+    feature_channels: int = 0  # channels that the encoder's last convolution sees; 0 where growth sees latents alone
 
     def build(self) -> Any:
         """Return an untrained autoencoder of this class and configuration."""

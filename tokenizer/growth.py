@@ -55,7 +55,7 @@ HandOver = Literal["latent", "wide", "both", "frames"]
 Lower = Literal["frozen", "finetune"]
 Latent = Literal["mixed", "dual"]
 
-RESIDUAL_LOGVAR = -6.0  # of the residual half of a dual latent at the start: little noise
+RESIDUAL_LOGVAR = -6.0  # the residual half of a dual latent has little noise at the start
 
 
 @dataclass(frozen=True)

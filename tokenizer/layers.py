@@ -25,7 +25,7 @@ from .convolution import conv3d
 
 State = Any
 START: State = ()
-Kernel = int | tuple[int, int, int]  # of time, height and width
+Kernel = int | tuple[int, int, int]  # one size, or those of time, height and width
 FRAMEWISE: Kernel = (1, 3, 3)  # sees one frame alone
 EXPANSION = 4  # hidden channels of a perceptron, over those that it gets
 Handed = tuple[

@@ -20,8 +20,8 @@ from promag.training.config import UserError, first_line
 from .perceptual import LPIPS, VideoFeatures
 
 INSTALL = "pip install 'promag[metrics]'"
-DISPLAY = "standard_fhd"  # of ColorVideoVDP: 24 inches, 1920x1080, 200 cd/m^2, seen from 0.6 m
-GPU_GB = 4  # of memory that ColorVideoVDP may take on a GPU; on a CPU it computes frame by frame
+DISPLAY = "standard_fhd"  # ColorVideoVDP's display: 24 inches, 1920x1080, 200 cd/m^2, seen from 0.6 m
+GPU_GB = 4  # memory that ColorVideoVDP may take on a GPU; on a CPU it computes frame by frame
 CHUNK_PIXELS = 1 << 20  # pixels whose VMAF is computed at once
 LUMA = (0.2126, 0.7152, 0.0722)  # BT.709
 FRAME_STEP = 5  # odd: the frames that are compared fall on key frames no more often than others do

@@ -335,7 +335,7 @@ def _objective(
 
 def _base_path(init: Path) -> str | None:
     """Return the folder of the autoencoder of diffusers that a run starts from, None where it starts from a grown one."""
-    place = init / "vae" if (init / "vae" / "config.json").exists() else init  # of a whole pipeline
+    place = init / "vae" if (init / "vae" / "config.json").exists() else init  # `init` may be a whole pipeline
     if is_growth(place) or not (place / "config.json").is_file():
         return load_tokenizer(place).base_path  # as it is recorded there, or the error that names the folder
     return None if class_name(place) == AutoencoderKLProMAG.__name__ else os.path.abspath(place)

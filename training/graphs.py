@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from .config import UserError
 from .device import best_device
 
-NAME = "promag_graphs"  # of the hook
-RECORDINGS = 8  # of a model; the one that was not used for the longest time makes room for a new one
+NAME = "promag_graphs"  # name of the hook
+RECORDINGS = 8  # recordings of a model; the one that was not used for the longest time makes room for a new one
 WARM_UP = 3  # calls before a recording, in which libraries choose kernels and blocks are compiled
 TENSOR = object()  # in place of a tensor among a call's arguments
 
@@ -194,7 +194,7 @@ class Graphs(ModelHook):
         self.recorder, self.most = recorder, recordings
         self.recordings: dict[Any, tuple[Recording, Any]] = {}  # the newest last, each with the structure of its outputs
         self.lent: list[tuple[nn.Parameter, Tensor]] = []  # weights, and the recorded gradients that they may hold
-        self.turn = 0  # of the memory that the recordings share
+        self.turn = 0  # how often the memory that all recordings share was used
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         """Raise ValueError: a copy's calls would run the original."""

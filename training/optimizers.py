@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .loop import Objective
 
 BATCHED = 2**26  # numbers of the matrices that one product holds: 0.1 GB in bfloat16, and some copies
-NEWTON_SCHULZ_STEPS = 4  # of Muon: one fewer than its authors', a fifth cheaper; singular values end a little less alike
+NEWTON_SCHULZ_STEPS = 4  # one fewer than Muon's authors', a fifth cheaper; singular values end a little less alike
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 HELP = "auto measures which of bf16 and fp32 is faster here; bf16 and fp16 use autocast"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LEAST_GAIN = 1.1  # bf16 must be this much faster than the more exact fp32
-ROUNDS = 15  # of which the fastest counts
+ROUNDS = 15  # timed rounds, of which the fastest counts
 SECONDS = 0.3  # after which no further round begins
 
 

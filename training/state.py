@@ -39,7 +39,7 @@ class State:
         self.named, self.buffers, self.optimizers, self.ema = named, buffers, optimizers, ema
         self.global_batch = global_batch  # samples a step, of all processes
         self.step = self.skipped = self.skipped_in_a_row = 0
-        self.seconds = 0.0  # of the calls before this one
+        self.seconds = 0.0  # training time of the calls before this one
 
     def copy_of_buffers(self) -> dict[str, Tensor]:
         """Copy what a forward pass may change: moving averages, for example."""

@@ -18,7 +18,7 @@ SIDE = 2048  # side of the square matrices that are multiplied on a CPU
 LARGE_SIDE = 8192  # on other devices: smaller products would not keep them busy
 SMALL_SIDE = 512  # where products are so slow that larger ones would take minutes: bfloat16 on a CPU that emulates it
 SLOW = 0.05  # seconds of a small product, from which on larger ones are left out
-ROUNDS = 6  # of a measurement, of which the fastest counts
+ROUNDS = 6  # timed rounds of a measurement, of which the fastest counts
 ENOUGH = 2.0  # seconds after which no further round begins
 
 

@@ -28,8 +28,8 @@ from .reader import Sample, is_local, opened
 INDEX_NAME = "shards.jsonl"
 COLUMNS = {"start": np.float64, "frames": np.int32, "fps": np.float64, "height": np.int32, "width": np.int32}
 
-_NAME = re.compile(r"[^/\s?]+\.tar(?:\.gz)?(?=[\s?]|$)")  # of a shard, in a URL or a command
-_ENDINGS = (".tar", ".tar.gz")  # of a shard's path, whose name may have spaces
+_NAME = re.compile(r"[^/\s?]+\.tar(?:\.gz)?(?=[\s?]|$)")  # name of a shard, in a URL or a command
+_ENDINGS = (".tar", ".tar.gz")  # endings of a shard's path, whose name may have spaces
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class ShardRow:
 
     shard: Annotated[str, Field(min_length=1)]  # name of the file beside the index
     samples: Annotated[int, Field(ge=0)]
-    bytes: Annotated[int, Field(ge=0)]  # of the file
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the file
+    bytes: Annotated[int, Field(ge=0)]  # size of the file
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # hash of the file
     start: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]  # seconds, of each sample, as in Clip
     frames: list[Annotated[int, Field(ge=0, lt=2**31)]]  # 0 where the sample cannot be used
     fps: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]

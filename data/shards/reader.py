@@ -22,7 +22,7 @@ from ..tables import decode_text
 from ..video import IMAGE_EXTENSIONS, VideoBytes
 
 MEDIA = tuple(ending[1:] for ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)
-ALLOW_PIPES = "PROMAG_ALLOW_PIPES"  # of the environment, which no configuration file can set
+ALLOW_PIPES = "PROMAG_ALLOW_PIPES"  # a variable of the environment, which no configuration file can set
 _WHOLE = "has no more samples"
 _tarfile: Any = tarfile  # its kinds of HeaderError are not in the type stubs
 _DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error)
@@ -126,7 +126,7 @@ class ShardReader:
     def _forget(self) -> None:
         self._archive: Any = None  # tarfile.TarFile
         self._next: tarfile.TarInfo | None = None  # read as a header, not yet as a file
-        self._number, self._key = -1, ""  # of the sample that was last begun
+        self._number, self._key = -1, ""  # number and key of the sample that was last begun
         self._broken = ""  # why nothing more can be read
 
     def read(self, numbers: Sequence[int]) -> dict[int, Sample | BadSample]:

@@ -79,7 +79,7 @@ class ShardedClips:
         assigned = self.buckets.assign(*(shards.column(name) for name in ("frames", "height", "width")))
         self.skipped = self._name_short(assigned)
         self._leave_out_damaged(assigned)
-        self.numbers = [np.flatnonzero(assigned == bucket) for bucket in range(len(buckets))]  # of each bucket's samples
+        self.numbers = [np.flatnonzero(assigned == bucket) for bucket in range(len(buckets))]  # each bucket's samples
         self._forget()
 
     def _forget(self) -> None:
@@ -255,7 +255,7 @@ class _BlockReader:
 
     def __init__(self, shards: ShardIndex, numbers: np.ndarray, bucket: int, block: int):
         self.shards, self.numbers, self.bucket, self.block = shards, numbers, bucket, block
-        self._starts = np.searchsorted(self.numbers, self.shards.offsets)  # of each shard among the bucket's samples
+        self._starts = np.searchsorted(self.numbers, self.shards.offsets)  # start of each shard among the bucket's samples
         self._open: tuple[int, ShardReader] | None = None
         self._blocks: dict[tuple[int, int], dict[int, Sample | BadSample]] = {}
 

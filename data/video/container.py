@@ -82,7 +82,7 @@ class Container:
     def packets(self) -> PacketTable:
         """Read the packets of the file, from its start, without decoding any."""
         times, keys, places, count, end = [], [], {}, 0, 0.0
-        ticks: dict[int, float] = {}  # of each stream; fractions for each packet take longer than reading it
+        ticks: dict[int, float] = {}  # seconds a tick of each stream; a fraction for each packet takes longer than reading it
         for packet in self.container.demux():
             beat()
             if packet.stream_index not in ticks:

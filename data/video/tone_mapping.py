@@ -10,9 +10,9 @@ import numpy as np
 
 PQ, HLG = 16, 18  # transfer characteristics of ITU-T H.273, table 3
 PEAK, WHITE = 1000.0, 203.0  # cd/m2: brightest light of the source; white of the display
-GAMMA = 2.4  # of the display (ITU-R BT.1886)
+GAMMA = 2.4  # the display's gamma (ITU-R BT.1886)
 
-_LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)  # of BT.2020 primaries
+_LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)  # luminance of the BT.2020 primaries
 _TO_BT709 = np.array(  # ITU-R BT.2087-0, section 2, inverted
     [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]], np.float32
 )

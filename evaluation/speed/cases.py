@@ -66,7 +66,7 @@ class Options:
     precisions: tuple[Chosen, ...]
     presets: tuple[str, ...]
     compiled: tuple[bool, ...] = (False,)
-    graphs: tuple[bool, ...] = (False,)  # of the transformer alone
+    graphs: tuple[bool, ...] = (False,)  # for the transformer alone
     ratios: tuple[int, ...] = (4, 8, 16)
     frames: int = 65
     clip_sizes: tuple[str, ...] | None = None  # None: what suits the device

@@ -28,7 +28,7 @@ class Ceilings:
     product_tflops: dict[str, float]
     convolution_tflops: dict[str, float]
     copy_gb_per_second: float
-    decoder_frames_per_second: float | None = None  # of 256x456, a key frame every 12
+    decoder_frames_per_second: float | None = None  # frames of 256x456, a key frame every 12
 
     def tflops(self, kind: str, precision: str) -> float:
         """Return the limit of a kind of arithmetic, `product` or `convolution`."""

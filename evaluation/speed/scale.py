@@ -31,8 +31,8 @@ class Cluster:
 
     gpus: int
     per_node: int = 8
-    within: float = 300e9  # of 450 stated for the H100's NVLink
-    between: float = 40e9  # of 50 stated for an adapter of 400 Gb/s for each GPU
+    within: float = 300e9  # 450e9 are stated for the H100's NVLink
+    between: float = 40e9  # 50e9 are stated for an adapter of 400 Gb/s for each GPU
 
     @property
     def local(self) -> int:
@@ -65,8 +65,8 @@ class Speed:
 
     peak: float
     mfu: float
-    muon_share: float = 0.5  # of the limit, in products of stacked matrices
-    memory: float = 2.7e12  # of 3.35e12 stated for the H100
+    muon_share: float = 0.5  # share of the limit that products of stacked matrices reach
+    memory: float = 2.7e12  # 3.35e12 are stated for the H100
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Model:
     in_blocks: int  # weights that FSDP2 gathers in bfloat16
     outside: int  # weights that it gathers in float32
     matrices: int  # weights that Muon trains
-    count: int  # of Muon's matrices
+    count: int  # number of Muon's matrices
     muon_flops: float
     clip_flops: float  # model FLOPs of a clip, forward and backward
-    clips: int  # of a step on each GPU
+    clips: int  # clips of a step on each GPU
     recomputes: bool
 
     @property

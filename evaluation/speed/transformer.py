@@ -19,7 +19,7 @@ from promag.training.precision import Chosen
 from .cases import Group, Job, Options, way
 from .subjects import diffusion_preset, find_presets, preset_name
 
-CHANNELS = 8  # of the latents; they play no part but in the first and the last layer
+CHANNELS = 8  # channels of the latents; they play no part but in the first and the last layer
 DENOISING_STEPS = 4
 
 
@@ -36,7 +36,7 @@ LOADS = {
     "cpu": {"tiny": Load(64, 16, 8), "small": Load(128, 4, 1), "base": Load(128, 1, 1)},
     "cuda": {"tiny": Load(64, 256, 64), "small": Load(128, 64, 16), "base": Load(256, 8, 4)},
 }
-RANKS = {"cpu": {"tiny": 0, "base": 2}, "cuda": {"base": 0, "small": 0, "tiny": 2}}  # of whole steps; their parts follow
+RANKS = {"cpu": {"tiny": 0, "base": 2}, "cuda": {"base": 0, "small": 0, "tiny": 2}}  # ranks of whole steps; their parts follow
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from promag.training.run import append_result
 
 from .growth_ablation import AblationConfig, run_folder, run_variants
 
-SETTINGS = ("prompts", "steps", "guidance", "clips")  # of the scores
+SETTINGS = ("prompts", "steps", "guidance", "clips")  # settings that decide the scores
 PROTOCOL = (
     "same transformer, clips, batches and schedule for all models; one video for each prompt, noise seeded by its number; "
     "prompts of trained and of unseen combinations; seconds after an untimed call; jitter and high-frequency energy beside "

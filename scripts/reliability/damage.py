@@ -145,7 +145,7 @@ def header_lies(maker: Maker) -> None:
         maker.write(f"lies/{name}.avi", kind, data, whole=False)
     mkv = maker.data("codecs/h264.mkv")
     clusters = [i for i in range(len(mkv)) if mkv.startswith(b"\x1f\x43\xb6\x75", i)]
-    duration = mkv.index(b"\x44\x89")  # of the segment, a float behind its length
+    duration = mkv.index(b"\x44\x89")  # the segment's duration: a float behind its length
     for name, data in {
         "duration": mkv[: duration + 3] + struct.pack(">d", 1e12) + mkv[duration + 11 :],
         "size": mkv[: clusters[0] + 4] + b"\x01\x00\xff\xff\xff\xff\xff\xff" + mkv[clusters[0] + 12 :],
