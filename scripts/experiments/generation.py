@@ -50,6 +50,7 @@ class Model:
     ratio: int = setting(16, "temporal ratio of the latents")
     base_ahead: float = setting(0.0, "lead of the key frames' channels of dual latents in denoising")
     steps: int = required("optimiser steps")
+    batch_size: int | None = setting(None, "clips per process and batch; null for the optimisation's")
     seeds: tuple[int, ...] = setting((0,), "one training for each")
 
 
@@ -152,9 +153,14 @@ def diffusion_config(config: GenerationConfig, model: Model, seed: int) -> Diffu
             size=config.tokenizers.data.size,
             cache=str(Path(config.output_dir) / "latents" / tokenizer.name),
         ),
-        optimization=replace(config.optimization, steps=model.steps),
+        optimization=optimization_of(config, model),
         run=config.run,
     )
+
+
+def optimization_of(config: GenerationConfig, model: Model) -> OptimizationConfig:
+    """Return how a model is optimised."""
+    return replace(config.optimization, steps=model.steps, batch_size=model.batch_size or config.optimization.batch_size)
 
 
 def score_model(config: GenerationConfig, model: Model, seed: int, folder: Path, tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +173,8 @@ def score_model(config: GenerationConfig, model: Model, seed: int, folder: Path,
     pipe: Any = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     frames, size = config.tokenizers.frames, config.tokenizers.data.size
-    clips = config.optimization.batch_size * config.optimization.accumulate
+    trained = optimization_of(config, model)
+    clips = trained.batch_size * trained.accumulate
     length = tokens(frames, size, size, model.ratio, config.transformer.patch_size, pipe.vae.spatial_compression_ratio)
     text = [encoder.tokens for encoder in config.text.encoders]
     row = {
