@@ -316,12 +316,11 @@ class ProMAGTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, Attenti
         return latents * std + mean
 
     def _statistics(self, latents: Tensor, temporal_ratio: int) -> list[Tensor]:
-        both = (self.config["latents_mean"], self.config["latents_std"])
-        ratios = [s for s in (both[0] or {}) if s in (both[1] or {})]
-        if str(temporal_ratio) not in ratios:
-            have = ratio_names(ratios) or "none"
+        mean, std = (self.config[name] or {} for name in ("latents_mean", "latents_std"))
+        if str(temporal_ratio) not in mean.keys() & std.keys():
+            have = ratio_names(ratio for ratio in mean if ratio in std) or "none"
             raise ValueError(f"temporal ratio {temporal_ratio}: this model has latent statistics for {have}")
-        return [latents.new_tensor(s[str(temporal_ratio)]).view(1, -1, 1, 1, 1) for s in both]
+        return [latents.new_tensor(part[str(temporal_ratio)]).view(1, -1, 1, 1, 1) for part in (mean, std)]
 
     @scaled_adapters
     def forward(

@@ -108,12 +108,10 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
             self.latent_step, self.latent_channels, width = self.existing.latent_step, self.existing.latent_channels, None
         self.level_channels = [self.latent_channels]  # channels of each level's latent, lowest first
         self.level_widths = [width]  # channels of each level's features; None for those of an existing autoencoder
-        self.encoder_growth = nn.ModuleList()
-        self.decoder_growth = nn.ModuleList()
+        self.encoder_growth, self.decoder_growth = nn.ModuleList(), nn.ModuleList()
         # level -> its own copy of everything below it that encodes, or decodes, in the order in which it is called
         self.own_encoders, self.own_decoders = nn.ModuleDict(), nn.ModuleDict()
-        self.use_slicing = self.use_tiling = False
-        self.tiling = Tiling()
+        self.use_slicing, self.use_tiling, self.tiling = False, False, Tiling()
         for level in growth:
             self._add_level(Growth(**level))
 
@@ -126,10 +124,9 @@ class AutoencoderKLProMAG(OnExisting, Levels, TiledModel, SafetensorsOnly, Model
     def from_base(cls, base: Any, features: Features = "latents") -> "AutoencoderKLProMAG":
         """Take a causal video autoencoder of diffusers as the base: its latents and videos stay as they are, to the bit.
 
-        Where it works by tiles or clip by clip, so does this one, by tiles of its own size, see `enable_tiling`.
-
         Args:
-            base: an AutoencoderKLWan or another one, or the folder of one; its weights are shared, not copied.
+            base: an AutoencoderKLWan or another one, or the folder of one; its weights are shared, not copied. Where it
+                works by tiles or clip by clip, so does this model.
             features: what growth sees of it: its latents, which can be cached, or also what its encoder's last layer sees.
 
         Raises ValueError where 1 + r*N frames do not become 1 + N latent frames, and UserError for a folder without one.

@@ -1,18 +1,8 @@
 import json
-import re
 
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    LTXPipeline,
-    LTXVideoTransformer3DModel,
-    WanPipeline,
-    WanTransformer3DModel,
-    WanVideoToVideoPipeline,
-)
-from PIL import Image
 
 from promag import AutoencoderKLProMAG, load_tokenizer
 from promag.tokenizer.growth import Growth
@@ -20,7 +10,6 @@ from promag.tokenizer.layers import START
 from promag.tokenizer.streaming import reconstruct
 from promag.training.config import UserError
 from tests.existing_models import SMALL, small_existing
-from tests.wan import make_stock
 
 ARITHMETIC = {  # temporal ratio, spatial ratio, latent channels, latent frames between legal lengths
     "Wan 2.1": (4, 8, 4, 1),
@@ -324,45 +313,6 @@ def test_tiles_and_lengths_of_any_base():
         model.enable_tiling(72, 64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_the_stock_pipeline_of_the_family_samples_with_it(dtype, tmp_path):
-    _, model = grown("Wan 2.1")
-    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
-    transformer = WanTransformer3DModel(**shape, freq_dim=16, ffn_dim=16, num_layers=1, rope_max_seq_len=32)
-    parts = {"tokenizer": None, "text_encoder": None, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    sizes = {}
-    for ratio in (None, 8, 4):
-        pipe = WanPipeline(vae=model.serve(ratio).to(dtype), transformer=transformer.to(dtype), **parts)
-        pipe.set_progress_bar_config(disable=True)
-        latents = []
-        result = pipe(
-            prompt_embeds=torch.zeros(1, 4, 16),
-            negative_prompt_embeds=torch.zeros(1, 4, 16),
-            num_frames=17,
-            height=16,
-            width=16,
-            num_inference_steps=1,
-            output_type="pt",
-            callback_on_step_end=lambda _, i, t, values, kept=latents: kept.append(values["latents"]) or values,
-        )
-        assert result.frames.shape == (1, 17, 3, 16, 16)
-        sizes[ratio] = latents[0].shape[2]
-        scaled = latents[0].float() * torch.tensor([1.0, 2.0, 0.5, 1.5]).view(-1, 1, 1, 1)
-        raw = (scaled + torch.tensor([0.1, -0.2, 0.3, 0.0]).view(-1, 1, 1, 1)).to(dtype)
-        video = model.decode(raw, ratio).sample.float().clamp(-1, 1) / 2 + 0.5
-        difference = (result.frames.float() - video.transpose(1, 2)).abs().mean()
-        assert difference < (5e-3 if dtype == torch.bfloat16 else 1e-5)
-    assert sizes == {None: 2, 8: 3, 4: 5}
-    config = model.serve(None).config
-    assert (config.z_dim, config.scale_factor_temporal, config.scale_factor_spatial) == (4, 16, 8)
-    model.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    assert not {"z_dim", "scale_factor_temporal"} & stored.keys()
-    with pytest.raises(ValueError, match=re.escape("temporal ratio 32: this tokenizer has 4x, 8x, 16x")):
-        model.serve(32)
-
-
 @torch.no_grad()
 def test_a_class_that_states_its_ratio_by_another_key_is_grown():
     base = diffusers.AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4).eval()
@@ -372,22 +322,6 @@ def test_a_class_that_states_its_ratio_by_another_key_is_grown():
     x = torch.rand(1, 3, 9, 32, 32)
     assert torch.equal(model.encode(x, 4).latent_dist.mode(), base.encode(x).latent_dist.mode())
     assert torch.equal(model.encode(x, 8).latent_dist.mode(), base.encode(x[:, :, ::2]).latent_dist.mode())
-
-
-@torch.no_grad()
-def test_wans_video_to_video_pipeline_samples_with_it(monkeypatch):
-    _, model = grown("Wan 2.1")
-    stock = make_stock()
-    parts = {"tokenizer": stock.tokenizer, "text_encoder": stock.text_encoder, "transformer": stock.transformer}
-    pipe = WanVideoToVideoPipeline(**parts, scheduler=stock.scheduler, vae=model.serve(16))
-    pipe.set_progress_bar_config(disable=True)
-    assert (pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial) == (16, 8)
-    video = [Image.new("RGB", (16, 16), (i, 0, 0)) for i in range(17)]
-    call = {"height": 16, "width": 16, "num_inference_steps": 2, "max_sequence_length": 8, "output_type": "pt"}
-    assert pipe(video, "a red disc", **call).frames.shape == (1, 17, 3, 16, 16)
-    with monkeypatch.context() as mochi:
-        mochi.setattr(AutoencoderKLProMAG, "temporal_compression_ratio", 6)
-        assert not hasattr(model, "temperal_downsample")  # sum and count cannot state it
 
 
 def test_hidden_kernels_of_a_base_exclude_those_at_pixels_and_latents():
@@ -463,25 +397,3 @@ def test_a_level_that_takes_no_key_frames_starts_with_little_noise():
     _, model = grown("Wan 2.2", "encoder", levels=1, settle=0.0, mixing="none", birth=False)
     logvar = model.encode(clip_for(model, 8), 8).latent_dist.logvar
     assert torch.allclose(logvar, torch.full_like(logvar, -6.0), atol=1e-4)
-
-
-@pytest.mark.parametrize("takes_time", [False, True])  # the decoder of 0.9.0, and from 0.9.1 on
-@torch.no_grad()
-def test_an_ltx_pipeline_samples_with_a_grown_autoencoder_and_the_statistics_in_its_buffers(takes_time):
-    base = diffusers.AutoencoderKLLTXVideo(**SMALL["LTX"][1], timestep_conditioning=takes_time).eval()
-    base.latents_mean.copy_(torch.linspace(-1, 1, 8))
-    base.latents_std.copy_(torch.linspace(0.5, 2, 8))
-    model = AutoencoderKLProMAG.from_base(base)
-    model.grow(Growth(width=16))
-    scale = model.encoder_growth[0].scale
-    assert torch.equal(scale.mean.flatten(), base.latents_mean)
-    assert torch.equal(scale.std.flatten(), base.latents_std)
-    shape = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
-    transformer = LTXVideoTransformer3DModel(**shape, num_layers=1, caption_channels=16)
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = LTXPipeline(scheduler=scheduler, vae=model, text_encoder=None, tokenizer=None, transformer=transformer)
-    pipe.set_progress_bar_config(disable=True)
-    text = {"prompt_embeds": torch.zeros(1, 4, 16), "prompt_attention_mask": torch.ones(1, 4)}
-    text |= {f"negative_{name}": value for name, value in text.items()}
-    frames = pipe(**text, num_frames=33, height=64, width=64, num_inference_steps=1, output_type="pt").frames
-    assert frames.shape == (1, 33, 3, 64, 64)  # three latent frames at 16x
